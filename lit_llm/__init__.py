@@ -1,0 +1,1 @@
+"""A large language model's whole life on PyTorch Lightning."""

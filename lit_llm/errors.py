@@ -1,0 +1,45 @@
+"""What a user did, said so that the user can mend it.
+
+Raised anywhere, caught once, at the rim (`cli.py`, `serve`): there it becomes a few lines and exit code 2, never a
+traceback. Our own bugs are `assert`s and keep theirs.
+"""
+
+
+class InputError(ValueError):
+    """Bad input: a file, a record, a config key, a template.
+
+    Args:
+        what: What came, and what would have been right. One sentence.
+        where: `file:line`, a config key or a flag; empty where it has no place.
+        fix: What to type or change next; empty where `what` already says it.
+
+    >>> print(InputError("unknown role 'bot'; use system, user, assistant or tool", where="a.jsonl:3"))
+    a.jsonl:3: unknown role 'bot'; use system, user, assistant or tool
+    """
+
+    def __init__(self, what: str, *, where: str = "", fix: str = "") -> None:
+        self.what, self.where, self.fix = what, where, fix
+        super().__init__(what)
+
+    def __str__(self) -> str:
+        text = f"{self.where}: {self.what}" if self.where else self.what
+        return f"{text}\n  {self.fix}" if self.fix else text
+
+    def at(self, where: str) -> "InputError":
+        """The same error with its place, for a caller that knows it."""
+        return self if self.where else InputError(self.what, where=where, fix=self.fix)
+
+    def __reduce__(self) -> tuple:                  # worker processes pickle exceptions
+        return (_rebuild, (self.what, self.where, self.fix))
+
+
+def _rebuild(what: str, where: str, fix: str) -> InputError:
+    return InputError(what, where=where, fix=fix)
+
+
+def did_you_mean(word: str, known: list[str]) -> str:
+    """` Did you mean 'x'?`, or nothing where no known word is close."""
+    from difflib import get_close_matches
+
+    close = get_close_matches(word, known, n=1, cutoff=0.6)
+    return f" Did you mean '{close[0]}'?" if close else ""
