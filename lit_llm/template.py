@@ -1,0 +1,176 @@
+"""A conversation in; the text that the model reads out, with the spans of it that are content and that are answers.
+
+The one place where a conversation is rendered, for training, evaluation, chat and serving. Knows the chat template (jinja)
+and characters, never token ids.
+
+    <|im_start|>user\n What is 2+2? <|im_end|>\n<|im_start|>assistant\n 4 <|im_end|> \n
+                       ~~~~literal~~                                    ~literal
+                                                                        ^^answer^^^^     supervised: content and stop token
+"""
+
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+from lit_llm.conversation import Conversation, Message
+from lit_llm.errors import InputError
+
+Span = tuple[int, int]
+
+CHATML = (
+    "{%- if tools %}{{ raise_exception('this chat template knows no tools') }}{% endif -%}"
+    "{%- for message in messages %}{{ START + message['role'] + '\\n' + message['content'] + END + '\\n' }}{% endfor -%}"
+    "{%- if add_generation_prompt %}{{ START + 'assistant\\n' }}{% endif -%}"
+)
+
+
+def chatml(start: str, end: str) -> str:
+    """ChatML written with two special tokens that the tokenizer has, so that no embedding is new and untrained.
+
+    >>> chatml("<s>", "</s>").count("<s>")
+    2
+    """
+    return CHATML.replace("START", repr(start)).replace("END + ", repr(end) + " + ")
+
+
+@dataclass(frozen=True, slots=True)
+class Rendered:
+    """Text with its anatomy; all spans are character offsets into `text`.
+
+    Args:
+        text: What the model reads, special tokens spelled out.
+        literals: Where message content stands: special-token spellings in there are only text.
+        answers: For each assistant turn that the text shows as it was produced: (message index, start, stop); start is
+            where the generation prompt ends, stop lies behind the stop token.
+    """
+
+    text: str
+    literals: tuple[Span, ...]
+    answers: tuple[tuple[int, int, int], ...]
+
+
+class ChatTemplate:
+    """A jinja chat template and the proof that what it rendered is understood.
+
+    Args:
+        render: `(messages, tools, add_generation_prompt) -> text`; the tokenizer's sandboxed jinja.
+        special_tokens: Spellings that the tokenizer turns into control tokens; a stop token is one of them.
+    """
+
+    def __init__(self, render: Callable[[list[dict], list[dict] | None, bool], str], special_tokens: list[str]) -> None:
+        self._render = render
+        ordered = sorted(special_tokens, key=len, reverse=True)
+        self.special = re.compile("|".join(map(re.escape, ordered)) or r"(?!)")
+
+    def text(self, conversation: Conversation, *, generation_prompt: bool = False) -> str:
+        """The rendered text.
+
+        Raises:
+            InputError: The template refuses this conversation (a role it lacks, two equal roles in a row, tools).
+        """
+        from jinja2.exceptions import TemplateError
+
+        try:
+            tools = [dict(tool) for tool in conversation.tools] or None
+            return self._render(conversation.to_openai(), tools, generation_prompt)
+        except (TemplateError, TypeError, ValueError, KeyError) as error:
+            raise InputError(f"the chat template refuses this conversation: {str(error)[:200]}") from None
+
+    def render(self, conversation: Conversation, *, generation_prompt: bool = False) -> Rendered:
+        """Text, literal spans and answer spans of a conversation.
+
+        Raises:
+            InputError: The template refuses the conversation, or changes its content in a way we cannot follow while
+                that content spells control tokens, so that user text could pass for structure.
+        """
+        text = self.text(conversation, generation_prompt=generation_prompt)
+        literals = self._literals(conversation, text, generation_prompt)
+        if literals is None:
+            self._refuse_forgery(conversation)
+        answers = []
+        for place, message in enumerate(conversation.messages):
+            if message.role == "assistant":
+                span = self._answer(conversation, place, text, literals or [])
+                if span:
+                    answers.append((place, *span))
+        return Rendered(text, tuple(span for _, span in literals or ()), tuple(answers))
+
+    # ---- where content stands ----------------------------------------------------------------------------------------
+
+    def _literals(self, conversation: Conversation, text: str, generation_prompt: bool) -> list[tuple[int, Span]] | None:
+        """(message index, span) of every content in `text`, or None where the template changed it.
+
+        The same conversation is rendered once more with a mark in place of each content: what stands between the marks
+        is the template's own text. If those pieces with the contents between them spell `text`, the spans are proven.
+        """
+        everything = "".join(message.content + (message.reasoning_content or "") for message in conversation.messages)
+        mark = next(char for char in "\uf8ff\uf8fe\uf8fd\ue000" if char not in everything)
+        marked = replace(conversation, messages=tuple(
+            replace(message, content=f"{mark}{place}{mark}") if message.content else message
+            for place, message in enumerate(conversation.messages)))
+        try:
+            skeleton = self.text(marked, generation_prompt=generation_prompt)
+        except InputError:
+            return None
+        pieces = re.split(f"{mark}([0-9]+){mark}", skeleton)
+        if not text.startswith(pieces[0]):
+            return None
+        found, at = [], len(pieces[0])
+        for number, own in zip(pieces[1::2], pieces[2::2], strict=True):
+            place = int(number)
+            for content in _as_written(conversation.messages[place].content):
+                if text.startswith(content + own, at):
+                    found.append((place, (at, at + len(content))))
+                    at += len(content) + len(own)
+                    break
+            else:
+                return None
+        return found if at == len(text) else None
+
+    def _refuse_forgery(self, conversation: Conversation) -> None:
+        for place, message in enumerate(conversation.messages):
+            if found := self.special.search(message.content):
+                raise InputError(
+                    f"message {place + 1} spells the control token {found[0]!r} and the chat template rewrites content, "
+                    "so it could pass for the template's own")
+
+    # ---- where answers stand -----------------------------------------------------------------------------------------
+
+    def _answer(self, conversation: Conversation, place: int, text: str, literals: list[tuple[int, Span]]) -> Span | None:
+        """What the model must produce at this turn: from the end of its prompt to the end of its stop token."""
+        before = conversation.upto(place)
+        if not before.messages:
+            return None
+        prompt = self.text(before, generation_prompt=True)
+        if not text.startswith(prompt):
+            return None                             # the template shows this turn otherwise than it was produced
+        fresh = self.text(conversation.upto(place + 1))     # the turn as it stood when it was produced
+        own = [span for index, span in literals if index == place and span[0] >= len(prompt)]
+        if own:
+            stops = [self.special.search(text, own[-1][1])]
+        else:                                       # nothing but tool calls: the template's last control token
+            stops = list(self.special.finditer(fresh, len(prompt)))[-1:]
+        if not stops or stops[0] is None:
+            return None
+        stop = stops[0].end()
+        return (len(prompt), stop) if text[:stop] == fresh[:stop] else None
+
+    def stop_token(self) -> str | None:
+        """The control token that ends an answer, or None where the template writes none."""
+        probe = Conversation((Message("user", "x"), Message("assistant", "y")))
+        rendered = self.render(probe)
+        if not rendered.answers:
+            return None
+        _, start, stop = rendered.answers[-1]
+        found = list(self.special.finditer(rendered.text, start, stop))
+        return found[-1][0] if found else None
+
+
+def _as_written(content: str) -> Iterator[str]:
+    """A content and the trimmed forms in which templates write it."""
+    seen = set()
+    for form in (content, content.strip(), content.lstrip(), content.rstrip(), content.strip("\n"),
+                 content.lstrip("\n"), content.rstrip("\n")):
+        if form not in seen:
+            seen.add(form)
+            yield form

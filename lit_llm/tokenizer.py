@@ -1,0 +1,320 @@
+"""Documents and conversations in, token sequences out; token ids in, text out.
+
+The home of the tokenizers library. Rendering is `template.py`'s; batches, padding and the shift of labels are the data and
+training wings'.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from lit_llm.conversation import Conversation, Document
+from lit_llm.errors import InputError
+from lit_llm.template import ChatTemplate, Rendered, Span, chatml
+
+IGNORE_INDEX = -100
+TrainOn = Literal["assistant", "last", "all"]
+
+
+@dataclass(frozen=True, slots=True)
+class TokenSequence:
+    """One document or conversation as the model sees it, unpacked and unpadded.
+
+    Args:
+        input_ids: (T,) int32.
+        labels: (T,) int32, Hugging Face's convention: position i holds the token AT i, or -100 where it is not
+            supervised. Nobody has shifted it; `training/loss.py` will.
+    """
+
+    input_ids: np.ndarray
+    labels: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+
+class Tokenizer:
+    """A fast Hugging Face tokenizer with its chat template.
+
+    Args:
+        hf: The tokenizer, with a chat template set (see `load`).
+        source: Where it came from, for messages.
+        note: What `load` decided for the user, to be said once; empty if nothing.
+    """
+
+    def __init__(self, hf: Any, *, source: str = "", note: str = "") -> None:
+        self.hf, self.source, self.note = hf, source, note
+        self._backend = hf.backend_tokenizer
+        added = self._backend.get_added_tokens_decoder()
+        self.special_ids = frozenset(id_ for id_, token in added.items() if token.special)
+        spellings = sorted((token.content for token in added.values()), key=len, reverse=True)
+        self._added = re.compile("|".join(map(re.escape, spellings)) or r"(?!)")
+        self.template = ChatTemplate(self._jinja, [token.content for token in added.values() if token.special])
+        self.vocab_size = len(hf)
+        self.bos_id, self.eos_id = hf.bos_token_id, hf.eos_token_id
+        self.pad_id: int = hf.pad_token_id if hf.pad_token_id is not None else hf.eos_token_id
+
+    @classmethod
+    def load(cls, path: str, *, chat_template: str | None = None) -> "Tokenizer":
+        """A tokenizer from a folder or hub id.
+
+        Args:
+            path: Folder with tokenizer files, or a hub id.
+            chat_template: A .jinja file, or the name of one of the tokenizer's templates. Null takes the tokenizer's
+                own; if it has none, ChatML is written with special tokens that the tokenizer already has.
+
+        Raises:
+            InputError: No such folder, the hub cannot be reached, no such template, no end-of-text token.
+        """
+        hf = _from_pretrained(path)
+        template, note = _choose_template(hf, path, chat_template)
+        hf.chat_template = template
+        return cls(hf, source=path, note=note)
+
+    def _jinja(self, messages: list[dict], tools: list[dict] | None, generation_prompt: bool) -> str:
+        return self.hf.apply_chat_template(messages, tools=tools, add_generation_prompt=generation_prompt, tokenize=False)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """sha256 over vocabulary, rules and chat template: equal ids for equal text."""
+        text = self._backend.to_str() + json.dumps(self.hf.chat_template)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    @cached_property
+    def stop_ids(self) -> tuple[int, ...]:
+        """Ids that end an answer: the chat template's end of turn, then the tokenizer's end of text."""
+        stop = self.template.stop_token()
+        ids = [self.hf.convert_tokens_to_ids(stop)] if stop else []
+        return tuple(dict.fromkeys([*ids, self.eos_id]))
+
+    # ---- text to tokens ----------------------------------------------------------------------------------------------
+
+    def encode_document(self, document: Document, *, end: bool = True) -> TokenSequence:
+        """A document with the tokenizer's own beginning (BOS, where it adds one) and, with `end`, its end-of-text token.
+
+        All tokens are labelled; the first has nothing before it, so it is never predicted.
+        """
+        ids = [*self._prefix, *self.encode_text(document.text)]
+        if end:
+            ids.append(self.eos_id)
+        array = np.asarray(ids, dtype=np.int32)
+        return TokenSequence(array, array.copy())
+
+    def encode_text(self, text: str) -> list[int]:
+        """Ids of plain text: no BOS, and a spelled control token stays text."""
+        return self._encode(Rendered(text, ((0, len(text)),), ()))[0]
+
+    def encode_prompt(self, conversation: Conversation) -> list[int]:
+        """What the model reads before it answers: exactly the ids that stand before that answer in training."""
+        return self._encode(self.template.render(conversation, generation_prompt=True))[0]
+
+    def encode_conversation(self, conversation: Conversation, *, train_on: TrainOn = "assistant") -> tuple[TokenSequence, ...]:
+        """A conversation with its answers labelled.
+
+        One sequence as a rule; one for each trained answer where the template rewrites history (Qwen3 drops earlier
+        thinking), so that each answer is learned behind the very prompt it is served with.
+
+        Args:
+            conversation: What was said.
+            train_on: `assistant` labels every answer with its stop token, `last` only the last answer, `all` every token.
+                A message's own `train` overrides it.
+
+        Raises:
+            InputError: Nothing to learn from, or the template hides where an answer begins or ends.
+        """
+        wanted = _trained(conversation, train_on)
+        if not wanted:
+            raise InputError("nothing to learn from: no assistant message is trained on")
+        rendered = self.template.render(conversation)
+        if {place for place, *_ in rendered.answers} >= set(wanted):
+            return (self._labelled(rendered, wanted, everything=train_on == "all"),)
+        return tuple(self._turn(conversation, place) for place in wanted)
+
+    def _turn(self, conversation: Conversation, place: int) -> TokenSequence:
+        """The conversation up to one answer, that answer labelled."""
+        rendered = self.template.render(conversation.upto(place + 1))
+        if place not in {at for at, *_ in rendered.answers}:
+            raise InputError(f"the chat template does not show where the answer in message {place + 1} begins and stops: "
+                             "its generation prompt is not what stands before the answer, or it writes no stop token")
+        return self._labelled(rendered, [place])
+
+    def _labelled(self, rendered: Rendered, wanted: Sequence[int], *, everything: bool = False) -> TokenSequence:
+        ids, offsets = self._encode(rendered)
+        input_ids = np.asarray(ids, dtype=np.int32)
+        if everything:
+            return TokenSequence(input_ids, input_ids.copy())
+        labels = np.full_like(input_ids, IGNORE_INDEX)
+        starts, stops = np.asarray(offsets).T
+        for place, start, stop in rendered.answers:
+            if place in wanted:
+                inside = (starts >= start) & (stops <= stop)
+                labels[inside] = input_ids[inside]
+        return TokenSequence(input_ids, labels)
+
+    # ---- exact ids ---------------------------------------------------------------------------------------------------
+
+    def _encode(self, rendered: Rendered) -> tuple[list[int], list[Span]]:
+        """Ids and their character spans; content never becomes a control token, and no token straddles an answer's start.
+
+        The text is encoded whole, as the library would; only where that breaks one of the two rules is it cut.
+        """
+        text = rendered.text
+        cuts = self._forged(text, rendered.literals)
+        ids, offsets = self._pieces(text, cuts)
+        seams = [start for _, start, _ in rendered.answers if not self._clean_seam(text, start, ids, offsets)]
+        if seams:
+            ids, offsets = self._pieces(text, sorted({*cuts, *seams}))
+        for id_, span in zip(ids, offsets, strict=True):
+            if id_ in self.special_ids and any(span[0] < stop and span[1] > start for start, stop in rendered.literals):
+                raise InputError(f"text at {text[max(0, span[0] - 10):span[1] + 10]!r} becomes a control token")
+        return ids, offsets
+
+    def _pieces(self, text: str, cuts: Sequence[int]) -> tuple[list[int], list[Span]]:
+        ids: list[int] = []
+        offsets: list[Span] = []
+        for start, stop in zip([0, *cuts], [*cuts, len(text)], strict=True):
+            encoding = self._backend.encode(text[start:stop], add_special_tokens=False)
+            ids.extend(encoding.ids)
+            offsets.extend((start + a, start + b) for a, b in encoding.offsets)
+        return ids, offsets
+
+    def _forged(self, text: str, literals: Sequence[Span]) -> list[int]:
+        """Where to cut so that content which spells a control token is read as text: behind its first character."""
+        if not literals:
+            return []
+        return [found.start() + 1 for found in self._added.finditer(text)
+                if any(found.start() < stop and found.end() > start for start, stop in literals)]
+
+    def _clean_seam(self, text: str, at: int, ids: list[int], offsets: list[Span]) -> bool:
+        """Whether the ids before `at` are those of the prompt alone, as the server will encode it."""
+        if any(start < at < stop for start, stop in offsets):
+            return False
+        count = sum(1 for _, stop in offsets if stop <= at)
+        section = max((found.end() for found in self._added.finditer(text, 0, at)), default=0)
+        first = sum(1 for _, stop in offsets if stop <= section)
+        if self._alone(text[section:at]) == ids[first:count]:
+            return True                             # control tokens split the text, so the last section decides
+        return self._alone(text[:at]) == ids[:count]
+
+    def _alone(self, text: str) -> list[int]:
+        return self._backend.encode(text, add_special_tokens=False).ids if text else []
+
+    @cached_property
+    def _prefix(self) -> list[int]:
+        """What the tokenizer puts before a document by itself."""
+        plain, whole = self._alone("a"), self.hf("a")["input_ids"]
+        return list(whole[: len(whole) - len(plain)]) if whole[-len(plain):] == plain else [
+            id_ for id_ in whole[:1] if id_ == self.bos_id]
+
+    # ---- tokens to text ----------------------------------------------------------------------------------------------
+
+    def decode(self, ids: Iterable[int], *, skip_special_tokens: bool = True) -> str:
+        """Text of token ids."""
+        return self._backend.decode([int(id_) for id_ in ids], skip_special_tokens=skip_special_tokens)
+
+    def decode_stream(self) -> "TextStream":
+        """A decoder that is fed one id at a time."""
+        return TextStream(self._backend)
+
+    @cached_property
+    def token_bytes(self) -> np.ndarray:
+        """(V,) int64: UTF-8 bytes of text that each id stands for, 0 for control tokens; for bits per byte."""
+        byte_level = '"ByteLevel"' in self._backend.to_str()
+        added = self._backend.get_added_tokens_decoder()
+        counts = np.zeros(self.vocab_size, dtype=np.int64)
+        for token, id_ in self.hf.get_vocab().items():
+            if id_ in self.special_ids or id_ >= self.vocab_size:
+                continue
+            if id_ in added:
+                counts[id_] = len(token.encode())
+            elif byte_level:
+                counts[id_] = len(token)            # one character stands for one byte
+            else:
+                counts[id_] = 1 if re.fullmatch(r"<0x[0-9A-F]{2}>", token) else len(token.replace("▁", " ").encode())
+        return counts
+
+    def save(self, folder: str | Path) -> None:
+        """Write the tokenizer with its chat template where `AutoTokenizer.from_pretrained` finds both."""
+        self.hf.save_pretrained(str(folder))
+
+
+class TextStream:
+    """Ids in one by one, text out as soon as it is whole: never half a character."""
+
+    def __init__(self, backend: Any) -> None:
+        from tokenizers.decoders import DecodeStream
+
+        self._backend, self._stream = backend, DecodeStream(skip_special_tokens=True)
+
+    def step(self, id_: int) -> str | None:
+        """The text that this id completes, or None while a character is still open."""
+        return self._stream.step(self._backend, int(id_))
+
+
+# ---- loading ---------------------------------------------------------------------------------------------------------
+
+def _from_pretrained(path: str) -> Any:
+    from transformers import AutoTokenizer
+
+    if not Path(path).is_dir() and (Path(path).is_absolute() or path.startswith((".", "~")) or path.count("/") > 1):
+        raise InputError(f"there is no folder {path}", where="tokenizer")
+    try:
+        hf = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        if Path(path).is_dir():
+            raise InputError(f"no tokenizer can be read from the folder {path}: {str(error).splitlines()[0][:160]}",
+                             where="tokenizer", fix="it needs tokenizer.json, or set --data.tokenizer") from None
+        raise hub_unreachable(path) from None
+    if not getattr(hf, "is_fast", False):
+        raise InputError(f"{path} has no fast tokenizer (tokenizer.json), and only those give character offsets",
+                         where="tokenizer")
+    if hf.eos_token_id is None:
+        raise InputError(f"the tokenizer of {path} names no eos_token, so nothing would ever end", where="tokenizer")
+    return hf
+
+
+def hub_unreachable(name: str) -> InputError:
+    """The one message for a hub id that could not be fetched: it names the offline ways."""
+    return InputError(
+        f"'{name}' is no local folder, and it could not be fetched from the Hugging Face hub",
+        fix="offline: give a local folder, or fill the cache elsewhere and set HF_HOME to it with HF_HUB_OFFLINE=1;"
+            "\n  behind a mirror: set HF_ENDPOINT to its address")
+
+
+def _choose_template(hf: Any, path: str, wanted: str | None) -> tuple[str, str]:
+    """The template text, and what to tell the user about the choice."""
+    own = hf.chat_template
+    named = own if isinstance(own, dict) else ({"default": own} if own else {})
+    if wanted is not None:
+        if wanted in named:
+            return named[wanted], ""
+        file = Path(wanted).expanduser()
+        if file.is_file():
+            return file.read_text(encoding="utf-8"), ""
+        has = ", ".join(named) or "none"
+        raise InputError(f"there is no template file {wanted}, and the tokenizer of {path} has no template of that name "
+                         f"(it has: {has})", where="data.chat_template", fix="give a .jinja file, or null")
+    if named:
+        return named.get("default") or next(iter(named.values())), ""
+    vocabulary = hf.get_added_vocab()
+    if "<|im_start|>" in vocabulary and "<|im_end|>" in vocabulary:
+        start, end = "<|im_start|>", "<|im_end|>"
+    else:
+        start, end = hf.bos_token or hf.eos_token, hf.eos_token
+    return chatml(start, end), (f"the tokenizer of {path} has no chat template: ChatML is used, written with its own {start} "
+                                f"and {end} (set data.chat_template for another)")
+
+
+def _trained(conversation: Conversation, train_on: TrainOn) -> list[int]:
+    """Indices of the assistant messages to learn."""
+    answers = [place for place, message in enumerate(conversation.messages) if message.role == "assistant" and place]
+    default = {"assistant": answers, "last": answers[-1:], "all": answers}[train_on]
+    return [place for place in answers
+            if (conversation.messages[place].train if conversation.messages[place].train is not None else place in default)]
