@@ -1,0 +1,143 @@
+"""Attention over packed rows: each document sees itself and nothing else.
+
+Queries, keys and values of all documents in a row flow in side by side with the borders between them (`cu_seqlens`); each
+document's causal attention flows out. Registered with transformers as `lit_varlen`, without a mask function: the model
+then builds no mask, hands our keyword arguments to every layer, and cannot leak across documents (with `position_ids`
+alone it can: a cache or a 2-D mask silently switches isolation off). Knows nothing of tokens or losses.
+
+    cu_seqlens  [0        4      7   8]        documents occupy [0, 4), [4, 7), [7, 8) of the flattened row
+"""
+
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention as sdpa
+
+from lit_llm.errors import InputError
+
+NAME = "lit_varlen"
+
+
+def register() -> str:
+    """Make `lit_varlen` known to transformers; returns the name for `attn_implementation`."""
+    from transformers import AttentionInterface
+
+    AttentionInterface.register(NAME, lit_varlen)
+    return NAME
+
+
+def lit_varlen(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    cu_seqlens: Tensor | None = None,
+    max_seqlen: int = 0,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """Causal attention per document, in the shape that transformers' models call.
+
+    Args:
+        module: The attention layer; only its training flag is read.
+        query: (1, H, T, D).
+        key: (1, K, T, D); K divides H (grouped-query attention).
+        value: (1, K, T, D).
+        attention_mask: Always None; a mask would mean that somebody else isolates documents.
+        cu_seqlens: (documents + 1,) int32, from 0 to T.
+        max_seqlen: Tokens of the longest document, known on the host.
+        scaling: Factor on the scores; null is 1/sqrt(D).
+        dropout: Probability of dropping an attention weight, in training.
+        sliding_window: Tokens that a query sees, itself included; null sees the whole document.
+        softcap: Gemma-2's cap on scores; not supported here.
+        s_aux: GPT-OSS's attention sinks; not supported here.
+
+    Returns:
+        (1, T, H, D) and None for the weights.
+    """
+    if softcap is not None or s_aux is not None:
+        raise InputError("this model's attention caps its scores or uses sinks, which packed attention cannot do",
+                         where="model.base")
+    assert attention_mask is None, "packed attention takes borders, not masks"
+    assert cu_seqlens is not None, "packed attention needs cu_seqlens"
+    dropout = dropout if module.training else 0.0
+    if _flash(query, dropout):
+        return _on_cuda(query, key, value, cu_seqlens, max_seqlen, scaling, sliding_window), None
+    return _by_length(query, key, value, tuple(cu_seqlens.tolist()), scaling, dropout, sliding_window), None
+
+
+def _flash(query: Tensor, dropout: float) -> bool:
+    """torch's own variable-length kernel: CUDA, half precision, no dropout."""
+    return query.is_cuda and query.dtype in (torch.float16, torch.bfloat16) and dropout == 0.0
+
+
+def _on_cuda(query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, max_seqlen: int,
+             scaling: float | None, sliding_window: int | None) -> Tensor:
+    from torch.nn.attention.varlen import varlen_attn
+
+    groups = query.shape[1] // key.shape[1]
+    if groups > 1:                                  # torch 2.11 has no enable_gqa here
+        key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    flat = [states[0].transpose(0, 1).contiguous() for states in (query, key, value)]
+    left = -1 if sliding_window is None else sliding_window - 1
+    out = varlen_attn(*flat, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, scale=scaling, window_size=(left, 0))
+    assert isinstance(out, Tensor)
+    return out.unsqueeze(0)
+
+
+def _by_length(query: Tensor, key: Tensor, value: Tensor, borders: tuple[int, ...], scaling: float | None,
+               dropout: float, sliding_window: int | None) -> Tensor:
+    """One SDPA call for each document length: documents of equal length are stacked.
+
+    Cost: sum of squared lengths instead of T squared, and no mask, so the fast kernels apply.
+    """
+    heads, groups = query.shape[1], query.shape[1] // key.shape[1]
+    if groups > 1:
+        key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    order, back, stacks = _plan(borders)
+    if order is not None:
+        order, back = order.to(query.device), back.to(query.device)
+        query, key, value = (states.index_select(2, order) for states in (query, key, value))
+    pieces, at = [], 0
+    for count, length in stacks:
+        stop = at + count * length
+        stacked = [states[0, :, at:stop].reshape(heads, count, length, -1).transpose(0, 1) for states in (query, key, value)]
+        mask = _band(length, sliding_window, query) if sliding_window is not None and length > sliding_window else None
+        out = sdpa(*stacked, attn_mask=mask, is_causal=mask is None, dropout_p=dropout, scale=scaling)
+        pieces.append(out.transpose(1, 2).reshape(count * length, heads, -1))
+        at = stop
+    out = torch.cat(pieces)
+    return (out if order is None else out.index_select(0, back)).unsqueeze(0)
+
+
+@lru_cache(maxsize=64)
+def _plan(borders: tuple[int, ...]) -> tuple[Tensor | None, Tensor | None, list[tuple[int, int]]]:
+    """Token order that puts equal lengths side by side, its inverse, and (documents, length) of each stack.
+
+    Every layer of a step asks with the same borders, so the answer is kept.
+    """
+    documents = [(start, stop - start) for start, stop in zip(borders, borders[1:], strict=False) if stop > start]
+    lengths = [length for _, length in documents]
+    if len(set(lengths)) == len(lengths):
+        return None, None, [(1, length) for length in lengths]
+    by_length: dict[int, list[int]] = {}
+    for start, length in documents:
+        by_length.setdefault(length, []).append(start)
+    order = torch.cat([torch.arange(start, start + length) for length, starts in by_length.items() for start in starts])
+    back = torch.empty_like(order)
+    back[order] = torch.arange(len(order))
+    return order, back, [(len(starts), length) for length, starts in by_length.items()]
+
+
+def _band(length: int, window: int, like: Tensor) -> Tensor:
+    """(length, length) bool: causal, and no further back than `window` tokens."""
+    ones = torch.ones(length, length, dtype=torch.bool, device=like.device)
+    return ones.tril().triu(1 - window)
