@@ -1,0 +1,311 @@
+"""A folder, a hub id or an architecture in; a causal LM out: built, loaded, wrapped with PEFT, merged, saved.
+
+The home of `AutoModelForCausalLM` and peft. Knows nothing of data, losses or Lightning.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from lit_llm import attention as packed_attention
+from lit_llm.errors import InputError, did_you_mean
+from lit_llm.tokenizer import hub_unreachable
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@dataclass(slots=True)
+class LoRA:
+    """Low-rank adapters (arXiv:2106.09685): the short form of `peft: {class_path: LoraConfig, ...}`.
+
+    Args:
+        r: Rank of the two matrices. 8 to 32 is usual; memory and capacity grow with it.
+        alpha: Scale: the adapter's output is multiplied by alpha / r.
+        dropout: Probability of dropping an adapter input, in training.
+        target_modules: Names of the layers to adapt, or `all-linear`: every linear layer (GPT-2's Conv1D too) but the
+            output head; adapting all of them learns most (arXiv:2305.14314 section 4).
+        dora: Train direction and magnitude apart (arXiv:2402.09353).
+        rslora: Scale by alpha / sqrt(r) (arXiv:2312.03732); for ranks above 32.
+    """
+
+    r: int = 16
+    alpha: float = 32.0
+    dropout: float = 0.0
+    target_modules: str | list[str] = "all-linear"
+    dora: bool = False
+    rslora: bool = False
+
+    def as_peft(self) -> dict[str, Any]:
+        """The long form."""
+        return {"class_path": "LoraConfig", "init_args": {
+            "r": self.r, "lora_alpha": self.alpha, "lora_dropout": self.dropout, "target_modules": self.target_modules,
+            "use_dora": self.dora, "use_rslora": self.rslora}}
+
+
+# ---- build and load --------------------------------------------------------------------------------------------------
+
+def load_causal_lm(path: str, *, dtype: torch.dtype = torch.float32, attention: str = "sdpa") -> "PreTrainedModel":
+    """A pretrained model from a folder or hub id, in evaluation mode.
+
+    Args:
+        path: Folder in Hugging Face's layout, or a hub id. Only safetensors are read and no remote code is run.
+        dtype: Of the weights; never "auto", which would train bf16 weights without a float32 master.
+        attention: `sdpa`, or `lit_varlen` for packed rows.
+
+    Raises:
+        InputError: No such folder, the hub cannot be reached, weights are missing, the architecture cannot be packed.
+    """
+    from transformers import AutoModelForCausalLM
+
+    folder = Path(path).expanduser()
+    if not folder.is_dir() and (folder.is_absolute() or path.startswith((".", "~")) or path.count("/") > 1):
+        raise InputError(f"there is no folder {path}", where="model.base")
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        raise InputError(f"{path} holds no config.json, so it is no model folder", where="model.base")
+    if attention == packed_attention.NAME:
+        packed_attention.register()
+    try:
+        model, report = AutoModelForCausalLM.from_pretrained(
+            str(folder) if folder.is_dir() else path, dtype=dtype, attn_implementation=attention,
+            use_safetensors=True, trust_remote_code=False, output_loading_info=True)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        if folder.is_dir():
+            raise InputError(f"cannot load the model in {path}: {str(error).splitlines()[0][:200]}",
+                             where="model.base") from None
+        raise hub_unreachable(path).at("model.base") from None
+    if report["missing_keys"]:
+        raise InputError(f"the weights in {path} lack {len(report['missing_keys'])} tensors, "
+                         f"e.g. {sorted(report['missing_keys'])[0]}", where="model.base")
+    _check_packable(model, attention)
+    return model
+
+
+def init_causal_lm(init: dict[str, Any], *, dtype: torch.dtype = torch.float32, attention: str = "sdpa",
+                   **defaults: Any) -> "PreTrainedModel":
+    """A model with random weights, to train from scratch.
+
+    Args:
+        init: `model_type` (llama, qwen3, gpt2 ...) and any keys of that architecture's transformers config.
+        dtype: Of the weights.
+        attention: As in `load_causal_lm`.
+        defaults: Keys taken where `init` has none: vocabulary size and control tokens of the tokenizer.
+
+    Raises:
+        InputError: An unknown architecture, or a key that its config does not have.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    keys = dict(init)
+    kind = str(keys.pop("model_type", None))
+    if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        raise InputError(f"unknown model_type '{kind}'; it is the architecture's name in transformers, such as llama."
+                         f"{did_you_mean(kind, list(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES))}", where="model.init")
+    known = set(AutoConfig.for_model(kind).to_dict())
+    if unknown := sorted(set(keys) - known):
+        raise InputError(f"{kind} has no key '{unknown[0]}'.{did_you_mean(unknown[0], sorted(known))}",
+                         where="model.init")
+    config = AutoConfig.for_model(kind, **{**defaults, **keys})
+    if attention == packed_attention.NAME:
+        packed_attention.register()
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
+    _check_packable(model, attention)
+    return model
+
+
+def _check_packable(model: "PreTrainedModel", attention: str) -> None:
+    if attention != packed_attention.NAME:
+        return
+    kinds = set(getattr(model.config, "layer_types", None) or ["full_attention"])
+    if not model._supports_attention_backend or not kinds <= {"full_attention", "sliding_attention"}:
+        raise InputError(f"{type(model).__name__} does not mix tokens by plain attention alone, so documents packed "
+                         "into one row could not be kept apart", where="model.base")
+
+
+# ---- adapters --------------------------------------------------------------------------------------------------------
+
+def wrap_peft(model: "PreTrainedModel", spec: dict[str, Any]) -> Any:
+    """The model with a PEFT method's adapters: base frozen, adapters trainable, output unchanged at the start.
+
+    Args:
+        model: The base.
+        spec: `class_path` (a config class of peft, with or without the `peft.` prefix) and `init_args`, its keys.
+
+    Raises:
+        InputError: No such class or key, or the model has no such layer.
+    """
+    from peft import get_peft_model
+
+    config = _peft_config(spec)
+    try:
+        return get_peft_model(model, config)
+    except ValueError as error:
+        linears = sorted({name.rsplit(".", 1)[-1] for name, layer in model.named_modules() if _is_linear(layer)})
+        raise InputError(f"{str(error).splitlines()[0][:160]}", where="model.peft",
+                         fix=f"linear layers here: {', '.join(linears)}; all-linear takes all but the head") from None
+
+
+def _peft_config(spec: dict[str, Any]) -> Any:
+    import warnings
+    from dataclasses import fields
+
+    import peft
+
+    unknown = sorted(set(spec) - {"class_path", "init_args"})
+    name = str(spec.get("class_path", "")).removeprefix("peft.")
+    known = [key for key in dir(peft) if isinstance(getattr(peft, key), type) and issubclass(getattr(peft, key), peft.PeftConfig)]
+    if name not in known or unknown:
+        raise InputError(f"'{unknown[0] if unknown else name}' is not known here; give class_path: a config class of peft, "
+                         f"and init_args.{did_you_mean(name, known)}", where="model.peft")
+    kind = getattr(peft, name)
+    keys = {field.name for field in fields(kind)}
+    args = dict(spec.get("init_args") or {})
+    if wrong := sorted(set(args) - keys):
+        raise InputError(f"{name} has no key '{wrong[0]}'.{did_you_mean(wrong[0], sorted(keys))}", where="model.peft")
+    args.setdefault("task_type", "CAUSAL_LM")
+    if "target_modules" in keys and args.get("target_modules") is None and name not in ("IA3Config", "AdaptionPromptConfig"):
+        args["target_modules"] = "all-linear"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return kind(**args)
+
+
+def _is_linear(layer: nn.Module) -> bool:
+    return isinstance(layer, nn.Linear) or type(layer).__name__ == "Conv1D"
+
+
+def load_adapter(model: "PreTrainedModel", folder: str | Path, *, trainable: bool = False) -> Any:
+    """The model with the adapter that lies in a folder in PEFT's format."""
+    from peft import PeftModel
+
+    return PeftModel.from_pretrained(model, str(folder), is_trainable=trainable)
+
+
+def merge(model: Any) -> "PreTrainedModel":
+    """Adapter weights folded into the base; a model without adapters comes back as it is."""
+    if not is_peft(model):
+        return model
+    if not hasattr(model, "merge_and_unload"):
+        raise InputError("this PEFT method cannot be merged into the base", where="model.peft",
+                         fix="its adapter folder loads with peft.PeftModel.from_pretrained")
+    return model.merge_and_unload()
+
+
+def is_peft(model: Any) -> bool:
+    """Whether adapters are on it."""
+    return hasattr(model, "peft_config") and hasattr(model, "get_base_model")
+
+
+def learns_prompt(model: Any) -> bool:
+    """Whether the PEFT method puts virtual tokens before each conversation (prompt and prefix tuning)."""
+    return is_peft(model) and bool(model.active_peft_config.is_prompt_learning)
+
+
+# ---- anatomy ---------------------------------------------------------------------------------------------------------
+
+def causal_lm(model: Any) -> "PreTrainedModel":
+    """The transformers model inside, adapters or not."""
+    return model.get_base_model() if is_peft(model) else model
+
+
+def backbone(model: Any) -> nn.Module:
+    """What turns token ids into hidden states: the model without its head."""
+    inner = causal_lm(model)
+    return getattr(inner, inner.base_model_prefix)
+
+
+def head(model: Any) -> nn.Module:
+    """What turns hidden states into logits."""
+    return causal_lm(model).get_output_embeddings()
+
+
+def logit_adjustment(model: Any) -> tuple[float, float | None]:
+    """(factor, cap): what some architectures do to logits behind the head: scale them, or squash them softly.
+
+    Cohere multiplies by `logit_scale`, Granite divides by `logits_scaling`, Gemma-2 caps at `final_logit_softcapping`.
+    """
+    config = causal_lm(model).config
+    factor = float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0)
+    cap = getattr(config, "final_logit_softcapping", None)
+    return factor, float(cap) if cap else None
+
+
+@dataclass(frozen=True, slots=True)
+class ParameterCount:
+    """How many numbers a model has, and how many of them learn."""
+
+    total: int
+    trainable: int
+
+    def __str__(self) -> str:
+        share = 100 * self.trainable / max(1, self.total)
+        return f"{self.trainable:,} of {self.total:,} parameters are trained ({share:.2f} %)"
+
+
+def count_parameters(model: nn.Module) -> ParameterCount:
+    """Counts tied weights once, and ZeRO-3's shards at their full size."""
+    sizes = [(getattr(weight, "ds_numel", weight.numel()), weight.requires_grad) for weight in model.parameters()]
+    return ParameterCount(sum(size for size, _ in sizes), sum(size for size, learns in sizes if learns))
+
+
+# ---- save ------------------------------------------------------------------------------------------------------------
+
+def save_causal_lm(model: "PreTrainedModel", folder: str | Path, *, stop_ids: tuple[int, ...], pad_id: int | None,
+                   dtype: torch.dtype | None = None) -> None:
+    """Write a folder that `AutoModelForCausalLM.from_pretrained` loads as it stands.
+
+    Args:
+        model: Merged, on CPU or GPU.
+        folder: Made if absent.
+        stop_ids: Go into the generation config, so that every library stops where training taught the model to stop.
+        pad_id: Goes there too.
+        dtype: Of the written weights; null keeps theirs.
+    """
+    if dtype is not None:
+        model = model.to(dtype)
+    model.config._attn_implementation = "sdpa"      # packed attention is a matter of training alone
+    model.config.use_cache = True
+    generation = model.generation_config
+    assert generation is not None
+    generation.eos_token_id = list(stop_ids)
+    generation.pad_token_id = pad_id
+    generation.do_sample = False
+    generation.temperature = generation.top_p = generation.top_k = None
+    model.save_pretrained(str(folder), safe_serialization=True)
+
+
+def save_adapter(model: Any, folder: str | Path, state: dict[str, Tensor], base: str) -> None:
+    """Write adapter weights and config in PEFT's format.
+
+    Args:
+        model: The PEFT model, for its config.
+        folder: Made if absent.
+        state: Trainable weights by their name in `model`, on CPU.
+        base: Where the base came from, kept in the config so that others find it.
+    """
+    from peft.utils.save_and_load import get_peft_model_state_dict
+    from safetensors.torch import save_file
+
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    adapter = get_peft_model_state_dict(model, state_dict=state)
+    save_file({name: weight.contiguous() for name, weight in adapter.items()}, folder / "adapter_model.safetensors")
+    config = model.active_peft_config.to_dict() | {"base_model_name_or_path": base, "inference_mode": True}
+    text = json.dumps(config, indent=2, sort_keys=True, default=lambda value: sorted(value) if isinstance(value, set) else str(value))
+    (folder / "adapter_config.json").write_text(text + "\n", encoding="utf-8")
+
+
+def spec_of(peft: dict[str, Any] | None, lora: LoRA | None) -> dict[str, Any] | None:
+    """The one PEFT spec of a config that may give the long form, the short form, or none.
+
+    Raises:
+        InputError: Both are given.
+    """
+    if peft is not None and lora is not None:
+        raise InputError("model.peft and model.lora are two ways to say one thing; keep one", where="model")
+    return peft if peft is not None else (lora.as_peft() if lora is not None else None)

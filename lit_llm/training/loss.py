@@ -1,0 +1,147 @@
+"""Hidden states and labels in, the sum of negative log-likelihoods out. The only shift of labels in the house.
+
+Logits exist for a chunk of supervised rows at a time, never for a batch. Knows nothing of batches, ranks or averages: who
+wants a mean divides by a count he knows.
+
+    B rows, T tokens, V vocabulary, N supervised tokens, D hidden
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from lit_llm.tokenizer import IGNORE_INDEX
+
+CHUNK_BYTES = 64 * 2**20                            # of float32 logits at a time
+
+
+class Nll(NamedTuple):
+    """Sums over the supervised tokens of a micro-batch.
+
+    Args:
+        total: () float32 with a gradient in training, float64 without: nats.
+        correct: () int64: tokens whose likeliest prediction was right; zero in training, where nobody asks.
+    """
+
+    total: Tensor
+    correct: Tensor
+
+
+def shift(labels_T: Tensor) -> Tensor:
+    """Targets for next-token prediction.
+
+    labels   [-100  -100   11   12   13]      position i holds the token AT i
+    targets  [-100    11   12   13 -100]      position i holds the token AFTER i
+
+    >>> shift(torch.tensor([-100, -100, 11, 12, 13])).tolist()
+    [-100, 11, 12, 13, -100]
+    """
+    return F.pad(labels_T[1:], (0, 1), value=IGNORE_INDEX)
+
+
+def nll_sum(hidden_TD: Tensor, labels_T: Tensor, head: nn.Module, *, factor: float = 1.0, cap: float | None = None,
+            per_token: bool = False) -> Nll:
+    """Sum of -log p(token) over the supervised tokens.
+
+    Args:
+        hidden_TD: (T, D) what the backbone gives for a flattened batch.
+        labels_T: (T,) int64, unshifted; the first token of each packed document must be ignored, or it would be
+            predicted by its neighbour.
+        head: The output embedding, (D) -> (V).
+        factor: Multiplies the logits (see `model.logit_adjustment`).
+        cap: Squashes them softly.
+        per_token: Give (N,) losses instead of their sum; for tests and reports.
+    """
+    targets_T = shift(labels_T)
+    index_N = (targets_T != IGNORE_INDEX).nonzero(as_tuple=True)[0]
+    hidden_ND, targets_N = hidden_TD.index_select(0, index_N), targets_T.index_select(0, index_N)
+    if not torch.is_grad_enabled():
+        return _evaluate(hidden_ND, targets_N, head, factor, cap, per_token)
+    zero = torch.zeros((), dtype=torch.int64, device=hidden_TD.device)
+    if not len(index_N):                            # a row of padding: no loss, but a graph for every rank to walk
+        return Nll(head(hidden_TD[:1]).float().sum() * 0.0, zero)
+    if _fusable(head) and factor == 1.0 and cap is None and not per_token:
+        return Nll(_FusedNll.apply(hidden_ND, head.weight, targets_N), zero)
+    rows = _rows(head)
+    losses = [checkpoint(_chunk_nll, hidden, targets, head, factor, cap, use_reentrant=False)
+              for hidden, targets in zip(hidden_ND.split(rows), targets_N.split(rows), strict=True)]
+    losses_N = torch.cat(losses)
+    return Nll(losses_N if per_token else losses_N.sum(), zero)
+
+
+def _chunk_logits(hidden: Tensor, head: nn.Module, factor: float, cap: float | None) -> Tensor:
+    logits = head(hidden).float() if hidden.dtype != torch.float64 else head(hidden)
+    logits = logits * factor if factor != 1.0 else logits
+    return torch.tanh(logits / cap) * cap if cap is not None else logits
+
+
+def _chunk_nll(hidden: Tensor, targets: Tensor, head: nn.Module, factor: float, cap: float | None) -> Tensor:
+    return F.cross_entropy(_chunk_logits(hidden, head, factor, cap), targets, reduction="none")
+
+
+def _evaluate(hidden_ND: Tensor, targets_N: Tensor, head: nn.Module, factor: float, cap: float | None,
+              per_token: bool) -> Nll:
+    losses, correct = [], torch.zeros((), dtype=torch.int64, device=hidden_ND.device)
+    rows = _rows(head)
+    for hidden, targets in zip(hidden_ND.split(rows), targets_N.split(rows), strict=True):
+        logits = _chunk_logits(hidden, head, factor, cap)
+        losses.append(F.cross_entropy(logits, targets, reduction="none").double())
+        correct += (logits.argmax(-1) == targets).sum()
+    losses_N = torch.cat(losses) if losses else hidden_ND.new_zeros(0, dtype=torch.float64)
+    return Nll(losses_N if per_token else losses_N.sum(), correct)
+
+
+def _rows(head: nn.Module) -> int:
+    """Rows whose float32 logits fit into CHUNK_BYTES."""
+    vocabulary = int(getattr(head, "out_features", 0) or getattr(head, "num_embeddings", 0) or 131072)
+    return max(16, CHUNK_BYTES // (4 * vocabulary))
+
+
+def _fusable(head: nn.Module) -> bool:
+    """A plain linear head whose weight is here: no adapter on it, not a shard of ZeRO-3."""
+    return type(head) is nn.Linear and head.bias is None and not hasattr(head.weight, "ds_id")
+
+
+class _FusedNll(torch.autograd.Function):
+    """Linear head and cross-entropy in one: gradients are made in the forward, while a chunk's logits are there.
+
+    Saves the second matrix product that recomputing the logits would cost. A frozen head (LoRA) gets no gradient at all.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor) -> Tensor:
+        device = hidden_ND.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden_ND.dtype
+        with torch.autocast(device, enabled=False):
+            hidden, weight = hidden_ND.to(dtype), weight_VD.to(dtype)
+            grad_hidden = torch.empty_like(hidden)
+            grad_weight = torch.zeros_like(weight_VD, dtype=_accumulator(dtype)) if weight_VD.requires_grad else None
+            total = torch.zeros((), dtype=_accumulator(dtype), device=hidden.device)
+            rows = max(16, CHUNK_BYTES // (4 * weight.shape[0]))
+            for at in range(0, len(targets_N), rows):
+                chunk, targets = hidden[at : at + rows], targets_N[at : at + rows]
+                logits = (chunk @ weight.T).to(_accumulator(dtype))
+                lse = logits.logsumexp(-1)
+                total += (lse - logits.gather(1, targets[:, None])[:, 0]).sum()
+                delta = logits.sub_(lse[:, None]).exp_()                # softmax, in the memory of the logits
+                delta.scatter_add_(1, targets[:, None], torch.full_like(delta[:, :1], -1.0))
+                delta = delta.to(dtype)
+                grad_hidden[at : at + rows] = delta @ weight
+                if grad_weight is not None:
+                    grad_weight += delta.T @ chunk
+        ctx.save_for_backward(grad_hidden.to(hidden_ND.dtype), grad_weight)
+        ctx.weight_dtype = weight_VD.dtype
+        return total.float() if dtype != torch.float64 else total
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:  # type: ignore[override]
+        grad_hidden, grad_weight = ctx.saved_tensors
+        scaled = None if grad_weight is None else (grad_weight * grad).to(ctx.weight_dtype)
+        return grad_hidden * grad.to(grad_hidden.dtype), scaled, None
+
+
+def _accumulator(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
