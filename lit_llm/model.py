@@ -309,3 +309,22 @@ def spec_of(peft: dict[str, Any] | None, lora: LoRA | None) -> dict[str, Any] | 
     if peft is not None and lora is not None:
         raise InputError("model.peft and model.lora are two ways to say one thing; keep one", where="model")
     return peft if peft is not None else (lora.as_peft() if lora is not None else None)
+
+
+def save_weights(model: "PreTrainedModel", folder: str | Path, state: dict[str, Tensor]) -> None:
+    """Write weights gathered elsewhere (from ZeRO's shards, say) as a model folder: config and safetensors.
+
+    Args:
+        model: Gives config and names; its own weights are not read.
+        folder: Made if absent.
+        state: All weights by name, on CPU; tied ones may be there once.
+    """
+    from safetensors.torch import save_file
+
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    config = model.config.to_dict() | {"architectures": [type(model).__name__], "use_cache": True}
+    config["dtype"] = str(next(iter(state.values())).dtype).removeprefix("torch.")
+    config.pop("_attn_implementation", None)
+    (folder / "config.json").write_text(json.dumps(config, indent=2, default=str) + "\n", encoding="utf-8")

@@ -1,0 +1,235 @@
+"""Batches in, gradients and perplexity out: the LightningModule around a causal LM.
+
+Builds the model when Lightning asks (never in the constructor, so that `--help`, `inspect` and `plan` cost nothing), and
+normalises the loss exactly. Knows nothing of files, formats or checkpoints.
+"""
+
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import lightning as L
+import torch
+from torch import Tensor, nn
+
+from lit_llm import attention, model
+from lit_llm.errors import InputError
+from lit_llm.samples import resolve
+from lit_llm.training import optim
+from lit_llm.training.loss import Nll, nll_sum
+from lit_llm.training.metrics import Perplexity
+
+if TYPE_CHECKING:
+    from lit_llm.data.loader import Batch
+
+log = logging.getLogger(__name__)
+DTYPES = {"bf16-true": torch.bfloat16, "16-true": torch.float16, "64-true": torch.float64, "64": torch.float64}
+
+
+class CausalLMModule(L.LightningModule):
+    """A causal language model that learns: all its weights, or the adapters of any PEFT method.
+
+    Args:
+        base: The model to start from: a folder in Hugging Face's layout, a hub id, or `sample:base`.
+        init: Instead of `base`, an architecture with random weights to pretrain: `model_type` and keys of its config.
+            Vocabulary size and control tokens are the tokenizer's unless given.
+        lora: Train low-rank adapters only; null trains every weight.
+        peft: The long form: any PEFT config by `class_path` and `init_args`, e.g. class_path: peft.LoHaConfig.
+        lr: Peak learning rate. 2e-4 suits adapters; training every weight bears about ten times less.
+        warmup: Linear rise of the learning rate: a number of steps, or a share of the run if below 1.
+        schedule: What the learning rate does after it: cosine, linear, wsd (flat, then a short cool-down) or constant.
+        min_lr_share: Learning rate at the end, as a share of the peak.
+        weight_decay: Decoupled decay of matrices; norms and biases are never decayed.
+        betas: AdamW's averages. 0.95 for the second forgets faster than the usual 0.999, which helps short runs.
+        eps: AdamW's guard against division by zero.
+        gradient_checkpointing: Recompute activations in the backward pass: less memory, about a fifth slower.
+    """
+
+    def __init__(
+        self,
+        base: str | None = None,
+        init: dict[str, Any] | None = None,
+        lora: model.LoRA | None = None,
+        peft: dict[str, Any] | None = None,
+        lr: float = 2e-4,
+        warmup: float = 0.03,
+        schedule: optim.Schedule = "cosine",
+        min_lr_share: float = 0.1,
+        weight_decay: float = 0.0,
+        betas: tuple[float, float] = (0.9, 0.95),
+        eps: float = 1e-8,
+        gradient_checkpointing: bool = False,
+    ) -> None:
+        super().__init__()
+        if (base is None) == (init is None):
+            raise InputError("give model.base (a folder or hub id) or model.init (an architecture), one of the two", where="model")
+        if not lr > 0:
+            raise InputError(f"the learning rate must be above 0, not {lr}", where="model.lr")
+        if not warmup >= 0:
+            raise InputError(f"warmup must be a share below 1 or a number of steps, not {warmup}", where="model.warmup")
+        self.base, self.init = base, init
+        self.peft_spec = model.spec_of(peft, lora)
+        self.lr, self.warmup, self.schedule, self.min_lr_share = lr, warmup, schedule, min_lr_share
+        self.weight_decay, self.betas, self.eps = weight_decay, betas, eps
+        self.gradient_checkpointing = gradient_checkpointing
+        self.checkpoint: Path | None = None         # set by Trainer.validate and .test: weights of one checkpoint
+        self.model: Any = None
+        self.strict_loading = False                 # checkpoints of adapters hold adapters only
+        self.perplexity = nn.ModuleDict({"val": Perplexity(), "test": Perplexity()})
+        self._window = torch.zeros((), dtype=torch.float64)
+
+    # ---- building ----------------------------------------------------------------------------------------------------
+
+    def configure_model(self) -> None:
+        """Load or build the model and wrap it; Lightning calls this at every verb, so it does so once."""
+        if self.model is not None:
+            return
+        dtype = DTYPES.get(str(self.trainer.precision), torch.float32)
+        prompt_learning = self._learns_prompt()
+        kind = "sdpa" if prompt_learning else attention.NAME
+        if path := self._pretrained():
+            inner = model.load_causal_lm(path, dtype=dtype, attention=kind)
+        else:
+            assert self.init is not None
+            inner = model.init_causal_lm(self.init, dtype=dtype, attention=kind, **self._tokenizer_facts())
+        self._check_fit(inner)
+        inner.config.use_cache = False
+        if self.gradient_checkpointing:
+            inner.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        self.model = self._adapted(inner)
+        self.model.train()
+        if self.trainer.is_global_zero and self.trainer.training:
+            log.info(str(model.count_parameters(self.model)))
+
+    def _pretrained(self) -> str | None:
+        """Where whole weights come from: a checkpoint of a run that trained them all, else the base."""
+        if self.checkpoint is not None and (self.checkpoint / "model").is_dir():
+            return str(self.checkpoint / "model")
+        return resolve(self.base) if self.base is not None else None
+
+    def _adapted(self, inner: Any) -> Any:
+        if self.peft_spec is None:
+            return inner
+        if self.checkpoint is not None and (self.checkpoint / "adapter").is_dir():
+            return model.load_adapter(inner, self.checkpoint / "adapter", trainable=True)
+        return model.wrap_peft(inner, self.peft_spec)
+
+    def _learns_prompt(self) -> bool:
+        name = (self.peft_spec or {}).get("class_path", "")
+        return any(word in name for word in ("Prompt", "Prefix", "PTuning"))
+
+    def _tokenizer_facts(self) -> dict[str, Any]:
+        """What a new model's config takes from the tokenizer."""
+        tokenizer = self.trainer.datamodule.tokenizer  # type: ignore[attr-defined]
+        return {"vocab_size": tokenizer.vocab_size, "bos_token_id": tokenizer.bos_id,
+                "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
+
+    def _check_fit(self, inner: Any) -> None:
+        """The tokenizer's ids and the rows must fit the model, or the first step would die in an index error."""
+        data = getattr(self.trainer, "datamodule", None)
+        if data is None:
+            return
+        rows, tokens = inner.get_input_embeddings().num_embeddings, data.tokenizer.vocab_size
+        if tokens > rows:
+            raise InputError(f"the tokenizer has {tokens} tokens, the model's embedding {rows} rows", where="data.tokenizer",
+                             fix="use the model's own tokenizer (data.tokenizer: null)")
+        room = getattr(inner.config, "max_position_embeddings", None)
+        if room is not None and data.seq_len > room:
+            raise InputError(f"rows of {data.seq_len} tokens are longer than the model's {room} positions",
+                             where="data.seq_len", fix=f"set --data.seq_len {room} or less")
+
+    # ---- steps -------------------------------------------------------------------------------------------------------
+
+    def training_step(self, batch: "Batch", batch_idx: int) -> Tensor:
+        """The step's share of its loss: sum of NLL over all supervised tokens of the step, divided by their number.
+
+        A step is all micro-batches of all ranks until the weights move; the loader knows its count. Lightning divides
+        what is returned here by the micro-batches, and data parallelism averages it over ranks: both are multiplied back.
+        """
+        nll = self._nll(batch).total
+        count = batch["num_supervised_in_step"]
+        self._window = self._window.to(nll.device) + nll.detach().double() / max(1, count)
+        if batch["last_in_step"]:
+            self._log_loss()
+        return nll * (self.trainer.accumulate_grad_batches * self.trainer.world_size / max(1, count))
+
+    def _log_loss(self) -> None:
+        """Mean NLL of the whole step, over all ranks; reduced only on steps that are logged."""
+        window, self._window = self._window, torch.zeros_like(self._window)
+        if self.trainer._logger_connector.should_update_logs:
+            total = self.trainer.strategy.reduce(window, reduce_op="sum")
+            self.log("train/loss", total.float(), prog_bar=True, rank_zero_only=True)
+
+    def validation_step(self, batch: "Batch", batch_idx: int) -> None:
+        """Add a batch to `val/`."""
+        self._evaluate(batch, "val")
+
+    def test_step(self, batch: "Batch", batch_idx: int) -> None:
+        """Add a batch to `test/`."""
+        self._evaluate(batch, "test")
+
+    def on_validation_epoch_end(self) -> None:
+        """Log `val/nll`, `val/perplexity`, `val/bits_per_byte`, `val/token_accuracy`, `val/tokens`."""
+        self._report("val")
+
+    def on_test_epoch_end(self) -> None:
+        """Log the same under `test/`."""
+        self._report("test")
+
+    def _evaluate(self, batch: "Batch", split: str) -> None:
+        nll, correct = self._nll(batch)
+        self.perplexity[split].update(nll, batch["num_supervised"], batch["num_bytes"], correct)
+
+    def _report(self, split: str) -> None:
+        metric = self.perplexity[split]
+        figures = metric.report()
+        metric.reset()
+        self.log_dict({f"{split}/{name}": torch.tensor(value, dtype=torch.float64) for name, value in figures.items()},
+                      rank_zero_only=False, sync_dist=False)
+
+    def _nll(self, batch: "Batch") -> Nll:
+        """Sums over one micro-batch, its rows laid side by side into one and its documents kept apart by attention."""
+        if model.learns_prompt(self.model):
+            return self._nll_by_document(batch)
+        hidden = model.backbone(self.model)(
+            input_ids=batch["input_ids"].view(1, -1), position_ids=batch["position_ids"].view(1, -1), attention_mask=None,
+            use_cache=False, cu_seqlens=batch["cu_seqlens"], max_seqlen=batch["max_seqlen"]).last_hidden_state[0]
+        factor, cap = model.logit_adjustment(self.model)
+        return nll_sum(hidden, batch["labels"].view(-1), model.head(self.model), factor=factor, cap=cap)
+
+    def _nll_by_document(self, batch: "Batch") -> Nll:
+        """For methods that put virtual tokens before each conversation: one forward for each, as PEFT itself does it."""
+        ids, labels = batch["input_ids"].view(-1), batch["labels"].view(-1)
+        identity = nn.Identity()
+        total, correct = torch.zeros((), dtype=torch.float64, device=ids.device), torch.zeros_like(ids[0])
+        borders = batch["cu_seqlens"].tolist()
+        for start, stop in zip(borders, borders[1:], strict=False):
+            if (labels[start:stop] == -100).all():
+                continue
+            logits = self.model(input_ids=ids[None, start:stop], use_cache=False).logits[0, start - stop:]
+            part = nll_sum(logits, labels[start:stop], identity)
+            total, correct = total + part.total, correct + part.correct
+        if torch.is_grad_enabled() and not total.requires_grad:
+            total = total + sum(weight.sum() * 0.0 for weight in self.model.parameters() if weight.requires_grad)
+        return Nll(total.float() if torch.is_grad_enabled() else total, correct)
+
+    # ---- optimization ------------------------------------------------------------------------------------------------
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        """AdamW and its schedule, stepped after every optimizer step."""
+        optimizer = optim.adamw(self.named_parameters(), lr=self.lr, weight_decay=self.weight_decay, betas=self.betas, eps=self.eps)
+        total = self.trainer.estimated_stepping_batches
+        if total == float("inf"):
+            raise InputError("the run has no end", where="trainer", fix="set --trainer.max_epochs or --trainer.max_steps")
+        schedule = optim.scheduler(optimizer, self.schedule, warmup=self.warmup, total=int(total), floor=self.min_lr_share)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def configure_gradient_clipping(self, optimizer: Any, gradient_clip_val: float | None = None,
+                                    gradient_clip_algorithm: str | None = None) -> None:
+        """Clip by the norm of all gradients, and keep that norm for the log; under DeepSpeed the engine does it."""
+        if gradient_clip_algorithm not in (None, "norm"):
+            raise InputError("only clipping by norm is supported", where="trainer.gradient_clip_algorithm")
+        limit = float(gradient_clip_val or 0.0)
+        weights = [weight for weight in self.parameters() if weight.grad is not None]
+        if limit > 0 and weights:
+            nn.utils.clip_grad_norm_(weights, limit, foreach=True)
