@@ -1,0 +1,135 @@
+"""Logits in, the next token ids out.
+
+Pure functions and one frozen value. Knows nothing of models, caches or text; stop strings are only carried here, and
+applied where there is text (`engine.TextStream`). Suffixes: B requests, V vocabulary.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from lit_llm.errors import InputError
+
+if TYPE_CHECKING:
+    from torch import Generator, Tensor
+
+MAX_STOPS = 16
+MAX_STOP_CHARS = 256
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How one answer is drawn. Checked when made, so an engine never meets a value that it cannot use.
+
+    Args:
+        max_tokens: New tokens at most, the stop token included; null takes what the context leaves.
+        temperature: Divides the logits; 0 always takes the likeliest token (greedy), 1 is the model as trained.
+        top_p: Keep the likeliest tokens whose probabilities reach this sum (arXiv:1904.09751); 1 keeps all.
+        top_k: Keep this many likeliest tokens; 0 keeps all.
+        stop: The answer ends before the first of these strings, which is not shown.
+        seed: The same seed, prompt and settings give the same tokens, alone or among others; null draws freely.
+    """
+
+    max_tokens: int | None = None
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    stop: tuple[str, ...] = ()
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        _integer("max_tokens", self.max_tokens, least=1)
+        _integer("top_k", self.top_k, least=0)
+        _integer("seed", self.seed, least=-(2**63), most=2**63 - 1)
+        _number("temperature", self.temperature, low=0.0, high=2.0)
+        _number("top_p", self.top_p, low=0.0, high=1.0)
+        if self.top_p == 0:
+            raise InputError("top_p must be above 0; temperature 0 asks for the likeliest token", where="top_p")
+        if not isinstance(self.stop, tuple) or not all(isinstance(text, str) and text for text in self.stop):
+            raise InputError("stop must be a tuple of strings, none of them empty", where="stop")
+        if len(self.stop) > MAX_STOPS or any(len(text) > MAX_STOP_CHARS for text in self.stop):
+            raise InputError(f"at most {MAX_STOPS} stop strings of at most {MAX_STOP_CHARS} characters", where="stop")
+
+    @property
+    def greedy(self) -> bool:
+        """Whether chance plays no part."""
+        return self.temperature == 0
+
+
+def next_ids(
+    logits_BV: "Tensor", params: Sequence[SamplingParams], generators: Sequence["Generator | None"]
+) -> "Tensor":
+    """One token id for each request.
+
+    Each row is drawn by its own generator and sees no other, so a seeded request gives the same tokens in any company.
+
+    Args:
+        logits_BV: (B, V) float, the logits after each request's last token.
+        params: B settings.
+        generators: B random generators on the logits' device; None draws from torch's global one.
+
+    Returns:
+        (B,) int64.
+    """
+    import torch
+
+    assert len(logits_BV) == len(params) == len(generators)
+    ids = [
+        logits_V.argmax() if setting.greedy
+        else torch.multinomial(probabilities(logits_V, setting), 1, generator=generator).squeeze(0)
+        for logits_V, setting, generator in zip(logits_BV, params, generators, strict=True)
+    ]
+    return torch.stack(ids)
+
+
+def probabilities(logits_V: "Tensor", params: SamplingParams) -> "Tensor":
+    """What a request is drawn from: temperature, then top_k, then top_p, in transformers' order.
+
+    Args:
+        logits_V: (V,) float, any precision; the work is done in float32.
+        params: Not greedy.
+
+    Returns:
+        (V,) float32, summing to 1; dropped tokens have exactly 0.
+
+    >>> import torch
+    >>> logits = torch.log(torch.tensor([0.5, 0.3, 0.2]))
+    >>> [round(value, 3) for value in probabilities(logits, SamplingParams(top_k=2)).tolist()]
+    [0.625, 0.375, 0.0]
+    >>> [round(value, 3) for value in probabilities(logits, SamplingParams(top_p=0.6)).tolist()]
+    [0.625, 0.375, 0.0]
+    """
+    import torch
+
+    assert not params.greedy, "a greedy request has no distribution"
+    logits_V = logits_V.float() / params.temperature
+    if 0 < params.top_k < logits_V.shape[-1]:
+        least = logits_V.topk(params.top_k).values[-1]
+        logits_V = logits_V.masked_fill(logits_V < least, -math.inf)
+    if params.top_p < 1:
+        ordered, order = logits_V.sort(descending=False)
+        # Summed from the unlikely end, the tail that together stays within 1 - top_p goes; the likeliest always stays.
+        tail = ordered.softmax(-1).cumsum(-1) <= 1 - params.top_p
+        tail[-1] = False
+        logits_V = logits_V.masked_fill(torch.zeros_like(tail).scatter(0, order, tail), -math.inf)
+    return logits_V.softmax(-1)
+
+
+# ---- checks ----------------------------------------------------------------------------------------------------------
+
+def _integer(name: str, value: object, *, least: int, most: int | None = None) -> None:
+    if value is None and name in ("max_tokens", "seed"):
+        return
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise InputError(f"{name} must be a whole number, not {type(value).__name__}", where=name)
+    if value < least or (most is not None and value > most):
+        reach = f"at least {least}" if most is None else f"from {least} to {most}"
+        raise InputError(f"{name} must be {reach}", where=name)
+
+
+def _number(name: str, value: object, *, low: float, high: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise InputError(f"{name} must be a number, not {type(value).__name__}", where=name)
+    if not (math.isfinite(value) and low <= value <= high):
+        raise InputError(f"{name} must be from {low:g} to {high:g}", where=name)
