@@ -1,0 +1,204 @@
+"""What is worth watching and keeping while a model learns; none of it is needed for correctness.
+
+`Progress` shows the run, `RunFolder` keeps what it was and what came out.
+"""
+
+import logging
+import shutil
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import yaml
+from lightning.pytorch.callbacks import Callback, ProgressBar
+
+from lit_llm.training.report import MetricsCSV, redact, write_json
+
+log = logging.getLogger(__name__)
+
+
+class Progress(ProgressBar):
+    """One bar for the whole run: steps, loss, validation perplexity, tokens/s, time left.
+
+    Where stderr is no terminal, a plain line every `every_seconds` instead.
+
+    Args:
+        every_seconds: Between two plain lines.
+    """
+
+    def __init__(self, every_seconds: float = 10.0) -> None:
+        super().__init__()
+        self.every_seconds = every_seconds
+        self._bar: Any = None
+        self._enabled = True
+        self._tokens, self._since, self._said, self._rate = 0, 0.0, 0.0, 0.0
+        self._seen = 0
+
+    def disable(self) -> None:
+        """On ranks that should be silent."""
+        self._enabled = False
+
+    def enable(self) -> None:
+        """Speak again."""
+        self._enabled = True
+
+    def on_train_start(self, trainer: L.Trainer, *_: Any) -> None:
+        """Open the bar at the step where the run stands."""
+        self._tokens, self._since = 0, time.monotonic()
+        self._said, self._seen = self._since, trainer.global_step
+        if self._enabled and trainer.is_global_zero:
+            self._bar = _bar(int(trainer.estimated_stepping_batches), trainer.global_step, "train")
+
+    def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Count tokens; move at step ends."""
+        self._tokens += int(batch["num_tokens"]) * trainer.world_size
+        if trainer.global_step == self._seen:
+            return
+        moved, self._seen = trainer.global_step - self._seen, trainer.global_step
+        now = time.monotonic()
+        self._rate = self._tokens / max(1e-9, now - self._since)
+        if self._bar is None:
+            return
+        figures = trainer.progress_bar_metrics
+        shown = {name: f"{figures[key]:.3f}" for name, key in
+                 (("loss", "train/loss"), ("val ppl", "val/perplexity")) if key in figures}
+        if (value := trainer.callback_metrics.get("val/perplexity")) is not None:
+            shown["val ppl"] = f"{float(value):.3f}"
+        self._bar.set_postfix(shown | {"tok/s": f"{self._rate:,.0f}"}, refresh=False)
+        self._bar.update(moved)
+        if self._bar.disable and now - self._said > self.every_seconds:
+            self._said = now
+            left = (now - self._since) / max(1, self._bar_moved(trainer)) * (trainer.estimated_stepping_batches - self._seen)
+            facts = ", ".join(f"{name} {value}" for name, value in shown.items())
+            print(f"step {self._seen}/{int(trainer.estimated_stepping_batches)}: {facts}, {self._rate:,.0f} tokens/s, "
+                  f"{left:.0f} s left", file=sys.stderr, flush=True)
+
+    def _bar_moved(self, trainer: L.Trainer) -> int:
+        return trainer.global_step - int(self._bar.initial)
+
+    def on_train_end(self, *_: Any) -> None:
+        """Close it."""
+        self._close()
+
+    def on_exception(self, *_: Any) -> None:
+        """Close it, so that the error stands on a line of its own."""
+        self._close()
+
+    def _close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+    def on_validation_start(self, trainer: L.Trainer, *_: Any) -> None:
+        """A bar of its own for a long validation outside fit."""
+        if self._enabled and trainer.is_global_zero and trainer.state.fn != "fit":
+            self._bar = _bar(sum(int(count) for count in trainer.num_val_batches), 0, "validate", unit="batch")
+
+    on_test_start = on_validation_start
+
+    def on_validation_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        """Move it."""
+        if self._bar is not None and trainer.state.fn != "fit":
+            self._bar.update(1)
+
+    on_test_batch_end = on_validation_batch_end
+
+    def on_validation_end(self, trainer: L.Trainer, *_: Any) -> None:
+        """Close it."""
+        if trainer.state.fn != "fit":
+            self._close()
+
+    on_test_end = on_validation_end
+
+
+def _bar(total: int, initial: int, name: str, unit: str = "step") -> Any:
+    from tqdm import tqdm
+
+    return tqdm(total=total, initial=initial, desc=name, unit=unit, dynamic_ncols=True, file=sys.stderr,
+                disable=not sys.stderr.isatty(), mininterval=0.2)
+
+
+class RunFolder(Callback):
+    """Keeps a run's own record: `config.yaml`, `tokenizer/`, `metrics.json`, and perplexity before training.
+
+    An earlier run of the same name is moved aside, never overwritten.
+    """
+
+    def __init__(self) -> None:
+        self.config: dict[str, Any] | None = None   # the CLI's
+        self.before: dict[str, float] = {}
+        self.after: dict[str, float] = {}
+        self.resumed = False
+
+    def state_dict(self) -> dict[str, Any]:
+        """The figures before training survive a resume."""
+        return {"before": dict(self.before)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take them back."""
+        self.before = dict(state_dict["before"])
+
+    def setup(self, trainer: L.Trainer, module: L.LightningModule, stage: str) -> None:
+        """Make room, then write config and tokenizer."""
+        if stage != "fit" or not trainer.is_global_zero:
+            return
+        folder = Path(trainer.default_root_dir)
+        if not self.resumed:
+            _set_aside(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        if self.config is not None:
+            text = yaml.safe_dump(redact(self.config), sort_keys=False, allow_unicode=True)
+            (folder / "config.yaml").write_text(text, encoding="utf-8")
+
+    def on_fit_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        """The tokenizer, with the chat template that training uses."""
+        tokenizer = getattr(trainer.datamodule, "tokenizer", None)  # type: ignore[attr-defined]
+        if trainer.is_global_zero and tokenizer is not None:
+            tokenizer.save(Path(trainer.default_root_dir) / "tokenizer")
+
+    def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        """A resumed run continues `metrics.csv` where its checkpoint stands."""
+        for logger in trainer.loggers:
+            if isinstance(logger, MetricsCSV) and self.resumed and trainer.is_global_zero:
+                logger.resume(trainer.global_step)
+
+    def on_sanity_check_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        """The validation before the first step is the base's."""
+        self.before = _figures(trainer, "val/")
+        if trainer.is_global_zero and self.before:
+            log.info("before training: validation perplexity %.3f on %d tokens",
+                     self.before["val/perplexity"], self.before["val/tokens"])
+
+    def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        """Keep the newest figures."""
+        if not trainer.sanity_checking:
+            self._keep(trainer, "val/")
+
+    def on_test_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        """Keep the newest figures."""
+        self._keep(trainer, "test/")
+
+    def _keep(self, trainer: L.Trainer, split: str) -> None:
+        self.after = _figures(trainer, split)
+        if trainer.is_global_zero:
+            facts: dict[str, Any] = {"step": trainer.global_step} | self.after
+            if self.before:
+                facts |= {f"before/{name}": value for name, value in self.before.items()}
+            write_json(Path(trainer.default_root_dir) / "metrics.json", facts)
+
+
+def _figures(trainer: L.Trainer, prefix: str) -> dict[str, float]:
+    return {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith(prefix)}
+
+
+def _set_aside(folder: Path) -> None:
+    """Move an earlier run of this name to `<name>-1`, `-2`, ... The first free one."""
+    if not (folder / "config.yaml").exists() and not (folder / "checkpoints").exists():
+        return
+    number = 1
+    while (aside := folder.with_name(f"{folder.name}-{number}")).exists():
+        number += 1
+    shutil.move(folder, aside)
+    log.info("the earlier run in %s is now in %s", folder, aside)

@@ -1,0 +1,114 @@
+"""Logged figures in, `metrics.csv` and `metrics.json` out: what a run leaves behind without any account anywhere.
+
+Knows nothing of models or training; a row is what somebody logged at a step.
+"""
+
+import csv
+import json
+import math
+import os
+import re
+import time
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.loggers import Logger
+from lightning.pytorch.utilities import rank_zero_only
+
+FIRST = ["step", "epoch", "seconds"]
+SECRET_KEY = re.compile(r"(?i)(token(?!izer|s\b|_)|secret|password|api_?key|credential)")
+SECRET_VALUE = re.compile(r"\b(hf_\w{8,}|sk-\w{8,}|wandb_\w{8,}|ghp_\w{8,}|AKIA\w{12,})")
+
+
+class MetricsCSV(Logger):
+    """`metrics.csv` of a run folder: one row for each step at which something was logged, a column for each metric.
+
+    A resumed run continues the file: rows behind the step it resumes from are dropped, so that no step stands twice.
+
+    Args:
+        folder: The run folder; made with the first row.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        super().__init__()
+        self.file = Path(folder) / "metrics.csv"
+        self._rows: list[dict[str, Any]] = []
+        self._columns: list[str] = list(FIRST)
+        self._started = time.monotonic()
+
+    @property
+    def name(self) -> str:
+        """Of the run."""
+        return self.file.parent.name
+
+    @property
+    def version(self) -> str:
+        """None: the folder is the version."""
+        return ""
+
+    @rank_zero_only
+    def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
+        """Nothing: `config.yaml` holds them."""
+
+    def resume(self, step: int) -> None:
+        """Read the rows up to a step back from the file."""
+        if not self.file.is_file():
+            return
+        with open(self.file, newline="", encoding="utf-8") as handle:
+            self._rows = [row for row in csv.DictReader(handle) if int(row["step"]) < step]
+        self._columns = list(dict.fromkeys([*FIRST, *(key for row in self._rows for key in row)]))
+
+    @rank_zero_only
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        """Add figures to the row of a step; Lightning counts the first step as 0."""
+        figures = {key: value for key, value in metrics.items() if key != "epoch"}
+        if not figures:
+            return
+        row = {"step": step or 0, "epoch": int(metrics.get("epoch", 0)),
+               "seconds": round(time.monotonic() - self._started, 3)}
+        if self._rows and int(self._rows[-1]["step"]) == row["step"] and not figures.keys() & self._rows[-1].keys():
+            self._rows[-1].update(figures)
+            self._write()
+            return
+        self._rows.append(row | figures)
+        if set(figures) - set(self._columns):
+            self._write()
+        else:
+            with open(self.file, "a", newline="", encoding="utf-8") as handle:
+                csv.DictWriter(handle, self._columns, restval="").writerow(self._rows[-1])
+
+    def _write(self) -> None:
+        """The whole file anew: a new column, or a row that grew."""
+        self._columns = list(dict.fromkeys([*self._columns, *(key for row in self._rows for key in row)]))
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        partial = self.file.with_suffix(".partial")
+        with open(partial, "w", newline="", encoding="utf-8") as handle:
+            writer = csv.DictWriter(handle, self._columns, restval="")
+            writer.writeheader()
+            writer.writerows(self._rows)
+        os.replace(partial, self.file)
+
+
+def write_json(file: Path, figures: dict[str, Any]) -> None:
+    """Write figures as JSON in one move; what is not finite becomes null."""
+    clean = {key: (None if isinstance(value, float) and not math.isfinite(value) else value) for key, value in figures.items()}
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_suffix(".partial")
+    partial.write_text(json.dumps(clean, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(partial, file)
+
+
+def redact(value: Any, key: str = "") -> Any:
+    """A config without its secrets: by the key's name, or by the look of the value.
+
+    >>> redact({"api_key": "x", "note": "my hf_abcdefghij", "data": {"tokenizer": "gpt2"}})
+    {'api_key': '(removed)', 'note': 'my (removed)', 'data': {'tokenizer': 'gpt2'}}
+    """
+    if isinstance(value, dict):
+        return {name: redact(item, str(name)) for name, item in value.items()}
+    if isinstance(value, list):
+        return [redact(item, key) for item in value]
+    if isinstance(value, str):
+        return "(removed)" if SECRET_KEY.search(key) else SECRET_VALUE.sub("(removed)", value)
+    return value

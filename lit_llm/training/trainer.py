@@ -1,0 +1,131 @@
+"""Lightning's Trainer with this project's defaults: a run folder, CSV always, checkpoints that survive, DeepSpeed anywhere.
+
+Knows nothing of what is trained.
+"""
+
+
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.callbacks import ProgressBar as AnyProgressBar
+from lightning.pytorch.loggers import Logger
+
+from lit_llm.training import checkpoint
+from lit_llm.training.callbacks import Progress, RunFolder
+from lit_llm.training.checkpoint import StepCheckpoint
+from lit_llm.training.report import MetricsCSV
+
+
+class Trainer(L.Trainer):
+    """Trains, validates and tests; everything a run writes lies below `default_root_dir`.
+
+    Args:
+        strategy: `auto`, `ddp`, `deepspeed_stage_1`, `_2` or `_3` (on CUDA, and on CPU with gloo), any other strategy of
+            Lightning's, or a class_path.
+        default_root_dir: The run folder, runs/<name>.
+        logger: Loggers beside `metrics.csv`, which is always written.
+        callbacks: Callbacks beside checkpoints, progress bar and run folder, which are always there; a
+            `StepCheckpoint` given here replaces the default one.
+        num_sanity_val_steps: Validation batches before the first step. -1 takes all, so that the run can tell
+            perplexity before and after.
+        log_every_n_steps: Steps between two rows of `metrics.csv`.
+        enable_model_summary: Lightning's table of layers; parameters are counted without it.
+        kwargs: Lightning's own.
+    """
+
+    def __init__(
+        self,
+        *,
+        strategy: Any = "auto",
+        default_root_dir: str = "runs/run",
+        logger: Logger | list[Logger] | bool | None = None,
+        callbacks: list[L.Callback] | L.Callback | None = None,
+        num_sanity_val_steps: int = -1,
+        log_every_n_steps: int = 10,
+        enable_model_summary: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        self.run = RunFolder()
+        callbacks = [] if callbacks is None else callbacks if isinstance(callbacks, list) else [callbacks]
+        callbacks = [*callbacks, self.run]
+        if not any(isinstance(callback, AnyProgressBar) for callback in callbacks) and kwargs.get("enable_progress_bar", True):
+            callbacks.append(Progress())
+        if kwargs.get("enable_checkpointing", True) and not any(isinstance(callback, Checkpoint) for callback in callbacks):
+            callbacks.append(StepCheckpoint())
+        loggers = [] if logger in (None, True, False) else logger if isinstance(logger, list) else [logger]
+        super().__init__(
+            strategy=_strategy(strategy),
+            default_root_dir=default_root_dir,
+            logger=[MetricsCSV(default_root_dir), *loggers],  # type: ignore[list-item]
+            callbacks=callbacks,
+            num_sanity_val_steps=num_sanity_val_steps,
+            log_every_n_steps=log_every_n_steps,
+            enable_model_summary=enable_model_summary,
+            **kwargs,
+        )
+
+    def fit(self, model: L.LightningModule, train_dataloaders: Any = None, val_dataloaders: Any = None,
+            datamodule: L.LightningDataModule | None = None, ckpt_path: str | None = None, **kwargs: Any) -> None:
+        """Train; with `ckpt_path` (last, best, or a checkpoint folder) go on where that checkpoint stands.
+
+        Args:
+            model: The module.
+            train_dataloaders: Instead of a datamodule.
+            val_dataloaders: Instead of a datamodule.
+            datamodule: The data.
+            ckpt_path: `last`, `best`, or a folder like runs/sft/checkpoints/step_40; null starts anew.
+            kwargs: Lightning's own.
+        """
+        state = None
+        if ckpt_path is not None:
+            self.run.resumed = True
+            state = checkpoint.find(Path(self.default_root_dir), str(ckpt_path)) / "state"
+        super().fit(model, train_dataloaders, val_dataloaders, datamodule, ckpt_path=state, **kwargs)
+
+    def validate(self, model: Any = None, dataloaders: Any = None, ckpt_path: str | None = None, verbose: bool = False,
+                 datamodule: L.LightningDataModule | None = None, **kwargs: Any) -> Any:
+        """Perplexity on the validation data, of the base or of a checkpoint.
+
+        Args:
+            model: The module.
+            dataloaders: Instead of a datamodule.
+            ckpt_path: `last`, `best`, or a checkpoint folder; null takes the model as configured.
+            verbose: Lightning's table of figures; ours is printed without it.
+            datamodule: The data.
+            kwargs: Lightning's own.
+        """
+        self._use(model, ckpt_path)
+        return super().validate(model, dataloaders, ckpt_path=None, verbose=verbose, datamodule=datamodule, **kwargs)
+
+    def test(self, model: Any = None, dataloaders: Any = None, ckpt_path: str | None = None, verbose: bool = False,
+             datamodule: L.LightningDataModule | None = None, **kwargs: Any) -> Any:
+        """Perplexity on the test data, of the base or of a checkpoint.
+
+        Args:
+            model: The module.
+            dataloaders: Instead of a datamodule.
+            ckpt_path: `last`, `best`, or a checkpoint folder; null takes the model as configured.
+            verbose: Lightning's table of figures; ours is printed without it.
+            datamodule: The data.
+            kwargs: Lightning's own.
+        """
+        self._use(model, ckpt_path)
+        return super().test(model, dataloaders, ckpt_path=None, verbose=verbose, datamodule=datamodule, **kwargs)
+
+    def _use(self, model: Any, ckpt_path: str | None) -> None:
+        """Evaluate a checkpoint's weights: they lie beside the training state in the field's formats, under any strategy."""
+        if ckpt_path is not None:
+            model.checkpoint = checkpoint.find(Path(self.default_root_dir), str(ckpt_path))
+
+
+def _strategy(strategy: Any) -> Any:
+    """DeepSpeed by name is ours: it runs on CPU too, and its gradients are exact."""
+    if isinstance(strategy, str) and strategy.startswith("deepspeed"):
+        from lit_llm.training.strategy import ZeroStrategy
+
+        return ZeroStrategy.from_name(strategy)
+    return strategy
+
+
