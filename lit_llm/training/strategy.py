@@ -1,0 +1,373 @@
+"""A LightningModule in, the same module trained by DeepSpeed's ZeRO stage 1, 2 or 3 out: on CUDA, and on CPU with gloo.
+
+Owns everything that is DeepSpeed's: the process group, the sharding of weights while they are loaded, where an
+optimizer step ends, clipping, shards on disk, and full weights gathered back. The gradient that reaches the optimizer is
+exactly that of the loss the module returned: Lightning divides it by the accumulated micro-batches, ZeRO averages it
+over processes, and nobody divides twice. Knows nothing of data, models, losses or what a checkpoint means.
+"""
+
+import atexit
+import os
+from collections.abc import Generator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout, suppress
+from pathlib import Path
+from sys import stderr
+from typing import TYPE_CHECKING, Any
+
+import torch
+from lightning.pytorch.plugins.precision import DeepSpeedPrecision, Precision
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, StrategyRegistry
+from torch import Tensor, nn
+
+from lit_llm.errors import InputError, did_you_mean
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Trainer
+
+_RENDEZVOUS = ("MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE", "LOCAL_RANK")
+
+
+class ZeroStrategy(DeepSpeedStrategy):
+    """DeepSpeed's ZeRO as a Lightning strategy (arXiv:1910.02054, section 5).
+
+    Differs from Lightning's own in five ways: it runs on CPU too; an optimizer step ends where Lightning says so, also in
+    a short last window; gradients are not divided by the accumulation a second time and are summed in float32;
+    transformers models are sharded while they load and adapters start at zero; checkpoints leave out frozen weights.
+
+    Args:
+        stage: What is split over processes. 1: optimizer states; 2: gradients too; 3: weights too, gathered layer by layer.
+            2 costs nothing over 1; 3 is for a model whose weights alone do not fit on one device.
+        offload_optimizer: Keep optimizer states in CPU memory. Saves 12 bytes per trainable parameter of device memory.
+        offload_parameters: Keep the weights in CPU memory, stage 3 only. Slow; for models that fit in no other way.
+        config: A DeepSpeed config, as a dict or the path of a JSON file, in place of all other arguments here. Must not
+            name `gradient_accumulation_steps`, and not `gradient_clipping` where `trainer.gradient_clip_val` is set.
+        kwargs: Any other argument of `lightning.pytorch.strategies.DeepSpeedStrategy`.
+
+    Raises:
+        InputError: If `stage` is not 1, 2 or 3, or an option needs another stage.
+    """
+
+    def __init__(
+        self,
+        *,
+        stage: int = 2,
+        offload_optimizer: bool = False,
+        offload_parameters: bool = False,
+        config: str | dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if stage not in (1, 2, 3):
+            raise InputError(f"stage must be 1, 2 or 3, not {stage!r}", where="trainer.strategy")
+        if offload_parameters and stage != 3:
+            raise InputError(f"offload_parameters needs stage 3, not {stage}", where="trainer.strategy")
+        _import_deepspeed()
+        super().__init__(
+            stage=stage,
+            offload_optimizer=offload_optimizer,
+            offload_parameters=offload_parameters,
+            config=config,
+            **kwargs,
+        )
+        self._environ: dict[str, str | None] = {}
+        self._hf_config: object | None = None       # transformers keeps only a weak reference to it
+
+    @classmethod
+    def from_name(cls, name: str) -> "ZeroStrategy":
+        """The strategy of a name like `deepspeed`, `deepspeed_stage_3` or `deepspeed_stage_2_offload`.
+
+        Raises:
+            InputError: If Lightning registers no DeepSpeed strategy of that name.
+        """
+        known = [word for word in StrategyRegistry.available_strategies() if word.startswith("deepspeed")]
+        if name not in known:
+            raise InputError(
+                f"no strategy is named {name!r}.{did_you_mean(name, known)}",
+                where="trainer.strategy",
+                fix=f"One of: {', '.join(known)}",
+            )
+        return cls(**StrategyRegistry[name]["init_params"])
+
+    # ---- devices and processes
+
+    @property
+    def root_device(self) -> torch.device:
+        """This process's device; a CPU too gets an index, since DeepSpeed takes it for the rank."""
+        device = super().root_device
+        return torch.device("cpu", self.local_rank) if device.type == "cpu" else device
+
+    def setup_environment(self) -> None:
+        """Check what DeepSpeed cannot do, then join the other processes."""
+        self._refuse_unsupported()
+        _select_device(self.root_device.type)
+        DDPStrategy.setup_environment(self)         # the parent's own refuses anything but CUDA
+
+    def setup_distributed(self) -> None:
+        """Join the process group: NCCL on CUDA, gloo on CPU."""
+        self._environ = {key: os.environ.get(key) for key in _RENDEZVOUS}
+        if self.root_device.type == "cpu":
+            from lightning.fabric.utilities.seed import reset_seed
+
+            reset_seed()
+            self.set_world_ranks()
+            self._init_deepspeed_distributed()
+        else:
+            super().setup_distributed()
+        # Not in teardown: `fit` and then `validate` on one trainer share the group.
+        atexit.unregister(_leave_process_group)
+        atexit.register(_leave_process_group)
+
+    def teardown(self) -> None:
+        """Release the model; leave the environment of a lone process as it was."""
+        super().teardown()
+        self._hf_config = None
+        if self.world_size > 1:
+            return                                  # the started processes live on, Lightning must not start more
+        for key, value in self._environ.items():
+            os.environ.pop(key, None)
+            if value is not None:
+                os.environ[key] = value
+
+    def _refuse_unsupported(self) -> None:
+        module = self.lightning_module
+        assert module is not None
+        assert isinstance(self.config, dict)
+        clip = module.trainer.gradient_clip_val
+        if clip and module.trainer.gradient_clip_algorithm == "value":
+            raise InputError(
+                "DeepSpeed clips by norm only, not by value",
+                where="trainer.gradient_clip_algorithm",
+                fix="Set it to norm, or train with --trainer.strategy ddp",
+            )
+        if clip and not self._config_initialized and "gradient_clipping" in self.config:
+            raise InputError(
+                "clipping is set twice: here and as gradient_clipping in the DeepSpeed config",
+                where="trainer.gradient_clip_val",
+                fix="Remove one of them",
+            )
+
+    # ---- model and precision
+
+    @property
+    def precision_plugin(self) -> Precision:
+        """DeepSpeed's precision, which leaves casting to the engine."""
+        return super().precision_plugin
+
+    @precision_plugin.setter
+    def precision_plugin(self, plugin: Precision | None) -> None:
+        if isinstance(plugin, DeepSpeedPrecision) and not isinstance(plugin, _EnginePrecision):
+            plugin = _EnginePrecision(plugin.precision)
+        self._precision_plugin = plugin
+
+    @contextmanager
+    def model_sharded_context(self) -> Generator[None, None, None]:
+        """Around `configure_model`: transformers shards what it builds or loads under stage 3.
+
+        Lightning's own context partitions every new module at once, so that weights load into empty tensors and LoRA's
+        zeros go nowhere. transformers knows the right way, if it can see the config; everything else (adapters) stays
+        whole until the engine starts, which broadcasts rank 0's values and partitions them.
+        """
+        self._init_config_if_needed()
+        if self.zero_stage_3:
+            from transformers.integrations.deepspeed import HfDeepSpeedConfig
+
+            self._hf_config = HfDeepSpeedConfig(self.config)
+        yield
+
+    def setup(self, trainer: "Trainer") -> None:
+        """Start the engine on the configured module."""
+        self._init_config_if_needed()
+        self._fit_buckets()
+        super().setup(trainer)
+
+    def _format_config(self) -> None:
+        super()._format_config()
+        config = self.config
+        assert isinstance(config, dict)
+        config.setdefault("zero_allow_untested_optimizer", True)
+        config.setdefault("zero_force_ds_cpu_optimizer", False)     # offload steps with our AdamW, nothing is compiled
+        config.setdefault("communication_data_type", "fp32")
+        if config.get("bf16", {}).get("enabled"):
+            config.setdefault("data_types", {}).setdefault("grad_accum_dtype", "fp32")
+
+    def _fit_buckets(self) -> None:
+        """Shrink the reduce bucket to what is trained: it is allocated whole, 800 MB and more for a small adapter."""
+        assert isinstance(self.config, dict)
+        assert self.model is not None
+        zero = self.config.get("zero_optimization", {})
+        if isinstance(zero.get("reduce_bucket_size"), int):
+            trained = sum(_full_numel(weight) for weight in self.model.parameters() if weight.requires_grad)
+            zero["reduce_bucket_size"] = max(1024, min(zero["reduce_bucket_size"], trained))
+
+    # ---- steps
+
+    @property
+    def handles_gradient_accumulation(self) -> bool:
+        """No: Lightning says where a step ends, so that its counters, the schedule and the engine agree."""
+        return False
+
+    def block_backward_sync(self) -> AbstractContextManager[None]:
+        """Nothing to block: the engine itself reduces at the end of a step only."""
+        return nullcontext()
+
+    def backward(self, closure_loss: Tensor, optimizer: Any, *args: Any, **kwargs: Any) -> Tensor:
+        """Backward of one micro-batch; gradients are reduced for the step in its last one."""
+        assert self.lightning_module is not None
+        last = not self.lightning_module.trainer.fit_loop._should_accumulate()
+        self.deepspeed_engine.set_gradient_accumulation_boundary(last)
+        # Lightning has divided by accumulate_grad_batches, the engine would once more
+        return super().backward(closure_loss, optimizer, *args, scale_wrt_gas=False, **kwargs)
+
+    @property
+    def gradient_norm(self) -> float | None:
+        """Norm of the last step's whole gradient before clipping; None before the first step."""
+        norm = getattr(self.model, "get_global_grad_norm", lambda: None)()
+        return None if norm is None else float(norm)
+
+    @property
+    def num_skipped_steps(self) -> int:
+        """Optimizer steps that DeepSpeed left out since a gradient was not finite (float16 and bfloat16 only)."""
+        return int(getattr(self.model, "skipped_steps", 0))
+
+    # ---- checkpoints
+
+    def save_checkpoint(self, checkpoint: dict, filepath: str | Path, storage_options: Any = None) -> None:
+        """Write a folder of shards, one part per process; frozen weights are left out where only a part is trained."""
+        self.exclude_frozen_parameters = self._has_frozen_weights()
+        super().save_checkpoint(checkpoint, filepath, storage_options)
+
+    def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
+        """Restore weights and, when fitting, the optimizer; Lightning restores loops and schedule from what is returned.
+
+        Raises:
+            InputError: If the folder was written with another number of processes or another stage, or by stage 3 and
+                now only to evaluate.
+        """
+        module = self.lightning_module
+        assert module is not None
+        fitting = module.trainer.state.fn == "fit"
+        self._check_shards(Path(checkpoint_path), fitting)
+        strict, module.strict_loading = module.strict_loading, not self._has_frozen_weights()
+        try:
+            state = super().load_checkpoint(checkpoint_path, weights_only)
+        finally:
+            module.strict_loading = strict
+        if fitting:
+            assert self.deepspeed_engine.global_steps == state["global_step"], "engine and trainer count steps apart"
+        return state
+
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        """Nothing to do: the engine loaded the weights."""
+
+    def _has_frozen_weights(self) -> bool:
+        assert self.lightning_module is not None
+        return not all(weight.requires_grad for weight in self.lightning_module.parameters())
+
+    def _check_shards(self, folder: Path, fitting: bool) -> None:
+        shards = folder / "checkpoint"
+        writers = len(list(shards.glob("*_optim_states.pt")))
+        stage_3 = any(shards.glob("zero_pp_rank_*_model_states.pt"))
+        if not writers:
+            raise InputError("this is not a folder that DeepSpeed wrote", where=str(folder))
+        if writers != self.world_size and fitting:
+            raise InputError(
+                f"written by {writers} processes, cannot be read by {self.world_size}",
+                where=str(folder),
+                fix=f"Resume with --trainer.devices {writers}",
+            )
+        if stage_3 != self.zero_stage_3:
+            wrote, reads = ("stage 3", "1 or 2") if stage_3 else ("stage 1 or 2", "3")
+            raise InputError(
+                f"written by {wrote}, cannot be read by stage {reads}",
+                where=str(folder),
+                fix=f"Set --trainer.strategy deepspeed_stage_{3 if stage_3 else 2}",
+            )
+        if stage_3 and not fitting:
+            raise InputError(
+                "shards of stage 3 can only be resumed by fit",
+                where=str(folder),
+                fix="Evaluate the exported folder: --model.base <run>/export",
+            )
+
+
+class _EnginePrecision(DeepSpeedPrecision):
+    """DeepSpeed's precision, without Lightning's cast of buffers: rotary frequencies in bfloat16 are wrong positions."""
+
+    def convert_module(self, module: nn.Module) -> nn.Module:
+        return module                               # the engine casts parameters, and only them
+
+
+def gathered_trainable_state(module: nn.Module) -> dict[str, Tensor] | None:
+    """All trained weights, whole, on the CPU of rank 0; None elsewhere.
+
+    A collective under every strategy: all ranks call it, at the same place. Float32 masters where DeepSpeed has them,
+    since bfloat16 weights hold less than was learned. One weight at a time is gathered on the device.
+
+    Args:
+        module: The LightningModule or any part of it; its parameter names are the keys. Tied weights appear once.
+
+    Returns:
+        Copies that later steps do not touch: name -> contiguous tensor.
+    """
+    import torch.distributed as dist
+
+    keep = not dist.is_available() or not dist.is_initialized() or dist.get_rank() == 0
+    state = {}
+    for name, weight in module.named_parameters():
+        if weight.requires_grad:
+            whole = _whole(weight)
+            if keep:
+                state[name] = whole.detach().to("cpu", copy=True).contiguous()
+    return state if keep else None
+
+
+def _whole(weight: nn.Parameter) -> Tensor:
+    """The full tensor behind a parameter that ZeRO may have cut or cast."""
+    if hasattr(weight, "ds_id") and not hasattr(weight, "_z3_optimizer"):      # stage 3 without an optimizer
+        from deepspeed.zero import GatheredParameters
+
+        with GatheredParameters([weight]):
+            return weight.detach().clone()
+    if hasattr(weight, "ds_id") or hasattr(weight, "_hp_mapping"):
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        return safe_get_full_fp32_param(weight)
+    return weight
+
+
+def _full_numel(weight: nn.Parameter) -> int:
+    return int(getattr(weight, "ds_numel", weight.numel()))
+
+
+def _import_deepspeed() -> None:
+    """Import it once without a word on stdout, where chat answers and reports go."""
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")      # read at import; without it a warning is printed
+    with redirect_stdout(stderr):
+        import deepspeed
+
+    for handler in deepspeed.utils.logging.logger.handlers:
+        if hasattr(handler, "setStream"):
+            handler.setStream(stderr)
+
+
+def _select_device(kind: str) -> None:
+    """Tell DeepSpeed the device Lightning chose: beside a GPU it would not look at a CPU."""
+    import deepspeed
+    from deepspeed.accelerator import get_accelerator, set_accelerator
+
+    if kind == "cpu" and get_accelerator().device_name() != "cpu":
+        from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
+
+        os.environ["DS_ACCELERATOR"] = "cpu"
+        set_accelerator(CPU_Accelerator())
+    if kind == "cpu":
+        # else the first run compiles C++ and one killed meanwhile leaves a lock that hangs all later ones; not used here
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def _leave_process_group() -> None:
+    import torch.distributed as dist
+
+    if dist.is_available() and dist.is_initialized():
+        with suppress(RuntimeError, ValueError):
+            dist.destroy_process_group()
