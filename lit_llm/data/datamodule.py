@@ -1,0 +1,260 @@
+"""The data of a run, as Lightning asks for it: sources in, loaders of packed batches out.
+
+`__init__` only stores; `prepare_data` tokenizes (one process a machine), `setup` opens, splits and packs. Knows the
+trainer's number of processes and accumulation, and nothing of models.
+"""
+
+import hashlib
+import json
+import sys
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import lightning as L
+import numpy as np
+
+from lit_llm.data import packing as pack
+from lit_llm.data import store as stores
+from lit_llm.data.loader import Corpus, RowLoader
+from lit_llm.data.packing import Overlong, Packing, Rows
+from lit_llm.data.sources import Source
+from lit_llm.data.store import OnBadRecord, TokenStore
+from lit_llm.errors import InputError
+from lit_llm.tokenizer import Tokenizer, TrainOn
+
+Stage = Literal["train", "val", "test"]
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """One stage's data: what tokens there are and how they lie in rows; `notes` counts what was cut, dropped, drawn."""
+
+    corpus: Corpus
+    rows: Rows
+    notes: dict[str, int]
+    fingerprint: str
+
+
+class TextDataModule(L.LightningDataModule):
+    """Documents and conversations as packed batches.
+
+    Args:
+        sources: What to train on: a list of `{path: ...}`.
+        val_sources: What to validate on; null takes `val_fraction` of the training records.
+        val_fraction: Share of the training records that is held out, 0 to 1, by a hash of each record's content: a
+            record stays on its side when others are added, and its exact duplicates go with it.
+        test_sources: What `test` reads; null takes the validation data.
+        tokenizer: Folder or hub id; null takes the model's.
+        chat_template: A .jinja file, or the name of one of the tokenizer's; null takes the tokenizer's own.
+        train_on: Of a conversation, learn every answer (assistant), the last one (last), or every token (all).
+            Documents are learned whole.
+        seq_len: Tokens of a row, at least 2. Memory grows with `seq_len * batch_size`.
+        batch_size: Rows per device and micro-step.
+        packing: `best_fit` puts whole sequences side by side, never attending across; `concat` cuts anywhere and
+            wastes nothing (pretraining); `none` puts one in a row and pads to the longest of the batch.
+        overlong: A conversation longer than `seq_len`: keep its head (cut), leave it out (drop), or stop (error).
+            Documents become windows that overlap by one token, so nothing is lost.
+        on_bad_record: Stop at the first bad record (error), or write it aside with the reason (quarantine).
+        seed: Of the order, and of the records drawn by a fractional weight.
+        cache_dir: Where tokens are kept; null is `$LIT_LLM_CACHE`, else `~/.cache/lit_llm`.
+    """
+
+    def __init__(
+        self,
+        sources: list[Source],
+        val_sources: list[Source] | None = None,
+        val_fraction: float = 0.0,
+        test_sources: list[Source] | None = None,
+        tokenizer: str | None = None,
+        chat_template: str | None = None,
+        train_on: TrainOn = "assistant",
+        seq_len: int = 1024,
+        batch_size: int = 4,
+        packing: Packing = "best_fit",
+        overlong: Overlong = "cut",
+        on_bad_record: OnBadRecord = "error",
+        seed: int = 0,
+        cache_dir: str | None = None,
+    ) -> None:
+        super().__init__()
+        self.sources, self.val_sources, self.test_sources = sources, val_sources, test_sources
+        self.val_fraction, self.tokenizer_path, self.chat_template = val_fraction, tokenizer, chat_template
+        self.train_on, self.seq_len, self.batch_size = train_on, seq_len, batch_size
+        self.packing, self.overlong, self.on_bad_record = packing, overlong, on_bad_record
+        self.seed, self.cache_dir = seed, cache_dir
+        self.plans: dict[Stage, Plan] = {}
+        self.reports: list[stores.Report] = []
+        self._tokenizer: Tokenizer | None = None
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer, loaded at first use.
+
+        Raises:
+            InputError: None is named.
+        """
+        if self._tokenizer is None:
+            if not self.tokenizer_path:
+                raise InputError("no tokenizer is named", where="data.tokenizer",
+                                 fix="Set data.tokenizer to a folder or hub id; with model.base it is the model's.")
+            self._tokenizer = Tokenizer.load(self.tokenizer_path, chat_template=self.chat_template)
+        return self._tokenizer
+
+    # ---- Lightning's hooks -------------------------------------------------------------------------------------------
+
+    def prepare_data(self) -> None:
+        """Tokenize what is not in the cache; Lightning calls it on one process of each machine."""
+        self._check()
+        for source in [*self.sources, *(self.val_sources or ()), *(self.test_sources or ())]:
+            self._open(source, write=True)
+
+    def setup(self, stage: str | None = None) -> None:
+        """Open the stores and plan the rows of what `stage` needs; a second call does nothing."""
+        self._check()
+        wanted: dict[str | None, tuple[Stage, ...]] = {
+            "fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": ()}
+        for name in wanted.get(stage, ("train", "val", "test")):
+            if name not in self.plans and (name == "train" or self._held_out(name)):
+                self.plans[name] = self._plan(name)
+        if self._rank == 0 and stage in ("fit", None):
+            print(self.summary(), file=sys.stderr, flush=True)
+
+    def train_dataloader(self) -> RowLoader:
+        """Shuffled, in whole accumulation windows, resumable."""
+        trainer = self.trainer
+        return self._loader("train", shuffle=True, accumulate=trainer.accumulate_grad_batches if trainer else 1)
+
+    def val_dataloader(self) -> RowLoader | list[Any]:
+        """In order; every token is counted once over all ranks."""
+        return self._loader("val") if "val" in self.plans else []
+
+    def test_dataloader(self) -> RowLoader | list[Any]:
+        """As `val_dataloader`, of `test_sources`."""
+        return self._loader("test") if "test" in self.plans else []
+
+    # ---- from sources to rows ----------------------------------------------------------------------------------------
+
+    def _check(self) -> None:
+        if not self.sources:
+            raise InputError("there is nothing to read", where="data.sources", fix="Add `- path: FILE`.")
+        if not 0 <= self.val_fraction < 1:
+            raise InputError(f"{self.val_fraction} is not a share from 0 to below 1", where="data.val_fraction")
+        if self.seq_len < 2:
+            raise InputError(f"{self.seq_len} leaves nothing to predict; use 2 or more", where="data.seq_len")
+        if self.batch_size < 1:
+            raise InputError(f"{self.batch_size} is no number of rows", where="data.batch_size")
+        for source in self.sources:
+            if not source.weight > 0:
+                raise InputError(f"weight {source.weight} draws nothing; use a number above 0", where=source.path)
+
+    @property
+    def _rank(self) -> int:
+        return self.trainer.global_rank if self.trainer else 0
+
+    def _held_out(self, stage: Stage) -> bool:
+        return bool(self.val_sources or self.val_fraction or (stage == "test" and self.test_sources))
+
+    def _open(self, source: Source, *, write: bool) -> TokenStore:
+        open_ = stores.prepare if write else stores.wait_for
+        return open_(source, self.tokenizer, train_on=self.train_on, on_bad_record=self.on_bad_record,
+                     cache_dir=self.cache_dir)
+
+    def _plan(self, stage: Stage) -> Plan:
+        own = self.test_sources if stage == "test" and self.test_sources else self.val_sources
+        listed = self.sources if stage == "train" or not own else own
+        side = None if (own and stage != "train") or self.val_sources or not self.val_fraction else stage
+        draws: list[tuple[TokenStore, np.ndarray]] = []
+        notes: dict[str, int] = {}
+        local_rank = self.trainer.local_rank if self.trainer else 0
+        for number, source in enumerate(listed):
+            store = self._open(source, write=local_rank == 0)
+            if stage == "train" and store.report not in self.reports:
+                self.reports.append(store.report)
+            which = _one_side(store, self.val_fraction, side)
+            if stage == "train":
+                which = _weighted(which, source.weight, [self.seed, number])
+            draws.append((store, which))
+        corpus = Corpus(draws, end=stage == "train")
+        if not len(corpus):
+            raise InputError(f"no record is left for {stage}", where="data.val_fraction" if side else "data.sources",
+                             fix="Name data.val_sources, or cut text files into more documents (document: paragraph).")
+        rows = self._rows(corpus, stage, notes)
+        if not rows.supervised.sum():
+            raise InputError(f"no token of the {stage} data is supervised", where="data.train_on",
+                             fix="Look at the rows: python -m lit_llm inspect --config ...")
+        keys = [[store.key for store, _ in draws], stage, side, self.val_fraction, [source.weight for source in listed],
+                self.seq_len, self.packing, self.overlong, self.seed]
+        return Plan(corpus, rows, notes, hashlib.sha256(json.dumps(keys).encode()).hexdigest()[:16])
+
+    def _rows(self, corpus: Corpus, stage: Stage, notes: dict[str, int]) -> Rows:
+        """Segments, then rows. Evaluation goes document by document whatever the packing: its numbers must not move."""
+        lengths = corpus.lengths
+        if stage == "train" and self.packing == "concat":
+            if self.train_on != "all" and not corpus.is_document.all():
+                place = corpus.place(int(np.flatnonzero(~corpus.is_document)[0]))
+                raise InputError("concat would cut conversations apart, answers from their questions", where=place,
+                                 fix="Set data.packing to best_fit; concat is for documents.")
+            segments = pack.whole(lengths)[np.random.default_rng(self.seed).permutation(len(lengths))]
+        else:
+            try:
+                split = pack.split(lengths, corpus.is_document, seq_len=self.seq_len, overlong=self.overlong)
+            except InputError as error:
+                raise InputError(error.what, where=corpus.place(int(error.where)), fix=error.fix) from None
+            segments, counts = split.segments, corpus.count(split.segments)
+            unlearnable = (counts == 0)
+            notes.update(cut=len(split.cut), dropped_overlong=len(split.dropped),
+                         dropped_nothing_left=int(unlearnable.sum()))
+            segments = segments[~unlearnable]
+        packing = self.packing if stage == "train" or self.packing == "none" else "best_fit"
+        rows = pack.pack(segments, seq_len=self.seq_len, packing=packing)
+        return rows.counted(corpus.count(rows.segments))
+
+    def _loader(self, stage: Stage, *, shuffle: bool = False, accumulate: int = 1) -> RowLoader:
+        plan, trainer, tokenizer = self.plans[stage], self.trainer, self.tokenizer
+        pad_id = tokenizer.pad_id if tokenizer.pad_id is not None else tokenizer.eos_id
+        return RowLoader(plan.corpus, plan.rows, batch_size=self.batch_size, seq_len=self.seq_len, pad_id=pad_id,
+                         token_bytes=tokenizer.token_bytes, seed=self.seed, rank=self._rank,
+                         world=trainer.world_size if trainer else 1, accumulate=accumulate, shuffle=shuffle,
+                         trim=self.packing == "none", fingerprint=plan.fingerprint)
+
+    # ---- what the user sees ------------------------------------------------------------------------------------------
+
+    def summary(self) -> str:
+        """Some lines: records read, kept, dropped and why; then tokens, supervised share, rows and fill per stage."""
+        lines = [line for report in self.reports for line in describe(report)]
+        for stage, plan in self.plans.items():
+            tokens, rows = int(plan.rows.lengths.sum()), plan.rows
+            share, fill = rows.supervised.sum() / tokens, tokens / (len(rows) * self.seq_len)
+            notes = "".join(f", {count:,} {name.replace('_', ' ')}" for name, count in plan.notes.items() if count)
+            lines.append(f"{stage}: {len(plan.corpus):,} sequences{notes}; {tokens:,} tokens, {share:.1%} supervised; "
+                         f"{len(rows):,} rows of {self.seq_len}, {fill:.1%} full")
+        return "\n".join(lines)
+
+    def facts(self) -> dict[str, Any]:
+        """The summary as values, for a run's report."""
+        return {"sources": [asdict(report) for report in self.reports],
+                **{stage: {"sequences": len(plan.corpus), "rows": len(plan.rows), **plan.notes,
+                           "tokens": int(plan.rows.lengths.sum()), "supervised": int(plan.rows.supervised.sum())}
+                   for stage, plan in self.plans.items()}}
+
+
+def describe(report: stores.Report) -> list[str]:
+    """A source's records in words; one line, and one for each reason to drop."""
+    lines = [f"{report.source}: {report.read:,} records, {report.kept:,} kept, {report.tokens:,} tokens"]
+    lines += [f"  {count:,} dropped: {reason} (first at {first})" for reason, (count, first) in report.dropped.items()]
+    return lines
+
+
+def _one_side(store: TokenStore, val_fraction: float, side: Stage | None) -> np.ndarray:
+    """Indices of a store's sequences for train or for the held-out side; all of them where nothing is split."""
+    if side is None:
+        return np.arange(len(store))
+    held_out = store.sequences["content"] < np.uint64(val_fraction * 2.0**64)
+    return np.flatnonzero(~held_out if side == "train" else held_out)
+
+
+def _weighted(which: np.ndarray, weight: float, seed: list[int]) -> np.ndarray:
+    """`floor(weight)` copies, and a seeded sample for the rest."""
+    copies, rest = divmod(weight, 1)
+    extra = np.random.default_rng(seed).choice(which, size=round(rest * len(which)), replace=False)
+    return np.concatenate([*[which] * int(copies), np.sort(extra)])

@@ -1,0 +1,151 @@
+"""A source's name in, its files or its hub dataset found, and their raw records out.
+
+Knows folders, globs, packaged samples and the hub. How one file is read is `readers.py`; what a record means is
+`formats.py`.
+"""
+
+import glob
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lit_llm.data.readers import KINDS, Found, Record, kind_of, scan_file, scan_table
+from lit_llm.errors import InputError, did_you_mean
+
+DOCUMENT_CHOICES = ("auto", "file", "paragraph", "line")
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+
+@dataclass
+class Source:
+    """One named corpus.
+
+    Args:
+        path: A file, a folder (every file of it that can be read, recursively), a glob (`data/*.jsonl`), or a hub id
+            (`owner/name`). `sample:NAME` is a file that ships with the package. Extensions: .txt .md .jsonl .ndjson
+            .json .csv .tsv .parquet .arrow; all but the last two also .gz.
+        format: What a record means: text, alpaca, messages, sharegpt or prompt; `auto` recognises it per record.
+        split: The split of a hub dataset.
+        subset: The configuration of a hub dataset that has several, such as `wikitext-2-raw-v1`.
+        weight: How often its records are drawn per epoch: 2 takes each twice, 0.25 a seeded quarter of them.
+        columns: Our key to the record's own, where they differ: `{prompt: question, completion: answer}`.
+        document: What one document of a text file is. `auto` splits at lines that are exactly `<|endoftext|>`, the
+            separator in the field's published corpora, and else takes the whole file; `file`; `paragraph` (blank
+            lines between); `line`. The text itself is kept as it stands; CRLF becomes LF and a BOM goes.
+    """
+
+    path: str
+    format: str = "auto"
+    split: str = "train"
+    subset: str | None = None
+    weight: float = 1.0
+    columns: dict[str, str] = field(default_factory=dict)
+    document: str = "auto"
+
+
+def read(source: Source) -> Iterator[tuple[Record, str]]:
+    """Each record with its place, `file:line`.
+
+    Raises:
+        InputError: At the first thing that cannot be read; it names the place.
+    """
+    for record, place in scan(source):
+        if isinstance(record, InputError):
+            raise record.at(str(place))
+        yield record, str(place)
+
+
+def scan(source: Source) -> Iterator[Found]:
+    """Each record, or the reason why it is none, with its place; a file that cannot be opened raises."""
+    if is_hub(source.path):
+        yield from scan_table(hub_dataset(source), source.path)
+        return
+    for path in files(source):
+        yield from scan_file(path, document=source.document)
+
+
+# ---- which files -----------------------------------------------------------------------------------------------------
+
+def files(source: Source) -> list[Path]:
+    """The local files of a source, sorted. A named file needs no known extension when `format` is `text`.
+
+    Raises:
+        InputError: Nothing there (with what stands beside it), or nothing of a kind that is read.
+    """
+    if source.document not in DOCUMENT_CHOICES:
+        raise InputError(f"document must be one of {', '.join(DOCUMENT_CHOICES)}, not '{source.document}'."
+                         f"{did_you_mean(source.document, list(DOCUMENT_CHOICES))}", where=source.path)
+    path = locate(source.path)
+    if path.is_dir():
+        found = _folder(path, source.split)
+    elif path.exists():
+        if not kind_of(path) and source.format != "text":
+            raise InputError(f"cannot tell what '{path.suffix}' is; read are {', '.join(KINDS)}", where=str(path),
+                             fix="Rename it, or set `format: text` if it is plain text.")
+        return [path]
+    elif glob.has_magic(str(path)):
+        found = sorted(Path(name) for name in glob.glob(str(path), recursive=True) if kind_of(Path(name)))
+    else:
+        raise _missing(path)
+    if not found:
+        raise InputError(f"no file here that can be read; read are {', '.join(KINDS)}", where=source.path)
+    return found
+
+
+def locate(path: str) -> Path:
+    """The local path of `path`; `sample:NAME` lies in the installed package, so configs run from anywhere."""
+    if not path:
+        raise InputError("a source has an empty path", where="data.sources", fix="Name a file, a folder or a hub id.")
+    if path.startswith("sample:"):
+        import lit_llm.samples
+
+        return Path(str(lit_llm.samples.__file__)).parent / path.removeprefix("sample:")
+    return Path(path).expanduser()
+
+
+def is_hub(path: str) -> bool:
+    """Whether `path` reads as a hub id, `owner/name`: nothing of that name is here, nor a folder called `owner`."""
+    if not _HUB_ID.fullmatch(path) or kind_of(Path(path)):
+        return False
+    return not Path(path).exists() and not Path(path).parent.exists()
+
+
+def _folder(folder: Path, split: str) -> list[Path]:
+    if (folder / "dataset_dict.json").exists():         # what `DatasetDict.save_to_disk` wrote
+        folder = folder / split
+        if not folder.is_dir():
+            raise InputError(f"the saved dataset has no split '{split}'", where=str(folder.parent))
+    if (folder / "state.json").exists():                # `Dataset.save_to_disk`: its .json files are no records
+        return sorted(folder.glob("*.arrow"))
+    return sorted(path for path in folder.rglob("*")
+                  if path.is_file() and kind_of(path) and not path.name.startswith("."))
+
+
+def _missing(path: Path) -> InputError:
+    above = path.parent
+    while not above.exists():
+        above = above.parent
+    if above != path.parent:
+        return InputError("no such file or folder", where=str(path), fix=f"The path exists as far as '{above}'.")
+    close = did_you_mean(path.name, [entry.name for entry in above.iterdir()])
+    return InputError(f"no such file or folder.{close}", where=str(path))
+
+
+def hub_dataset(source: Source) -> Any:
+    """A hub dataset, from the cache where it is there.
+
+    Raises:
+        InputError: Whatever went wrong, in one line, with the ways that need no hub.
+    """
+    import datasets
+
+    try:
+        return datasets.load_dataset(source.path, source.subset, split=source.split)
+    except Exception as error:                          # the hub client raises some thirty kinds
+        reason = str(error).strip().split("\n")[0][:200] or type(error).__name__
+        raise InputError(
+            f"no file or folder of that name, and the hub dataset cannot be read: {reason}", where=source.path,
+            fix="Without the hub: give a local folder or file; or set HF_HOME to a cache that holds it, with "
+                "HF_HUB_OFFLINE=1; or HF_ENDPOINT to a mirror.") from None
