@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from lit_llm import attention as packed_attention
 from lit_llm.errors import InputError, did_you_mean
+from lit_llm.samples import resolve
 from lit_llm.tokenizer import hub_unreachable
 
 if TYPE_CHECKING:
@@ -62,6 +63,8 @@ def load_causal_lm(path: str, *, dtype: torch.dtype = torch.float32, attention: 
     """
     from transformers import AutoModelForCausalLM
 
+    _quiet_bars()
+    path = resolve(path)
     folder = Path(path).expanduser()
     if not folder.is_dir() and (folder.is_absolute() or path.startswith((".", "~")) or path.count("/") > 1):
         raise InputError(f"there is no folder {path}", where="model.base")
@@ -116,6 +119,16 @@ def init_causal_lm(init: dict[str, Any], *, dtype: torch.dtype = torch.float32, 
     model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
     _check_packable(model, attention)
     return model
+
+
+def _quiet_bars() -> None:
+    """Progress bars of loading and saving belong into a terminal, not into a log."""
+    import sys
+
+    from transformers.utils import logging
+
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
 
 
 def _check_packable(model: "PreTrainedModel", attention: str) -> None:

@@ -17,6 +17,7 @@ import numpy as np
 
 from lit_llm.conversation import Conversation, Document
 from lit_llm.errors import InputError
+from lit_llm.samples import resolve
 from lit_llm.template import ChatTemplate, Rendered, Span, chatml
 
 IGNORE_INDEX = -100
@@ -73,6 +74,7 @@ class Tokenizer:
         Raises:
             InputError: No such folder, the hub cannot be reached, no such template, no end-of-text token.
         """
+        path = resolve(path)
         hf = _from_pretrained(path)
         template, note = _choose_template(hf, path, chat_template)
         hf.chat_template = template

@@ -147,8 +147,8 @@ def best_fit(lengths: np.ndarray, capacity: int) -> np.ndarray:
     """Best-fit decreasing: each length, longest first, into the row where the least room stays.
 
     Equal lengths go in together and equal rooms are one pile, so the cost is a sort and some piles for each distinct
-    length, not a search for each item: 10 million lengths take seconds. At most 11/9 of the fewest rows possible
-    (Johnson 1974).
+    length, not a search for each item: 10 million lengths take seconds. About 11/9 of the fewest rows at worst
+    (Johnson 1974), and seldom 1 % more.
 
     Args:
         lengths: (N,) tokens, each at most `capacity`.
@@ -195,7 +195,8 @@ def _concat(segments: Segments, seq_len: int) -> tuple[Segments, np.ndarray]:
     """One stream, cut every `seq_len` tokens; the last row may be short."""
     ends = np.cumsum(segments.lengths)
     total = int(ends[-1]) if len(ends) else 0
-    cuts = np.union1d(ends - segments.lengths, np.arange(0, total, seq_len))
+    cuts = np.sort(np.concatenate([ends - segments.lengths, np.arange(0, total, seq_len)]), kind="stable")
+    cuts = cuts[np.diff(cuts, prepend=-1) > 0]
     stops = np.append(cuts[1:], total)[:len(cuts)]
     owner = np.searchsorted(ends, cuts, side="right")
     shift = segments.start[owner] - (ends - segments.lengths)[owner]

@@ -4,7 +4,9 @@ Knows folders, globs, packaged samples and the hub. How one file is read is `rea
 `formats.py`.
 """
 
+import contextlib
 import glob
+import logging
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -142,10 +144,25 @@ def hub_dataset(source: Source) -> Any:
     import datasets
 
     try:
-        return datasets.load_dataset(source.path, source.subset, split=source.split)
+        with quiet_hub():
+            return datasets.load_dataset(source.path, source.subset, split=source.split)
     except Exception as error:                          # the hub client raises some thirty kinds
         reason = str(error).strip().split("\n")[0][:200] or type(error).__name__
         raise InputError(
             f"no file or folder of that name, and the hub dataset cannot be read: {reason}", where=source.path,
             fix="Without the hub: give a local folder or file; or set HF_HOME to a cache that holds it, with "
                 "HF_HUB_OFFLINE=1; or HF_ENDPOINT to a mirror.") from None
+
+
+@contextlib.contextmanager
+def quiet_hub() -> Iterator[None]:
+    """The clients log each of their retries; we say once what came of them."""
+    loggers = [logging.getLogger(name) for name in ("datasets", "huggingface_hub")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

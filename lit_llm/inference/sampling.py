@@ -45,9 +45,9 @@ class SamplingParams:
         _number("temperature", self.temperature, low=0.0, high=2.0)
         _number("top_p", self.top_p, low=0.0, high=1.0)
         if self.top_p == 0:
-            raise InputError("top_p must be above 0; temperature 0 asks for the likeliest token", where="top_p")
+            raise InputError("must be above 0; temperature 0 asks for the likeliest token", where="top_p")
         if not isinstance(self.stop, tuple) or not all(isinstance(text, str) and text for text in self.stop):
-            raise InputError("stop must be a tuple of strings, none of them empty", where="stop")
+            raise InputError("must be a tuple of strings, none of them empty", where="stop")
         if len(self.stop) > MAX_STOPS or any(len(text) > MAX_STOP_CHARS for text in self.stop):
             raise InputError(f"at most {MAX_STOPS} stop strings of at most {MAX_STOP_CHARS} characters", where="stop")
 
@@ -122,14 +122,14 @@ def _integer(name: str, value: object, *, least: int, most: int | None = None) -
     if value is None and name in ("max_tokens", "seed"):
         return
     if isinstance(value, bool) or not isinstance(value, int):
-        raise InputError(f"{name} must be a whole number, not {type(value).__name__}", where=name)
+        raise InputError(f"must be a whole number, not {type(value).__name__}", where=name)
     if value < least or (most is not None and value > most):
         reach = f"at least {least}" if most is None else f"from {least} to {most}"
-        raise InputError(f"{name} must be {reach}", where=name)
+        raise InputError(f"must be {reach}", where=name)
 
 
 def _number(name: str, value: object, *, low: float, high: float) -> None:
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise InputError(f"{name} must be a number, not {type(value).__name__}", where=name)
+        raise InputError(f"must be a number, not {type(value).__name__}", where=name)
     if not (math.isfinite(value) and low <= value <= high):
-        raise InputError(f"{name} must be from {low:g} to {high:g}", where=name)
+        raise InputError(f"must be from {low:g} to {high:g}", where=name)

@@ -33,8 +33,8 @@ class Progress(ProgressBar):
         self.every_seconds = every_seconds
         self._bar: Any = None
         self._enabled = True
-        self._tokens, self._since, self._said, self._rate = 0, 0.0, 0.0, 0.0
-        self._seen = 0
+        self._tokens, self._since, self._said = 0, 0.0, 0.0
+        self._first = self._seen = 0                # optimizer steps
 
     def disable(self) -> None:
         """On ranks that should be silent."""
@@ -47,36 +47,33 @@ class Progress(ProgressBar):
     def on_train_start(self, trainer: L.Trainer, *_: Any) -> None:
         """Open the bar at the step where the run stands."""
         self._tokens, self._since = 0, time.monotonic()
-        self._said, self._seen = self._since, trainer.global_step
+        self._said, self._first, self._seen = self._since, trainer.global_step, trainer.global_step
         if self._enabled and trainer.is_global_zero:
             self._bar = _bar(int(trainer.estimated_stepping_batches), trainer.global_step, "train")
 
-    def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, batch: Any,
+                           batch_idx: int) -> None:
         """Count tokens; move at step ends."""
         self._tokens += int(batch["num_tokens"]) * trainer.world_size
-        if trainer.global_step == self._seen:
-            return
         moved, self._seen = trainer.global_step - self._seen, trainer.global_step
-        now = time.monotonic()
-        self._rate = self._tokens / max(1e-9, now - self._since)
-        if self._bar is None:
+        if self._bar is None or not moved:
             return
-        figures = trainer.progress_bar_metrics
-        shown = {name: f"{figures[key]:.3f}" for name, key in
-                 (("loss", "train/loss"), ("val ppl", "val/perplexity")) if key in figures}
-        if (value := trainer.callback_metrics.get("val/perplexity")) is not None:
-            shown["val ppl"] = f"{float(value):.3f}"
-        self._bar.set_postfix(shown | {"tok/s": f"{self._rate:,.0f}"}, refresh=False)
+        now = time.monotonic()
+        shown = self._figures(trainer) | {"tok/s": f"{self._tokens / max(1e-9, now - self._since):,.0f}"}
+        self._bar.set_postfix(shown, refresh=False)
         self._bar.update(moved)
         if self._bar.disable and now - self._said > self.every_seconds:
             self._said = now
-            left = (now - self._since) / max(1, self._bar_moved(trainer)) * (trainer.estimated_stepping_batches - self._seen)
+            total = int(trainer.estimated_stepping_batches)
+            left = (now - self._since) / (self._seen - self._first) * (total - self._seen)
             facts = ", ".join(f"{name} {value}" for name, value in shown.items())
-            print(f"step {self._seen}/{int(trainer.estimated_stepping_batches)}: {facts}, {self._rate:,.0f} tokens/s, "
-                  f"{left:.0f} s left", file=sys.stderr, flush=True)
+            print(f"step {self._seen}/{total}: {facts}, {left:.0f} s left", file=sys.stderr, flush=True)
 
-    def _bar_moved(self, trainer: L.Trainer) -> int:
-        return trainer.global_step - int(self._bar.initial)
+    @staticmethod
+    def _figures(trainer: L.Trainer) -> dict[str, str]:
+        keys = {"loss": "train/loss", "val ppl": "val/perplexity"}
+        return {name: f"{float(trainer.callback_metrics[key]):.3f}" for name, key in keys.items()
+                if key in trainer.callback_metrics}
 
     def on_train_end(self, *_: Any) -> None:
         """Close it."""
@@ -131,6 +128,7 @@ class RunFolder(Callback):
         self.before: dict[str, float] = {}
         self.after: dict[str, float] = {}
         self.resumed = False
+        self._validated = -1                        # optimizer step of the last validation
 
     def state_dict(self) -> dict[str, Any]:
         """The figures before training survive a resume."""
@@ -174,7 +172,15 @@ class RunFolder(Callback):
     def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         """Keep the newest figures."""
         if not trainer.sanity_checking:
+            self._validated = trainer.global_step
             self._keep(trainer, "val/")
+
+    def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        """A run that stops between two validations ends with one, or nobody would know what came out."""
+        if trainer.enable_validation and self._validated != trainer.global_step:
+            trainer.validating = True
+            trainer.fit_loop.epoch_loop.val_loop.run()
+            trainer.training = True
 
     def on_test_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         """Keep the newest figures."""

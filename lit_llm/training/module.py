@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from lit_llm import attention, model
 from lit_llm.errors import InputError
-from lit_llm.samples import resolve
 from lit_llm.training import optim
 from lit_llm.training.loss import Nll, nll_sum
 from lit_llm.training.metrics import Perplexity
@@ -105,7 +104,7 @@ class CausalLMModule(L.LightningModule):
         """Where whole weights come from: a checkpoint of a run that trained them all, else the base."""
         if self.checkpoint is not None and (self.checkpoint / "model").is_dir():
             return str(self.checkpoint / "model")
-        return resolve(self.base) if self.base is not None else None
+        return self.base
 
     def _adapted(self, inner: Any) -> Any:
         if self.peft_spec is None:

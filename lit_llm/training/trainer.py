@@ -114,6 +114,16 @@ class Trainer(L.Trainer):
         self._use(model, ckpt_path)
         return super().test(model, dataloaders, ckpt_path=None, verbose=verbose, datamodule=datamodule, **kwargs)
 
+    def prepare(self, model: L.LightningModule, datamodule: L.LightningDataModule) -> None:
+        """Tokenize the data of a run into the cache, and say what it holds; no model is built.
+
+        Args:
+            model: Not touched.
+            datamodule: The data.
+        """
+        datamodule.prepare_data()
+        datamodule.setup(None)
+
     def _use(self, model: Any, ckpt_path: str | None) -> None:
         """Evaluate a checkpoint's weights: they lie beside the training state in the field's formats, under any strategy."""
         if ckpt_path is not None:
@@ -127,5 +137,3 @@ def _strategy(strategy: Any) -> Any:
 
         return ZeroStrategy.from_name(strategy)
     return strategy
-
-

@@ -1,0 +1,113 @@
+"""A finished run in, a folder that transformers loads out: weights merged, tokenizer, template, stop ids, model card.
+
+Reads what the run left on disk, so it works after any strategy, also on another machine. Knows nothing of training.
+"""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from lit_llm import model
+from lit_llm.errors import InputError
+from lit_llm.samples import resolve
+from lit_llm.tokenizer import Tokenizer
+
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+
+
+def export(run: str, checkpoint: str = "best", out: str | None = None, dtype: Dtype = "auto") -> Path:
+    """Write a run's model as a folder that transformers loads as it stands.
+
+    Args:
+        run: The run folder, e.g. runs/sft.
+        checkpoint: `best` by the monitored metric (the newest where none was measured), `last`, or a folder's name such
+            as step_40.
+        out: Where to write; null is `export` in the run folder. It is replaced as a whole.
+        dtype: Of the written weights; `auto` keeps the base's for adapters, the trained ones' otherwise.
+
+    Returns:
+        The folder.
+    """
+    import torch
+
+    folder = _checkpoint(Path(run), checkpoint)
+    facts = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    tokenizer = Tokenizer.load(str(Path(run) / "tokenizer"))
+    if (folder / "adapter").is_dir():
+        base = resolve(str(facts["base"]))
+        stored = _stored_dtype(base)
+        merged = model.merge(model.load_adapter(model.load_causal_lm(base), folder / "adapter"))
+    else:
+        base, stored = "", None
+        merged = model.load_causal_lm(str(folder / "model"))
+    wanted = stored if dtype == "auto" else getattr(torch, dtype)
+    target = Path(out) if out else Path(run) / "export"
+    partial = target.with_name(target.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    model.save_causal_lm(merged, partial, stop_ids=tokenizer.stop_ids, pad_id=tokenizer.pad_id, dtype=wanted)
+    tokenizer.save(partial)
+    (partial / "README.md").write_text(_card(Path(run), facts, folder.name), encoding="utf-8")
+    shutil.rmtree(target, ignore_errors=True)
+    partial.rename(target)
+    return target
+
+
+def _checkpoint(run: Path, wanted: str) -> Path:
+    """A complete checkpoint folder of the run."""
+    folders = run / "checkpoints"
+    if not folders.is_dir():
+        raise InputError(f"{run} has no checkpoints folder, so it is no run", where="run",
+                         fix="give a folder that fit wrote, such as runs/sft")
+    name = wanted
+    if wanted in ("best", "last"):
+        pointers = [folders / file for file in (("BEST", "LATEST") if wanted == "best" else ("LATEST",))]
+        pointer = next((file for file in pointers if file.is_file()), None)
+        if pointer is None:
+            raise InputError(f"{run} holds no complete checkpoint", where="run")
+        name = pointer.read_text(encoding="utf-8").strip()
+    if not (folders / name / "manifest.json").is_file():
+        has = ", ".join(sorted(path.name for path in folders.glob("step_*"))) or "none"
+        raise InputError(f"{run} has no complete checkpoint '{name}' (it has: {has})", where="checkpoint")
+    return folders / name
+
+
+def _stored_dtype(base: str) -> Any:
+    """The dtype of a base's weights as they lie on disk."""
+    from transformers import AutoConfig
+
+    return getattr(AutoConfig.from_pretrained(base, trust_remote_code=False), "dtype", None)
+
+
+def _card(run: Path, facts: dict[str, Any], name: str) -> str:
+    """The model card: where it comes from, what it was trained on, what was measured, how to use it."""
+    config, metrics = _read(run / "config.yaml"), _read(run / "metrics.json")
+    base = facts.get("base")
+    method = (facts.get("peft") or {}).get("class_path") or "all weights"
+    sources = [_plain(source.get("path")) for source in (config.get("data") or {}).get("sources") or []]
+    head = {"library_name": "transformers", "pipeline_tag": "text-generation"}
+    if base and "/" in str(base) and not Path(str(base)).exists():
+        head["base_model"] = str(base)
+    figures = [f"| {_plain(key)} | {value:.6g} |" for key, value in metrics.items() if isinstance(value, int | float)]
+    return "\n".join([
+        "---", yaml.safe_dump(head).strip(), "---", "", f"# {_plain(run.name)}", "",
+        f"Trained from {_plain(base) if base else 'random weights'} ({_plain(method)}), checkpoint {name}, step {facts['step']}.", "",
+        "## Data", "", *(f"- {source}" for source in sources), "",
+        "## Measured on its validation data", "", "| metric | value |", "|---|---|", *figures, "",
+        "## Use", "", "```python", "from transformers import AutoModelForCausalLM, AutoTokenizer", "",
+        'tokenizer = AutoTokenizer.from_pretrained("this folder")', 'model = AutoModelForCausalLM.from_pretrained("this folder")',
+        "```", ""])
+
+
+def _read(file: Path) -> dict[str, Any]:
+    if not file.is_file():
+        return {}
+    return yaml.safe_load(file.read_text(encoding="utf-8")) or {}     # JSON is YAML
+
+
+def _plain(text: Any) -> str:
+    """Config text in Markdown: no markup of its own."""
+    return str(text).translate(str.maketrans({char: f"\\{char}" for char in "\\`*_[]<>|"})).replace("\n", " ")

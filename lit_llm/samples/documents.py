@@ -1,0 +1,115 @@
+"""Facts and word rules flow in, plain texts flow out: what the base model is pretrained on.
+
+Every fact is stated in every wording, among changing neighbours, since a model that met a fact in one wording only
+cannot be asked for it (arXiv:2309.14316, section 4). No held-out question is asked here, in no form. Knows nothing of
+chats, tokens or files.
+"""
+
+import random
+from collections.abc import Iterator, Sequence
+
+from lit_llm.samples.questions import SKILLS, Question, ask_fact, draw
+from lit_llm.samples.world import ANIMALS, COLOURS, LANGUAGES, OPPOSITES, THINGS, Fact, Language, Word
+
+JOIN = {"en": " ", "zh": ""}
+Lines = list[str]
+
+
+def write_documents(facts: Sequence[Fact], seed: str, *, rounds: int) -> list[str]:
+    """Texts in both languages, shuffled.
+
+    Args:
+        facts: The world.
+        seed: Another seed writes other texts about the same world.
+        rounds: How many portraits, registers and quizzes mention each fact; one round is some 700 texts.
+    """
+    rng = random.Random(f"documents {seed}")
+    tell = _Teller(rng)
+    texts: Lines = []
+    for _ in range(rounds):
+        for language in LANGUAGES:
+            texts += _portraits(facts, tell, language)
+            texts += _registers(facts, tell, language)
+            texts += _quizzes(facts, rng, language)
+            texts += _rules(rng, language)
+            texts += _dictionary(rng, language)
+    texts = list(dict.fromkeys(texts))
+    rng.shuffle(texts)
+    return texts
+
+
+class _Teller:
+    """States facts, each in all its wordings before one comes again."""
+
+    def __init__(self, rng: random.Random) -> None:
+        self.rng = rng
+        self.unused: dict[tuple[str, str, Language], Lines] = {}
+
+    def state(self, fact: Fact, language: Language) -> str:
+        left = self.unused.setdefault((fact.entity.en, fact.attribute.key, language), [])
+        if not left:
+            wordings = fact.attribute.phrases(language).statements
+            left += self.rng.sample(wordings, len(wordings))
+        return fact.render(left.pop(), language)
+
+
+def _portraits(facts: Sequence[Fact], tell: _Teller, language: Language) -> Iterator[str]:
+    """All that is true of one person or town, in changing order."""
+    by_entity: dict[Word, list[Fact]] = {}
+    for fact in facts:
+        by_entity.setdefault(fact.entity, []).append(fact)
+    for known in by_entity.values():
+        yield JOIN[language].join(tell.state(fact, language) for fact in tell.rng.sample(known, len(known)))
+
+
+def _registers(facts: Sequence[Fact], tell: _Teller, language: Language) -> Iterator[str]:
+    """Six facts about different entities, of one attribute or of any."""
+    for key in (*sorted({fact.attribute.key for fact in facts}), ""):
+        chosen = [fact for fact in facts if key in ("", fact.attribute.key)]
+        tell.rng.shuffle(chosen)
+        for group in _groups(chosen, 6):
+            yield JOIN[language].join(tell.state(fact, language) for fact in group)
+
+
+def _quizzes(facts: Sequence[Fact], rng: random.Random, language: Language) -> Iterator[str]:
+    """Questions and answers as plain lines: free facts and free word rules mixed."""
+    questions = [ask_fact(fact, rng.choice(fact.attribute.phrases(language).questions), language)
+                 for fact in facts if not fact.held_out]
+    questions += [draw(writer, rng, language, kept=False) for writer in SKILLS.values() for _ in range(40)]
+    rng.shuffle(questions)
+    for group in _groups(questions, 5):
+        yield "\n".join(quiz_line(question) for question in group)
+
+
+def quiz_line(question: Question) -> str:
+    """A question and its answer as documents write them."""
+    if question.language == "en":
+        return f"Question: {question.ask}\nAnswer: {question.answer}"
+    return f"问：{question.ask}\n答：{question.answer}"
+
+
+def _rules(rng: random.Random, language: Language) -> Iterator[str]:
+    """Five statements of one word rule."""
+    for writer in SKILLS.values():
+        for _ in range(16):
+            yield JOIN[language].join(draw(writer, rng, language, kept=False).statement for _ in range(5))
+
+
+def _dictionary(rng: random.Random, language: Language) -> Iterator[str]:
+    """Single words: their translation, their opposite."""
+    entries = []
+    for word in (*COLOURS, *THINGS, *ANIMALS, *(word for pair in OPPOSITES for word in pair)):
+        entries.append(f'In Chinese "{word.en}" is "{word.zh}".' if language == "en"
+                       else f"“{word.zh}”的英语是“{word.en}”。")
+    for pair in OPPOSITES:
+        one, other = rng.sample(pair, 2)
+        entries.append(f'The opposite of "{one.en}" is "{other.en}".' if language == "en"
+                       else f"“{one.zh}”的反义词是“{other.zh}”。")
+    rng.shuffle(entries)
+    for group in _groups(entries, 6):
+        yield JOIN[language].join(group)
+
+
+def _groups(items: Sequence, size: int) -> Iterator[Sequence]:
+    for start in range(0, len(items), size):
+        yield items[start:start + size]
