@@ -6,32 +6,26 @@ The only module that knows all others; none knows it.
 
 import logging
 import os
-import re
 import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.cli import LightningCLI
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lit_llm.data.datamodule import TextDataModule
 from lit_llm.ending import finish, held_out_prompts
-from lit_llm.errors import InputError, did_you_mean
+from lit_llm.errors import InputError
 from lit_llm.inference.chat import chat
 from lit_llm.inference.export import export
+from lit_llm.parser import Parser
 from lit_llm.training.module import CausalLMModule
 from lit_llm.training.trainer import Trainer
 
 ALLOWED_IMPORTS = ["lightning", "lit_llm", "torch", "peft", "wandb"]
 NOT_ENOUGH_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
-ALIASES = {"learning_rate": "model.lr", "lr": "model.lr", "epochs": "trainer.max_epochs", "num_train_epochs": "trainer.max_epochs",
-           "batch_size": "data.batch_size", "max_length": "data.seq_len", "max_seq_length": "data.seq_len",
-           "cutoff_len": "data.seq_len", "output_dir": "trainer.default_root_dir", "model_name_or_path": "model.base",
-           "gradient_accumulation_steps": "trainer.accumulate_grad_batches", "lora_rank": "model.lora.r",
-           "lora_alpha": "model.lora.alpha", "dataset": "data.sources", "weight_decay": "model.weight_decay",
-           "warmup_ratio": "model.warmup", "warmup_steps": "model.warmup", "precision": "trainer.precision"}
-
 
 def show_export(run: str, checkpoint: str = "best", out: str | None = None, dtype: str = "auto") -> None:
     """Write a run's model as a folder that transformers loads as it stands.
@@ -48,45 +42,6 @@ def show_export(run: str, checkpoint: str = "best", out: str | None = None, dtyp
 
 
 TOOLS: dict[str, Callable[..., Any]] = {"export": show_export, "chat": chat}
-
-
-class Parser(LightningArgumentParser):
-    """LightningCLI's parser with short errors and verbs of our own beside Lightning's."""
-
-    def add_subcommands(self, **kwargs: Any) -> Any:
-        """Keep what was made, so that tools can be listed after Lightning's own verbs."""
-        self.verbs = super().add_subcommands(**kwargs)
-        return self.verbs
-
-    def error(self, message: str, *args: Any, **kwargs: Any) -> NoReturn:  # type: ignore[override]
-        """A few lines and exit code 2, never the usage of 400 options."""
-        raise InputError(explain(message, self.known()))
-
-    def known(self) -> list[str]:
-        """Keys that can be set."""
-        keys = [action.dest for action in self._actions]
-        for verb in getattr(getattr(self, "verbs", None), "choices", {}).values():
-            keys += [action.dest for action in verb._actions]
-        return sorted({key for key in keys if key and not key.startswith(("help", "print"))})
-
-
-def explain(message: str, known: list[str]) -> str:
-    """jsonargparse's message in two lines, with the key that was probably meant.
-
-    >>> explain('Key "model.lrr" is not expected', ["model.lr", "data.seq_len"])
-    "unknown key 'model.lrr'. Did you mean 'model.lr'?"
-    """
-    found = (re.search(r"[Uu]nrecognized arguments: --([\w.+-]+)", message) or re.search(r"Key ['\"]([\w.]+)['\"] is not expected", message)
-             or re.search(r"(?:does not accept|not accept) (?:nested )?key ['\"]([\w.]+)", message)
-             or re.search(r"No action for key ['\"]([\w.]+)['\"]", message))
-    if found:
-        key = found[1].rstrip("+")
-        last = key.rsplit(".", 1)[-1]
-        hint = f" Did you mean '{ALIASES[last]}'?" if last in ALIASES and ALIASES[last] != key else did_you_mean(key, known)
-        return f"unknown key '{key}'.{hint}"
-    lines = [line.strip() for line in message.splitlines() if line.strip()]
-    lines = [line for line in lines if not line.startswith(("usage:", "- ", "From"))][:3] or lines[:3]
-    return "\n".join(line[:240] for line in lines)
 
 
 class LitLLMCLI(LightningCLI):
@@ -120,6 +75,15 @@ class LitLLMCLI(LightningCLI):
             raise SystemExit(0)
         if config.data.tokenizer is None:
             config.data.tokenizer = config.model.base
+
+    def instantiate_classes(self) -> None:
+        """Build module, data and trainer; what Lightning refuses is the user's to mend."""
+        try:
+            super().instantiate_classes()
+        except InputError:
+            raise
+        except (ValueError, TypeError) as error:
+            raise InputError(str(error).splitlines()[0][:300], where="trainer") from None
 
     def after_instantiate_classes(self) -> None:
         """Give the run folder the config it is to keep."""
@@ -168,6 +132,8 @@ def main(args: list[str] | None = None) -> None:
                   parser_kwargs={"allow_abbrev": False, "description": "A language model's whole life."}, args=args)
     except InputError as error:
         _refuse(str(error))
+    except MisconfigurationException as error:
+        _refuse("trainer: " + str(error).splitlines()[0][:300])
     except KeyboardInterrupt:
         _refuse("stopped", code=130)
     except RuntimeError as error:
@@ -192,5 +158,6 @@ def quiet() -> None:
     warnings.filterwarnings("ignore", module=r"(lightning|torch|transformers|peft|deepspeed|jsonargparse|litserve)(\.|$)")
     logging.basicConfig(format="%(message)s", stream=sys.stderr)
     logging.getLogger("lit_llm").setLevel(logging.INFO)
-    for name in ("lightning", "lightning.pytorch", "lightning.fabric", "transformers", "DeepSpeed", "httpx"):
+    for name in ("lightning", "lightning.pytorch", "lightning.fabric", "transformers", "DeepSpeed", "httpx",
+                 "huggingface_hub"):
         logging.getLogger(name).setLevel(logging.ERROR)

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from lit_llm import attention as packed_attention
+from lit_llm import hub
 from lit_llm.errors import InputError, did_you_mean
 from lit_llm.samples import resolve
-from lit_llm.tokenizer import hub_unreachable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -75,12 +75,13 @@ def load_causal_lm(path: str, *, dtype: torch.dtype = torch.float32, attention: 
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
             str(folder) if folder.is_dir() else path, dtype=dtype, attn_implementation=attention,
-            use_safetensors=True, trust_remote_code=False, output_loading_info=True)
+            use_safetensors=True, trust_remote_code=False, output_loading_info=True,
+            local_files_only=not folder.is_dir() and hub.offline())
     except (OSError, ValueError, KeyError, ImportError) as error:
         if folder.is_dir():
             raise InputError(f"cannot load the model in {path}: {str(error).splitlines()[0][:200]}",
                              where="model.base") from None
-        raise hub_unreachable(path).at("model.base") from None
+        raise hub.unreachable(path, where="model.base") from None
     if report["missing_keys"]:
         raise InputError(f"the weights in {path} lack {len(report['missing_keys'])} tensors, "
                          f"e.g. {sorted(report['missing_keys'])[0]}", where="model.base")

@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from lit_llm import hub
 from lit_llm.conversation import Conversation, Document
 from lit_llm.errors import InputError
 from lit_llm.samples import resolve
@@ -268,26 +269,19 @@ def _from_pretrained(path: str) -> Any:
     if not Path(path).is_dir() and (Path(path).is_absolute() or path.startswith((".", "~")) or path.count("/") > 1):
         raise InputError(f"there is no folder {path}", where="tokenizer")
     try:
-        hf = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        hf = AutoTokenizer.from_pretrained(
+            path, trust_remote_code=False, local_files_only=not Path(path).is_dir() and hub.offline())
     except (OSError, ValueError, KeyError, ImportError) as error:
         if Path(path).is_dir():
             raise InputError(f"no tokenizer can be read from the folder {path}: {str(error).splitlines()[0][:160]}",
                              where="tokenizer", fix="it needs tokenizer.json, or set --data.tokenizer") from None
-        raise hub_unreachable(path) from None
+        raise hub.unreachable(path, where="tokenizer") from None
     if not getattr(hf, "is_fast", False):
         raise InputError(f"{path} has no fast tokenizer (tokenizer.json), and only those give character offsets",
                          where="tokenizer")
     if hf.eos_token_id is None:
         raise InputError(f"the tokenizer of {path} names no eos_token, so nothing would ever end", where="tokenizer")
     return hf
-
-
-def hub_unreachable(name: str) -> InputError:
-    """The one message for a hub id that could not be fetched: it names the offline ways."""
-    return InputError(
-        f"'{name}' is no local folder, and it could not be fetched from the Hugging Face hub",
-        fix="offline: give a local folder, or fill the cache elsewhere and set HF_HOME to it with HF_HUB_OFFLINE=1;"
-            "\n  behind a mirror: set HF_ENDPOINT to its address")
 
 
 def _choose_template(hf: Any, path: str, wanted: str | None) -> tuple[str, str]:

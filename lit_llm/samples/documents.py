@@ -8,10 +8,11 @@ chats, tokens or files.
 import random
 from collections.abc import Iterator, Sequence
 
-from lit_llm.samples.questions import SKILLS, Question, ask_fact, draw
+from lit_llm.samples.questions import SKILLS, ask_fact, draw
 from lit_llm.samples.world import ANIMALS, COLOURS, LANGUAGES, OPPOSITES, THINGS, Fact, Language, Word
 
 JOIN = {"en": " ", "zh": ""}
+QUIZ_MARKS = {"en": (("Question: ", "Answer: "), ("", "")), "zh": (("问：", "答："), ("", ""))}
 Lines = list[str]
 
 
@@ -63,9 +64,9 @@ def _portraits(facts: Sequence[Fact], tell: _Teller, language: Language) -> Iter
 
 
 def _registers(facts: Sequence[Fact], tell: _Teller, language: Language) -> Iterator[str]:
-    """Six facts about different entities, of one attribute or of any."""
-    for key in (*sorted({fact.attribute.key for fact in facts}), ""):
-        chosen = [fact for fact in facts if key in ("", fact.attribute.key)]
+    """One attribute of six entities."""
+    for key in sorted({fact.attribute.key for fact in facts}):
+        chosen = [fact for fact in facts if fact.attribute.key == key]
         tell.rng.shuffle(chosen)
         for group in _groups(chosen, 6):
             yield JOIN[language].join(tell.state(fact, language) for fact in group)
@@ -75,23 +76,17 @@ def _quizzes(facts: Sequence[Fact], rng: random.Random, language: Language) -> I
     """Questions and answers as plain lines: free facts and free word rules mixed."""
     questions = [ask_fact(fact, rng.choice(fact.attribute.phrases(language).questions), language)
                  for fact in facts if not fact.held_out]
-    questions += [draw(writer, rng, language, kept=False) for writer in SKILLS.values() for _ in range(40)]
+    questions += [draw(writer, rng, language, kept=False) for writer in SKILLS.values() for _ in range(80)]
     rng.shuffle(questions)
     for group in _groups(questions, 5):
-        yield "\n".join(quiz_line(question) for question in group)
-
-
-def quiz_line(question: Question) -> str:
-    """A question and its answer as documents write them."""
-    if question.language == "en":
-        return f"Question: {question.ask}\nAnswer: {question.answer}"
-    return f"问：{question.ask}\n答：{question.answer}"
+        ask, answer = rng.choice(QUIZ_MARKS[language])
+        yield "\n".join(f"{ask}{question.ask}\n{answer}{question.answer}" for question in group)
 
 
 def _rules(rng: random.Random, language: Language) -> Iterator[str]:
     """Five statements of one word rule."""
     for writer in SKILLS.values():
-        for _ in range(16):
+        for _ in range(32):
             yield JOIN[language].join(draw(writer, rng, language, kept=False).statement for _ in range(5))
 
 

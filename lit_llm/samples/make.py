@@ -37,7 +37,7 @@ CHATML = """\
 def write_texts(folder: Path, *, seed: int = SEED) -> None:
     """`documents`, `documents_val`, `conversations`, `conversations_val` as JSON Lines."""
     facts = draw_facts(seed)
-    documents = write_documents(facts, f"train {seed}", rounds=8)
+    documents = write_documents(facts, f"train {seed}", rounds=6)
     seen = set(documents)
     others = [text for text in write_documents(facts, f"val {seed}", rounds=1) if text not in seen][::10]
     _write_lines(folder / "documents.jsonl", ({"text": text} for text in documents))

@@ -138,9 +138,9 @@ class RunFolder(Callback):
         """Take them back."""
         self.before = dict(state_dict["before"])
 
-    def setup(self, trainer: L.Trainer, module: L.LightningModule, stage: str) -> None:
-        """Make room, then write config and tokenizer."""
-        if stage != "fit" or not trainer.is_global_zero:
+    def on_fit_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        """Now that the model stands, make room; then write the config, and the tokenizer with the template in use."""
+        if not trainer.is_global_zero:
             return
         folder = Path(trainer.default_root_dir)
         if not self.resumed:
@@ -149,12 +149,9 @@ class RunFolder(Callback):
         if self.config is not None:
             text = yaml.safe_dump(redact(self.config), sort_keys=False, allow_unicode=True)
             (folder / "config.yaml").write_text(text, encoding="utf-8")
-
-    def on_fit_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        """The tokenizer, with the chat template that training uses."""
         tokenizer = getattr(trainer.datamodule, "tokenizer", None)  # type: ignore[attr-defined]
-        if trainer.is_global_zero and tokenizer is not None:
-            tokenizer.save(Path(trainer.default_root_dir) / "tokenizer")
+        if tokenizer is not None:
+            tokenizer.save(folder / "tokenizer")
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         """A resumed run continues `metrics.csv` where its checkpoint stands."""

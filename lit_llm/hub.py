@@ -1,0 +1,37 @@
+"""Names of models and corpora on the Hugging Face hub: whether it can be reached, and what to say where it cannot."""
+
+import os
+import socket
+from functools import cache
+from urllib.parse import urlsplit
+
+from lit_llm.errors import InputError
+
+SECONDS = 5.0
+
+
+@cache
+def offline() -> bool:
+    """Whether only the local cache can be used: told so, or no connection within a few seconds.
+
+    Asked once, because the hub's own client tries again for most of a minute. Behind a proxy its client knows better.
+    """
+    if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
+        return True
+    if any(os.environ.get(name) for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")):
+        return False
+    address = urlsplit(os.environ.get("HF_ENDPOINT") or "https://huggingface.co")
+    try:
+        port = address.port or (80 if address.scheme == "http" else 443)
+        socket.create_connection((address.hostname or "", port), timeout=SECONDS).close()
+    except OSError:
+        return True
+    return False
+
+
+def unreachable(name: str, *, where: str = "") -> InputError:
+    """The one message for a hub id that could not be fetched; it names the offline ways."""
+    return InputError(
+        f"'{name}' is no local folder, and it could not be fetched from the Hugging Face hub", where=where,
+        fix="offline: give a local folder, or fill the cache elsewhere and set HF_HOME to it with HF_HUB_OFFLINE=1;\n"
+            "  behind a mirror: set HF_ENDPOINT to its address")

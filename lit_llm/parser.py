@@ -1,0 +1,87 @@
+"""Options typed in or written in YAML; what jsonargparse says about a wrong one, in a line or two.
+
+Knows the verbs' keys, not what they mean.
+"""
+
+import re
+from dataclasses import fields
+from typing import Any, NoReturn
+
+from lightning.pytorch.cli import LightningArgumentParser
+
+from lit_llm.data.sources import Source
+from lit_llm.errors import InputError, did_you_mean
+from lit_llm.model import LoRA
+
+# What the same thing is called elsewhere.
+ALIASES = {
+    "learning_rate": "model.lr", "lr": "model.lr", "epochs": "trainer.max_epochs", "num_train_epochs": "trainer.max_epochs",
+    "num_epochs": "trainer.max_epochs", "batch_size": "data.batch_size", "per_device_train_batch_size": "data.batch_size",
+    "micro_batch_size": "data.batch_size", "max_length": "data.seq_len", "max_seq_length": "data.seq_len",
+    "sequence_len": "data.seq_len", "cutoff_len": "data.seq_len", "output_dir": "trainer.default_root_dir",
+    "model_name_or_path": "model.base", "base_model": "model.base", "gradient_accumulation_steps": "trainer.accumulate_grad_batches",
+    "lora_rank": "model.lora.r", "lora_r": "model.lora.r", "lora_alpha": "model.lora.alpha", "dataset": "data.sources",
+    "datasets": "data.sources", "weight_decay": "model.weight_decay", "warmup_ratio": "model.warmup",
+    "warmup_steps": "model.warmup", "lr_scheduler_type": "model.schedule", "max_grad_norm": "trainer.gradient_clip_val",
+    "gradient_checkpointing": "model.gradient_checkpointing", "bf16": "trainer.precision", "fp16": "trainer.precision",
+    "precision": "trainer.precision", "max_steps": "trainer.max_steps", "seed": "seed_everything",
+}
+UNKNOWN = (r"[Uu]nrecognized arguments: --([\w.+-]+)", r"Key ['\"]([\w.]+)['\"] is not expected",
+           r"Option ['\"]([\w.]+)['\"] is not accepted", r"No action for key ['\"]([\w.]+)['\"]")
+NESTED = tuple(field.name for kind in (Source, LoRA) for field in fields(kind))
+
+
+class Parser(LightningArgumentParser):
+    """LightningCLI's parser with short errors, and verbs of our own beside Lightning's."""
+
+    def add_subcommands(self, **kwargs: Any) -> Any:
+        """Keep what was made, so that tools can be listed after Lightning's own verbs."""
+        self.verbs = super().add_subcommands(**kwargs)
+        return self.verbs
+
+    def error(self, message: str, *args: Any, **kwargs: Any) -> NoReturn:  # type: ignore[override]
+        """A few lines and exit code 2, never the usage of 400 options."""
+        if isinstance(kwargs.get("ex"), InputError):
+            raise kwargs["ex"]
+        raise InputError(explain(str(message), self.known()))
+
+    def known(self) -> list[str]:
+        """Keys that can be set, of this parser and of its verbs."""
+        keys = [action.dest for action in self._actions]
+        for verb in getattr(getattr(self, "verbs", None), "choices", {}).values():
+            keys += [action.dest for action in verb._actions]
+        return sorted({key for key in keys if key and not key.startswith(("help", "print"))})
+
+
+def explain(message: str, known: list[str]) -> str:
+    """jsonargparse's message in a line or two, with the key or value that was probably meant.
+
+    >>> explain("Key 'model.lrr' is not expected", ["model.lr", "data.seq_len"])
+    "unknown key 'model.lrr'. Did you mean 'model.lr'?"
+    >>> explain('Parser key "data.packing": Expected a Literal["best_fit", "none"]. Got value: bestfit', [])
+    "data.packing: 'bestfit' is none of best_fit, none. Did you mean 'best_fit'?"
+    """
+    place = re.search(r"[Pp]arser key ['\"]([\w.]+)['\"]", message)
+    where = f"{place[1]}: " if place else ""
+    if found := re.search(r"unknown key '[^\n]*", message):        # said already, for a nested option
+        return where + found[0]
+    for pattern in UNKNOWN:
+        if found := re.search(pattern, message):
+            return _unknown(found[1].rstrip("+"), where, known)
+    if found := re.search(r"Literal\[([^\]]*)\]\. Got value: (.*)", message):
+        choices = [choice.strip("'\" ") for choice in found[1].split(",")]
+        return f"{where}'{found[2]}' is none of {', '.join(choices)}.{did_you_mean(found[2], choices)}"
+    if found := re.search(r"Literal\[(.*)\]\](?:.|\n)*Given value: (.*)|Literal\[(.*)\](?:.|\n)*Given value: (.*)", message):
+        choices = re.findall(r"'([^']+)'", found[1] or found[3])
+        given = found[2] or found[4]
+        return f"{where}'{given}' is none of {', '.join(dict.fromkeys(choices))}.{did_you_mean(given, choices)}"
+    lines = [re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", line.strip(" -")) for line in message.splitlines()]
+    lines = [line for line in lines if line and not re.match(r"[Pp]arser key ['\"][\w.]+['\"]:$|Errors:|Subtypes:|usage:", line)]
+    return "\n  ".join(line[:240] for line in [where + lines[0], *lines[1:4]]) if lines else message
+
+
+def _unknown(key: str, where: str, known: list[str]) -> str:
+    last = key.rsplit(".", 1)[-1]
+    if ALIASES.get(last, key) != key:
+        return f"{where}unknown key '{key}'. Did you mean '{ALIASES[last]}'?"
+    return f"{where}unknown key '{key}'.{did_you_mean(key, [*known, *NESTED])}"
