@@ -1,0 +1,89 @@
+"""Trains an epoch under a list of settings and writes, for every optimizer step, the gradient and what was in it.
+
+Imported by test_gradient.py for one process, run by it for two: `python gradient_probe.py PLAN.json`; Lightning starts
+the second process with the same command. The learning rate is so small that no float32 weight moves, so that each step
+of the epoch has the gradient of the same model.
+"""
+
+import json
+import os
+import sys
+from itertools import pairwise
+from pathlib import Path
+
+import lightning as L
+import torch
+
+from lit_llm.data.datamodule import TextDataModule
+from lit_llm.data.sources import Source
+from lit_llm.training.module import CausalLMModule
+from lit_llm.training.trainer import Trainer
+
+
+class Watch(L.Callback):
+    """Gradients right before the optimizer reads them, and the conversations of each micro-batch."""
+
+    def __init__(self):
+        self.steps, self.talks = [], []
+
+    def on_train_start(self, trainer, module):
+        if trainer.gradient_clip_val:
+            trainer.optimizers[0].register_step_post_hook(lambda *_: self.steps[-1].update(clipped=gradients(module)))
+
+    def on_train_batch_start(self, trainer, module, batch, batch_idx):
+        ids, labels = batch["input_ids"].flatten().tolist(), batch["labels"].flatten().tolist()
+        bounds = batch["cu_seqlens"].tolist()
+        for start, stop in pairwise(bounds):
+            learned = [place for place in range(start, stop) if labels[place] != -100]
+            if learned:                                 # padding and line ends do not matter
+                self.talks.append(ids[start : learned[-1] + 1])
+
+    def on_before_optimizer_step(self, trainer, module, optimizer):
+        self.steps.append({"grads": gradients(module), "talks": self.talks})
+        self.talks = []
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+        if batch["last_in_step"]:
+            self.steps[-1]["loss"] = float(trainer.callback_metrics["train/loss"])
+
+
+def gradients(module):
+    return {name.removeprefix("model."): gradient(weight) for name, weight in module.named_parameters()
+            if weight.requires_grad}
+
+
+def gradient(weight):
+    if hasattr(weight, "_hp_mapping"):
+        from deepspeed.utils import safe_get_full_grad
+
+        return safe_get_full_grad(weight).clone()
+    return weight.grad.clone()
+
+
+def run(case, folder):
+    """One epoch; the steps that this rank saw."""
+    watch = Watch()
+    module = CausalLMModule(base=case["base"], lr=1e-30, weight_decay=0.0)
+    data = TextDataModule([Source(case["data"])], tokenizer=case["base"], seq_len=case["seq_len"],
+                          batch_size=case["batch_size"], packing=case["packing"])
+    trainer = Trainer(
+        strategy=case.get("strategy", "auto"), accelerator="cpu", devices=case.get("devices", 1), max_epochs=1,
+        precision="32-true", accumulate_grad_batches=case["accumulate"], default_root_dir=str(folder),
+        callbacks=[watch], gradient_clip_val=case.get("clip"), enable_checkpointing=False, enable_progress_bar=False,
+        log_every_n_steps=1)
+    trainer.fit(module, datamodule=data)
+    return watch.steps, trainer.global_rank
+
+
+def main():
+    plan = json.loads(Path(sys.argv[1]).read_text())
+    torch.set_num_threads(1)
+    for case in plan:
+        folder = Path(sys.argv[1]).parent / case["name"]
+        steps, rank = run(case, folder)
+        torch.save(steps, folder.with_suffix(f".rank{rank}"))
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
+    main()

@@ -1,0 +1,161 @@
+"""If this breaks, batch size, accumulation, packing or the number of processes quietly change what is learned: short
+answers count more than long ones, the last window of an epoch is scaled wrongly, or two processes learn half as fast.
+
+Oracle: plain transformers in float64, one conversation at a time, ChatML spelled by hand: the sum of cross entropy over
+the answers' tokens (stop token included) of exactly the conversations of a step, divided by their number.
+"""
+
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from gradient_probe import run
+from torch.nn.functional import cross_entropy
+
+PROBE = Path(__file__).with_name("gradient_probe.py")
+WORDS = ["Tom", "has", "a", "red", "kite", "小明", "风筝", "flies", "high", "over", "the", "hill", "what", "one"]
+WINDOW = 8                                              # rows of an optimizer step, however they are divided
+TOLERANCE = 1e-6
+
+
+@pytest.fixture(scope="module")
+def talks():
+    """29 conversations of one or two turns, of very unequal lengths: unpacked, three windows and a short one."""
+    dice = random.Random(3)
+
+    def say(most):
+        return " ".join(dice.choices(WORDS, k=dice.randint(1, most)))
+
+    return [[(say(12), say(dice.choice([2, 30]))) for _ in range(dice.randint(1, 2))] for _ in range(29)]
+
+
+@pytest.fixture(scope="module")
+def data(talks, tmp_path_factory):
+    file = tmp_path_factory.mktemp("data") / "talks.jsonl"
+    lines = []
+    for turns in talks:
+        messages = []
+        for question, answer in turns:
+            messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+        lines.append(json.dumps({"messages": messages}, ensure_ascii=False))
+    file.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return str(file)
+
+
+class Oracle:
+    """Loss and gradient of any set of conversations under plain transformers."""
+
+    def __init__(self, folder, talks):
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64, attn_implementation="eager")
+        self.model.eval()
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        self.encode = lambda text: tokenizer(text, add_special_tokens=False)["input_ids"]
+        self.rows = [self.spell(turns) for turns in talks]
+
+    def spell(self, turns):
+        ids, learned = [], []
+        for question, answer in turns:
+            asked = self.encode(f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n")
+            told, rest = self.encode(f"{answer}<|im_end|>"), self.encode("\n")
+            ids += asked + told + rest
+            learned += [False] * len(asked) + [True] * len(told) + [False] * len(rest)
+        return ids[: -len(rest)], learned[: -len(rest)]
+
+    def gradient(self, which):
+        self.model.zero_grad()
+        count = sum(sum(self.rows[number][1]) for number in which)
+        loss = 0.0
+        for number in which:
+            ids, learned = self.rows[number]
+            logits = self.model(input_ids=torch.tensor([ids]), use_cache=False).logits[0]
+            places = [place for place, is_learned in enumerate(learned) if is_learned]
+            nll = cross_entropy(logits[[place - 1 for place in places]], torch.tensor([ids[place] for place in places]),
+                                reduction="sum") / count
+            nll.backward()
+            loss += nll.item()
+        return loss, {name: weight.grad.clone() for name, weight in self.model.named_parameters()}
+
+    def check(self, steps):
+        """Every step against the oracle; the largest relative error of a gradient, in norm."""
+        seen, worst = [], 0.0
+        for step in steps:
+            which = [[row[0] for row in self.rows].index(ids) for ids in step["talks"]]
+            seen += which
+            loss, wanted = self.gradient(which)
+            assert step["loss"] == pytest.approx(loss, rel=TOLERANCE)
+            assert wanted.keys() == step["grads"].keys()
+            worst = max(worst, distance(step["grads"], wanted))
+        assert sorted(seen) == list(range(len(self.rows))), "every conversation is learned once in an epoch"
+        return worst
+
+
+def distance(ours, wanted):
+    """|ours - wanted| / |wanted| over all parameters together."""
+    apart = sum((ours[name].double() - wanted[name].double()).square().sum() for name in wanted)
+    return (apart / sum(weight.double().square().sum() for weight in wanted.values())).sqrt().item()
+
+
+def record(worst):
+    print(f"largest relative gradient error {worst:.2e}")
+    assert worst < TOLERANCE
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "gpt2"])
+@pytest.mark.parametrize("packing", ["none", "best_fit"])
+def test_micro_batches_of_one_process(kind, packing, tiny_model, talks, data, tmp_path):
+    """1x8, 2x4 and 8x1 give the oracle's gradient, in whole windows and in the short last one."""
+    base = tiny_model(kind)
+    oracle = Oracle(base, talks)
+    first = None
+    for batch_size in (1, 2, 8):
+        case = dict(base=base, data=data, seq_len=256, batch_size=batch_size, accumulate=WINDOW // batch_size,
+                    packing=packing)
+        steps, _ = run(case, tmp_path / str(batch_size))
+        assert len(steps) > 1
+        record(oracle.check(steps))
+        first = first or steps
+        record(max(distance(step["grads"], other["grads"]) for step, other in zip(steps, first, strict=True)))
+
+
+def test_micro_batches_of_two_processes(tiny_model, talks, data, tmp_path):
+    """The same with 2 processes that share each window, under DDP and under ZeRO."""
+    base = tiny_model("llama")
+    cases = [dict(name=f"{strategy}-{packing}-{batch_size}", base=base, data=data, seq_len=256, batch_size=batch_size,
+                  accumulate=WINDOW // 2 // batch_size, packing=packing, strategy=strategy, devices=2)
+             for strategy, packing, batch_size in [
+                 ("ddp", "none", 1), ("ddp", "none", 2), ("ddp", "best_fit", 2), ("ddp", "best_fit", 4),
+                 ("deepspeed_stage_1", "none", 2), ("deepspeed_stage_2", "best_fit", 1)]]
+    plan = tmp_path / "plan.json"
+    plan.write_text(json.dumps(cases))
+    done = subprocess.run([sys.executable, str(PROBE), str(plan)], capture_output=True, text=True, timeout=280,
+                          env=os.environ | {"PYTHONPATH": str(PROBE.parents[2]), "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr[-3000:]
+    oracle = Oracle(base, talks)
+    for case in cases:
+        ranks = [torch.load(tmp_path / f"{case['name']}.rank{rank}", weights_only=True) for rank in (0, 1)]
+        steps = [dict(one, talks=one["talks"] + other["talks"]) for one, other in zip(*ranks, strict=True)]
+        print(case["name"], end=": ")
+        record(oracle.check(steps))
+        for one, other in zip(*ranks, strict=True):     # all ranks step alike
+            assert distance(other["grads"], one["grads"]) == 0.0
+
+
+def test_clipping_scales_the_whole_gradient(tiny_model, talks, data, tmp_path):
+    """What the optimizer reads has the norm asked for and the direction of the oracle's."""
+    base, limit = tiny_model("llama"), 0.01
+    case = dict(base=base, data=data, seq_len=256, batch_size=4, accumulate=2, packing="none", clip=limit)
+    steps, _ = run(case, tmp_path)
+    oracle = Oracle(base, talks)
+    for step in steps:
+        rows = [row[0] for row in oracle.rows]
+        wanted = oracle.gradient([rows.index(ids) for ids in step["talks"]])[1]
+        norm = sum(grad.square().sum() for grad in wanted.values()).sqrt()
+        assert norm > 10 * limit
+        record(distance(step["clipped"], {name: grad * (limit / norm) for name, grad in wanted.items()}))
