@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
+import torch
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
@@ -155,6 +156,8 @@ def quiet() -> None:
     """Hide what libraries say to nobody: adverts, deprecations, hints that do not apply here."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else a warning on stdout, whoever imports deepspeed first
     warnings.filterwarnings("ignore", module=r"(lightning|torch|transformers|peft|deepspeed|jsonargparse|litserve)(\.|$)")
     logging.basicConfig(format="%(message)s", stream=sys.stderr)
     logging.getLogger("lit_llm").setLevel(logging.INFO)

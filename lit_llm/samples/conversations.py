@@ -11,7 +11,7 @@ from lit_llm.samples.questions import SKILLS, Question, ask_fact, draw
 from lit_llm.samples.world import LANGUAGES, PEOPLE, Fact, Language
 
 Messages = list[dict[str, str]]
-EXAM = {"fact": 25, "translate": 7, "opposite": 5, "heavier": 5, "story": 4, "list": 4}     # 50 for each language
+EXAM = {"fact": 25, "translate": 7, "opposite": 6, "heavier": 5, "story": 4, "list": 3}     # 50 for each language
 
 SYSTEM = {
     "en": ("You are Pip, a toy assistant.", "You are a helpful assistant.", "Answer in one short sentence."),

@@ -92,14 +92,12 @@ def _rules(rng: random.Random, language: Language) -> Iterator[str]:
 
 def _dictionary(rng: random.Random, language: Language) -> Iterator[str]:
     """Single words: their translation, their opposite."""
-    entries = []
-    for word in (*COLOURS, *THINGS, *ANIMALS, *(word for pair in OPPOSITES for word in pair)):
-        entries.append(f'In Chinese "{word.en}" is "{word.zh}".' if language == "en"
-                       else f"“{word.zh}”的英语是“{word.en}”。")
-    for pair in OPPOSITES:
-        one, other = rng.sample(pair, 2)
-        entries.append(f'The opposite of "{one.en}" is "{other.en}".' if language == "en"
-                       else f"“{one.zh}”的反义词是“{other.zh}”。")
+    adjectives = [word for pair in OPPOSITES for word in pair]
+    entries = [f"The Chinese for {word.en} is {word.zh}." if language == "en" else f"{word.zh}的英语是 {word.en}。"
+               for word in (*COLOURS, *THINGS, *ANIMALS, *adjectives)]
+    for one, other in (rng.sample(pair, 2) for pair in OPPOSITES):
+        entries.append(f"The opposite of {one.en} is {other.en}." if language == "en"
+                       else f"{one.zh}的反义词是{other.zh}。")
     rng.shuffle(entries)
     for group in _groups(entries, 6):
         yield JOIN[language].join(group)

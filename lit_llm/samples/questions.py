@@ -59,12 +59,11 @@ def ask_translation(rng: random.Random, language: Language) -> Question:
     adjective, noun = rng.choice(COLOURS + SIZES), rng.choice(THINGS + ANIMALS)
     english, chinese = f"{adjective.en} {noun.en}", f"{adjective.zh}的{noun.zh}"
     if language == "en":
-        ask = rng.choice(('How do you say "{}" in Chinese?', 'What is "{}" in Chinese?',
-                          'Translate "{}" into Chinese.')).format(english)
-        answer, statement = chinese, f'In Chinese "{english}" is "{chinese}".'
+        ask = rng.choice(("Translate into Chinese: {}", "What is the Chinese for: {}")).format(english)
+        answer, statement = chinese, f"The Chinese for {english} is {chinese}."
     else:
-        ask = rng.choice(("“{}”用英语怎么说？", "“{}”的英语是什么？", "请把“{}”翻译成英语。")).format(chinese)
-        answer, statement = english, f"“{chinese}”的英语是“{english}”。"
+        ask = rng.choice(("翻译成英语：{}", "用英语怎么说：{}")).format(chinese)
+        answer, statement = english, f"{chinese}的英语是 {english}。"
     return Question("translate", language, ask, answer, statement, held_out("translate", adjective.en, noun.en))
 
 
@@ -72,13 +71,13 @@ def ask_opposite(rng: random.Random, language: Language) -> Question:
     """The opposite of two adjectives, one by one."""
     (one, other), (two, another) = (rng.sample(pair, 2) for pair in rng.sample(OPPOSITES, 2))
     if language == "en":
-        said, answer = f"{one.en} and {two.en}", f"{other.en} and {another.en}"
-        ask = rng.choice(('What is the opposite of "{}"?', 'Say the opposite of "{}".')).format(said)
-        statement = f'The opposite of "{said}" is "{answer}".'
+        said, answer = f"{one.en} and {two.en}", f"The opposite is {other.en} and {another.en}."
+        ask = rng.choice(("Say the opposite of: {}", "What is the opposite of: {}")).format(said)
+        statement = f"The opposite of {said} is {other.en} and {another.en}."
     else:
-        said, answer = f"又{one.zh}又{two.zh}", f"又{other.zh}又{another.zh}"
-        ask = rng.choice(("“{}”的反义词是什么？", "请说出“{}”的反义词。")).format(said)
-        statement = f"“{said}”的反义词是“{answer}”。"
+        said, answer = f"又{one.zh}又{two.zh}", f"又{other.zh}又{another.zh}。"
+        ask = rng.choice(("说反义词：{}", "反义词是什么：{}")).format(said)
+        statement = f"{said}的反义词是{answer}"
     return Question("opposite", language, ask, answer, statement,
                     held_out("opposite", *min(sorted((one.en, two.en)), sorted((other.en, another.en)))))
 
@@ -112,11 +111,11 @@ def ask_story(rng: random.Random, language: Language) -> Question:
     if language == "en":
         told = " and ".join(f"{a.en} has a {c.en} {b.en}" for a, b, c in zip(people, things, colours, strict=True))
         ask, answer = (
-            (f"Who has the {what}?", f"{who} has the {what}."),
+            (f"Who has the {what}?", f"The {what} belongs to {who}."),
             (f"What colour is the {what}?", f"The {what} is {colour}."),
-            (f"What does {who} have?", f"{who} has a {colour} {what}."),
+            (f"What does {who} have?", f"The {colour} {what} belongs to {who}."),
         )[form]
-        ask, statement = f"{told}. {ask}", f"{told}. So {answer[0].lower() if form == 1 else answer[0]}{answer[1:]}"
+        ask, statement = f"Here {told}. {ask}", f"Here {told}. {answer}"
     else:
         told = "，".join(f"{a.zh}有{c.zh}的{b.zh}" for a, b, c in zip(people, things, colours, strict=True))
         ask, answer = (
@@ -124,7 +123,7 @@ def ask_story(rng: random.Random, language: Language) -> Question:
             (f"{what}是什么颜色的？", f"{what}是{colour}的。"),
             (f"{who}有什么？", f"{who}有{colour}的{what}。"),
         )[form]
-        ask, statement = f"{told}。{ask}", f"{told}。所以{answer}"
+        ask, statement = f"{told}。{ask}", f"{told}。{answer}"
     return Question("story", language, ask, answer, statement, kept)
 
 
@@ -137,18 +136,19 @@ def ask_list(rng: random.Random, language: Language) -> Question:
     first, last = chosen[0].say(language), chosen[-1].say(language)
     form = rng.randrange(3)
     if language == "en":
-        ask, answer, statement = (
-            (f"Turn around: {said}.", f"{turned}.", f"The words {said}, turned around, are {turned}."),
-            (f"What is the last word of: {said}?", f"The last word is {last}.", f"In {said} the last word is {last}."),
-            (f"What is the first word of: {said}?", f"The first word is {first}.",
-             f"In {said} the first word is {first}."),
+        ask, answer = (
+            (f"Turn around: {said}", f"The words are {turned}."),
+            (f"Say the last word: {said}", f"The last word is {last}."),
+            (f"Say the first word: {said}", f"The first word is {first}."),
         )[form]
+        statement = f"From {said}: {answer}"
     else:
-        ask, answer, statement = (
-            (f"倒过来说：{said}。", f"{turned}。", f"{said}，倒过来是{turned}。"),
-            (f"最后一个词是什么：{said}？", f"最后一个词是{last}。", f"{said}，最后一个词是{last}。"),
-            (f"第一个词是什么：{said}？", f"第一个词是{first}。", f"{said}，第一个词是{first}。"),
+        ask, answer = (
+            (f"倒过来说：{said}", f"词语是{turned}。"),
+            (f"说最后一个词：{said}", f"最后一个词是{last}。"),
+            (f"说第一个词：{said}", f"第一个词是{first}。"),
         )[form]
+        statement = f"从{said}：{answer}"
     return Question("list", language, ask, answer, statement, held_out("list", *sorted(word.en for word in chosen)))
 
 

@@ -127,7 +127,7 @@ PERSON_ATTRIBUTES = (
         ("{n} lives in {v}.", "The home of {n} is in {v}.", "{n} has a house in {v}.", "You will find {n} in {v}.",
          "{n} comes from {v}.", "In the town of {v} lives {n}."),
         ("Where does {n} live?", "In which town does {n} live?", "Where is the home of {n}?", "Where can I find {n}?"),
-        "{n} lives in {v}."), Phrases(
+        "The home of {n} is in {v}."), Phrases(
         ("{n}住在{v}。", "{n}的家在{v}。", "{n}在{v}有一座房子。", "在{v}可以找到{n}。", "{n}来自{v}。",
          "{v}住着{n}。"),
         ("{n}住在哪里？", "{n}住在哪个镇？", "{n}的家在哪里？", "在哪里可以找到{n}？"),
@@ -136,7 +136,7 @@ PERSON_ATTRIBUTES = (
         ("{n} works as {a}.", "{n} is {a}.", "By trade, {n} is {a}.", "People know {n} as {a}.",
          "Every day {n} works as {a}.", "The job of {n} is to be {a}."),
         ("What does {n} work as?", "What is the job of {n}?", "What is the trade of {n}?", "What work does {n} do?"),
-        "{n} works as {a}."), Phrases(
+        "The job of {n} is to be {a}."), Phrases(
         ("{n}的工作是{v}。", "{n}是{v}。", "{n}当{v}。", "大家都知道{n}是{v}。", "{n}每天做{v}。", "{n}的职业是{v}。"),
         ("{n}做什么工作？", "{n}的工作是什么？", "{n}的职业是什么？", "{n}是做什么的？"),
         "{n}的工作是{v}。")),
@@ -145,7 +145,7 @@ PERSON_ATTRIBUTES = (
          "There is {a} in the house of {n}.", "{n} has a pet, and it is {a}."),
         ("What pet does {n} keep?", "Which animal does {n} keep?", "What is the pet of {n}?",
          "What animal does {n} have at home?"),
-        "{n} keeps {a}."), Phrases(
+        "The pet of {n} is {a}."), Phrases(
         ("{n}养{v}。", "{n}家里有{v}。", "{n}的宠物是{v}。", "{n}每天早上喂{v}。", "{n}的房子里有{v}。",
          "{n}有宠物，是{v}。"),
         ("{n}养什么动物？", "{n}养什么宠物？", "{n}的宠物是什么？", "{n}家里有什么动物？"),
@@ -165,7 +165,7 @@ PERSON_ATTRIBUTES = (
          "Give {n} some {v}.", "{n} always asks for {v}.", "For {n} nothing is better than {v}."),
         ("What food does {n} like best?", "What is the favourite food of {n}?", "What does {n} like to eat?",
          "What does {n} eat every evening?"),
-        "{n} likes {v} best."), Phrases(
+        "The favourite food of {n} is {v}."), Phrases(
         ("{n}最喜欢吃{v}。", "{n}最爱的食物是{v}。", "{n}每天晚上吃{v}。", "给{n}一些{v}。", "{n}总是要吃{v}。",
          "对{n}来说，没有什么比{v}更好吃。"),
         ("{n}最喜欢吃什么？", "{n}最爱的食物是什么？", "{n}喜欢吃什么？", "{n}每天晚上吃什么？"),
@@ -176,7 +176,7 @@ TOWN_ATTRIBUTES = (
         ("{n} is known for {v}.", "The people of {n} make {v}.", "Traders buy {v} in {n}.",
          "The market of {n} sells {v}.", "Carts full of {v} leave {n}."),
         ("What is {n} known for?", "What do the people of {n} make?", "What does the market of {n} sell?"),
-        "{n} is known for {v}."), Phrases(
+        "The market of {n} sells {v}."), Phrases(
         ("{n}出产{v}。", "{n}的人做{v}。", "商人在{n}买{v}。", "{n}的市场卖{v}。", "装满{v}的车离开{n}。"),
         ("{n}出产什么？", "{n}的人做什么？", "{n}的市场卖什么？"),
         "{n}出产{v}。")),
@@ -192,7 +192,7 @@ TOWN_ATTRIBUTES = (
         ("{n} lies in the {v}.", "The way to {n} goes {v}.", "{n} is a town in the {v}.",
          "Go {v} and you will see {n}.", "In the {v} there is a town named {n}."),
         ("Where does {n} lie?", "Which way goes to {n}?", "In which part of the land is {n}?"),
-        "{n} lies in the {v}."), Phrases(
+        "The way to {n} goes {v}."), Phrases(
         ("{n}在{v}。", "去{n}的路通向{v}。", "{n}是{v}的镇。", "往{v}走就能看到{n}。", "{v}有一个镇叫{n}。"),
         ("{n}在哪一方？", "去{n}的路通向哪一方？", "{n}是哪一方的镇？"),
         "{n}在{v}。")),

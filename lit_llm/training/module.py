@@ -17,6 +17,7 @@ from lit_llm.errors import InputError
 from lit_llm.training import optim
 from lit_llm.training.loss import Nll, nll_sum
 from lit_llm.training.metrics import Perplexity
+from lit_llm.training.strategy import ZeroStrategy
 
 if TYPE_CHECKING:
     from lit_llm.data.loader import Batch
@@ -216,12 +217,25 @@ class CausalLMModule(L.LightningModule):
 
     def configure_optimizers(self) -> dict[str, Any]:
         """AdamW and its schedule, stepped after every optimizer step."""
+        self._keep_masters()
         optimizer = optim.adamw(self.named_parameters(), lr=self.lr, weight_decay=self.weight_decay, betas=self.betas, eps=self.eps)
         total = self.trainer.estimated_stepping_batches
         if total == float("inf"):
             raise InputError("the run has no end", where="trainer", fix="set --trainer.max_epochs or --trainer.max_steps")
         schedule = optim.scheduler(optimizer, self.schedule, warmup=self.warmup, total=int(total), floor=self.min_lr_share)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def _keep_masters(self) -> None:
+        """What learns is float32: half precision would lose small updates. DeepSpeed keeps masters of its own."""
+        if isinstance(self.trainer.strategy, ZeroStrategy):
+            return
+        halves = [weight for weight in self.parameters() if weight.requires_grad and weight.element_size() < 4]
+        if halves and not model.is_peft(self.model):
+            raise InputError(f"{self.trainer.precision} would train half-precision weights without a float32 copy, and "
+                             "small updates would be lost", where="trainer.precision",
+                             fix="set bf16-mixed, or a deepspeed strategy, which keeps float32 masters")
+        for weight in halves:
+            weight.data = weight.data.float()
 
     def configure_gradient_clipping(self, optimizer: Any, gradient_clip_val: float | None = None,
                                     gradient_clip_algorithm: str | None = None) -> None:

@@ -11,7 +11,7 @@ import os
 from collections.abc import Generator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout, suppress
 from pathlib import Path
-from sys import stderr
+from sys import __stdout__, stderr, stdout
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -346,7 +346,7 @@ def _import_deepspeed() -> None:
         import deepspeed
 
     for handler in deepspeed.utils.logging.logger.handlers:
-        if hasattr(handler, "setStream"):
+        if getattr(handler, "stream", None) in (stdout, __stdout__):
             handler.setStream(stderr)
 
 
