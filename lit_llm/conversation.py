@@ -58,6 +58,8 @@ class Message:
         if role not in ROLES:
             shown = repr(raw.get("role"))[:40]
             raise InputError(f"unknown role {shown}; use one of {', '.join(ROLES)}.{did_you_mean(role, list(ROLES))}")
+        if raw.get("audio") is not None:
+            raise InputError("images and audio are not read, only text")
         calls = tuple(_tool_call(call) for call in _listed(raw.get("tool_calls"), "tool_calls"))
         if raw.get("function_call"):                # OpenAI's older spelling of a single call
             calls += (_tool_call({"function": raw["function_call"]}),)
@@ -121,7 +123,10 @@ class Conversation:
                 parsed.append(Message.from_openai(raw))
             except InputError as error:
                 raise InputError(f"message {place + 1}: {error.what}", fix=error.fix) from None
-        return cls(tuple(parsed), tuple(_listed(_parsed(tools), "tools")))
+        listed = _listed(_parsed(tools), "tools")
+        if not all(isinstance(tool, Mapping) for tool in listed):
+            raise InputError("a tool must be an object, OpenAI's function schema")
+        return cls(tuple(parsed), tuple(listed))
 
     def to_openai(self) -> list[dict[str, Any]]:
         """The list of dicts that chat templates and OpenAI clients expect."""
@@ -157,8 +162,8 @@ def _parsed(value: Any) -> Any:
         return value
     try:
         return json.loads(value) if value.strip() else None
-    except json.JSONDecodeError as error:
-        raise InputError(f"tools is a string that is not JSON: {error.msg}") from None
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"tools is a string, but they are not JSON: {str(error)[:80]}") from None
 
 
 def _text(content: Any) -> str:
@@ -202,7 +207,7 @@ def _tool_call(raw: Any) -> dict[str, Any]:
     if isinstance(arguments, str):                  # OpenAI sends JSON text; templates want the object
         try:
             arguments = json.loads(arguments)
-        except json.JSONDecodeError as error:
-            raise InputError(f"the arguments of tool call '{function['name']}' are not JSON: {error.msg}") from None
+        except (ValueError, RecursionError) as error:
+            raise InputError(f"the arguments of tool call '{function['name']}' are not JSON: {str(error)[:80]}") from None
     call = {"type": "function", "function": {"name": function["name"], "arguments": arguments or {}}}
     return {"id": raw["id"], **call} if raw.get("id") is not None else call
