@@ -208,6 +208,6 @@ def _tool_call(raw: Any) -> dict[str, Any]:
         try:
             arguments = json.loads(arguments)
         except (ValueError, RecursionError) as error:
-            raise InputError(f"the arguments of tool call '{function['name']}' are not JSON: {str(error)[:80]}") from None
+            raise InputError(f"the arguments of '{function['name']}' are not JSON: {str(error)[:80]}") from None
     call = {"type": "function", "function": {"name": function["name"], "arguments": arguments or {}}}
     return {"id": raw["id"], **call} if raw.get("id") is not None else call
