@@ -135,5 +135,7 @@ def _strategy(strategy: Any) -> Any:
     if isinstance(strategy, str) and strategy.startswith("deepspeed"):
         from lit_llm.training.strategy import ZeroStrategy
 
-        return ZeroStrategy.from_name(strategy)
+        strategy = ZeroStrategy.from_name(strategy)
+    if isinstance(config := getattr(strategy, "config", None), dict):
+        config.setdefault("train_micro_batch_size_per_gpu", 1)      # for a log of its own; else it asks a train loader
     return strategy
