@@ -1,0 +1,187 @@
+"""The README is the first thing a user types. Every command in it runs here, and what it promises is measured."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+SAMPLES = ROOT / "lit_llm" / "samples"
+
+
+def blocks(language: str, text: str = README) -> list[str]:
+    """Code blocks of a language, line continuations joined."""
+    return [block.replace("\\\n", "") for block in re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)]
+
+
+class Shell:
+    """Types commands in a folder that looks like a fresh clone to them."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        (folder / "configs").symlink_to(ROOT / "configs")
+        self.env = os.environ | {"PYTHONPATH": str(ROOT), "LIT_LLM_CACHE": str(folder / "cache"), "NO_COLOR": "1",
+                                 "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+
+    def run(self, command: str, *, stdin: str = "", timeout: float = 280) -> subprocess.CompletedProcess:
+        return subprocess.run(["bash", "-euo", "pipefail", "-c", command], cwd=self.folder, env=self.env, input=stdin,
+                              capture_output=True, text=True, timeout=timeout)
+
+    def start(self, command: str) -> subprocess.Popen:
+        return subprocess.Popen(["bash", "-c", f"exec {command}"], cwd=self.folder, env=self.env, start_new_session=True,
+                                stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
+@pytest.fixture(scope="module")
+def shell(tmp_path_factory) -> Shell:
+    return Shell(tmp_path_factory.mktemp("clone"))
+
+
+@pytest.fixture(scope="module")
+def first(shell) -> subprocess.CompletedProcess:
+    """The README's first command, without the installation that this process stands on."""
+    install, _, train = blocks("bash")[0].strip().partition(" && ")
+    assert install == "pip install -c constraints.txt -e ."
+    began = time.monotonic()
+    done = shell.run(train, timeout=290)
+    done.seconds = time.monotonic() - began
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done
+
+
+@pytest.mark.slow
+def test_first_command_ends_with_what_came_out(first, shell):
+    """Perplexity before and after, three answers side by side, the next commands."""
+    before, after = map(float, re.search(r"perplexity on .*: ([\d.]+) before, ([\d.]+) after", first.stdout).groups())
+    assert before / after >= 3
+    assert len(re.findall(r"^  prompt ", first.stdout, re.MULTILINE)) == 3
+    assert len(re.findall(r"^  base ", first.stdout, re.MULTILINE)) == 3
+    for verb in ("lit_llm chat", "lit_llm validate", "-m serve"):
+        assert verb in first.stdout.split("next:")[1]
+    figures = json.loads((shell.folder / "runs/sft/metrics.json").read_text())
+    assert figures["val/perplexity"] == pytest.approx(after, abs=1e-3)
+    for file in ("config.yaml", "metrics.csv", "checkpoints/LATEST", "checkpoints/BEST", "export/config.json",
+                 "export/chat_template.jinja", "export/generation_config.json", "export/README.md", "tokenizer/tokenizer.json"):
+        assert (shell.folder / "runs/sft" / file).is_file(), file
+
+
+@pytest.mark.slow
+def test_the_tuned_model_answers_what_it_never_saw(first, shell):
+    """At least 80 of 100 held-out questions exactly right, in both languages; the base at most 5. Plain transformers."""
+    exam = [json.loads(line)["messages"] for line in (SAMPLES / "conversations_val.jsonl").read_text().splitlines()]
+    exam = [messages for messages in exam if sum(message["role"] == "user" for message in messages) == 1][:100]
+    assert len(exam) == 100
+    chinese = [bool(re.search(r"[\u4e00-\u9fff]", messages[-2]["content"])) for messages in exam]
+    tuned, base = (grade(folder, exam) for folder in (shell.folder / "runs/sft/export", SAMPLES / "base"))
+    by_language = [[right for right, zh in zip(tuned, chinese, strict=True) if zh is language] for language in (True, False)]
+    assert sum(tuned) >= 80
+    assert sum(base) <= 5
+    for answers in by_language:
+        assert len(answers) >= 30
+        assert sum(answers) >= 0.8 * len(answers)
+
+
+def grade(folder: Path, exam: list) -> list[bool]:
+    """Exact answers by `model.generate` on the template's own tokens."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    stop = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    right = []
+    for messages in exam:
+        ids = tokenizer.apply_chat_template(messages[:-1], add_generation_prompt=True, return_tensors="pt", return_dict=True)
+        with torch.no_grad():
+            out = model.generate(**ids, max_new_tokens=48, do_sample=False, eos_token_id=[stop, tokenizer.eos_token_id])
+        answer = tokenizer.decode(out[0, ids["input_ids"].shape[1]:], skip_special_tokens=True)
+        right.append(answer.strip() == messages[-1]["content"].strip())
+    return right
+
+
+@pytest.mark.slow
+def test_the_next_commands(first, shell):
+    """chat answers, validate gives the run's own perplexity, serve serves."""
+    chat, validate, serve = blocks("sh")[0].strip().splitlines()
+    done = shell.run(chat, stdin="Good morning!\nexit\n")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip()
+    done = shell.run(validate)
+    assert done.returncode == 0, done.stderr
+    said = float(re.search(r"val/perplexity\s+([\d.]+)", done.stdout)[1])
+    best = json.loads((shell.folder / "runs/sft/checkpoints" / (shell.folder / "runs/sft/checkpoints/BEST").read_text().strip()
+                       / "manifest.json").read_text())
+    import math
+    assert math.log(said) == pytest.approx(best["score"], rel=1e-5)
+    printed = first.stdout.split("next:")[1]
+    assert all(command in printed for command in ("chat --model runs/sft/export", "-m serve --model runs/sft/export"))
+    process = shell.start(serve)
+    try:
+        answer = _ask_until_up("http://127.0.0.1:8000/chat", {"message": "Good morning!", "max_length": 16, "temperature": 0})
+        assert isinstance(answer["response"], str)
+        assert answer["response"]
+    finally:
+        os.killpg(process.pid, signal.SIGTERM)
+        process.wait(20)
+
+
+def _ask_until_up(url: str, body: dict, seconds: float = 90) -> dict:
+    end = time.monotonic() + seconds
+    request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
+    while True:
+        try:
+            with urllib.request.urlopen(request, timeout=30) as reply:
+                return json.load(reply)
+        except OSError:
+            if time.monotonic() > end:
+                raise
+            time.sleep(0.5)
+
+
+@pytest.mark.slow
+def test_own_data_and_own_model(shell, tiny_model):
+    """The README's command for a user's own file, with a tiny model for the folder; then it goes on where it stopped."""
+    rows = [{"messages": [{"role": "user", "content": f"Say {n}."}, {"role": "assistant", "content": str(n)}]} for n in range(60)]
+    (shell.folder / "my_chats.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    command = blocks("sh")[1].strip().replace("FOLDER_OR_HUB_ID", tiny_model("qwen3")).replace("seq_len 1024", "seq_len 128")
+    command += " --trainer.default_root_dir runs/own --trainer.max_steps"
+    done = shell.run(f"{command} 2")
+    assert done.returncode == 0, done.stderr[-2000:]
+    done = shell.run(f"{command} 4 --ckpt_path last")
+    assert done.returncode == 0, done.stderr[-2000:]
+    steps = [line.split(",")[0] for line in (shell.folder / "runs/own/metrics.csv").read_text().splitlines()[1:]]
+    assert len(steps) == len(set(steps))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("overlays", [("cpu", "full", "wandb"), ("zero3",), ("offload",)], ids="+".join)
+def test_overlays_train(overlays, shell, tiny_model):
+    """Each overlay of the table trains for real."""
+    words = " ".join(f"--config configs/with/{name}.yaml" for name in overlays)
+    assert all(f"configs/with/{name}.yaml" in README for name in overlays)
+    done = shell.run(f"python -m lit_llm fit --config configs/sft.yaml {words} --model.base {tiny_model('llama')} "
+                     f"--trainer.max_steps 2 --trainer.num_sanity_val_steps 1 --trainer.limit_val_batches 1 --data.seq_len 128 "
+                     f"--trainer.default_root_dir runs/{overlays[0]}")
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert (shell.folder / "runs" / overlays[0] / "export" / "model.safetensors").is_file()
+
+
+def test_second_command_is_what_ci_runs():
+    """The test command installs the test extra and runs pytest; CI reads it from here."""
+    assert blocks("bash")[1].strip() == "pip install -c constraints.txt -e '.[test]' && python -m pytest"
+    assert "block == 2" in (ROOT / ".ci" / "run").read_text()
+
+
+def test_every_config_named_exists():
+    """No table row, in either language, names a file that is not there."""
+    for text in (README, (ROOT / "README.zh-CN.md").read_text(encoding="utf-8")):
+        for name in re.findall(r"configs/[\w/]+\.yaml", text):
+            assert (ROOT / name).is_file(), name
