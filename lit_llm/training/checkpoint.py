@@ -12,6 +12,7 @@ Knows nothing of losses or data. A folder without a valid manifest does not exis
 import hashlib
 import json
 import logging
+import math
 import os
 import shutil
 from pathlib import Path
@@ -46,15 +47,13 @@ class StepCheckpoint(Checkpoint):
         self.scores: dict[str, float] = {}          # folder name -> monitored value
         self._saved = -1
 
-    def state_dict(self) -> dict[str, Any]:
-        """Scores of the checkpoints so far, so that a resumed run compares with them."""
-        return {"scores": dict(self.scores)}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take them back."""
-        self.scores = dict(state_dict["scores"])
-
     # ---- when --------------------------------------------------------------------------------------------------------
+
+    def on_train_start(self, trainer: L.Trainer, *_: Any) -> None:
+        """A resumed run compares with what lies there; folders behind the step where it goes on are set aside."""
+        self._saved = step = trainer.global_step
+        if step and trainer.is_global_zero:
+            self._recall(checkpoints(trainer), step)
 
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
         """Every n optimizer steps; never inside an accumulation window, whose gradients a file would lose."""
@@ -65,7 +64,8 @@ class StepCheckpoint(Checkpoint):
     def on_validation_end(self, trainer: L.Trainer, *_: Any) -> None:
         """After a validation inside fit, with its score."""
         if trainer.state.fn == "fit" and not trainer.sanity_checking and not trainer.fit_loop._should_accumulate():
-            self.save(trainer)
+            score = trainer.callback_metrics.get(self.monitor)
+            self.save(trainer, None if score is None else float(score))
 
     def on_train_end(self, trainer: L.Trainer, *_: Any) -> None:
         """At the end, unless the last step is on disk already."""
@@ -73,17 +73,24 @@ class StepCheckpoint(Checkpoint):
 
     # ---- what --------------------------------------------------------------------------------------------------------
 
-    def save(self, trainer: L.Trainer) -> None:
-        """Write the folder of this step; a collective of all ranks."""
-        step, score = trainer.global_step, trainer.callback_metrics.get(self.monitor)
-        name = f"step_{step}"
-        if score is not None and float(score) == float(score):      # a NaN is never best
-            self.scores[name] = float(score)
+    def save(self, trainer: L.Trainer, score: float | None = None) -> None:
+        """Write the folder of this step; a collective of all ranks.
+
+        Args:
+            trainer: In a fit.
+            score: The monitored metric at this very step; null if it was not measured here.
+        """
+        step = trainer.global_step
+        folder = checkpoints(trainer) / f"step_{step}"
+        if score is not None and math.isfinite(score):              # a NaN is never best
+            self.scores[folder.name] = score
         if step == self._saved or not step:
+            if score is not None and trainer.is_global_zero and (folder / "manifest.json").is_file():
+                _write_score(folder / "manifest.json", score)       # saved before it was measured
+                self._point_and_prune(folder)
             return
         self._saved = step
-        folder = checkpoints(trainer) / name
-        partial = folder.with_name(name + ".partial")
+        partial = folder.with_name(folder.name + ".partial")
         if trainer.is_global_zero:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
@@ -93,12 +100,26 @@ class StepCheckpoint(Checkpoint):
         if trainer.is_global_zero:
             assert state is not None
             self._write_weights(trainer, partial, state)
-            _write_manifest(trainer, partial, self.scores.get(name))
+            _write_manifest(trainer, partial, score)
             shutil.rmtree(folder, ignore_errors=True)
             os.rename(partial, folder)
             _sync(folder.parent)
             self._point_and_prune(folder)
         trainer.strategy.barrier()
+
+    def _recall(self, folders: Path, step: int) -> None:
+        for folder in sorted(folders.glob("step_*"), key=lambda path: _step(path.name)):
+            if _step(folder.name) > step:
+                aside = folder.with_name(f"abandoned_{folder.name}")
+                shutil.rmtree(aside, ignore_errors=True)
+                folder.rename(aside)
+                log.info("%s lies behind step %d, where this run goes on; it is now in %s", folder, step, aside)
+            elif (folder / "manifest.json").is_file():
+                score = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["score"]
+                if score is not None:
+                    self.scores[folder.name] = float(score)
+        if (folders / f"step_{step}").is_dir():
+            self._point_and_prune(folders / f"step_{step}")
 
     @staticmethod
     def _write_weights(trainer: L.Trainer, folder: Path, state: dict[str, Any]) -> None:
@@ -139,7 +160,8 @@ def find(run: Path, wanted: str) -> Path:
     if wanted in ("last", "best"):
         pointer = run / "checkpoints" / {"last": "LATEST", "best": "BEST"}[wanted]
         if not pointer.is_file():
-            raise InputError(f"{run} has no {wanted} checkpoint", where="ckpt_path", fix="start a fit without --ckpt_path")
+            raise InputError(f"{run} has no {wanted} checkpoint", where="ckpt_path",
+                             fix="start a fit without --ckpt_path")
         folder = pointer.parent / pointer.read_text(encoding="utf-8").strip()
     if not folder.is_dir():
         raise InputError(f"there is no checkpoint folder {wanted}", where="ckpt_path",
@@ -167,22 +189,33 @@ def _write_manifest(trainer: L.Trainer, folder: Path, score: float | None) -> No
                 "bytes": file.stat().st_size, "sha256": hashlib.file_digest(handle, "sha256").hexdigest()}
             os.fsync(handle.fileno())
     facts = {
-        "step": trainer.global_step, "epoch": trainer.current_epoch, "score": score, "base": module.base,
+        "step": trainer.global_step, "epoch": trainer.current_epoch, "score": _finite(score), "base": module.base,
         "peft": module.peft_spec, "world_size": trainer.world_size, "strategy": type(trainer.strategy).__name__,
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__, "lightning": L.__version__},
         "files": files,
     }
-    file = folder / "manifest.json"
-    file.write_text(json.dumps(facts, indent=1, default=str) + "\n", encoding="utf-8")
-    _sync(file)
+    _replace(folder / "manifest.json", facts)
 
 
-def _point(pointer: Path, name: str) -> None:
-    """Replace a pointer file in one move."""
-    fresh = pointer.with_suffix(".partial")
-    fresh.write_text(name + "\n", encoding="utf-8")
+def _write_score(manifest: Path, score: float) -> None:
+    facts = json.loads(manifest.read_text(encoding="utf-8"))
+    _replace(manifest, facts | {"score": _finite(score)})
+
+
+def _finite(score: float | None) -> float | None:
+    return score if score is not None and math.isfinite(score) else None
+
+
+def _replace(file: Path, facts: dict[str, Any]) -> None:
+    _point(file, json.dumps(facts, indent=1, default=str))
+
+
+def _point(file: Path, text: str) -> None:
+    """Replace a pointer or manifest in one move."""
+    fresh = file.with_suffix(".partial")
+    fresh.write_text(text + "\n", encoding="utf-8")
     _sync(fresh)
-    os.replace(fresh, pointer)
+    os.replace(fresh, file)
 
 
 def _sync(path: Path) -> None:
