@@ -1,0 +1,89 @@
+"""Options of a run that change how it computes must not change what it computes, and no option may train nothing."""
+
+import json
+
+import pytest
+import torch
+
+from lit_llm import CausalLMModule, InputError, LoRA, Source, TextDataModule, Trainer
+
+
+@pytest.fixture
+def chats(tmp_path):
+    """Twenty-four conversations of unequal lengths."""
+    rows = [{"messages": [{"role": "user", "content": f"Say {'very ' * (n % 5)}{n}."}, {"role": "assistant", "content": "ok " * (n % 7) + str(n)}]}
+            for n in range(24)]
+    file = tmp_path / "chats.jsonl"
+    file.write_text("\n".join(map(json.dumps, rows)))
+    return file
+
+
+def fit(model: str, chats, tmp_path, *, steps: int = 3, packing: str = "best_fit", name: str = "run", trainer: dict | None = None,
+        **options) -> tuple[CausalLMModule, list[float]]:
+    """Train in this process; the module and the logged losses."""
+    data = TextDataModule(sources=[Source(str(chats))], tokenizer=model, seq_len=64, batch_size=4, packing=packing)
+    module = CausalLMModule(base=model, **{"lr": 1e-3, **options})
+    runner = Trainer(default_root_dir=str(tmp_path / name), max_steps=steps, accelerator="cpu", devices=1, log_every_n_steps=1,
+                     enable_progress_bar=False, **(trainer or {}))
+    torch.manual_seed(0)
+    runner.fit(module, datamodule=data)
+    rows = (tmp_path / name / "metrics.csv").read_text().splitlines()
+    column = rows[0].split(",").index("train/loss")
+    return module, [float(row.split(",")[column]) for row in rows[1:] if row.split(",")[column]]
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "gpt2"])
+def test_gradient_checkpointing_changes_nothing(kind, tiny_model, chats, tmp_path):
+    """Recomputed activations are the same activations, with adapters too (whose inputs carry no gradient of their own)."""
+    losses = [fit(tiny_model(kind), chats, tmp_path, name=str(flag), lora=LoRA(r=4), gradient_checkpointing=flag)[1]
+              for flag in (False, True)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+    assert losses[0][-1] != losses[0][0]
+
+
+def test_bf16_mixed_moves_weights_by_small_steps(tiny_model, chats, tmp_path):
+    """With float32 masters a learning rate of 1e-5 moves every weight; in bf16 most updates would round to nothing."""
+    module, losses = fit(tiny_model("llama"), chats, tmp_path, trainer={"precision": "bf16-mixed"})
+    _, exact = fit(tiny_model("llama"), chats, tmp_path, name="exact")
+    assert losses == pytest.approx(exact, rel=2e-2)
+    assert {weight.dtype for weight in module.parameters()} == {torch.float32}
+
+
+def test_bf16_true_refuses_to_lose_updates(tiny_model, chats, tmp_path):
+    """All weights in bf16 without masters is refused with the way out; adapters become float32 by themselves."""
+    with pytest.raises(InputError, match="float32 copy"):
+        fit(tiny_model("llama"), chats, tmp_path, trainer={"precision": "bf16-true"})
+    module, losses = fit(tiny_model("llama"), chats, tmp_path, lora=LoRA(r=4), name="lora", trainer={"precision": "bf16-true"})
+    assert {weight.dtype for weight in module.parameters() if weight.requires_grad} == {torch.float32}
+    assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize("peft", [
+    {"class_path": "peft.LoHaConfig", "init_args": {"r": 4}},
+    {"class_path": "IA3Config"},
+    {"class_path": "peft.PromptTuningConfig", "init_args": {"num_virtual_tokens": 4}},
+    {"class_path": "peft.PrefixTuningConfig", "init_args": {"num_virtual_tokens": 4}},
+], ids=lambda spec: spec["class_path"])
+def test_any_peft_method_learns(peft, tiny_model, chats, tmp_path):
+    """Weights of the method move, the base's do not, and the loss falls."""
+    from lit_llm.model import load_causal_lm
+
+    module, losses = fit(tiny_model("llama"), chats, tmp_path, peft=peft, steps=12, lr=3e-2, schedule="constant")
+    assert sum(losses[-3:]) < 0.98 * sum(losses[:3])
+    base = load_causal_lm(tiny_model("llama")).get_input_embeddings().weight
+    torch.testing.assert_close(module.model.get_base_model().get_input_embeddings().weight, base, rtol=0, atol=0)
+
+
+def test_a_run_without_an_end_is_refused(tiny_model, chats, tmp_path):
+    """No max_epochs and no max_steps would give the schedule nothing to plan with."""
+    with pytest.raises(InputError, match="no end"):
+        fit(tiny_model("llama"), chats, tmp_path, steps=-1, trainer={"max_epochs": -1})
+
+
+def test_rows_longer_than_the_model_are_refused(tiny_model, chats, tmp_path):
+    """Before the first step, with the number to set."""
+    data = TextDataModule(sources=[Source(str(chats))], tokenizer=tiny_model("llama"), seq_len=512)
+    runner = Trainer(default_root_dir=str(tmp_path / "run"), max_steps=1, accelerator="cpu", enable_progress_bar=False)
+    with pytest.raises(InputError, match="256 positions"):
+        runner.fit(CausalLMModule(base=tiny_model("llama")), datamodule=data)
+    assert not (tmp_path / "run").exists()
