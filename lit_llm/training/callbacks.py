@@ -129,6 +129,7 @@ class RunFolder(Callback):
         self.after: dict[str, float] = {}
         self.resumed = False
         self._validated = -1                        # optimizer step of the last validation
+        self._ending = False
 
     def state_dict(self) -> dict[str, Any]:
         """The figures before training survive a resume."""
@@ -168,6 +169,9 @@ class RunFolder(Callback):
 
     def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         """Keep the newest figures."""
+        if self._ending:                            # before anyone saves
+            trainer.fit_loop.epoch_loop._batches_that_stepped += 1
+            self._ending = False
         if not trainer.sanity_checking:
             self._validated = trainer.global_step
             self._keep(trainer, "val/")
@@ -175,7 +179,8 @@ class RunFolder(Callback):
     def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         """A run that stops between two validations ends with one, or nobody would know what came out."""
         if trainer.enable_validation and self._validated != trainer.global_step:
-            trainer.validating = True
+            trainer.validating = self._ending = True
+            trainer.fit_loop.epoch_loop._batches_that_stepped -= 1      # logged at the last step, not at one behind it
             trainer.fit_loop.epoch_loop.val_loop.run()
             trainer.training = True
 

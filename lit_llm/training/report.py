@@ -52,12 +52,13 @@ class MetricsCSV(Logger):
         """Nothing: `config.yaml` holds them."""
 
     def resume(self, step: int) -> None:
-        """Read the rows up to a step back from the file."""
+        """Keep the rows up to a step, in memory and in the file."""
         if not self.file.is_file():
             return
         with open(self.file, newline="", encoding="utf-8") as handle:
             self._rows = [row for row in csv.DictReader(handle) if int(row["step"]) < step]
-        self._columns = list(dict.fromkeys([*FIRST, *(key for row in self._rows for key in row)]))
+        self._columns = list(FIRST)
+        self._write()
 
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
@@ -92,7 +93,8 @@ class MetricsCSV(Logger):
 
 def write_json(file: Path, figures: dict[str, Any]) -> None:
     """Write figures as JSON in one move; what is not finite becomes null."""
-    clean = {key: (None if isinstance(value, float) and not math.isfinite(value) else value) for key, value in figures.items()}
+    clean = {key: (None if isinstance(value, float) and not math.isfinite(value) else value)
+             for key, value in figures.items()}
     file.parent.mkdir(parents=True, exist_ok=True)
     partial = file.with_suffix(".partial")
     partial.write_text(json.dumps(clean, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -59,11 +59,12 @@ def fit(tiny_model, tmp_path):
     val = write(tmp_path / "val.jsonl", 5, WORDS[::-1])
 
     def start(name, *, rows=10, lora=True, strategy="auto", resume=None, callbacks=(), max_steps=STEPS, lr=2e-2,
-              **keys):
+              schedule="cosine", **keys):
         data = write(tmp_path / f"train{rows}.jsonl", rows)
         base = tiny_model("llama")
         L.seed_everything(42, verbose=False)
-        module = CausalLMModule(base=base, lora=LoRA(r=4) if lora else None, lr=lr, weight_decay=0.1)
+        module = CausalLMModule(base=base, lora=LoRA(r=4) if lora else None, lr=lr, weight_decay=0.1,
+                                schedule=schedule)
         datamodule = TextDataModule([Source(data)], val_sources=[Source(val)], tokenizer=base, seq_len=128,
                                     batch_size=1, packing="none")
         trainer = Trainer(
@@ -109,6 +110,37 @@ def test_a_stopped_run_goes_on_as_if_nothing_had_been(strategy, lora, rows, wher
     assert rows_of(resumed) == rows_of(straight)
     print(f"weights apart by {same(weights_of(resumed), weights_of(straight)):.1e}")
     assert same(weights_of(resumed), weights_of(straight)) == 0.0
+
+
+@pytest.mark.parametrize("every", [2, 6, 10])
+def test_stopped_after_a_validation(every, fit):
+    """The checkpoint was written by a validation, in an epoch (steps 1 and 3) and at its end (step 5)."""
+    how = dict(val_check_interval=every, max_steps=8)
+    straight = fit("straight", **how)
+    stop = every // 2
+    with pytest.raises(ConnectionError):
+        fit("stopped", callbacks=[StepCheckpoint(keep_last=9), StopAt(stop)], **how)
+    resumed = fit("stopped", resume=str(straight.parent / "stopped" / "checkpoints" / f"step_{stop}"), **how)
+    assert rows_of(resumed) == rows_of(straight)
+    assert same(weights_of(resumed, "step_8"), weights_of(straight, "step_8")) == 0.0
+
+
+@pytest.mark.parametrize(("rows", "where"), [(10, "in an epoch"), (6, "at its end")])
+@pytest.mark.parametrize("strategy", ["auto", "deepspeed_stage_1"])
+def test_a_finished_run_goes_further(strategy, rows, where, fit):
+    """3 steps, then on to 6; the rate is constant, since a schedule would have come to its end."""
+    how = dict(rows=rows, strategy=strategy, schedule="constant")
+    straight = fit("straight", **how)
+    short = fit("short", max_steps=STOP, **how)
+    before = rows_of(short)
+    further = fit("short", resume="last", **how)
+    assert [row["step"] for row in rows_of(further)] == list(range(STEPS))
+    assert rows_of(further)[:STOP] == before
+    assert [row["train/loss"] for row in rows_of(further)] == [row["train/loss"] for row in rows_of(straight)]
+    figures, wanted = rows_of(further)[-1], rows_of(straight)[-1]
+    assert {key: figures[key] for key in wanted if key != "epoch"} == {
+        key: wanted[key] for key in wanted if key != "epoch"}       # Lightning takes the stop for an epoch's end
+    assert same(weights_of(further), weights_of(straight)) == 0.0
 
 
 def test_a_killed_command_goes_on(tiny_model, tmp_path, lit_llm):
