@@ -4,6 +4,7 @@
 The only module that knows all others; none knows it.
 """
 
+import errno
 import logging
 import os
 import sys
@@ -21,12 +22,15 @@ from lit_llm.ending import finish, held_out_prompts
 from lit_llm.errors import InputError
 from lit_llm.inference.chat import chat
 from lit_llm.inference.export import export
-from lit_llm.parser import Parser
+from lit_llm.parser import ALLOWED_IMPORTS, Parser, check_configs, verb_first
 from lit_llm.training.module import CausalLMModule
 from lit_llm.training.trainer import Trainer
 
-ALLOWED_IMPORTS = ["lightning", "lit_llm", "torch", "peft", "wandb"]
-NOT_ENOUGH_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
+NOT_ENOUGH_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "bad_alloc")
+MEMORY = """there is not enough memory for the batch
+  halve data.batch_size and double trainer.accumulate_grad_batches (the same step), lower data.seq_len,
+  set model.gradient_checkpointing: true, or split the model with trainer.strategy: deepspeed_stage_3"""
+DISK = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR)
 
 def show_export(run: str, checkpoint: str = "best", out: str | None = None, dtype: str = "auto") -> None:
     """Write a run's model as a folder that transformers loads as it stands.
@@ -55,7 +59,8 @@ class LitLLMCLI(LightningCLI):
         ours = {verb: lightnings[verb] for verb in ("fit", "validate", "test")}
         return ours | {"prepare": {"model", "datamodule"}}
 
-    def setup_parser(self, add_subcommands: bool, main_kwargs: dict[str, Any], subparser_kwargs: dict[str, Any]) -> None:
+    def setup_parser(self, add_subcommands: bool, main_kwargs: dict[str, Any],
+                     subparser_kwargs: dict[str, Any]) -> None:
         """Lightning's verbs, then the tools."""
         super().setup_parser(add_subcommands, main_kwargs, subparser_kwargs)
         for name, tool in TOOLS.items() if add_subcommands else ():
@@ -127,7 +132,9 @@ def main(args: list[str] | None = None) -> None:
     import jsonargparse
 
     jsonargparse.set_parsing_settings(import_path_denylist=["*"], import_path_allowlist=ALLOWED_IMPORTS)
+    args = verb_first(sys.argv[1:] if args is None else args, [*LitLLMCLI.subcommands(), *TOOLS])
     try:
+        check_configs(args)
         LitLLMCLI(CausalLMModule, TextDataModule, trainer_class=Trainer, parser_class=Parser, save_config_callback=None,
                   seed_everything_default=42, auto_configure_optimizers=False, load_from_checkpoint_support=False,
                   parser_kwargs={"allow_abbrev": False, "description": "A language model's whole life."}, args=args)
@@ -137,12 +144,21 @@ def main(args: list[str] | None = None) -> None:
         _refuse("trainer: " + str(error).splitlines()[0][:300])
     except KeyboardInterrupt:
         _refuse("stopped", code=130)
+    except MemoryError:
+        _refuse(MEMORY)
     except RuntimeError as error:
         if not any(words in str(error).lower() for words in NOT_ENOUGH_MEMORY):
             raise
-        _refuse("there is not enough memory for the batch\n  halve data.batch_size and double trainer.accumulate_grad_batches"
-                " (the same step), lower data.seq_len,\n  set model.gradient_checkpointing: true, or split the model with "
-                "trainer.strategy: deepspeed_stage_3")
+        _refuse(MEMORY)
+    except OSError as error:
+        if error.errno not in DISK or not error.filename:
+            raise
+        _refuse(f"{error.filename}: {error.strerror}\n  make room, or write elsewhere: --trainer.default_root_dir")
+    except Exception as error:
+        if not type(error).__module__.startswith("wandb."):
+            raise
+        _refuse(f"trainer.logger: wandb: {str(error).splitlines()[0][:300]}\n"
+                "  without an account: --trainer.logger.init_args.offline true; with one: wandb login")
 
 
 def _refuse(message: str, code: int = 2) -> NoReturn:
@@ -158,7 +174,8 @@ def quiet() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else a warning on stdout, whoever imports deepspeed first
-    warnings.filterwarnings("ignore", module=r"(lightning|torch|transformers|peft|deepspeed|jsonargparse|litserve)(\.|$)")
+    libraries = "lightning|torch|transformers|peft|deepspeed|jsonargparse|litserve"
+    warnings.filterwarnings("ignore", module=rf"({libraries})(\.|$)")
     logging.basicConfig(format="%(message)s", stream=sys.stderr)
     logging.getLogger("lit_llm").setLevel(logging.INFO)
     for name in ("lightning", "lightning.pytorch", "lightning.fabric", "transformers", "DeepSpeed", "httpx",

@@ -4,9 +4,13 @@ Knows the verbs' keys, not what they mean.
 """
 
 import re
+import sys
+from collections.abc import Sequence
 from dataclasses import fields
+from pathlib import Path
 from typing import Any, NoReturn
 
+import yaml
 from lightning.pytorch.cli import LightningArgumentParser
 
 from lit_llm.data.sources import Source
@@ -15,19 +19,24 @@ from lit_llm.model import LoRA
 
 # What the same thing is called elsewhere.
 ALIASES = {
-    "learning_rate": "model.lr", "lr": "model.lr", "epochs": "trainer.max_epochs", "num_train_epochs": "trainer.max_epochs",
-    "num_epochs": "trainer.max_epochs", "batch_size": "data.batch_size", "per_device_train_batch_size": "data.batch_size",
+    "learning_rate": "model.lr", "lr": "model.lr", "epochs": "trainer.max_epochs", "num_epochs": "trainer.max_epochs",
+    "num_train_epochs": "trainer.max_epochs", "batch_size": "data.batch_size",
+    "per_device_train_batch_size": "data.batch_size",
     "micro_batch_size": "data.batch_size", "max_length": "data.seq_len", "max_seq_length": "data.seq_len",
     "sequence_len": "data.seq_len", "cutoff_len": "data.seq_len", "output_dir": "trainer.default_root_dir",
-    "model_name_or_path": "model.base", "base_model": "model.base", "gradient_accumulation_steps": "trainer.accumulate_grad_batches",
+    "model_name_or_path": "model.base", "base_model": "model.base",
+    "gradient_accumulation_steps": "trainer.accumulate_grad_batches",
     "lora_rank": "model.lora.r", "lora_r": "model.lora.r", "lora_alpha": "model.lora.alpha", "dataset": "data.sources",
     "datasets": "data.sources", "weight_decay": "model.weight_decay", "warmup_ratio": "model.warmup",
     "warmup_steps": "model.warmup", "lr_scheduler_type": "model.schedule", "max_grad_norm": "trainer.gradient_clip_val",
     "gradient_checkpointing": "model.gradient_checkpointing", "bf16": "trainer.precision", "fp16": "trainer.precision",
-    "precision": "trainer.precision", "max_steps": "trainer.max_steps", "seed": "seed_everything",
+    "rank": "model.lora.r", "lora_dropout": "model.lora.dropout", "precision": "trainer.precision",
+    "max_steps": "trainer.max_steps", "seed": "seed_everything",
 }
 UNKNOWN = (r"[Uu]nrecognized arguments: --([\w.+-]+)", r"Key ['\"]([\w.]+)['\"] is not expected",
-           r"Option ['\"]([\w.]+)['\"] is not accepted", r"No action for key ['\"]([\w.]+)['\"]")
+           r"Option ['\"]([\w.]+)['\"] is not accepted", r"does not accept option ['\"]([\w.]+)['\"]",
+           r"No action for key ['\"]([\w.]+)['\"]")
+ALLOWED_IMPORTS = ["lightning", "lit_llm", "torch", "peft", "wandb"]
 NESTED = tuple(field.name for kind in (Source, LoRA) for field in fields(kind))
 
 
@@ -54,7 +63,7 @@ class Parser(LightningArgumentParser):
 
 
 def explain(message: str, known: list[str]) -> str:
-    """jsonargparse's message in a line or two, with the key or value that was probably meant.
+    """What jsonargparse says in a line or two, with the key or value that was probably meant.
 
     >>> explain("Key 'model.lrr' is not expected", ["model.lr", "data.seq_len"])
     "unknown key 'model.lrr'. Did you mean 'model.lr'?"
@@ -68,15 +77,24 @@ def explain(message: str, known: list[str]) -> str:
     for pattern in UNKNOWN:
         if found := re.search(pattern, message):
             return _unknown(found[1].rstrip("+"), where, known)
+    if found := re.search(r"Importing '([^']+)' is not allowed", message):
+        return f"{where}'{found[1]}' is not imported; a class_path may name a class of {', '.join(ALLOWED_IMPORTS)}"
+    if found := re.search(r"module '([\w.]+)' has no attribute '(\w+)'", message):
+        has = [name for name in dir(sys.modules.get(found[1])) if name[0] != "_"]
+        return f"{where}{found[1]} has no '{found[2]}'.{did_you_mean(found[2], has)}"
+    if found := re.search(r"File does not exist: '(.*)'", message):
+        return f"there is no file {found[1]}"
     if found := re.search(r"Literal\[([^\]]*)\]\. Got value: (.*)", message):
         choices = [choice.strip("'\" ") for choice in found[1].split(",")]
         return f"{where}'{found[2]}' is none of {', '.join(choices)}.{did_you_mean(found[2], choices)}"
-    if found := re.search(r"Literal\[(.*)\]\](?:.|\n)*Given value: (.*)|Literal\[(.*)\](?:.|\n)*Given value: (.*)", message):
+    given = r"(?:.|\n)*Given value: (.*)"
+    if found := re.search(rf"Literal\[(.*)\]\]{given}|Literal\[(.*)\]{given}", message):
         choices = re.findall(r"'([^']+)'", found[1] or found[3])
-        given = found[2] or found[4]
-        return f"{where}'{given}' is none of {', '.join(dict.fromkeys(choices))}.{did_you_mean(given, choices)}"
+        value = found[2] or found[4]
+        return f"{where}'{value}' is none of {', '.join(dict.fromkeys(choices))}.{did_you_mean(value, choices)}"
     lines = [re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", line.strip(" -")) for line in message.splitlines()]
-    lines = [line for line in lines if line and not re.match(r"[Pp]arser key ['\"][\w.]+['\"]:$|Errors:|Subtypes:|usage:", line)]
+    noise = r"[Pp]arser key ['\"][\w.]+['\"]:$|Errors:|Subtypes:|usage:"
+    lines = [line for line in lines if line and not re.match(noise, line)]
     return "\n  ".join(line[:240] for line in [where + lines[0], *lines[1:4]]) if lines else message
 
 
@@ -85,3 +103,43 @@ def _unknown(key: str, where: str, known: list[str]) -> str:
     if ALIASES.get(last, key) != key:
         return f"{where}unknown key '{key}'. Did you mean '{ALIASES[last]}'?"
     return f"{where}unknown key '{key}'.{did_you_mean(key, [*known, *NESTED])}"
+
+
+def verb_first(args: Sequence[str], verbs: Sequence[str]) -> list[str]:
+    """Arguments with the verb before the config files, for who types them the other way round.
+
+    >>> verb_first(["--config", "a.yaml", "fit", "--model.lr", "1"], ["fit"])
+    ['fit', '--config', 'a.yaml', '--model.lr', '1']
+    """
+    place = 0
+    while place < len(args) and args[place].split("=")[0] in ("-c", "--config"):
+        place += 1 if "=" in args[place] else 2
+    if 0 < place < len(args) and args[place] in verbs:
+        return [args[place], *args[:place], *args[place + 1:]]
+    return list(args)
+
+
+def check_configs(args: Sequence[str]) -> None:
+    """Read each config file once, because what the parser says about bad YAML names no file.
+
+    Raises:
+        InputError: A file that is not YAML, with its line, or no mapping of keys.
+    """
+    for place, word in enumerate(args):
+        name, _, value = word.partition("=")
+        if name not in ("-c", "--config"):
+            continue
+        file = Path(value or "".join(args[place + 1:place + 2]))
+        if not file.is_file():
+            continue                                # the parser says so
+        try:
+            content = yaml.safe_load(file.read_text(encoding="utf-8"))
+        except yaml.YAMLError as error:
+            mark = getattr(error, "problem_mark", None)
+            where = f"{file}:{mark.line + 1}" if mark else str(file)
+            reason = getattr(error, "problem", None) or "it cannot be read"
+            raise InputError(f"not YAML: {reason}", where=where) from None
+        except UnicodeDecodeError:
+            raise InputError("not text in UTF-8", where=str(file)) from None
+        if not isinstance(content, dict):
+            raise InputError("a config is a mapping such as `model: {base: gpt2}`", where=str(file))

@@ -12,8 +12,9 @@ from typing import Any
 
 import lightning as L
 import yaml
-from lightning.pytorch.callbacks import Callback, ProgressBar
+from lightning.pytorch.callbacks import Callback, EarlyStopping, ProgressBar
 
+from lit_llm.errors import InputError, did_you_mean
 from lit_llm.training.report import MetricsCSV, redact, write_json
 
 log = logging.getLogger(__name__)
@@ -130,6 +131,7 @@ class RunFolder(Callback):
         self.resumed = False
         self._validated = -1                        # optimizer step of the last validation
         self._ending = False
+        self._aside: Path | None = None             # where the earlier run of this name is now
 
     def state_dict(self) -> dict[str, Any]:
         """The figures before training survive a resume."""
@@ -141,11 +143,12 @@ class RunFolder(Callback):
 
     def on_fit_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         """Now that the model stands, make room; then write the config, and the tokenizer with the template in use."""
+        _check_monitors(trainer)
         if not trainer.is_global_zero:
             return
         folder = Path(trainer.default_root_dir)
         if not self.resumed:
-            _set_aside(folder)
+            self._aside = _set_aside(folder)
         folder.mkdir(parents=True, exist_ok=True)
         if self.config is not None:
             text = yaml.safe_dump(redact(self.config), sort_keys=False, allow_unicode=True)
@@ -184,6 +187,20 @@ class RunFolder(Callback):
             trainer.fit_loop.epoch_loop.val_loop.run()
             trainer.training = True
 
+    def on_exception(self, trainer: L.Trainer, module: L.LightningModule, exception: BaseException) -> None:
+        """A run that failed before its first step leaves nothing behind, and the earlier run has its name again."""
+        folder = Path(trainer.default_root_dir)
+        if self.resumed or trainer.global_step or not trainer.is_global_zero or not folder.is_dir():
+            return
+        for name in ("config.yaml", "metrics.csv", "metrics.json"):
+            (folder / name).unlink(missing_ok=True)
+        for name in ("tokenizer", "checkpoints"):
+            shutil.rmtree(folder / name, ignore_errors=True)
+        if not any(folder.iterdir()):
+            folder.rmdir()
+            if self._aside is not None:
+                shutil.move(self._aside, folder)
+
     def on_test_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         """Keep the newest figures."""
         self._keep(trainer, "test/")
@@ -201,12 +218,29 @@ def _figures(trainer: L.Trainer, prefix: str) -> dict[str, float]:
     return {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith(prefix)}
 
 
-def _set_aside(folder: Path) -> None:
-    """Move an earlier run of this name to `<name>-1`, `-2`, ... The first free one."""
+def _check_monitors(trainer: L.Trainer) -> None:
+    """A misspelled metric would otherwise stop the run at its first validation."""
+    known = ["train/loss", *(f"val/{name}" for name in ("nll", "perplexity", "bits_per_byte", "token_accuracy"))]
+    data: Any = trainer.datamodule  # type: ignore[attr-defined]
+    measured = data is None or bool(data.val_dataloader())
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        name = str(getattr(callback, "monitor", None) or "")
+        where = f"{type(callback).__name__}.monitor"
+        if name.startswith(("val", "train")) and name not in known:
+            raise InputError(f"nothing is called '{name}'; there are {', '.join(known)}.{did_you_mean(name, known)}",
+                             where=where)
+        if name.startswith("val/") and isinstance(callback, EarlyStopping) and not measured:
+            raise InputError(f"{name} is never measured: there is no validation data", where=where,
+                             fix="set data.val_sources or data.val_fraction")
+
+
+def _set_aside(folder: Path) -> Path | None:
+    """Move an earlier run of this name to `<name>-1`, `-2`, ... The first free one; null if there was none."""
     if not (folder / "config.yaml").exists() and not (folder / "checkpoints").exists():
-        return
+        return None
     number = 1
     while (aside := folder.with_name(f"{folder.name}-{number}")).exists():
         number += 1
     shutil.move(folder, aside)
     log.info("the earlier run in %s is now in %s", folder, aside)
+    return aside

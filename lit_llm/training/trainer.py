@@ -1,8 +1,7 @@
-"""Lightning's Trainer with this project's defaults: a run folder, CSV always, checkpoints that survive, DeepSpeed anywhere.
+"""Lightning's Trainer with this project's defaults: a run folder, CSV always, whole checkpoints, DeepSpeed anywhere.
 
 Knows nothing of what is trained.
 """
-
 
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,9 @@ import lightning as L
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.callbacks import ProgressBar as AnyProgressBar
 from lightning.pytorch.loggers import Logger
+from lightning.pytorch.strategies import StrategyRegistry
 
+from lit_llm.errors import InputError, did_you_mean
 from lit_llm.training import checkpoint
 from lit_llm.training.callbacks import Progress, RunFolder
 from lit_llm.training.checkpoint import StepCheckpoint
@@ -22,8 +23,8 @@ class Trainer(L.Trainer):
     """Trains, validates and tests; everything a run writes lies below `default_root_dir`.
 
     Args:
-        strategy: `auto`, `ddp`, `deepspeed_stage_1`, `_2` or `_3` (on CUDA, and on CPU with gloo), any other strategy of
-            Lightning's, or a class_path.
+        strategy: `auto`, `ddp`, `deepspeed_stage_1`, `_2` or `_3` (on CUDA, and on CPU with gloo), any other strategy
+            of Lightning's, or a class_path.
         default_root_dir: The run folder, runs/<name>.
         logger: Loggers beside `metrics.csv`, which is always written.
         callbacks: Callbacks beside checkpoints, progress bar and run folder, which are always there; a
@@ -50,10 +51,10 @@ class Trainer(L.Trainer):
         self.run = RunFolder()
         callbacks = [] if callbacks is None else callbacks if isinstance(callbacks, list) else [callbacks]
         callbacks = [*callbacks, self.run]
-        if not any(isinstance(callback, AnyProgressBar) for callback in callbacks) and kwargs.get("enable_progress_bar", True):
-            callbacks.append(Progress())
-        if kwargs.get("enable_checkpointing", True) and not any(isinstance(callback, Checkpoint) for callback in callbacks):
-            callbacks.append(StepCheckpoint())
+        for switch, kind, default in (("enable_progress_bar", AnyProgressBar, Progress),
+                                      ("enable_checkpointing", Checkpoint, StepCheckpoint)):
+            if kwargs.get(switch) is not False and not any(isinstance(callback, kind) for callback in callbacks):
+                callbacks.append(default())
         loggers = [] if logger in (None, True, False) else logger if isinstance(logger, list) else [logger]
         super().__init__(
             strategy=_strategy(strategy),
@@ -97,7 +98,8 @@ class Trainer(L.Trainer):
             kwargs: Lightning's own.
         """
         self._use(model, ckpt_path)
-        return super().validate(model, dataloaders, ckpt_path=None, verbose=verbose, datamodule=datamodule, **kwargs)
+        figures = super().validate(model, dataloaders, ckpt_path=None, verbose=verbose, datamodule=datamodule, **kwargs)
+        return _measured(figures, "val_sources")
 
     def test(self, model: Any = None, dataloaders: Any = None, ckpt_path: str | None = None, verbose: bool = False,
              datamodule: L.LightningDataModule | None = None, **kwargs: Any) -> Any:
@@ -112,7 +114,8 @@ class Trainer(L.Trainer):
             kwargs: Lightning's own.
         """
         self._use(model, ckpt_path)
-        return super().test(model, dataloaders, ckpt_path=None, verbose=verbose, datamodule=datamodule, **kwargs)
+        figures = super().test(model, dataloaders, ckpt_path=None, verbose=verbose, datamodule=datamodule, **kwargs)
+        return _measured(figures, "test_sources")
 
     def prepare(self, model: L.LightningModule, datamodule: L.LightningDataModule) -> None:
         """Tokenize the data of a run into the cache, and say what it holds; no model is built.
@@ -125,17 +128,30 @@ class Trainer(L.Trainer):
         datamodule.setup(None)
 
     def _use(self, model: Any, ckpt_path: str | None) -> None:
-        """Evaluate a checkpoint's weights: they lie beside the training state in the field's formats, under any strategy."""
+        """Evaluate a checkpoint's weights: they lie beside the training state in the field's formats."""
         if ckpt_path is not None:
             model.checkpoint = checkpoint.find(Path(self.default_root_dir), str(ckpt_path))
 
 
+def _measured(figures: Any, key: str) -> Any:
+    """What was measured; nothing is no answer."""
+    if not figures:
+        raise InputError("there is no data to measure on", where=f"data.{key}",
+                         fix=f"set data.{key}, or data.val_fraction to hold out a share of data.sources")
+    return figures
+
+
 def _strategy(strategy: Any) -> Any:
     """DeepSpeed by name is ours: it runs on CPU too, and its gradients are exact."""
+    if isinstance(strategy, dict):                  # what the command line could not build
+        raise InputError(f"{strategy.get('class_path')} is no strategy that can be made here", where="trainer.strategy")
     if isinstance(strategy, str) and strategy.startswith("deepspeed"):
         from lit_llm.training.strategy import ZeroStrategy
 
         strategy = ZeroStrategy.from_name(strategy)
+    elif isinstance(strategy, str) and strategy not in (known := ["auto", *StrategyRegistry.available_strategies()]):
+        raise InputError(f"no strategy is named '{strategy}'.{did_you_mean(strategy, known)}", where="trainer.strategy",
+                         fix="auto, ddp, deepspeed_stage_1, deepspeed_stage_2 and deepspeed_stage_3 are the usual ones")
     if isinstance(config := getattr(strategy, "config", None), dict):
         config.setdefault("train_micro_batch_size_per_gpu", 1)      # for a log of its own; else it asks a train loader
     return strategy

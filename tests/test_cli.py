@@ -1,0 +1,307 @@
+"""If this breaks, a user who mistypes something gets a page of traceback instead of what to type, finds a half-written
+run folder, runs foreign code that a config names, or publishes a key of his with `config.yaml`.
+
+Most commands run in this process, through the same `main` that `python -m lit_llm` calls; a few in one of their own.
+"""
+
+import contextlib
+import csv
+import io
+import json
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from lit_llm.cli import main
+
+ROOT = Path(__file__).resolve().parents[1]
+ROWS = [{"prompt": f"say {number}", "completion": f"one two {number}"} for number in range(8)]
+
+
+@pytest.fixture
+def place(tmp_path, tiny_model, monkeypatch):
+    """An empty folder with ok.yaml, a config that runs, and its data."""
+    monkeypatch.chdir(tmp_path)
+    write("good.jsonl", *ROWS)
+    config = {
+        "model": {"base": tiny_model("llama"), "lora": {"r": 2}},
+        "data": {"sources": [{"path": "good.jsonl"}], "val_sources": [{"path": "good.jsonl"}], "seq_len": 64,
+                 "batch_size": 2},
+        "trainer": {"max_steps": 2, "accelerator": "cpu", "devices": 1, "default_root_dir": "run",
+                    "log_every_n_steps": 1}}
+    (tmp_path / "ok.yaml").write_text(yaml.safe_dump(config))
+    return tmp_path
+
+
+def write(name, *records):
+    lines = [record if isinstance(record, str) else json.dumps(record) for record in records]
+    Path(name).write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def call(*words):
+    """Exit code, stdout, stderr of a command run in this process."""
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            main(list(map(str, words)))
+        except SystemExit as stop:
+            code = stop.code or 0
+    return code, out.getvalue(), err.getvalue()
+
+
+def refused(*words, says=()):
+    """The command ends as a mistake of its user ends; what it said."""
+    before = {path for path in Path(".").rglob("*") if "cache" not in path.parts}
+    code, out, err = call(*words)
+    assert code == 2, err
+    said = err[err.index("error: "):]
+    assert 1 <= len(said.splitlines()) <= 6, err        # what was read before it stands above, a line for each source
+    assert "Traceback" not in err
+    assert not out.strip()
+    assert {path for path in Path(".").rglob("*") if "cache" not in path.parts} == before, "something was left behind"
+    for word in [says] if isinstance(says, str) else says:
+        assert word in said
+    return said
+
+
+def source(name, **more):
+    return "--data.sources=" + json.dumps([{"path": name} | more])
+
+
+# ---- what was typed --------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize(("words", "says"), [
+    (["--model.lrr", "1"], "Did you mean 'model.lr'?"),
+    (["--learning_rate", "1"], "Did you mean 'model.lr'?"),
+    (["--trainer.max_step=3"], "Did you mean 'trainer.max_steps'?"),
+    (["--model.lora.rank", "3"], "Did you mean 'model.lora.r'?"),
+    ([source("good.jsonl", wieght=2)], "Did you mean 'weight'?"),
+    (["--trainer.strategy", "deepsped_stage_1"], "Did you mean 'deepspeed_stage_1'?"),
+    (["--trainer.strategy", "deepspeed_stage_9"], "Did you mean 'deepspeed_stage_"),
+    (["--trainer.precision", "bf61"], "Did you mean 'bf16'?"),
+    (["--trainer.accelerator", "gpu"], "gpu"),
+    (["--data.packing", "bestfit"], "Did you mean 'best_fit'?"),
+    (["--data.seq_len", "long"], ["data.seq_len", "long"]),
+    (["--data.val_fraction", "2"], "data.val_fraction"),
+    (["--model.lr", "0"], "model.lr"),
+    (["--model.warmup", "-1"], "model.warmup"),
+    (["--model.init", "{model_type: llama}"], ["model.base", "model.init", "one of the two"]),
+    (["--model.base", "null", "--data.tokenizer", "x"], ["model.base", "model.init"]),
+    (["--model.base", "nobody/nothing"], ["nobody/nothing", "HF_HOME", "HF_ENDPOINT", "local folder"]),
+    (["--model.base", "/no/such/folder"], "/no/such/folder"),
+    (["--data.chat_template", "nope"], ["data.chat_template", "nope"]),
+    (["--data.seq_len", "4096"], ["4096", "--data.seq_len 256"]),
+    (["--model.lora.target_modules", "[c_attn]"], ["c_attn", "q_proj"]),
+    (["--ckpt_path", "last"], "run has no last checkpoint"),
+    (["--trainer.default_root_dir", "good.jsonl"], "good.jsonl"),
+])
+def test_a_wrong_option(words, says, place):
+    refused("fit", "--config", "ok.yaml", *words, says=says)
+
+
+@pytest.mark.parametrize(("callback", "says"), [
+    ({"class_path": "lightning.pytorch.callbacks.EarlyStoping"}, "Did you mean 'EarlyStopping'?"),
+    ({"class_path": "lightning.pytorch.callbacks.EarlyStopping", "init_args": {"monitr": "val/nll"}}, "'monitor'"),
+    ({"class_path": "lightning.pytorch.callbacks.EarlyStopping", "init_args": {"monitor": "val_nll"}}, "'val/nll'"),
+    ({"class_path": "lightning.pytorch.callbacks.EarlyStopping"}, "monitor"),
+])
+def test_a_wrong_callback(callback, says, place):
+    refused("fit", "--config", "ok.yaml", "--trainer.callbacks", json.dumps([callback]), says=says)
+
+
+def test_early_stopping_without_validation(place):
+    stop = {"class_path": "lightning.pytorch.callbacks.EarlyStopping", "init_args": {"monitor": "val/nll"}}
+    refused("fit", "--config", "ok.yaml", "--data.val_sources", "null", "--trainer.callbacks", json.dumps([stop]),
+            says="data.val_sources")
+
+
+def test_nothing_to_validate_on(place):
+    refused("validate", "--config", "ok.yaml", "--data.val_sources", "null", says="data.val_sources")
+
+
+@pytest.mark.parametrize(("text", "says"), [
+    ("model: {base: [\n  - x\n", "other.yaml:2: not YAML"),
+    ("model:\n\tbase: x\n", "other.yaml:2: not YAML"),
+    ("- a\n- b\n", "other.yaml"),
+    ("", "other.yaml"),
+    ("modle: {lr: 1}\n", "Did you mean 'model.lr'?"),
+    ("model: {lora: {rank: 1}}\n", "Did you mean 'model.lora.r'?"),
+])
+def test_a_wrong_config_file(text, says, place):
+    Path("other.yaml").write_text(text)
+    refused("fit", "--config", "ok.yaml", "--config", "other.yaml", says=says)
+
+
+def test_no_config_file(place):
+    refused("fit", "--config", "nope.yaml", says="nope.yaml")
+    refused("fit", says="data.sources")
+
+
+def test_no_verb(place):
+    refused("fti", "--config", "ok.yaml", says="'fit'")
+    refused(says="fit")
+    refused("export", "--run", "nope", says="nope")
+
+
+# ---- what was read ---------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize(("records", "says"), [
+    ([ROWS[0], ROWS[1], '{"prompt": "x", "comp'], "bad.jsonl:3"),
+    ([ROWS[0], {"messages": [{"role": "user", "content": "a"}, {"role": "bot", "content": "b"}]}],
+     ["bad.jsonl:2", "'bot'", "assistant"]),
+    ([{"messages": [{"role": "user", "content": "a"}]}], ["bad.jsonl:1", "nothing to learn from"]),
+    ([{"question": "a", "answer": "b"}], "bad.jsonl:1"),
+])
+def test_bad_data(records, says, place):
+    write("bad.jsonl", *records)
+    refused("fit", "--config", "ok.yaml", source("bad.jsonl"), says=says)
+
+
+def test_missing_data(place):
+    refused("fit", "--config", "ok.yaml", source("goood.jsonl"), says=["goood.jsonl", "Did you mean 'good.jsonl'?"])
+    refused("fit", "--config", "ok.yaml", source("owner/name"), says=["owner/name", "HF_HOME"])
+
+
+# ---- memory ----------------------------------------------------------------------------------------------------------
+
+def test_an_earlier_run_keeps_its_name_when_the_next_one_fails(place):
+    """Memory runs out in the first step, for real: what was there before is there again, nothing else."""
+    earlier = Path("run")
+    earlier.mkdir()
+    (earlier / "config.yaml").write_text("{}")
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    room = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize() + 2**30
+    resource.setrlimit(resource.RLIMIT_AS, (room, limits[1]))
+    try:
+        refused("fit", "--config", "ok.yaml", "--data.batch_size", 100_000, says=["memory", "data.batch_size"])
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, limits)
+    assert (earlier / "config.yaml").read_text() == "{}"
+
+
+def test_the_command_itself_says_so_too(place):
+    """In a process of its own: exit code 2 and six lines, when the memory is gone and when a key is wrong."""
+    command = [sys.executable, "-m", "lit_llm", "fit", "--config", "ok.yaml"]
+    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    for more, limit, says in ((["--data.batch_size", "30000000"], 12 * 2**30, "not enough memory"),
+                              (["--model.lrr", "1"], None, "Did you mean 'model.lr'?")):
+        cap = limit and (lambda limit=limit: resource.setrlimit(resource.RLIMIT_AS, (limit, limit)))
+        done = subprocess.run(command + more, capture_output=True, text=True, env=env, timeout=200, preexec_fn=cap)
+        assert done.returncode == 2, done.stderr
+        assert says in done.stderr
+        assert "Traceback" not in done.stderr
+        assert len(done.stderr[done.stderr.index("error: "):].splitlines()) <= 6, done.stderr
+        assert not Path("run").exists()
+
+
+# ---- foreign code and secrets ----------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("key", ["trainer.callbacks", "trainer.logger", "trainer.strategy"])
+@pytest.mark.parametrize("name", ["evilmod.Cb", "os.system"])
+def test_a_config_imports_nothing_foreign(key, name, place, monkeypatch):
+    Path("evilmod.py").write_text("open('EVIL', 'w')\nclass Cb:\n    def __init__(self, command=None): pass\n")
+    monkeypatch.syspath_prepend(str(place))
+    spec = {"class_path": name, "init_args": {"command": "touch EVIL"}}
+    value = [spec] if key.endswith("callbacks") else spec
+    refused("fit", "--config", "ok.yaml", f"--{key}", json.dumps(value), says=name)
+    assert not Path("EVIL").exists()
+    assert "evilmod" not in sys.modules
+
+
+def test_a_run_without_account_and_without_secrets(place):
+    """wandb offline beside metrics.csv; the key that stands in the config is not in what the run leaves."""
+    secret = "0123456789abcdef0123456789abcdef01234567"
+    logger = {"class_path": "lightning.pytorch.loggers.WandbLogger",
+              "init_args": {"offline": True, "project": "x", "save_dir": "logs",
+                            "config": {"api_key": secret}, "notes": "mine is hf_" + secret}}
+    Path("wandb.yaml").write_text(yaml.safe_dump({"trainer": {"logger": logger}}))
+    code, _, err = call("fit", "--config", "ok.yaml", "--config", "wandb.yaml")
+    assert code == 0, err
+    (log,) = Path("logs").rglob("*.wandb")
+    assert log.stat().st_size > 0
+    with open("run/metrics.csv", newline="") as handle:
+        rows = list(csv.DictReader(handle))
+    assert [int(row["step"]) for row in rows] == [0, 1]
+    assert all(float(row["train/loss"]) > 0 for row in rows)
+    kept = [path for path in Path("run").rglob("*") if path.is_file()]
+    assert not [path for path in kept if secret.encode() in path.read_bytes()]
+    assert "WandbLogger" in Path("run/config.yaml").read_text()
+
+
+# ---- configs ---------------------------------------------------------------------------------------------------------
+
+def test_configs_merge_and_the_later_wins(place):
+    """Overlays change their keys only; what is typed wins; config.yaml says what really ran, and runs again."""
+    Path("one.yaml").write_text("model: {lr: 0.25, schedule: linear}\n")
+    Path("two.yaml").write_text("model: {lr: 0.125}\ndata: {batch_size: 3}\n")
+    first = call("fit", "--config", "ok.yaml", "--config", "one.yaml", "--config", "two.yaml", "--trainer.max_steps", 3)
+    assert first[0] == 0, first[2]
+    config = yaml.safe_load(Path("run/config.yaml").read_text())
+    assert (config["model"]["lr"], config["model"]["schedule"], config["model"]["lora"]["r"]) == (0.125, "linear", 2)
+    assert (config["data"]["batch_size"], config["data"]["seq_len"], config["trainer"]["max_steps"]) == (3, 64, 3)
+    again = call("fit", "--config", "run/config.yaml", "--trainer.default_root_dir", "again")
+    assert again[0] == 0, again[2]
+    same_rows = [[{key: row[key] for key in row if key != "seconds"} for row in csv.DictReader(text.splitlines())]
+                 for text in (Path(run, "metrics.csv").read_text() for run in ("run", "again"))]
+    assert len(same_rows[0]) == 3
+    assert same_rows[0] == same_rows[1]
+    same_bytes = [next(Path(run).glob("checkpoints/step_3/adapter/*.safetensors")).read_bytes()
+                  for run in ("run", "again")]
+    assert same_bytes[0] == same_bytes[1]
+
+
+def test_config_before_the_verb(place):
+    code, out, err = call("--config", "ok.yaml", "validate", "--data.batch_size", 1)
+    assert code == 0, err
+    assert "val/perplexity" in out
+
+
+def test_what_validate_prints_after_fit(place):
+    """The last lines of fit are commands; the one that validates gives the figure that fit logged."""
+    code, out, err = call("fit", "--config", "ok.yaml")
+    assert code == 0, err
+    (command,) = [line.split() for line in out.splitlines() if " validate " in line]
+    best = json.loads(Path("run/checkpoints", Path("run/checkpoints/BEST").read_text().strip(),
+                           "manifest.json").read_text())["score"]
+    code, out, err = call(*command[command.index("validate"):])
+    assert code == 0, err
+    printed = dict(line.split() for line in out.splitlines())
+    assert float(printed["val/nll"]) == pytest.approx(best, rel=1e-6)
+
+
+# ---- help ------------------------------------------------------------------------------------------------------------
+
+def test_help_names_every_key_with_its_meaning(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["fit", "--help"])
+    assert stop.value.code == 0
+    text = " ".join(capsys.readouterr().out.split())
+    for key, words in {"--model.lr ": "Peak learning rate", "--model.lora ": "Train low-rank adapters",
+                       "--data.seq_len ": "Tokens of a row", "--data.packing ": "never attending across",
+                       "--trainer.strategy ": "deepspeed_stage_1", "--trainer.max_steps ": "",
+                       "--ckpt_path ": "a folder like"}.items():
+        assert key in text
+        assert words in text
+
+
+@pytest.mark.parametrize(("key", "words"), [("model.lora", "Rank of the two matrices"),
+                                            ("data.sources", "One named corpus"), ("data.sources", "hub dataset")])
+def test_help_of_a_nested_key(key, words, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["fit", f"--{key}.help"])
+    assert stop.value.code == 0
+    assert words in " ".join(capsys.readouterr().out.split())
+
+
+def test_help_lists_the_verbs(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["--help"])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    for verb in ("fit", "validate", "test", "prepare", "export", "chat"):
+        assert f"\n    {verb} " in text
