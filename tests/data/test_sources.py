@@ -1,0 +1,166 @@
+"""If this breaks, a file of the real world is read wrong, or its fault is told as a traceback or at the wrong line."""
+
+import codecs
+import gzip
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from lit_llm.data.sources import Source, files, is_hub, read, scan
+from lit_llm.errors import InputError
+
+
+def write(folder, name, content):
+    path = Path(folder) / name
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return str(path)
+
+
+def records(path, **settings):
+    return [record for record, _ in read(Source(path, **settings))]
+
+
+def faults(path):
+    return [(record.what, str(place)) for record, place in scan(Source(path)) if isinstance(record, InputError)]
+
+
+# ---- JSON ------------------------------------------------------------------------------------------------------------
+
+ROWS = [{"text": "one"}, {"text": "二\n"}, {"text": "three"}]
+LINES = "\n".join(json.dumps(row, ensure_ascii=False) for row in ROWS)
+
+
+@pytest.mark.parametrize(("name", "content"), [
+    ("a.jsonl", LINES), ("a.jsonl", LINES.replace("\n", "\r\n\r\n") + "\r\n"), ("a.jsonl", codecs.BOM_UTF8 + LINES.encode()),
+    ("a.jsonl.gz", gzip.compress(LINES.encode())), ("a.json", json.dumps(ROWS)), ("a.json", json.dumps(ROWS, indent=2)),
+    ("a.json", LINES), ("a.json", "\n".join(json.dumps(row, indent=1) for row in ROWS)), ("a.jsonl", json.dumps(ROWS)),
+    ("a.json", codecs.BOM_UTF8 + json.dumps(ROWS).encode()), ("a.json.gz", gzip.compress(json.dumps(ROWS).encode()))])
+def test_json_in_all_its_forms(tmp_path, name, content):
+    assert records(write(tmp_path, name, content)) == ROWS
+
+
+def test_each_record_has_its_line(tmp_path):
+    assert [where for _, where in read(Source(write(tmp_path, "a.jsonl", '{"a": 1}\n\n{"a": 2}\n')))] == [
+        f"{tmp_path}/a.jsonl:1", f"{tmp_path}/a.jsonl:3"]
+    assert [where for _, where in read(Source(write(tmp_path, "b.json", '[\n{"a":\n 1},\n\n{"a": 2}]')))] == [
+        f"{tmp_path}/b.json:2", f"{tmp_path}/b.json:5"]
+
+
+def test_one_bad_line_does_not_kill_the_file(tmp_path):
+    path = write(tmp_path, "a.jsonl", '{"a": 1}\n{"a": \n{"a": 3}\n[4]\n')
+    good = [record for record, _ in scan(Source(path)) if not isinstance(record, InputError)]
+    assert good == [{"a": 1}, {"a": 3}]
+    assert [place for _, place in faults(path)] == [f"{path}:2", f"{path}:4"]
+    with pytest.raises(InputError, match=r"a\.jsonl:2: not JSON: Expecting value at column 7"):
+        records(path)
+
+
+def test_a_broken_array_is_told_at_its_line(tmp_path):
+    path = write(tmp_path, "a.json", '[\n{"a": 1},\n{"a": oops}\n]')
+    assert [place for _, place in faults(path)] == [f"{path}:3"]
+    assert "not closed" in faults(write(tmp_path, "b.json", '[{"a": 1},\n'))[0][0]
+
+
+@pytest.mark.parametrize(("content", "named"), [
+    ('{"text": "你好，世界"}'.encode("gbk"), "GBK"), ('{"text": "hi"}'.encode("utf-16"), "UTF-16"),
+    ('{"text": "hi"}'.encode("utf-16-le"), "UTF-16LE"), (b'{"text": "h\0i there, all"}', "NUL"),
+    (b'{"text": "\\ud800"}', "surrogate"), (b'{"text": "\xff\xff"}', "not UTF-8"),
+    (b"[" * 100_000, "nested"), (b'{"a": ' + b"1" * 5000 + b"}", "not JSON")])
+def test_what_is_not_text_is_named(tmp_path, content, named):
+    with pytest.raises(InputError, match=named):
+        records(write(tmp_path, "a.jsonl", content))
+
+
+@settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(st.sampled_from(["a.jsonl", "a.json", "a.txt", "a.csv", "a.jsonl.gz"]),
+       st.one_of(st.binary(max_size=80), st.text('[]{}",:\\ud8\n\r 01a\x00', max_size=60).map(str.encode)),
+       st.booleans())
+def test_any_bytes_are_records_or_an_input_error(tmp_path, name, content, packed):
+    path = write(tmp_path, name, gzip.compress(content)[:-3] if packed else content)
+    try:
+        for record, place in scan(Source(path)):
+            assert isinstance(record, dict | str | InputError)
+            assert str(place).startswith(path + ":")
+    except InputError as error:
+        assert path in str(error)
+
+
+# ---- the rest --------------------------------------------------------------------------------------------------------
+
+def test_csv_stays_verbatim(tmp_path):
+    path = write(tmp_path, "a.csv", 'prompt,completion\n007,"NA\nline, two"\n"a ""b""",\n')
+    assert records(path) == [{"prompt": "007", "completion": "NA\nline, two"}, {"prompt": 'a "b"', "completion": ""}]
+    assert faults(write(tmp_path, "b.csv", "a,b\n1,2\n3\n")) == [
+        ("the row does not have the 2 fields of the header", f"{tmp_path}/b.csv:3")]
+
+
+def test_tables(tmp_path):
+    from datasets import Dataset
+
+    rows = [{"text": "a", "n": 1}, {"text": "b", "n": 2}]
+    Dataset.from_list(rows).to_parquet(str(tmp_path / "a.parquet"))
+    Dataset.from_list(rows).save_to_disk(str(tmp_path / "saved"))
+    assert records(str(tmp_path / "a.parquet")) == records(str(tmp_path / "saved")) == rows
+    with pytest.raises(InputError, match=r"bad\.parquet: .*parquet"):
+        records(write(tmp_path, "bad.parquet", b"PAR1 no"))
+
+
+@pytest.mark.parametrize(("document", "content", "expected"), [
+    ("auto", "a\n\nb\r\nc", ["a\n\nb\nc"]),
+    ("auto", "a\n\n  b \n<|endoftext|>\n\nc<|endoftext|>d\n<|endoftext|>\n", ["a\n\n  b \n", "\nc<|endoftext|>d\n"]),
+    ("file", "a\n<|endoftext|>\nb", ["a\n<|endoftext|>\nb"]),
+    ("paragraph", "\na\nb\n\n \n c\n", ["a\nb", " c"]),
+    ("line", "a\n\n b\r\nc", ["a", " b", "c"])])
+def test_documents_of_a_text_file(tmp_path, document, content, expected):
+    assert records(write(tmp_path, "a.txt", codecs.BOM_UTF8 + content.encode()), document=document) == expected
+
+
+def test_a_text_records_place_is_its_first_line(tmp_path):
+    path = write(tmp_path, "a.txt", "a\nb\n<|endoftext|>\nc\n")
+    assert [where for _, where in read(Source(path))] == [f"{path}:1", f"{path}:4"]
+
+
+def test_folders_globs_and_samples(tmp_path):
+    (tmp_path / "in").mkdir()
+    for name in ("b.jsonl", "in/a.jsonl", "picture.png", ".hidden.jsonl"):
+        write(tmp_path, name, '{"text": "x"}\n')
+    assert [path.name for path in files(Source(str(tmp_path)))] == ["b.jsonl", "a.jsonl"]
+    assert [path.name for path in files(Source(f"{tmp_path}/**/a*.jsonl"))] == ["a.jsonl"]
+    import lit_llm.samples
+    assert files(Source("sample:"))[0].is_relative_to(Path(lit_llm.samples.__file__).parent) if any(
+        Path(lit_llm.samples.__file__).parent.glob("*.jsonl")) else True
+
+
+def test_what_is_not_there_is_said_with_what_is(tmp_path):
+    write(tmp_path, "train.jsonl", "{}")
+    write(tmp_path, "data.bin", "x")
+    with pytest.raises(InputError, match=r"Did you mean 'train\.jsonl'\?"):
+        files(Source(f"{tmp_path}/trian.jsonl"))
+    with pytest.raises(InputError, match="exists as far as"):
+        files(Source(f"{tmp_path}/no/where/a.jsonl"))
+    with pytest.raises(InputError, match="cannot tell what '.bin' is"):
+        files(Source(f"{tmp_path}/data.bin"))
+    assert records(f"{tmp_path}/data.bin", format="text") == ["x"]
+    with pytest.raises(InputError, match="Did you mean 'line'"):
+        files(Source(f"{tmp_path}/train.jsonl", document="lines"))
+    with pytest.raises(InputError, match="no file here"):
+        files(Source(f"{tmp_path}/*.csv"))
+
+
+def test_hub_ids_are_told_from_paths(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert is_hub("Salesforce/wikitext")
+    (tmp_path / "data").mkdir()
+    assert not any(map(is_hub, ["data/trian", "a/b.jsonl", "./a/b", "a/b/c", "wikitext", "sample:x.jsonl"]))
+
+
+def test_without_the_hub_the_ways_around_are_named(monkeypatch):
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(InputError, match=r"(?s)nobody/nothing-there: .*HF_HOME.*HF_HUB_OFFLINE=1.*HF_ENDPOINT"):
+        records("nobody/nothing-there")
