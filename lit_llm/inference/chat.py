@@ -68,7 +68,7 @@ def chat(
         else:
             _answer_lines(session)
     except BrokenPipeError:                         # `chat ... | head`: nobody reads on
-        sys.stdout = None  # type: ignore[assignment]
+        sys.stdout = None
     except KeyboardInterrupt:
         raise SystemExit(130) from None
 

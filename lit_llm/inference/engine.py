@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from lit_llm.conversation import Conversation, Document
 from lit_llm.errors import InputError
 from lit_llm.inference.sampling import SamplingParams, next_ids
+from lit_llm.samples import resolve
 
 if TYPE_CHECKING:
     from lit_llm.tokenizer import Tokenizer
@@ -203,7 +204,7 @@ def model_folder(model: str) -> str:
     Raises:
         InputError: No such folder, or nothing in it that could be loaded.
     """
-    folder = Path(model).expanduser()
+    folder = Path(resolve(model)).expanduser()
     if not folder.is_dir():
         if folder.exists() or folder.is_absolute() or model.startswith((".", "~")) or model.count("/") != 1:
             raise InputError(f"there is no folder {model}", where="model", fix="give a run's folder or its export/, or "

@@ -1,0 +1,186 @@
+"""Settings in, a running server out: LitServe's processes around our routes, our loop and our page."""
+
+import asyncio
+import multiprocessing
+import socket
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import HTMLResponse, JSONResponse, Response
+from litserve import LitServer
+from litserve.utils import WorkerSetupStatus
+from starlette.exceptions import HTTPException
+
+from lit_llm.errors import InputError
+from lit_llm.inference.engine import model_folder, tokenizer_folder
+from lit_llm.tokenizer import Tokenizer
+from serve.line import Limits
+from serve.schema import ApiError
+from serve.spec import Routes
+from serve.worker import EngineAPI
+
+PAGE = Path(__file__).parent / "page" / "index.html"
+POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; connect-src 'self'; img-src data:"
+WORDS = {400: None, 404: "not_found", 405: "method_not_allowed", 413: "body_too_large"}
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What `python -m serve` was told.
+
+    Args:
+        model: A run's folder, or any folder that transformers loads.
+        name: What clients call the model; null takes the folder's name, or the run's.
+        host: Address to listen at.
+        port: Port to listen at.
+        keys: Bearer keys.
+        limits: Admission.
+        engine: `Engine.load`'s options.
+        log_level: Of uvicorn and LitServe.
+    """
+
+    model: str
+    name: str | None = None
+    host: str = "127.0.0.1"
+    port: int = 8000
+    keys: tuple[str, ...] = ()
+    limits: Limits = field(default_factory=Limits)
+    engine: dict[str, Any] = field(default_factory=dict)
+    log_level: str = "warning"
+
+
+class Server(LitServer):
+    """LitServe with our own way of answers, and a main process that notices a worker that never came up."""
+
+    greeting = ""
+
+    @asynccontextmanager
+    async def lifespan(self, app: FastAPI) -> AsyncIterator[None]:
+        """In the API process: listen to the worker for as long as requests are served."""
+        line = self.lit_api.spec.line
+        tasks = [asyncio.create_task(line.listen(self._transport)), asyncio.create_task(line.watch())]
+        print(self.greeting, flush=True)
+        try:
+            yield
+        finally:
+            for task in tasks:
+                task.cancel()
+                with suppress(asyncio.CancelledError, Exception):
+                    await asyncio.wait_for(task, 2)
+
+    def verify_worker_status(self) -> None:
+        """Wait for the worker; LitServe's own wait never ends when the worker dies while it loads."""
+        while not any(worker.exitcode is not None for worker in self.inference_workers):
+            if WorkerSetupStatus.READY in self.workers_setup_status.values():
+                return
+            time.sleep(0.05)
+        raise SystemExit(max(1, self.inference_workers[0].exitcode))
+
+
+def build(settings: Settings) -> Server:
+    """The server, ready to `run`.
+
+    Raises:
+        InputError: No such model, no tokenizer, or a port that is taken.
+    """
+    folder = model_folder(settings.model)
+    _check_port(settings.host, settings.port)
+    tokenizer = Tokenizer.load(tokenizer_folder(folder))
+    name = settings.name or _name(folder)
+    routes = Routes(tokenizer, tuple(dict.fromkeys([name, settings.model])), settings.limits, settings.keys)
+    options = {"max_running": settings.limits.max_running, "stop_ids": tokenizer.stop_ids, **settings.engine}
+    # LitServe is told of no GPU: it would start a worker on each; the engine finds its device itself.
+    server = Server(EngineAPI(folder, options, spec=routes), accelerator="cpu", devices=1, workers_per_device=1,
+                    timeout=False, max_payload_size=settings.limits.max_body_bytes, restart_workers=True)
+    place = f"http://127.0.0.1:{settings.port}" if ":" not in settings.host else f"http://[::1]:{settings.port}"
+    server.greeting = f"{name} is served: chat page {place}/, OpenAI base_url {place}/v1. Ctrl-C ends it."
+    server.app.title = "lit_llm"
+    _own_routes(server.app, routes)
+    _own_errors(server.app)
+    return server
+
+
+def _name(folder: str) -> str:
+    path = Path(folder).expanduser().resolve()
+    return path.parent.name if path.name == "export" else path.name if path.is_dir() else folder
+
+
+def _check_port(host: str, port: int) -> None:
+    """LitServe would find out only after the model is loaded, and say it in a traceback."""
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise InputError(f"cannot listen at {host}:{port}: {error.strerror or error}", where="port",
+                             fix="end what listens there, or choose another --port") from None
+
+
+# ---- what LitServe brings and we replace -----------------------------------------------------------------------------
+
+def _own_routes(app: FastAPI, routes: Routes) -> None:
+    """Our page and health checks, open without a key, in place of LitServe's; no /docs, which loads from elsewhere."""
+    theirs = {"/", "/health", "/info", "/docs", "/redoc", "/docs/oauth2-redirect"}
+    app.router.routes = [route for route in app.router.routes if getattr(route, "path", None) not in theirs]
+    page = PAGE.read_text(encoding="utf-8")
+
+    async def index() -> Response:
+        return HTMLResponse(page, headers={"Content-Security-Policy": POLICY, "X-Content-Type-Options": "nosniff"})
+
+    async def live() -> Response:
+        return JSONResponse({"status": "live"})
+
+    async def ready() -> Response:
+        is_ready = routes.line.ready
+        return JSONResponse({"status": "ready" if is_ready else "not ready", "in_flight": routes.line.in_flight},
+                            status_code=200 if is_ready else 503)
+
+    app.add_api_route("/", index, methods=["GET"], include_in_schema=False)
+    app.add_api_route("/health/live", live, methods=["GET"])
+    app.add_api_route("/health/ready", ready, methods=["GET"])
+
+
+def _own_errors(app: FastAPI) -> None:
+    """Every error in OpenAI's shape, and none repeats what came."""
+    async def ours(request: Request, error: Any) -> Response:
+        return JSONResponse(error.body, status_code=error.status, headers=error.headers)
+
+    async def invalid(request: Request, error: Any) -> Response:
+        first = error.errors()[0]
+        place = [str(part) for part in first["loc"] if part != "body"][:4]
+        if first["type"] == "json_invalid":
+            return await ours(request, ApiError(400, "the body is not valid JSON"))
+        where = f"{'.'.join(place)[:80]}: " if place else ""
+        param = place[0][:80] if place else None
+        return await ours(request, ApiError(400, f"{where}{first['msg'][:200]}", param=param))
+
+    async def http(request: Request, error: Any) -> Response:
+        texts = {404: f"there is no {request.url.path[:80]} here", 405: f"{request.method} is not allowed here",
+                 413: "the body is too large"}
+        text = texts.get(error.status_code, str(error.detail)[:200])
+        return await ours(request, ApiError(error.status_code, text, code=WORDS.get(error.status_code),
+                                            headers=error.headers))
+
+    async def broken(request: Request, error: Any) -> Response:
+        return await ours(request, ApiError(500, "internal error"))
+
+    app.add_exception_handler(ApiError, ours)
+    app.add_exception_handler(RequestValidationError, invalid)
+    app.add_exception_handler(HTTPException, http)
+    app.add_exception_handler(Exception, broken)
+
+
+def end_children() -> None:
+    """Leave no process behind, whatever interrupted the start."""
+    for child in multiprocessing.active_children():
+        child.terminate()
+    for child in multiprocessing.active_children():
+        child.join(2)
+        if child.is_alive():
+            child.kill()

@@ -1,0 +1,245 @@
+"""The routes: a body in, an answer or a stream of server-sent events out. The only place where text meets HTTP.
+
+Runs in the API process with the tokenizer; what it asks of the engine goes down `line.EngineLine` as token ids.
+"""
+
+import asyncio
+import hmac
+import json
+import time
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import aclosing, suppress
+from typing import Any, TypeVar
+
+from fastapi import Request
+from fastapi.responses import JSONResponse, Response, StreamingResponse
+from litserve.specs.base import LitSpec
+
+from lit_llm.conversation import Conversation, Document, Message
+from lit_llm.errors import InputError
+from lit_llm.inference.engine import Completion, Detokenizer, budget
+from lit_llm.inference.sampling import SamplingParams
+from lit_llm.tokenizer import Tokenizer
+from serve.line import EngineLine, Limits
+from serve.schema import ApiError, ChatBody, ChatCompletionBody, CompletionBody, Sampling, Shape, bad_request
+
+T = TypeVar("T")
+
+
+class Routes(LitSpec):
+    """OpenAI's routes and `/chat`, for one model.
+
+    Args:
+        tokenizer: The model's.
+        names: What requests may call the model; the first is what it calls itself.
+        limits: Admission.
+        keys: Bearer keys; none leaves the API open.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, names: tuple[str, ...], limits: Limits, keys: tuple[str, ...]) -> None:
+        super().__init__()
+        self.api_path = "/v1/chat/completions"
+        self.names, self.keys, self.line = names, keys, EngineLine(limits)
+        self._tokenizer, self._created = tokenizer, int(time.time())
+        # One thread: tokenizing a long prompt must not stop the streams of others, nor race with itself.
+        self._encoding = ThreadPoolExecutor(1, "tokenizer")
+        for path, route, method in (("/v1/chat/completions", self.chat_completions, "POST"),
+                                    ("/v1/completions", self.completions, "POST"), ("/chat", self.chat, "POST"),
+                                    ("/v1/models", self.models, "GET"), ("/v1/models/{name:path}", self.model, "GET")):
+            self.add_endpoint(path, route, [method])
+
+    def __getstate__(self) -> dict[str, Any]:
+        """LitServe pickles the spec to the worker, which needs nothing of it but its path and kind."""
+        return {"api_path": self.api_path}
+
+    @property
+    def stream(self) -> bool:
+        """LitServe is told of streams, so that it does not compress them."""
+        return True
+
+    def setup(self, server: Any) -> None:
+        """LitServe hands over the queue to the worker, before it forks the API process."""
+        self.line.orders = server._get_request_queue(self.api_path)
+
+    def authorize(self, request: Request) -> None:
+        """Let in whoever has a key.
+
+        Raises:
+            ApiError: 401.
+        """
+        given = request.headers.get("authorization", "").removeprefix("Bearer ").encode()
+        # Every key is compared, in constant time: how long it takes tells nothing.
+        if self.keys and not any([hmac.compare_digest(given, key.encode()) for key in self.keys]):
+            raise ApiError(401, "missing or wrong API key: send `Authorization: Bearer KEY`", code="invalid_api_key",
+                           headers={"WWW-Authenticate": "Bearer"})
+
+    # ---- routes ------------------------------------------------------------------------------------------------------
+
+    async def chat_completions(self, body: ChatCompletionBody, request: Request) -> Response:
+        """An answer to a conversation."""
+        return await self._serve(body, request, lambda: self._prompt(body.messages), "messages")
+
+    async def completions(self, body: CompletionBody, request: Request) -> Response:
+        """How a text goes on."""
+        prompt = body.prompt
+
+        def encode() -> list[int]:
+            if isinstance(prompt, str):
+                return self._tokenizer.encode_document(Document(prompt), end=False).input_ids.tolist()
+            return [id_ for id_ in prompt if isinstance(id_, int)]
+
+        return await self._serve(body, request, encode, "prompt")
+
+    async def chat(self, body: ChatBody, request: Request) -> Response:
+        """The simple door: one message in, one answer out."""
+        ids = await self._encode(lambda: self._tokenizer.encode_prompt(Conversation((Message("user", body.message),))),
+                                 "message")
+        room = budget_or_400(ids, SamplingParams(), self.line.beat.context_length, "message")
+        params = SamplingParams(max_tokens=min(body.max_length, room), temperature=body.temperature)
+        text, _ = await unless_gone(request, whole(self._pieces(ids, params)))
+        return JSONResponse({"response": text})
+
+    async def models(self) -> Response:
+        """The one model that is served."""
+        return JSONResponse({"object": "list", "data": [self._card()]})
+
+    async def model(self, name: str) -> Response:
+        """The same, asked for by name."""
+        self._check_model(name)
+        return JSONResponse(self._card())
+
+    # ---- the way of a request ----------------------------------------------------------------------------------------
+
+    async def _serve(self, body: Sampling, request: Request, encode: Callable[[], list[int]], field: str) -> Response:
+        self._check_model(body.model)
+        params = body.params()
+        ids = await self._encode(encode, field)
+        context_length, vocab_size = self.line.beat.context_length, self.line.beat.vocab_size
+        if not ids or not 0 <= min(ids) <= max(ids) < vocab_size:
+            raise ApiError(400, f"{field}: at least one token, with ids from 0 to {vocab_size - 1}", param=field)
+        budget_or_400(ids, params, context_length, field)
+        shape = Shape(self.names[0], chat=field == "messages")
+        pieces = self._pieces(ids, params)
+        if not body.stream:
+            return JSONResponse(shape.whole(*await unless_gone(request, whole(pieces))))
+        # The first piece is awaited here, so that an error before it still has a status of its own.
+        first = await unless_gone(request, anext(pieces))
+        with_usage = body.stream_options is not None and body.stream_options.include_usage
+        return EventStream(events(shape, first, pieces, with_usage=with_usage))
+
+    async def _encode(self, encode: Callable[[], list[int]], field: str) -> list[int]:
+        self.line.admit()                           # before the work, and again when the engine is asked
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._encoding, encode)
+        except InputError as error:
+            raise bad_request(InputError(error.what, where=field)) from None
+
+    async def _pieces(self, ids: list[int], params: SamplingParams) -> AsyncGenerator[Completion, None]:
+        """The answer as it comes; closing it, early or not, leaves nothing behind."""
+        detokenizer = Detokenizer(self._tokenizer, len(ids), params.stop)
+        async with aclosing(self.line.ask(ids, params)) as replies:
+            async for reply in replies:
+                assert reply.token_id is not None
+                piece = detokenizer.push(reply.token_id, reply.finish_reason)
+                yield piece
+                if piece.finish_reason:
+                    return
+
+    def _prompt(self, messages: list[dict[str, Any]]) -> list[int]:
+        return self._tokenizer.encode_prompt(Conversation.from_openai(messages))
+
+    def _check_model(self, name: str | None) -> None:
+        if name and name not in self.names:
+            raise ApiError(404, f"this server has no such model; it serves '{self.names[0]}'", param="model",
+                           code="model_not_found")
+
+    def _card(self) -> dict[str, Any]:
+        return {"id": self.names[0], "object": "model", "created": self._created, "owned_by": "lit_llm",
+                "max_model_len": self.line.beat.context_length}
+
+
+def budget_or_400(ids: list[int], params: SamplingParams, context_length: int, field: str) -> int:
+    """New tokens that the request may have.
+
+    Raises:
+        ApiError: 400, when prompt and answer do not fit; it names both numbers.
+    """
+    try:
+        return budget(len(ids), params, context_length)
+    except InputError as error:
+        raise ApiError(400, error.what, param=field, code="context_length_exceeded") from None
+
+
+async def whole(pieces: AsyncGenerator[Completion, None]) -> tuple[str, Completion]:
+    """The text of all pieces, and the last."""
+    async with aclosing(pieces):
+        got = [piece async for piece in pieces]
+    return "".join(piece.text for piece in got), got[-1]
+
+
+async def events(
+    shape: Shape, first: Completion, rest: AsyncGenerator[Completion, None], *, with_usage: bool
+) -> AsyncGenerator[str, None]:
+    """Server-sent events: who speaks, the text, why it ends, what it cost, `[DONE]`."""
+    def event(value: dict[str, Any]) -> str:
+        return f"data: {json.dumps(value, ensure_ascii=False)}\n\n"
+
+    async with aclosing(rest):
+        if opening := shape.opening():
+            yield event(opening)
+        piece = first
+        try:
+            while True:
+                if piece.text:
+                    yield event(shape.chunk(piece))
+                if piece.finish_reason:
+                    break
+                piece = await anext(rest)
+        except ApiError as error:                   # too late for a status: say it in the stream, and no [DONE]
+            yield event(error.body)
+            return
+        yield event(shape.closing(piece))
+        if with_usage:
+            yield event(shape.accounts(piece))
+        yield "data: [DONE]\n\n"
+
+
+class EventStream(StreamingResponse):
+    """A stream that is closed with its connection, not whenever it is collected: that frees the engine's slot."""
+
+    def __init__(self, content: AsyncGenerator[str, None]) -> None:
+        self._events = content
+        super().__init__(content, media_type="text/event-stream",
+                         headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        """Send it."""
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            await self._events.aclose()
+
+
+async def unless_gone(request: Request, work: Awaitable[T]) -> T:
+    """The work's result; the work is cancelled when the client hangs up.
+
+    Raises:
+        ApiError: 499; nobody reads it.
+    """
+    task, gone = asyncio.ensure_future(work), asyncio.ensure_future(_hung_up(request))
+    try:
+        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            return task.result()
+        raise ApiError(499, "the client hung up")
+    finally:
+        for part in (task, gone):
+            part.cancel()
+            with suppress(asyncio.CancelledError, Exception):
+                await part
+
+
+async def _hung_up(request: Request) -> None:
+    while not await request.is_disconnected():
+        await asyncio.sleep(0.1)

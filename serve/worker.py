@@ -1,0 +1,169 @@
+"""Orders in, events out: the engine's process. Knows token ids and nothing of text or HTTP.
+
+Orders come on LitServe's request queue, `Add` and `Cancel`; what goes back is a `Beat` each second, and one list of
+events per engine step. Our own loop, because LitServe's know neither cancelling nor an idle worker that sleeps.
+"""
+
+import os
+import queue
+import signal
+import sys
+import threading
+import time
+import uuid
+from dataclasses import dataclass
+from typing import Any
+
+from fastapi import Request
+from litserve import LitAPI
+from litserve.loops import LitLoop
+
+from lit_llm.errors import InputError
+from lit_llm.inference.engine import Engine, EngineStats, Event
+from lit_llm.inference.sampling import SamplingParams
+
+BEAT_SECONDS = 1.0
+CONSUMER = 0                                        # there is one API process
+
+
+@dataclass(frozen=True, slots=True)
+class Add:
+    """Begin a request."""
+
+    request_id: str
+    prompt_ids: list[int]
+    params: SamplingParams
+
+
+@dataclass(frozen=True, slots=True)
+class Cancel:
+    """Forget a request."""
+
+    request_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Beat:
+    """A sign of life.
+
+    Args:
+        boot: Another one means another worker process: requests of the last are lost.
+        step_age: Seconds that the current step has taken; a stuck device shows here.
+        context_length: Tokens.
+        vocab_size: Tokens.
+        stats: Of the engine.
+    """
+
+    boot: str
+    step_age: float
+    context_length: int
+    vocab_size: int
+    stats: EngineStats
+
+
+class EngineAPI(LitAPI):
+    """Loads the engine in LitServe's worker process.
+
+    Args:
+        folder: What `Engine.load` takes.
+        options: `Engine.load`'s other arguments.
+        spec: The routes.
+    """
+
+    def __init__(self, folder: str, options: dict[str, Any], *, spec: Any) -> None:
+        super().__init__(spec=spec, loop=EngineLoop())
+        self.folder, self.options = folder, options
+
+    def setup(self, device: str) -> None:
+        """In the worker: load, or say why not and end with code 2."""
+        signal.signal(signal.SIGINT, signal.SIG_IGN)    # a terminal sends Ctrl-C to every process; the main one ends us
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()
+        try:
+            self.engine = Engine.load(self.folder, **self.options)
+        except InputError as error:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+            os._exit(2)
+
+    def predict(self, x: Any, **kwargs: Any) -> Any:
+        """Never called: `EngineLoop` drives the engine."""
+        raise AssertionError
+
+    def authorize(self, request: Request) -> None:
+        """Delegates to the spec, which stays in the API process."""
+        self.spec.authorize(request)
+
+
+class EngineLoop(LitLoop):
+    """Steps the engine while there is work, sleeps while there is none."""
+
+    def __call__(self, lit_api: Any, device: str, worker_id: int, request_queue: Any, transport: Any,
+                 workers_setup_status: Any, callback_runner: Any) -> None:
+        """LitServe's entry in the worker; returns never."""
+        self._parent = os.getppid()
+        self._send = lambda message: transport.send(message, consumer_id=CONSUMER)
+        self._engine: Engine = lit_api.engine
+        self._orders: queue.SimpleQueue[Add | Cancel] = queue.SimpleQueue()
+        self._stepping_since: float | None = None
+        for task in (lambda: self._read(request_queue), self._beat):
+            threading.Thread(target=_or_die, args=(task,), daemon=True).start()
+        _or_die(self._work)
+
+    def _work(self) -> None:
+        while True:
+            events = self._obey()
+            self._stepping_since = time.monotonic()
+            events += self._engine.step()
+            self._stepping_since = None
+            if events:
+                self._send([_portable(event) for event in events])
+
+    def _obey(self) -> list[Event]:
+        """Carry out all orders that have come; wait for one where there is nothing else to do."""
+        refused = []
+        while not (self._orders.empty() and self._engine.has_work):
+            order = self._orders.get()
+            if isinstance(order, Cancel):
+                self._engine.cancel(order.request_id)
+                continue
+            try:
+                self._engine.add(order.request_id, order.prompt_ids, order.params)
+            except InputError as error:
+                refused.append(Event(order.request_id, None, error=error))
+                break                               # say so now, even with nothing else to do
+        return refused
+
+    def _read(self, request_queue: Any) -> None:
+        """Drain the queue in a thread of its own: asking it costs 0.2 ms, which would slow every step."""
+        while True:
+            self._orders.put(request_queue.get())
+
+    def _beat(self) -> None:
+        boot = uuid.uuid4().hex
+        while os.getppid() == self._parent:
+            since = self._stepping_since
+            age = 0.0 if since is None else time.monotonic() - since
+            self._send(Beat(boot, age, self._engine.context_length, self._engine.vocab_size, self._engine.stats))
+            time.sleep(BEAT_SECONDS)
+        os._exit(1)                                 # the main process was killed: hold no memory for nobody
+
+
+def _or_die(task: Any) -> None:
+    """Run a part of the worker; none of them goes on without the others, or without the queues' process."""
+    try:
+        task()
+    except (EOFError, OSError):
+        os._exit(1)
+    except BaseException:
+        import traceback
+
+        traceback.print_exc()
+        os._exit(1)
+
+
+def _portable(event: Event) -> Event:
+    """An event that can be pickled: any exception may stand in it."""
+    if event.error is None or isinstance(event.error, InputError):
+        return event
+    return Event(event.request_id, None, error=RuntimeError(f"{type(event.error).__name__}: {event.error}"[:300]))
