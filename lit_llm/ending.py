@@ -1,5 +1,6 @@
-"""A finished fit in; out comes what its user sees last: the export, perplexity before and after, answers side by side, and
-the next commands. Runs on rank 0, from what the run left on disk.
+"""A finished fit in, out what its user sees last: the export, perplexity before and after, answers, the next commands.
+
+Runs on rank 0, from what the run left on disk.
 """
 
 import os

@@ -1,10 +1,11 @@
 """Batches in, gradients and perplexity out: the LightningModule around a causal LM.
 
-Builds the model when Lightning asks (never in the constructor, so that `--help`, `inspect` and `plan` cost nothing), and
-normalises the loss exactly. Knows nothing of files, formats or checkpoints.
+Builds the model when Lightning asks (never in the constructor, so that `--help`, `inspect` and `plan` cost nothing),
+and normalises the loss exactly. Knows nothing of files, formats or checkpoints.
 """
 
 import logging
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -62,7 +63,8 @@ class CausalLMModule(L.LightningModule):
     ) -> None:
         super().__init__()
         if (base is None) == (init is None):
-            raise InputError("give model.base (a folder or hub id) or model.init (an architecture), one of the two", where="model")
+            raise InputError("give model.base (a folder or hub id) or model.init (an architecture), one of the two",
+                             where="model")
         if not lr > 0:
             raise InputError(f"the learning rate must be above 0, not {lr}", where="model.lr")
         if not warmup >= 0:
@@ -131,8 +133,8 @@ class CausalLMModule(L.LightningModule):
             return
         rows, tokens = inner.get_input_embeddings().num_embeddings, data.tokenizer.vocab_size
         if tokens > rows:
-            raise InputError(f"the tokenizer has {tokens} tokens, the model's embedding {rows} rows", where="data.tokenizer",
-                             fix="use the model's own tokenizer (data.tokenizer: null)")
+            raise InputError(f"the tokenizer has {tokens} tokens, the model's embedding {rows} rows",
+                             where="data.tokenizer", fix="use the model's own tokenizer (data.tokenizer: null)")
         room = getattr(inner.config, "max_position_embeddings", None)
         if room is not None and data.seq_len > room:
             raise InputError(f"rows of {data.seq_len} tokens are longer than the model's {room} positions",
@@ -144,7 +146,7 @@ class CausalLMModule(L.LightningModule):
         """The step's share of its loss: sum of NLL over all supervised tokens of the step, divided by their number.
 
         A step is all micro-batches of all ranks until the weights move; the loader knows its count. Lightning divides
-        what is returned here by the micro-batches, and data parallelism averages it over ranks: both are multiplied back.
+        what is returned here by the micro-batches, data parallelism averages it over ranks: both are multiplied back.
         """
         nll = self._nll(batch).total
         count = batch["num_supervised_in_step"]
@@ -192,18 +194,19 @@ class CausalLMModule(L.LightningModule):
         if model.learns_prompt(self.model):
             return self._nll_by_document(batch)
         hidden = model.backbone(self.model)(
-            input_ids=batch["input_ids"].view(1, -1), position_ids=batch["position_ids"].view(1, -1), attention_mask=None,
-            use_cache=False, cu_seqlens=batch["cu_seqlens"], max_seqlen=batch["max_seqlen"]).last_hidden_state[0]
+            input_ids=batch["input_ids"].view(1, -1), position_ids=batch["position_ids"].view(1, -1),
+            attention_mask=None, use_cache=False, cu_seqlens=batch["cu_seqlens"],
+            max_seqlen=batch["max_seqlen"]).last_hidden_state[0]
         factor, cap = model.logit_adjustment(self.model)
         return nll_sum(hidden, batch["labels"].view(-1), model.head(self.model), factor=factor, cap=cap)
 
     def _nll_by_document(self, batch: "Batch") -> Nll:
-        """For methods that put virtual tokens before each conversation: one forward for each, as PEFT itself does it."""
+        """For methods that put virtual tokens before each conversation: one forward for each, as PEFT does it."""
         ids, labels = batch["input_ids"].view(-1), batch["labels"].view(-1)
         identity = nn.Identity()
         total, correct = torch.zeros((), dtype=torch.float64, device=ids.device), torch.zeros_like(ids[0])
         borders = batch["cu_seqlens"].tolist()
-        for start, stop in zip(borders, borders[1:], strict=False):
+        for start, stop in pairwise(borders):
             if (labels[start:stop] == -100).all():
                 continue
             logits = self.model(input_ids=ids[None, start:stop], use_cache=False).logits[0, start - stop:]
@@ -218,11 +221,14 @@ class CausalLMModule(L.LightningModule):
     def configure_optimizers(self) -> dict[str, Any]:
         """AdamW and its schedule, stepped after every optimizer step."""
         self._keep_masters()
-        optimizer = optim.adamw(self.named_parameters(), lr=self.lr, weight_decay=self.weight_decay, betas=self.betas, eps=self.eps)
+        optimizer = optim.adamw(self.named_parameters(), lr=self.lr, weight_decay=self.weight_decay, betas=self.betas,
+                                eps=self.eps)
         total = self.trainer.estimated_stepping_batches
         if total == float("inf"):
-            raise InputError("the run has no end", where="trainer", fix="set --trainer.max_epochs or --trainer.max_steps")
-        schedule = optim.scheduler(optimizer, self.schedule, warmup=self.warmup, total=int(total), floor=self.min_lr_share)
+            raise InputError("the run has no end", where="trainer",
+                             fix="set --trainer.max_epochs or --trainer.max_steps")
+        schedule = optim.scheduler(optimizer, self.schedule, warmup=self.warmup, total=int(total),
+                                   floor=self.min_lr_share)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def _keep_masters(self) -> None:
@@ -239,7 +245,7 @@ class CausalLMModule(L.LightningModule):
 
     def configure_gradient_clipping(self, optimizer: Any, gradient_clip_val: float | None = None,
                                     gradient_clip_algorithm: str | None = None) -> None:
-        """Clip by the norm of all gradients, and keep that norm for the log; under DeepSpeed the engine does it."""
+        """Clip by the norm of all gradients; under DeepSpeed the engine does it."""
         if gradient_clip_algorithm not in (None, "norm"):
             raise InputError("only clipping by norm is supported", where="trainer.gradient_clip_algorithm")
         limit = float(gradient_clip_val or 0.0)
