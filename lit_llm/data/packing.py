@@ -148,7 +148,7 @@ def best_fit(lengths: np.ndarray, capacity: int) -> np.ndarray:
 
     Equal lengths go in together and equal rooms are one pile, so the cost is a sort and some piles for each distinct
     length, not a search for each item: 10 million lengths take seconds. About 11/9 of the fewest rows at worst
-    (Johnson 1974), and seldom 1 % more.
+    (Johnson 1974).
 
     Args:
         lengths: (N,) tokens, each at most `capacity`.

@@ -43,7 +43,3 @@ def jsonl(tmp_path):
         path.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), encoding="utf-8")
         return str(path)
     return write
-
-
-def chat(question="q", answer="a"):
-    return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}

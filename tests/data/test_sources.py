@@ -34,7 +34,8 @@ LINES = "\n".join(json.dumps(row, ensure_ascii=False) for row in ROWS)
 
 
 @pytest.mark.parametrize(("name", "content"), [
-    ("a.jsonl", LINES), ("a.jsonl", LINES.replace("\n", "\r\n\r\n") + "\r\n"), ("a.jsonl", codecs.BOM_UTF8 + LINES.encode()),
+    ("a.jsonl", LINES), ("a.jsonl", LINES.replace("\n", "\r\n\r\n") + "\r\n"),
+    ("a.jsonl", codecs.BOM_UTF8 + LINES.encode()),
     ("a.jsonl.gz", gzip.compress(LINES.encode())), ("a.json", json.dumps(ROWS)), ("a.json", json.dumps(ROWS, indent=2)),
     ("a.json", LINES), ("a.json", "\n".join(json.dumps(row, indent=1) for row in ROWS)), ("a.jsonl", json.dumps(ROWS)),
     ("a.json", codecs.BOM_UTF8 + json.dumps(ROWS).encode()), ("a.json.gz", gzip.compress(json.dumps(ROWS).encode()))])
@@ -80,12 +81,18 @@ def test_what_is_not_text_is_named(tmp_path, content, named):
        st.booleans())
 def test_any_bytes_are_records_or_an_input_error(tmp_path, name, content, packed):
     path = write(tmp_path, name, gzip.compress(content)[:-3] if packed else content)
-    try:
-        for record, place in scan(Source(path)):
-            assert isinstance(record, dict | str | InputError)
-            assert str(place).startswith(path + ":")
-    except InputError as error:
-        assert path in str(error)
+    places, said = scan(Source(path)), path
+    while True:
+        try:
+            record, place = next(places)
+        except StopIteration:
+            break
+        except InputError as error:
+            said = str(error)
+            break
+        said = str(place)
+        assert isinstance(record, dict | str | InputError)
+    assert path in said
 
 
 # ---- the rest --------------------------------------------------------------------------------------------------------
@@ -129,9 +136,7 @@ def test_folders_globs_and_samples(tmp_path):
         write(tmp_path, name, '{"text": "x"}\n')
     assert [path.name for path in files(Source(str(tmp_path)))] == ["b.jsonl", "a.jsonl"]
     assert [path.name for path in files(Source(f"{tmp_path}/**/a*.jsonl"))] == ["a.jsonl"]
-    import lit_llm.samples
-    assert files(Source("sample:"))[0].is_relative_to(Path(lit_llm.samples.__file__).parent) if any(
-        Path(lit_llm.samples.__file__).parent.glob("*.jsonl")) else True
+    assert len(records("sample:conversations_val.jsonl")) > 0
 
 
 def test_what_is_not_there_is_said_with_what_is(tmp_path):
@@ -141,7 +146,7 @@ def test_what_is_not_there_is_said_with_what_is(tmp_path):
         files(Source(f"{tmp_path}/trian.jsonl"))
     with pytest.raises(InputError, match="exists as far as"):
         files(Source(f"{tmp_path}/no/where/a.jsonl"))
-    with pytest.raises(InputError, match="cannot tell what '.bin' is"):
+    with pytest.raises(InputError, match=r"cannot tell what '\.bin' is"):
         files(Source(f"{tmp_path}/data.bin"))
     assert records(f"{tmp_path}/data.bin", format="text") == ["x"]
     with pytest.raises(InputError, match="Did you mean 'line'"):

@@ -1,0 +1,191 @@
+"""If this breaks, a real file trains on the wrong records, or perplexity moves with packing and batch size."""
+
+import json
+from collections import Counter
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from lit_llm.conversation import Document
+from lit_llm.data.datamodule import TextDataModule
+from lit_llm.data.loader import RowLoader
+from lit_llm.data.sources import Source
+from lit_llm.errors import InputError
+
+
+def talk(number, answer="a"):
+    return {"prompt": f"question {number}", "completion": answer}
+
+
+@pytest.fixture
+def module(tokenizer_folder):
+    def make(*sources, stage="fit", **settings):
+        settings = {"tokenizer": str(tokenizer_folder), "seq_len": 64, "batch_size": 4} | settings
+        made = TextDataModule(sources=[Source(path) if isinstance(path, str) else path for path in sources], **settings)
+        made.prepare_data()
+        made.setup(stage)
+        return made
+    return make
+
+
+def predicted(loader, tokenizer):
+    """Every supervised token in its place, as a multiset of (token before, token)."""
+    pairs = Counter()
+    for batch in loader:
+        ids, labels = batch["input_ids"].flatten().numpy(), batch["labels"].flatten().numpy()
+        pairs.update((int(ids[at - 1]), int(labels[at])) for at in np.flatnonzero(labels != -100))
+    return pairs
+
+
+# ---- real files ------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize(("name", "count", "kind"), [
+    ("sft/llamafactory/alpaca_en_demo.json", 999, 0), ("sft/llamafactory/alpaca_zh_demo.json", 1000, 0),
+    ("sft/llamafactory/identity.json", 91, 0), ("sft/openai/toy_chat_fine_tuning.jsonl", 5, 0),
+    ("sft/fastchat/dummy_conversation.json", 500, 0), ("sft/mlx_wikisql/train.jsonl", 1000, 1),
+    ("pretrain/c4_demo.jsonl", 300, 1), ("pretrain/xiyouji.txt", 1, 1),
+    ("tokenizers/cs336/tinystories_sample.txt", 5, 1)])
+def test_real_files(module, shared_data, capsys, name, count, kind):
+    made = module(str(shared_data / name), seq_len=512)
+    report = made.reports[0]
+    assert (report.read, report.kept, report.dropped) == (count, count, {})
+    corpus, rows = made.plans["train"].corpus, made.plans["train"].rows
+    assert set(corpus.is_document.tolist()) == {bool(kind)}
+    assert 0 < rows.supervised.sum() < report.tokens
+    assert f"{count:,} records, {count:,} kept" in capsys.readouterr().err
+
+
+def test_real_alpaca_fills_its_rows(module, shared_data):
+    files = [str(shared_data / f"sft/llamafactory/alpaca_{language}_demo.json") for language in ("en", "zh")]
+    rows = module(*files, seq_len=2048).plans["train"].rows
+    assert rows.lengths.sum() / (len(rows) * 2048) > 0.98
+
+
+def test_real_tables_by_columns(module, shared_data):
+    dolly = Source(str(shared_data / "sft/litgpt/dolly.json"), columns={"input": "context", "output": "response"})
+    code = Source(str(shared_data / "eval/HumanEval.jsonl.gz"), weight=0.5,
+                  columns={"completion": "canonical_solution"})
+    exam = Source(str(shared_data / "eval/cmmlu/world_history.csv"), columns={"text": "Question"})
+    poems = Source(str(shared_data / "pretrain/chinese-poetry/poet.tang.0.json"), columns={"text": "paragraphs"})
+    made = module(dolly, code, exam, poems, seq_len=512)
+    assert [report.kept for report in made.reports] == [12, 164, 161, 1000]
+    assert len(made.plans["train"].corpus) == 12 + 82 + 161 + 1000
+
+
+def test_the_embedded_default():
+    import lit_llm.samples
+
+    made = TextDataModule(sources=[Source("sample:conversations_val.jsonl")], val_fraction=0.1,
+                          tokenizer=str(Path(lit_llm.samples.__file__).parent / "tokenizer"), seq_len=256)
+    made.prepare_data()
+    made.setup("fit")
+    report = made.reports[0]
+    assert report.read == report.kept > 0
+    assert len(made.train_dataloader()) > len(made.val_dataloader()) > 0
+
+
+# ---- evaluation ------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("settings", [
+    {}, {"packing": "concat"}, {"packing": "none"}, {"batch_size": 1}, {"batch_size": 7, "seq_len": 24},
+    {"seq_len": 5}])
+def test_each_token_of_the_text_is_scored_once_whatever_the_packing(module, tokenizer, jsonl, settings):
+    texts = ["short", "a longer one, of more than a row: " + "abc " * 40, "x", "中文也是文字" * 5]
+    made = module(jsonl([{"text": text} for text in texts]), stage="fit",
+                  val_sources=[Source(jsonl([{"text": text} for text in texts], "val.jsonl"))], **settings)
+    expected = Counter()
+    for text in texts:
+        ids = tokenizer.encode_document(Document(text), end=False).input_ids.tolist()
+        expected.update(pairwise(ids))
+    loader = made.val_dataloader()
+    assert predicted(loader, tokenizer) == expected
+    assert sum(batch["num_bytes"] for batch in loader) == sum(len(text.encode()) - 1 for text in texts)
+
+
+def test_training_learns_where_a_document_ends_and_evaluation_does_not_score_it(module, tokenizer, jsonl):
+    path = jsonl([{"text": f"text {number}"} for number in range(20)])
+    made = module(path, val_sources=[Source(path)])
+    ends = {stage: sum(count for (_, token), count in predicted(loader, tokenizer).items() if token == tokenizer.eos_id)
+            for stage, loader in (("train", made.train_dataloader()), ("val", made.val_dataloader()))}
+    assert ends == {"train": 20, "val": 0}
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_ranks_share_the_validation_without_counting_twice(module, tokenizer, jsonl, world):
+    made = module(jsonl([talk(number, "a" * (number + 1)) for number in range(30)]), val_fraction=0.4)
+    whole = made.val_dataloader()
+    ranks = [RowLoader(whole.corpus, whole.rows, batch_size=4, seq_len=64, pad_id=0, token_bytes=whole.token_bytes,
+                       rank=rank, world=world, shuffle=False) for rank in range(world)]
+    assert sum((predicted(rank, tokenizer) for rank in ranks), Counter()) == predicted(whole, tokenizer)
+
+
+# ---- the split and the mixture ---------------------------------------------------------------------------------------
+
+def places(made, stage):
+    corpus = made.plans[stage].corpus
+    return [corpus.place(sequence).rsplit("/", 1)[1] for sequence in range(len(corpus))]
+
+
+def test_a_record_stays_on_its_side(module, jsonl):
+    records = [talk(number) for number in range(200)]
+    before = module(jsonl(records), val_fraction=0.25)
+    after = module(jsonl([talk(-1), *records, records[3], records[5]]), val_fraction=0.25)
+    held_out = {int(place.split(":")[1]) for place in places(before, "val")}
+    assert 25 < len(held_out) < 75
+    assert len(held_out) + len(places(before, "train")) == 200
+    moved = {int(place.split(":")[1]) - 1 for place in places(after, "val")}
+    assert {line for line in moved if 1 <= line <= 200} == held_out
+    assert {number + 1 for number in (3, 5)} & held_out == {
+        {201: 4, 202: 6}[line] for line in moved if line in (201, 202)}
+
+
+def test_weights_repeat_and_sample(module, jsonl):
+    first, second = (jsonl([talk(number) for number in range(10)], f"{name}.jsonl") for name in "ab")
+    drawn = Counter(places(module(Source(first, weight=2.3), Source(second, weight=0.5)), "train"))
+    by_file = {name: sorted(count for place, count in drawn.items() if place.startswith(name)) for name in "ab"}
+    assert by_file == {"a": [2] * 7 + [3] * 3, "b": [1] * 5}
+    again = Counter(places(module(Source(first, weight=2.3), Source(second, weight=0.5)), "train"))
+    other = Counter(places(module(Source(first, weight=2.3), Source(second, weight=0.5), seed=5), "train"))
+    assert drawn == again != other
+
+
+def test_overlong_conversations_are_cut_dropped_or_refused_and_counted(module, jsonl):
+    path = jsonl([talk(1), talk(2, "long " * 50), {"prompt": "x" * 100, "completion": "never seen"}])
+    plans = {policy: module(path, overlong=policy).plans["train"] for policy in ("cut", "drop")}
+    assert plans["cut"].notes == {"cut": 2, "dropped_overlong": 0, "dropped_nothing_left": 1}
+    assert plans["drop"].notes == {"cut": 0, "dropped_overlong": 2, "dropped_nothing_left": 0}
+    assert len(plans["cut"].rows.segments) == 2
+    assert len(plans["drop"].rows.segments) == 1
+    with pytest.raises(InputError, match=r"data\.jsonl:2: \d+ tokens, and data\.seq_len is 64"):
+        module(path, overlong="error")
+
+
+# ---- what is refused -------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize(("settings", "named"), [
+    ({"packing": "concat"}, "concat would cut conversations"), ({"val_fraction": 1.5}, "data.val_fraction: 1.5"),
+    ({"seq_len": 1}, "data.seq_len: 1"), ({"batch_size": 0}, "data.batch_size: 0"),
+    ({"tokenizer": None}, "data.tokenizer: no tokenizer"), ({"val_fraction": 1e-12}, "no record is left for val")])
+def test_what_cannot_be_meant_is_refused(module, jsonl, settings, named):
+    with pytest.raises(InputError, match=named):
+        module(jsonl([talk(1), talk(2)]), **settings)
+
+
+def test_no_source_and_no_weight_are_refused(module, jsonl):
+    with pytest.raises(InputError, match=r"data\.sources: there is nothing to read"):
+        module()
+    with pytest.raises(InputError, match="draws nothing"):
+        module(Source(jsonl([talk(1)]), weight=0))
+
+
+def test_building_costs_nothing_and_validation_may_be_absent(module, jsonl):
+    TextDataModule(sources=[Source("not/there.jsonl")])
+    assert module(jsonl([talk(1)])).val_dataloader() == []
+
+
+def test_the_facts_are_json(module, jsonl):
+    made = module(jsonl([talk(number) for number in range(9)]), val_fraction=0.3)
+    facts = json.loads(json.dumps(made.facts()))
+    assert facts["train"]["sequences"] + facts["val"]["sequences"] == facts["sources"][0]["kept"] == 9

@@ -1,0 +1,228 @@
+"""If this breaks, a resumed run repeats or skips data, two processes train on other rows than one, or labels shift."""
+
+from itertools import islice
+
+import lightning as L
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from lit_llm.data.loader import EMPTY, Corpus, RowLoader, collate
+from lit_llm.data.packing import pack, split
+from lit_llm.data.sources import Source
+from lit_llm.data.store import prepare
+from lit_llm.errors import InputError
+
+SEQ_LEN, PAD = 24, 0
+
+
+@pytest.fixture(scope="module")
+def data(tokenizer, tmp_path_factory):
+    """A corpus of conversations and long documents, its rows, and bytes of each token."""
+    import json
+
+    folder = tmp_path_factory.mktemp("corpus")
+    talk = [{"prompt": "q" * (number % 5 + 1), "completion": "a" * (number % 7 + 1)} for number in range(13)]
+    records = [*talk, *({"text": "x" * number} for number in range(1, 27))]
+    (folder / "data.jsonl").write_text("\n".join(map(json.dumps, records)))
+    store = prepare(Source(str(folder / "data.jsonl")), tokenizer, cache_dir=str(folder))
+    corpus = Corpus([(store, np.arange(len(store)))])
+    segments = split(corpus.lengths, corpus.is_document, seq_len=SEQ_LEN).segments
+    rows = pack(segments[corpus.count(segments) > 0], seq_len=SEQ_LEN, packing="best_fit")
+    return corpus, rows.counted(corpus.count(rows.segments)), tokenizer.token_bytes
+
+
+def loader(data, **settings):
+    corpus, rows, token_bytes = data
+    settings = {"batch_size": 2, "seq_len": SEQ_LEN, "pad_id": PAD, "seed": 1} | settings
+    return RowLoader(corpus, rows, token_bytes=token_bytes, **settings)
+
+
+def rows_of(batch):
+    """What each row says, as hashable values."""
+    return [(tuple(ids), tuple(labels)) for ids, labels in
+            zip(batch["input_ids"].tolist(), batch["labels"].tolist(), strict=True)]
+
+
+# ---- one batch -------------------------------------------------------------------------------------------------------
+
+def slow_collate(corpus, rows, numbers, seq_len, token_bytes):
+    """Token by token, from the store's own arrays."""
+    out = {"input_ids": [], "labels": [], "position_ids": []}
+    bounds, count, size = [], 0, 0
+    for number in numbers:
+        ids, labels, positions = [], [], []
+        for sequence, start, stop in rows.row(number) if number != EMPTY else []:
+            bounds.append(len(out["input_ids"]) + len(ids))
+            row = corpus.stores[0].sequences[sequence]
+            for place in range(start, stop):
+                token = int(corpus.stores[0].tokens[row["offset"] + place])
+                learned = place > start and bool(corpus.stores[0].supervised[row["offset"] + place])
+                ids.append(token)
+                labels.append(token if learned else -100)
+                positions.append(place - start)
+                count, size = count + learned, size + learned * int(token_bytes[token])
+        if len(ids) < seq_len:
+            bounds.append(len(out["input_ids"]) + len(ids))
+            rest = seq_len - len(ids)
+            ids, labels, positions = ids + [PAD] * rest, labels + [-100] * rest, positions + list(range(rest))
+        for key, values in (("input_ids", ids), ("labels", labels), ("position_ids", positions)):
+            out[key] += values
+    return out, [*bounds, len(numbers) * seq_len], count, size
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.data())
+def test_collate_is_the_slow_way(data, draw):
+    corpus, rows, token_bytes = data
+    numbers = draw.draw(st.lists(st.integers(EMPTY, len(rows) - 1), min_size=1, max_size=5))
+    batch = collate(corpus, rows, numbers, seq_len=SEQ_LEN, pad_id=PAD, token_bytes=token_bytes)
+    slow, bounds, count, size = slow_collate(corpus, rows, numbers, SEQ_LEN, token_bytes)
+    for key, values in slow.items():
+        assert batch[key].dtype == torch.int64
+        assert batch[key].flatten().tolist() == values
+    assert (batch["cu_seqlens"].dtype, batch["cu_seqlens"].tolist()) == (torch.int32, bounds)
+    assert batch["max_seqlen"] == max(np.diff(bounds))
+    assert (batch["num_supervised"], batch["num_bytes"]) == (count, size)
+
+
+def test_labels_begin_anew_at_each_bound(data):
+    for batch in loader(data):
+        bounds = batch["cu_seqlens"][:-1].long()
+        assert (batch["labels"].flatten()[bounds] == -100).all()
+        assert (batch["position_ids"].flatten()[bounds] == 0).all()
+        assert (batch["labels"][batch["labels"] != -100] == batch["input_ids"][batch["labels"] != -100]).all()
+
+
+def test_trimmed_to_the_longest_row(data):
+    for batch in loader(data, trim=True, batch_size=1):
+        assert batch["input_ids"].shape[1] == max(batch["num_tokens"], 2)
+
+
+# ---- the order -------------------------------------------------------------------------------------------------------
+
+def steps(data, world, accumulate, batch_size, epochs=2):
+    """For each step, the rows of all its micro-batches on all ranks, in the order of the loader's drawing."""
+    settings = {"world": world, "accumulate": accumulate, "batch_size": batch_size}
+    ranks = [loader(data, rank=rank, **settings) for rank in range(world)]
+    assert len({len(rank) for rank in ranks}) == 1
+    out = []
+    for _ in range(epochs):
+        epoch = [list(rank) for rank in ranks]
+        for step in range(0, len(epoch[0]), accumulate):
+            micros = [rank[step + micro] for micro in range(accumulate) for rank in epoch]
+            assert {batch["num_supervised_in_step"] for batch in micros} == {sum(b["num_supervised"] for b in micros)}
+            assert [rank[step + micro]["last_in_step"] for micro in range(accumulate) for rank in epoch[:1]] == [
+                False] * (accumulate - 1) + [True]
+            out.append([row for batch in micros for row in rows_of(batch)])
+    return out
+
+
+@pytest.mark.parametrize(("world", "accumulate", "batch_size"), [(2, 1, 4), (4, 1, 2), (1, 4, 2), (2, 2, 2), (1, 8, 1)])
+def test_the_order_does_not_depend_on_who_works(data, world, accumulate, batch_size):
+    assert steps(data, world, accumulate, batch_size) == steps(data, 1, 1, 8)
+
+
+def test_an_epoch_is_every_row_once_and_empty_rows_at_its_end(data):
+    corpus, rows, token_bytes = data
+    every = collate(corpus, rows, range(len(rows)), seq_len=SEQ_LEN, pad_id=PAD, token_bytes=token_bytes)
+    flat = [row for step in steps(data, 4, 2, 3, epochs=1) for row in step]
+    empty = ((PAD,) * SEQ_LEN, (-100,) * SEQ_LEN)
+    assert len(flat) % 24 == 0
+    assert sorted(row for row in flat if row != empty) == sorted(rows_of(every))
+    first, second = (steps(data, 1, 1, 8)[at:at + len(flat) // 8] for at in (0, len(flat) // 8))
+    assert first != second
+
+
+# ---- resuming --------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_resumed_at_any_batch_the_very_next_one_comes(data, accumulate):
+    whole = loader(data, accumulate=accumulate)
+    length = len(whole)
+    stream = [rows_of(batch) for _ in range(3) for batch in whole]
+    for stopped in range(1, 2 * length + 1):
+        first = loader(data, accumulate=accumulate)
+        taken = 0
+        while taken < stopped:
+            for _batch in islice(first, min(length, stopped - taken)):
+                taken += 1
+        state = first.state_dict()
+        assert state["epoch"] == stopped // length
+        second = loader(data, accumulate=accumulate)
+        second.load_state_dict(state)
+        assert rows_of(next(iter(second))) == stream[stopped]
+
+
+def test_the_state_is_the_same_on_all_ranks_and_fits_no_other_run(data):
+    ranks = [loader(data, world=2, rank=rank, fingerprint="f") for rank in range(2)]
+    for rank in ranks:
+        list(islice(rank, 3))
+    state = ranks[0].state_dict()
+    assert state == ranks[1].state_dict()
+    for changed in ({"batch_size": 4}, {"accumulate": 2}, {"world": 4}, {"seed": 9}, {"fingerprint": "g"}):
+        with pytest.raises(InputError, match=r"cannot continue.* was .* and is "):
+            loader(data, **{"world": 2, "fingerprint": "f"} | changed).load_state_dict(state)
+
+
+def test_evaluation_always_begins_at_the_beginning(data):
+    ordered = loader(data, shuffle=False)
+    list(islice(ordered, 2))
+    first = [rows_of(batch) for batch in ordered]
+    assert first == [rows_of(batch) for batch in ordered]
+    assert len(first) == len(ordered)
+
+
+class Listener(L.LightningModule):
+    """Writes down what it is shown."""
+
+    def __init__(self, data, **settings):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(1))
+        self.data, self.settings, self.seen = data, settings, []
+
+    def training_step(self, batch, _):
+        self.seen.append(rows_of(batch))
+        return self.weight.sum() * 0
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    def train_dataloader(self):
+        return loader(self.data, accumulate=self.trainer.accumulate_grad_batches, **self.settings)
+
+
+class Save(L.Callback):
+    """After each step, as a run's checkpoints are: `trainer.save_checkpoint` behind a fit that ended with an epoch
+    would shift the accumulation window by one batch (Lightning 2.6.6)."""
+
+    def on_train_batch_end(self, trainer, *_):
+        if not trainer.fit_loop._should_accumulate():
+            trainer.save_checkpoint(f"{trainer.default_root_dir}/{trainer.global_step}.ckpt")
+
+
+def fit(module, folder, *, steps, resume=None, **settings):
+    trainer = L.Trainer(max_steps=steps, max_epochs=-1, accelerator="cpu", logger=False, enable_progress_bar=False,
+                        enable_model_summary=False, enable_checkpointing=False, default_root_dir=folder,
+                        accumulate_grad_batches=2, callbacks=Save(), **settings)
+    trainer.fit(module, ckpt_path=resume)
+
+
+@pytest.mark.parametrize("limit", [None, 4])
+def test_lightning_resumes_inside_at_and_after_an_epoch(data, tmp_path, limit):
+    """Also where `limit_train_batches` makes Lightning's epochs shorter than ours."""
+    settings = {"limit_train_batches": limit} if limit else {}
+    per_epoch = (limit or len(loader(data, accumulate=2))) // 2
+    whole = Listener(data)
+    fit(whole, tmp_path, steps=3 * per_epoch, **settings)
+    ours = loader(data, accumulate=2)
+    stream = [rows_of(batch) for _ in range(3) for batch in ours]
+    assert whole.seen == stream[:len(whole.seen)]
+    for stopped in (1, per_epoch, per_epoch + 1, 2 * per_epoch):
+        begun = Listener(data)
+        fit(begun, tmp_path, steps=stopped, **settings)
+        resumed = Listener(data)
+        fit(resumed, tmp_path, steps=3 * per_epoch, resume=tmp_path / f"{stopped}.ckpt", **settings)
+        assert begun.seen + resumed.seen == whole.seen
