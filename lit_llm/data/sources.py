@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lit_llm import hub
 from lit_llm.data.readers import KINDS, Found, Record, kind_of, scan_file, scan_table
 from lit_llm.errors import InputError, did_you_mean
 
@@ -142,7 +143,10 @@ def hub_dataset(source: Source) -> Any:
         InputError: Whatever went wrong, in one line, with the ways that need no hub.
     """
     import datasets
+    import huggingface_hub.constants
 
+    if hub.offline():                                   # both clients would try again for half a minute
+        datasets.config.HF_HUB_OFFLINE = huggingface_hub.constants.HF_HUB_OFFLINE = True
     try:
         with quiet_hub():
             return datasets.load_dataset(source.path, source.subset, split=source.split)

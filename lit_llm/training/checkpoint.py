@@ -56,9 +56,14 @@ class StepCheckpoint(Checkpoint):
             self._recall(checkpoints(trainer), step)
 
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
-        """Every n optimizer steps; never inside an accumulation window, whose gradients a file would lose."""
-        due = self.every_n_steps and trainer.global_step and trainer.global_step % self.every_n_steps == 0
-        if due and not trainer.fit_loop._should_accumulate():
+        """Every n optimizer steps, at an epoch's last and at the run's last.
+
+        Never inside an accumulation window, whose gradients a file would lose; and not only in `on_train_end`, where
+        Lightning's counters already stand in the next epoch and a resumed run would mix two windows.
+        """
+        step = trainer.global_step
+        due = bool(self.every_n_steps and step % self.every_n_steps == 0)
+        if (due or trainer.is_last_batch or step == trainer.max_steps) and not trainer.fit_loop._should_accumulate():
             self.save(trainer)
 
     def on_validation_end(self, trainer: L.Trainer, *_: Any) -> None:
