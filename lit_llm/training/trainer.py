@@ -3,6 +3,9 @@
 Knows nothing of what is trained.
 """
 
+import os
+from collections.abc import Generator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +20,8 @@ from lit_llm.training import checkpoint
 from lit_llm.training.callbacks import Progress, RunFolder
 from lit_llm.training.checkpoint import StepCheckpoint
 from lit_llm.training.report import MetricsCSV
+
+RENDEZVOUS = ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "RANK", "LOCAL_RANK", "WORLD_SIZE")
 
 
 class Trainer(L.Trainer):
@@ -83,7 +88,8 @@ class Trainer(L.Trainer):
         if ckpt_path is not None:
             self.run.resumed = True
             state = checkpoint.find(Path(self.default_root_dir), str(ckpt_path)) / "state"
-        super().fit(model, train_dataloaders, val_dataloaders, datamodule, ckpt_path=state, **kwargs)
+        with self._own_environment():
+            super().fit(model, train_dataloaders, val_dataloaders, datamodule, ckpt_path=state, **kwargs)
 
     def validate(self, model: Any = None, dataloaders: Any = None, ckpt_path: str | None = None, verbose: bool = False,
                  datamodule: L.LightningDataModule | None = None, **kwargs: Any) -> Any:
@@ -98,7 +104,8 @@ class Trainer(L.Trainer):
             kwargs: Lightning's own.
         """
         self._use(model, ckpt_path)
-        figures = super().validate(model, dataloaders, ckpt_path=None, verbose=verbose, datamodule=datamodule, **kwargs)
+        with self._own_environment():
+            figures = super().validate(model, dataloaders, None, verbose=verbose, datamodule=datamodule, **kwargs)
         return _measured(figures, "val_sources")
 
     def test(self, model: Any = None, dataloaders: Any = None, ckpt_path: str | None = None, verbose: bool = False,
@@ -114,7 +121,8 @@ class Trainer(L.Trainer):
             kwargs: Lightning's own.
         """
         self._use(model, ckpt_path)
-        figures = super().test(model, dataloaders, ckpt_path=None, verbose=verbose, datamodule=datamodule, **kwargs)
+        with self._own_environment():
+            figures = super().test(model, dataloaders, None, verbose=verbose, datamodule=datamodule, **kwargs)
         return _measured(figures, "test_sources")
 
     def prepare(self, model: L.LightningModule, datamodule: L.LightningDataModule) -> None:
@@ -126,6 +134,18 @@ class Trainer(L.Trainer):
         """
         datamodule.prepare_data()
         datamodule.setup(None)
+
+    @contextmanager
+    def _own_environment(self) -> Generator[None, None, None]:
+        """Of a lone process: its rendezvous must not reach the commands that a notebook starts later."""
+        before = {name: os.environ.get(name) for name in RENDEZVOUS}
+        try:
+            yield
+        finally:
+            for name, value in before.items() if self.world_size == 1 else ():
+                os.environ.pop(name, None)
+                if value is not None:
+                    os.environ[name] = value
 
     def _use(self, model: Any, ckpt_path: str | None) -> None:
         """Evaluate a checkpoint's weights: they lie beside the training state in the field's formats."""

@@ -4,6 +4,7 @@ torn file is loaded, the wrong checkpoint counts as best, or what `export` write
 Oracle: the same run without the stop; plain transformers and peft for what was written.
 """
 
+import contextlib
 import csv
 import json
 import math
@@ -143,6 +144,16 @@ def test_a_finished_run_goes_further(strategy, rows, where, fit):
     assert same(weights_of(further), weights_of(straight)) == 0.0
 
 
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_lone_process_leaves_its_environment_alone(fails, fit):
+    """Or a command started from a notebook after a fit there would try to listen at the notebook's own port."""
+    before = dict(os.environ)
+    with pytest.raises(ConnectionError) if fails else contextlib.nullcontext():
+        fit("run", strategy="deepspeed_stage_1", max_steps=2, callbacks=[StopAt(0)] if fails else [])
+    names = ("MASTER_ADDR", "MASTER_PORT", "RANK", "LOCAL_RANK", "NODE_RANK", "WORLD_SIZE")
+    assert {name: os.environ.get(name) for name in names} == {name: before.get(name) for name in names}
+
+
 def test_a_killed_command_goes_on(tiny_model, tmp_path, lit_llm):
     """kill -9 at some moment of a real run, then `--ckpt_path last`: the metrics and weights of a run never killed."""
     data = write(tmp_path / "train.jsonl", 9)
@@ -155,7 +166,8 @@ def test_a_killed_command_goes_on(tiny_model, tmp_path, lit_llm):
                                    "init_args": {"every_n_steps": 4}}]}}
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(config))
     words = ("fit", "--config", "run.yaml", "--trainer.default_root_dir")
-    assert lit_llm(*words, "straight").code == 0
+    done = lit_llm(*words, "straight")
+    assert done.code == 0, done.err
     latest = tmp_path / "killed" / "checkpoints" / "LATEST"
     with subprocess.Popen([sys.executable, "-m", "lit_llm", *words, "killed"], cwd=tmp_path, stderr=subprocess.DEVNULL,
                           env=os.environ | {"PYTHONPATH": str(ROOT)}) as process:
