@@ -1,7 +1,7 @@
 """Attention over packed rows: each document sees itself and nothing else.
 
-Queries, keys and values of all documents in a row flow in side by side with the borders between them (`cu_seqlens`); each
-document's causal attention flows out. Registered with transformers as `lit_varlen`, without a mask function: the model
+Queries, keys and values of all documents in a row flow in side by side with the borders between them (`cu_seqlens`);
+each document's causal attention flows out. Registered with transformers as `lit_varlen`, without a mask function: the model
 then builds no mask, hands our keyword arguments to every layer, and cannot leak across documents (with `position_ids`
 alone it can: a cache or a 2-D mask silently switches isolation off). Knows nothing of tokens or losses.
 
@@ -9,6 +9,7 @@ alone it can: a cache or a 2-D mask silently switches isolation off). Knows noth
 """
 
 from functools import lru_cache
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -75,7 +76,7 @@ def lit_varlen(
 
 
 def _flash(query: Tensor, dropout: float) -> bool:
-    """torch's own variable-length kernel: CUDA, half precision, no dropout."""
+    """Torch's own variable-length kernel: CUDA, half precision, no dropout."""
     return query.is_cuda and query.dtype in (torch.float16, torch.bfloat16) and dropout == 0.0
 
 
@@ -86,9 +87,10 @@ def _on_cuda(query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, max_
     groups = query.shape[1] // key.shape[1]
     if groups > 1:                                  # torch 2.11 has no enable_gqa here
         key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
-    flat = [states[0].transpose(0, 1).contiguous() for states in (query, key, value)]
+    flat_query, flat_key, flat_value = (states[0].transpose(0, 1).contiguous() for states in (query, key, value))
     left = -1 if sliding_window is None else sliding_window - 1
-    out = varlen_attn(*flat, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, scale=scaling, window_size=(left, 0))
+    out = varlen_attn(flat_query, flat_key, flat_value, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, scale=scaling,
+                      window_size=(left, 0))
     assert isinstance(out, Tensor)
     return out.unsqueeze(0)
 
@@ -103,19 +105,21 @@ def _by_length(query: Tensor, key: Tensor, value: Tensor, borders: tuple[int, ..
     if groups > 1:
         key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
     order, back, stacks = _plan(borders)
-    if order is not None:
+    if order is not None and back is not None:
         order, back = order.to(query.device), back.to(query.device)
         query, key, value = (states.index_select(2, order) for states in (query, key, value))
     pieces, at = [], 0
     for count, length in stacks:
         stop = at + count * length
-        stacked = [states[0, :, at:stop].reshape(heads, count, length, -1).transpose(0, 1) for states in (query, key, value)]
+        stack_query, stack_key, stack_value = (
+            states[0, :, at:stop].reshape(heads, count, length, -1).transpose(0, 1) for states in (query, key, value))
         mask = _band(length, sliding_window, query) if sliding_window is not None and length > sliding_window else None
-        out = sdpa(*stacked, attn_mask=mask, is_causal=mask is None, dropout_p=dropout, scale=scaling)
+        out = sdpa(stack_query, stack_key, stack_value, attn_mask=mask, is_causal=mask is None, dropout_p=dropout,
+                   scale=scaling)
         pieces.append(out.transpose(1, 2).reshape(count * length, heads, -1))
         at = stop
     out = torch.cat(pieces)
-    return (out if order is None else out.index_select(0, back)).unsqueeze(0)
+    return (out if back is None else out.index_select(0, back)).unsqueeze(0)
 
 
 @lru_cache(maxsize=64)
@@ -124,7 +128,7 @@ def _plan(borders: tuple[int, ...]) -> tuple[Tensor | None, Tensor | None, list[
 
     Every layer of a step asks with the same borders, so the answer is kept.
     """
-    documents = [(start, stop - start) for start, stop in zip(borders, borders[1:], strict=False) if stop > start]
+    documents = [(start, stop - start) for start, stop in pairwise(borders) if stop > start]
     lengths = [length for _, length in documents]
     if len(set(lengths)) == len(lengths):
         return None, None, [(1, length) for length in lengths]

@@ -52,6 +52,9 @@ TOOLS: dict[str, Callable[..., Any]] = {"export": show_export, "chat": chat}
 class LitLLMCLI(LightningCLI):
     """The command line. One config tree: `model`, `data`, `trainer`."""
 
+    trainer: Trainer
+    parser: Parser
+
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
         """Verb -> arguments that the CLI fills in itself."""
@@ -104,7 +107,7 @@ class LitLLMCLI(LightningCLI):
 
     def after_fit(self) -> None:
         """Export, compare, and say what to type next; on one process."""
-        if not self.trainer.is_global_zero or self.trainer.fast_dev_run or not self.trainer.checkpoint_callbacks:
+        if not self.trainer.is_global_zero or getattr(self.trainer, "fast_dev_run", False) or not self.trainer.checkpoint_callbacks:
             return
         files = [str(path) for path in self.config["fit"].get("config") or []]
         finish(Path(self.trainer.default_root_dir), base=self.model.base, before=self.trainer.run.before,

@@ -73,7 +73,7 @@ def load_causal_lm(path: str, *, dtype: torch.dtype = torch.float32, attention: 
     if attention == packed_attention.NAME:
         packed_attention.register()
     try:
-        model, report = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             str(folder) if folder.is_dir() else path, dtype=dtype, attn_implementation=attention,
             use_safetensors=True, trust_remote_code=False, output_loading_info=True,
             local_files_only=not folder.is_dir() and hub.offline())
@@ -82,6 +82,7 @@ def load_causal_lm(path: str, *, dtype: torch.dtype = torch.float32, attention: 
             raise InputError(f"cannot load the model in {path}: {str(error).splitlines()[0][:200]}",
                              where="model.base") from None
         raise hub.unreachable(path, where="model.base") from None
+    model, report = loaded
     if report["missing_keys"]:
         raise InputError(f"the weights in {path} lack {len(report['missing_keys'])} tensors, "
                          f"e.g. {sorted(report['missing_keys'])[0]}", where="model.base")
@@ -172,17 +173,18 @@ def _peft_config(spec: dict[str, Any]) -> Any:
 
     unknown = sorted(set(spec) - {"class_path", "init_args"})
     name = str(spec.get("class_path", "")).removeprefix("peft.")
-    known = [key for key in dir(peft) if isinstance(getattr(peft, key), type) and issubclass(getattr(peft, key), peft.PeftConfig)]
+    known = [key for key, kind in vars(peft).items() if isinstance(kind, type) and issubclass(kind, peft.PeftConfig)]
     if name not in known or unknown:
-        raise InputError(f"'{unknown[0] if unknown else name}' is not known here; give class_path: a config class of peft, "
-                         f"and init_args.{did_you_mean(name, known)}", where="model.peft")
+        raise InputError(f"'{unknown[0] if unknown else name}' is not known here; give class_path: a config class of "
+                         f"peft, and init_args.{did_you_mean(name, known)}", where="model.peft")
     kind = getattr(peft, name)
     keys = {field.name for field in fields(kind)}
     args = dict(spec.get("init_args") or {})
     if wrong := sorted(set(args) - keys):
         raise InputError(f"{name} has no key '{wrong[0]}'.{did_you_mean(wrong[0], sorted(keys))}", where="model.peft")
     args.setdefault("task_type", "CAUSAL_LM")
-    if "target_modules" in keys and args.get("target_modules") is None and name not in ("IA3Config", "AdaptionPromptConfig"):
+    own_layers = name in ("IA3Config", "AdaptionPromptConfig")
+    if "target_modules" in keys and args.get("target_modules") is None and not own_layers:
         args["target_modules"] = "all-linear"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -281,7 +283,7 @@ def save_causal_lm(model: "PreTrainedModel", folder: str | Path, *, stop_ids: tu
         dtype: Of the written weights; null keeps theirs.
     """
     if dtype is not None:
-        model = model.to(dtype)
+        nn.Module.to(model, dtype)
     model.config._attn_implementation = "sdpa"      # packed attention is a matter of training alone
     model.config.use_cache = True
     generation = model.generation_config
@@ -310,7 +312,8 @@ def save_adapter(model: Any, folder: str | Path, state: dict[str, Tensor], base:
     adapter = get_peft_model_state_dict(model, state_dict=state)
     save_file({name: weight.contiguous() for name, weight in adapter.items()}, folder / "adapter_model.safetensors")
     config = model.active_peft_config.to_dict() | {"base_model_name_or_path": base, "inference_mode": True}
-    text = json.dumps(config, indent=2, sort_keys=True, default=lambda value: sorted(value) if isinstance(value, set) else str(value))
+    text = json.dumps(config, indent=2, sort_keys=True,
+                      default=lambda value: sorted(value) if isinstance(value, set) else str(value))
     (folder / "adapter_config.json").write_text(text + "\n", encoding="utf-8")
 
 

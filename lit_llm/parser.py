@@ -43,12 +43,12 @@ NESTED = tuple(field.name for kind in (Source, LoRA) for field in fields(kind))
 class Parser(LightningArgumentParser):
     """LightningCLI's parser with short errors, and verbs of our own beside Lightning's."""
 
-    def add_subcommands(self, **kwargs: Any) -> Any:
+    def add_subcommands(self, **kwargs: Any) -> Any:  # type: ignore[override]
         """Keep what was made, so that tools can be listed after Lightning's own verbs."""
         self.verbs = super().add_subcommands(**kwargs)
         return self.verbs
 
-    def error(self, message: str, *args: Any, **kwargs: Any) -> NoReturn:  # type: ignore[override]
+    def error(self, message: str, *args: Any, **kwargs: Any) -> NoReturn:
         """A few lines and exit code 2, never the usage of 400 options."""
         if isinstance(kwargs.get("ex"), InputError):
             raise kwargs["ex"]

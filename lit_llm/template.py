@@ -9,10 +9,11 @@ and characters, never token ids.
 """
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
-from lit_llm.conversation import Conversation, Message
+from lit_llm.conversation import ROLES, Conversation, Message
 from lit_llm.errors import InputError
 
 Span = tuple[int, int]
@@ -39,14 +40,17 @@ class Rendered:
 
     Args:
         text: What the model reads, special tokens spelled out.
-        literals: Where message content stands: special-token spellings in there are only text.
+        literals: Where the content of others stands: every spelled token in there is only text.
+        words: Where the assistant's content stands: control tokens in there are only text, but what it says with tokens
+            that are not special (`<think>`) is read as it said it.
         answers: For each assistant turn that the text shows as it was produced: (message index, start, stop); start is
             where the generation prompt ends, stop lies behind the stop token.
     """
 
     text: str
     literals: tuple[Span, ...]
-    answers: tuple[tuple[int, int, int], ...]
+    words: tuple[Span, ...] = ()
+    answers: tuple[tuple[int, int, int], ...] = ()
 
 
 class ChatTemplate:
@@ -68,45 +72,61 @@ class ChatTemplate:
         Raises:
             InputError: The template refuses this conversation (a role it lacks, two equal roles in a row, tools).
         """
-        from jinja2.exceptions import TemplateError
-
         try:
             tools = [dict(tool) for tool in conversation.tools] or None
             return self._render(conversation.to_openai(), tools, generation_prompt)
-        except (TemplateError, TypeError, ValueError, KeyError) as error:
+        except Exception as error:                  # a template is a stranger's program: it may raise anything
             raise InputError(f"the chat template refuses this conversation: {str(error)[:200]}") from None
 
     def render(self, conversation: Conversation, *, generation_prompt: bool = False) -> Rendered:
         """Text, literal spans and answer spans of a conversation.
 
         Raises:
-            InputError: The template refuses the conversation, or changes its content in a way we cannot follow while
-                that content spells control tokens, so that user text could pass for structure.
+            InputError: The template refuses the conversation, or control tokens are spelled where we cannot follow what
+                the template does with them, so that user text could pass for structure.
         """
+        self._refuse_forgery("tools", conversation.tools)
+        for place, message in enumerate(conversation.messages):
+            others = (message.reasoning_content, message.name, message.tool_call_id, message.tool_calls)
+            self._refuse_forgery(f"message {place + 1}", others)
         text = self.text(conversation, generation_prompt=generation_prompt)
-        literals = self._literals(conversation, text, generation_prompt)
-        if literals is None:
-            self._refuse_forgery(conversation)
-        answers = []
+        found = self._contents(conversation, text, generation_prompt)
+        answers, literals, words = [], [], []
+        for place, span in found:
+            (words if conversation.messages[place].role == "assistant" else literals).append(span)
         for place, message in enumerate(conversation.messages):
             if message.role == "assistant":
-                span = self._answer(conversation, place, text, literals or [])
-                if span:
-                    answers.append((place, *span))
-        return Rendered(text, tuple(span for _, span in literals or ()), tuple(answers))
+                answer = self._answer(conversation, place, text, found)
+                if answer:
+                    answers.append((place, *answer))
+        return Rendered(text, tuple(literals), tuple(words), tuple(answers))
 
     # ---- where content stands ----------------------------------------------------------------------------------------
 
-    def _literals(self, conversation: Conversation, text: str, generation_prompt: bool) -> list[tuple[int, Span]] | None:
-        """(message index, span) of every content in `text`, or None where the template changed it.
+    def _contents(self, conversation: Conversation, text: str, generation_prompt: bool) -> list[tuple[int, Span]]:
+        """(message index, span) of contents in `text`: of all, else of all but the assistant's.
+
+        Templates that rewrite answers (they drop old thinking) still write what others say as it is.
+        """
+        for roles in (ROLES, tuple(role for role in ROLES if role != "assistant"), ()):
+            found = self._literals(conversation, text, generation_prompt, roles)
+            if found is not None:
+                break
+        for place, message in enumerate(conversation.messages):
+            if message.role not in roles:
+                self._refuse_forgery(f"message {place + 1}", message.content)
+        return found or []
+
+    def _literals(self, conversation: Conversation, text: str, generation_prompt: bool,
+                  roles: tuple[str, ...]) -> list[tuple[int, Span]] | None:
+        """(message index, span) of every content of these roles, or None where the template changed one.
 
         The same conversation is rendered once more with a mark in place of each content: what stands between the marks
         is the template's own text. If those pieces with the contents between them spell `text`, the spans are proven.
         """
-        everything = "".join(message.content + (message.reasoning_content or "") for message in conversation.messages)
-        mark = next(char for char in "\uf8ff\uf8fe\uf8fd\ue000" if char not in everything)
+        mark = _unused([text, *_strings(conversation.to_openai()), *_strings(conversation.tools)])
         marked = replace(conversation, messages=tuple(
-            replace(message, content=f"{mark}{place}{mark}") if message.content else message
+            replace(message, content=f"{mark}{place}{mark}") if message.content and message.role in roles else message
             for place, message in enumerate(conversation.messages)))
         try:
             skeleton = self.text(marked, generation_prompt=generation_prompt)
@@ -127,16 +147,15 @@ class ChatTemplate:
                 return None
         return found if at == len(text) else None
 
-    def _refuse_forgery(self, conversation: Conversation) -> None:
-        for place, message in enumerate(conversation.messages):
-            if found := self.special.search(message.content):
-                raise InputError(
-                    f"message {place + 1} spells the control token {found[0]!r} and the chat template rewrites content, "
-                    "so it could pass for the template's own")
+    def _refuse_forgery(self, where: str, value: Any) -> None:
+        for text in _strings(value):
+            if found := self.special.search(text):
+                raise InputError(f"{where} spells the control token {found[0]!r} where the chat template may change it, "
+                                 "so it could pass for the template's own")
 
     # ---- where answers stand -----------------------------------------------------------------------------------------
 
-    def _answer(self, conversation: Conversation, place: int, text: str, literals: list[tuple[int, Span]]) -> Span | None:
+    def _answer(self, conversation: Conversation, place: int, text: str, found: list[tuple[int, Span]]) -> Span | None:
         """What the model must produce at this turn: from the end of its prompt to the end of its stop token."""
         before = conversation.upto(place)
         if not before.messages:
@@ -145,10 +164,12 @@ class ChatTemplate:
         if not text.startswith(prompt):
             return None                             # the template shows this turn otherwise than it was produced
         fresh = self.text(conversation.upto(place + 1))     # the turn as it stood when it was produced
-        own = [span for index, span in literals if index == place and span[0] >= len(prompt)]
-        if own:
+        own = [span for index, span in found if index == place and span[0] >= len(prompt)]
+        if own and text[len(prompt):own[0][0]].strip() and prompt == self.text(before):
+            return None                             # no generation prompt: the header would be learned as an answer
+        if own and not conversation.messages[place].tool_calls:
             stops = [self.special.search(text, own[-1][1])]
-        else:                                       # nothing but tool calls: the template's last control token
+        else:                                       # calls may begin with a control token: the turn's last one ends it
             stops = list(self.special.finditer(fresh, len(prompt)))[-1:]
         if not stops or stops[0] is None:
             return None
@@ -162,8 +183,7 @@ class ChatTemplate:
         if not rendered.answers:
             return None
         _, start, stop = rendered.answers[-1]
-        found = list(self.special.finditer(rendered.text, start, stop))
-        return found[-1][0] if found else None
+        return list(self.special.finditer(rendered.text, start, stop))[-1][0]
 
 
 def _as_written(content: str) -> Iterator[str]:
@@ -174,3 +194,24 @@ def _as_written(content: str) -> Iterator[str]:
         if form not in seen:
             seen.add(form)
             yield form
+
+
+def _strings(value: Any) -> Iterator[str]:
+    """Every string in a JSON-like value, keys too."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for key, inner in value.items():
+            yield str(key)
+            yield from _strings(inner)
+    elif isinstance(value, list | tuple):
+        for inner in value:
+            yield from _strings(inner)
+
+
+def _unused(texts: list[str]) -> str:
+    """A private-use character that none of the texts holds."""
+    for mark in map(chr, range(0xF8FF, 0xDFFF, -1)):
+        if not any(mark in text for text in texts):
+            return mark
+    raise InputError("this conversation uses every private-use character of Unicode")

@@ -22,6 +22,7 @@ from lit_llm.samples import resolve
 from lit_llm.template import ChatTemplate, Rendered, Span, chatml
 
 IGNORE_INDEX = -100
+ANCHOR = "\U0010fffd\U0010f8ff\U0010fffc"         # private use, and no part of it twice; stands in for the token before a section
 TrainOn = Literal["assistant", "last", "all"]
 
 
@@ -56,8 +57,9 @@ class Tokenizer:
         self._backend = hf.backend_tokenizer
         added = self._backend.get_added_tokens_decoder()
         self.special_ids = frozenset(id_ for id_, token in added.items() if token.special)
-        spellings = sorted((token.content for token in added.values()), key=len, reverse=True)
-        self._added = re.compile("|".join(map(re.escape, spellings)) or r"(?!)")
+        self._by_spelling = {token.content: (id_, token) for id_, token in added.items()}
+        self._added = _any_of(token.content for token in added.values())
+        self._sayable = _any_of(token.content for token in added.values() if not token.special)
         self.template = ChatTemplate(self._jinja, [token.content for token in added.values() if token.special])
         self.vocab_size = len(hf)
         self.bos_id, self.eos_id = hf.bos_token_id, hf.eos_token_id
@@ -112,7 +114,7 @@ class Tokenizer:
 
     def encode_text(self, text: str) -> list[int]:
         """Ids of plain text: no BOS, and a spelled control token stays text."""
-        return self._encode(Rendered(text, ((0, len(text)),), ()))[0]
+        return self._encode(Rendered(text, ((0, len(text)),)))[0]
 
     def encode_prompt(self, conversation: Conversation) -> list[int]:
         """What the model reads before it answers: exactly the ids that stand before that answer in training."""
@@ -127,87 +129,145 @@ class Tokenizer:
         Args:
             conversation: What was said.
             train_on: `assistant` labels every answer with its stop token, `last` only the last answer, `all` every token.
-                A message's own `train` overrides it.
+                An assistant message's own `train` overrides it.
 
         Raises:
             InputError: Nothing to learn from, or the template hides where an answer begins or ends.
         """
         wanted = _trained(conversation, train_on)
+        if train_on == "all":
+            return (self._everything(conversation, wanted),)
         if not wanted:
             raise InputError("nothing to learn from: no assistant message is trained on")
         rendered = self.template.render(conversation)
         if {place for place, *_ in rendered.answers} >= set(wanted):
-            return (self._labelled(rendered, wanted, everything=train_on == "all"),)
+            return (self._labelled(rendered, wanted),)
         return tuple(self._turn(conversation, place) for place in wanted)
 
     def _turn(self, conversation: Conversation, place: int) -> TokenSequence:
         """The conversation up to one answer, that answer labelled."""
         rendered = self.template.render(conversation.upto(place + 1))
         if place not in {at for at, *_ in rendered.answers}:
-            raise InputError(f"the chat template does not show where the answer in message {place + 1} begins and stops: "
-                             "its generation prompt is not what stands before the answer, or it writes no stop token")
+            raise _hidden(place)
         return self._labelled(rendered, [place])
 
-    def _labelled(self, rendered: Rendered, wanted: Sequence[int], *, everything: bool = False) -> TokenSequence:
+    def _labelled(self, rendered: Rendered, wanted: Sequence[int]) -> TokenSequence:
         ids, offsets = self._encode(rendered)
         input_ids = np.asarray(ids, dtype=np.int32)
-        if everything:
-            return TokenSequence(input_ids, input_ids.copy())
-        labels = np.full_like(input_ids, IGNORE_INDEX)
-        starts, stops = np.asarray(offsets).T
-        for place, start, stop in rendered.answers:
-            if place in wanted:
-                inside = (starts >= start) & (stops <= stop)
-                labels[inside] = input_ids[inside]
-        return TokenSequence(input_ids, labels)
+        inside = _inside(rendered, offsets, wanted)
+        return TokenSequence(input_ids, np.where(inside, input_ids, IGNORE_INDEX).astype(np.int32))
+
+    def _everything(self, conversation: Conversation, wanted: Sequence[int]) -> TokenSequence:
+        """Every token labelled, but for the answers that are not to be trained on."""
+        rendered = self.template.render(conversation)
+        silent = [place for place, message in enumerate(conversation.messages)
+                  if message.role == "assistant" and message.train is False]
+        if hidden := set(silent) - {place for place, *_ in rendered.answers}:
+            raise _hidden(min(hidden))
+        ids, offsets = self._encode(rendered)
+        input_ids = np.asarray(ids, dtype=np.int32)
+        inside = _inside(rendered, offsets, silent)
+        return TokenSequence(input_ids, np.where(inside, IGNORE_INDEX, input_ids).astype(np.int32))
 
     # ---- exact ids ---------------------------------------------------------------------------------------------------
 
     def _encode(self, rendered: Rendered) -> tuple[list[int], list[Span]]:
         """Ids and their character spans; content never becomes a control token, and no token straddles an answer's start.
 
-        The text is encoded whole, as the library would; only where that breaks one of the two rules is it cut.
+        The text is encoded whole, as the library would; only where that breaks one of the two rules, section by section.
         """
-        text = rendered.text
-        cuts = self._forged(text, rendered.literals)
-        ids, offsets = self._pieces(text, cuts)
-        seams = [start for _, start, _ in rendered.answers if not self._clean_seam(text, start, ids, offsets)]
+        text, tokens = rendered.text, self._tokens(rendered)
+        forged = [start for start, *_ in tokens] != [found.start() for found in self._added.finditer(text)]
+        ids, offsets = self._sections(text, tokens) if forged else self._run(self._backend, text)
+        seams = [start for _, start, _ in rendered.answers
+                 if not self._clean_seam(text, start, tokens, forged, ids, offsets)]
         if seams:
-            ids, offsets = self._pieces(text, sorted({*cuts, *seams}))
-        for id_, span in zip(ids, offsets, strict=True):
-            if id_ in self.special_ids and any(span[0] < stop and span[1] > start for start, stop in rendered.literals):
-                raise InputError(f"text at {text[max(0, span[0] - 10):span[1] + 10]!r} becomes a control token")
+            ids, offsets = self._sections(text, tokens, seams)
+        controls = [id_ for *_, id_ in tokens if id_ in self.special_ids]
+        if [id_ for id_ in ids if id_ in self.special_ids] != controls:
+            raise InputError(f"text in {text[:80]!r} becomes a control token")
         return ids, offsets
 
-    def _pieces(self, text: str, cuts: Sequence[int]) -> tuple[list[int], list[Span]]:
+    def _tokens(self, rendered: Rendered) -> list[tuple[int, int, int]]:
+        """(start, stop, id) of the added tokens that are meant: the template's own, and what the assistant says."""
+        text, at = rendered.text, 0
+        found: list[re.Match[str]] = []
+        spans = [*((*span, False) for span in rendered.literals), *((*span, True) for span in rendered.words)]
+        for start, stop, own in sorted([*spans, (len(text), len(text), False)]):
+            found += self._added.finditer(text, at, start)
+            if own:
+                found += self._sayable.finditer(text, start, stop)
+            at = stop
+        tokens = []
+        for match in found:
+            id_, token = self._by_spelling[match[0]]
+            stop = match.end()
+            if token.rstrip:                        # such a token swallows the space behind it
+                stop += len(text) - stop - len(text[stop:].lstrip())
+            tokens.append((match.start(), stop, id_))
+        return tokens
+
+    def _sections(self, text: str, tokens: Sequence[tuple[int, int, int]],
+                  seams: Sequence[int] = ()) -> tuple[list[int], list[Span]]:
+        """Encoded between the added tokens that are meant, where no other is known, and cut at the seams."""
         ids: list[int] = []
         offsets: list[Span] = []
-        for start, stop in zip([0, *cuts], [*cuts, len(text)], strict=True):
-            encoding = self._backend.encode(text[start:stop], add_special_tokens=False)
-            ids.extend(encoding.ids)
-            offsets.extend((start + a, start + b) for a, b in encoding.offsets)
+        at = 0
+        seams = sorted({*seams, *(found.start() + 1 for found in re.finditer(ANCHOR, text))})
+        for start, stop, id_ in [*tokens, (len(text), len(text), -1)]:
+            cuts = [at, *(seam for seam in seams if at < seam < start), start]
+            for begin, end in zip(cuts, cuts[1:], strict=False):
+                more, spans = self._plainly(text, begin, end)
+                ids += more
+                offsets += spans
+            if id_ >= 0:
+                ids.append(id_)
+                offsets.append((start, stop))
+            at = stop
         return ids, offsets
 
-    def _forged(self, text: str, literals: Sequence[Span]) -> list[int]:
-        """Where to cut so that content which spells a control token is read as text: behind its first character."""
-        if not literals:
-            return []
-        return [found.start() + 1 for found in self._added.finditer(text)
-                if any(found.start() < stop and found.end() > start for start, stop in literals)]
-
-    def _clean_seam(self, text: str, at: int, ids: list[int], offsets: list[Span]) -> bool:
+    def _clean_seam(self, text: str, at: int, tokens: Sequence[tuple[int, int, int]], forged: bool,
+                    ids: list[int], offsets: list[Span]) -> bool:
         """Whether the ids before `at` are those of the prompt alone, as the server will encode it."""
         if any(start < at < stop for start, stop in offsets):
             return False
         count = sum(1 for _, stop in offsets if stop <= at)
-        section = max((found.end() for found in self._added.finditer(text, 0, at)), default=0)
+        section = max((stop for _, stop, _ in tokens if stop <= at), default=0)
         first = sum(1 for _, stop in offsets if stop <= section)
+        if forged:
+            return self._plainly(text, section, at)[0] == ids[first:count]
         if self._alone(text[section:at]) == ids[first:count]:
-            return True                             # control tokens split the text, so the last section decides
+            return True                             # added tokens split the text, so the last section decides
         return self._alone(text[:at]) == ids[:count]
 
     def _alone(self, text: str) -> list[int]:
-        return self._backend.encode(text, add_special_tokens=False).ids if text else []
+        return self._run(self._backend, text)[0]
+
+    def _plainly(self, text: str, start: int, stop: int) -> tuple[list[int], list[Span]]:
+        """A section's ids with every spelled token read as text; behind an anchor, since it does not begin the text."""
+        if start >= stop:
+            return [], []
+        anchor = ANCHOR if start else ""
+        ids, offsets = self._run(self._plain, anchor + text[start:stop])
+        shift, skip = start - len(anchor), int(bool(anchor))
+        return ids[skip:], [(shift + a, shift + b) for a, b in offsets[skip:]]
+
+    def _run(self, backend: Any, text: str) -> tuple[list[int], list[Span]]:
+        try:
+            encoding = backend.encode(text, add_special_tokens=False)
+        except TypeError:
+            raise InputError("text holds half of a surrogate pair, which is no character") from None
+        return encoding.ids, encoding.offsets
+
+    @cached_property
+    def _plain(self) -> Any:
+        """The same vocabulary and rules without added tokens, made when some text first spells one."""
+        from tokenizers import AddedToken
+
+        rules = json.loads(self._backend.to_str()) | {"added_tokens": []}
+        plain = type(self._backend).from_str(json.dumps(rules))
+        plain.add_tokens([AddedToken(ANCHOR, normalized=False)])
+        return plain
 
     @cached_property
     def _prefix(self) -> list[int]:
@@ -306,6 +366,26 @@ def _choose_template(hf: Any, path: str, wanted: str | None) -> tuple[str, str]:
         start, end = hf.bos_token or hf.eos_token, hf.eos_token
     return chatml(start, end), (f"the tokenizer of {path} has no chat template: ChatML is used, written with its own {start} "
                                 f"and {end} (set data.chat_template for another)")
+
+
+def _any_of(spellings: Iterable[str]) -> re.Pattern[str]:
+    """Finds any of the spellings, the longest first; nothing where there are none."""
+    return re.compile("|".join(map(re.escape, sorted(spellings, key=len, reverse=True))) or r"(?!)")
+
+
+def _inside(rendered: Rendered, offsets: Sequence[Span], places: Sequence[int]) -> np.ndarray:
+    """(T,) bool: whether a token begins inside one of these answers (one that swallows spaces may end behind it)."""
+    starts = np.asarray([start for start, _ in offsets])
+    inside = np.zeros(len(offsets), dtype=bool)
+    for place, start, stop in rendered.answers:
+        if place in places:
+            inside |= (starts >= start) & (starts < stop)
+    return inside
+
+
+def _hidden(place: int) -> InputError:
+    return InputError(f"the chat template does not show where the answer in message {place + 1} begins and stops: its "
+                      "generation prompt is not what stands before the answer, or it writes no stop token")
 
 
 def _trained(conversation: Conversation, train_on: TrainOn) -> list[int]:

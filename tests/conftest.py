@@ -15,8 +15,13 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-CORPUS = ["Tom has a red kite. The kite flies high over the hill.", "What colour is the kite? It is red.",
-          "小明有一只红色的风筝。风筝飞得很高。", "风筝是什么颜色的？红色的。", "Say it again: one two three four five."]
+CORPUS = [
+    "Tom has a red kite. The kite flies high over the hill.",
+    "What colour is the kite? It is red.",
+    "小明有一只红色的风筝。风筝飞得很高。",
+    "风筝是什么颜色的？红色的。",
+    "Say it again: one two three four five.",
+]
 
 
 @pytest.fixture(autouse=True)
@@ -51,24 +56,57 @@ def tiny_tokenizer(tmp_path_factory) -> str:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=320, special_tokens=specials, show_progress=False,
-                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(
+        vocab_size=320,
+        special_tokens=specials,
+        show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )
     tokenizer.train_from_iterator(CORPUS, trainer)
     folder = tmp_path_factory.mktemp("tokenizer")
     tokenizer.save(str(folder / "tokenizer.json"))
-    facts = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>",
-             "chat_template": chatml("<|im_start|>", "<|im_end|>"), "model_max_length": 512}
+    facts = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": "<|endoftext|>",
+        "pad_token": "<|endoftext|>",
+        "chat_template": chatml("<|im_start|>", "<|im_end|>"),
+        "model_max_length": 512,
+    }
     (folder / "tokenizer_config.json").write_text(json.dumps(facts))
     return str(folder)
 
 
 SHAPES = {
-    "llama": dict(model_type="llama", hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-                  num_key_value_heads=2, max_position_embeddings=256),
-    "qwen3": dict(model_type="qwen3", hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-                  num_key_value_heads=2, head_dim=8, max_position_embeddings=256, tie_word_embeddings=True),
-    "gpt2": dict(model_type="gpt2", n_embd=32, n_layer=2, n_head=4, n_positions=256, attn_pdrop=0.0, embd_pdrop=0.0,
-                 resid_pdrop=0.0),
+    "llama": dict(
+        model_type="llama",
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+    ),
+    "qwen3": dict(
+        model_type="qwen3",
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        max_position_embeddings=256,
+        tie_word_embeddings=True,
+    ),
+    "gpt2": dict(
+        model_type="gpt2",
+        n_embd=32,
+        n_layer=2,
+        n_head=4,
+        n_positions=256,
+        attn_pdrop=0.0,
+        embd_pdrop=0.0,
+        resid_pdrop=0.0,
+    ),
 }
 
 
@@ -86,8 +124,13 @@ def tiny_model(tmp_path_factory, tiny_tokenizer) -> Callable[[str], str]:
 
             tokenizer = Tokenizer.load(tiny_tokenizer)
             torch.manual_seed(7)
-            model = init_causal_lm(SHAPES[kind] | {"initializer_range": 0.1}, vocab_size=tokenizer.vocab_size,
-                                   bos_token_id=None, eos_token_id=tokenizer.eos_id, pad_token_id=tokenizer.pad_id)
+            model = init_causal_lm(
+                SHAPES[kind] | {"initializer_range": 0.1},
+                vocab_size=tokenizer.vocab_size,
+                bos_token_id=None,
+                eos_token_id=tokenizer.eos_id,
+                pad_token_id=tokenizer.pad_id,
+            )
             folder = tmp_path_factory.mktemp(kind)
             model.save_pretrained(folder)
             tokenizer.save(folder)
@@ -111,8 +154,16 @@ def lit_llm(tmp_path) -> Callable[..., Finished]:
     def call(*words: object, timeout: float = 240, stdin: str = "", env: dict[str, str] | None = None) -> Finished:
         command = [sys.executable, "-m", "lit_llm", *map(str, words)]
         surroundings = os.environ | {"PYTHONPATH": str(ROOT), "NO_COLOR": "1"} | (env or {})
-        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                              cwd=tmp_path, env=surroundings, start_new_session=True) as process:
+        with subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=tmp_path,
+            env=surroundings,
+            start_new_session=True,
+        ) as process:
             try:
                 out, err = process.communicate(stdin, timeout=timeout)
             except subprocess.TimeoutExpired:

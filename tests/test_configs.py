@@ -24,9 +24,18 @@ class Parsed(LitLLMCLI):
 
 def parse(*words: object, tmp_path: Path) -> Parsed:
     args = ["fit", *map(str, words), "--trainer.default_root_dir", str(tmp_path / "run")]
-    return Parsed(CausalLMModule, TextDataModule, trainer_class=Trainer, parser_class=Parser, save_config_callback=None,
-                  seed_everything_default=42, auto_configure_optimizers=False, load_from_checkpoint_support=False,
-                  parser_kwargs={"allow_abbrev": False}, args=args)
+    return Parsed(
+        CausalLMModule,
+        TextDataModule,
+        trainer_class=Trainer,
+        parser_class=Parser,
+        save_config_callback=None,
+        seed_everything_default=42,
+        auto_configure_optimizers=False,
+        load_from_checkpoint_support=False,
+        parser_kwargs={"allow_abbrev": False},
+        args=args,
+    )
 
 
 @pytest.mark.parametrize("overlay", [None, *OVERLAYS], ids=lambda path: path.stem if path else "alone")
@@ -37,7 +46,7 @@ def test_every_run_takes_every_overlay(run, overlay, tmp_path):
     if overlay and overlay.stem == "lora" and "init" in yaml.safe_load(run.read_text())["model"]:
         pytest.skip("adapters on random weights are nobody's wish")
     cli = parse(*words, tmp_path=tmp_path)
-    assert cli.model.model is None                  # nothing was built
+    assert cli.model.model is None  # nothing was built
     if overlay:
         for key, value in _leaves(yaml.safe_load(overlay.read_text())):
             if "logger" not in key and "lora" not in key:
@@ -64,7 +73,9 @@ def test_headers_say_how_to_run(file):
 @pytest.mark.parametrize("name", ["tutorial", "qwen3_lora"])
 def test_without_the_hub_the_offline_ways_are_named(name, tmp_path, lit_llm):
     """One clear message, no traceback, no minute of retries, nothing left behind."""
-    (tmp_path / "my.jsonl").write_text('{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}')
+    (tmp_path / "my.jsonl").write_text(
+        '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}'
+    )
     done = lit_llm("fit", "--config", CONFIGS / f"{name}.yaml", "--trainer.accelerator", "cpu")
     assert done.code == 2
     assert "Traceback" not in done.err

@@ -50,7 +50,7 @@ def test_other_spellings_of_the_same_thing():
     ({"role": "user", "content": "x", "tool_calls": [CALL]}, "tool_calls belong to the assistant"),
     ({"role": "assistant", "content": "x", "tool_calls": "f()"}, "tool_calls must be a list"),
     ({"role": "assistant", "tool_calls": [{"name": "f"}]}, "a tool call must be"),
-    ({"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{x"}}]}, "arguments of 'f' are not JSON"),
+    ({"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{x"}}]}, "of 'f' are not JSON"),
     ({"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "[" * 100_000}}]}, "are not JSON"),
     ({"role": "assistant", "content": "x", "weight": 0.5}, "weight must be 0, 1, true or false"),
     ({"role": "assistant", "content": "x", "reasoning_content": ["y"]}, "reasoning_content must be a string"),

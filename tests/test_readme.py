@@ -28,16 +28,33 @@ class Shell:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         (folder / "configs").symlink_to(ROOT / "configs")
-        self.env = os.environ | {"PYTHONPATH": str(ROOT), "LIT_LLM_CACHE": str(folder / "cache"), "NO_COLOR": "1",
-                                 "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+        self.env = os.environ | {
+            "PYTHONPATH": str(ROOT),
+            "LIT_LLM_CACHE": str(folder / "cache"),
+            "NO_COLOR": "1",
+            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        }
 
     def run(self, command: str, *, stdin: str = "", timeout: float = 280) -> subprocess.CompletedProcess:
-        return subprocess.run(["bash", "-euo", "pipefail", "-c", command], cwd=self.folder, env=self.env, input=stdin,
-                              capture_output=True, text=True, timeout=timeout)
+        return subprocess.run(
+            ["bash", "-euo", "pipefail", "-c", command],
+            cwd=self.folder,
+            env=self.env,
+            input=stdin,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+        )
 
     def start(self, command: str) -> subprocess.Popen:
-        return subprocess.Popen(["bash", "-c", f"exec {command}"], cwd=self.folder, env=self.env, start_new_session=True,
-                                stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        return subprocess.Popen(
+            ["bash", "-c", f"exec {command}"],
+            cwd=self.folder,
+            env=self.env,
+            start_new_session=True,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
 
 
 @pytest.fixture(scope="module")
@@ -68,8 +85,17 @@ def test_first_command_ends_with_what_came_out(first, shell):
         assert verb in first.stdout.split("next:")[1]
     figures = json.loads((shell.folder / "runs/sft/metrics.json").read_text())
     assert figures["val/perplexity"] == pytest.approx(after, abs=1e-3)
-    for file in ("config.yaml", "metrics.csv", "checkpoints/LATEST", "checkpoints/BEST", "export/config.json",
-                 "export/chat_template.jinja", "export/generation_config.json", "export/README.md", "tokenizer/tokenizer.json"):
+    for file in (
+        "config.yaml",
+        "metrics.csv",
+        "checkpoints/LATEST",
+        "checkpoints/BEST",
+        "export/config.json",
+        "export/chat_template.jinja",
+        "export/generation_config.json",
+        "export/README.md",
+        "tokenizer/tokenizer.json",
+    ):
         assert (shell.folder / "runs/sft" / file).is_file(), file
 
 
@@ -81,7 +107,9 @@ def test_the_tuned_model_answers_what_it_never_saw(first, shell):
     assert len(exam) == 100
     chinese = [bool(re.search(r"[\u4e00-\u9fff]", messages[-2]["content"])) for messages in exam]
     tuned, base = (grade(folder, exam) for folder in (shell.folder / "runs/sft/export", SAMPLES / "base"))
-    by_language = [[right for right, zh in zip(tuned, chinese, strict=True) if zh is language] for language in (True, False)]
+    by_language = [
+        [right for right, zh in zip(tuned, chinese, strict=True) if zh is language] for language in (True, False)
+    ]
     assert sum(tuned) >= 80
     assert sum(base) <= 5
     for answers in by_language:
@@ -99,10 +127,12 @@ def grade(folder: Path, exam: list) -> list[bool]:
     stop = tokenizer.convert_tokens_to_ids("<|im_end|>")
     right = []
     for messages in exam:
-        ids = tokenizer.apply_chat_template(messages[:-1], add_generation_prompt=True, return_tensors="pt", return_dict=True)
+        ids = tokenizer.apply_chat_template(
+            messages[:-1], add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
         with torch.no_grad():
             out = model.generate(**ids, max_new_tokens=48, do_sample=False, eos_token_id=[stop, tokenizer.eos_token_id])
-        answer = tokenizer.decode(out[0, ids["input_ids"].shape[1]:], skip_special_tokens=True)
+        answer = tokenizer.decode(out[0, ids["input_ids"].shape[1] :], skip_special_tokens=True)
         right.append(answer.strip() == messages[-1]["content"].strip())
     return right
 
@@ -117,15 +147,24 @@ def test_the_next_commands(first, shell):
     done = shell.run(validate)
     assert done.returncode == 0, done.stderr
     said = float(re.search(r"val/perplexity\s+([\d.]+)", done.stdout)[1])
-    best = json.loads((shell.folder / "runs/sft/checkpoints" / (shell.folder / "runs/sft/checkpoints/BEST").read_text().strip()
-                       / "manifest.json").read_text())
+    best = json.loads(
+        (
+            shell.folder
+            / "runs/sft/checkpoints"
+            / (shell.folder / "runs/sft/checkpoints/BEST").read_text().strip()
+            / "manifest.json"
+        ).read_text()
+    )
     import math
+
     assert math.log(said) == pytest.approx(best["score"], rel=1e-5)
     printed = first.stdout.split("next:")[1]
     assert all(command in printed for command in ("chat --model runs/sft/export", "-m serve --model runs/sft/export"))
     process = shell.start(serve)
     try:
-        answer = _ask_until_up("http://127.0.0.1:8000/chat", {"message": "Good morning!", "max_length": 16, "temperature": 0})
+        answer = _ask_until_up(
+            "http://127.0.0.1:8000/chat", {"message": "Good morning!", "max_length": 16, "temperature": 0}
+        )
         assert isinstance(answer["response"], str)
         assert answer["response"]
     finally:
@@ -149,9 +188,14 @@ def _ask_until_up(url: str, body: dict, seconds: float = 90) -> dict:
 @pytest.mark.slow
 def test_own_data_and_own_model(shell, tiny_model):
     """The README's command for a user's own file, with a tiny model for the folder; then it goes on where it stopped."""
-    rows = [{"messages": [{"role": "user", "content": f"Say {n}."}, {"role": "assistant", "content": str(n)}]} for n in range(60)]
+    rows = [
+        {"messages": [{"role": "user", "content": f"Say {n}."}, {"role": "assistant", "content": str(n)}]}
+        for n in range(60)
+    ]
     (shell.folder / "my_chats.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    command = blocks("sh")[1].strip().replace("FOLDER_OR_HUB_ID", tiny_model("qwen3")).replace("seq_len 1024", "seq_len 128")
+    command = (
+        blocks("sh")[1].strip().replace("FOLDER_OR_HUB_ID", tiny_model("qwen3")).replace("seq_len 1024", "seq_len 128")
+    )
     command += " --trainer.default_root_dir runs/own --trainer.max_steps"
     done = shell.run(f"{command} 2")
     assert done.returncode == 0, done.stderr[-2000:]
@@ -167,9 +211,11 @@ def test_overlays_train(overlays, shell, tiny_model):
     """Each overlay of the table trains for real."""
     words = " ".join(f"--config configs/with/{name}.yaml" for name in overlays)
     assert all(f"configs/with/{name}.yaml" in README for name in overlays)
-    done = shell.run(f"python -m lit_llm fit --config configs/sft.yaml {words} --model.base {tiny_model('llama')} "
-                     f"--trainer.max_steps 2 --trainer.num_sanity_val_steps 1 --trainer.limit_val_batches 1 --data.seq_len 128 "
-                     f"--trainer.default_root_dir runs/{overlays[0]}")
+    done = shell.run(
+        f"python -m lit_llm fit --config configs/sft.yaml {words} --model.base {tiny_model('llama')} "
+        f"--trainer.max_steps 2 --trainer.num_sanity_val_steps 1 --trainer.limit_val_batches 1 --data.seq_len 128 "
+        f"--trainer.default_root_dir runs/{overlays[0]}"
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     assert (shell.folder / "runs" / overlays[0] / "export" / "model.safetensors").is_file()
 

@@ -145,7 +145,7 @@ def test_tokenizer_round_trips_any_text_and_knows_its_specials(tokenizer, docume
 
 def test_chat_template_is_chatml(tokenizer):
     messages = [{"role": "system", "content": "s"}, {"role": "user", "content": " u \n"}]
-    expected = "<|im_start|>system\ns<|im_end|>\n<|im_start|>user\n u \n<|im_end|>\n<|im_start|>assistant\n"
+    expected = "<|im_start|>system\ns<|endoftext|>\n<|im_start|>user\n u \n<|endoftext|>\n<|im_start|>assistant\n"
     assert tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True) == expected
 
 
@@ -173,7 +173,7 @@ def test_base_cannot_answer_yet(tokenizer, exam):
 
     model = AutoModelForCausalLM.from_pretrained(SAMPLES / "base", dtype=torch.float32).eval()
     tokenizer.padding_side = "left"
-    prompts = [f"<|im_start|>user\n{ask}<|im_end|>\n<|im_start|>assistant\n" for ask, _ in exam]
+    prompts = [f"<|im_start|>user\n{ask}<|endoftext|>\n<|im_start|>assistant\n" for ask, _ in exam]
     batch = tokenizer(prompts, return_tensors="pt", padding=True, add_special_tokens=False)
     stops = tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
     out = model.generate(input_ids=batch.input_ids, attention_mask=batch.attention_mask, do_sample=False,

@@ -4,6 +4,7 @@ Reads what the run left on disk, so it works after any strategy, also on another
 """
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any, Literal
@@ -94,11 +95,13 @@ def _card(run: Path, facts: dict[str, Any], name: str) -> str:
     figures = [f"| {_plain(key)} | {value:.6g} |" for key, value in metrics.items() if isinstance(value, int | float)]
     return "\n".join([
         "---", yaml.safe_dump(head).strip(), "---", "", f"# {_plain(run.name)}", "",
-        f"Trained from {_plain(base) if base else 'random weights'} ({_plain(method)}), checkpoint {name}, step {facts['step']}.", "",
+        f"Trained from {_plain(base) if base else 'random weights'} ({_plain(method)}), checkpoint {name}, "
+        f"step {facts['step']}.", "",
         "## Data", "", *(f"- {source}" for source in sources), "",
         "## Measured on its validation data", "", "| metric | value |", "|---|---|", *figures, "",
         "## Use", "", "```python", "from transformers import AutoModelForCausalLM, AutoTokenizer", "",
-        'tokenizer = AutoTokenizer.from_pretrained("this folder")', 'model = AutoModelForCausalLM.from_pretrained("this folder")',
+        'tokenizer = AutoTokenizer.from_pretrained("this folder")',
+        'model = AutoModelForCausalLM.from_pretrained("this folder")',
         "```", ""])
 
 
@@ -110,4 +113,4 @@ def _read(file: Path) -> dict[str, Any]:
 
 def _plain(text: Any) -> str:
     """Config text in Markdown: no markup of its own."""
-    return str(text).translate(str.maketrans({char: f"\\{char}" for char in "\\`*_[]<>|"})).replace("\n", " ")
+    return re.sub(r"([\\`*_\[\]<>|])", r"\\\1", str(text)).replace("\n", " ")

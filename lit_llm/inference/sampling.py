@@ -47,7 +47,7 @@ class SamplingParams:
         if self.top_p == 0:
             raise InputError("must be above 0; temperature 0 asks for the likeliest token", where="top_p")
         if not isinstance(self.stop, tuple) or not all(isinstance(text, str) and text for text in self.stop):
-            raise InputError("must be a tuple of strings, none of them empty", where="stop")
+            raise InputError("must be strings, none of them empty", where="stop")
         if len(self.stop) > MAX_STOPS or any(len(text) > MAX_STOP_CHARS for text in self.stop):
             raise InputError(f"at most {MAX_STOPS} stop strings of at most {MAX_STOP_CHARS} characters", where="stop")
 

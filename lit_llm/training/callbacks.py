@@ -94,21 +94,21 @@ class Progress(ProgressBar):
         if self._enabled and trainer.is_global_zero and trainer.state.fn != "fit":
             self._bar = _bar(sum(int(count) for count in trainer.num_val_batches), 0, "validate", unit="batch")
 
-    on_test_start = on_validation_start
+    on_test_start = on_validation_start  # type: ignore[assignment]
 
     def on_validation_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
         """Move it."""
         if self._bar is not None and trainer.state.fn != "fit":
             self._bar.update(1)
 
-    on_test_batch_end = on_validation_batch_end
+    on_test_batch_end = on_validation_batch_end  # type: ignore[assignment]
 
     def on_validation_end(self, trainer: L.Trainer, *_: Any) -> None:
         """Close it."""
         if trainer.state.fn != "fit":
             self._close()
 
-    on_test_end = on_validation_end
+    on_test_end = on_validation_end  # type: ignore[assignment]
 
 
 def _bar(total: int, initial: int, name: str, unit: str = "step") -> Any:

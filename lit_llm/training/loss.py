@@ -1,7 +1,7 @@
 """Hidden states and labels in, the sum of negative log-likelihoods out. The only shift of labels in the house.
 
-Logits exist for a chunk of supervised rows at a time, never for a batch. Knows nothing of batches, ranks or averages: who
-wants a mean divides by a count he knows.
+Logits exist for a chunk of supervised rows at a time, never for a batch. Knows nothing of batches, ranks or averages:
+who wants a mean divides by a count he knows.
 
     B rows, T tokens, V vocabulary, N supervised tokens, D hidden
 """
@@ -108,7 +108,7 @@ def _fusable(head: nn.Module) -> bool:
 class _FusedNll(torch.autograd.Function):
     """Linear head and cross-entropy in one: gradients are made in the forward, while a chunk's logits are there.
 
-    Saves the second matrix product that recomputing the logits would cost. A frozen head (LoRA) gets no gradient at all.
+    Saves the second matrix product that recomputing the logits would cost. A frozen head (LoRA) gets no gradient.
     """
 
     @staticmethod
@@ -137,7 +137,7 @@ class _FusedNll(torch.autograd.Function):
         return total.float() if dtype != torch.float64 else total
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:
         grad_hidden, grad_weight = ctx.saved_tensors
         scaled = None if grad_weight is None else (grad_weight * grad).to(ctx.weight_dtype)
         return grad_hidden * grad.to(grad_hidden.dtype), scaled, None

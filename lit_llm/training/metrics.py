@@ -1,7 +1,7 @@
 """Sums of micro-batches in; perplexity and its kin out, the same for any batch size, packing and number of ranks.
 
-The home of torchmetrics. Its own `Perplexity` needs all logits and works in their precision (inf or 5 % off in bf16): it is
-the oracle of our tests, on small float64 input.
+The home of torchmetrics. Its own `Perplexity` needs all logits and works in their precision (inf or 5 % off in bf16): it
+is the oracle of our tests, on small float64 input.
 """
 
 import math
@@ -48,7 +48,8 @@ class Perplexity(Metric):
     def report(self) -> dict[str, float]:
         """All figures of this metric, synchronised over ranks; the collective call of every rank."""
         with self.sync_context(should_sync=self._to_sync):
-            nll, tokens, num_bytes, correct = (getattr(self, name).item() for name in ("nll", "tokens", "bytes", "correct"))
+            states = (self.nll, self.tokens, self.bytes, self.correct)
+            nll, tokens, num_bytes, correct = (state.item() for state in states)
         mean = nll / tokens if tokens else math.nan
         return {
             "nll": mean,

@@ -180,10 +180,15 @@ class CausalLMModule(L.LightningModule):
 
     def _evaluate(self, batch: "Batch", split: str) -> None:
         nll, correct = self._nll(batch)
-        self.perplexity[split].update(nll, batch["num_supervised"], batch["num_bytes"], correct)
+        self._metric(split).update(nll, batch["num_supervised"], batch["num_bytes"], correct)
+
+    def _metric(self, split: str) -> Perplexity:
+        metric = self.perplexity[split]
+        assert isinstance(metric, Perplexity)
+        return metric
 
     def _report(self, split: str) -> None:
-        metric = self.perplexity[split]
+        metric = self._metric(split)
         figures = metric.report()
         metric.reset()
         self.log_dict({f"{split}/{name}": torch.tensor(value, dtype=torch.float64) for name, value in figures.items()},
@@ -218,7 +223,7 @@ class CausalLMModule(L.LightningModule):
 
     # ---- optimization ------------------------------------------------------------------------------------------------
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> Any:
         """AdamW and its schedule, stepped after every optimizer step."""
         self._keep_masters()
         optimizer = optim.adamw(self.named_parameters(), lr=self.lr, weight_decay=self.weight_decay, betas=self.betas,

@@ -64,7 +64,7 @@ class Trainer(L.Trainer):
         super().__init__(
             strategy=_strategy(strategy),
             default_root_dir=default_root_dir,
-            logger=[MetricsCSV(default_root_dir), *loggers],  # type: ignore[list-item]
+            logger=[MetricsCSV(default_root_dir), *loggers],
             callbacks=callbacks,
             num_sanity_val_steps=num_sanity_val_steps,
             log_every_n_steps=log_every_n_steps,
@@ -72,8 +72,10 @@ class Trainer(L.Trainer):
             **kwargs,
         )
 
-    def fit(self, model: L.LightningModule, train_dataloaders: Any = None, val_dataloaders: Any = None,
-            datamodule: L.LightningDataModule | None = None, ckpt_path: str | None = None, **kwargs: Any) -> None:
+    def fit(  # type: ignore[override]
+            self, model: L.LightningModule, train_dataloaders: Any = None, val_dataloaders: Any = None,
+            datamodule: L.LightningDataModule | None = None, ckpt_path: str | Path | None = None,
+            **kwargs: Any) -> None:
         """Train; with `ckpt_path` (last, best, or a checkpoint folder) go on where that checkpoint stands.
 
         Args:
@@ -91,8 +93,9 @@ class Trainer(L.Trainer):
         with self._own_environment():
             super().fit(model, train_dataloaders, val_dataloaders, datamodule, ckpt_path=state, **kwargs)
 
-    def validate(self, model: Any = None, dataloaders: Any = None, ckpt_path: str | None = None, verbose: bool = False,
-                 datamodule: L.LightningDataModule | None = None, **kwargs: Any) -> Any:
+    def validate(  # type: ignore[override]
+            self, model: Any = None, dataloaders: Any = None, ckpt_path: str | Path | None = None,
+                 verbose: bool = False, datamodule: L.LightningDataModule | None = None, **kwargs: Any) -> Any:
         """Perplexity on the validation data, of the base or of a checkpoint.
 
         Args:
@@ -108,8 +111,9 @@ class Trainer(L.Trainer):
             figures = super().validate(model, dataloaders, None, verbose=verbose, datamodule=datamodule, **kwargs)
         return _measured(figures, "val_sources")
 
-    def test(self, model: Any = None, dataloaders: Any = None, ckpt_path: str | None = None, verbose: bool = False,
-             datamodule: L.LightningDataModule | None = None, **kwargs: Any) -> Any:
+    def test(  # type: ignore[override]
+            self, model: Any = None, dataloaders: Any = None, ckpt_path: str | Path | None = None,
+             verbose: bool = False, datamodule: L.LightningDataModule | None = None, **kwargs: Any) -> Any:
         """Perplexity on the test data, of the base or of a checkpoint.
 
         Args:
@@ -133,7 +137,7 @@ class Trainer(L.Trainer):
             datamodule: The data.
         """
         datamodule.prepare_data()
-        datamodule.setup(None)
+        datamodule.setup("fit")
 
     @contextmanager
     def _own_environment(self) -> Generator[None, None, None]:
@@ -147,7 +151,7 @@ class Trainer(L.Trainer):
                 if value is not None:
                     os.environ[name] = value
 
-    def _use(self, model: Any, ckpt_path: str | None) -> None:
+    def _use(self, model: Any, ckpt_path: str | Path | None) -> None:
         """Evaluate a checkpoint's weights: they lie beside the training state in the field's formats."""
         if ckpt_path is not None:
             model.checkpoint = checkpoint.find(Path(self.default_root_dir), str(ckpt_path))

@@ -15,14 +15,24 @@ def test_flash_kernel_equals_float32_sdpa(kv_heads, window):
     """bf16 through torch's varlen kernel against float32 through one SDPA call per document, forward and backward."""
     generator = torch.Generator("cuda").manual_seed(0)
     shape = {"query": (1, 4, 128, 64), "key": (1, kv_heads, 128, 64), "value": (1, kv_heads, 128, 64)}
-    full = {name: torch.randn(size, device="cuda", generator=generator, requires_grad=True) for name, size in shape.items()}
+    full = {
+        name: torch.randn(size, device="cuda", generator=generator, requires_grad=True) for name, size in shape.items()
+    }
     half = {name: states.detach().bfloat16().requires_grad_() for name, states in full.items()}
     cu_seqlens = torch.tensor(BORDERS, dtype=torch.int32, device="cuda")
     module = torch.nn.Module()
     outputs = []
     for states in (full, half):
-        out, _ = lit_varlen(module, states["query"], states["key"], states["value"], None, cu_seqlens=cu_seqlens,
-                            max_seqlen=64, sliding_window=window)
+        out, _ = lit_varlen(
+            module,
+            states["query"],
+            states["key"],
+            states["value"],
+            None,
+            cu_seqlens=cu_seqlens,
+            max_seqlen=64,
+            sliding_window=window,
+        )
         out.float().square().sum().backward()
         outputs.append(out.float())
     torch.testing.assert_close(outputs[1], outputs[0], atol=3e-2, rtol=3e-2)

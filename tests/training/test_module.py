@@ -11,20 +11,43 @@ from lit_llm import CausalLMModule, InputError, LoRA, Source, TextDataModule, Tr
 @pytest.fixture
 def chats(tmp_path):
     """Twenty-four conversations of unequal lengths."""
-    rows = [{"messages": [{"role": "user", "content": f"Say {'very ' * (n % 5)}{n}."}, {"role": "assistant", "content": "ok " * (n % 7) + str(n)}]}
-            for n in range(24)]
+    rows = [
+        {
+            "messages": [
+                {"role": "user", "content": f"Say {'very ' * (n % 5)}{n}."},
+                {"role": "assistant", "content": "ok " * (n % 7) + str(n)},
+            ]
+        }
+        for n in range(24)
+    ]
     file = tmp_path / "chats.jsonl"
     file.write_text("\n".join(map(json.dumps, rows)))
     return file
 
 
-def fit(model: str, chats, tmp_path, *, steps: int = 3, packing: str = "best_fit", name: str = "run", trainer: dict | None = None,
-        **options) -> tuple[CausalLMModule, list[float]]:
+def fit(
+    model: str,
+    chats,
+    tmp_path,
+    *,
+    steps: int = 3,
+    packing: str = "best_fit",
+    name: str = "run",
+    trainer: dict | None = None,
+    **options,
+) -> tuple[CausalLMModule, list[float]]:
     """Train in this process; the module and the logged losses."""
     data = TextDataModule(sources=[Source(str(chats))], tokenizer=model, seq_len=64, batch_size=4, packing=packing)
     module = CausalLMModule(base=model, **{"lr": 1e-3, **options})
-    runner = Trainer(default_root_dir=str(tmp_path / name), max_steps=steps, accelerator="cpu", devices=1, log_every_n_steps=1,
-                     enable_progress_bar=False, **(trainer or {}))
+    runner = Trainer(
+        default_root_dir=str(tmp_path / name),
+        max_steps=steps,
+        accelerator="cpu",
+        devices=1,
+        log_every_n_steps=1,
+        enable_progress_bar=False,
+        **(trainer or {}),
+    )
     torch.manual_seed(0)
     runner.fit(module, datamodule=data)
     rows = (tmp_path / name / "metrics.csv").read_text().splitlines()
@@ -35,8 +58,10 @@ def fit(model: str, chats, tmp_path, *, steps: int = 3, packing: str = "best_fit
 @pytest.mark.parametrize("kind", ["llama", "qwen3", "gpt2"])
 def test_gradient_checkpointing_changes_nothing(kind, tiny_model, chats, tmp_path):
     """Recomputed activations are the same activations, with adapters too (whose inputs carry no gradient of their own)."""
-    losses = [fit(tiny_model(kind), chats, tmp_path, name=str(flag), lora=LoRA(r=4), gradient_checkpointing=flag)[1]
-              for flag in (False, True)]
+    losses = [
+        fit(tiny_model(kind), chats, tmp_path, name=str(flag), lora=LoRA(r=4), gradient_checkpointing=flag)[1]
+        for flag in (False, True)
+    ]
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
     assert losses[0][-1] != losses[0][0]
 
@@ -53,17 +78,23 @@ def test_bf16_true_refuses_to_lose_updates(tiny_model, chats, tmp_path):
     """All weights in bf16 without masters is refused with the way out; adapters become float32 by themselves."""
     with pytest.raises(InputError, match="float32 copy"):
         fit(tiny_model("llama"), chats, tmp_path, trainer={"precision": "bf16-true"})
-    module, losses = fit(tiny_model("llama"), chats, tmp_path, lora=LoRA(r=4), name="lora", trainer={"precision": "bf16-true"})
+    module, losses = fit(
+        tiny_model("llama"), chats, tmp_path, lora=LoRA(r=4), name="lora", trainer={"precision": "bf16-true"}
+    )
     assert {weight.dtype for weight in module.parameters() if weight.requires_grad} == {torch.float32}
     assert losses[-1] < losses[0]
 
 
-@pytest.mark.parametrize("peft", [
-    {"class_path": "peft.LoHaConfig", "init_args": {"r": 4}},
-    {"class_path": "IA3Config"},
-    {"class_path": "peft.PromptTuningConfig", "init_args": {"num_virtual_tokens": 4}},
-    {"class_path": "peft.PrefixTuningConfig", "init_args": {"num_virtual_tokens": 4}},
-], ids=lambda spec: spec["class_path"])
+@pytest.mark.parametrize(
+    "peft",
+    [
+        {"class_path": "peft.LoHaConfig", "init_args": {"r": 4}},
+        {"class_path": "IA3Config"},
+        {"class_path": "peft.PromptTuningConfig", "init_args": {"num_virtual_tokens": 4}},
+        {"class_path": "peft.PrefixTuningConfig", "init_args": {"num_virtual_tokens": 4}},
+    ],
+    ids=lambda spec: spec["class_path"],
+)
 def test_any_peft_method_learns(peft, tiny_model, chats, tmp_path):
     """Weights of the method move, the base's do not, and the loss falls."""
     from lit_llm.model import load_causal_lm
