@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = ["CausalLMModule", "Conversation", "Document", "InputError", "LoRA", "Message", "Perplexity",
-           "SamplingParams", "Source", "TextDataModule", "TextEngine", "TokenSequence", "Tokenizer", "Trainer", "export"]
+           "SamplingParams", "Source", "TextDataModule", "TextEngine", "TokenSequence", "Tokenizer", "Trainer",
+           "export"]
 
 _HOMES = {
     "conversation": ("Conversation", "Document", "Message"), "errors": ("InputError",), "model": ("LoRA",),

@@ -107,7 +107,8 @@ class LitLLMCLI(LightningCLI):
 
     def after_fit(self) -> None:
         """Export, compare, and say what to type next; on one process."""
-        if not self.trainer.is_global_zero or getattr(self.trainer, "fast_dev_run", False) or not self.trainer.checkpoint_callbacks:
+        trainer = self.trainer
+        if not trainer.is_global_zero or not trainer.checkpoint_callbacks:    # fast_dev_run has none
             return
         files = [str(path) for path in self.config["fit"].get("config") or []]
         finish(Path(self.trainer.default_root_dir), base=self.model.base, before=self.trainer.run.before,

@@ -1,4 +1,4 @@
-"""A config that does not parse, or an overlay that does not fit a run, would be a user's first meeting with the project."""
+"""A config that does not parse, or an overlay that does not fit a run, would be a bad first meeting."""
 
 from pathlib import Path
 

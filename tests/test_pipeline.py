@@ -11,7 +11,7 @@ CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 
 @pytest.mark.slow
 def test_real_base_and_real_alpaca(stories, shared_data, lit_llm, tmp_path):
-    """`fit --config configs/sft.yaml --model.base stories260K` on English and Chinese Alpaca trains, validates, exports."""
+    """`fit --config configs/sft.yaml --model.base stories260K` on Alpaca in two languages trains and exports."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     files = [str(shared_data / "sft/llamafactory" / f"alpaca_{language}_demo.json") for language in ("en", "zh")]

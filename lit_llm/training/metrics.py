@@ -1,7 +1,7 @@
 """Sums of micro-batches in; perplexity and its kin out, the same for any batch size, packing and number of ranks.
 
-The home of torchmetrics. Its own `Perplexity` needs all logits and works in their precision (inf or 5 % off in bf16): it
-is the oracle of our tests, on small float64 input.
+The home of torchmetrics. Its own `Perplexity` needs all logits and works in their precision (inf or 5 % off in
+bf16): it is the oracle of our tests, on small float64 input.
 """
 
 import math

@@ -57,7 +57,7 @@ def fit(
 
 @pytest.mark.parametrize("kind", ["llama", "qwen3", "gpt2"])
 def test_gradient_checkpointing_changes_nothing(kind, tiny_model, chats, tmp_path):
-    """Recomputed activations are the same activations, with adapters too (whose inputs carry no gradient of their own)."""
+    """Recomputed activations are the same activations, with adapters too (whose inputs carry no gradient)."""
     losses = [
         fit(tiny_model(kind), chats, tmp_path, name=str(flag), lora=LoRA(r=4), gradient_checkpointing=flag)[1]
         for flag in (False, True)
