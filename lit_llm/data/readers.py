@@ -12,6 +12,7 @@ import re
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -20,6 +21,7 @@ from lit_llm.errors import InputError
 KINDS = {".txt": "text", ".md": "text", ".jsonl": "json", ".ndjson": "json", ".json": "json", ".csv": "csv",
          ".tsv": "csv", ".parquet": "table", ".arrow": "table"}
 SEPARATOR = "<|endoftext|>"
+SEPARATOR_LINE = re.compile(rf"^{re.escape(SEPARATOR)}$", re.MULTILINE)
 _BLANK_OR_COMMA = re.compile(r"[\s,]*")
 
 
@@ -233,7 +235,7 @@ def _csv(path: Path) -> Iterator[Found]:
 
 
 def _text(path: Path, document: str) -> Iterator[Found]:
-    """Documents of a text file; what lies between separators is kept to the last newline."""
+    """Documents of a text file; what lies between separator lines is kept to the last character."""
     text = _whole(path).replace("\r\n", "\n")
     if document == "file" or (document == "auto" and SEPARATOR not in text):
         yield text, Place(str(path), 1)
@@ -243,15 +245,30 @@ def _text(path: Path, document: str) -> Iterator[Found]:
         yield from ((row, Place(str(path), number, share=number / len(rows)))
                     for number, row in enumerate(rows, 1) if row.strip())
         return
+    if document == "auto":
+        yield from _separated(text, path)
+        return
     held: list[str] = []
     for number, row in enumerate([*text.split("\n"), None], start=1):
-        if row is None or (row == SEPARATOR if document == "auto" else not row.strip()):
-            whole = "\n".join(held) + ("\n" if row is not None and document == "auto" else "")
-            if whole.strip():
-                yield whole, Place(str(path), number - len(held))
+        if row is None or not row.strip():
+            if held:
+                yield "\n".join(held), Place(str(path), number - len(held))
             held = []
         else:
             held.append(row)
+
+
+def _separated(text: str, path: Path) -> Iterator[Found]:
+    """What stands between lines that are the separator; its place is its first line that is not blank."""
+    start, line, counted = 0, 1, 0
+    for stop, after in chain(((found.start(), found.end()) for found in SEPARATOR_LINE.finditer(text)),
+                             [(len(text), len(text))]):
+        piece = text[start:stop]
+        if piece.strip():
+            first = stop - len(piece.lstrip())
+            line, counted = line + text.count("\n", counted, first), first
+            yield piece, Place(str(path), line, share=stop / len(text))
+        start = after
 
 
 # ---- tables ----------------------------------------------------------------------------------------------------------

@@ -117,7 +117,7 @@ def test_tables(tmp_path):
 
 @pytest.mark.parametrize(("document", "content", "expected"), [
     ("auto", "a\n\nb\r\nc", ["a\n\nb\nc"]),
-    ("auto", "a\n\n  b \n<|endoftext|>\n\nc<|endoftext|>d\n<|endoftext|>\n", ["a\n\n  b \n", "\nc<|endoftext|>d\n"]),
+    ("auto", "a\n\n  b \n<|endoftext|>\n\nc<|endoftext|>d\n<|endoftext|>\n", ["a\n\n  b \n", "\n\nc<|endoftext|>d\n"]),
     ("file", "a\n<|endoftext|>\nb", ["a\n<|endoftext|>\nb"]),
     ("paragraph", "\na\nb\n\n \n c\n", ["a\nb", " c"]),
     ("line", "a\n\n b\r\nc", ["a", " b", "c"])])

@@ -21,7 +21,7 @@ from lit_llm.training.module import CausalLMModule
 from lit_llm.training.trainer import Trainer
 
 TOLERANCE = 1e-6
-SEPARATOR = "<|endoftext|>\n"
+SEPARATOR = "<|endoftext|>"
 
 
 @pytest.fixture(scope="module")
@@ -79,10 +79,7 @@ def validate(stories, text, folder, lora=None, **keys):
 
 
 def test_the_known_figure(stories, text, tmp_path):
-    parts = [part for part in text.read_text(encoding="utf-8").split("<|endoftext|>") if part.strip()]
-    file = tmp_path / "stories.jsonl"
-    file.write_text("".join(json.dumps({"text": part}) + "\n" for part in parts))
-    measured = validate(stories, file, tmp_path / "run", seq_len=512)
+    measured = validate(stories, text, tmp_path / "run", seq_len=512)
     assert measured["val/tokens"] == 1830
     assert measured["val/nll"] == pytest.approx(1.3370013577, rel=TOLERANCE)
     assert measured["val/perplexity"] == pytest.approx(3.81, abs=5e-3)
