@@ -47,6 +47,7 @@ class EngineLine:
     def __init__(self, limits: Limits) -> None:
         self.limits = limits
         self.orders: Any = None                     # LitServe's request queue, set before the fork
+        self.queues_pid = 0                         # of the process that holds the queues
         self._inboxes: dict[str, asyncio.Queue[Event]] = {}
         self._beat: Beat | None = None
         self._beat_at = 0.0
@@ -128,7 +129,8 @@ class EngineLine:
             await asyncio.sleep(BEAT_SECONDS / 2)
             if self._beat and time.monotonic() - self._beat_at > SILENT_SECONDS:
                 self._fail_all("the engine is gone; the request is lost")
-            if os.getppid() != parent:
+            if os.getppid() != parent:              # killed: nobody else is left to end the queues' process
+                os.kill(self.queues_pid, signal.SIGKILL)
                 signal.raise_signal(signal.SIGTERM)
 
     def _fail_all(self, why: str) -> None:

@@ -60,6 +60,11 @@ class Server(LitServer):
 
     greeting = ""
 
+    def _init_manager(self, num_api_servers: int) -> Any:
+        manager = super()._init_manager(num_api_servers)
+        self.lit_api.spec.line.queues_pid = manager._process.pid
+        return manager
+
     @asynccontextmanager
     async def lifespan(self, app: FastAPI) -> AsyncIterator[None]:
         """In the API process: listen to the worker for as long as requests are served."""
@@ -156,9 +161,10 @@ def _own_errors(app: FastAPI) -> None:
         place = [str(part) for part in first["loc"] if part != "body"][:4]
         if first["type"] == "json_invalid":
             return await ours(request, ApiError(400, "the body is not valid JSON"))
-        where = f"{'.'.join(place)[:80]}: " if place else ""
-        param = place[0][:80] if place else None
-        return await ours(request, ApiError(400, f"{where}{first['msg'][:200]}", param=param))
+        if not place:
+            return await ours(request, ApiError(400, "the body must be a JSON object, sent as application/json"))
+        where = f"{'.'.join(place)[:80]}: "
+        return await ours(request, ApiError(400, f"{where}{first['msg'][:200]}", param=place[0][:80]))
 
     async def http(request: Request, error: Any) -> Response:
         texts = {404: f"there is no {request.url.path[:80]} here", 405: f"{request.method} is not allowed here",

@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 import uuid
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -137,7 +138,9 @@ class EngineLoop(LitLoop):
     def _read(self, request_queue: Any) -> None:
         """Drain the queue in a thread of its own: asking it costs 0.2 ms, which would slow every step."""
         while True:
-            self._orders.put(request_queue.get())
+            # A get without an end would outlive a killed worker, inside the queue's process, and swallow an order.
+            with suppress(queue.Empty):
+                self._orders.put(request_queue.get(timeout=BEAT_SECONDS))
 
     def _beat(self) -> None:
         boot = uuid.uuid4().hex
