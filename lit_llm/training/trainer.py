@@ -37,6 +37,9 @@ class Trainer(L.Trainer):
         num_sanity_val_steps: Validation batches before the first step. -1 takes all, so that the run can tell
             perplexity before and after.
         log_every_n_steps: Steps between two rows of `metrics.csv`.
+        max_epochs: Passes over the data; with no limit of any kind it is one, and -1 is none.
+        max_steps: Optimizer steps at most; -1 is no limit.
+        max_time: Time at most, as DD:HH:MM:SS.
         enable_model_summary: Lightning's table of layers; parameters are counted without it.
         kwargs: Lightning's own.
     """
@@ -50,6 +53,9 @@ class Trainer(L.Trainer):
         callbacks: list[L.Callback] | L.Callback | None = None,
         num_sanity_val_steps: int = -1,
         log_every_n_steps: int = 10,
+        max_epochs: int | None = None,
+        max_steps: int = -1,
+        max_time: Any = None,
         enable_model_summary: bool = False,
         **kwargs: Any,
     ) -> None:
@@ -68,6 +74,9 @@ class Trainer(L.Trainer):
             callbacks=callbacks,
             num_sanity_val_steps=num_sanity_val_steps,
             log_every_n_steps=log_every_n_steps,
+            max_epochs=1 if max_epochs is None and max_steps == -1 and max_time is None else max_epochs,
+            max_steps=max_steps,
+            max_time=max_time,
             enable_model_summary=enable_model_summary,
             **kwargs,
         )
