@@ -1,11 +1,11 @@
-"""A conversation in; the text that the model reads out, with the spans of it that are content and that are answers.
+r"""A conversation in; the text that the model reads out, with the spans of it that are content and that are answers.
 
-The one place where a conversation is rendered, for training, evaluation, chat and serving. Knows the chat template (jinja)
-and characters, never token ids.
+The one place where a conversation is rendered, for training, evaluation, chat and serving. Knows the chat template
+(jinja) and characters, never token ids.
 
     <|im_start|>user\n What is 2+2? <|im_end|>\n<|im_start|>assistant\n 4 <|im_end|> \n
                        ~~~~literal~~                                    ~literal
-                                                                        ^^answer^^^^     supervised: content and stop token
+                                                                        ^^answer^^^^   supervised: stop token too
 """
 
 import re
@@ -20,7 +20,8 @@ Span = tuple[int, int]
 
 CHATML = (
     "{%- if tools %}{{ raise_exception('this chat template knows no tools') }}{% endif -%}"
-    "{%- for message in messages %}{{ START + message['role'] + '\\n' + message['content'] + END + '\\n' }}{% endfor -%}"
+    "{%- for message in messages %}"
+    "{{ START + message['role'] + '\\n' + message['content'] + END + '\\n' }}{% endfor -%}"
     "{%- if add_generation_prompt %}{{ START + 'assistant\\n' }}{% endif -%}"
 )
 
@@ -91,7 +92,9 @@ class ChatTemplate:
             self._refuse_forgery(f"message {place + 1}", others)
         text = self.text(conversation, generation_prompt=generation_prompt)
         found = self._contents(conversation, text, generation_prompt)
-        answers, literals, words = [], [], []
+        answers: list[tuple[int, int, int]] = []
+        literals: list[Span] = []
+        words: list[Span] = []
         for place, span in found:
             (words if conversation.messages[place].role == "assistant" else literals).append(span)
         for place, message in enumerate(conversation.messages):
@@ -150,8 +153,8 @@ class ChatTemplate:
     def _refuse_forgery(self, where: str, value: Any) -> None:
         for text in _strings(value):
             if found := self.special.search(text):
-                raise InputError(f"{where} spells the control token {found[0]!r} where the chat template may change it, "
-                                 "so it could pass for the template's own")
+                raise InputError(f"{where} spells the control token {found[0]!r} where the chat template may change "
+                                 "it, so it could pass for the template's own")
 
     # ---- where answers stand -----------------------------------------------------------------------------------------
 
@@ -168,10 +171,10 @@ class ChatTemplate:
         if own and text[len(prompt):own[0][0]].strip() and prompt == self.text(before):
             return None                             # no generation prompt: the header would be learned as an answer
         if own and not conversation.messages[place].tool_calls:
-            stops = [self.special.search(text, own[-1][1])]
+            stops = list(self.special.finditer(text, own[-1][1]))[:1]
         else:                                       # calls may begin with a control token: the turn's last one ends it
             stops = list(self.special.finditer(fresh, len(prompt)))[-1:]
-        if not stops or stops[0] is None:
+        if not stops:
             return None
         stop = stops[0].end()
         return (len(prompt), stop) if text[:stop] == fresh[:stop] else None

@@ -1,7 +1,7 @@
 """Documents and conversations in, token sequences out; token ids in, text out.
 
-The home of the tokenizers library. Rendering is `template.py`'s; batches, padding and the shift of labels are the data and
-training wings'.
+The home of the tokenizers library. Rendering is `template.py`'s, exact ids are `encoder.py`'s; batches, padding and the
+shift of labels are the data and training wings'.
 """
 
 import hashlib
@@ -17,12 +17,12 @@ import numpy as np
 
 from lit_llm import hub
 from lit_llm.conversation import Conversation, Document
+from lit_llm.encoder import Encoder
 from lit_llm.errors import InputError
 from lit_llm.samples import resolve
 from lit_llm.template import ChatTemplate, Rendered, Span, chatml
 
 IGNORE_INDEX = -100
-ANCHOR = "\U0010fffd\U0010f8ff\U0010fffc"         # private use, and no part of it twice; stands in for the token before a section
 TrainOn = Literal["assistant", "last", "all"]
 
 
@@ -56,10 +56,8 @@ class Tokenizer:
         self.hf, self.source, self.note = hf, source, note
         self._backend = hf.backend_tokenizer
         added = self._backend.get_added_tokens_decoder()
-        self.special_ids = frozenset(id_ for id_, token in added.items() if token.special)
-        self._by_spelling = {token.content: (id_, token) for id_, token in added.items()}
-        self._added = _any_of(token.content for token in added.values())
-        self._sayable = _any_of(token.content for token in added.values() if not token.special)
+        self._encoder = Encoder(self._backend)
+        self.special_ids = self._encoder.special_ids
         self.template = ChatTemplate(self._jinja, [token.content for token in added.values() if token.special])
         self.vocab_size = len(hf)
         self.bos_id, self.eos_id = hf.bos_token_id, hf.eos_token_id
@@ -84,7 +82,8 @@ class Tokenizer:
         return cls(hf, source=path, note=note)
 
     def _jinja(self, messages: list[dict], tools: list[dict] | None, generation_prompt: bool) -> str:
-        return self.hf.apply_chat_template(messages, tools=tools, add_generation_prompt=generation_prompt, tokenize=False)
+        return self.hf.apply_chat_template(messages, tools=tools, add_generation_prompt=generation_prompt,
+                                           tokenize=False)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -102,7 +101,7 @@ class Tokenizer:
     # ---- text to tokens ----------------------------------------------------------------------------------------------
 
     def encode_document(self, document: Document, *, end: bool = True) -> TokenSequence:
-        """A document with the tokenizer's own beginning (BOS, where it adds one) and, with `end`, its end-of-text token.
+        """A document with the tokenizer's own beginning (BOS, where it adds one) and, with `end`, its end of text.
 
         All tokens are labelled; the first has nothing before it, so it is never predicted.
         """
@@ -114,13 +113,14 @@ class Tokenizer:
 
     def encode_text(self, text: str) -> list[int]:
         """Ids of plain text: no BOS, and a spelled control token stays text."""
-        return self._encode(Rendered(text, ((0, len(text)),)))[0]
+        return self._encoder.encode(Rendered(text, ((0, len(text)),)))[0]
 
     def encode_prompt(self, conversation: Conversation) -> list[int]:
         """What the model reads before it answers: exactly the ids that stand before that answer in training."""
-        return self._encode(self.template.render(conversation, generation_prompt=True))[0]
+        return self._encoder.encode(self.template.render(conversation, generation_prompt=True))[0]
 
-    def encode_conversation(self, conversation: Conversation, *, train_on: TrainOn = "assistant") -> tuple[TokenSequence, ...]:
+    def encode_conversation(self, conversation: Conversation, *,
+                            train_on: TrainOn = "assistant") -> tuple[TokenSequence, ...]:
         """A conversation with its answers labelled.
 
         One sequence as a rule; one for each trained answer where the template rewrites history (Qwen3 drops earlier
@@ -128,8 +128,8 @@ class Tokenizer:
 
         Args:
             conversation: What was said.
-            train_on: `assistant` labels every answer with its stop token, `last` only the last answer, `all` every token.
-                An assistant message's own `train` overrides it.
+            train_on: `assistant` labels every answer with its stop token, `last` only the last answer, `all` every
+                token. An assistant message's own `train` overrides it.
 
         Raises:
             InputError: Nothing to learn from, or the template hides where an answer begins or ends.
@@ -152,7 +152,7 @@ class Tokenizer:
         return self._labelled(rendered, [place])
 
     def _labelled(self, rendered: Rendered, wanted: Sequence[int]) -> TokenSequence:
-        ids, offsets = self._encode(rendered)
+        ids, offsets = self._encoder.encode(rendered)
         input_ids = np.asarray(ids, dtype=np.int32)
         inside = _inside(rendered, offsets, wanted)
         return TokenSequence(input_ids, np.where(inside, input_ids, IGNORE_INDEX).astype(np.int32))
@@ -164,115 +164,15 @@ class Tokenizer:
                   if message.role == "assistant" and message.train is False]
         if hidden := set(silent) - {place for place, *_ in rendered.answers}:
             raise _hidden(min(hidden))
-        ids, offsets = self._encode(rendered)
+        ids, offsets = self._encoder.encode(rendered)
         input_ids = np.asarray(ids, dtype=np.int32)
         inside = _inside(rendered, offsets, silent)
         return TokenSequence(input_ids, np.where(inside, IGNORE_INDEX, input_ids).astype(np.int32))
 
-    # ---- exact ids ---------------------------------------------------------------------------------------------------
-
-    def _encode(self, rendered: Rendered) -> tuple[list[int], list[Span]]:
-        """Ids and their character spans; content never becomes a control token, and no token straddles an answer's start.
-
-        The text is encoded whole, as the library would; only where that breaks one of the two rules, section by section.
-        """
-        text, tokens = rendered.text, self._tokens(rendered)
-        forged = [start for start, *_ in tokens] != [found.start() for found in self._added.finditer(text)]
-        ids, offsets = self._sections(text, tokens) if forged else self._run(self._backend, text)
-        seams = [start for _, start, _ in rendered.answers
-                 if not self._clean_seam(text, start, tokens, forged, ids, offsets)]
-        if seams:
-            ids, offsets = self._sections(text, tokens, seams)
-        controls = [id_ for *_, id_ in tokens if id_ in self.special_ids]
-        if [id_ for id_ in ids if id_ in self.special_ids] != controls:
-            raise InputError(f"text in {text[:80]!r} becomes a control token")
-        return ids, offsets
-
-    def _tokens(self, rendered: Rendered) -> list[tuple[int, int, int]]:
-        """(start, stop, id) of the added tokens that are meant: the template's own, and what the assistant says."""
-        text, at = rendered.text, 0
-        found: list[re.Match[str]] = []
-        spans = [*((*span, False) for span in rendered.literals), *((*span, True) for span in rendered.words)]
-        for start, stop, own in sorted([*spans, (len(text), len(text), False)]):
-            found += self._added.finditer(text, at, start)
-            if own:
-                found += self._sayable.finditer(text, start, stop)
-            at = stop
-        tokens = []
-        for match in found:
-            id_, token = self._by_spelling[match[0]]
-            stop = match.end()
-            if token.rstrip:                        # such a token swallows the space behind it
-                stop += len(text) - stop - len(text[stop:].lstrip())
-            tokens.append((match.start(), stop, id_))
-        return tokens
-
-    def _sections(self, text: str, tokens: Sequence[tuple[int, int, int]],
-                  seams: Sequence[int] = ()) -> tuple[list[int], list[Span]]:
-        """Encoded between the added tokens that are meant, where no other is known, and cut at the seams."""
-        ids: list[int] = []
-        offsets: list[Span] = []
-        at = 0
-        seams = sorted({*seams, *(found.start() + 1 for found in re.finditer(ANCHOR, text))})
-        for start, stop, id_ in [*tokens, (len(text), len(text), -1)]:
-            cuts = [at, *(seam for seam in seams if at < seam < start), start]
-            for begin, end in zip(cuts, cuts[1:], strict=False):
-                more, spans = self._plainly(text, begin, end)
-                ids += more
-                offsets += spans
-            if id_ >= 0:
-                ids.append(id_)
-                offsets.append((start, stop))
-            at = stop
-        return ids, offsets
-
-    def _clean_seam(self, text: str, at: int, tokens: Sequence[tuple[int, int, int]], forged: bool,
-                    ids: list[int], offsets: list[Span]) -> bool:
-        """Whether the ids before `at` are those of the prompt alone, as the server will encode it."""
-        if any(start < at < stop for start, stop in offsets):
-            return False
-        count = sum(1 for _, stop in offsets if stop <= at)
-        section = max((stop for _, stop, _ in tokens if stop <= at), default=0)
-        first = sum(1 for _, stop in offsets if stop <= section)
-        if forged:
-            return self._plainly(text, section, at)[0] == ids[first:count]
-        if self._alone(text[section:at]) == ids[first:count]:
-            return True                             # added tokens split the text, so the last section decides
-        return self._alone(text[:at]) == ids[:count]
-
-    def _alone(self, text: str) -> list[int]:
-        return self._run(self._backend, text)[0]
-
-    def _plainly(self, text: str, start: int, stop: int) -> tuple[list[int], list[Span]]:
-        """A section's ids with every spelled token read as text; behind an anchor, since it does not begin the text."""
-        if start >= stop:
-            return [], []
-        anchor = ANCHOR if start else ""
-        ids, offsets = self._run(self._plain, anchor + text[start:stop])
-        shift, skip = start - len(anchor), int(bool(anchor))
-        return ids[skip:], [(shift + a, shift + b) for a, b in offsets[skip:]]
-
-    def _run(self, backend: Any, text: str) -> tuple[list[int], list[Span]]:
-        try:
-            encoding = backend.encode(text, add_special_tokens=False)
-        except TypeError:
-            raise InputError("text holds half of a surrogate pair, which is no character") from None
-        return encoding.ids, encoding.offsets
-
-    @cached_property
-    def _plain(self) -> Any:
-        """The same vocabulary and rules without added tokens, made when some text first spells one."""
-        from tokenizers import AddedToken
-
-        rules = json.loads(self._backend.to_str()) | {"added_tokens": []}
-        plain = type(self._backend).from_str(json.dumps(rules))
-        plain.add_tokens([AddedToken(ANCHOR, normalized=False)])
-        return plain
-
     @cached_property
     def _prefix(self) -> list[int]:
         """What the tokenizer puts before a document by itself."""
-        plain, whole = self._alone("a"), self.hf("a")["input_ids"]
+        plain, whole = self._encoder.whole("a")[0], self.hf("a")["input_ids"]
         return list(whole[: len(whole) - len(plain)]) if whole[-len(plain):] == plain else [
             id_ for id_ in whole[:1] if id_ == self.bos_id]
 
@@ -288,7 +188,10 @@ class Tokenizer:
 
     @cached_property
     def token_bytes(self) -> np.ndarray:
-        """(V,) int64: UTF-8 bytes of text that each id stands for, 0 for control tokens; for bits per byte."""
+        """(V,) int64: UTF-8 bytes of text that each id stands for, 0 for control tokens; for bits per byte.
+
+        The space that sentencepiece puts before a text belongs to its first token, so it counts as one byte.
+        """
         byte_level = '"ByteLevel"' in self._backend.to_str()
         added = self._backend.get_added_tokens_decoder()
         counts = np.zeros(self.vocab_size, dtype=np.int64)
@@ -355,8 +258,8 @@ def _choose_template(hf: Any, path: str, wanted: str | None) -> tuple[str, str]:
         if file.is_file():
             return file.read_text(encoding="utf-8"), ""
         has = ", ".join(named) or "none"
-        raise InputError(f"there is no template file {wanted}, and the tokenizer of {path} has no template of that name "
-                         f"(it has: {has})", where="data.chat_template", fix="give a .jinja file, or null")
+        raise InputError(f"there is no template file {wanted}, and the tokenizer of {path} has no template of that "
+                         f"name (it has: {has})", where="data.chat_template", fix="give a .jinja file, or null")
     if named:
         return named.get("default") or next(iter(named.values())), ""
     vocabulary = hf.get_added_vocab()
@@ -364,13 +267,8 @@ def _choose_template(hf: Any, path: str, wanted: str | None) -> tuple[str, str]:
         start, end = "<|im_start|>", "<|im_end|>"
     else:
         start, end = hf.bos_token or hf.eos_token, hf.eos_token
-    return chatml(start, end), (f"the tokenizer of {path} has no chat template: ChatML is used, written with its own {start} "
-                                f"and {end} (set data.chat_template for another)")
-
-
-def _any_of(spellings: Iterable[str]) -> re.Pattern[str]:
-    """Finds any of the spellings, the longest first; nothing where there are none."""
-    return re.compile("|".join(map(re.escape, sorted(spellings, key=len, reverse=True))) or r"(?!)")
+    return chatml(start, end), (f"the tokenizer of {path} has no chat template: ChatML is used, written with its own "
+                                f"{start} and {end} (set data.chat_template for another)")
 
 
 def _inside(rendered: Rendered, offsets: Sequence[Span], places: Sequence[int]) -> np.ndarray:
@@ -392,5 +290,5 @@ def _trained(conversation: Conversation, train_on: TrainOn) -> list[int]:
     """Indices of the assistant messages to learn."""
     answers = [place for place, message in enumerate(conversation.messages) if message.role == "assistant" and place]
     default = {"assistant": answers, "last": answers[-1:], "all": answers}[train_on]
-    return [place for place in answers
-            if (conversation.messages[place].train if conversation.messages[place].train is not None else place in default)]
+    flags = {place: conversation.messages[place].train for place in answers}
+    return [place for place, flag in flags.items() if (place in default if flag is None else flag)]

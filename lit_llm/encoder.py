@@ -1,0 +1,142 @@
+r"""Rendered text in, token ids out: content never becomes a control token, and no token straddles an answer's start.
+
+Text is encoded whole, as the library would do it; only where that breaks one of the two rules, section by section:
+
+    <|im_start|> user\n say <|im_end|> twice <|im_end|> \n <|im_start|> assistant\n | yes <|im_end|>
+    ~meant~~~~~~              ~spelled~~       ~meant~~~~     ~meant~~~~~~              ^ seam
+
+Knows spans and ids, nothing of roles or labels.
+"""
+
+import json
+import re
+from collections.abc import Iterable, Sequence
+from functools import cached_property
+from itertools import pairwise
+from typing import Any
+
+from lit_llm.errors import InputError
+from lit_llm.template import Rendered, Span
+
+# Private use, no part of it twice: stands in for the token before a section.
+ANCHOR = "\U0010fffd\U0010f8ff\U0010fffc"
+
+
+class Encoder:
+    """The exact reading of rendered text.
+
+    Args:
+        backend: A `tokenizers.Tokenizer`.
+    """
+
+    def __init__(self, backend: Any) -> None:
+        self._backend = backend
+        added = backend.get_added_tokens_decoder()
+        self.special_ids = frozenset(id_ for id_, token in added.items() if token.special)
+        self._by_spelling = {token.content: (id_, token) for id_, token in added.items()}
+        self._added = _any_of(token.content for token in added.values())
+        self._sayable = _any_of(token.content for token in added.values() if not token.special)
+
+    def encode(self, rendered: Rendered) -> tuple[list[int], list[Span]]:
+        """(T,) ids, and the span of characters that each stands for.
+
+        Raises:
+            InputError: Content would become a control token all the same, or holds half of a surrogate pair.
+        """
+        text, tokens = rendered.text, self._tokens(rendered)
+        forged = [start for start, *_ in tokens] != [found.start() for found in self._added.finditer(text)]
+        ids, offsets = self._sections(text, tokens) if forged else self.whole(text)
+        seams = [start for _, start, _ in rendered.answers
+                 if not self._clean_seam(text, start, tokens, forged, ids, offsets)]
+        if seams:
+            ids, offsets = self._sections(text, tokens, seams)
+        controls = [id_ for *_, id_ in tokens if id_ in self.special_ids]
+        if [id_ for id_ in ids if id_ in self.special_ids] != controls:
+            raise InputError(f"text in {text[:80]!r} becomes a control token")
+        return ids, offsets
+
+    def _tokens(self, rendered: Rendered) -> list[tuple[int, int, int]]:
+        """(start, stop, id) of the added tokens that are meant: the template's own, and what the assistant says."""
+        text, at = rendered.text, 0
+        found: list[re.Match[str]] = []
+        spans = [*((*span, False) for span in rendered.literals), *((*span, True) for span in rendered.words)]
+        for start, stop, own in sorted([*spans, (len(text), len(text), False)]):
+            found += self._added.finditer(text, at, start)
+            if own:
+                found += self._sayable.finditer(text, start, stop)
+            at = stop
+        tokens = []
+        for match in found:
+            id_, token = self._by_spelling[match[0]]
+            stop = match.end()
+            if token.rstrip:                        # such a token swallows the space behind it
+                stop += len(text) - stop - len(text[stop:].lstrip())
+            tokens.append((match.start(), stop, id_))
+        return tokens
+
+    def _sections(self, text: str, tokens: Sequence[tuple[int, int, int]],
+                  seams: Sequence[int] = ()) -> tuple[list[int], list[Span]]:
+        """Encoded between the added tokens that are meant, where no other is known, and cut at the seams."""
+        ids: list[int] = []
+        offsets: list[Span] = []
+        at = 0
+        seams = sorted({*seams, *(found.start() + 1 for found in re.finditer(ANCHOR, text))})
+        for start, stop, id_ in [*tokens, (len(text), len(text), -1)]:
+            cuts = [at, *(seam for seam in seams if at < seam < start), start]
+            for begin, end in pairwise(cuts):
+                more, spans = self._plainly(text, begin, end)
+                ids += more
+                offsets += spans
+            if id_ >= 0:
+                ids.append(id_)
+                offsets.append((start, stop))
+            at = stop
+        return ids, offsets
+
+    def _clean_seam(self, text: str, at: int, tokens: Sequence[tuple[int, int, int]], forged: bool,
+                    ids: list[int], offsets: list[Span]) -> bool:
+        """Whether the ids before `at` are those of the prompt alone, as the server will encode it."""
+        if any(start < at < stop for start, stop in offsets):
+            return False
+        count = sum(1 for _, stop in offsets if stop <= at)
+        section = max((stop for _, stop, _ in tokens if stop <= at), default=0)
+        first = sum(1 for _, stop in offsets if stop <= section)
+        if forged:
+            return self._plainly(text, section, at)[0] == ids[first:count]
+        if self.whole(text[section:at])[0] == ids[first:count]:
+            return True                             # added tokens split the text, so the last section decides
+        return self.whole(text[:at])[0] == ids[:count]
+
+    def whole(self, text: str) -> tuple[list[int], list[Span]]:
+        """Ids and spans of a text as the library reads it, control tokens included."""
+        return _run(self._backend, text)
+
+    def _plainly(self, text: str, start: int, stop: int) -> tuple[list[int], list[Span]]:
+        """A section's ids with every spelled token read as text; behind an anchor, since it does not begin the text."""
+        if start >= stop:
+            return [], []
+        anchor = ANCHOR if start else ""
+        ids, offsets = _run(self._plain, anchor + text[start:stop])
+        shift, skip = start - len(anchor), int(bool(anchor))
+        return ids[skip:], [(shift + a, shift + b) for a, b in offsets[skip:]]
+
+    @cached_property
+    def _plain(self) -> Any:
+        """The same vocabulary and rules without added tokens, made when some text first spells one."""
+        rules = json.loads(self._backend.to_str()) | {"added_tokens": []}
+        plain = type(self._backend).from_str(json.dumps(rules))
+        plain.add_special_tokens([ANCHOR])
+        return plain
+
+
+def _run(backend: Any, text: str) -> tuple[list[int], list[Span]]:
+    try:
+        encoding = backend.encode(text, add_special_tokens=False)
+    except TypeError:
+        raise InputError("text holds half of a surrogate pair, which is no character") from None
+    return encoding.ids, encoding.offsets
+
+
+def _any_of(spellings: Iterable[str]) -> re.Pattern[str]:
+    """Finds any of the spellings, the longest first; nothing where there are none."""
+    return re.compile("|".join(map(re.escape, sorted(spellings, key=len, reverse=True))) or r"(?!)")
