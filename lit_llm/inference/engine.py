@@ -233,6 +233,7 @@ def tokenizer_folder(folder: str) -> str:
 def _load(folder: str, device: str, dtype: str, adapter: str | Path | None) -> Any:
     """A model with its adapter merged, on its device, in eval mode."""
     import torch
+    from safetensors import SafetensorError
 
     from lit_llm.model import load_adapter, load_causal_lm, merge
 
@@ -246,9 +247,15 @@ def _load(folder: str, device: str, dtype: str, adapter: str | Path | None) -> A
         dtype = config.get("dtype") or config.get("torch_dtype") or "float32"
     if not isinstance(kind := getattr(torch, dtype, None), torch.dtype):
         raise InputError(f"unknown dtype '{dtype}'; use auto, float32 or bfloat16", where="dtype")
-    model: Any = load_causal_lm(folder, dtype=kind, attention="sdpa")
-    if adapter:
-        model = merge(load_adapter(model, adapter))
+    try:
+        model: Any = load_causal_lm(folder, dtype=kind, attention="sdpa")
+        if adapter:
+            model = merge(load_adapter(model, adapter))
+    except InputError:
+        raise
+    except (SafetensorError, OSError, ValueError, RuntimeError, KeyError) as error:
+        raise InputError(f"cannot load {adapter or folder}: {(str(error).splitlines() or ['?'])[0][:200]}",
+                         where="model") from None
     return model.to(device).eval()
 
 
@@ -304,9 +311,10 @@ class Detokenizer:
         before = len(self.text)
         self._decode(finish_reason)
         end = len(self.text)
-        found = [at for stop in self.stop if (at := self.text.find(stop, max(0, before - len(stop) + 1))) >= 0]
-        if found:
-            end, finish_reason = min(found), "stop"
+        found = [(at + len(stop), at) for stop in self.stop
+                 if (at := self.text.find(stop, max(0, before - len(stop) + 1))) >= 0]
+        if found:                                   # the first to be complete wins, however tokens cut the text
+            end, finish_reason = min(found)[1], "stop"
         elif not finish_reason:
             end -= self._held()
         piece, self._shown = self.text[self._shown:end], max(self._shown, end)
