@@ -309,7 +309,9 @@ def save_adapter(model: Any, folder: str | Path, state: dict[str, Tensor], base:
 
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    adapter = get_peft_model_state_dict(model, state_dict=state)
+    kept = model.state_dict().keys()                # some methods (VeRA) keep frozen random projections as buffers
+    buffers = {name: buffer.cpu() for name, buffer in model.named_buffers() if name in kept}
+    adapter = get_peft_model_state_dict(model, state_dict=buffers | state)
     save_file({name: weight.contiguous() for name, weight in adapter.items()}, folder / "adapter_model.safetensors")
     config = model.active_peft_config.to_dict() | {"base_model_name_or_path": base, "inference_mode": True}
     text = json.dumps(config, indent=2, sort_keys=True,

@@ -151,7 +151,7 @@ class Finished:
 def lit_llm(tmp_path) -> Callable[..., Finished]:
     """`lit_llm("fit", "--config", ...)`: the real command in a process of its own, in an empty folder."""
 
-    def call(*words: object, timeout: float = 240, stdin: str = "", env: dict[str, str] | None = None) -> Finished:
+    def call(*words: object, timeout: float = 500, stdin: str = "", env: dict[str, str] | None = None) -> Finished:
         command = [sys.executable, "-m", "lit_llm", *map(str, words)]
         surroundings = os.environ | {"PYTHONPATH": str(ROOT), "NO_COLOR": "1"} | (env or {})
         with subprocess.Popen(

@@ -15,6 +15,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 SAMPLES = ROOT / "lit_llm" / "samples"
+pytestmark = pytest.mark.timeout(900)
 
 
 def blocks(language: str, text: str = README) -> list[str]:
@@ -35,7 +36,7 @@ class Shell:
             "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
         }
 
-    def run(self, command: str, *, stdin: str = "", timeout: float = 280) -> subprocess.CompletedProcess:
+    def run(self, command: str, *, stdin: str = "", timeout: float = 600) -> subprocess.CompletedProcess:
         return subprocess.run(
             ["bash", "-euo", "pipefail", "-c", command],
             cwd=self.folder,
@@ -68,7 +69,7 @@ def first(shell) -> subprocess.CompletedProcess:
     install, _, train = blocks("bash")[0].strip().partition(" && ")
     assert install == "pip install -c constraints.txt -e ."
     began = time.monotonic()
-    done = shell.run(train, timeout=290)
+    done = shell.run(train)
     done.seconds = time.monotonic() - began
     assert done.returncode == 0, done.stderr[-2000:]
     return done

@@ -1,13 +1,14 @@
 """A LightningModule in, the same module trained by DeepSpeed's ZeRO stage 1, 2 or 3 out: on CUDA, and on CPU with gloo.
 
 Owns everything that is DeepSpeed's: the process group, the sharding of weights while they are loaded, where an
-optimizer step ends, clipping, shards on disk, and full weights gathered back. The gradient that reaches the optimizer is
-exactly that of the loss the module returned: Lightning divides it by the accumulated micro-batches, ZeRO averages it
+optimizer step ends, clipping, shards on disk, and full weights gathered back. The gradient that reaches the optimizer
+is exactly that of the loss the module returned: Lightning divides it by the accumulated micro-batches, ZeRO averages it
 over processes, and nobody divides twice. Knows nothing of data, models, losses or what a checkpoint means.
 """
 
 import atexit
 import os
+import warnings
 from collections.abc import Generator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout, suppress
 from pathlib import Path
@@ -30,12 +31,12 @@ _RENDEZVOUS = ("MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE", "LOCAL_RANK")
 class ZeroStrategy(DeepSpeedStrategy):
     """DeepSpeed's ZeRO as a Lightning strategy (arXiv:1910.02054, section 5).
 
-    Differs from Lightning's own in five ways: it runs on CPU too; an optimizer step ends where Lightning says so, also in
-    a short last window; gradients are not divided by the accumulation a second time and are summed in float32;
+    Differs from Lightning's own in five ways: it runs on CPU too; an optimizer step ends where Lightning says so, also
+    in a short last window; gradients are not divided by the accumulation a second time and are summed in float32;
     transformers models are sharded while they load and adapters start at zero; checkpoints leave out frozen weights.
 
     Args:
-        stage: What is split over processes. 1: optimizer states; 2: gradients too; 3: weights too, gathered layer by layer.
+        stage: What is split over processes. 1: optimizer states; 2: gradients too; 3: weights too, gathered by layer.
             2 costs nothing over 1; 3 is for a model whose weights alone do not fit on one device.
         offload_optimizer: Keep optimizer states in CPU memory. Saves 12 bytes per trainable parameter of device memory.
         offload_parameters: Keep the weights in CPU memory, stage 3 only. Slow; for models that fit in no other way.
@@ -155,7 +156,7 @@ class ZeroStrategy(DeepSpeedStrategy):
     @precision_plugin.setter
     def precision_plugin(self, plugin: Precision | None) -> None:
         if isinstance(plugin, DeepSpeedPrecision) and not isinstance(plugin, _EnginePrecision):
-            plugin = _EnginePrecision(plugin.precision)
+            plugin = _EnginePrecision(plugin.precision)  # type: ignore[arg-type]
         self._precision_plugin = plugin
 
     @contextmanager
@@ -177,7 +178,9 @@ class ZeroStrategy(DeepSpeedStrategy):
         """Start the engine on the configured module."""
         self._init_config_if_needed()
         self._fit_buckets()
-        super().setup(trainer)
+        with warnings.catch_warnings():             # that the engine clips, not the module's hook, is meant so
+            warnings.filterwarnings("ignore", message=".*handles gradient clipping internally.*")
+            super().setup(trainer)
 
     def _format_config(self) -> None:
         super()._format_config()
@@ -205,7 +208,7 @@ class ZeroStrategy(DeepSpeedStrategy):
         """No: Lightning says where a step ends, so that its counters, the schedule and the engine agree."""
         return False
 
-    def block_backward_sync(self) -> AbstractContextManager[None]:
+    def block_backward_sync(self) -> AbstractContextManager[None]:  # type: ignore[override]
         """Nothing to block: the engine itself reduces at the end of a step only."""
         return nullcontext()
 
@@ -236,7 +239,7 @@ class ZeroStrategy(DeepSpeedStrategy):
         super().save_checkpoint(checkpoint, filepath, storage_options)
 
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
-        """Restore weights and, when fitting, the optimizer; Lightning restores loops and schedule from what is returned.
+        """Restore weights and, when fitting, the optimizer; Lightning restores loops and schedule from the rest.
 
         Raises:
             InputError: If the folder was written with another number of processes or another stage, or by stage 3 and
@@ -268,18 +271,18 @@ class ZeroStrategy(DeepSpeedStrategy):
         stage_3 = any(shards.glob("zero_pp_rank_*_model_states.pt"))
         if not writers:
             raise InputError("this is not a folder that DeepSpeed wrote", where=str(folder))
-        if writers != self.world_size and fitting:
-            raise InputError(
-                f"written by {writers} processes, cannot be read by {self.world_size}",
-                where=str(folder),
-                fix=f"Resume with --trainer.devices {writers}",
-            )
         if stage_3 != self.zero_stage_3:
             wrote, reads = ("stage 3", "1 or 2") if stage_3 else ("stage 1 or 2", "3")
             raise InputError(
                 f"written by {wrote}, cannot be read by stage {reads}",
                 where=str(folder),
                 fix=f"Set --trainer.strategy deepspeed_stage_{3 if stage_3 else 2}",
+            )
+        if writers != self.world_size and fitting:
+            raise InputError(
+                f"written by {writers} processes, cannot be read by {self.world_size}",
+                where=str(folder),
+                fix=f"Resume with --trainer.devices {writers}",
             )
         if stage_3 and not fitting:
             raise InputError(
@@ -290,7 +293,7 @@ class ZeroStrategy(DeepSpeedStrategy):
 
 
 class _EnginePrecision(DeepSpeedPrecision):
-    """DeepSpeed's precision, without Lightning's cast of buffers: rotary frequencies in bfloat16 are wrong positions."""
+    """DeepSpeed's precision, without Lightning's cast of buffers: rotary frequencies in bf16 are wrong positions."""
 
     def convert_module(self, module: nn.Module) -> nn.Module:
         return module                               # the engine casts parameters, and only them
@@ -342,6 +345,8 @@ def _import_deepspeed() -> None:
     """Import it once without a word on stdout, where chat answers and reports go."""
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")      # read at import; without it a warning is printed
+    # of torch 2.13 for every collective of ZeRO-3; DeepSpeed's matter, not the user's
+    warnings.filterwarnings("ignore", message="`torch.distributed.*_tensor` is deprecated", category=FutureWarning)
     with redirect_stdout(stderr):
         import deepspeed
 
@@ -361,7 +366,7 @@ def _select_device(kind: str) -> None:
         os.environ["DS_ACCELERATOR"] = "cpu"
         set_accelerator(CPU_Accelerator())
     if kind == "cpu":
-        # else the first run compiles C++ and one killed meanwhile leaves a lock that hangs all later ones; not used here
+        # else the first run compiles C++ and one killed meanwhile leaves a lock that hangs all later ones
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 

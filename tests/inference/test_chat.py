@@ -119,7 +119,7 @@ def test_ctrl_c_stops_the_answer_and_ctrl_d_leaves(endless_model):
         terminal.type("/reset\n")
         terminal.until("you> ", 20)
         terminal.type("\x04")
-        pid, status = os.waitpid(terminal.pid, 0)
+        _, status = os.waitpid(terminal.pid, 0)
         assert os.waitstatus_to_exitcode(status) == 0
     except BaseException:
         os.kill(terminal.pid, signal.SIGKILL)

@@ -1,95 +1,34 @@
 """Trains a tiny model under a list of settings with real processes, and writes what every rank saw.
 
-Run by test_strategy.py: `python strategy_probe.py PLAN.json`. Lightning starts the other ranks with the same command.
-PLAN is {"model", "data", "out", "devices", "cases": [{"name", "stage", "lora", "accumulate", ...}]}.
+Run by test_strategy.py: `python strategy_probe.py PLAN.json`; Lightning starts the other ranks with the same command.
+PLAN is {"model", "steps", "out", "devices", "cases": [{"name", "strategy", "lora", "accumulate", ...}]}, a step is
+{"input_ids", "labels"} of all its rows, which micro-batches and ranks share.
 """
 
 import json
+import os
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
-import lightning.pytorch as L
+import lightning as L
 import torch
-from lightning.pytorch.utilities import disable_possible_user_warnings
-from torch.nn.functional import cross_entropy
 
-from lit_llm.training.strategy import ZeroStrategy, gathered_trainable_state
+from lit_llm.model import LoRA
+from lit_llm.training.module import CausalLMModule
+from lit_llm.training.strategy import gathered_trainable_state
+from lit_llm.training.trainer import Trainer
 
-CLIP = 0.05
-
-
-class ProbeModule(L.LightningModule):
-    def __init__(self, model, case):
-        super().__init__()
-        self.folder, self.case, self.model = model, case, None
-        self.seen = {"nll": [], "norm": [], "val": [], "dtypes": []}
-
-    def configure_model(self):
-        if self.model is not None:
-            return
-        from transformers import AutoConfig, AutoModelForCausalLM
-
-        torch.manual_seed(11)
-        if self.case.get("scratch"):
-            self.model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(self.folder), dtype=torch.float32)
-        else:
-            self.model = AutoModelForCausalLM.from_pretrained(self.folder, dtype=torch.float32)
-        if self.case["lora"]:
-            from peft import LoraConfig, get_peft_model
-
-            torch.manual_seed(7)
-            self.model = get_peft_model(self.model, LoraConfig(r=4, lora_alpha=16, target_modules="all-linear"))
-        self.model.train()
-
-    def nll(self, batch):
-        logits = self.model(input_ids=batch["input_ids"], use_cache=False).logits[:, :-1]
-        return cross_entropy(logits.flatten(0, 1).float(), batch["labels"][:, 1:].flatten(), reduction="sum")
-
-    def training_step(self, batch, index):
-        assert type(batch["num_supervised_in_step"]) is int
-        assert type(batch["last_in_step"]) is bool
-        assert batch["input_ids"].dtype == torch.int64
-        nll = self.nll(batch)
-        self.seen["nll"].append(nll.item())
-        scale = self.trainer.accumulate_grad_batches * self.trainer.world_size / batch["num_supervised_in_step"]
-        return nll * scale
-
-    def on_before_zero_grad(self, optimizer):
-        norm = getattr(self.trainer.strategy, "gradient_norm", None)
-        if self.trainer.global_step > len(self.seen["norm"]):
-            self.seen["norm"].append(norm)
-
-    def validation_step(self, batch, index):
-        self.seen["val"].append(self.nll(batch).item())
-
-    def configure_optimizers(self):
-        trained = [weight for weight in self.parameters() if weight.requires_grad]
-        optimizer = torch.optim.AdamW(trained, lr=1e-2, weight_decay=0.1)
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+CLIP, LR, DECAY, RANK = 0.5, 1e-2, 0.1, 4
 
 
-def micro_batches(steps, accumulate, rank, world):
-    """This rank's share of each step's rows; the short last step has fewer micro-batches."""
-    out = []
-    for step in steps:
-        inputs, labels = torch.tensor(step["input_ids"]), torch.tensor(step["labels"])
-        each = len(steps[0]["input_ids"]) // (accumulate * world)
-        count = len(inputs) // (each * world)
-        for turn in range(count):
-            rows = slice((turn * world + rank) * each, (turn * world + rank + 1) * each)
-            out.append(
-                {
-                    "input_ids": inputs[rows],
-                    "labels": labels[rows],
-                    "num_supervised_in_step": int((labels[:, 1:] != -100).sum()),
-                    "last_in_step": turn == count - 1,
-                }
-            )
-    return out
+class Module(CausalLMModule):
+    def _adapted(self, inner):
+        torch.manual_seed(7)                            # LoRA's A is then the oracle's
+        return super()._adapted(inner)
 
 
-class Loader:
+class Rows:
     def __init__(self, batches):
         self.batches = batches
 
@@ -100,72 +39,101 @@ class Loader:
         return iter(self.batches)
 
 
-class Share(L.LightningDataModule):
+class Data(L.LightningDataModule):
+    """Each step's rows in their order, dealt to micro-batches and ranks; a short step has half the micro-batches."""
+
     def __init__(self, steps, accumulate):
         super().__init__()
         self.steps, self.accumulate = steps, accumulate
-
-    def loader(self, steps, accumulate):
-        return Loader(micro_batches(steps, accumulate, self.trainer.global_rank, self.trainer.world_size))
+        self.seq_len = len(steps[0]["input_ids"][0])
+        self.tokenizer = SimpleNamespace(vocab_size=128, bos_id=1, eos_id=2, pad_id=None, save=lambda folder: None)
 
     def train_dataloader(self):
-        return self.loader(self.steps, self.accumulate)
+        return Rows([batch for step in self.steps for batch in self.shares(step)])
 
     def val_dataloader(self):
-        return self.loader(self.steps[:1], 1)
+        return Rows(self.shares(self.steps[0]))
+
+    def shares(self, step):
+        whole = len(step["input_ids"]) == len(self.steps[0]["input_ids"])
+        turns = self.accumulate if whole else max(1, self.accumulate // 2)
+        inputs, labels = torch.tensor(step["input_ids"]), torch.tensor(step["labels"])
+        each = len(inputs) // (turns * self.trainer.world_size)
+        supervised = int((labels != -100).sum())
+        mine = range(self.trainer.global_rank, turns * self.trainer.world_size, self.trainer.world_size)
+        return [self.batch(inputs[at * each :][:each], labels[at * each :][:each], supervised, at == mine[-1])
+                for at in mine]
+
+    def batch(self, inputs, labels, supervised, last):
+        rows, length = inputs.shape
+        count = int((labels != -100).sum())
+        return {"input_ids": inputs, "labels": labels, "position_ids": torch.arange(length).expand(rows, length),
+                "cu_seqlens": torch.arange(rows + 1, dtype=torch.int32) * length, "max_seqlen": length,
+                "num_supervised": count, "num_supervised_in_step": supervised, "last_in_step": last,
+                "num_bytes": count, "num_tokens": inputs.numel()}
 
 
-def trainer_for(case, devices, out, **more):
-    strategy = case.get("strategy") or ZeroStrategy(stage=case["stage"], **case.get("options", {}))
-    return L.Trainer(
-        accelerator="cpu", devices=devices, strategy=strategy, precision=case.get("precision", "32-true"),
-        accumulate_grad_batches=case["accumulate"], gradient_clip_val=CLIP, max_epochs=case.get("epochs", 1),
-        default_root_dir=out, logger=False, enable_checkpointing=False, enable_progress_bar=False,
-        enable_model_summary=False, num_sanity_val_steps=1, **more,
-    )  # fmt: skip
+class Watch(L.Callback):
+    def __init__(self, out):
+        self.out, self.losses, self.norms, self.notes = out, [], [], {}
+
+    def on_train_start(self, trainer, module):
+        state = gathered_trainable_state(module)        # a collective: every rank calls it
+        assert (state is None) == (trainer.global_rank > 0)
+        if state is not None:
+            torch.save(state, self.out / "start.pt")
+
+    def on_train_batch_start(self, trainer, module, batch, batch_idx):
+        assert batch["input_ids"].dtype == batch["labels"].dtype == torch.int64
+        assert type(batch["num_supervised_in_step"]) is int
+        assert type(batch["last_in_step"]) is bool
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+        if batch["last_in_step"]:
+            self.losses.append(float(trainer.callback_metrics["train/loss"]))
+            self.norms.append(getattr(trainer.strategy, "gradient_norm", None))
+
+    def on_train_end(self, trainer, module):
+        engine = getattr(trainer.strategy, "deepspeed_engine", None)
+        self.notes = {
+            "losses": self.losses, "norms": self.norms, "global_step": trainer.global_step,
+            "engine_steps": getattr(engine, "global_steps", trainer.global_step),
+            "dtypes": sorted({str(weight.dtype) for weight in module.parameters()}),
+            "buffers": sorted({str(buffer.dtype) for name, buffer in module.named_buffers() if "inv_freq" in name}),
+        }
+        state = gathered_trainable_state(module)
+        if state is not None:
+            torch.save(state, self.out / "end.pt")
 
 
-class SaveAt(L.Callback):
-    def __init__(self, step, folder):
-        self.step, self.folder = step, folder
-
-    def on_train_batch_end(self, trainer, module, *_):
-        if trainer.global_step == self.step and not Path(self.folder).exists():
-            trainer.save_checkpoint(self.folder)
-
-
-def run(case, plan, steps, out):
-    module = ProbeModule(plan["model"], case)
-    saved = str(out / "saved")
-    callbacks = [SaveAt(case["save_at"], saved)] if "save_at" in case else []
-    trainer = trainer_for(case, plan["devices"], str(out), callbacks=callbacks)
-    trainer.fit(module, Share(steps, case["accumulate"]), ckpt_path=case.get("resume"))
-    result = dict(module.seen, global_step=trainer.global_step, rank=trainer.global_rank)
-    if case.get("engine", True) and "strategy" not in case:
-        result["engine_steps"] = trainer.strategy.deepspeed_engine.global_steps
-        result["norm"].append(trainer.strategy.gradient_norm)
-    result["dtypes"] = sorted({str(weight.dtype) for weight in module.parameters()})
-    state = gathered_trainable_state(module)
-    assert (state is None) == (trainer.global_rank > 0)
-    if state is not None:
-        torch.save(state, out / "state.pt")
-    if case.get("validate_after"):
-        module.seen["val"] = []
-        trainer.validate(module, Share(steps, case["accumulate"]), verbose=False)
-        result["val_after"] = module.seen["val"]
-    (out / f"rank{trainer.global_rank}.json").write_text(json.dumps(result))
+def run(case, plan, out):
+    watch = Watch(out)
+    lora = LoRA(r=RANK, alpha=4 * RANK) if case["lora"] else None
+    source = {"init": case["init"]} if "init" in case else {"base": plan["model"]}
+    module = Module(**source, lora=lora, lr=LR, weight_decay=DECAY, warmup=0, schedule="constant",
+                    gradient_checkpointing=case.get("checkpointing", False))
+    trainer = Trainer(
+        accelerator="cpu", devices=plan["devices"], strategy=case["strategy"], precision=case.get("precision", "32-true"),
+        accumulate_grad_batches=case["accumulate"], gradient_clip_val=CLIP, max_epochs=1,
+        max_steps=case.get("max_steps", -1), default_root_dir=str(out), callbacks=[watch], log_every_n_steps=1,
+        enable_checkpointing=case.get("saves", False), enable_progress_bar=False)
+    data = Data(plan["steps"], case["accumulate"])
+    trainer.fit(module, datamodule=data, ckpt_path=case.get("resume"))
+    watch.notes["val"] = float(trainer.callback_metrics["val/nll"])
+    if case.get("validates"):
+        watch.notes["val_after"] = trainer.validate(module, datamodule=data)[0]["val/nll"]
+    (out / f"rank{trainer.global_rank}.json").write_text(json.dumps(watch.notes))
 
 
 def main():
     plan = json.loads(Path(sys.argv[1]).read_text())
-    disable_possible_user_warnings()
     torch.set_num_threads(1)
-    steps = json.loads(Path(plan["data"]).read_text())
     for case in plan["cases"]:
         out = Path(plan["out"]) / case["name"]
         out.mkdir(parents=True, exist_ok=True)
-        run(case, plan, steps, out)
+        run(case, plan, out)
 
 
 if __name__ == "__main__":
+    os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
     main()

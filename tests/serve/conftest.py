@@ -1,0 +1,122 @@
+"""Real servers: `python -m serve` in processes of their own, on free ports."""
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+CONTEXT = 20_000
+
+
+@pytest.fixture(scope="session")
+def endless_model(tiny_model, tmp_path_factory):
+    """A tiny Llama with a long context that never draws a stop token greedily, so that there is something to interrupt."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from lit_llm.tokenizer import Tokenizer
+
+    folder = tmp_path_factory.mktemp("served") / "endless"
+    shutil.copytree(tiny_model("llama"), folder)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    with torch.no_grad():
+        model.lm_head.weight[list(Tokenizer.load(str(folder)).stop_ids)] = 0.0      # some other logit is above 0
+    model.save_pretrained(folder)
+    facts = json.loads((folder / "config.json").read_text()) | {"max_position_embeddings": CONTEXT}
+    (folder / "config.json").write_text(json.dumps(facts))
+    return str(folder)
+
+
+class ServerProcess:
+    """`python -m serve`, started when made."""
+
+    def __init__(self, *words):
+        import httpx
+
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port = probe.getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}"
+        command = [sys.executable, "-m", "serve", "--port", str(self.port), *words]
+        environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        self.process = subprocess.Popen(command, env=environment, cwd="/", stderr=subprocess.PIPE, stdout=subprocess.PIPE,
+                                        text=True, start_new_session=True)
+        self.http = httpx.Client(base_url=self.url, timeout=60)
+        with contextlib.suppress(BaseException):
+            self.until_ready()
+            return
+        self.kill()
+        raise AssertionError(f"not ready: {self.process.stderr.read()[-2000:]}")
+
+    def until_ready(self, seconds=120):
+        self.until(lambda: self.health()[0] == 200, seconds)
+
+    def health(self):
+        import httpx
+
+        try:
+            reply = self.http.get("/health/ready")
+            return reply.status_code, reply.json().get("in_flight")
+        except httpx.TransportError:
+            return 0, None
+
+    def until(self, true, seconds=10):
+        end = time.monotonic() + seconds
+        while not true():
+            assert time.monotonic() < end, "it never came true"
+            assert self.process.poll() is None, "the server ended"
+            time.sleep(0.05)
+
+    def members(self):
+        """Process ids of the whole group: LitServe's main, queue, worker and API processes."""
+        ids = []
+        for entry in Path("/proc").iterdir():
+            with contextlib.suppress(ValueError, OSError, IndexError):
+                fields = (entry / "stat").read_text().rsplit(")", 1)[1].split()
+                if int(fields[2]) == self.process.pid and fields[0] != "Z":
+                    ids.append(int(entry.name))
+        return ids
+
+    def worker(self):
+        """The process with the model: the one that multiprocessing has spawned."""
+        for pid in self.members():
+            with contextlib.suppress(OSError):
+                if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes():
+                    return pid
+        return None
+
+    def kill(self):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+
+@pytest.fixture(scope="session")
+def server(endless_model):
+    """One server for all tests that leave it as it was."""
+    running = ServerProcess("--model", endless_model)
+    yield running
+    running.kill()
+
+
+@pytest.fixture(scope="session")
+def start_server():
+    """`start_server("--model", ...)`: another one, for tests that break it."""
+    started = []
+
+    def start(*words):
+        started.append(ServerProcess(*words))
+        return started[-1]
+
+    yield start
+    for running in started:
+        running.kill()
