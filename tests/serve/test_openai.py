@@ -159,7 +159,8 @@ def test_many_at_once_are_each_as_alone(client):
 def test_long_and_short_interleave(client):
     """A short answer does not wait for a long one that came first."""
     long = chat(client, max_tokens=5000, stream=True)
-    next(iter(long))
+    chunks = iter(long)
+    next(chunks)
     assert chat(client, max_tokens=3).usage.completion_tokens == 3
     long.close()
 
