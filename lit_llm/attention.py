@@ -67,8 +67,9 @@ def lit_varlen(
     if softcap is not None or s_aux is not None:
         raise InputError("this model's attention caps its scores or uses sinks, which packed attention cannot do",
                          where="model.base")
-    assert attention_mask is None, "packed attention takes borders, not masks"
-    assert cu_seqlens is not None, "packed attention needs cu_seqlens"
+    if attention_mask is not None or cu_seqlens is None:    # it makes a mask itself, or keeps our keywords to itself
+        raise InputError("this model does not hand the borders of documents to its attention, so documents packed into "
+                         "one row could not be kept apart", where="model.base")
     dropout = dropout if module.training else 0.0
     if _flash(query, dropout):
         return _on_cuda(query, key, value, cu_seqlens, max_seqlen, scaling, sliding_window), None

@@ -20,6 +20,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+# Methods of peft that want more than tokens and labels: task numbers, other adapters, a second model.
+UNFIT = ("ArrowConfig", "CartridgeConfig", "CPTConfig", "MultitaskPromptTuningConfig", "PeftConfig", "PolyConfig",
+         "PromptLearningConfig", "ShadowConfig", "XLoraConfig")
+
+
 @dataclass(slots=True)
 class LoRA:
     """Low-rank adapters (arXiv:2106.09685): the short form of `peft: {class_path: LoraConfig, ...}`.
@@ -77,10 +82,10 @@ def load_causal_lm(path: str, *, dtype: torch.dtype = torch.float32, attention: 
             str(folder) if folder.is_dir() else path, dtype=dtype, attn_implementation=attention,
             use_safetensors=True, trust_remote_code=False, output_loading_info=True,
             local_files_only=not folder.is_dir() and hub.offline())
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except Exception as error:                      # a stranger's files: transformers has no one error for them
+        _check_interface(error, path)
         if folder.is_dir():
-            raise InputError(f"cannot load the model in {path}: {str(error).splitlines()[0][:200]}",
-                             where="model.base") from None
+            raise InputError(f"cannot load the model in {path}: {_reason(error)}", where="model.base") from None
         raise hub.unreachable(path, where="model.base") from None
     model, report = loaded
     if report["missing_keys"]:
@@ -112,13 +117,18 @@ def init_causal_lm(init: dict[str, Any], *, dtype: torch.dtype = torch.float32, 
         raise InputError(f"unknown model_type '{kind}'; it is the architecture's name in transformers, such as llama."
                          f"{did_you_mean(kind, list(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES))}", where="model.init")
     known = set(AutoConfig.for_model(kind).to_dict())
+    known |= {"rope_theta", "rope_scaling"} if "rope_parameters" in known else set()    # as older configs spell it
     if unknown := sorted(set(keys) - known):
         raise InputError(f"{kind} has no key '{unknown[0]}'.{did_you_mean(unknown[0], sorted(known))}",
                          where="model.init")
-    config = AutoConfig.for_model(kind, **{**defaults, **keys})
     if attention == packed_attention.NAME:
         packed_attention.register()
-    model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
+    try:
+        config = AutoConfig.for_model(kind, **{**defaults, **keys})
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
+    except Exception as error:                      # each architecture refuses in its own way
+        _check_interface(error, kind)
+        raise InputError(f"no {kind} can be built so: {_reason(error)}", where="model.init") from None
     _check_packable(model, attention)
     return model
 
@@ -133,6 +143,20 @@ def _quiet_bars() -> None:
         logging.disable_progress_bar()
 
 
+def _reason(error: Exception) -> str:
+    """What transformers said, in one line."""
+    if "ignore_mismatched_sizes" in str(error):
+        return "its weights have other shapes than its config.json says"
+    return " ".join(str(error).split())[:240] or type(error).__name__
+
+
+def _check_interface(error: Exception, what: str) -> None:
+    """Old architectures look their attention up in a table of their own."""
+    if isinstance(error, KeyError) and error.args == (packed_attention.NAME,):
+        raise InputError(f"{what} has attention of its own, so documents packed into one row could not be kept apart",
+                         where="model") from None
+
+
 def _check_packable(model: "PreTrainedModel", attention: str) -> None:
     if attention != packed_attention.NAME:
         return
@@ -145,7 +169,10 @@ def _check_packable(model: "PreTrainedModel", attention: str) -> None:
 # ---- adapters --------------------------------------------------------------------------------------------------------
 
 def wrap_peft(model: "PreTrainedModel", spec: dict[str, Any]) -> Any:
-    """The model with a PEFT method's adapters: base frozen, adapters trainable, output unchanged at the start.
+    """The model with a PEFT method's adapters: base frozen, adapters trainable.
+
+    Nearly every method starts exactly at the base (FourierFT and C3A with `init_weights: true`; VB-LoRA and Uni-LoRA
+    only close to it).
 
     Args:
         model: The base.
@@ -159,7 +186,7 @@ def wrap_peft(model: "PreTrainedModel", spec: dict[str, Any]) -> Any:
     config = _peft_config(spec)
     try:
         return get_peft_model(model, config)
-    except ValueError as error:
+    except Exception as error:                      # forty methods, each with its own way to say no
         linears = sorted({name.rsplit(".", 1)[-1] for name, layer in model.named_modules() if _is_linear(layer)})
         raise InputError(f"{str(error).splitlines()[0][:160]}", where="model.peft",
                          fix=f"linear layers here: {', '.join(linears)}; all-linear takes all but the head") from None
@@ -173,7 +200,8 @@ def _peft_config(spec: dict[str, Any]) -> Any:
 
     unknown = sorted(set(spec) - {"class_path", "init_args"})
     name = str(spec.get("class_path", "")).removeprefix("peft.")
-    known = [key for key, kind in vars(peft).items() if isinstance(kind, type) and issubclass(kind, peft.PeftConfig)]
+    known = [key for key, kind in vars(peft).items()
+             if isinstance(kind, type) and issubclass(kind, peft.PeftConfig) and key not in UNFIT]
     if name not in known or unknown:
         raise InputError(f"'{unknown[0] if unknown else name}' is not known here; give class_path: a config class of "
                          f"peft, and init_args.{did_you_mean(name, known)}", where="model.peft")
@@ -186,9 +214,17 @@ def _peft_config(spec: dict[str, Any]) -> Any:
     own_layers = name in ("IA3Config", "AdaptionPromptConfig")
     if "target_modules" in keys and args.get("target_modules") is None and not own_layers:
         args["target_modules"] = "all-linear"
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return kind(**args)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return kind(**args)
+    except (ValueError, TypeError, ImportError) as error:
+        raise InputError(f"{name}: {str(error).splitlines()[0][:160]}", where="model.peft") from None
+
+
+def learns_prompt_by(spec: dict[str, Any] | None) -> bool:
+    """Whether the method of a spec will put virtual tokens before each conversation."""
+    return spec is not None and bool(_peft_config(spec).is_prompt_learning)
 
 
 def _is_linear(layer: nn.Module) -> bool:
@@ -209,7 +245,11 @@ def merge(model: Any) -> "PreTrainedModel":
     if not hasattr(model, "merge_and_unload"):
         raise InputError("this PEFT method cannot be merged into the base", where="model.peft",
                          fix="its adapter folder loads with peft.PeftModel.from_pretrained")
-    return model.merge_and_unload()
+    try:
+        return model.merge_and_unload()
+    except (ValueError, NotImplementedError) as error:
+        raise InputError(f"this PEFT method cannot be merged into the base: {error}", where="model.peft",
+                         fix="its adapter folder loads with peft.PeftModel.from_pretrained") from None
 
 
 def is_peft(model: Any) -> bool:
@@ -309,14 +349,22 @@ def save_adapter(model: Any, folder: str | Path, state: dict[str, Tensor], base:
 
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    kept = model.state_dict().keys()                # some methods (VeRA) keep frozen random projections as buffers
-    buffers = {name: buffer.cpu() for name, buffer in model.named_buffers() if name in kept}
-    adapter = get_peft_model_state_dict(model, state_dict=buffers | state)
-    save_file({name: weight.contiguous() for name, weight in adapter.items()}, folder / "adapter_model.safetensors")
+    adapter = get_peft_model_state_dict(model, state_dict=_under_all_names(model, state))
+    save_file({name: weight.clone().contiguous() for name, weight in adapter.items()},
+              folder / "adapter_model.safetensors")
     config = model.active_peft_config.to_dict() | {"base_model_name_or_path": base, "inference_mode": True}
     text = json.dumps(config, indent=2, sort_keys=True,
                       default=lambda value: sorted(value) if isinstance(value, set) else str(value))
     (folder / "adapter_config.json").write_text(text + "\n", encoding="utf-8")
+
+
+def _under_all_names(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Weights under each of their names (VB-LoRA shares one bank) with the frozen buffers beside them (VeRA's)."""
+    named = list(model.named_parameters(remove_duplicate=False))
+    known = {id(weight): state[name] for name, weight in named if name in state}
+    buffers = {name for name, _ in model.named_buffers(remove_duplicate=False)}
+    frozen = {name: value.cpu() for name, value in model.state_dict().items() if name in buffers}
+    return frozen | state | {name: known[id(weight)] for name, weight in named if id(weight) in known}
 
 
 def spec_of(peft: dict[str, Any] | None, lora: LoRA | None) -> dict[str, Any] | None:

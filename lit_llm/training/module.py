@@ -87,8 +87,7 @@ class CausalLMModule(L.LightningModule):
         if self.model is not None:
             return
         dtype = DTYPES.get(str(self.trainer.precision), torch.float32)
-        prompt_learning = self._learns_prompt()
-        kind = "sdpa" if prompt_learning else attention.NAME
+        kind = "sdpa" if model.learns_prompt_by(self.peft_spec) else attention.NAME
         if path := self._pretrained():
             inner = model.load_causal_lm(path, dtype=dtype, attention=kind)
         else:
@@ -115,10 +114,6 @@ class CausalLMModule(L.LightningModule):
         if self.checkpoint is not None and (self.checkpoint / "adapter").is_dir():
             return model.load_adapter(inner, self.checkpoint / "adapter", trainable=True)
         return model.wrap_peft(inner, self.peft_spec)
-
-    def _learns_prompt(self) -> bool:
-        name = (self.peft_spec or {}).get("class_path", "")
-        return any(word in name for word in ("Prompt", "Prefix", "PTuning"))
 
     def _tokenizer_facts(self) -> dict[str, Any]:
         """What a new model's config takes from the tokenizer."""
