@@ -29,14 +29,24 @@ class Module(CausalLMModule):
 
 
 class Rows:
+    """A loader that knows where it stands."""
+
     def __init__(self, batches):
-        self.batches = batches
+        self.batches, self.at = batches, 0
 
     def __len__(self):
         return len(self.batches)
 
     def __iter__(self):
-        return iter(self.batches)
+        for at in range(self.at, len(self)):
+            self.at = (at + 1) % len(self)              # before the yield: Lightning never comes back after the last
+            yield self.batches[at]
+
+    def state_dict(self):
+        return {"at": self.at}
+
+    def load_state_dict(self, state):
+        self.at = state["at"]
 
 
 class Data(L.LightningDataModule):
@@ -67,7 +77,7 @@ class Data(L.LightningDataModule):
     def batch(self, inputs, labels, supervised, last):
         rows, length = inputs.shape
         count = int((labels != -100).sum())
-        return {"input_ids": inputs, "labels": labels, "position_ids": torch.arange(length).expand(rows, length),
+        return {"input_ids": inputs, "labels": labels, "position_ids": torch.arange(length).repeat(rows, 1),
                 "cu_seqlens": torch.arange(rows + 1, dtype=torch.int32) * length, "max_seqlen": length,
                 "num_supervised": count, "num_supervised_in_step": supervised, "last_in_step": last,
                 "num_bytes": count, "num_tokens": inputs.numel()}

@@ -6,6 +6,7 @@ Real processes train; the oracle is a plain loop of transformers, peft and torch
 """
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -163,6 +164,7 @@ def read(out, name, devices):
 
 def apart(ours, wanted):
     assert len(ours) == len(wanted)
+    assert all(map(math.isfinite, ours))
     return max(abs(one - other) / abs(other) for one, other in zip(ours, wanted, strict=True))
 
 
