@@ -5,6 +5,7 @@ bf16): it is the oracle of our tests, on small float64 input.
 """
 
 import math
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -41,6 +42,14 @@ class Perplexity(Metric):
         self.bytes += num_bytes
         self.correct += correct.to(self.correct)
 
+    def _apply(self, fn: Callable, exclude_state: Sequence[str] = "") -> "Perplexity":
+        """Follow the module to another device, but not to bf16: `bf16-true` converts every tensor of a module."""
+        def move(tensor: Tensor) -> Tensor:
+            return tensor.to(fn(tensor).device)
+
+        super()._apply(move, exclude_state)
+        return self
+
     def compute(self) -> Tensor:
         """Perplexity, () float64; nan where nothing was supervised."""
         return torch.exp(self.nll / self.tokens)
@@ -53,7 +62,7 @@ class Perplexity(Metric):
         mean = nll / tokens if tokens else math.nan
         return {
             "nll": mean,
-            "perplexity": math.exp(mean) if mean < 700 else math.inf,
+            "perplexity": math.inf if mean >= 700 else math.exp(mean),
             "bits_per_byte": nll / math.log(2) / num_bytes if num_bytes else math.nan,
             "token_accuracy": correct / tokens if tokens else math.nan,
             "tokens": float(tokens),

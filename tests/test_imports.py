@@ -1,0 +1,90 @@
+"""If this breaks: `--help` takes seconds, serving drags in the training stack, or a change here breaks a wing over there."""
+
+import ast
+import subprocess
+import sys
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+NOUNS = {"conversation", "template", "encoder", "tokenizer", "model", "attention"}
+GROUND = {"errors", "hub", "samples"}
+RIM = {"cli", "ending", "parser", "__main__", "__init__"}       # they may import everything
+WINGS = {"data": set(), "training": {"data"}, "inference": set()}
+ARROWS = {("training.callbacks", "inference.engine"), ("training.callbacks", "inference.sampling")}
+NOUNS_FROM = {"conversation": set(), "attention": set(), "template": {"conversation"}, "encoder": {"template"},
+              "tokenizer": {"conversation", "template", "encoder"}, "model": {"attention"}}
+HOMES = {
+    "peft": {"model"}, "AutoModelForCausalLM": {"model"}, "AutoConfig": {"model", "inference.export", "cli"},
+    "tokenizers": {"tokenizer", "samples.make"}, "AutoTokenizer": {"tokenizer"}, "datasets": {"data.sources", "data.readers"},
+    "torchmetrics": {"training.metrics"}, "deepspeed": {"training.strategy"}, "litserve": set(),
+}
+HEAVY = ["torch", "transformers", "peft", "deepspeed", "datasets", "lightning", "litserve"]
+
+
+def modules(package):
+    """`part.name` inside the package -> its syntax tree."""
+    for path in sorted((ROOT / package).rglob("*.py")):
+        name = ".".join(path.relative_to(ROOT / package).with_suffix("").parts)
+        yield name.removesuffix(".__init__"), ast.parse(path.read_text(encoding="utf-8"))
+
+
+TREES = dict(modules("lit_llm"))
+
+
+def imports(tree, *, top=False):
+    """(module, name) of what is imported: anywhere, or when the module is loaded and not only for type checking."""
+    nodes = [tree] if not top else [node for node in tree.body if not isinstance(node, ast.If)]
+    for root in nodes:
+        for node in ast.walk(root) if not top or not isinstance(root, ast.FunctionDef | ast.ClassDef) else ():
+            if isinstance(node, ast.Import):
+                yield from ((alias.name, "") for alias in node.names)
+            elif isinstance(node, ast.ImportFrom):
+                assert not node.level, "imports are absolute"
+                yield from ((node.module or "", alias.name) for alias in node.names)
+
+
+def inner(tree, *, top=False):
+    """Modules of lit_llm that a tree imports, without the package's name."""
+    for module, name in imports(tree, top=top):
+        if module.split(".")[0] == "lit_llm":
+            whole = f"{module}.{name}".removeprefix("lit_llm").strip(".")
+            yield whole if whole in TREES else module.removeprefix("lit_llm").strip(".")
+
+
+def test_who_may_import_whom():
+    for name, tree in TREES.items():
+        wing = name.split(".")[0]
+        for target in set(inner(tree)):
+            other = target.split(".")[0]
+            if wing in RIM or other in GROUND or wing == other or (name, target) in ARROWS:
+                assert other != "cli" or name in ("__main__", "__init__"), f"{name} imports {target}"
+                continue
+            allowed = NOUNS_FROM.get(wing) if wing in NOUNS else NOUNS | WINGS[wing] if wing in WINGS else set()
+            assert other in allowed, f"lit_llm.{name} must not import lit_llm.{target}"
+
+
+def test_lit_llm_knows_no_server_and_the_server_no_training():
+    for name, tree in TREES.items():
+        assert "serve" not in {module.split(".")[0] for module, _ in imports(tree)}, name
+    for name, tree in modules("serve"):
+        others = {target.split(".")[0] for target in inner(tree)}
+        assert others <= NOUNS | GROUND | {"inference"}, f"serve.{name} imports {others}"
+
+
+def test_no_circles_when_modules_are_loaded():
+    graph = {name: set(inner(tree, top=True)) - {name, ""} for name, tree in TREES.items()}
+    TopologicalSorter(graph).prepare()              # raises CycleError, which names the circle
+
+
+def test_one_home_for_each_third_party():
+    for name, tree in TREES.items():
+        for module, item in imports(tree):
+            for key in {module.split(".")[0], item} & HOMES.keys():
+                assert name in HOMES[key], f"lit_llm.{name} imports {key}, whose home is {HOMES[key] or 'serve'}"
+
+
+def test_importing_the_package_is_cheap():
+    code = f"import sys, lit_llm; print([name for name in {HEAVY} if name in sys.modules])"
+    out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "[]"

@@ -1,0 +1,197 @@
+"""If this breaks: training goes down another gradient than it says, or dies of logits that need not exist at once."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lit_llm import model as models
+from lit_llm.training import loss
+from lit_llm.training.loss import nll_sum, shift
+
+TOKENS, WIDTH, VOCABULARY = 90, 12, 37
+
+
+def case(dtype=torch.float64, bias=False, seed=0):
+    """Hidden states, labels with holes, and a head."""
+    torch.manual_seed(seed)
+    hidden = torch.randn(TOKENS, WIDTH, dtype=dtype, requires_grad=True)
+    labels = torch.randint(VOCABULARY, (TOKENS,))
+    labels[torch.rand(TOKENS) < 0.4] = -100
+    labels[0] = labels[30] = -100
+    return hidden, labels, nn.Linear(WIDTH, VOCABULARY, bias=bias, dtype=dtype)
+
+
+def oracle(hidden, labels, head, factor=1.0, cap=None):
+    """Plain torch in float64, all logits at once, the shift written out."""
+    bias = None if head.bias is None else head.bias.double()
+    logits = F.linear(hidden.double(), head.weight.double(), bias) * factor
+    if cap is not None:
+        logits = cap * torch.tanh(logits / cap)
+    return sum((-logits[at - 1].log_softmax(-1)[labels[at]] for at in range(1, len(labels)) if labels[at] != -100),
+               torch.zeros((), dtype=torch.float64))
+
+
+@pytest.fixture(params=[None, 16 * 4 * VOCABULARY], ids=["one chunk", "chunks of 16 rows"], autouse=True)
+def chunks(request, monkeypatch):
+    if request.param:
+        monkeypatch.setattr(loss, "CHUNK_BYTES", request.param)
+
+
+PATHS = {"fused": {}, "bias": {"bias": True}, "scaled": {"factor": 0.25}, "capped": {"cap": 0.8},
+         "both": {"bias": True, "factor": 2.0, "cap": 1.5}}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("path", PATHS)
+def test_value_and_gradients_are_those_of_cross_entropy(path, dtype, record_property):
+    keys = dict(PATHS[path])
+    hidden, labels, head = case(dtype, bias=keys.pop("bias", False))
+    ours = nll_sum(hidden, labels, head, **keys).total
+    got = torch.autograd.grad(3.0 * ours, [hidden, *head.parameters()])
+    theirs = oracle(hidden, labels, head, **keys)
+    want = torch.autograd.grad(3.0 * theirs, [hidden, *head.parameters()])
+    assert ours.dtype == dtype
+    limit = 1e-12 if dtype == torch.float64 else 1e-5
+    worst = max((a - b).norm() / b.norm() for a, b in zip(got, want, strict=True))
+    assert abs(ours.item() / theirs.item() - 1) < limit
+    record_property("max_relative", float(worst))
+    assert worst < limit
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_a_frozen_head_gets_no_gradient_and_changes_nothing(path):
+    keys = dict(PATHS[path])
+    hidden, labels, head = case(bias=keys.pop("bias", False))
+    (want,) = torch.autograd.grad(nll_sum(hidden, labels, head, **keys).total, [hidden])
+    head.requires_grad_(False)
+    nll_sum(hidden, labels, head, **keys).total.backward()
+    assert torch.allclose(hidden.grad, want, rtol=1e-12)
+    assert head.weight.grad is None
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_evaluation_is_the_same_sum_and_counts_what_was_right(path):
+    keys = dict(PATHS[path])
+    hidden, labels, head = case(bias=keys.pop("bias", False))
+    labels[50:70] = head(hidden[49:69]).argmax(-1)             # what it would say
+    with torch.no_grad():
+        total, correct = nll_sum(hidden, labels, head, **keys)
+        each, _ = nll_sum(hidden, labels, head, per_token=True, **keys)
+        right = sum(int(head(hidden[at - 1]).argmax() == labels[at]) for at in range(1, TOKENS) if labels[at] != -100)
+        assert total.dtype == torch.float64
+        assert abs(total - oracle(hidden, labels, head, **keys)) < 1e-9
+        assert abs(each.sum() - total) < 1e-9
+        assert correct == right >= 20
+
+
+def test_nothing_supervised_is_a_zero_with_a_graph():
+    hidden, labels, head = case()
+    total = nll_sum(hidden, torch.full_like(labels, -100), head).total
+    total.backward()
+    assert total == 0
+    assert (hidden.grad == 0).all()
+    assert (head.weight.grad == 0).all()
+    with torch.no_grad():
+        assert nll_sum(hidden, torch.full_like(labels, -100), head).total == 0
+
+
+def test_the_first_token_is_never_a_target():
+    """Its label would wrap around to the last position."""
+    assert shift(torch.tensor([7, 8, 9])).tolist() == [8, 9, -100]
+    hidden, labels, head = case()
+    labels[0] = 5
+    with_first = nll_sum(hidden, labels, head).total
+    labels[0] = -100
+    assert with_first == nll_sum(hidden, labels, head).total
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("path", ["fused", "bias"])
+def test_under_bf16_autocast(path, frozen):
+    """Gradients come in the dtypes of their tensors, as close as bf16 allows."""
+    hidden, labels, head = case(torch.float32, bias=path == "bias")
+    head.requires_grad_(not frozen)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        total = nll_sum(hidden, labels, head).total
+    total.backward()
+    assert total.dtype == hidden.grad.dtype == torch.float32
+    want = oracle(hidden, labels, head)
+    wanted = torch.autograd.grad(want, [hidden] if frozen else [hidden, head.weight])
+    assert abs(total - want) / want < 3e-3
+    for got, ref in zip([hidden.grad, head.weight.grad], wanted, strict=False):
+        assert (got - ref).norm() / ref.norm() < 1e-2
+
+
+def test_bf16_weights():
+    hidden, labels, head = case(torch.bfloat16)
+    total = nll_sum(hidden, labels, head).total
+    total.backward()
+    assert hidden.grad.dtype == head.weight.grad.dtype == torch.bfloat16
+    assert abs(total - oracle(hidden, labels, head)) / total < 1e-2
+
+
+class Largest(TorchDispatchMode):
+    """Remembers the largest tensor that any operation makes."""
+
+    def __init__(self):
+        super().__init__()
+        self.numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, tuple | list) else [out]:
+            if isinstance(tensor, torch.Tensor):
+                self.numel = max(self.numel, tensor.numel())
+        return out
+
+
+@pytest.mark.parametrize("grad", [True, False], ids=["train", "evaluate"])
+@pytest.mark.parametrize("path", PATHS)
+def test_no_logits_of_a_whole_batch_exist_in_memory(monkeypatch, path, grad):
+    tokens, vocabulary, rows = 512, 400, 16
+    monkeypatch.setattr(loss, "CHUNK_BYTES", rows * 4 * vocabulary)
+    keys = dict(PATHS[path])
+    head = nn.Linear(8, vocabulary, bias=keys.pop("bias", False))
+    hidden = torch.randn(tokens, 8, requires_grad=grad)
+    labels = torch.randint(vocabulary, (tokens,))
+    with torch.set_grad_enabled(grad), Largest() as largest:
+        total = nll_sum(hidden, labels, head, **keys).total
+        if grad:
+            total.backward()
+    assert largest.numel <= rows * vocabulary
+    with Largest() as naive:
+        F.cross_entropy(head(hidden), labels)
+    assert naive.numel == tokens * vocabulary
+
+
+def tiny(kind, **keys):
+    shape = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+                 num_key_value_heads=1)
+    torch.manual_seed(1)
+    return models.init_causal_lm({"model_type": kind, "initializer_range": 0.5, **shape, **keys}, vocab_size=64,
+                                 dtype=torch.float64, attention="eager", pad_token_id=0, bos_token_id=1, eos_token_id=2)
+
+
+@pytest.mark.parametrize(("kind", "keys"), [
+    ("llama", {}), ("gemma2", {"head_dim": 8, "final_logit_softcapping": 0.7}), ("cohere", {"logit_scale": 0.3}),
+    ("granite", {"logits_scaling": 6.0}), ("phi", {}),      # Phi's head has a bias
+])
+def test_the_loss_of_a_model_is_transformers_own(kind, keys, record_property):
+    """Value and gradients of every weight against `model(labels=...)`, whose mean is over the same tokens."""
+    model = tiny(kind, **keys)
+    ids = torch.randint(3, 64, (1, 40))
+    labels = ids.clone()
+    labels[0, :9] = -100
+    count = (labels[0, 1:] != -100).sum()
+    wanted = model(input_ids=ids, labels=labels, use_cache=False).loss * count
+    want = torch.autograd.grad(wanted, list(model.parameters()), allow_unused=True)
+    hidden = models.backbone(model)(input_ids=ids, use_cache=False).last_hidden_state[0]
+    factor, cap = models.logit_adjustment(model)
+    total = nll_sum(hidden, labels[0], models.head(model), factor=factor, cap=cap).total
+    got = torch.autograd.grad(total, list(model.parameters()), allow_unused=True)
+    worst = max((a - b).norm() / b.norm().clamp_min(1e-9) for a, b in zip(got, want, strict=True) if b is not None)
+    record_property("max_relative", worst.item())
+    assert abs(total / wanted - 1) < 1e-6                   # transformers takes its loss in float32
+    assert worst < 1e-5
