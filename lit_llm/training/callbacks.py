@@ -158,7 +158,12 @@ class RunFolder(Callback):
             tokenizer.save(folder / "tokenizer")
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        """A resumed run continues `metrics.csv` where its checkpoint stands."""
+        """A resumed run continues data and `metrics.csv` where its checkpoint stands.
+
+        The loader was set up before the checkpoint was read, when the schedule asked for the length of an epoch, and
+        Lightning does not come back to give it its state.
+        """
+        trainer.fit_loop._load_combined_loader_states()
         for logger in trainer.loggers:
             if isinstance(logger, MetricsCSV) and self.resumed and trainer.is_global_zero:
                 logger.resume(trainer.global_step)

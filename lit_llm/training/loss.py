@@ -6,6 +6,7 @@ who wants a mean divides by a count he knows.
     B rows, T tokens, V vocabulary, N supervised tokens, D hidden
 """
 
+import sys
 from typing import Any, NamedTuple
 
 import torch
@@ -58,15 +59,53 @@ def nll_sum(hidden_TD: Tensor, labels_T: Tensor, head: nn.Module, *, factor: flo
     targets_T = shift(labels_T)
     index_N = (targets_T != IGNORE_INDEX).nonzero(as_tuple=True)[0]
     hidden_ND, targets_N = hidden_TD.index_select(0, index_N), targets_T.index_select(0, index_N)
+    settings = (factor, cap, per_token)
+    if any(hasattr(weight, "ds_id") for weight in head.parameters()):
+        return _in_one_call(hidden_ND, targets_N, head, *settings)
     if not torch.is_grad_enabled():
-        return _evaluate(hidden_ND, targets_N, head, factor, cap, per_token)
-    zero = torch.zeros((), dtype=torch.int64, device=hidden_TD.device)
+        return _evaluate(hidden_ND, targets_N, head, *settings)
     if not len(index_N):                            # a row of padding: no loss, but a graph for every rank to walk
-        return Nll(head(hidden_TD[:1]).float().sum() * 0.0, zero)
-    if _fusable(head) and factor == 1.0 and cap is None and not per_token:
-        return Nll(_FusedNll.apply(hidden_ND, head.weight, targets_N), zero)
+        return Nll(head(hidden_TD[:1]).float().sum() * 0.0, torch.zeros_like(index_N.sum()))
+    return _train(hidden_ND, targets_N, head, *settings)
+
+
+def _in_one_call(hidden_ND: Tensor, targets_N: Tensor, head: nn.Module, *settings: Any) -> Nll:
+    """All chunks within a single call of a head that ZeRO-3 has cut into shards.
+
+    ZeRO-3 gathers weights around each call of a module, so all ranks must make the same calls in the same order; but
+    they have different numbers of tokens, so of chunks. A rank that calls more often waits for the others forever.
+    """
+    run = _train if torch.is_grad_enabled() else _evaluate
+    whole = _Whole(head)
+
+    def forward(hidden: Tensor) -> tuple[Tensor, Tensor]:
+        return tuple(run(hidden, targets_N, whole, *settings))
+
+    head.forward = forward
+    try:
+        return Nll(*head(hidden_ND))
+    finally:
+        del head.forward                            # the class's own is back
+
+
+class _Whole:
+    """A head whose weights are gathered at this moment: called without the hooks that would gather them."""
+
+    def __init__(self, head: nn.Module) -> None:
+        self.head, self.rows = head, _rows(head) if type(head) is nn.Linear else sys.maxsize
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        return type(self.head).forward(self.head, hidden)
+
+
+def _train(hidden_ND: Tensor, targets_N: Tensor, head: Any, factor: float, cap: float | None, per_token: bool) -> Nll:
+    zero = torch.zeros((), dtype=torch.int64, device=hidden_ND.device)
+    inner = getattr(head, "head", head)
+    if _fusable(inner) and factor == 1.0 and cap is None and not per_token:
+        return Nll(_FusedNll.apply(hidden_ND, inner.weight, targets_N), zero)
     rows = _rows(head)
-    losses = [checkpoint(_chunk_nll, hidden, targets, head, factor, cap, use_reentrant=False)
+    losses = [_chunk_nll(hidden, targets, head, factor, cap) if isinstance(head, _Whole) else
+              checkpoint(_chunk_nll, hidden, targets, head, factor, cap, use_reentrant=False)
               for hidden, targets in zip(hidden_ND.split(rows), targets_N.split(rows), strict=True)]
     losses_N = torch.cat(losses)
     return Nll(losses_N if per_token else losses_N.sum(), zero)
@@ -94,15 +133,17 @@ def _evaluate(hidden_ND: Tensor, targets_N: Tensor, head: nn.Module, factor: flo
     return Nll(losses_N if per_token else losses_N.sum(), correct)
 
 
-def _rows(head: nn.Module) -> int:
+def _rows(head: Any) -> int:
     """Rows whose float32 logits fit into CHUNK_BYTES."""
+    if isinstance(head, _Whole):
+        return head.rows
     vocabulary = int(getattr(head, "out_features", 0) or getattr(head, "num_embeddings", 0) or 131072)
     return max(16, CHUNK_BYTES // (4 * vocabulary))
 
 
 def _fusable(head: nn.Module) -> bool:
-    """A plain linear head whose weight is here: no adapter on it, not a shard of ZeRO-3."""
-    return type(head) is nn.Linear and head.bias is None and not hasattr(head.weight, "ds_id")
+    """A plain linear head: no adapter on it."""
+    return type(head) is nn.Linear and head.bias is None
 
 
 class _FusedNll(torch.autograd.Function):
