@@ -199,6 +199,13 @@ def test_a_template_that_hides_the_answer_is_refused_with_the_reason(tiny_tokeni
         tokenizer.encode_conversation(chat("q", "a", "r", "b"))
 
 
+def test_real_templates_that_hide_the_answer_are_refused_too(load):
+    """Mistral-Nemo shows a system message only while the question is the last message: what was asked is gone later."""
+    load(NEMO).encode_prompt(chat("q", system="s"))
+    with pytest.raises(InputError, match="generation prompt is not what stands before"):
+        load(NEMO).encode_conversation(chat("q", "a", system="s"))
+
+
 @pytest.mark.parametrize("template", [
     "{{ raise_exception('no') }}", "{{ messages[0].content / 0 }}", "{{ 1 / 0 }}", "{% for", "{{ x.y.z }}",
     "{{ ().__class__.__mro__ }}", "{% for i in range(10**9) %}x{% endfor %}"])

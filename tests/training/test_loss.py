@@ -33,7 +33,7 @@ def oracle(hidden, labels, head, factor=1.0, cap=None):
                torch.zeros((), dtype=torch.float64))
 
 
-@pytest.fixture(params=[None, 16 * 4 * VOCABULARY], ids=["one chunk", "chunks of 16 rows"], autouse=True)
+@pytest.fixture(params=[None, 16 * 4 * VOCABULARY], ids=["one chunk", "chunks of 16 rows"])
 def chunks(request, monkeypatch):
     if request.param:
         monkeypatch.setattr(loss, "CHUNK_BYTES", request.param)
@@ -43,6 +43,7 @@ PATHS = {"fused": {}, "bias": {"bias": True}, "scaled": {"factor": 0.25}, "cappe
          "both": {"bias": True, "factor": 2.0, "cap": 1.5}}
 
 
+@pytest.mark.usefixtures("chunks")
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("path", PATHS)
 def test_value_and_gradients_are_those_of_cross_entropy(path, dtype, record_property):
@@ -60,6 +61,7 @@ def test_value_and_gradients_are_those_of_cross_entropy(path, dtype, record_prop
     assert worst < limit
 
 
+@pytest.mark.usefixtures("chunks")
 @pytest.mark.parametrize("path", PATHS)
 def test_a_frozen_head_gets_no_gradient_and_changes_nothing(path):
     keys = dict(PATHS[path])
@@ -71,6 +73,7 @@ def test_a_frozen_head_gets_no_gradient_and_changes_nothing(path):
     assert head.weight.grad is None
 
 
+@pytest.mark.usefixtures("chunks")
 @pytest.mark.parametrize("path", PATHS)
 def test_evaluation_is_the_same_sum_and_counts_what_was_right(path):
     keys = dict(PATHS[path])
