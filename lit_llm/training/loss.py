@@ -79,7 +79,8 @@ def _in_one_call(hidden_ND: Tensor, targets_N: Tensor, head: nn.Module, *setting
     whole = _Whole(head)
 
     def forward(hidden: Tensor) -> tuple[Tensor, Tensor]:
-        return tuple(run(hidden, targets_N, whole, *settings))
+        total, correct = run(hidden, targets_N, whole, *settings)
+        return total, correct
 
     head.forward = forward
     try:
@@ -111,17 +112,17 @@ def _train(hidden_ND: Tensor, targets_N: Tensor, head: Any, factor: float, cap: 
     return Nll(losses_N if per_token else losses_N.sum(), zero)
 
 
-def _chunk_logits(hidden: Tensor, head: nn.Module, factor: float, cap: float | None) -> Tensor:
+def _chunk_logits(hidden: Tensor, head: Any, factor: float, cap: float | None) -> Tensor:
     logits = head(hidden).float() if hidden.dtype != torch.float64 else head(hidden)
     logits = logits * factor if factor != 1.0 else logits
     return torch.tanh(logits / cap) * cap if cap is not None else logits
 
 
-def _chunk_nll(hidden: Tensor, targets: Tensor, head: nn.Module, factor: float, cap: float | None) -> Tensor:
+def _chunk_nll(hidden: Tensor, targets: Tensor, head: Any, factor: float, cap: float | None) -> Tensor:
     return F.cross_entropy(_chunk_logits(hidden, head, factor, cap), targets, reduction="none")
 
 
-def _evaluate(hidden_ND: Tensor, targets_N: Tensor, head: nn.Module, factor: float, cap: float | None,
+def _evaluate(hidden_ND: Tensor, targets_N: Tensor, head: Any, factor: float, cap: float | None,
               per_token: bool) -> Nll:
     losses, correct = [], torch.zeros((), dtype=torch.int64, device=hidden_ND.device)
     rows = _rows(head)
