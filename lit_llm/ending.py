@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lit_llm.inference.engine import TextEngine
+from lit_llm.inference.completion import TextEngine
 from lit_llm.inference.export import export
 from lit_llm.inference.sampling import SamplingParams
 from lit_llm.samples import resolve

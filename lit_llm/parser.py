@@ -13,9 +13,9 @@ from typing import Any, NoReturn
 import yaml
 from lightning.pytorch.cli import LightningArgumentParser
 
+from lit_llm.adapter import LoRA
 from lit_llm.data.sources import Source
 from lit_llm.errors import InputError, did_you_mean
-from lit_llm.model import LoRA
 
 # What the same thing is called elsewhere.
 ALIASES = {

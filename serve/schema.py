@@ -12,7 +12,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from lit_llm.errors import InputError, did_you_mean
-from lit_llm.inference.engine import Completion
+from lit_llm.inference.completion import Completion
 from lit_llm.inference.sampling import SamplingParams
 
 # Accepted and without effect: they are bookkeeping of OpenAI's own service.

@@ -18,7 +18,8 @@ from litserve.specs.base import LitSpec
 
 from lit_llm.conversation import Conversation, Document, Message
 from lit_llm.errors import InputError
-from lit_llm.inference.engine import Completion, Detokenizer, budget
+from lit_llm.inference.completion import Completion, Detokenizer
+from lit_llm.inference.engine import budget
 from lit_llm.inference.sampling import SamplingParams
 from lit_llm.tokenizer import Tokenizer
 from serve.line import EngineLine, Limits

@@ -6,6 +6,7 @@ os.environ.update(HF_HUB_OFFLINE="1", WANDB_MODE="offline", TOKENIZERS_PARALLELI
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -76,6 +77,14 @@ def tiny_tokenizer(tmp_path_factory) -> str:
     return str(folder)
 
 
+@pytest.fixture(scope="session")
+def load(request, tiny_tokenizer, tmp_path_factory):
+    """`load(kind)`: a tokenizer of `tests.chats.KINDS`."""
+    from tests.chats import loader
+
+    return loader(request, tiny_tokenizer, tmp_path_factory)
+
+
 SHAPES = {
     "llama": dict(
         model_type="llama",
@@ -96,6 +105,18 @@ SHAPES = {
         head_dim=8,
         max_position_embeddings=256,
         tie_word_embeddings=True,
+    ),
+    "gemma2": dict(
+        model_type="gemma2",
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        max_position_embeddings=256,
+        attn_logit_softcapping=None,
+        final_logit_softcapping=0.5,
     ),
     "gpt2": dict(
         model_type="gpt2",
@@ -138,6 +159,25 @@ def tiny_model(tmp_path_factory, tiny_tokenizer) -> Callable[[str], str]:
         return made[kind]
 
     return make
+
+
+@pytest.fixture(scope="session")
+def endless_model(tiny_model, tmp_path_factory):
+    """A folder with a tiny Llama of 20,000 tokens of context that never draws a stop token greedily."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from lit_llm.tokenizer import Tokenizer
+
+    folder = tmp_path_factory.mktemp("endless") / "endless"
+    shutil.copytree(tiny_model("llama"), folder)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    with torch.no_grad():
+        model.lm_head.weight[list(Tokenizer.load(str(folder)).stop_ids)] = 0.0      # some other logit is above 0
+    model.save_pretrained(folder)
+    facts = json.loads((folder / "config.json").read_text()) | {"max_position_embeddings": 20_000}
+    (folder / "config.json").write_text(json.dumps(facts))
+    return str(folder)
 
 
 class Finished:

@@ -13,7 +13,6 @@ from tests.chats import (
     assert_served_as_trained,
     chat,
     controls,
-    loader,
     may_refuse,
     quick,
     runs,
@@ -21,12 +20,6 @@ from tests.chats import (
     spoken,
     with_template,
 )
-
-
-@pytest.fixture(scope="session")
-def load(request, tiny_tokenizer, tmp_path_factory):
-    return loader(request, tiny_tokenizer, tmp_path_factory)
-
 
 # ---- nobody forges a turn --------------------------------------------------------------------------------------------
 

@@ -7,15 +7,15 @@ from graphlib import TopologicalSorter
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-NOUNS = {"conversation", "template", "encoder", "tokenizer", "model", "attention"}
-GROUND = {"errors", "hub", "samples"}
+NOUNS = {"conversation", "template", "encoder", "tokenizer", "adapter", "model", "attention"}
+GROUND = {"disk", "errors", "hub", "samples"}
 RIM = {"cli", "ending", "parser", "__main__", "__init__"}       # they may import everything
 WINGS = {"data": set(), "training": {"data"}, "inference": set()}
-ARROWS = {("training.callbacks", "inference.engine"), ("training.callbacks", "inference.sampling")}
+ARROWS = {("training.callbacks", "inference.completion"), ("training.callbacks", "inference.sampling")}
 NOUNS_FROM = {"conversation": set(), "attention": set(), "template": {"conversation"}, "encoder": {"template"},
-              "tokenizer": {"conversation", "template", "encoder"}, "model": {"attention"}}
+              "tokenizer": {"conversation", "template", "encoder"}, "adapter": set(), "model": {"attention", "adapter"}}
 HOMES = {
-    "peft": {"model"}, "AutoModelForCausalLM": {"model"}, "AutoConfig": {"model", "inference.export", "cli"},
+    "peft": {"adapter"}, "AutoModelForCausalLM": {"model"}, "AutoConfig": {"model", "inference.export", "cli"},
     "tokenizers": {"tokenizer", "samples.make"}, "AutoTokenizer": {"tokenizer"}, "datasets": {"data.sources", "data.readers"},
     "torchmetrics": {"training.metrics"}, "deepspeed": {"training.strategy"}, "litserve": set(),
 }

@@ -20,7 +20,6 @@ from tests.chats import (
     assert_served_as_trained,
     chat,
     controls,
-    loader,
     may_refuse,
     plain,
     quick,
@@ -30,12 +29,6 @@ from tests.chats import (
     texts,
     with_template,
 )
-
-
-@pytest.fixture(scope="session")
-def load(request, tiny_tokenizer, tmp_path_factory):
-    return loader(request, tiny_tokenizer, tmp_path_factory)
-
 
 # ---- the mask --------------------------------------------------------------------------------------------------------
 

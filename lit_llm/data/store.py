@@ -24,6 +24,7 @@ from typing import IO, Any, Literal
 
 import numpy as np
 
+from lit_llm import disk
 from lit_llm.conversation import Conversation, Document
 from lit_llm.data import formats, sources
 from lit_llm.data.readers import Place, Record
@@ -162,7 +163,7 @@ def _code() -> str:
     """Any change to what turns bytes into tokens makes old stores stale."""
     wing, package = Path(__file__).parent, Path(__file__).parents[1]
     parts = [*(wing / name for name in ("sources.py", "readers.py", "formats.py", "store.py")),
-             *(package / name for name in ("conversation.py", "template.py", "tokenizer.py"))]
+             *(package / name for name in ("conversation.py", "template.py", "encoder.py", "tokenizer.py"))]
     return hashlib.sha256(b"".join(path.read_bytes() for path in parts if path.exists())).hexdigest()
 
 
@@ -263,8 +264,8 @@ class _Writer:
         for stream in (self.tokens, self.supervised, self.sequences):
             stream.close()
         for path in self.folder.iterdir():
-            _sync(path)
-        _sync(self.folder)
+            disk.sync(path)
+        disk.sync(self.folder)
 
 
 def _write(folder: Path, source: Source, tokenizer: Tokenizer, train_on: TrainOn, on_bad_record: OnBadRecord) -> None:
@@ -281,9 +282,7 @@ def _write(folder: Path, source: Source, tokenizer: Tokenizer, train_on: TrainOn
         progress.end(writer.report)
         writer.close()
         _refuse_nothing(writer.report, source)
-        shutil.rmtree(folder, ignore_errors=True)       # only ever there if someone emptied it by hand
-        os.rename(temporary, folder)
-        _sync(folder.parent)
+        disk.replace_folder(temporary, folder)          # there only if someone emptied it by hand
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -348,14 +347,6 @@ def _mapped(path: Path, dtype: np.dtype) -> np.ndarray:
 
 def _complete(folder: Path) -> bool:
     return (folder / "meta.json").exists()              # the folder came by rename, so all of it is there
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 @contextlib.contextmanager

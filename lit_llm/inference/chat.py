@@ -8,7 +8,8 @@ from collections.abc import Iterator
 
 from lit_llm.conversation import Conversation, Message
 from lit_llm.errors import InputError
-from lit_llm.inference.engine import TextEngine, budget, model_folder
+from lit_llm.inference.completion import TextEngine
+from lit_llm.inference.engine import budget, model_folder
 from lit_llm.inference.sampling import SamplingParams
 
 EXIT_WORDS = ("exit", "quit", "退出")

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import yaml
 
-from lit_llm import model
+from lit_llm import adapter, disk, model
 from lit_llm.errors import InputError
 from lit_llm.samples import resolve
 from lit_llm.tokenizer import Tokenizer
@@ -40,7 +40,7 @@ def export(run: str, checkpoint: str = "best", out: str | None = None, dtype: Dt
     if (folder / "adapter").is_dir():
         base = resolve(str(facts["base"]))
         stored = _stored_dtype(base)
-        merged = model.merge(model.load_adapter(model.load_causal_lm(base), folder / "adapter"))
+        merged = adapter.merge(adapter.load_adapter(model.load_causal_lm(base), folder / "adapter"))
     else:
         base, stored = "", None
         merged = model.load_causal_lm(str(folder / "model"))
@@ -52,8 +52,7 @@ def export(run: str, checkpoint: str = "best", out: str | None = None, dtype: Dt
     model.save_causal_lm(merged, partial, stop_ids=tokenizer.stop_ids, pad_id=tokenizer.pad_id, dtype=wanted)
     tokenizer.save(partial)
     (partial / "README.md").write_text(_card(Path(run), facts, folder.name), encoding="utf-8")
-    shutil.rmtree(target, ignore_errors=True)
-    partial.rename(target)
+    disk.replace_folder(partial, target)
     return target
 
 

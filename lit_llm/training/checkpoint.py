@@ -13,7 +13,6 @@ import hashlib
 import json
 import logging
 import math
-import os
 import shutil
 from pathlib import Path
 from typing import Any, Literal
@@ -21,7 +20,7 @@ from typing import Any, Literal
 import lightning as L
 from lightning.pytorch.callbacks import Checkpoint
 
-from lit_llm import model
+from lit_llm import adapter, disk, model
 from lit_llm.errors import InputError
 from lit_llm.training.strategy import gathered_trainable_state
 
@@ -106,9 +105,7 @@ class StepCheckpoint(Checkpoint):
             assert state is not None
             self._write_weights(trainer, partial, state)
             _write_manifest(trainer, partial, score)
-            shutil.rmtree(folder, ignore_errors=True)
-            os.rename(partial, folder)
-            _sync(folder.parent)
+            disk.replace_folder(partial, folder)
             self._point_and_prune(folder)
         trainer.strategy.barrier()
 
@@ -130,18 +127,18 @@ class StepCheckpoint(Checkpoint):
     def _write_weights(trainer: L.Trainer, folder: Path, state: dict[str, Any]) -> None:
         module: Any = trainer.lightning_module
         state = {name.removeprefix(PREFIX): weight for name, weight in state.items()}
-        if model.is_peft(module.model):
-            model.save_adapter(module.model, folder / "adapter", state, base=str(module.base))
+        if adapter.is_peft(module.model):
+            adapter.save_adapter(module.model, folder / "adapter", state, base=str(module.base))
         else:
             model.save_weights(module.model, folder / "model", state)
 
     def _point_and_prune(self, newest: Path) -> None:
-        _point(newest.parent / "LATEST", newest.name)
+        disk.replace_text(newest.parent / "LATEST", newest.name + "\n")
         here = {path.name for path in newest.parent.glob("step_*") if path.suffix != ".partial"}
         ranked = sorted((name for name in self.scores if name in here), key=lambda name: (
             self.scores[name] if self.mode == "min" else -self.scores[name], _step(name)))
         if ranked:
-            _point(newest.parent / "BEST", ranked[0])
+            disk.replace_text(newest.parent / "BEST", ranked[0] + "\n")
         keep = {*ranked[: self.keep_best], *sorted(here, key=_step)[-self.keep_last:]}
         for name in here - keep:
             (newest.parent / name / "manifest.json").unlink(missing_ok=True)    # first: half a folder is none
@@ -192,7 +189,7 @@ def _write_manifest(trainer: L.Trainer, folder: Path, score: float | None) -> No
         with open(file, "rb") as handle:
             files[str(file.relative_to(folder))] = {
                 "bytes": file.stat().st_size, "sha256": hashlib.file_digest(handle, "sha256").hexdigest()}
-            os.fsync(handle.fileno())
+        disk.sync(file)
     facts = {
         "step": trainer.global_step, "epoch": trainer.current_epoch, "score": _finite(score), "base": module.base,
         "peft": module.peft_spec, "world_size": trainer.world_size, "strategy": type(trainer.strategy).__name__,
@@ -212,23 +209,7 @@ def _finite(score: float | None) -> float | None:
 
 
 def _replace(file: Path, facts: dict[str, Any]) -> None:
-    _point(file, json.dumps(facts, indent=1, default=str))
-
-
-def _point(file: Path, text: str) -> None:
-    """Replace a pointer or manifest in one move."""
-    fresh = file.with_suffix(".partial")
-    fresh.write_text(text + "\n", encoding="utf-8")
-    _sync(fresh)
-    os.replace(fresh, file)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    disk.replace_text(file, json.dumps(facts, indent=1, default=str) + "\n")
 
 
 def _step(name: str) -> int:

@@ -102,8 +102,8 @@ class _Whole:
 def _train(hidden_ND: Tensor, targets_N: Tensor, head: Any, factor: float, cap: float | None, per_token: bool) -> Nll:
     zero = torch.zeros((), dtype=torch.int64, device=hidden_ND.device)
     inner = getattr(head, "head", head)
-    if _fusable(inner) and factor == 1.0 and cap is None and not per_token:
-        return Nll(_FusedNll.apply(hidden_ND, inner.weight, targets_N), zero)
+    if type(inner) is nn.Linear and not per_token:  # no adapter on it
+        return Nll(_FusedNll.apply(hidden_ND, inner.weight, inner.bias, targets_N, factor, cap), zero)
     rows = _rows(head)
     losses = [_chunk_nll(hidden, targets, head, factor, cap) if isinstance(head, _Whole) else
               checkpoint(_chunk_nll, hidden, targets, head, factor, cap, use_reentrant=False)
@@ -142,48 +142,60 @@ def _rows(head: Any) -> int:
     return max(16, CHUNK_BYTES // (4 * vocabulary))
 
 
-def _fusable(head: nn.Module) -> bool:
-    """A plain linear head: no adapter on it."""
-    return type(head) is nn.Linear and head.bias is None
-
-
 class _FusedNll(torch.autograd.Function):
     """Linear head and cross-entropy in one: gradients are made in the forward, while a chunk's logits are there.
 
     Saves the second matrix product that recomputing the logits would cost. A frozen head (LoRA) gets no gradient.
+
+        z = factor * (hidden @ weight.T + bias)      logits = cap * tanh(z / cap), or z without a cap
+        d loss / dz = (softmax(logits) - onehot(target)) * (1 - tanh(z / cap) ** 2)
     """
 
     @staticmethod
-    def forward(ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor) -> Tensor:
+    def forward(ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, targets_N: Tensor,
+                factor: float, cap: float | None) -> Tensor:
         device = hidden_ND.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden_ND.dtype
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
         with torch.autocast(device, enabled=False):
             hidden, weight = hidden_ND.to(dtype), weight_VD.to(dtype)
             grad_hidden = torch.empty_like(hidden)
-            grad_weight = torch.zeros_like(weight_VD, dtype=_accumulator(dtype)) if weight_VD.requires_grad else None
-            total = torch.zeros((), dtype=_accumulator(dtype), device=hidden.device)
+            grad_weight = torch.zeros_like(weight_VD, dtype=wide) if ctx.needs_input_grad[1] else None
+            grad_bias = torch.zeros_like(weight_VD[:, 0], dtype=wide) if ctx.needs_input_grad[2] else None
+            total = torch.zeros((), dtype=wide, device=hidden.device)
             rows = max(16, CHUNK_BYTES // (4 * weight.shape[0]))
             for at in range(0, len(targets_N), rows):
                 chunk, targets = hidden[at : at + rows], targets_N[at : at + rows]
-                logits = (chunk @ weight.T).to(_accumulator(dtype))
+                logits = (chunk @ weight.T).to(wide)
+                if bias_V is not None:
+                    logits += bias_V
+                if cap is not None:
+                    logits = logits.mul_(factor / cap).tanh_()
+                    slope = 1 - logits * logits
+                    logits *= cap
+                elif factor != 1.0:
+                    logits *= factor
                 lse = logits.logsumexp(-1)
                 total += (lse - logits.gather(1, targets[:, None])[:, 0]).sum()
                 delta = logits.sub_(lse[:, None]).exp_()                # softmax, in the memory of the logits
                 delta.scatter_add_(1, targets[:, None], torch.full_like(delta[:, :1], -1.0))
+                if cap is not None:
+                    delta *= slope
+                if factor != 1.0:
+                    delta *= factor
+                if grad_bias is not None:
+                    grad_bias += delta.sum(0)
                 delta = delta.to(dtype)
                 grad_hidden[at : at + rows] = delta @ weight
                 if grad_weight is not None:
                     grad_weight += delta.T @ chunk
-        ctx.save_for_backward(grad_hidden.to(hidden_ND.dtype), grad_weight)
-        ctx.weight_dtype = weight_VD.dtype
+        ctx.save_for_backward(grad_hidden.to(hidden_ND.dtype), grad_weight, grad_bias)
+        ctx.dtypes = (weight_VD.dtype, None if bias_V is None else bias_V.dtype)
         return total.float() if dtype != torch.float64 else total
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:
-        grad_hidden, grad_weight = ctx.saved_tensors
-        scaled = None if grad_weight is None else (grad_weight * grad).to(ctx.weight_dtype)
-        return grad_hidden * grad.to(grad_hidden.dtype), scaled, None
-
-
-def _accumulator(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        grad_hidden, *grad_head = ctx.saved_tensors
+        scaled = [None if part is None else (part * grad).to(dtype)
+                  for part, dtype in zip(grad_head, ctx.dtypes, strict=True)]
+        return grad_hidden * grad.to(grad_hidden.dtype), *scaled, None, None, None

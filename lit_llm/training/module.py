@@ -13,7 +13,7 @@ import lightning as L
 import torch
 from torch import Tensor, nn
 
-from lit_llm import attention, model
+from lit_llm import adapter, attention, model
 from lit_llm.errors import InputError
 from lit_llm.training import optim
 from lit_llm.training.loss import Nll, nll_sum
@@ -50,7 +50,7 @@ class CausalLMModule(L.LightningModule):
         self,
         base: str | None = None,
         init: dict[str, Any] | None = None,
-        lora: model.LoRA | None = None,
+        lora: adapter.LoRA | None = None,
         peft: dict[str, Any] | None = None,
         lr: float = 2e-4,
         warmup: float = 0.03,
@@ -70,7 +70,10 @@ class CausalLMModule(L.LightningModule):
         if not warmup >= 0:
             raise InputError(f"warmup must be a share below 1 or a number of steps, not {warmup}", where="model.warmup")
         self.base, self.init = base, init
-        self.peft_spec = model.spec_of(peft, lora)
+        self.peft_spec = adapter.spec_of(peft, lora)
+        if init is not None and self.peft_spec is not None:
+            raise InputError("adapters on random weights would learn nothing that could be merged or loaded again",
+                             where="model.init", fix="set --model.lora null to train every weight, or give model.base")
         self.lr, self.warmup, self.schedule, self.min_lr_share = lr, warmup, schedule, min_lr_share
         self.weight_decay, self.betas, self.eps = weight_decay, betas, eps
         self.gradient_checkpointing = gradient_checkpointing
@@ -87,7 +90,8 @@ class CausalLMModule(L.LightningModule):
         if self.model is not None:
             return
         dtype = DTYPES.get(str(self.trainer.precision), torch.float32)
-        kind = "sdpa" if model.learns_prompt_by(self.peft_spec) else attention.NAME
+        kind = None if adapter.learns_prompt_by(self.peft_spec) else attention.NAME
+        self._check_stage()
         if path := self._pretrained():
             inner = model.load_causal_lm(path, dtype=dtype, attention=kind)
         else:
@@ -102,6 +106,14 @@ class CausalLMModule(L.LightningModule):
         if self.trainer.is_global_zero and self.trainer.training:
             log.info(str(model.count_parameters(self.model)))
 
+    def _check_stage(self) -> None:
+        """ZeRO-3 waits for all ranks at each forward, and prompt methods make one for each conversation."""
+        strategy = self.trainer.strategy
+        if (isinstance(strategy, ZeroStrategy) and strategy.zero_stage_3 and self.trainer.world_size > 1
+                and adapter.learns_prompt_by(self.peft_spec)):
+            raise InputError("prompt and prefix tuning cannot be trained by several processes under stage 3",
+                             where="trainer.strategy", fix="set --trainer.strategy deepspeed_stage_2")
+
     def _pretrained(self) -> str | None:
         """Where whole weights come from: a checkpoint of a run that trained them all, else the base."""
         if self.checkpoint is not None and (self.checkpoint / "model").is_dir():
@@ -112,8 +124,8 @@ class CausalLMModule(L.LightningModule):
         if self.peft_spec is None:
             return inner
         if self.checkpoint is not None and (self.checkpoint / "adapter").is_dir():
-            return model.load_adapter(inner, self.checkpoint / "adapter", trainable=True)
-        return model.wrap_peft(inner, self.peft_spec)
+            return adapter.load_adapter(inner, self.checkpoint / "adapter", trainable=True)
+        return adapter.wrap_peft(inner, self.peft_spec)
 
     def _tokenizer_facts(self) -> dict[str, Any]:
         """What a new model's config takes from the tokenizer."""
@@ -191,7 +203,7 @@ class CausalLMModule(L.LightningModule):
 
     def _nll(self, batch: "Batch") -> Nll:
         """Sums over one micro-batch, its rows laid side by side into one and its documents kept apart by attention."""
-        if model.learns_prompt(self.model):
+        if adapter.learns_prompt(self.model):
             return self._nll_by_document(batch)
         hidden = model.backbone(self.model)(
             input_ids=batch["input_ids"].view(1, -1), position_ids=batch["position_ids"].view(1, -1),
@@ -236,7 +248,7 @@ class CausalLMModule(L.LightningModule):
         if isinstance(self.trainer.strategy, ZeroStrategy):
             return
         halves = [weight for weight in self.parameters() if weight.requires_grad and weight.element_size() < 4]
-        if halves and not model.is_peft(self.model):
+        if halves and not adapter.is_peft(self.model):
             raise InputError(f"{self.trainer.precision} would train half-precision weights without a float32 copy, and "
                              "small updates would be lost", where="trainer.precision",
                              fix="set bf16-mixed, or a deepspeed strategy, which keeps float32 masters")

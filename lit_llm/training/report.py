@@ -4,9 +4,9 @@ Knows nothing of models or training; a row is what somebody logged at a step.
 """
 
 import csv
+import io
 import json
 import math
-import os
 import re
 import time
 from argparse import Namespace
@@ -15,6 +15,8 @@ from typing import Any
 
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
+
+from lit_llm import disk
 
 FIRST = ["step", "epoch", "seconds"]
 SECRET_KEY = re.compile(r"(?i)(token(?!izer|s\b|_)|secret|password|api_?key|credential)")
@@ -82,23 +84,18 @@ class MetricsCSV(Logger):
     def _write(self) -> None:
         """The whole file anew: a new column, or a row that grew."""
         self._columns = list(dict.fromkeys([*self._columns, *(key for row in self._rows for key in row)]))
-        self.file.parent.mkdir(parents=True, exist_ok=True)
-        partial = self.file.with_suffix(".partial")
-        with open(partial, "w", newline="", encoding="utf-8") as handle:
-            writer = csv.DictWriter(handle, self._columns, restval="")
-            writer.writeheader()
-            writer.writerows(self._rows)
-        os.replace(partial, self.file)
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, self._columns, restval="")
+        writer.writeheader()
+        writer.writerows(self._rows)
+        disk.replace_text(self.file, text.getvalue())
 
 
 def write_json(file: Path, figures: dict[str, Any]) -> None:
     """Write figures as JSON in one move; what is not finite becomes null."""
     clean = {key: (None if isinstance(value, float) and not math.isfinite(value) else value)
              for key, value in figures.items()}
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_suffix(".partial")
-    partial.write_text(json.dumps(clean, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(partial, file)
+    disk.replace_text(file, json.dumps(clean, indent=1, ensure_ascii=False) + "\n")
 
 
 def redact(value: Any, key: str = "") -> Any:

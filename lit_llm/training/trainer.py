@@ -4,7 +4,7 @@ Knows nothing of what is trained.
 """
 
 import os
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -104,7 +104,7 @@ class Trainer(L.Trainer):
 
     def validate(  # type: ignore[override]
             self, model: Any = None, dataloaders: Any = None, ckpt_path: str | Path | None = None,
-                 verbose: bool = False, datamodule: L.LightningDataModule | None = None, **kwargs: Any) -> Any:
+            verbose: bool = False, datamodule: L.LightningDataModule | None = None, **kwargs: Any) -> Any:
         """Perplexity on the validation data, of the base or of a checkpoint.
 
         Args:
@@ -115,14 +115,12 @@ class Trainer(L.Trainer):
             datamodule: The data.
             kwargs: Lightning's own.
         """
-        self._use(model, ckpt_path)
-        with self._own_environment():
-            figures = super().validate(model, dataloaders, None, verbose=verbose, datamodule=datamodule, **kwargs)
-        return _measured(figures, "val_sources")
+        return self._measured(super().validate, "val_sources", model, ckpt_path, dataloaders=dataloaders,
+                              verbose=verbose, datamodule=datamodule, **kwargs)
 
     def test(  # type: ignore[override]
             self, model: Any = None, dataloaders: Any = None, ckpt_path: str | Path | None = None,
-             verbose: bool = False, datamodule: L.LightningDataModule | None = None, **kwargs: Any) -> Any:
+            verbose: bool = False, datamodule: L.LightningDataModule | None = None, **kwargs: Any) -> Any:
         """Perplexity on the test data, of the base or of a checkpoint.
 
         Args:
@@ -133,10 +131,8 @@ class Trainer(L.Trainer):
             datamodule: The data.
             kwargs: Lightning's own.
         """
-        self._use(model, ckpt_path)
-        with self._own_environment():
-            figures = super().test(model, dataloaders, None, verbose=verbose, datamodule=datamodule, **kwargs)
-        return _measured(figures, "test_sources")
+        return self._measured(super().test, "test_sources", model, ckpt_path, dataloaders=dataloaders,
+                              verbose=verbose, datamodule=datamodule, **kwargs)
 
     def prepare(self, model: L.LightningModule, datamodule: L.LightningDataModule) -> None:
         """Tokenize the data of a run into the cache, and say what it holds; no model is built.
@@ -160,18 +156,17 @@ class Trainer(L.Trainer):
                 if value is not None:
                     os.environ[name] = value
 
-    def _use(self, model: Any, ckpt_path: str | Path | None) -> None:
-        """Evaluate a checkpoint's weights: they lie beside the training state in the field's formats."""
+    def _measured(self, evaluate: Callable[..., Any], key: str, model: Any, ckpt_path: str | Path | None,
+                  **kwargs: Any) -> Any:
+        """Figures of a model, or of a checkpoint's weights: they lie beside its state in the field's formats."""
         if ckpt_path is not None:
             model.checkpoint = checkpoint.find(Path(self.default_root_dir), str(ckpt_path))
-
-
-def _measured(figures: Any, key: str) -> Any:
-    """What was measured; nothing is no answer."""
-    if not figures:
-        raise InputError("there is no data to measure on", where=f"data.{key}",
-                         fix=f"set data.{key}, or data.val_fraction to hold out a share of data.sources")
-    return figures
+        with self._own_environment():
+            figures = evaluate(model, **kwargs)
+        if not figures:
+            raise InputError("there is no data to measure on", where=f"data.{key}",
+                             fix=f"set data.{key}, or data.val_fraction to hold out a share of data.sources")
+        return figures
 
 
 def _strategy(strategy: Any) -> Any:

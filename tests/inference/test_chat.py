@@ -16,7 +16,7 @@ import pytest
 from lit_llm.conversation import Conversation
 from lit_llm.errors import InputError
 from lit_llm.inference.chat import Session
-from lit_llm.inference.engine import TextEngine
+from lit_llm.inference.completion import TextEngine
 from lit_llm.inference.sampling import SamplingParams
 
 ROOT = Path(__file__).resolve().parents[2]

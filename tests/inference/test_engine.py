@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM
 
 from lit_llm.conversation import Conversation, Document
 from lit_llm.errors import InputError
-from lit_llm.inference.engine import Detokenizer, Engine, TextEngine, budget, model_folder
+from lit_llm.inference.completion import Detokenizer, TextEngine
+from lit_llm.inference.engine import Engine, budget, model_folder
 from lit_llm.inference.sampling import SamplingParams
 from lit_llm.tokenizer import Tokenizer
 

@@ -1,9 +1,7 @@
 """Real servers: `python -m serve` in processes of their own, on free ports."""
 
 import contextlib
-import json
 import os
-import shutil
 import signal
 import socket
 import subprocess
@@ -14,26 +12,6 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-CONTEXT = 20_000
-
-
-@pytest.fixture(scope="session")
-def endless_model(tiny_model, tmp_path_factory):
-    """A tiny Llama with a long context that never draws a stop token greedily, so that there is something to interrupt."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    from lit_llm.tokenizer import Tokenizer
-
-    folder = tmp_path_factory.mktemp("served") / "endless"
-    shutil.copytree(tiny_model("llama"), folder)
-    model = AutoModelForCausalLM.from_pretrained(folder)
-    with torch.no_grad():
-        model.lm_head.weight[list(Tokenizer.load(str(folder)).stop_ids)] = 0.0      # some other logit is above 0
-    model.save_pretrained(folder)
-    facts = json.loads((folder / "config.json").read_text()) | {"max_position_embeddings": CONTEXT}
-    (folder / "config.json").write_text(json.dumps(facts))
-    return str(folder)
 
 
 class ServerProcess:

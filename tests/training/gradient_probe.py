@@ -53,7 +53,7 @@ def gradients(module):
 
 
 def gradient(weight):
-    if hasattr(weight, "_hp_mapping"):
+    if hasattr(weight, "_hp_mapping") or hasattr(weight, "ds_id"):
         from deepspeed.utils import safe_get_full_grad
 
         return safe_get_full_grad(weight).clone()

@@ -20,11 +20,11 @@ import pytest
 import torch
 import yaml
 
+from lit_llm.adapter import LoRA
 from lit_llm.data.datamodule import TextDataModule
 from lit_llm.data.sources import Source
 from lit_llm.errors import InputError
 from lit_llm.inference.export import export
-from lit_llm.model import LoRA
 from lit_llm.training import checkpoint
 from lit_llm.training.checkpoint import StepCheckpoint
 from lit_llm.training.module import CausalLMModule

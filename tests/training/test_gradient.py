@@ -107,7 +107,7 @@ def record(worst):
     assert worst < TOLERANCE
 
 
-@pytest.mark.parametrize("kind", ["llama", "qwen3", "gpt2"])
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "gpt2", "gemma2"])
 @pytest.mark.parametrize("packing", ["none", "best_fit"])
 def test_micro_batches_of_one_process(kind, packing, tiny_model, talks, data, tmp_path):
     """1x8, 2x4 and 8x1 give the oracle's gradient, in whole windows and in the short last one."""
@@ -125,24 +125,28 @@ def test_micro_batches_of_one_process(kind, packing, tiny_model, talks, data, tm
 
 
 def test_micro_batches_of_two_processes(tiny_model, talks, data, tmp_path):
-    """The same with 2 processes that share each window, under DDP and under ZeRO."""
-    base = tiny_model("llama")
-    cases = [dict(name=f"{strategy}-{packing}-{batch_size}", base=base, data=data, seq_len=256, batch_size=batch_size,
-                  accumulate=WINDOW // 2 // batch_size, packing=packing, strategy=strategy, devices=2)
-             for strategy, packing, batch_size in [
-                 ("ddp", "none", 1), ("ddp", "none", 2), ("ddp", "best_fit", 2), ("ddp", "best_fit", 4),
-                 ("deepspeed_stage_1", "none", 2), ("deepspeed_stage_2", "best_fit", 1)]]
+    """The same with 2 processes that share each window, under DDP and under ZeRO.
+
+    Gemma-2 caps its logits behind a tied head, which ZeRO-3 cuts into shards.
+    """
+    cases = [dict(name=f"{strategy}-{packing}-{batch_size}", base=tiny_model(kind), data=data, seq_len=256,
+                  batch_size=batch_size, accumulate=WINDOW // 2 // batch_size, packing=packing, strategy=strategy,
+                  devices=2)
+             for strategy, packing, batch_size, kind in [
+                 ("ddp", "none", 1, "llama"), ("ddp", "none", 2, "llama"), ("ddp", "best_fit", 2, "llama"),
+                 ("ddp", "best_fit", 4, "llama"), ("deepspeed_stage_1", "none", 2, "llama"),
+                 ("deepspeed_stage_2", "best_fit", 1, "llama"), ("deepspeed_stage_3", "best_fit", 2, "gemma2")]]
     plan = tmp_path / "plan.json"
     plan.write_text(json.dumps(cases))
     done = subprocess.run([sys.executable, str(PROBE), str(plan)], capture_output=True, text=True, timeout=280,
                           env=os.environ | {"PYTHONPATH": str(PROBE.parents[2]), "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr[-3000:]
-    oracle = Oracle(base, talks)
+    oracles = {base: Oracle(base, talks) for base in {case["base"] for case in cases}}
     for case in cases:
         ranks = [torch.load(tmp_path / f"{case['name']}.rank{rank}", weights_only=True) for rank in (0, 1)]
         steps = [dict(one, talks=one["talks"] + other["talks"]) for one, other in zip(*ranks, strict=True)]
         print(case["name"], end=": ")
-        record(oracle.check(steps))
+        record(oracles[case["base"]].check(steps))
         for one, other in zip(*ranks, strict=True):     # all ranks step alike
             assert distance(other["grads"], one["grads"]) == 0.0
 

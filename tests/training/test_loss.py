@@ -13,14 +13,18 @@ from lit_llm.training.loss import nll_sum, shift
 TOKENS, WIDTH, VOCABULARY = 90, 12, 37
 
 
-def case(dtype=torch.float64, bias=False, seed=0):
+class Adapted(nn.Linear):
+    """A head that is more than a linear layer, as one with an adapter on it is."""
+
+
+def case(dtype=torch.float64, bias=False, adapted=False, seed=0):
     """Hidden states, labels with holes, and a head."""
     torch.manual_seed(seed)
     hidden = torch.randn(TOKENS, WIDTH, dtype=dtype, requires_grad=True)
     labels = torch.randint(VOCABULARY, (TOKENS,))
     labels[torch.rand(TOKENS) < 0.4] = -100
     labels[0] = labels[30] = -100
-    return hidden, labels, nn.Linear(WIDTH, VOCABULARY, bias=bias, dtype=dtype)
+    return hidden, labels, (Adapted if adapted else nn.Linear)(WIDTH, VOCABULARY, bias=bias, dtype=dtype)
 
 
 def oracle(hidden, labels, head, factor=1.0, cap=None):
@@ -40,15 +44,22 @@ def chunks(request, monkeypatch):
 
 
 PATHS = {"fused": {}, "bias": {"bias": True}, "scaled": {"factor": 0.25}, "capped": {"cap": 0.8},
-         "both": {"bias": True, "factor": 2.0, "cap": 1.5}}
+         "both": {"bias": True, "factor": 2.0, "cap": 1.5}, "adapted": {"adapted": True, "factor": 2.0, "cap": 1.5}}
+
+
+def split(path):
+    """Keys of `case`, keys of `nll_sum`."""
+    keys = PATHS[path]
+    shape = {name: keys[name] for name in ("bias", "adapted") if name in keys}
+    return shape, {name: value for name, value in keys.items() if name not in shape}
 
 
 @pytest.mark.usefixtures("chunks")
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("path", PATHS)
 def test_value_and_gradients_are_those_of_cross_entropy(path, dtype, record_property):
-    keys = dict(PATHS[path])
-    hidden, labels, head = case(dtype, bias=keys.pop("bias", False))
+    shape, keys = split(path)
+    hidden, labels, head = case(dtype, **shape)
     ours = nll_sum(hidden, labels, head, **keys).total
     got = torch.autograd.grad(3.0 * ours, [hidden, *head.parameters()])
     theirs = oracle(hidden, labels, head, **keys)
@@ -64,8 +75,8 @@ def test_value_and_gradients_are_those_of_cross_entropy(path, dtype, record_prop
 @pytest.mark.usefixtures("chunks")
 @pytest.mark.parametrize("path", PATHS)
 def test_a_frozen_head_gets_no_gradient_and_changes_nothing(path):
-    keys = dict(PATHS[path])
-    hidden, labels, head = case(bias=keys.pop("bias", False))
+    shape, keys = split(path)
+    hidden, labels, head = case(**shape)
     (want,) = torch.autograd.grad(nll_sum(hidden, labels, head, **keys).total, [hidden])
     head.requires_grad_(False)
     nll_sum(hidden, labels, head, **keys).total.backward()
@@ -76,8 +87,8 @@ def test_a_frozen_head_gets_no_gradient_and_changes_nothing(path):
 @pytest.mark.usefixtures("chunks")
 @pytest.mark.parametrize("path", PATHS)
 def test_evaluation_is_the_same_sum_and_counts_what_was_right(path):
-    keys = dict(PATHS[path])
-    hidden, labels, head = case(bias=keys.pop("bias", False))
+    shape, keys = split(path)
+    hidden, labels, head = case(**shape)
     labels[50:70] = head(hidden[49:69]).argmax(-1)             # what it would say
     with torch.no_grad():
         total, correct = nll_sum(hidden, labels, head, **keys)
@@ -111,19 +122,22 @@ def test_the_first_token_is_never_a_target():
 
 
 @pytest.mark.parametrize("frozen", [False, True])
-@pytest.mark.parametrize("path", ["fused", "bias"])
+@pytest.mark.parametrize("path", PATHS)
 def test_under_bf16_autocast(path, frozen):
     """Gradients come in the dtypes of their tensors, as close as bf16 allows."""
-    hidden, labels, head = case(torch.float32, bias=path == "bias")
+    shape, keys = split(path)
+    hidden, labels, head = case(torch.float32, **shape)
     head.requires_grad_(not frozen)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        total = nll_sum(hidden, labels, head).total
+        total = nll_sum(hidden, labels, head, **keys).total
     total.backward()
     assert total.dtype == hidden.grad.dtype == torch.float32
-    want = oracle(hidden, labels, head)
-    wanted = torch.autograd.grad(want, [hidden] if frozen else [hidden, head.weight])
+    want = oracle(hidden, labels, head, **keys)
+    leaves = [hidden] if frozen else [hidden, *head.parameters()]
+    wanted = torch.autograd.grad(want, leaves)
     assert abs(total - want) / want < 3e-3
-    for got, ref in zip([hidden.grad, head.weight.grad], wanted, strict=False):
+    for got, ref in zip([leaf.grad for leaf in leaves], wanted, strict=True):
+        assert got.dtype == torch.float32
         assert (got - ref).norm() / ref.norm() < 1e-2
 
 
@@ -155,8 +169,8 @@ class Largest(TorchDispatchMode):
 def test_no_logits_of_a_whole_batch_exist_in_memory(monkeypatch, path, grad):
     tokens, vocabulary, rows = 512, 400, 16
     monkeypatch.setattr(loss, "CHUNK_BYTES", rows * 4 * vocabulary)
-    keys = dict(PATHS[path])
-    head = nn.Linear(8, vocabulary, bias=keys.pop("bias", False))
+    shape, keys = split(path)
+    head = (Adapted if shape.pop("adapted", False) else nn.Linear)(8, vocabulary, **shape)
     hidden = torch.randn(tokens, 8, requires_grad=grad)
     labels = torch.randint(vocabulary, (tokens,))
     with torch.set_grad_enabled(grad), Largest() as largest:

@@ -105,6 +105,13 @@ def test_any_peft_method_learns(peft, tiny_model, chats, tmp_path):
     torch.testing.assert_close(module.model.get_base_model().get_input_embeddings().weight, base, rtol=0, atol=0)
 
 
+def test_adapters_on_random_weights_are_refused():
+    """Nothing could be merged, nor loaded again: the base would be other random weights."""
+    with pytest.raises(InputError, match="random weights") as caught:
+        CausalLMModule(init={"model_type": "llama"}, lora=LoRA())
+    assert "--model.lora null" in str(caught.value)
+
+
 def test_a_run_without_an_end_is_refused(tiny_model, chats, tmp_path):
     """No max_epochs and no max_steps would give the schedule nothing to plan with."""
     with pytest.raises(InputError, match="no end"):

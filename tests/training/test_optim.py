@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch import nn
 
+from lit_llm.adapter import LoRA, wrap_peft
 from lit_llm.errors import InputError
-from lit_llm.model import LoRA, init_causal_lm, load_causal_lm, wrap_peft
+from lit_llm.model import init_causal_lm, load_causal_lm
 from lit_llm.training.optim import adamw, parameter_groups, scheduler, shape, warmup_steps
 from tests.conftest import SHAPES
 

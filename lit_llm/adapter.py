@@ -1,0 +1,186 @@
+"""A causal LM and a PEFT method in, the model with its adapters out: wrapped, loaded, merged, saved.
+
+The home of peft. A method is data (`class_path`, `init_args`), as it stands in a config. Knows nothing of where
+models come from, of training or of Lightning.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from lit_llm.errors import InputError, did_you_mean
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+# Methods of peft that want more than tokens and labels: task numbers, other adapters, a second model.
+UNFIT = ("ArrowConfig", "CartridgeConfig", "CPTConfig", "MultitaskPromptTuningConfig", "PeftConfig", "PolyConfig",
+         "PromptLearningConfig", "ShadowConfig", "XLoraConfig")
+
+
+@dataclass(slots=True)
+class LoRA:
+    """Low-rank adapters (arXiv:2106.09685): the short form of `peft: {class_path: LoraConfig, ...}`.
+
+    Args:
+        r: Rank of the two matrices. 8 to 32 is usual; memory and capacity grow with it.
+        alpha: Scale: the adapter's output is multiplied by alpha / r.
+        dropout: Probability of dropping an adapter input, in training.
+        target_modules: Names of the layers to adapt, or `all-linear`: every linear layer (GPT-2's Conv1D too) but the
+            output head; adapting all of them learns most (arXiv:2305.14314 section 4).
+        dora: Train direction and magnitude apart (arXiv:2402.09353).
+        rslora: Scale by alpha / sqrt(r) (arXiv:2312.03732); for ranks above 32.
+    """
+
+    r: int = 16
+    alpha: float = 32.0
+    dropout: float = 0.0
+    target_modules: str | list[str] = "all-linear"
+    dora: bool = False
+    rslora: bool = False
+
+    def as_peft(self) -> dict[str, Any]:
+        """The long form."""
+        return {"class_path": "LoraConfig", "init_args": {
+            "r": self.r, "lora_alpha": self.alpha, "lora_dropout": self.dropout, "target_modules": self.target_modules,
+            "use_dora": self.dora, "use_rslora": self.rslora}}
+
+
+def spec_of(peft: dict[str, Any] | None, lora: LoRA | None) -> dict[str, Any] | None:
+    """The one PEFT spec of a config that may give the long form, the short form, or none.
+
+    Raises:
+        InputError: Both are given.
+    """
+    if peft is not None and lora is not None:
+        raise InputError("model.peft and model.lora are two ways to say one thing; keep one", where="model")
+    return peft if peft is not None else (lora.as_peft() if lora is not None else None)
+
+
+def wrap_peft(model: "PreTrainedModel", spec: dict[str, Any]) -> Any:
+    """The model with a PEFT method's adapters: base frozen, adapters trainable.
+
+    Nearly every method starts exactly at the base (FourierFT and C3A with `init_weights: true`; VB-LoRA and Uni-LoRA
+    only close to it).
+
+    Args:
+        model: The base.
+        spec: `class_path` (a config class of peft, with or without the `peft.` prefix) and `init_args`, its keys.
+
+    Raises:
+        InputError: No such class or key, or the model has no such layer.
+    """
+    from peft import get_peft_model
+
+    config = _peft_config(spec)
+    try:
+        return get_peft_model(model, config)
+    except Exception as error:                      # forty methods, each with its own way to say no
+        linears = sorted({name.rsplit(".", 1)[-1] for name, layer in model.named_modules() if _is_linear(layer)})
+        raise InputError(f"{str(error).splitlines()[0][:160]}", where="model.peft",
+                         fix=f"linear layers here: {', '.join(linears)}; all-linear takes all but the head") from None
+
+
+def _peft_config(spec: dict[str, Any]) -> Any:
+    import warnings
+    from dataclasses import fields
+
+    import peft
+
+    unknown = sorted(set(spec) - {"class_path", "init_args"})
+    name = str(spec.get("class_path", "")).removeprefix("peft.")
+    known = [key for key, kind in vars(peft).items()
+             if isinstance(kind, type) and issubclass(kind, peft.PeftConfig) and key not in UNFIT]
+    if name not in known or unknown:
+        raise InputError(f"'{unknown[0] if unknown else name}' is not known here; give class_path: a config class of "
+                         f"peft, and init_args.{did_you_mean(name, known)}", where="model.peft")
+    kind = getattr(peft, name)
+    keys = {field.name for field in fields(kind)}
+    args = dict(spec.get("init_args") or {})
+    if wrong := sorted(set(args) - keys):
+        raise InputError(f"{name} has no key '{wrong[0]}'.{did_you_mean(wrong[0], sorted(keys))}", where="model.peft")
+    args.setdefault("task_type", "CAUSAL_LM")
+    own_layers = name in ("IA3Config", "AdaptionPromptConfig")
+    if "target_modules" in keys and args.get("target_modules") is None and not own_layers:
+        args["target_modules"] = "all-linear"
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return kind(**args)
+    except (ValueError, TypeError, ImportError) as error:
+        raise InputError(f"{name}: {str(error).splitlines()[0][:160]}", where="model.peft") from None
+
+
+def learns_prompt_by(spec: dict[str, Any] | None) -> bool:
+    """Whether the method of a spec will put virtual tokens before each conversation."""
+    return spec is not None and bool(_peft_config(spec).is_prompt_learning)
+
+
+def _is_linear(layer: nn.Module) -> bool:
+    return isinstance(layer, nn.Linear) or type(layer).__name__ == "Conv1D"
+
+
+def load_adapter(model: "PreTrainedModel", folder: str | Path, *, trainable: bool = False) -> Any:
+    """The model with the adapter that lies in a folder in PEFT's format."""
+    from peft import PeftModel
+
+    return PeftModel.from_pretrained(model, str(folder), is_trainable=trainable)
+
+
+def merge(model: Any) -> "PreTrainedModel":
+    """Adapter weights folded into the base; a model without adapters comes back as it is."""
+    if not is_peft(model):
+        return model
+    if not hasattr(model, "merge_and_unload"):
+        raise InputError("this PEFT method cannot be merged into the base", where="model.peft",
+                         fix="its adapter folder loads with peft.PeftModel.from_pretrained")
+    try:
+        return model.merge_and_unload()
+    except (ValueError, NotImplementedError) as error:
+        raise InputError(f"this PEFT method cannot be merged into the base: {error}", where="model.peft",
+                         fix="its adapter folder loads with peft.PeftModel.from_pretrained") from None
+
+
+def is_peft(model: Any) -> bool:
+    """Whether adapters are on it."""
+    return hasattr(model, "peft_config") and hasattr(model, "get_base_model")
+
+
+def learns_prompt(model: Any) -> bool:
+    """Whether the PEFT method puts virtual tokens before each conversation (prompt and prefix tuning)."""
+    return is_peft(model) and bool(model.active_peft_config.is_prompt_learning)
+
+
+def save_adapter(model: Any, folder: str | Path, state: dict[str, Tensor], base: str) -> None:
+    """Write adapter weights and config in PEFT's format.
+
+    Args:
+        model: The PEFT model, for its config.
+        folder: Made if absent.
+        state: Trainable weights by their name in `model`, on CPU.
+        base: Where the base came from, kept in the config so that others find it.
+    """
+    from peft.utils.save_and_load import get_peft_model_state_dict
+    from safetensors.torch import save_file
+
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    adapter = get_peft_model_state_dict(model, state_dict=_under_all_names(model, state))
+    save_file({name: weight.clone().contiguous() for name, weight in adapter.items()},
+              folder / "adapter_model.safetensors")
+    config = model.active_peft_config.to_dict() | {"base_model_name_or_path": base, "inference_mode": True}
+    text = json.dumps(config, indent=2, sort_keys=True,
+                      default=lambda value: sorted(value) if isinstance(value, set) else str(value))
+    (folder / "adapter_config.json").write_text(text + "\n", encoding="utf-8")
+
+
+def _under_all_names(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Weights under each of their names (VB-LoRA shares one bank) with the frozen buffers beside them (VeRA's)."""
+    named = list(model.named_parameters(remove_duplicate=False))
+    known = {id(weight): state[name] for name, weight in named if name in state}
+    buffers = {name for name, _ in model.named_buffers(remove_duplicate=False)}
+    frozen = {name: value.cpu() for name, value in model.state_dict().items() if name in buffers}
+    return frozen | state | {name: known[id(weight)] for name, weight in named if id(weight) in known}

@@ -1,0 +1,167 @@
+"""If this breaks: adapters miss layers or start off the base, or are saved as something that PEFT does not read."""
+
+import json
+
+import pytest
+import torch
+from torch import nn
+
+from lit_llm import model as models
+from lit_llm.adapter import (
+    LoRA,
+    is_peft,
+    learns_prompt,
+    learns_prompt_by,
+    load_adapter,
+    merge,
+    save_adapter,
+    spec_of,
+    wrap_peft,
+)
+from lit_llm.errors import InputError
+from lit_llm.model import load_causal_lm
+
+IDS = torch.tensor([[5, 9, 200, 31, 31, 7, 300, 12]])
+KINDS = ["llama", "qwen3", "gpt2"]
+
+
+def logits(model):
+    model.eval()
+    with torch.no_grad():
+        return model(input_ids=IDS, use_cache=False).logits[:, -IDS.shape[1]:]
+
+
+def disturb(model, seed=0):
+    """Make adapters do something: a step of training in a random direction."""
+    draw = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.requires_grad:
+                weight += 0.1 * torch.randn(weight.shape, generator=draw)
+
+
+def is_linear(layer):
+    return isinstance(layer, nn.Linear) or type(layer).__name__ == "Conv1D"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_lora_adapts_every_linear_layer_but_the_head_and_starts_at_the_base(tiny_model, kind):
+    base = load_causal_lm(tiny_model(kind))
+    linears = {name for name, layer in base.named_modules() if is_linear(layer) and name != "lm_head"}
+    before = logits(base)
+    model = wrap_peft(base, LoRA(r=4).as_peft())
+    layers = [name for name, layer in model.named_modules() if hasattr(layer, "lora_A")]
+    adapted = {name.removeprefix("base_model.model.") for name in layers}
+    assert adapted == linears
+    assert len(linears) == {"llama": 14, "qwen3": 14, "gpt2": 8}[kind]
+    assert torch.equal(logits(model), before)
+    for name, weight in model.named_parameters():
+        assert weight.requires_grad == ("lora_" in name), name
+        if "lora_B" in name:
+            assert (weight == 0).all()
+        if "lora_A" in name:
+            assert weight.abs().sum() > 0
+    count = models.count_parameters(model)
+    assert count.trainable == sum(w.numel() for n, w in model.named_parameters() if "lora_" in n)
+    assert count.total == sum(w.numel() for w in model.parameters())
+    assert f"{count.trainable:,} of {count.total:,}" in str(count)
+
+
+METHODS = {
+    "LoraConfig": {"r": 4, "use_dora": True}, "LoHaConfig": {"r": 4}, "IA3Config": {},
+    "VeraConfig": {"r": 4}, "OFTConfig": {"r": 0, "oft_block_size": 8}, "AdaLoraConfig": {"total_step": 100},
+    "RandLoraConfig": {"r": 4},
+    "TrainableTokensConfig": {"token_indices": [3, 5]}, "VBLoRAConfig": {"vector_length": 8, "num_vectors": 16},
+    "AdaptionPromptConfig": {"adapter_layers": 1, "adapter_len": 3},
+    "PromptTuningConfig": {"num_virtual_tokens": 3}, "PrefixTuningConfig": {"num_virtual_tokens": 3},
+}
+
+
+NEARLY = {"VBLoRAConfig": 0.1}                      # starts close to the base, not at it
+UNMERGED = ("PromptTuningConfig", "PrefixTuningConfig", "AdaptionPromptConfig")
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_any_peft_method(tiny_model, tmp_path, name):
+    """Starts at the base, learns, is saved as PEFT saves it, keeps packed documents apart, merges or says it cannot."""
+    from peft import PeftModel
+
+    spec = {"class_path": f"peft.{name}", "init_args": METHODS[name]}
+    base = load_causal_lm(tiny_model("llama"))
+    before = logits(base)
+    model = wrap_peft(base, spec)
+    prompt = learns_prompt(model)
+    assert prompt == learns_prompt_by(spec) == (name in UNMERGED[:2])
+    assert 0 < models.count_parameters(model).trainable < models.count_parameters(model).total
+    if not prompt:
+        assert (logits(model) - before).abs().max() < NEARLY.get(name, 1e-5)
+    disturb(model)
+    want = logits(model)
+    assert not torch.allclose(want, before, atol=1e-3)
+    state = {key: weight.detach().clone() for key, weight in model.named_parameters() if weight.requires_grad}
+    save_adapter(model, tmp_path, state, "the/base")
+    again = PeftModel.from_pretrained(load_causal_lm(tiny_model("llama")), str(tmp_path))
+    assert (logits(again) - want).abs().max() < 1e-5
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["base_model_name_or_path"] == "the/base"
+    if not prompt:
+        packed = load_adapter(load_causal_lm(tiny_model("llama"), attention="lit_varlen"), tmp_path).eval()
+        assert (two_in_a_row(packed) - torch.cat([want[0], want[0]])).abs().max() < 1e-5
+    if name in UNMERGED:
+        with pytest.raises(InputError, match="cannot be merged"):
+            merge(model)
+    else:
+        merged = merge(model)
+        assert not is_peft(merged)
+        assert (logits(merged) - want).abs().max() < 1e-4
+
+
+def two_in_a_row(model):
+    with torch.no_grad():
+        length = IDS.shape[1]
+        return models.head(model)(models.backbone(model)(
+            input_ids=IDS.repeat(1, 2), position_ids=torch.arange(length).repeat(2)[None], attention_mask=None,
+            use_cache=False, cu_seqlens=torch.tensor([0, length, 2 * length], dtype=torch.int32),
+            max_seqlen=length).last_hidden_state[0])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_merged_adapter_is_the_adapter(tiny_model, kind):
+    model = wrap_peft(load_causal_lm(tiny_model(kind)), LoRA(r=4).as_peft())
+    disturb(model)
+    want = logits(model)
+    merged = merge(model)
+    assert (logits(merged) - want).abs().max() < 1e-4
+    assert merge(merged) is merged
+    if kind == "qwen3":
+        assert models.head(merged).weight is merged.get_input_embeddings().weight
+
+
+@pytest.mark.parametrize(("spec", "said"), [
+    ({"class_path": "LoarConfig"}, "Did you mean 'LoraConfig'?"),
+    ({"class_path": "peft.LoraConfig", "init_arg": {}}, "'init_arg' is not known"),
+    ({"init_args": {"r": 3}}, "give class_path"),
+    ({"class_path": "peft.LoraModel"}, "not known"),
+    ({"class_path": "os.system"}, "not known"),
+    ({"class_path": "LoraConfig", "init_args": {"rank": 3}}, "LoraConfig has no key 'rank'"),
+    ({"class_path": "LoraConfig", "init_args": {"lora_alhpa": 3}}, "Did you mean 'lora_alpha'?"),
+    ({"class_path": "LoraConfig", "init_args": {"target_modules": ["c_attn"]}}, "linear layers here: down_proj, "),
+    ({"class_path": "LoraConfig", "init_args": {"r": 0}}, "model.peft"),
+    ({"class_path": "LoraConfig", "init_args": {"r": "many"}}, "model.peft"),
+    ({"class_path": "PromptTuningConfig"}, "model.peft"),
+    ({"class_path": "XLoraConfig"}, "not known"),
+    ({"class_path": "AdaLoraConfig"}, "total_step"),
+])
+def test_a_wrong_adapter_is_a_user_error(tiny_model, spec, said):
+    with pytest.raises(InputError) as caught:
+        wrap_peft(load_causal_lm(tiny_model("llama")), spec)
+    assert said in str(caught.value)
+    assert len(str(caught.value).splitlines()) <= 3
+
+
+def test_one_way_to_ask_for_adapters():
+    long = {"class_path": "LoHaConfig"}
+    assert spec_of(None, None) is None
+    assert spec_of(long, None) == long
+    assert spec_of(None, LoRA(r=3, alpha=5))["init_args"]["lora_alpha"] == 5
+    with pytest.raises(InputError, match="keep one"):
+        spec_of(long, LoRA())
