@@ -11,10 +11,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
-from lightning.pytorch.cli import LightningArgumentParser
+from jsonargparse import ArgumentParser
 
-from lit_llm.adapter import LoRA
-from lit_llm.data.sources import Source
 from lit_llm.errors import InputError, did_you_mean
 
 # What the same thing is called elsewhere.
@@ -31,22 +29,18 @@ ALIASES = {
     "warmup_steps": "model.warmup", "lr_scheduler_type": "model.schedule", "max_grad_norm": "trainer.gradient_clip_val",
     "gradient_checkpointing": "model.gradient_checkpointing", "bf16": "trainer.precision", "fp16": "trainer.precision",
     "rank": "model.lora.r", "lora_dropout": "model.lora.dropout", "precision": "trainer.precision",
-    "max_steps": "trainer.max_steps", "seed": "seed_everything",
+    "max_steps": "trainer.max_steps", "lrate": "model.lr", "seed": "seed_everything",
 }
 UNKNOWN = (r"[Uu]nrecognized arguments: --([\w.+-]+)", r"Key ['\"]([\w.]+)['\"] is not expected",
            r"Option ['\"]([\w.]+)['\"] is not accepted", r"does not accept option ['\"]([\w.]+)['\"]",
            r"No action for key ['\"]([\w.]+)['\"]")
 ALLOWED_IMPORTS = ["lightning", "lit_llm", "torch", "peft", "wandb"]
-NESTED = tuple(field.name for kind in (Source, LoRA) for field in fields(kind))
 
 
-class Parser(LightningArgumentParser):
-    """LightningCLI's parser with short errors, and verbs of our own beside Lightning's."""
+class ShortErrors:
+    """What a parser does with a mistake; mixed into jsonargparse's and Lightning's."""
 
-    def add_subcommands(self, **kwargs: Any) -> Any:  # type: ignore[override]
-        """Keep what was made, so that tools can be listed after Lightning's own verbs."""
-        self.verbs = super().add_subcommands(**kwargs)
-        return self.verbs
+    _actions: list[Any]
 
     def error(self, message: str, *args: Any, **kwargs: Any) -> NoReturn:
         """A few lines and exit code 2, never the usage of 400 options."""
@@ -57,9 +51,14 @@ class Parser(LightningArgumentParser):
     def known(self) -> list[str]:
         """Keys that can be set, of this parser and of its verbs."""
         keys = [action.dest for action in self._actions]
-        for verb in getattr(getattr(self, "verbs", None), "choices", {}).values():
-            keys += [action.dest for action in verb._actions]
+        for verbs in self._actions:                 # an action that holds parsers of its own
+            for parser in verbs.choices.values() if isinstance(verbs.choices, dict) else ():
+                keys += [action.dest for action in getattr(parser, "_actions", ())]
         return sorted({key for key in keys if key and not key.startswith(("help", "print"))})
+
+
+class ToolParser(ShortErrors, ArgumentParser):
+    """jsonargparse's parser with short errors."""
 
 
 def explain(message: str, known: list[str]) -> str:
@@ -102,7 +101,15 @@ def _unknown(key: str, where: str, known: list[str]) -> str:
     last = key.rsplit(".", 1)[-1]
     if ALIASES.get(last, key) != key:
         return f"{where}unknown key '{key}'. Did you mean '{ALIASES[last]}'?"
-    return f"{where}unknown key '{key}'.{did_you_mean(key, [*known, *NESTED])}"
+    return f"{where}unknown key '{key}'.{did_you_mean(key, [*known, *_nested()])}"
+
+
+def _nested() -> list[str]:
+    """Keys below `model.lora` and in the items of `data.sources`."""
+    from lit_llm.adapter import LoRA
+    from lit_llm.data.sources import Source
+
+    return [field.name for kind in (Source, LoRA) for field in fields(kind)]
 
 
 def verb_first(args: Sequence[str], verbs: Sequence[str]) -> list[str]:

@@ -5,9 +5,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from lit_llm.cli import LitLLMCLI, TextDataModule, Trainer
 from lit_llm.errors import InputError
-from lit_llm.parser import Parser
+from lit_llm.runs import LitLLMCLI, RunParser, TextDataModule, Trainer
 from lit_llm.training.module import CausalLMModule
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
@@ -28,7 +27,7 @@ def parse(*words: object, tmp_path: Path) -> Parsed:
         CausalLMModule,
         TextDataModule,
         trainer_class=Trainer,
-        parser_class=Parser,
+        parser_class=RunParser,
         save_config_callback=None,
         seed_everything_default=42,
         auto_configure_optimizers=False,

@@ -6,16 +6,18 @@ import sys
 from graphlib import TopologicalSorter
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[1]
 NOUNS = {"conversation", "template", "encoder", "tokenizer", "adapter", "model", "attention"}
 GROUND = {"disk", "errors", "hub", "samples"}
-RIM = {"cli", "ending", "parser", "__main__", "__init__"}       # they may import everything
+RIM = {"cli", "runs", "ending", "parser", "__main__", "__init__"}       # they may import everything
 WINGS = {"data": set(), "training": {"data"}, "inference": set()}
 ARROWS = {("training.callbacks", "inference.completion"), ("training.callbacks", "inference.sampling")}
 NOUNS_FROM = {"conversation": set(), "attention": set(), "template": {"conversation"}, "encoder": {"template"},
               "tokenizer": {"conversation", "template", "encoder"}, "adapter": set(), "model": {"attention", "adapter"}}
 HOMES = {
-    "peft": {"adapter"}, "AutoModelForCausalLM": {"model"}, "AutoConfig": {"model", "inference.export", "cli"},
+    "peft": {"adapter"}, "AutoModelForCausalLM": {"model"}, "AutoConfig": {"model", "inference.export"},
     "tokenizers": {"tokenizer", "samples.make"}, "AutoTokenizer": {"tokenizer"}, "datasets": {"data.sources", "data.readers"},
     "torchmetrics": {"training.metrics"}, "deepspeed": {"training.strategy"}, "litserve": set(),
 }
@@ -84,7 +86,10 @@ def test_one_home_for_each_third_party():
                 assert name in HOMES[key], f"lit_llm.{name} imports {key}, whose home is {HOMES[key] or 'serve'}"
 
 
-def test_importing_the_package_is_cheap():
-    code = f"import sys, lit_llm; print([name for name in {HEAVY} if name in sys.modules])"
-    out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert out.stdout.strip() == "[]"
+@pytest.mark.parametrize("words", [[], ["--help"], ["chat", "--help"], ["export", "--help"], ["fitt"]], ids=" ".join)
+def test_what_needs_no_model_is_quick(words):
+    """Importing the package, reading help and mistyping a verb load no library that takes seconds."""
+    run = f"import lit_llm.cli; lit_llm.cli.main({words})" if words else "import lit_llm"
+    code = f"import sys\ntry:\n    {run}\nfinally:\n    print([name for name in {HEAVY} if name in sys.modules])"
+    out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert out.stdout.splitlines()[-1] == "[]", out.stderr

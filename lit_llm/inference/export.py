@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import yaml
 
-from lit_llm import adapter, disk, model
+from lit_llm import disk
 from lit_llm.errors import InputError
 from lit_llm.samples import resolve
 from lit_llm.tokenizer import Tokenizer
@@ -33,6 +33,8 @@ def export(run: str, checkpoint: str = "best", out: str | None = None, dtype: Dt
         The folder.
     """
     import torch
+
+    from lit_llm import adapter, model
 
     folder = _checkpoint(Path(run), checkpoint)
     facts = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))

@@ -1,0 +1,111 @@
+"""A run config in, its verb done: `fit validate test prepare`, which are LightningCLI's.
+
+Knows the links between config keys and what follows a verb; errors are `cli.py`'s.
+"""
+
+import logging
+import os
+from pathlib import Path
+
+import torch
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from lit_llm.data.datamodule import TextDataModule
+from lit_llm.ending import finish, held_out_prompts
+from lit_llm.errors import InputError
+from lit_llm.parser import ShortErrors
+from lit_llm.training.module import CausalLMModule
+from lit_llm.training.trainer import Trainer
+
+
+class RunParser(ShortErrors, LightningArgumentParser):
+    """LightningCLI's parser with short errors."""
+
+
+class LitLLMCLI(LightningCLI):
+    """The command line. One config tree: `model`, `data`, `trainer`."""
+
+    trainer: Trainer
+    parser: RunParser
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Verb -> arguments that the CLI fills in itself."""
+        lightnings = LightningCLI.subcommands()
+        ours = {verb: lightnings[verb] for verb in ("fit", "validate", "test")}
+        return ours | {"prepare": {"model", "datamodule"}}
+
+    def _parse_ckpt_path(self) -> None:
+        """What is typed and what stands in the file wins over what a checkpoint remembers."""
+
+    def before_instantiate_classes(self) -> None:
+        """The tokenizer is the model's unless another is named."""
+        assert self.subcommand is not None
+        config = self.config[self.subcommand]
+        if config.data.tokenizer is None:
+            config.data.tokenizer = config.model.base
+
+    def instantiate_classes(self) -> None:
+        """Build module, data and trainer; what Lightning refuses is the user's to mend."""
+        try:
+            super().instantiate_classes()
+        except InputError:
+            raise
+        except (ValueError, TypeError) as error:
+            raise InputError(str(error).splitlines()[0][:300], where="trainer") from None
+
+    def after_instantiate_classes(self) -> None:
+        """Give the run folder the config it is to keep."""
+        assert self.subcommand is not None
+        text = self.parser.dump(self.config, skip_none=False, skip_link_targets=False)
+        import yaml
+
+        config = yaml.safe_load(text)[self.subcommand]
+        config.pop("config", None)
+        config.pop("ckpt_path", None)
+        self.trainer.run.config = config
+
+    def after_fit(self) -> None:
+        """Export, compare, and say what to type next; on one process."""
+        trainer = self.trainer
+        if not trainer.is_global_zero or not trainer.checkpoint_callbacks:    # fast_dev_run has none
+            return
+        files = [str(path) for path in self.config["fit"].get("config") or []]
+        finish(Path(self.trainer.default_root_dir), base=self.model.base, before=self.trainer.run.before,
+               after=self.trainer.run.after, prompts=held_out_prompts(self.datamodule), configs=files)
+
+    def after_validate(self) -> None:
+        """The figures on stdout."""
+        self._print_figures()
+
+    def after_test(self) -> None:
+        """The figures on stdout."""
+        self._print_figures()
+
+    def _print_figures(self) -> None:
+        if self.trainer.is_global_zero:
+            for name, value in sorted(self.trainer.run.after.items()):
+                print(f"{name:<20} {value:,.0f}" if name.endswith("/tokens") else f"{name:<20} {value:.9g}")
+
+
+def run(args: list[str]) -> None:
+    """Do a verb that reads a run config.
+
+    Args:
+        args: The verb and its options.
+
+    Raises:
+        InputError: What the user, or Lightning, finds wrong with the options.
+    """
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else a warning on stdout, whoever imports deepspeed first
+    for name in ("lightning", "lightning.pytorch", "lightning.fabric"):     # which set their own level when imported
+        logging.getLogger(name).setLevel(logging.ERROR)
+    try:
+        LitLLMCLI(CausalLMModule, TextDataModule, trainer_class=Trainer, parser_class=RunParser,
+                  save_config_callback=None, seed_everything_default=42, auto_configure_optimizers=False,
+                  load_from_checkpoint_support=False, args=args,
+                  parser_kwargs={"allow_abbrev": False, "prog": "python -m lit_llm"})
+    except MisconfigurationException as error:
+        raise InputError(str(error).splitlines()[0][:300], where="trainer") from None
