@@ -19,6 +19,7 @@ from torch.nn.functional import scaled_dot_product_attention as sdpa
 from lit_llm.errors import InputError
 
 NAME = "lit_varlen"
+STEP = 16                                           # tokens; a call costs about as much as this much padding
 
 
 def register() -> str:
@@ -98,7 +99,7 @@ def _on_cuda(query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, max_
 
 def _by_length(query: Tensor, key: Tensor, value: Tensor, borders: tuple[int, ...], scaling: float | None,
                dropout: float, sliding_window: int | None) -> Tensor:
-    """One SDPA call for each document length: documents of equal length are stacked.
+    """One SDPA call for documents of about equal length, stacked.
 
     Cost: sum of squared lengths instead of T squared, and no mask, so the fast kernels apply.
     """
@@ -109,37 +110,48 @@ def _by_length(query: Tensor, key: Tensor, value: Tensor, borders: tuple[int, ..
     if order is not None and back is not None:
         order, back = order.to(query.device), back.to(query.device)
         query, key, value = (states.index_select(2, order) for states in (query, key, value))
-    pieces, at = [], 0
-    for count, length in stacks:
-        stop = at + count * length
+    sizes = [count * length for count, length in stacks]
+    pieces = []
+    for (count, length), *parts in zip(stacks, *(states[0].split(sizes, dim=1) for states in (query, key, value)),
+                                       strict=True):
         stack_query, stack_key, stack_value = (
-            states[0, :, at:stop].reshape(heads, count, length, -1).transpose(0, 1) for states in (query, key, value))
+            part.reshape(heads, count, length, -1).transpose(0, 1) for part in parts)
         mask = _band(length, sliding_window, query) if sliding_window is not None and length > sliding_window else None
         out = sdpa(stack_query, stack_key, stack_value, attn_mask=mask, is_causal=mask is None, dropout_p=dropout,
                    scale=scaling)
         pieces.append(out.transpose(1, 2).reshape(count * length, heads, -1))
-        at = stop
     out = torch.cat(pieces)
     return (out if back is None else out.index_select(0, back)).unsqueeze(0)
 
 
 @lru_cache(maxsize=64)
 def _plan(borders: tuple[int, ...]) -> tuple[Tensor | None, Tensor | None, list[tuple[int, int]]]:
-    """Token order that puts equal lengths side by side, its inverse, and (documents, length) of each stack.
+    """Token order that puts documents of about equal length side by side, and the way back.
 
-    Every layer of a step asks with the same borders, so the answer is kept.
+    Lengths are rounded up to a multiple of STEP: a short document repeats its last token behind its end, where causal
+    attention hides it from the others, and what it says there is thrown away. Every layer of a step asks with the same
+    borders, so the answer is kept.
+
+    Returns:
+        Positions to gather, positions of the T tokens in what was gathered (both None where nothing moves), and
+        (documents, tokens of each) of every stack.
     """
     documents = [(start, stop - start) for start, stop in pairwise(borders) if stop > start]
-    lengths = [length for _, length in documents]
-    if len(set(lengths)) == len(lengths):
-        return None, None, [(1, length) for length in lengths]
-    by_length: dict[int, list[int]] = {}
+    by_length: dict[int, list[tuple[int, int]]] = {}
     for start, length in documents:
-        by_length.setdefault(length, []).append(start)
-    order = torch.cat([torch.arange(start, start + length) for length, starts in by_length.items() for start in starts])
-    back = torch.empty_like(order)
-    back[order] = torch.arange(len(order))
-    return order, back, [(len(starts), length) for length, starts in by_length.items()]
+        by_length.setdefault(-(-length // STEP), []).append((start, length))
+    if all(len(alike) == 1 for alike in by_length.values()):
+        return None, None, [(1, length) for _, length in documents]
+    order, back, stacks = [], torch.empty(borders[-1], dtype=torch.int64), []
+    at = 0
+    for alike in by_length.values():
+        longest = max(length for _, length in alike)
+        stacks.append((len(alike), longest))
+        for start, length in alike:
+            order.append(torch.arange(start, start + longest).clamp_(max=start + length - 1))
+            back[start:start + length] = torch.arange(at, at + length)
+            at += longest
+    return torch.cat(order), back, stacks
 
 
 def _band(length: int, window: int, like: Tensor) -> Tensor:
