@@ -25,6 +25,15 @@ CORPUS = [
 ]
 
 
+LONGEST = ["test_readme", "test_strategy", "test_pipeline", "test_checkpoint", "test_lifecycle", "test_notebooks",
+           "test_gradient", "test_perplexity", "test_chat"]
+
+
+def pytest_collection_modifyitems(items):
+    """The longest files first, so that neither of the two test processes ends long before the other."""
+    items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
+
+
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path, monkeypatch):
     """Token caches of a test are its own."""

@@ -15,7 +15,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 SAMPLES = ROOT / "lit_llm" / "samples"
-pytestmark = [pytest.mark.timeout(900), pytest.mark.xdist_group("readme")]     # one run serves them all
+pytestmark = pytest.mark.timeout(900)
 
 
 def blocks(language: str, text: str = README) -> list[str]:

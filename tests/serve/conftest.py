@@ -14,13 +14,6 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def pytest_collection_modifyitems(items):
-    """Tests that share a server run in the process that started it."""
-    for item in items:
-        if "server" in item.fixturenames:
-            item.add_marker(pytest.mark.xdist_group("server"))
-
-
 class ServerProcess:
     """`python -m serve`, started when made."""
 
