@@ -1,7 +1,7 @@
 """Words typed in; a verb done, or a few lines that say what to type instead.
 
-`fit validate test prepare` read a run config (`runs.py`); `export chat` read a folder. Each is imported when it is
-asked for, so that `--help` and a mistyped word cost nothing. The only module that knows all others; none knows it.
+`fit validate test prepare inspect` read a run config (`runs.py`); `export chat` read a folder. Each is imported when it
+is asked for, so that `--help` and a mistyped word cost nothing. The only module that knows all others; none knows it.
 """
 
 import errno
@@ -21,6 +21,7 @@ RUNS = {
     "validate": "Perplexity on the validation data, of the base or of a checkpoint.",
     "test": "The same on the test data.",
     "prepare": "Tokenize the data of a run into the cache, and say what it holds.",
+    "inspect": "Show the data of a run as the model will see it, and what was dropped and why.",
 }
 TOOLS = {
     "export": ("lit_llm.inference.export:export", "Write a run's model as a folder that transformers loads."),

@@ -44,6 +44,11 @@ class Message:
     name: str | None = None
     train: bool | None = None
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether it is role and content alone."""
+        return not (self.reasoning_content or self.tool_calls or self.tool_call_id or self.name)
+
     @classmethod
     def from_openai(cls, raw: Any) -> "Message":
         """A message from OpenAI's dict; unknown keys are an error so that a typo is never silently dropped."""

@@ -10,16 +10,29 @@ Knows spans and ids, nothing of roles or labels.
 
 import json
 import re
-from collections.abc import Iterable, Sequence
+from bisect import bisect_left
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
+
+import numpy as np
 
 from lit_llm.errors import InputError
 from lit_llm.template import Rendered, Span
 
 # Private use, no part of it twice: stands in for the token before a section.
 ANCHOR = "\U0010fffd\U0010f8ff\U0010fffc"
+CONTEXT = 256                                           # characters: further no rule of a tokenizer reaches
+PIECE = 1 << 20                                         # characters
+BETWEEN = re.compile(r"\n(?=\S)|(?<=\S)(?=[ ]\S)")     # where a line or a word begins
+
+
+class Piece(NamedTuple):
+    """A stretch of plain text, and what stands right before it in its document."""
+
+    before: str
+    text: str
 
 
 class Encoder:
@@ -34,7 +47,9 @@ class Encoder:
         added = backend.get_added_tokens_decoder()
         self.special_ids = frozenset(id_ for id_, token in added.items() if token.special)
         self._by_spelling = {token.content: (id_, token) for id_, token in added.items()}
-        self._added = _any_of(token.content for token in added.values())
+        marks = [token for token in added.values() if token.content.strip()]    # runs of spaces are no control tokens
+        self._added = _any_of(token.content for token in marks)
+        self._hints = {token.content[:2] for token in marks}
         self._sayable = _any_of(token.content for token in added.values() if not token.special)
 
     def encode(self, rendered: Rendered) -> tuple[list[int], list[Span]]:
@@ -111,6 +126,57 @@ class Encoder:
         """Ids and spans of a text as the library reads it, control tokens included."""
         return _run(self._backend, text)
 
+    # ---- plain text --------------------------------------------------------------------------------------------------
+
+    def texts(self, pieces: Sequence[Piece]) -> list["np.ndarray | InputError"]:
+        """Ids of pieces of plain text, each as it would be read within its document; spelled tokens stay text."""
+        spelled = [any(hint in piece.before + piece.text for hint in self._hints)
+                   and bool(self._added.search(piece.before + piece.text)) for piece in pieces]
+        out: dict[int, np.ndarray | InputError] = {}
+        for cut in (False, True):
+            for plain in (False, True):
+                mine = [number for number, piece in enumerate(pieces)
+                        if (spelled[number], bool(piece.before)) == (plain, cut)]
+                backend = self._plain if plain and mine else self._backend
+                run = backend.encode_batch if cut else backend.encode_batch_fast
+                out |= zip(mine, _batch(run, [pieces[number] for number in mine]), strict=True)
+        return [self._checked(out[number], piece) for number, piece in enumerate(pieces)]
+
+    def _checked(self, ids: "np.ndarray | InputError", piece: Piece) -> "np.ndarray | InputError":
+        if isinstance(ids, np.ndarray) and np.isin(ids, self._specials).any():
+            return InputError(f"text in {piece.text[:80]!r} becomes a control token")
+        return ids
+
+    @cached_property
+    def _specials(self) -> np.ndarray:
+        return np.array(sorted(self.special_ids), dtype=np.uint32)
+
+    def pieces(self, blocks: Iterable[str]) -> Iterator[tuple[Piece, bool, bool]]:
+        """A long text in pieces that can be read one by one: (piece, whether it is the first, whether the last)."""
+        before, held, first = "", "", True
+        for block in blocks:
+            held += block
+            while cut := self._cut(held):
+                yield Piece(before, held[:cut]), first, False
+                before, held, first = held[cut - CONTEXT:cut], held[cut:], False
+        yield Piece(before, held), first, True
+
+    def _cut(self, text: str) -> int:
+        """Where to cut a piece off; 0 where the text is short, or no place is clean."""
+        if len(text) < PIECE + 2 * CONTEXT:
+            return 0
+        for tries, found in enumerate(BETWEEN.finditer(text, PIECE, len(text) - CONTEXT)):
+            at = found.end()
+            left, right = text[at - CONTEXT:at], text[at:at + CONTEXT]
+            backend = self._plain if self._added.search(text, at - CONTEXT, at + CONTEXT) else self._backend
+            alone, (both, offsets) = _run(backend, left)[0], _run(backend, left + right)
+            count = len(alone)
+            if both[:count] == alone and offsets[count][0] >= len(left) and offsets[count - 1][1] <= len(left):
+                return at
+            if tries == 100:
+                break
+        return 0
+
     def _plainly(self, text: str, start: int, stop: int) -> tuple[list[int], list[Span]]:
         """A section's ids with every spelled token read as text; behind an anchor, since it does not begin the text."""
         if start >= stop:
@@ -123,7 +189,8 @@ class Encoder:
     @cached_property
     def _plain(self) -> Any:
         """The same vocabulary and rules without added tokens, made when some text first spells one."""
-        rules = json.loads(self._backend.to_str()) | {"added_tokens": []}
+        rules = json.loads(self._backend.to_str())
+        rules["added_tokens"] = [token for token in rules["added_tokens"] if not token["content"].strip()]
         plain = type(self._backend).from_str(json.dumps(rules))
         plain.add_special_tokens([ANCHOR])
         return plain
@@ -135,6 +202,23 @@ def _run(backend: Any, text: str) -> tuple[list[int], list[Span]]:
     except TypeError:
         raise InputError("text holds half of a surrogate pair, which is no character") from None
     return encoding.ids, encoding.offsets
+
+
+def _batch(run: Any, pieces: Sequence[Piece]) -> list["np.ndarray | InputError"]:
+    """Ids of each piece, what stands before it left out."""
+    try:
+        encodings = run([piece.before + piece.text for piece in pieces], add_special_tokens=False)
+    except TypeError:
+        if len(pieces) > 1:                             # one of them spoils the batch
+            return [_batch(run, [piece])[0] for piece in pieces]
+        return [InputError("text holds half of a surrogate pair, which is no character")]
+    return [np.array(encoding.ids, dtype=np.uint32)[_first(encoding, len(piece.before)):]
+            for encoding, piece in zip(encodings, pieces, strict=True)]
+
+
+def _first(encoding: Any, at: int) -> int:
+    """Number of the first token that begins at a character, or behind it."""
+    return bisect_left(range(len(encoding)), at, key=lambda token: encoding.token_to_chars(token)[0]) if at else 0
 
 
 def _any_of(spellings: Iterable[str]) -> re.Pattern[str]:

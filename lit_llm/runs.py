@@ -34,7 +34,7 @@ class LitLLMCLI(LightningCLI):
         """Verb -> arguments that the CLI fills in itself."""
         lightnings = LightningCLI.subcommands()
         ours = {verb: lightnings[verb] for verb in ("fit", "validate", "test")}
-        return ours | {"prepare": {"model", "datamodule"}}
+        return ours | {verb: {"model", "datamodule"} for verb in ("prepare", "inspect")}
 
     def _parse_ckpt_path(self) -> None:
         """What is typed and what stands in the file wins over what a checkpoint remembers."""

@@ -46,12 +46,14 @@ class Rendered:
             that are not special (`<think>`) is read as it said it.
         answers: For each assistant turn that the text shows as it was produced: (message index, start, stop); start is
             where the generation prompt ends, stop lies behind the stop token.
+        speakers: (start, stop, role) of each content.
     """
 
     text: str
     literals: tuple[Span, ...]
     words: tuple[Span, ...] = ()
     answers: tuple[tuple[int, int, int], ...] = ()
+    speakers: tuple[tuple[int, int, str], ...] = ()
 
 
 class ChatTemplate:
@@ -66,6 +68,7 @@ class ChatTemplate:
         self._render = render
         ordered = sorted(special_tokens, key=len, reverse=True)
         self.special = re.compile("|".join(map(re.escape, ordered)) or r"(?!)")
+        self._skeletons: dict[tuple[Any, ...], list[str] | None] = {}
 
     def text(self, conversation: Conversation, *, generation_prompt: bool = False) -> str:
         """The rendered text.
@@ -92,6 +95,7 @@ class ChatTemplate:
             self._refuse_forgery(f"message {place + 1}", others)
         text = self.text(conversation, generation_prompt=generation_prompt)
         found = self._contents(conversation, text, generation_prompt)
+        whole = None if generation_prompt else text
         answers: list[tuple[int, int, int]] = []
         literals: list[Span] = []
         words: list[Span] = []
@@ -99,10 +103,11 @@ class ChatTemplate:
             (words if conversation.messages[place].role == "assistant" else literals).append(span)
         for place, message in enumerate(conversation.messages):
             if message.role == "assistant":
-                answer = self._answer(conversation, place, text, found)
+                answer = self._answer(conversation, place, text, found, whole)
                 if answer:
                     answers.append((place, *answer))
-        return Rendered(text, tuple(literals), tuple(words), tuple(answers))
+        speakers = tuple((*span, conversation.messages[place].role) for place, span in found)
+        return Rendered(text, tuple(literals), tuple(words), tuple(answers), speakers)
 
     # ---- where content stands ----------------------------------------------------------------------------------------
 
@@ -127,16 +132,8 @@ class ChatTemplate:
         The same conversation is rendered once more with a mark in place of each content: what stands between the marks
         is the template's own text. If those pieces with the contents between them spell `text`, the spans are proven.
         """
-        mark = _unused([text, *_strings(conversation.to_openai()), *_strings(conversation.tools)])
-        marked = replace(conversation, messages=tuple(
-            replace(message, content=f"{mark}{place}{mark}") if message.content and message.role in roles else message
-            for place, message in enumerate(conversation.messages)))
-        try:
-            skeleton = self.text(marked, generation_prompt=generation_prompt)
-        except InputError:
-            return None
-        pieces = re.split(f"{mark}([0-9]+){mark}", skeleton)
-        if not text.startswith(pieces[0]):
+        pieces = self._skeleton(conversation, text, generation_prompt, roles)
+        if pieces is None or not text.startswith(pieces[0]):
             return None
         found, at = [], len(pieces[0])
         for number, own in zip(pieces[1::2], pieces[2::2], strict=True):
@@ -150,6 +147,30 @@ class ChatTemplate:
                 return None
         return found if at == len(text) else None
 
+    def _skeleton(self, conversation: Conversation, text: str, generation_prompt: bool,
+                  roles: tuple[str, ...]) -> list[str] | None:
+        """The template's own text around marks, with the marks' numbers between; None where it refuses them.
+
+        Contents are gone from it, so conversations of one shape share it: same roles, and nothing but contents.
+        """
+        mark = _unused([text, *_strings(conversation.to_openai()), *_strings(conversation.tools)])
+        shared = not conversation.tools and all(
+            message.is_plain and message.role in roles for message in conversation.messages)
+        shape = (mark, generation_prompt, roles, *((message.role, bool(message.content))
+                                                   for message in conversation.messages))
+        if shared and shape in self._skeletons:
+            return self._skeletons[shape]
+        marked = replace(conversation, messages=tuple(
+            replace(message, content=f"{mark}{place}{mark}") if message.content and message.role in roles else message
+            for place, message in enumerate(conversation.messages)))
+        try:
+            pieces = re.split(f"{mark}([0-9]+){mark}", self.text(marked, generation_prompt=generation_prompt))
+        except InputError:
+            pieces = None
+        if shared and len(self._skeletons) < 1000:
+            self._skeletons[shape] = pieces
+        return pieces
+
     def _refuse_forgery(self, where: str, value: Any) -> None:
         for text in _strings(value):
             if found := self.special.search(text):
@@ -158,7 +179,8 @@ class ChatTemplate:
 
     # ---- where answers stand -----------------------------------------------------------------------------------------
 
-    def _answer(self, conversation: Conversation, place: int, text: str, found: list[tuple[int, Span]]) -> Span | None:
+    def _answer(self, conversation: Conversation, place: int, text: str, found: list[tuple[int, Span]],
+                whole: str | None) -> Span | None:
         """What the model must produce at this turn: from the end of its prompt to the end of its stop token."""
         before = conversation.upto(place)
         if not before.messages:
@@ -166,7 +188,8 @@ class ChatTemplate:
         prompt = self.text(before, generation_prompt=True)
         if not text.startswith(prompt):
             return None                             # the template shows this turn otherwise than it was produced
-        fresh = self.text(conversation.upto(place + 1))     # the turn as it stood when it was produced
+        ends = place + 1 == len(conversation.messages)
+        fresh = whole if ends and whole is not None else self.text(conversation.upto(place + 1))    # as it was produced
         own = [span for index, span in found if index == place and span[0] >= len(prompt)]
         if own and text[len(prompt):own[0][0]].strip() and prompt == self.text(before):
             return None                             # no generation prompt: the header would be learned as an answer

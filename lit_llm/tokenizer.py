@@ -7,7 +7,7 @@ shift of labels are the data and training wings'.
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,14 +16,15 @@ from typing import Any, Literal
 import numpy as np
 
 from lit_llm import hub
-from lit_llm.conversation import Conversation, Document
-from lit_llm.encoder import Encoder
+from lit_llm.conversation import ROLES, Conversation, Document
+from lit_llm.encoder import Encoder, Piece
 from lit_llm.errors import InputError
 from lit_llm.samples import resolve
 from lit_llm.template import ChatTemplate, Rendered, Span, chatml
 
 IGNORE_INDEX = -100
 TrainOn = Literal["assistant", "last", "all"]
+SPEAKERS = ("template", *ROLES, "document")             # who says a token; what stands around contents, the template
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,10 +35,12 @@ class TokenSequence:
         input_ids: (T,) int32.
         labels: (T,) int32, Hugging Face's convention: position i holds the token AT i, or -100 where it is not
             supervised. Nobody has shifted it; `training/loss.py` will.
+        speakers: (T,) uint8, who says each token: a place in SPEAKERS. Null is a document.
     """
 
     input_ids: np.ndarray
     labels: np.ndarray
+    speakers: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -111,6 +114,19 @@ class Tokenizer:
         array = np.asarray(ids, dtype=np.int32)
         return TokenSequence(array, array.copy())
 
+    def pieces(self, blocks: Iterable[str]) -> Iterator[tuple[Piece, bool, bool]]:
+        """A long document in pieces for `encode_pieces`: (piece, whether it is the first, whether the last)."""
+        return self._encoder.pieces(blocks)
+
+    def encode_pieces(self, pieces: Sequence[Piece]) -> list[np.ndarray | InputError]:
+        """Ids of many texts together, which is faster; an error stands where one of them cannot be read."""
+        return self._encoder.texts(pieces)
+
+    def framed(self, ids: np.ndarray, *, first: bool = True, last: bool = True) -> np.ndarray:
+        """(T,) int32: a document's ids, with the tokenizer's beginning before it and its end of text behind it."""
+        prefix, end = self._prefix if first else [], [self.eos_id] if last else []
+        return np.concatenate([prefix, ids, end]).astype(np.int32)
+
     def encode_text(self, text: str) -> list[int]:
         """Ids of plain text: no BOS, and a spelled control token stays text."""
         return self._encoder.encode(Rendered(text, ((0, len(text)),)))[0]
@@ -152,10 +168,9 @@ class Tokenizer:
         return self._labelled(rendered, [place])
 
     def _labelled(self, rendered: Rendered, wanted: Sequence[int]) -> TokenSequence:
-        ids, offsets = self._encoder.encode(rendered)
-        input_ids = np.asarray(ids, dtype=np.int32)
-        inside = _inside(rendered, offsets, wanted)
-        return TokenSequence(input_ids, np.where(inside, input_ids, IGNORE_INDEX).astype(np.int32))
+        ids, starts = self._read(rendered)
+        labels = np.where(_inside(starts, _answers(rendered, wanted)), ids, IGNORE_INDEX).astype(np.int32)
+        return TokenSequence(ids, labels, _speakers(rendered, starts))
 
     def _everything(self, conversation: Conversation, wanted: Sequence[int]) -> TokenSequence:
         """Every token labelled, but for the answers that are not to be trained on."""
@@ -164,10 +179,14 @@ class Tokenizer:
                   if message.role == "assistant" and message.train is False]
         if hidden := set(silent) - {place for place, *_ in rendered.answers}:
             raise _hidden(min(hidden))
+        ids, starts = self._read(rendered)
+        labels = np.where(_inside(starts, _answers(rendered, silent)), IGNORE_INDEX, ids).astype(np.int32)
+        return TokenSequence(ids, labels, _speakers(rendered, starts))
+
+    def _read(self, rendered: Rendered) -> tuple[np.ndarray, np.ndarray]:
+        """(T,) ids, and the character at which each begins."""
         ids, offsets = self._encoder.encode(rendered)
-        input_ids = np.asarray(ids, dtype=np.int32)
-        inside = _inside(rendered, offsets, silent)
-        return TokenSequence(input_ids, np.where(inside, IGNORE_INDEX, input_ids).astype(np.int32))
+        return np.asarray(ids, dtype=np.int32), np.asarray([start for start, _ in offsets])
 
     @cached_property
     def _prefix(self) -> list[int]:
@@ -271,14 +290,25 @@ def _choose_template(hf: Any, path: str, wanted: str | None) -> tuple[str, str]:
                                 f"{start} and {end} (set data.chat_template for another)")
 
 
-def _inside(rendered: Rendered, offsets: Sequence[Span], places: Sequence[int]) -> np.ndarray:
-    """(T,) bool: whether a token begins inside one of these answers (one that swallows spaces may end behind it)."""
-    starts = np.asarray([start for start, _ in offsets])
-    inside = np.zeros(len(offsets), dtype=bool)
-    for place, start, stop in rendered.answers:
-        if place in places:
-            inside |= (starts >= start) & (starts < stop)
+def _answers(rendered: Rendered, places: Sequence[int]) -> list[Span]:
+    return [(start, stop) for place, start, stop in rendered.answers if place in places]
+
+
+def _inside(starts: np.ndarray, spans: Sequence[Span]) -> np.ndarray:
+    """(T,) bool: whether a token begins inside one of the spans (one that swallows spaces may end behind it)."""
+    inside = np.zeros(len(starts), dtype=bool)
+    for start, stop in spans:
+        inside |= (starts >= start) & (starts < stop)
     return inside
+
+
+def _speakers(rendered: Rendered, starts: np.ndarray) -> np.ndarray:
+    """(T,) uint8: who says each token; of an answer, all that its model says: reasoning, calls and the stop token."""
+    said = np.zeros(len(starts), dtype=np.uint8)
+    said[_inside(starts, [(start, stop) for _, start, stop in rendered.answers])] = SPEAKERS.index("assistant")
+    for start, stop, role in rendered.speakers:
+        said[_inside(starts, [(start, stop)])] = SPEAKERS.index(role)
+    return said
 
 
 def _hidden(place: int) -> InputError:

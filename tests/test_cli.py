@@ -9,6 +9,7 @@ import csv
 import io
 import json
 import os
+import re
 import resource
 import subprocess
 import sys
@@ -274,6 +275,15 @@ def test_what_validate_prints_after_fit(place):
     assert float(printed["val/nll"]) == pytest.approx(best, rel=1e-6)
 
 
+def test_inspect_shows_the_rows_and_writes_a_page(place):
+    code, out, err = call("inspect", "--config", "ok.yaml", "--rows", 1, "--html", "page.html")
+    assert code == 0, err
+    assert re.search(r"\[one two \d<", out)
+    assert "good.jsonl: 8 records, 8 kept" in out
+    assert Path("page.html").read_text().startswith("<!doctype html>")
+    assert not Path("run").exists()
+
+
 # ---- help ------------------------------------------------------------------------------------------------------------
 
 def test_help_names_every_key_with_its_meaning(capsys):
@@ -303,5 +313,5 @@ def test_help_lists_the_verbs(capsys):
         main(["--help"])
     assert stop.value.code == 0
     text = capsys.readouterr().out
-    for verb in ("fit", "validate", "test", "prepare", "export", "chat"):
+    for verb in ("fit", "validate", "test", "prepare", "inspect", "export", "chat"):
         assert f"\n    {verb} " in text

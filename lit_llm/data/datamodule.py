@@ -14,11 +14,11 @@ import lightning as L
 import numpy as np
 
 from lit_llm.data import packing as pack
-from lit_llm.data import store as stores
 from lit_llm.data.loader import Corpus, RowLoader
 from lit_llm.data.packing import Overlong, Packing, Rows
+from lit_llm.data.prepare import OnBadRecord, prepare, wait_for
 from lit_llm.data.sources import Source
-from lit_llm.data.store import OnBadRecord, TokenStore
+from lit_llm.data.store import Report, TokenStore
 from lit_llm.errors import InputError
 from lit_llm.tokenizer import Tokenizer, TrainOn
 
@@ -57,6 +57,9 @@ class TextDataModule(L.LightningDataModule):
         on_bad_record: Stop at the first bad record (error), or write it aside with the reason (quarantine).
         seed: Of the order, and of the records drawn by a fractional weight.
         cache_dir: Where tokens are kept; null is `$LIT_LLM_CACHE`, else `~/.cache/lit_llm`.
+        num_proc: Processes that tokenize; null takes the machine's cores, and one where there is little to do.
+        dedup: Leave out training records that say exactly what an earlier one says, of any source.
+        bad_record_limit: Share of a source's records that may be set aside; above it something else is wrong.
     """
 
     def __init__(
@@ -75,15 +78,19 @@ class TextDataModule(L.LightningDataModule):
         on_bad_record: OnBadRecord = "error",
         seed: int = 0,
         cache_dir: str | None = None,
+        num_proc: int | None = None,
+        dedup: bool = False,
+        bad_record_limit: float = 0.1,
     ) -> None:
         super().__init__()
         self.sources, self.val_sources, self.test_sources = sources, val_sources, test_sources
         self.val_fraction, self.tokenizer_path, self.chat_template = val_fraction, tokenizer, chat_template
         self.train_on, self.seq_len, self.batch_size = train_on, seq_len, batch_size
         self.packing, self.overlong, self.on_bad_record = packing, overlong, on_bad_record
-        self.seed, self.cache_dir = seed, cache_dir
+        self.seed, self.cache_dir, self.num_proc = seed, cache_dir, num_proc
+        self.dedup, self.bad_record_limit = dedup, bad_record_limit
         self.plans: dict[Stage, Plan] = {}
-        self.reports: list[stores.Report] = []
+        self.reports: list[Report] = []
         self._tokenizer: Tokenizer | None = None
 
     @property
@@ -155,9 +162,17 @@ class TextDataModule(L.LightningDataModule):
         return bool(self.val_sources or self.val_fraction or (stage == "test" and self.test_sources))
 
     def _open(self, source: Source, *, write: bool) -> TokenStore:
-        open_ = stores.prepare if write else stores.wait_for
-        return open_(source, self.tokenizer, train_on=self.train_on, on_bad_record=self.on_bad_record,
-                     cache_dir=self.cache_dir)
+        how: dict[str, Any] = {
+            "train_on": self.train_on, "on_bad_record": self.on_bad_record, "cache_dir": self.cache_dir}
+        if not write:
+            return wait_for(source, self.tokenizer, **how)
+        store = prepare(source, self.tokenizer, num_proc=self.num_proc, **how)
+        bad, read = store.report.quarantined, store.report.read
+        if bad > self.bad_record_limit * read:
+            raise InputError(f"{bad:,} of {read:,} records are bad, more than data.bad_record_limit allows",
+                             where=source.path, fix=f"They are in {store.folder / 'quarantine.jsonl'}, each with its "
+                             "reason; mend them, or raise the limit.")
+        return store
 
     def _plan(self, stage: Stage) -> Plan:
         own = self.test_sources if stage == "test" and self.test_sources else self.val_sources
@@ -166,14 +181,19 @@ class TextDataModule(L.LightningDataModule):
         draws: list[tuple[TokenStore, np.ndarray]] = []
         notes: dict[str, int] = {}
         local_rank = self.trainer.local_rank if self.trainer else 0
-        for number, source in enumerate(listed):
+        for source in listed:
             store = self._open(source, write=local_rank == 0)
             if stage == "train" and store.report not in self.reports:
                 self.reports.append(store.report)
-            which = _one_side(store, self.val_fraction, side)
-            if stage == "train":
-                which = _weighted(which, source.weight, [self.seed, number])
-            draws.append((store, which))
+            draws.append((store, _one_side(store, self.val_fraction, side)))
+        if stage == "train":
+            repeats = _repeats(draws)
+            if count := sum(int(again.sum()) for again in repeats):
+                notes["duplicates_left_out" if self.dedup else "duplicates"] = count
+            if self.dedup:
+                draws = [(store, which[~again]) for (store, which), again in zip(draws, repeats, strict=True)]
+            draws = [(store, _weighted(which, source.weight, [self.seed, number]))
+                     for number, ((store, which), source) in enumerate(zip(draws, listed, strict=True))]
         corpus = Corpus(draws, end=stage == "train")
         if not len(corpus):
             raise InputError(f"no record is left for {stage}", where="data.val_fraction" if side else "data.sources",
@@ -183,7 +203,7 @@ class TextDataModule(L.LightningDataModule):
             raise InputError(f"no token of the {stage} data is supervised", where="data.train_on",
                              fix="Look at the rows: python -m lit_llm inspect --config ...")
         keys = [[store.key for store, _ in draws], stage, side, self.val_fraction, [source.weight for source in listed],
-                self.seq_len, self.packing, self.overlong, self.seed]
+                self.seq_len, self.packing, self.overlong, self.seed, self.dedup]
         return Plan(corpus, rows, notes, hashlib.sha256(json.dumps(keys).encode()).hexdigest()[:16])
 
     def _rows(self, corpus: Corpus, stage: Stage, notes: dict[str, int]) -> Rows:
@@ -221,6 +241,8 @@ class TextDataModule(L.LightningDataModule):
 
     def summary(self) -> str:
         """Some lines: records read, kept, dropped and why; then tokens, supervised share, rows and fill per stage."""
+        from lit_llm.data.inspection import describe
+
         lines = [line for report in self.reports for line in describe(report)]
         for stage, plan in self.plans.items():
             tokens, rows = int(plan.rows.lengths.sum()), plan.rows
@@ -238,19 +260,27 @@ class TextDataModule(L.LightningDataModule):
                    for stage, plan in self.plans.items()}}
 
 
-def describe(report: stores.Report) -> list[str]:
-    """A source's records in words; one line, and one for each reason to drop."""
-    lines = [f"{report.source}: {report.read:,} records, {report.kept:,} kept, {report.tokens:,} tokens"]
-    lines += [f"  {count:,} dropped: {reason} (first at {first})" for reason, (count, first) in report.dropped.items()]
-    return lines
-
-
 def _one_side(store: TokenStore, val_fraction: float, side: Stage | None) -> np.ndarray:
     """Indices of a store's sequences for train or for the held-out side; all of them where nothing is split."""
     if side is None:
         return np.arange(len(store))
     held_out = store.sequences["content"] < np.uint64(val_fraction * 2.0**64)
     return np.flatnonzero(~held_out if side == "train" else held_out)
+
+
+def _repeats(draws: list[tuple[TokenStore, np.ndarray]]) -> list[np.ndarray]:
+    """Of each draw, whether a sequence belongs to a record that says exactly what an earlier one says.
+
+    A record may be several sequences, which say the same and stay together.
+    """
+    rows = [store.sequences[which] for store, which in draws]
+    content = np.concatenate([part["content"] for part in rows])
+    keys = np.stack([np.repeat(np.arange(len(rows)), [len(part) for part in rows]),
+                     *(np.concatenate([part[name] for part in rows]) for name in ("file", "number"))])
+    record = np.cumsum((np.diff(keys, axis=1, prepend=-1) != 0).any(axis=0))
+    _, first, said = np.unique(content, return_index=True, return_inverse=True)
+    again = record != record[first][said]
+    return np.split(again, np.cumsum([len(part) for part in rows])[:-1])
 
 
 def _weighted(which: np.ndarray, weight: float, seed: list[int]) -> np.ndarray:

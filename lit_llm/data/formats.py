@@ -58,8 +58,10 @@ def recognise(record: Mapping[str, Any]) -> str:
         turns = record.get(key)
         if isinstance(turns, list):
             return "sharegpt" if turns and isinstance(turns[0], Mapping) and "from" in turns[0] else "messages"
+    if isinstance(record.get("conversation"), list):
+        return "firefly"
     for name, keys in (("alpaca", ("instruction", "output")), ("prompt", ("prompt", "completion")),
-                       ("text", ("text",))):
+                       ("firefly", ("kind", "input", "target")), ("text", ("text",))):
         if all(key in record for key in keys):
             return name
     raise InputError(f"no known format has the keys {_keys(record)}",
@@ -124,8 +126,24 @@ def prompt(record: Mapping[str, Any]) -> Conversation:
     return Conversation.from_openai([*before, *after], _tools(record.get("tools")))
 
 
+def firefly(record: Mapping[str, Any]) -> Conversation:
+    """`conversation`, a list of `{"human": ..., "assistant": ...}`; or the older `kind`, `input`, `target`."""
+    if "conversation" not in record:
+        return prompt({"prompt": _string(_need(record, "input"), "input"),
+                       "completion": _string(_need(record, "target"), "target")})
+    pairs = record["conversation"]
+    if not isinstance(pairs, list):
+        raise InputError(f"conversation must be a list, not {json.dumps(pairs, default=str)[:40]}")
+    messages = []
+    for number, pair in enumerate(pairs, start=1):
+        if not isinstance(pair, Mapping) or {"human", "assistant"} - set(pair):
+            raise InputError(f"turn {number} of conversation must be an object with human and assistant")
+        messages += [{"role": "user", "content": pair["human"]}, {"role": "assistant", "content": pair["assistant"]}]
+    return Conversation.from_openai(messages)
+
+
 FORMATS: dict[str, Callable[[Mapping[str, Any]], Document | Conversation]] = {
-    "text": text, "alpaca": alpaca, "messages": messages, "sharegpt": sharegpt, "prompt": prompt}
+    "text": text, "alpaca": alpaca, "messages": messages, "sharegpt": sharegpt, "prompt": prompt, "firefly": firefly}
 
 
 # ---- their parts -----------------------------------------------------------------------------------------------------

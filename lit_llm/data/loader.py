@@ -69,9 +69,15 @@ class Corpus:
 
     def read(self, sequence: int, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
         """Tokens `start:stop` of a sequence, and whether each is supervised."""
+        tokens, marks = self.marked(sequence, start, stop)
+        return tokens, (marks & 1).view(bool)
+
+    def marked(self, sequence: int, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens `start:stop` of a sequence, and their marks as the store keeps them."""
         store = self.stores[self.store_of[sequence]]
         first = int(store.sequences["offset"][self.index[sequence]])
-        return store.tokens[first + start:first + stop], store.supervised[first + start:first + stop]
+        part = slice(first + start, first + stop)
+        return store.tokens[part], store.marks[part]
 
     def count(self, segments: Segments) -> np.ndarray:
         """(S,) supervised tokens of each segment beyond its first: all of a document, else looked up where cut."""

@@ -1,21 +1,20 @@
 """One file in, its raw records out, each with its place.
 
-A bad line is a value here, not the end of the file: what to do with it is the store's decision. Knows bytes, encodings
-and containers (JSON, CSV, tables, text); what a record means is `formats.py`, which files there are is `sources.py`.
+A bad line is a value here, not the end of the file: what to do with it is the store's decision. Files are read as they
+are asked for, so their size does not matter. Knows containers (JSON, CSV, tables, text); what a record means is
+`formats.py`, which files there are is `sources.py`.
 """
 
 import csv
-import gzip
 import io
 import json
 import re
-import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from itertools import chain
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
+from lit_llm.data.textfile import PACKED, blocks, decode, lines
 from lit_llm.errors import InputError
 
 KINDS = {".txt": "text", ".md": "text", ".jsonl": "json", ".ndjson": "json", ".json": "json", ".csv": "csv",
@@ -23,6 +22,8 @@ KINDS = {".txt": "text", ".md": "text", ".jsonl": "json", ".ndjson": "json", ".j
 SEPARATOR = "<|endoftext|>"
 SEPARATOR_LINE = re.compile(rf"^{re.escape(SEPARATOR)}$", re.MULTILINE)
 _BLANK_OR_COMMA = re.compile(r"[\s,]*")
+LONG = 4 << 20                                          # characters of a document that is handed on in blocks
+LONGEST = 256 << 20                                     # of a JSON value
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,15 +39,23 @@ class Place:
         return f"{self.path}:{self.number}" if self.unit == "line" else f"{self.path}:record {self.number}"
 
 
-Record = dict[str, Any] | str
+@dataclass(frozen=True, slots=True)
+class LongText:
+    """One document, in blocks that end with a line, to be read to their end before the next record is asked for."""
+
+    blocks: Iterator[str]
+
+
+Record = dict[str, Any] | str | LongText
 Found = tuple[Record | InputError, Place]
 
 
 def kind_of(path: Path) -> str | None:
     """How a file is read, by its name; None where the name does not say."""
-    name = path.name.lower().removesuffix(".gz")
-    kind = KINDS.get(Path(name).suffix)
-    return None if kind == "table" and path.name.lower().endswith(".gz") else kind
+    name = Path(path.name.lower())
+    packed = name.suffix in PACKED
+    kind = KINDS.get(name.with_suffix("").suffix if packed else name.suffix)
+    return None if kind == "table" and packed else kind
 
 
 def scan_file(path: Path, *, document: str = "auto") -> Iterator[Found]:
@@ -66,75 +75,6 @@ def scan_file(path: Path, *, document: str = "auto") -> Iterator[Found]:
             yield from _text(path, document)
 
 
-# ---- bytes to lines --------------------------------------------------------------------------------------------------
-
-def _open(path: Path) -> BinaryIO:
-    """The bytes of a file, unpacked; refuses UTF-16 by its byte order mark and eats that of UTF-8."""
-    try:
-        raw: Any = path.open("rb")
-        if raw.peek(2)[:2] == b"\x1f\x8b":
-            raw = io.BufferedReader(gzip.GzipFile(fileobj=raw))
-        head = raw.peek(4)[:4]
-    except (OSError, EOFError, zlib.error) as error:
-        raise InputError(f"cannot be read: {error}", where=str(path)) from None
-    if head[:2] in (b"\xff\xfe", b"\xfe\xff"):
-        raise _encoding(path, "UTF-16")
-    if head[:3] == b"\xef\xbb\xbf":
-        raw.read(3)
-    return raw
-
-
-def _encoding(path: Path, name: str, where: str = "") -> InputError:
-    return InputError(f"this is {name}, not UTF-8", where=where or str(path),
-                      fix=f"Convert it: iconv -f {name} -t UTF-8 '{path.name}' > 'utf8-{path.name}'")
-
-
-def _decode(raw: bytes, path: Path) -> str:
-    """UTF-8 text, or an error that names the likely encoding."""
-    if b"\0" in raw:
-        odd, even = raw[1::2].count(0), raw[0::2].count(0)
-        if max(odd, even) > len(raw) // 8:
-            raise _encoding(path, "UTF-16LE" if odd > even else "UTF-16BE")
-        raise InputError(f"a NUL byte at byte {raw.index(0) + 1}; text has none", fix="Is this a binary file?")
-    try:
-        return raw.decode("utf-8")
-    except UnicodeDecodeError as error:
-        place = error.start + 1
-    try:
-        raw.decode("gb18030")
-    except UnicodeDecodeError:
-        raise InputError(f"not UTF-8: byte {place} is 0x{raw[place - 1]:02x}") from None
-    raise InputError(f"not UTF-8 (byte {place}); it reads as GBK",
-                     fix=f"If it is: iconv -f GB18030 -t UTF-8 '{path.name}' > 'utf8-{path.name}'")
-
-
-def _lines(path: Path) -> Iterator[tuple[bytes, int]]:
-    """Lines without their end, with their number from 1."""
-    with _open(path) as stream:
-        number = 0
-        while True:
-            try:
-                line = stream.readline()
-            except (OSError, EOFError, zlib.error) as error:
-                raise InputError(f"the file breaks off or is damaged: {error}",
-                                 where=f"{path}:{number + 1}") from None
-            if not line:
-                return
-            number += 1
-            yield line.removesuffix(b"\n").removesuffix(b"\r"), number
-
-
-def _whole(path: Path) -> str:
-    try:
-        with _open(path) as stream:
-            raw = stream.read()
-        return _decode(raw, path)
-    except InputError as error:
-        raise error.at(str(path)) from None
-    except (OSError, EOFError, zlib.error) as error:
-        raise InputError(f"the file breaks off or is damaged: {error}", where=str(path)) from None
-
-
 # ---- lines to records ------------------------------------------------------------------------------------------------
 
 def _json(path: Path) -> Iterator[Found]:
@@ -143,7 +83,7 @@ def _json(path: Path) -> Iterator[Found]:
         yield from _json_whole(path)
         return
     done, size = 0, max(path.stat().st_size, 1)
-    for raw, number in _lines(path):
+    for raw, number in lines(path):
         done += len(raw) + 1
         if raw.strip():
             yield _json_line(raw, path), Place(str(path), number, share=min(done / size, 1))
@@ -151,7 +91,7 @@ def _json(path: Path) -> Iterator[Found]:
 
 def _is_lines(path: Path) -> bool:
     """By the first line that is not blank; a `.json` file may hold JSON lines, too."""
-    first = next((raw for raw, _ in _lines(path) if raw.strip()), b"")
+    first = next((raw for raw, _ in lines(path) if raw.strip()), b"")
     if first.lstrip().startswith(b"["):
         return False
     if ".jsonl" in path.name.lower() or ".ndjson" in path.name.lower():
@@ -161,7 +101,7 @@ def _is_lines(path: Path) -> bool:
 
 def _json_line(raw: bytes, path: Path) -> Record | InputError:
     try:
-        return _record(json.loads(text := _decode(raw, path)), text)
+        return _record(json.loads(text := decode(raw, path)), text)
     except InputError as error:
         return error
     except (ValueError, RecursionError) as error:
@@ -170,29 +110,50 @@ def _json_line(raw: bytes, path: Path) -> Record | InputError:
 
 def _json_whole(path: Path) -> Iterator[Found]:
     """Array elements, or objects one after another, decoded one at a time so that each has its line."""
-    text = _whole(path)
-    decoder, here, line, counted = json.JSONDecoder(), _BLANK_OR_COMMA.match(text).end(), 1, 0  # type: ignore[union-attr]
-    is_array = text[here:here + 1] == "["
-    here += is_array
+    stream, decoder = blocks(path), json.JSONDecoder()
+    text, here, line, share = "", 0, 1, 0.0
+    is_array: bool | None = None
+
+    def skipped() -> int:
+        return _BLANK_OR_COMMA.match(text, here).end()  # type: ignore[union-attr]
+
     while True:
-        here = _BLANK_OR_COMMA.match(text, here).end()  # type: ignore[union-attr]
-        line, counted = line + text.count("\n", counted, here), here
-        place = Place(str(path), line, share=here / max(len(text), 1))
-        if here >= len(text):
+        after = skipped()
+        while after == len(text) and (block := next(stream, None)):
+            line += text.count("\n", 0, len(text))
+            text, here, share = block[0], 0, block[1]
+            after = skipped()
+        line, text, here = line + text.count("\n", 0, after), text[after:], 0
+        place = Place(str(path), line, share=share)
+        if not text:
             if is_array:
                 yield InputError("the array is not closed: ']' is missing; was the file cut?"), place
             return
-        if is_array and text[here] == "]":
-            if text[here + 1:].strip():
+        if is_array is None and (is_array := text[0] == "["):
+            here = 1
+            continue
+        if is_array and text[0] == "]":
+            if text[1:].strip() or any(more.strip() for more, _ in stream):
                 yield InputError("something stands after the array's closing ']'"), place
             return
-        try:
-            value, end = decoder.raw_decode(text, here)
-        except (ValueError, RecursionError) as error:
-            yield _broken(error), Place(str(path), getattr(error, "lineno", line))
-            return                                      # past a broken element nothing can be trusted
-        yield _record(value, text[here:end]), place
-        here = end
+        while True:
+            try:
+                value, here = decoder.raw_decode(text)
+                break
+            except (ValueError, RecursionError) as error:
+                more = next(stream, None) if _cut_short(error, text) else None
+                if more is None:
+                    yield _broken(error), place         # where the next element begins, nobody can say
+                    return
+                text, share = text + more[0], more[1]
+        yield _record(value, text[:here]), place
+
+
+def _cut_short(error: Exception, text: str) -> bool:
+    """Whether a value may only want the text that has not been read yet."""
+    if not isinstance(error, json.JSONDecodeError) or len(text) > LONGEST:
+        return False
+    return error.msg.startswith("Unterminated string") or error.pos >= len(text.rstrip()) - 8
 
 
 def _broken(error: Exception) -> InputError:
@@ -216,7 +177,8 @@ def _record(value: Any, text: str) -> Record | InputError:
 def _csv(path: Path) -> Iterator[Found]:
     """Rows as strings, verbatim: a data frame would turn 007 into 7 and NA into null."""
     delimiter = "\t" if ".tsv" in path.name.lower() else ","
-    reader = csv.DictReader(io.StringIO(_whole(path), newline=""), delimiter=delimiter)
+    reader = csv.DictReader((row for text, _ in blocks(path) for row in io.StringIO(text, newline="")),
+                            delimiter=delimiter)
     while True:
         line = reader.line_num + 1
         try:
@@ -236,39 +198,74 @@ def _csv(path: Path) -> Iterator[Found]:
 
 def _text(path: Path, document: str) -> Iterator[Found]:
     """Documents of a text file; what lies between separator lines is kept to the last character."""
-    text = _whole(path).replace("\r\n", "\n")
-    if document == "file" or (document == "auto" and SEPARATOR not in text):
-        yield text, Place(str(path), 1)
-        return
     if document == "line":
-        rows = text.split("\n")
-        yield from ((row, Place(str(path), number, share=number / len(rows)))
-                    for number, row in enumerate(rows, 1) if row.strip())
-        return
-    if document == "auto":
-        yield from _separated(text, path)
-        return
+        yield from ((row, place) for row, place in _rows(path) if row.strip())
+    elif document == "paragraph":
+        yield from _paragraphs(path)
+    else:
+        yield from _separated(path, SEPARATOR_LINE if document == "auto" else None)
+
+
+def _rows(path: Path) -> Iterator[tuple[str, Place]]:
+    number = 0
+    for text, share in blocks(path):
+        for row in text.removesuffix("\n").split("\n"):
+            number += 1
+            yield row.removesuffix("\r"), Place(str(path), number, share=share)
+
+
+def _paragraphs(path: Path) -> Iterator[Found]:
     held: list[str] = []
-    for number, row in enumerate([*text.split("\n"), None], start=1):
-        if row is None or not row.strip():
-            if held:
-                yield "\n".join(held), Place(str(path), number - len(held))
-            held = []
-        else:
+    place = Place(str(path), 1)
+    for row, here in _rows(path):
+        if row.strip():
+            place = place if held else here
             held.append(row)
+        elif held:
+            yield "\n".join(held), place
+            held = []
+    if held:
+        yield "\n".join(held), place
 
 
-def _separated(text: str, path: Path) -> Iterator[Found]:
-    """What stands between lines that are the separator; its place is its first line that is not blank."""
-    start, line, counted = 0, 1, 0
-    for stop, after in chain(((found.start(), found.end()) for found in SEPARATOR_LINE.finditer(text)),
-                             [(len(text), len(text))]):
-        piece = text[start:stop]
-        if piece.strip():
-            first = stop - len(piece.lstrip())
-            line, counted = line + text.count("\n", counted, first), first
-            yield piece, Place(str(path), line, share=stop / len(text))
-        start = after
+def _separated(path: Path, separator: re.Pattern[str] | None) -> Iterator[Found]:
+    """What stands between separators; its place is its first line that is not blank."""
+    stretches = _stretches(path, separator)
+    held: list[str] = []
+    size, place = 0, None
+    for text, ends, line, share in stretches:
+        if place is None and (text.strip() or (ends and not separator)):
+            blank = len(text) - len(text.lstrip())
+            place = Place(str(path), line + text.count("\n", 0, blank), share=share)
+        held.append(text)
+        size += len(text)
+        if place and size > LONG and not ends:
+            yield LongText(_until_end(held, stretches)), place
+        elif place and ends:
+            yield "".join(held), place
+        elif not ends:
+            continue
+        held, size, place = [], 0, None
+
+
+def _until_end(held: list[str], stretches: Iterator[tuple[str, bool, int, float]]) -> Iterator[str]:
+    yield from held
+    for text, ends, *_ in stretches:
+        yield text
+        if ends:
+            return
+
+
+def _stretches(path: Path, separator: re.Pattern[str] | None) -> Iterator[tuple[str, bool, int, float]]:
+    """(text, whether its document ends with it, its first line, share of the file read)."""
+    line = 1
+    for block, share in blocks(path):
+        text = block.replace("\r\n", "\n")
+        parts = separator.split(text) if separator else [text]
+        for number, part in enumerate(parts, 1):
+            yield part, number < len(parts), line, share
+            line += part.count("\n")
+    yield "", True, line, 1.0
 
 
 # ---- tables ----------------------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from lit_llm import hub
+from lit_llm.data.cleaning import Clean
 from lit_llm.data.readers import KINDS, Found, Record, kind_of, scan_file, scan_table
 from lit_llm.errors import InputError, did_you_mean
 
@@ -28,8 +29,8 @@ class Source:
     Args:
         path: A file, a folder (every file of it that can be read, recursively), a glob (`data/*.jsonl`), or a hub id
             (`owner/name`). `sample:NAME` is a file that ships with the package. Extensions: .txt .md .jsonl .ndjson
-            .json .csv .tsv .parquet .arrow; all but the last two also .gz.
-        format: What a record means: text, alpaca, messages, sharegpt or prompt; `auto` recognises it per record.
+            .json .csv .tsv .parquet .arrow; all but the last two also .gz and .zst.
+        format: What a record means: text, alpaca, messages, sharegpt, prompt or firefly; `auto` recognises each record.
         split: The split of a hub dataset.
         subset: The configuration of a hub dataset that has several, such as `wikitext-2-raw-v1`.
         weight: How often its records are drawn per epoch: 2 takes each twice, 0.25 a seeded quarter of them.
@@ -37,6 +38,8 @@ class Source:
         document: What one document of a text file is. `auto` splits at lines that are exactly `<|endoftext|>`, the
             separator in the field's published corpora, and else takes the whole file; `file`; `paragraph` (blank
             lines between); `line`. The text itself is kept as it stands; CRLF becomes LF and a BOM goes.
+        clean: White space to take away. `strip`: at the ends of a text or message; `collapse`: also runs of blanks
+            become one space, runs of empty lines one.
     """
 
     path: str
@@ -46,6 +49,7 @@ class Source:
     weight: float = 1.0
     columns: dict[str, str] = field(default_factory=dict)
     document: str = "auto"
+    clean: Clean = "none"
 
 
 def read(source: Source) -> Iterator[tuple[Record, str]]:

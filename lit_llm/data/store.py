@@ -1,39 +1,29 @@
-"""A source and a tokenizer in, a memory-mapped folder of tokens out, written once and reused while nothing changed.
+"""Token sequences in, a memory-mapped folder of them out: written once, read where they are touched.
 
 The folder appears under its final name by one rename, so it is complete or not there: safe against kill -9 and against
-a second process. Knows nothing of rows, batches or Lightning.
+a second process. Who makes the sequences is `prepare.py`. Knows nothing of rows, batches or Lightning.
 
     tokens.bin      uint16 or uint32, all sequences end to end
-    supervised.bin  uint8, 1 where the token is learned
+    marks.bin       uint8, bit 0 where the token is learned; above it who says it, a place in SPEAKERS
     sequences.bin   one SEQUENCE for each: where it lies, what it is, which record it came from
     meta.json       files, counts; with quarantine.jsonl the records that were set aside
 """
 
-import contextlib
-import hashlib
 import json
-import os
-import shutil
-import sys
-import time
-import uuid
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import Any
 
 import numpy as np
 
 from lit_llm import disk
-from lit_llm.conversation import Conversation, Document
-from lit_llm.data import formats, sources
-from lit_llm.data.readers import Place, Record
-from lit_llm.data.sources import Source
+from lit_llm.data.readers import Place
 from lit_llm.errors import InputError
-from lit_llm.tokenizer import IGNORE_INDEX, Tokenizer, TokenSequence, TrainOn
+from lit_llm.tokenizer import IGNORE_INDEX, SPEAKERS, Tokenizer, TokenSequence
 
-OnBadRecord = Literal["error", "quarantine"]
 CONVERSATION, DOCUMENT = 0, 1
+DOCUMENTS = np.array([SPEAKERS.index("document")], dtype=np.uint8)
 SEQUENCE = np.dtype([
     ("offset", "<i8"), ("length", "<i4"), ("supervised", "<i4"),    # supervised: beyond the first token
     ("kind", "u1"), ("ended", "u1"),                                # ended: its last token is the end-of-text token
@@ -52,11 +42,21 @@ class Report:
     supervised: int = 0
     dropped: dict[str, tuple[int, str]] = field(default_factory=dict)       # reason -> count, first place
     quarantined: int = 0
+    marks: list[int] = field(default_factory=lambda: [0] * 2 * len(SPEAKERS))
+    stopless: int = 0                                   # conversations that teach no stop token
+    cleaned: int = 0                                    # records that lost white space
+    double_bos: int = 0                                 # sequences that begin with it twice
 
     def drop(self, reason: str, place: str) -> None:
         """Count one more."""
         count, first = self.dropped.get(reason, (0, place))
         self.dropped[reason] = (count + 1, first)
+
+    @property
+    def speakers(self) -> dict[str, tuple[int, int]]:
+        """Who says something -> (tokens, supervised tokens)."""
+        pairs = zip(SPEAKERS, self.marks[::2], self.marks[1::2], strict=True)
+        return {name: (silent + learned, learned) for name, silent, learned in pairs if silent + learned}
 
 
 class TokenStore:
@@ -73,7 +73,7 @@ class TokenStore:
         self.unit: str = meta["unit"]
         self.report = Report(**meta["report"])
         self.tokens = _mapped(folder / "tokens.bin", np.dtype(meta["dtype"]))
-        self.supervised = _mapped(folder / "supervised.bin", np.dtype("u1"))
+        self.marks = _mapped(folder / "marks.bin", np.dtype("u1"))
         self.sequences = _mapped(folder / "sequences.bin", SEQUENCE)
 
     def __len__(self) -> int:
@@ -85,275 +85,184 @@ class TokenStore:
         return str(Place(self.files[row["file"]], int(row["number"]), self.unit))
 
 
-def prepare(source: Source, tokenizer: Tokenizer, *, train_on: TrainOn = "assistant",
-            on_bad_record: OnBadRecord = "error", cache_dir: str | None = None) -> TokenStore:
-    """The store of a source: opened if it is there, else written. A second process waits for the first.
-
-    Args:
-        source: What to read.
-        tokenizer: Its fingerprint is part of the key.
-        train_on: Which tokens of a conversation are learned.
-        on_bad_record: `error` stops at the first, `quarantine` writes it aside with the reason and goes on.
-        cache_dir: Where stores live; null is `$LIT_LLM_CACHE`, else `~/.cache/lit_llm`.
-
-    Raises:
-        InputError: A bad record with its place; nothing kept; a cache that cannot be written.
-    """
-    folder = _folder(source, tokenizer, train_on, on_bad_record, cache_dir)
-    if _complete(folder):
-        return TokenStore(folder)
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(folder.with_suffix(".lock")):
-            if not _complete(folder):
-                for debris in folder.parent.glob(f"{folder.name}.tmp-*"):   # whoever wrote it held this lock
-                    shutil.rmtree(debris, ignore_errors=True)
-                _write(folder, source, tokenizer, train_on, on_bad_record)
-    except OSError as error:
-        raise InputError(f"the token cache cannot be written: {error}", where=str(folder.parent),
-                         fix="Make room, or set data.cache_dir (or LIT_LLM_CACHE) to another folder.") from None
-    return TokenStore(folder)
-
-
-def wait_for(source: Source, tokenizer: Tokenizer, *, train_on: TrainOn = "assistant",
-             on_bad_record: OnBadRecord = "error", cache_dir: str | None = None,
-             timeout: float = 3600) -> TokenStore:
-    """The store that another process prepares: polls the disk, so no collective can time out meanwhile.
-
-    Raises:
-        InputError: Still not there after `timeout` seconds.
-    """
-    folder = _folder(source, tokenizer, train_on, on_bad_record, cache_dir)
-    end = time.monotonic() + timeout
-    while not _complete(folder):
-        if time.monotonic() > end:
-            raise InputError(f"the tokens of this source were not prepared within {timeout:.0f} seconds",
-                             where=source.path, fix="Run `python -m lit_llm prepare` first; is data.cache_dir shared?")
-        time.sleep(0.5)
-    return TokenStore(folder)
-
-
-# ---- the key ---------------------------------------------------------------------------------------------------------
-
-def cache_root(cache_dir: str | None) -> Path:
-    """The folder of all stores."""
-    return Path(cache_dir or os.environ.get("LIT_LLM_CACHE") or "~/.cache/lit_llm").expanduser()
-
-
-def _folder(source: Source, tokenizer: Tokenizer, train_on: str, on_bad_record: str, cache_dir: str | None) -> Path:
-    settings = {key: value for key, value in asdict(source).items() if key != "weight"}
-    if sources.is_hub(source.path):
-        data = [[source.path, str(sources.hub_dataset(source)._fingerprint)]]
-    else:
-        data = [[str(path), _digest(path)] for path in sources.files(source)]
-    parts = [settings, data, tokenizer.fingerprint, train_on, on_bad_record, _code()]
-    key = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
-    return cache_root(cache_dir) / key[:32]
-
-
-def _digest(path: Path) -> str:
-    try:
-        with path.open("rb") as stream:
-            return hashlib.file_digest(stream, "sha256").hexdigest()
-    except OSError as error:
-        raise InputError(f"cannot be read: {error.strerror}", where=str(path)) from None
-
-
-def _code() -> str:
-    """Any change to what turns bytes into tokens makes old stores stale."""
-    wing, package = Path(__file__).parent, Path(__file__).parents[1]
-    parts = [*(wing / name for name in ("sources.py", "readers.py", "formats.py", "store.py")),
-             *(package / name for name in ("conversation.py", "template.py", "encoder.py", "tokenizer.py"))]
-    return hashlib.sha256(b"".join(path.read_bytes() for path in parts if path.exists())).hexdigest()
-
-
 # ---- writing ---------------------------------------------------------------------------------------------------------
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """A record's sequences; none, with the reason in `dropped`, where it holds nothing."""
+    """A record's sequences; none, with the reason in `dropped`, where it holds nothing.
+
+    Args:
+        kind: CONVERSATION or DOCUMENT.
+        content: Hash of what it says.
+        sequences: Its tokens.
+        dropped: Why it is left out.
+        first: Whether its sequence begins here; the parts of a long document come one after another.
+        last: Whether it ends here.
+    """
 
     kind: int
     content: int
     sequences: tuple[TokenSequence, ...]
     dropped: str = ""
+    first: bool = True
+    last: bool = True
 
 
-def encode(items: list[tuple[Record | InputError, Place]], source: Source, tokenizer: Tokenizer,
-           train_on: TrainOn) -> list[Encoded | InputError]:
-    """A batch of records to tokens, each on its own: what is wrong with one is a value. The seam for processes."""
-    out: list[Encoded | InputError] = []
-    for record, place in items:
-        try:
-            if isinstance(record, InputError):
-                raise record
-            out.append(_encode(formats.convert(record, format=source.format, columns=source.columns),
-                               tokenizer, train_on))
-        except InputError as error:
-            out.append(error.at(str(place)))
-    return out
+@dataclass(frozen=True, slots=True)
+class Block:
+    """A batch of records as arrays, ready to be appended: cheap to send from one process to another.
+
+    Args:
+        tokens: Of all its sequences.
+        marks: (as many,) uint8, as in marks.bin.
+        rows: (S,) SEQUENCE; offsets count from the block's beginning, `number` is the record's place in the batch.
+        faults: (place in the batch, why it is left out): an error, or a reason to drop it.
+        unbroken: (S, 2) bool, whether a sequence begins and ends here; null where all do.
+        stopless: Conversations that teach no stop token.
+        double_bos: Sequences that begin with it twice.
+        cleaned: Records that lost white space.
+    """
+
+    tokens: np.ndarray
+    marks: np.ndarray
+    rows: np.ndarray
+    faults: list[tuple[int, InputError | str]]
+    unbroken: np.ndarray | None
+    stopless: int
+    double_bos: int
+    cleaned: int
 
 
-def _encode(said: Document | Conversation, tokenizer: Tokenizer, train_on: TrainOn) -> Encoded:
-    if isinstance(said, Document):
-        content = _hash(said.text)
-        if not said.text.strip():
-            return Encoded(DOCUMENT, content, (), "the text is empty")
-        return Encoded(DOCUMENT, content, (tokenizer.encode_document(said, end=True),))
-    content = _hash(json.dumps([said.to_openai(), list(said.tools)], sort_keys=True, ensure_ascii=False))
-    encoded = tokenizer.encode_conversation(said, train_on=train_on)
-    if not all((sequence.labels[1:] != IGNORE_INDEX).any() for sequence in encoded):
-        raise InputError("nothing to learn from: no token of this conversation is supervised")
-    return Encoded(CONVERSATION, content, tuple(encoded))
+def token_dtype(tokenizer: Tokenizer) -> np.dtype:
+    """The smallest that holds every id."""
+    return np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
 
 
-def _hash(text: str) -> int:
-    return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little")
+def block(encoded: Sequence[Encoded | InputError], tokenizer: Tokenizer, *, cleaned: int = 0) -> Block:
+    """The arrays of a batch of records."""
+    faults: list[tuple[int, InputError | str]] = []
+    rows: list[tuple[int, ...]] = []
+    ids: list[np.ndarray] = []
+    labels: list[np.ndarray] = []
+    speakers: list[np.ndarray] = []
+    flags: list[tuple[bool, bool]] = []
+    offset = 0
+    for number, record in enumerate(encoded):
+        if isinstance(record, InputError) or record.dropped:
+            faults.append((number, record if isinstance(record, InputError) else record.dropped))
+            continue
+        for sequence in record.sequences:
+            ended = record.kind == DOCUMENT and record.last and sequence.input_ids[-1] == tokenizer.eos_id
+            rows.append((offset, len(sequence), 0, record.kind, ended, 0, number, record.content))
+            ids.append(sequence.input_ids)
+            labels.append(sequence.labels)
+            speakers.append(DOCUMENTS.repeat(len(sequence)) if sequence.speakers is None else sequence.speakers)
+            flags.append((record.first, record.last))
+            offset += len(sequence)
+    table = np.array(rows, dtype=SEQUENCE)
+    mask = (np.concatenate(labels) != IGNORE_INDEX) if labels else np.zeros(0, dtype=bool)
+    tokens = np.concatenate([*ids, np.zeros(0, dtype=np.int32)]).astype(token_dtype(tokenizer))
+    stopless = double_bos = 0
+    if rows:
+        firsts = mask[table["offset"]] & [first for first, _ in flags]      # nothing predicts a sequence's first token
+        table["supervised"] = np.add.reduceat(mask, table["offset"], dtype=np.int64) - firsts
+        stops = np.add.reduceat(mask & np.isin(tokens, tokenizer.stop_ids), table["offset"], dtype=np.int64)
+        stopless = int(((stops == 0) & (table["kind"] == CONVERSATION)).sum())
+        begins = table["offset"][(table["length"] > 1) & [first for first, _ in flags]]
+        double_bos = int(((tokens[begins] == tokenizer.bos_id) & (tokens[begins + 1] == tokenizer.bos_id)).sum())
+    marks = mask.view(np.uint8) | (np.concatenate(speakers) << 1 if speakers else mask.view(np.uint8))
+    whole = all(first and last for first, last in flags)
+    return Block(tokens, marks, table, faults, None if whole else np.array(flags), stopless, double_bos, cleaned)
 
 
-class _Writer:
-    """Appends to the four files of a store."""
+class Writer:
+    """Appends blocks to the files of a store.
 
-    def __init__(self, folder: Path, source: Source, tokenizer: Tokenizer) -> None:
-        self.folder, self.eos_id = folder, tokenizer.eos_id
-        self.dtype = np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
+    Args:
+        folder: Exists and is empty.
+        source: Its name, for the report.
+        dtype: Of the tokens.
+    """
+
+    def __init__(self, folder: Path, source: str, dtype: np.dtype) -> None:
+        self.folder, self.dtype = folder, dtype
         self.files: dict[str, int] = {}
-        self.report, self.unit = Report(source.path), "line"
-        self.tokens, self.supervised, self.sequences = (
-            (folder / name).open("wb") for name in ("tokens.bin", "supervised.bin", "sequences.bin"))
+        self.report, self.unit = Report(source), "line"
+        self._open: np.ndarray | None = None            # the row of a document whose end has not come yet
+        self._streams = [(folder / name).open("wb") for name in ("tokens.bin", "marks.bin", "sequences.bin")]
 
-    def add(self, encoded: Encoded | InputError, record: Record | InputError, place: Place) -> None:
-        self.report.read += 1
-        self.unit = place.unit
-        if isinstance(encoded, InputError):
-            self._quarantine(encoded, record)
-        elif encoded.dropped:
-            self.report.drop(encoded.dropped, str(place))
-        else:
-            self.report.kept += 1
-            file = self.files.setdefault(place.path, len(self.files))
-            for sequence in encoded.sequences:
-                self._append(sequence, encoded, file, place.number)
+    def add(self, new: Block, items: Sequence[tuple[Any, Place]], begins: Sequence[bool]) -> None:
+        """Append a block.
 
-    def _append(self, sequence: TokenSequence, encoded: Encoded, file: int, number: int) -> None:
-        mask = sequence.labels != IGNORE_INDEX
-        assert encoded.kind == CONVERSATION or mask[1:].all()       # packing counts on it
-        ids, learned = sequence.input_ids, int(mask[1:].sum())
-        ended = encoded.kind == DOCUMENT and ids[-1] == self.eos_id
-        self.sequences.write(np.array(
-            [(self.report.tokens, len(ids), learned, encoded.kind, ended, file, number, encoded.content)],
-            dtype=SEQUENCE).tobytes())
-        self.tokens.write(ids.astype(self.dtype).tobytes())
-        self.supervised.write(mask.astype(np.uint8).tobytes())
-        self.report.sequences += 1
-        self.report.tokens += len(ids)
-        self.report.supervised += learned
+        Args:
+            new: The arrays.
+            items: The records of the block with their places.
+            begins: Which of them begin a record; the others go on with one.
+        """
+        self.unit = items[-1][1].unit
+        for number, reason in new.faults:
+            record, place = items[number]
+            if isinstance(reason, InputError):
+                self._quarantine(reason, record)
+            else:
+                self.report.drop(reason, str(place))
+        rows = new.rows.copy()
+        rows["offset"] += self.report.tokens
+        files = [self.files.setdefault(place.path, len(self.files)) for _, place in items]
+        numbers = [place.number for _, place in items]
+        at = rows["number"]
+        rows["file"], rows["number"] = np.take(files, at), np.take(numbers, at)
+        self.report.read += sum(begins)
+        self.report.kept += sum(begins) - len(new.faults)
+        self.report.tokens += len(new.tokens)
+        self.report.supervised += int(new.rows["supervised"].sum())
+        self.report.stopless += new.stopless
+        self.report.double_bos += new.double_bos
+        self.report.cleaned += new.cleaned
+        counts = np.bincount(new.marks, minlength=len(self.report.marks))
+        self.report.marks = (counts + self.report.marks).tolist()
+        rows = self._joined(rows, new.unbroken)
+        self.report.sequences += len(rows)
+        for stream, array in zip(self._streams, (new.tokens, new.marks, rows), strict=True):
+            stream.write(array.tobytes())
 
-    def _quarantine(self, error: InputError, record: Record | InputError) -> None:
+    def _joined(self, rows: np.ndarray, unbroken: np.ndarray | None) -> np.ndarray:
+        """Rows of sequences that are complete now; parts of one document become one row."""
+        if unbroken is None:
+            return rows
+        complete = []
+        for row, (first, last) in zip(rows, unbroken, strict=True):
+            if first:
+                self._open = row.copy()
+            else:
+                assert self._open is not None
+                self._open["length"] += row["length"]
+                self._open["supervised"] += row["supervised"]
+                self._open["content"] = (int(self._open["content"]) * 1000003 ^ int(row["content"])) % 2**64
+                self._open["ended"] = row["ended"]
+            if last:
+                complete.append(self._open)
+        return np.array(complete, dtype=SEQUENCE)
+
+    def _quarantine(self, error: InputError, record: Any) -> None:
         self.report.drop(error.what[:120], error.where)
         self.report.quarantined += 1
         line = {"where": error.where, "reason": error.what}
         if not isinstance(record, InputError):
-            line["record"] = record  # type: ignore[assignment]
+            line["record"] = record
         with (self.folder / "quarantine.jsonl").open("a", encoding="utf-8", errors="backslashreplace") as stream:
             stream.write(json.dumps(line, ensure_ascii=False, default=str) + "\n")
 
     def close(self) -> None:
+        """Write what is known of it and wait for the disk."""
         meta = {"dtype": self.dtype.str, "files": list(self.files), "unit": self.unit, "report": asdict(self.report)}
         (self.folder / "meta.json").write_text(json.dumps(meta, indent=1, ensure_ascii=False), encoding="utf-8")
-        for stream in (self.tokens, self.supervised, self.sequences):
+        for stream in self._streams:
             stream.close()
         for path in self.folder.iterdir():
             disk.sync(path)
         disk.sync(self.folder)
 
 
-def _write(folder: Path, source: Source, tokenizer: Tokenizer, train_on: TrainOn, on_bad_record: OnBadRecord) -> None:
-    temporary = folder.with_name(f"{folder.name}.tmp-{uuid.uuid4().hex[:8]}")
-    temporary.mkdir()
-    try:
-        writer, progress = _Writer(temporary, source, tokenizer), _Progress(source)
-        for batch in _batched(sources.scan(source), 256):
-            for encoded, (record, place) in zip(encode(batch, source, tokenizer, train_on), batch, strict=True):
-                if isinstance(encoded, InputError) and on_bad_record == "error":
-                    raise encoded
-                writer.add(encoded, record, place)
-            progress.show(writer.report, batch[-1][1])
-        progress.end(writer.report)
-        writer.close()
-        _refuse_nothing(writer.report, source)
-        disk.replace_folder(temporary, folder)          # there only if someone emptied it by hand
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _refuse_nothing(report: Report, source: Source) -> None:
-    if not report.kept:
-        reason, (count, first) = next(iter(report.dropped.items()), ("there are none", (0, "")))
-        raise InputError(f"no record of {report.read} could be kept: {reason}" + (f" ({count} times)" if count else ""),
-                         where=first or source.path)
-
-
-def _batched(items: Iterator[Any], size: int) -> Iterator[list[Any]]:
-    batch: list[Any] = []
-    for item in items:
-        batch.append(item)
-        if len(batch) == size:
-            yield batch
-            batch = []
-    if batch:
-        yield batch
-
-
-class _Progress:
-    """A line on stderr with tokens/s and time left, once it has taken 2 seconds."""
-
-    def __init__(self, source: Source) -> None:
-        self.began = self.shown = time.monotonic()
-        self.before: dict[str, int] = {}                # bytes of the files before each file
-        self.total = 0
-        if not sources.is_hub(source.path):
-            for path in sources.files(source):
-                self.before[str(path)] = self.total
-                self.total += path.stat().st_size
-
-    def show(self, report: Report, place: Place) -> None:
-        now = time.monotonic()
-        every = 0.5 if sys.stderr.isatty() else 10
-        if now - self.began < 2 or now - self.shown < every:
-            return
-        self.shown, spent = now, now - self.began
-        share = 0.0
-        if self.total and place.path in self.before:
-            size = Path(place.path).stat().st_size
-            share = (self.before[place.path] + size * place.share) / self.total
-        left = f", {spent / share - spent:.0f} s left" if share > 0 else ""
-        print(f"  preparing {report.source}: {report.read:,} records, {report.tokens:,} tokens, "
-              f"{report.tokens / spent:,.0f} tokens/s{left}   ",
-              end="\r" if sys.stderr.isatty() else "\n", file=sys.stderr, flush=True)
-
-    def end(self, report: Report) -> None:
-        if self.shown > self.began:
-            spent = time.monotonic() - self.began
-            print(f"  prepared {report.source}: {report.read:,} records, {report.tokens:,} tokens in {spent:.0f} s"
-                  + " " * 30, file=sys.stderr, flush=True)
-
-
-# ---- the disk --------------------------------------------------------------------------------------------------------
-
 def _mapped(path: Path, dtype: np.dtype) -> np.ndarray:
     return np.memmap(path, dtype=dtype, mode="r") if path.stat().st_size else np.empty(0, dtype=dtype)
-
-
-def _complete(folder: Path) -> bool:
-    return (folder / "meta.json").exists()              # the folder came by rename, so all of it is there
-
-
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[IO[str]]:
-    """Held by one process; the system frees it when that process dies, however it dies."""
-    import fcntl
-
-    with path.open("w") as stream:
-        fcntl.flock(stream, fcntl.LOCK_EX)
-        yield stream

@@ -4,6 +4,7 @@ Knows nothing of what is trained.
 """
 
 import os
+import sys
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +16,7 @@ from lightning.pytorch.callbacks import ProgressBar as AnyProgressBar
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies import StrategyRegistry
 
+from lit_llm import disk
 from lit_llm.errors import InputError, did_you_mean
 from lit_llm.training import checkpoint
 from lit_llm.training.callbacks import Progress, RunFolder
@@ -143,6 +145,24 @@ class Trainer(L.Trainer):
         """
         datamodule.prepare_data()
         datamodule.setup("fit")
+
+    def inspect(self, model: L.LightningModule, datamodule: L.LightningDataModule, rows: int = 3,
+                html: str | None = None) -> None:
+        """Show the data of a run as the model will see it, with counts of all of it; no model is built.
+
+        Args:
+            model: Not touched.
+            datamodule: The data.
+            rows: Training rows to show.
+            html: Also write it as a page, into this file.
+        """
+        from lit_llm.data.inspection import as_page, as_text, examine
+
+        self.prepare(model, datamodule)
+        seen = examine(datamodule, rows)  # type: ignore[arg-type]
+        print(as_text(seen, colour=sys.stdout.isatty() and "NO_COLOR" not in os.environ))
+        if html:
+            disk.replace_text(Path(html), as_page(seen, f"Data of {Path(self.default_root_dir).name}"))
 
     @contextmanager
     def _own_environment(self) -> Generator[None, None, None]:

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from lit_llm.data.loader import EMPTY, Corpus, RowLoader, collate
 from lit_llm.data.packing import pack, split
+from lit_llm.data.prepare import prepare
 from lit_llm.data.sources import Source
-from lit_llm.data.store import prepare
 from lit_llm.errors import InputError
 
 SEQ_LEN, PAD = 24, 0
@@ -59,7 +59,7 @@ def slow_collate(corpus, rows, numbers, seq_len, token_bytes):
             row = corpus.stores[0].sequences[sequence]
             for place in range(start, stop):
                 token = int(corpus.stores[0].tokens[row["offset"] + place])
-                learned = place > start and bool(corpus.stores[0].supervised[row["offset"] + place])
+                learned = place > start and bool(corpus.stores[0].marks[row["offset"] + place] & 1)
                 ids.append(token)
                 labels.append(token if learned else -100)
                 positions.append(place - start)

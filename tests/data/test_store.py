@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from lit_llm.conversation import Conversation, Document
+from lit_llm.data.prepare import prepare, wait_for
 from lit_llm.data.sources import Source
-from lit_llm.data.store import prepare, wait_for
 from lit_llm.errors import InputError
 
 
@@ -33,7 +33,7 @@ def test_the_store_holds_what_the_tokenizer_gives(tokenizer, jsonl):
     for number, (row, sequence) in enumerate(zip(store.sequences, expected, strict=True)):
         part = slice(row["offset"], row["offset"] + row["length"])
         assert store.tokens[part].tolist() == sequence.input_ids.tolist()
-        assert store.supervised[part].tolist() == (sequence.labels != -100).tolist()
+        assert (store.marks[part] & 1).astype(bool).tolist() == (sequence.labels != -100).tolist()
         assert row["supervised"] == (sequence.labels[1:] != -100).sum()
         assert store.place(number).endswith(f"data.jsonl:{number + 1}")
     assert store.report.tokens == len(store.tokens) == sum(map(len, expected))

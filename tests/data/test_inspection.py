@@ -1,0 +1,110 @@
+"""If this breaks, the first look at the data shows other tokens than the model learns, or counts that do not add up."""
+
+import re
+
+import numpy as np
+import pytest
+
+from lit_llm.conversation import Conversation
+from lit_llm.data.datamodule import TextDataModule
+from lit_llm.data.inspection import as_page, as_text, examine
+from lit_llm.data.sources import Source
+from lit_llm.errors import InputError
+
+TALKS = [{"messages": [{"role": "system", "content": "Be <b>kind</b>."}, {"role": "user", "content": f"Say {n} \x1b[31m红"},
+                       {"role": "assistant", "content": f"it is {n}"}]} for n in range(20)]
+
+
+@pytest.fixture
+def seen(tokenizer_folder, jsonl):
+    def look(records, rows=2, **settings):
+        data = TextDataModule([Source(jsonl(records))], tokenizer=str(tokenizer_folder), seq_len=256, **settings)
+        data.prepare_data()
+        data.setup("fit")
+        return data, examine(data, rows)
+    return look
+
+
+def test_what_is_shown_is_what_is_learned(seen):
+    """The coloured text of the first rows is exactly what the labels of the first rows spell."""
+    data, inspection = seen(TALKS)
+    plan, tokenizer = data.plans["train"], data.tokenizer
+    learned = [text for documents in inspection.shown for runs in documents for text, _, is_learned in runs if is_learned]
+    wanted = []
+    for row in range(2):
+        for sequence, start, stop in plan.rows.row(row):
+            ids, supervised = plan.corpus.read(sequence, start, stop)
+            wanted.append(tokenizer.decode(ids[supervised], skip_special_tokens=False))
+    assert learned == wanted
+    assert all(re.fullmatch(r"it is \d+<\|im_end\|>", text) for text in learned)
+    said = {speaker for documents in inspection.shown for runs in documents for _, speaker, _ in runs}
+    assert said == {"system", "user", "assistant", "template"}
+
+
+def test_counts_by_speaker(seen):
+    """Against the tokenizer on each content alone, whose tokens are bytes here."""
+    _, inspection = seen(TALKS)
+    (report,) = inspection.reports
+    size = {role: sum(len(message["content"].encode()) for talk in TALKS for message in talk["messages"]
+                      if message["role"] == role) for role in ("system", "user", "assistant")}
+    assert report.speakers["system"] == (size["system"], 0)
+    assert report.speakers["user"] == (size["user"], 0)
+    assert report.speakers["assistant"] == (size["assistant"] + 20, size["assistant"] + 20)     # with stop tokens
+    assert sum(tokens for tokens, _ in report.speakers.values()) == report.tokens
+    assert sum(learned for _, learned in report.speakers.values()) == report.supervised
+    assert report.stopless == report.double_bos == 0
+
+
+def test_stages_add_up(seen):
+    data, inspection = seen([*TALKS, {"text": "x" * 700}], val_fraction=0.3)
+    for stage in inspection.stages:
+        assert sum(stage.lengths[1]) == stage.sequences
+        assert stage.tokens == data.plans[stage.name].rows.lengths.sum()
+    assert inspection.stages[0].lengths[1][-1] + inspection.stages[1].lengths[1][-1] == 1      # longer than a row
+
+
+def test_duplicates_are_counted_and_left_out_on_request(seen):
+    records = [*TALKS, *TALKS[:5], TALKS[0]]
+    _, counted = seen(records)
+    data, without = seen(records, dedup=True)
+    assert counted.stages[0].notes["duplicates"] == 6
+    assert counted.stages[0].sequences == 26
+    assert without.stages[0].sequences == 20
+    assert sorted(data.plans["train"].corpus.index) == list(range(20))
+    assert "6 records say exactly what an earlier one says" in as_text(counted, colour=False)
+
+
+def test_a_terminal_and_a_page_show_the_same_and_run_nothing(seen):
+    _, inspection = seen([*TALKS, {"text": "<script>alert(1)</script> \x1b]0;title\x07"}], rows=9)
+    plain, coloured, page = as_text(inspection, colour=False), as_text(inspection, colour=True), as_page(inspection, "a<b")
+    assert "[it is 3<|im_end|>]" in plain
+    assert "\x1b[32mit is 3<|im_end|>\x1b[0m" in coloured
+    assert "\x1b" not in plain
+    assert "\x1b]0" not in coloured
+    assert "<script>alert" not in page
+    assert "alert(1)&lt;/script&gt;" in page
+    assert "<title>a&lt;b</title>" in page
+    assert not re.search(r"(src|href)=", page)
+
+
+def test_too_many_bad_records_stop(seen):
+    bad = [{"messages": [{"role": "user", "content": f"alone {n}"}]} for n in range(5)]
+    with pytest.raises(InputError, match="5 of 25 records are bad"):
+        seen([*TALKS, *bad], on_bad_record="quarantine")
+    _, inspection = seen([*TALKS, *bad], on_bad_record="quarantine", bad_record_limit=0.2)
+    assert inspection.reports[0].quarantined == 5
+
+
+def test_records_of_several_sequences_are_no_duplicates_of_themselves(load, tmp_path, jsonl):
+    """Qwen3 rewrites history, so that each of two answers is a sequence of its own."""
+    from tests.chats import QWEN3
+
+    tokenizer = load(QWEN3)
+    talk = [{"role": "user", "content": "1+1?"}, {"role": "assistant", "content": "2", "reasoning_content": "one more"},
+            {"role": "user", "content": "and 1?"}, {"role": "assistant", "content": "3", "reasoning_content": "again"}]
+    assert len(tokenizer.encode_conversation(Conversation.from_openai(talk))) == 2
+    data = TextDataModule([Source(jsonl([{"messages": talk}, {"messages": talk}]))], seq_len=256, dedup=True)
+    data._tokenizer = tokenizer
+    data.prepare_data()
+    data.setup("fit")
+    assert np.sort(data.plans["train"].corpus.index).tolist() == [0, 1]
