@@ -94,39 +94,18 @@ def load(request, tiny_tokenizer, tmp_path_factory):
     return loader(request, tiny_tokenizer, tmp_path_factory)
 
 
+NARROW = dict(
+    hidden_size=32,
+    intermediate_size=64,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=256,
+)
 SHAPES = {
-    "llama": dict(
-        model_type="llama",
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=256,
-    ),
-    "qwen3": dict(
-        model_type="qwen3",
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        max_position_embeddings=256,
-        tie_word_embeddings=True,
-    ),
-    "gemma2": dict(
-        model_type="gemma2",
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        max_position_embeddings=256,
-        attn_logit_softcapping=None,
-        final_logit_softcapping=0.5,
-    ),
+    "llama": NARROW | dict(model_type="llama"),
+    "qwen3": NARROW | dict(model_type="qwen3", head_dim=8, tie_word_embeddings=True),
+    "gemma2": NARROW | dict(model_type="gemma2", head_dim=8, attn_logit_softcapping=None, final_logit_softcapping=0.5),
     "gpt2": dict(
         model_type="gpt2",
         n_embd=32,

@@ -20,24 +20,7 @@ from lit_llm.adapter import (
 )
 from lit_llm.errors import InputError
 from lit_llm.model import load_causal_lm
-
-IDS = torch.tensor([[5, 9, 200, 31, 31, 7, 300, 12]])
-KINDS = ["llama", "qwen3", "gpt2"]
-
-
-def logits(model):
-    model.eval()
-    with torch.no_grad():
-        return model(input_ids=IDS, use_cache=False).logits[:, -IDS.shape[1]:]
-
-
-def disturb(model, seed=0):
-    """Make adapters do something: a step of training in a random direction."""
-    draw = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for weight in model.parameters():
-            if weight.requires_grad:
-                weight += 0.1 * torch.randn(weight.shape, generator=draw)
+from tests.models import IDS, KINDS, disturb, logits
 
 
 def is_linear(layer):
