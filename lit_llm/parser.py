@@ -7,6 +7,7 @@ import re
 import sys
 from collections.abc import Sequence
 from dataclasses import fields
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -98,9 +99,9 @@ def explain(message: str, known: list[str]) -> str:
 
 
 def _unknown(key: str, where: str, known: list[str]) -> str:
-    last = key.rsplit(".", 1)[-1]
-    if ALIASES.get(last, key) != key:
-        return f"{where}unknown key '{key}'. Did you mean '{ALIASES[last]}'?"
+    elsewhere = get_close_matches(key.rsplit(".", 1)[-1], ALIASES, n=1, cutoff=0.9)     # misspelt there, too
+    if elsewhere and ALIASES[elsewhere[0]] != key:
+        return f"{where}unknown key '{key}'. Did you mean '{ALIASES[elsewhere[0]]}'?"
     return f"{where}unknown key '{key}'.{did_you_mean(key, [*known, *_nested()])}"
 
 

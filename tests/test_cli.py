@@ -89,7 +89,7 @@ def source(name, **more):
     (["--data.packing", "bestfit"], "Did you mean 'best_fit'?"),
     (["--data.seq_len", "long"], ["data.seq_len", "long"]),
     (["--data.val_fraction", "2"], "data.val_fraction"),
-    (["--model.lr", "0"], "model.lr"),
+    (["--model.lr", "0"], "model.lr"), (["--model.learning_rat", "1"], "Did you mean 'model.lr'?"),
     (["--model.warmup", "-1"], "model.warmup"),
     (["--model.init", "{model_type: llama}"], ["model.base", "model.init", "one of the two"]),
     (["--model.base", "null", "--data.tokenizer", "x"], ["model.base", "model.init"]),
