@@ -3,6 +3,7 @@
 Runs on rank 0, from what the run left on disk.
 """
 
+import json
 import os
 import shlex
 import sys
@@ -10,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from lit_llm.data.terminal import ledger
 from lit_llm.inference.completion import TextEngine
 from lit_llm.inference.export import export
 from lit_llm.inference.sampling import SamplingParams
@@ -41,6 +43,8 @@ def finish(run: Path, *, base: str | None, before: dict[str, float], after: dict
         else:
             print(f"validation perplexity on {tokens}: {after['val/perplexity']:.3f}")
         print(f"bits per byte {after['val/bits_per_byte']:.3f}, token accuracy {after['val/token_accuracy']:.1%}")
+    if (file := run / "data.json").exists() and (drawn := json.loads(file.read_text(encoding="utf-8"))["drawn"]):
+        print("\n".join(ledger(drawn, "drawn in training")))
     if prompts:
         _compare(resolve(base) if base else None, folder, prompts)
     _next(run, folder, configs)

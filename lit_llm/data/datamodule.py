@@ -6,15 +6,18 @@ trainer's number of processes and accumulation, and nothing of models.
 
 import hashlib
 import json
+import math
 import sys
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any
 
 import lightning as L
 import numpy as np
 
-from lit_llm.data import packing as pack
-from lit_llm.data.loader import Corpus, RowLoader
+from lit_llm.data.corpus import Corpus
+from lit_llm.data.loader import RowLoader
+from lit_llm.data.mixture import Mixture, Stage, repeats, side
 from lit_llm.data.packing import Overlong, Packing, Rows
 from lit_llm.data.prepare import OnBadRecord, prepare, wait_for
 from lit_llm.data.sources import Source
@@ -22,17 +25,26 @@ from lit_llm.data.store import Report, TokenStore
 from lit_llm.errors import InputError
 from lit_llm.tokenizer import Tokenizer, TrainOn
 
-Stage = Literal["train", "val", "test"]
-
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """One stage's data: what tokens there are and how they lie in rows; `notes` counts what was cut, dropped, drawn."""
+    """One stage's data.
+
+    Args:
+        corpus: The sequences there are.
+        rows: How they lie in rows, in the first epoch.
+        notes: How many were cut, dropped, said before.
+        reports: Of each source, what became of its records.
+        fingerprint: Of data and settings.
+        draw: The rows of an epoch, where they differ.
+    """
 
     corpus: Corpus
     rows: Rows
     notes: dict[str, int]
+    reports: list[Report]
     fingerprint: str
+    draw: Callable[[int], Rows] | None = None
 
 
 class TextDataModule(L.LightningDataModule):
@@ -40,10 +52,12 @@ class TextDataModule(L.LightningDataModule):
 
     Args:
         sources: What to train on: a list of `{path: ...}`.
-        val_sources: What to validate on; null takes `val_fraction` of the training records.
-        val_fraction: Share of the training records that is held out, 0 to 1, by a hash of each record's content: a
-            record stays on its side when others are added, and its exact duplicates go with it.
-        test_sources: What `test` reads; null takes the validation data.
+        val_sources: What to validate on, each record once whatever its source's weight; null takes `val_fraction` of
+            the training records.
+        val_fraction: Share of the records of `sources` that is held out to validate on, by a hash of what each says: a
+            record stays on its side when others are added, and its exact duplicates go with it. Not used with
+            `val_sources`.
+        test_sources: What `test` reads; null takes `test_fraction`, and without that the validation data.
         tokenizer: Folder or hub id; null takes the model's.
         chat_template: A .jinja file, or the name of one of the tokenizer's; null takes the tokenizer's own.
         train_on: Of a conversation, learn every answer (assistant), the last one (last), or every token (all).
@@ -60,6 +74,8 @@ class TextDataModule(L.LightningDataModule):
         num_proc: Processes that tokenize; null takes the machine's cores, and one where there is little to do.
         dedup: Leave out training records that say exactly what an earlier one says, of any source.
         bad_record_limit: Share of a source's records that may be set aside; above it something else is wrong.
+        test_fraction: As `val_fraction`, for `test`. The two take hashes from opposite ends, so changing one share
+            moves no record of the other.
     """
 
     def __init__(
@@ -81,6 +97,7 @@ class TextDataModule(L.LightningDataModule):
         num_proc: int | None = None,
         dedup: bool = False,
         bad_record_limit: float = 0.1,
+        test_fraction: float = 0.0,
     ) -> None:
         super().__init__()
         self.sources, self.val_sources, self.test_sources = sources, val_sources, test_sources
@@ -88,9 +105,9 @@ class TextDataModule(L.LightningDataModule):
         self.train_on, self.seq_len, self.batch_size = train_on, seq_len, batch_size
         self.packing, self.overlong, self.on_bad_record = packing, overlong, on_bad_record
         self.seed, self.cache_dir, self.num_proc = seed, cache_dir, num_proc
-        self.dedup, self.bad_record_limit = dedup, bad_record_limit
+        self.dedup, self.bad_record_limit, self.test_fraction = dedup, bad_record_limit, test_fraction
         self.plans: dict[Stage, Plan] = {}
-        self.reports: list[Report] = []
+        self.quiet = False                              # whether `setup` keeps the summary to itself
         self._tokenizer: Tokenizer | None = None
 
     @property
@@ -123,7 +140,8 @@ class TextDataModule(L.LightningDataModule):
         for name in wanted.get(stage, ("train", "val", "test")):
             if name not in self.plans and (name == "train" or self._held_out(name)):
                 self.plans[name] = self._plan(name)
-        if self._rank == 0 and stage in ("fit", None):
+                self._note_leaks(name)
+        if self._rank == 0 and stage in ("fit", None) and not self.quiet:
             print(self.summary(), file=sys.stderr, flush=True)
 
     def train_dataloader(self) -> RowLoader:
@@ -144,14 +162,20 @@ class TextDataModule(L.LightningDataModule):
     def _check(self) -> None:
         if not self.sources:
             raise InputError("there is nothing to read", where="data.sources", fix="Add `- path: FILE`.")
-        if not 0 <= self.val_fraction < 1:
-            raise InputError(f"{self.val_fraction} is not a share from 0 to below 1", where="data.val_fraction")
+        for name, share in (("val", self.val_fraction), ("test", self.test_fraction)):
+            if not 0 <= share < 1:
+                raise InputError(f"{share} is not a share from 0 to below 1", where=f"data.{name}_fraction")
+        if self.val_fraction + self.test_fraction >= 1:
+            raise InputError(f"{self.val_fraction} to validate and {self.test_fraction} to test leave nothing to learn",
+                             where="data.test_fraction")
+        if not 0 <= self.bad_record_limit <= 1:
+            raise InputError(f"{self.bad_record_limit} is not a share from 0 to 1", where="data.bad_record_limit")
         if self.seq_len < 2:
             raise InputError(f"{self.seq_len} leaves nothing to predict; use 2 or more", where="data.seq_len")
         if self.batch_size < 1:
             raise InputError(f"{self.batch_size} is no number of rows", where="data.batch_size")
         for source in self.sources:
-            if not source.weight > 0:
+            if not 0 < source.weight < math.inf:
                 raise InputError(f"weight {source.weight} draws nothing; use a number above 0", where=source.path)
 
     @property
@@ -159,7 +183,8 @@ class TextDataModule(L.LightningDataModule):
         return self.trainer.global_rank if self.trainer else 0
 
     def _held_out(self, stage: Stage) -> bool:
-        return bool(self.val_sources or self.val_fraction or (stage == "test" and self.test_sources))
+        own = self.test_sources or self.test_fraction
+        return bool(self.val_sources or self.val_fraction or (stage == "test" and own))
 
     def _open(self, source: Source, *, write: bool) -> TokenStore:
         how: dict[str, Any] = {
@@ -174,60 +199,67 @@ class TextDataModule(L.LightningDataModule):
                              "reason; mend them, or raise the limit.")
         return store
 
+    def _listed(self, stage: Stage) -> tuple[list[Source], Stage | None]:
+        """The sources of a stage, and which side of their records; null is all of them."""
+        if stage == "test" and not (self.test_sources or self.test_fraction):
+            stage = "val"
+        own = {"train": None, "val": self.val_sources, "test": self.test_sources}[stage]
+        return (own, None) if own else (self.sources, stage)
+
     def _plan(self, stage: Stage) -> Plan:
-        own = self.test_sources if stage == "test" and self.test_sources else self.val_sources
-        listed = self.sources if stage == "train" or not own else own
-        side = None if (own and stage != "train") or self.val_sources or not self.val_fraction else stage
-        draws: list[tuple[TokenStore, np.ndarray]] = []
-        notes: dict[str, int] = {}
+        listed, wanted = self._listed(stage)
+        shares = {"val_fraction": 0.0 if self.val_sources else self.val_fraction,
+                  "test_fraction": 0.0 if self.test_sources else self.test_fraction}
         local_rank = self.trainer.local_rank if self.trainer else 0
-        for source in listed:
-            store = self._open(source, write=local_rank == 0)
-            if stage == "train" and store.report not in self.reports:
-                self.reports.append(store.report)
-            draws.append((store, _one_side(store, self.val_fraction, side)))
+        stores = [self._open(source, write=local_rank == 0) for source in listed]
+        draws = [(store, np.flatnonzero(side(store.sequences["content"], wanted, **shares)) if wanted
+                  else np.arange(len(store))) for store in stores]
+        corpus, notes = Corpus(draws, end=stage == "train"), {}
         if stage == "train":
-            repeats = _repeats(draws)
-            if count := sum(int(again.sum()) for again in repeats):
-                notes["duplicates_left_out" if self.dedup else "duplicates"] = count
+            again = repeats(corpus)
+            notes["duplicates_left_out" if self.dedup else "duplicates"] = int(again.sum())
             if self.dedup:
-                draws = [(store, which[~again]) for (store, which), again in zip(draws, repeats, strict=True)]
-            draws = [(store, _weighted(which, source.weight, [self.seed, number]))
-                     for number, ((store, which), source) in enumerate(zip(draws, listed, strict=True))]
-        corpus = Corpus(draws, end=stage == "train")
+                draws = [(store, which[~again[corpus.store_of == number]])
+                         for number, (store, which) in enumerate(draws)]
+                corpus = Corpus(draws)
         if not len(corpus):
-            raise InputError(f"no record is left for {stage}", where="data.val_fraction" if side else "data.sources",
-                             fix="Name data.val_sources, or cut text files into more documents (document: paragraph).")
-        rows = self._rows(corpus, stage, notes)
-        if not rows.supervised.sum():
+            raise InputError(f"no record is left for {stage}", where=f"data.{wanted}_fraction"
+                             if wanted in ("val", "test") else "data.sources",
+                             fix=f"Name data.{'val' if stage == 'train' else stage}_sources, or cut text files into "
+                                 "more documents (document: paragraph).")
+        mixture = self._mixture(corpus, stage, [source.weight for source in listed])
+        keys = [[store.key for store in stores], stage, wanted, shares, [source.weight for source in listed],
+                self.seq_len, self.packing, self.overlong, self.seed, self.dedup]
+        return Plan(corpus, mixture.first, notes | mixture.notes, [store.report for store in stores],
+                    hashlib.sha256(json.dumps(keys).encode()).hexdigest()[:16],
+                    mixture.rows if mixture.moves else None)
+
+    def _note_leaks(self, stage: Stage) -> None:
+        """Of records to evaluate on, how many say exactly what a training record says."""
+        if stage != "train" and "train" in self.plans:
+            plan, trained = self.plans[stage], self.plans["train"].corpus.column("content")
+            plan.notes["also_in_train"] = int(np.isin(plan.corpus.column("content"), trained).sum())
+
+    def _mixture(self, corpus: Corpus, stage: Stage, weights: list[float]) -> Mixture:
+        """A stage's rows. Evaluation goes document by document whatever the packing: its numbers must not move."""
+        training = stage == "train"
+        packing = self.packing if training or self.packing == "none" else "best_fit"
+        if packing == "concat" and self.train_on != "all" and not corpus.is_document.all():
+            place = corpus.place(int(np.flatnonzero(~corpus.is_document)[0]))
+            raise InputError("concat would cut conversations apart, answers from their questions", where=place,
+                             fix="Set data.packing to best_fit; concat is for documents.")
+        mixture = Mixture(corpus, weights if training else [1.0] * len(weights), seq_len=self.seq_len, packing=packing,
+                          overlong=self.overlong, seed=self.seed)
+        if not mixture.first.supervised.sum():
             raise InputError(f"no token of the {stage} data is supervised", where="data.train_on",
                              fix="Look at the rows: python -m lit_llm inspect --config ...")
-        keys = [[store.key for store, _ in draws], stage, side, self.val_fraction, [source.weight for source in listed],
-                self.seq_len, self.packing, self.overlong, self.seed, self.dedup]
-        return Plan(corpus, rows, notes, hashlib.sha256(json.dumps(keys).encode()).hexdigest()[:16])
-
-    def _rows(self, corpus: Corpus, stage: Stage, notes: dict[str, int]) -> Rows:
-        """Segments, then rows. Evaluation goes document by document whatever the packing: its numbers must not move."""
-        lengths = corpus.lengths
-        if stage == "train" and self.packing == "concat":
-            if self.train_on != "all" and not corpus.is_document.all():
-                place = corpus.place(int(np.flatnonzero(~corpus.is_document)[0]))
-                raise InputError("concat would cut conversations apart, answers from their questions", where=place,
-                                 fix="Set data.packing to best_fit; concat is for documents.")
-            segments = pack.whole(lengths)[np.random.default_rng(self.seed).permutation(len(lengths))]
-        else:
-            try:
-                split = pack.split(lengths, corpus.is_document, seq_len=self.seq_len, overlong=self.overlong)
-            except InputError as error:
-                raise InputError(error.what, where=corpus.place(int(error.where)), fix=error.fix) from None
-            segments, counts = split.segments, corpus.count(split.segments)
-            unlearnable = (counts == 0)
-            notes.update(cut=len(split.cut), dropped_overlong=len(split.dropped),
-                         dropped_nothing_left=int(unlearnable.sum()))
-            segments = segments[~unlearnable]
-        packing = self.packing if stage == "train" or self.packing == "none" else "best_fit"
-        rows = pack.pack(segments, seq_len=self.seq_len, packing=packing)
-        return rows.counted(corpus.count(rows.segments))
+        if training and corpus.endless(mixture.first.segments, self.tokenizer.stop_ids):
+            talks = int((~corpus.is_document).sum())
+            raise InputError(f"none of {talks:,} conversations teaches the token that ends an answer: all are longer "
+                             f"than {self.seq_len} tokens and cut in one, so the model would never stop",
+                             where="data.seq_len", fix=f"Raise it: the shortest has {corpus.lengths.min():,} tokens, "
+                             f"the longest {corpus.lengths.max():,}.")
+        return mixture
 
     def _loader(self, stage: Stage, *, shuffle: bool = False, accumulate: int = 1) -> RowLoader:
         plan, trainer, tokenizer = self.plans[stage], self.trainer, self.tokenizer
@@ -235,56 +267,30 @@ class TextDataModule(L.LightningDataModule):
         return RowLoader(plan.corpus, plan.rows, batch_size=self.batch_size, seq_len=self.seq_len, pad_id=pad_id,
                          token_bytes=tokenizer.token_bytes, seed=self.seed, rank=self._rank,
                          world=trainer.world_size if trainer else 1, accumulate=accumulate, shuffle=shuffle,
-                         trim=self.packing == "none", fingerprint=plan.fingerprint)
+                         trim=self.packing == "none", fingerprint=plan.fingerprint, draw=plan.draw)
 
     # ---- what the user sees ------------------------------------------------------------------------------------------
 
-    def summary(self) -> str:
-        """Some lines: records read, kept, dropped and why; then tokens, supervised share, rows and fill per stage."""
-        from lit_llm.data.inspection import describe
+    @property
+    def reports(self) -> list[Report]:
+        """Of each source that was opened, once, what became of its records."""
+        out: list[Report] = []
+        for plan in self.plans.values():
+            out += [report for report in plan.reports if report not in out]
+        return out
 
-        lines = [line for report in self.reports for line in describe(report)]
-        for stage, plan in self.plans.items():
-            tokens, rows = int(plan.rows.lengths.sum()), plan.rows
-            share, fill = rows.supervised.sum() / tokens, tokens / (len(rows) * self.seq_len)
-            notes = "".join(f", {count:,} {name.replace('_', ' ')}" for name, count in plan.notes.items() if count)
-            lines.append(f"{stage}: {len(plan.corpus):,} sequences{notes}; {tokens:,} tokens, {share:.1%} supervised; "
-                         f"{len(rows):,} rows of {self.seq_len}, {fill:.1%} full")
-        return "\n".join(lines)
+    def summary(self) -> str:
+        """Some lines: records read, kept, dropped and why; tokens, supervised share, rows and fill per stage; steps."""
+        from lit_llm.data.inspection import examine
+        from lit_llm.data.terminal import short
+
+        return short(examine(self))
 
     def facts(self) -> dict[str, Any]:
-        """The summary as values, for a run's report."""
+        """The summary as values, for a run's report; `drawn` is what training has drawn so far of each source."""
+        loader = self.trainer.train_dataloader if self.trainer else None
         return {"sources": [asdict(report) for report in self.reports],
                 **{stage: {"sequences": len(plan.corpus), "rows": len(plan.rows), **plan.notes,
                            "tokens": int(plan.rows.lengths.sum()), "supervised": int(plan.rows.supervised.sum())}
-                   for stage, plan in self.plans.items()}}
-
-
-def _one_side(store: TokenStore, val_fraction: float, side: Stage | None) -> np.ndarray:
-    """Indices of a store's sequences for train or for the held-out side; all of them where nothing is split."""
-    if side is None:
-        return np.arange(len(store))
-    held_out = store.sequences["content"] < np.uint64(val_fraction * 2.0**64)
-    return np.flatnonzero(~held_out if side == "train" else held_out)
-
-
-def _repeats(draws: list[tuple[TokenStore, np.ndarray]]) -> list[np.ndarray]:
-    """Of each draw, whether a sequence belongs to a record that says exactly what an earlier one says.
-
-    A record may be several sequences, which say the same and stay together.
-    """
-    rows = [store.sequences[which] for store, which in draws]
-    content = np.concatenate([part["content"] for part in rows])
-    keys = np.stack([np.repeat(np.arange(len(rows)), [len(part) for part in rows]),
-                     *(np.concatenate([part[name] for part in rows]) for name in ("file", "number"))])
-    record = np.cumsum((np.diff(keys, axis=1, prepend=-1) != 0).any(axis=0))
-    _, first, said = np.unique(content, return_index=True, return_inverse=True)
-    again = record != record[first][said]
-    return np.split(again, np.cumsum([len(part) for part in rows])[:-1])
-
-
-def _weighted(which: np.ndarray, weight: float, seed: list[int]) -> np.ndarray:
-    """`floor(weight)` copies, and a seeded sample for the rest."""
-    copies, rest = divmod(weight, 1)
-    extra = np.random.default_rng(seed).choice(which, size=round(rest * len(which)), replace=False)
-    return np.concatenate([*[which] * int(copies), np.sort(extra)])
+                   for stage, plan in self.plans.items()},
+                "drawn": loader.ledger() if isinstance(loader, RowLoader) else {}}

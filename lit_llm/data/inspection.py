@@ -1,29 +1,75 @@
-"""The data of a run in, what a person should see of it out: the first rows as the model reads them, and counts of all.
+"""The data of a run in, values that a person should see out: the first rows as the model reads them, and counts of all.
 
-Values first (`examine`), then two ways to show them: on a terminal and as one HTML page that needs nothing else. Knows
-nothing of models.
+How they are shown is `terminal.py`'s and `page.py`'s. Knows nothing of models.
 """
 
-import html
 import itertools
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lit_llm.data.loader import Corpus
+from lit_llm.data.corpus import Corpus, Tally
+from lit_llm.data.loader import EMPTY
 from lit_llm.data.packing import Rows
 from lit_llm.data.store import Report
 from lit_llm.tokenizer import SPEAKERS, Tokenizer
 
 if TYPE_CHECKING:
-    from lit_llm.data.datamodule import TextDataModule
+    from lit_llm.data.datamodule import Plan, TextDataModule
 
-Run = tuple[str, str, bool]                             # text, who says it, whether it is learned
 BINS = 12
-COLOURS = {"learned": "\x1b[32m", "template": "\x1b[2m", "padding": "\x1b[2m"}      # green, dim
 CONTROLS = {code: "\ufffd" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
+CONTROLS |= {code: "\ufffd" for code in (*range(0x202A, 0x202F), *range(0x2066, 0x206A))}   # they reorder what is read
+NOTES = {                                               # of `Plan.notes`, in words
+    "duplicates": "records that say exactly what an earlier one says",
+    "duplicates_left_out": "left out: they say exactly what an earlier one says",
+    "cut": "longer than a row and cut",
+    "cut_in_an_answer": "of them cut in an answer, whose stop token is lost",
+    "dropped_overlong": "left out: longer than a row",
+    "dropped_nothing_left": "left out: no token is learned in what fits a row",
+    "also_in_train": "records that stand in the training data, too",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """A stretch of one speaker's tokens, spelled; control characters are replaced.
+
+    Args:
+        text: What it says.
+        speaker: Who says it, of SPEAKERS.
+        learned: Whether it is.
+        special: Whether it is control tokens.
+    """
+
+    text: str
+    speaker: str
+    learned: bool
+    special: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Shown:
+    """One segment of a row.
+
+    Args:
+        place: Where its record stands.
+        start: The first of its tokens, counted from the record's first.
+        stop: Behind the last of them.
+        length: Tokens of the whole sequence.
+        learned: Tokens learned here.
+        runs: What it says.
+    """
+
+    place: str
+    start: int
+    stop: int
+    length: int
+    learned: int
+    runs: list[Run]
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,12 +79,15 @@ class Stage:
     Args:
         name: train, val or test.
         sequences: Conversations and documents.
-        rows: Of `seq_len` tokens.
+        rows: Of `seq_len` tokens, in an epoch.
         tokens: In all rows, padding not counted.
         supervised: Of them.
         padding: Share of the rows that is padding.
-        notes: What was cut, dropped, or drawn more than once.
-        lengths: (edges, counts) of the sequences' tokens; the last bin holds what is longer than a row.
+        notes: What was cut, dropped, or is there more than once.
+        drawn: What an epoch draws of each source.
+        lengths: (edges, counts) of the sequences' tokens, `edges[i] <= length < edges[i + 1]`; the last count is of
+            those longer than a row.
+        spread: The shortest, median and longest sequence, in tokens.
     """
 
     name: str
@@ -48,7 +97,26 @@ class Stage:
     supervised: int
     padding: float
     notes: dict[str, int]
+    drawn: Tally
     lengths: tuple[list[int], list[int]]
+    spread: tuple[int, int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Pace:
+    """Optimizer steps.
+
+    Args:
+        rows: Of a step, over all processes and micro-steps.
+        epoch: Steps of an epoch.
+        last: Rows of an epoch's last step.
+        run: Steps of the run; 0 where its length is not counted in steps.
+    """
+
+    rows: int
+    epoch: int
+    last: int
+    run: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,53 +126,78 @@ class Inspection:
     Args:
         reports: Of each source, its records.
         stages: Of each stage, its sequences and rows.
-        shown: The first training rows, each as its documents, each as runs of text.
+        shown: The first training rows, each as its segments.
         findings: What looks wrong.
         seq_len: Tokens of a row.
+        pace: Steps.
     """
 
     reports: list[Report]
     stages: list[Stage]
-    shown: list[list[list[Run]]]
+    shown: list[list[Shown]]
     findings: list[str]
     seq_len: int
+    pace: Pace | None
 
 
-def examine(data: "TextDataModule", rows: int = 3) -> Inspection:
+def examine(data: "TextDataModule", rows: int = 0) -> Inspection:
     """Look at data that has been set up.
 
     Args:
         data: Its plans are made.
-        rows: How many training rows to show.
+        rows: How many training rows to show, as the first epoch draws them.
     """
-    stages = [_stage(name, plan.corpus, plan.rows, plan.notes, data.seq_len) for name, plan in data.plans.items()]
-    train = data.plans["train"]
-    shown = [_row(train.corpus, train.rows, number, data.tokenizer) for number in range(min(rows, len(train.rows)))]
-    return Inspection(data.reports, stages, shown, [*_findings(data.reports, stages)], data.seq_len)
+    stages = [_stage(name, plan, data.seq_len) for name, plan in data.plans.items()]
+    train = data.plans.get("train")
+    order = data.train_dataloader().order(0)[:rows].tolist() if train and rows else []
+    shown = [_row(train.corpus, train.rows, number, data.tokenizer)
+             for number in order if number != EMPTY] if train else []
+    pace = _pace(len(train.rows), data.batch_size, data.trainer) if train else None
+    return Inspection(data.reports, stages, shown, [*_findings(data.reports, stages, data.seq_len)], data.seq_len, pace)
 
 
-def _stage(name: str, corpus: Corpus, rows: Rows, notes: dict[str, int], seq_len: int) -> Stage:
-    tokens = int(rows.lengths.sum())
-    edges = [round(edge) for edge in np.linspace(0, seq_len, BINS + 1)]
-    counts = np.histogram(corpus.lengths, bins=[*edges, max(seq_len + 1, int(corpus.lengths.max(initial=0)) + 1)])[0]
-    return Stage(name, len(corpus), len(rows), tokens, int(rows.supervised.sum()),
-                 1 - tokens / max(1, len(rows) * seq_len), notes, (edges, counts.tolist()))
+def _stage(name: str, plan: "Plan", seq_len: int) -> Stage:
+    corpus, rows = plan.corpus, plan.rows
+    tokens, longest = int(rows.lengths.sum()), int(corpus.lengths.max())
+    top = min(seq_len, longest)
+    edges = np.unique(np.linspace(1, top + 1, BINS + 1).round().astype(int)).tolist()
+    counts = np.histogram(corpus.lengths, bins=[*edges, math.inf])[0]
+    return Stage(name, len(corpus), len(rows), tokens, int(rows.supervised.sum()), 1 - tokens / (len(rows) * seq_len),
+                 plan.notes, corpus.named(corpus.tally(rows)), (edges, counts.tolist()),
+                 (int(corpus.lengths.min()), int(np.median(corpus.lengths)), longest))
 
 
-def _row(corpus: Corpus, rows: Rows, number: int, tokenizer: Tokenizer) -> list[list[Run]]:
-    """The documents of a row; of each, stretches of one speaker that are learned or not."""
-    documents = []
+def _pace(rows: int, batch_size: int, trainer: Any) -> Pace:
+    """As the loader and Lightning will count."""
+    accumulate, limit = (trainer.accumulate_grad_batches, trainer.limit_train_batches) if trainer else (1, 1.0)
+    each = batch_size * accumulate * (trainer.world_size if trainer else 1)
+    batches = math.ceil(rows / each) * accumulate
+    batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
+    steps, last = math.ceil(batches / accumulate), (rows - 1) % each + 1
+    epochs, most = (trainer.max_epochs, trainer.max_steps) if trainer else (None, -1)
+    limits = [*([epochs * steps] if epochs and epochs > 0 else []), *([most] if most > 0 else [])]
+    return Pace(each, steps, last, min(limits, default=0))
+
+
+def _row(corpus: Corpus, rows: Rows, number: int, tokenizer: Tokenizer) -> list[Shown]:
+    """The segments of a row; of each, stretches of one speaker that are learned or not, control tokens apart."""
+    segments = []
     for sequence, start, stop in rows.row(number):
         ids, marks = corpus.marked(sequence, start, stop)
         marks = marks.copy()
         marks[0] &= 0xFE                                # nothing stands before it to predict it from
-        cuts = [0, *(np.flatnonzero(np.diff(marks)) + 1).tolist(), len(ids)]
-        documents.append([(tokenizer.decode(ids[begin:end], skip_special_tokens=False), SPEAKERS[marks[begin] >> 1],
-                           bool(marks[begin] & 1)) for begin, end in itertools.pairwise(cuts)])
-    return documents
+        special = np.isin(ids, list(tokenizer.special_ids))
+        kinds = marks.astype(np.int64) << 1 | special
+        cuts = [0, *(np.flatnonzero(np.diff(kinds)) + 1).tolist(), len(ids)]
+        runs = [Run(tokenizer.decode(ids[begin:end], skip_special_tokens=False).translate(CONTROLS),
+                    SPEAKERS[marks[begin] >> 1], bool(marks[begin] & 1), bool(special[begin]))
+                for begin, end in itertools.pairwise(cuts)]
+        segments.append(Shown(corpus.place(sequence), start, stop, int(corpus.lengths[sequence]),
+                              int((marks & 1).sum()), runs))
+    return segments
 
 
-def _findings(reports: Sequence[Report], stages: Sequence[Stage]) -> Iterator[str]:
+def _findings(reports: Sequence[Report], stages: Sequence[Stage], seq_len: int) -> Iterator[str]:
     for report in reports:
         if report.stopless:
             yield (f"{report.source}: {report.stopless:,} conversations teach no stop token; a model trained on them "
@@ -114,115 +207,13 @@ def _findings(reports: Sequence[Report], stages: Sequence[Stage]) -> Iterator[st
         if report.quarantined:
             yield f"{report.source}: {report.quarantined:,} bad records were set aside"
     for stage in stages:
-        if stage.notes.get("duplicates"):
-            yield f"{stage.name}: {stage.notes['duplicates']:,} records say exactly what an earlier one says"
+        if count := stage.notes.get("duplicates"):
+            yield f"{stage.name}: {count:,} records say exactly what an earlier one says; data.dedup leaves them out"
+        if count := stage.notes.get("also_in_train"):
+            yield f"{stage.name}: {count:,} records stand in the training data, too: its figures will flatter"
+        if (count := stage.notes.get("cut", 0)) > stage.sequences // 20:
+            lost = stage.notes["cut_in_an_answer"]
+            yield (f"{stage.name}: {count / stage.sequences:.0%} of the sequences are longer than {seq_len:,} tokens "
+                   f"and cut, {lost:,} of them in an answer; the longest has {stage.spread[2]:,} tokens (data.seq_len)")
         if stage.padding > 0.2 and stage.name == "train":
             yield f"{stage.name}: {stage.padding:.0%} of the rows is padding; data.packing: best_fit wastes less"
-
-
-# ---- on a terminal ---------------------------------------------------------------------------------------------------
-
-def as_text(seen: Inspection, *, colour: bool) -> str:
-    """Lines for a terminal; control characters of the data do not reach it."""
-    lines = []
-    for number, documents in enumerate(seen.shown, 1):
-        lines.append(f"row {number} of {seen.stages[0].rows:,} ({'green' if colour else '[...]'} is learned)")
-        lines += ["  " + "".join(_painted(run, colour) for run in runs).replace("\n", "\n  ") + "\n  ----"
-                  for runs in documents]
-    for report in seen.reports:
-        lines += describe(report)
-        lines += [f"  {name:<10} {tokens:>12,} tokens, {learned:>12,} learned" for name, (tokens, learned)
-                  in report.speakers.items()]
-    for stage in seen.stages:
-        notes = "".join(f", {count:,} {name.replace('_', ' ')}" for name, count in stage.notes.items() if count)
-        lines.append(f"{stage.name}: {stage.sequences:,} sequences{notes}; {stage.tokens:,} tokens, "
-                     f"{stage.supervised / max(1, stage.tokens):.1%} learned; {stage.rows:,} rows of {seen.seq_len}, "
-                     f"{1 - stage.padding:.1%} full")
-        lines += _histogram(*stage.lengths)
-    return "\n".join([*lines, *(f"look: {finding}" for finding in seen.findings)])
-
-
-def describe(report: Report) -> list[str]:
-    """A source's records in words; one line, and one for each reason to drop."""
-    lines = [f"{report.source}: {report.read:,} records, {report.kept:,} kept, {report.tokens:,} tokens"]
-    if report.cleaned:
-        lines.append(f"  {report.cleaned:,} cleaned")
-    return lines + [f"  {count:,} dropped: {reason} (first at {first})"
-                    for reason, (count, first) in report.dropped.items()]
-
-
-def _painted(run: Run, colour: bool) -> str:
-    text, speaker, learned = run
-    text = text.translate(CONTROLS)
-    if not colour:
-        return f"[{text}]" if learned else text
-    paint = COLOURS["learned"] if learned else COLOURS.get(speaker, "")
-    return f"{paint}{text}\x1b[0m" if paint else text
-
-
-def _histogram(edges: Sequence[int], counts: Sequence[int]) -> list[str]:
-    most = max([1, *counts])
-    names = [f"{low:,}-{high:,}" for low, high in itertools.pairwise(edges)] + [f"over {edges[-1]:,}"]
-    return [f"  {name:>15} {count:>9,} {'#' * round(40 * count / most)}"
-            for name, count in zip(names, counts, strict=True) if count]
-
-
-# ---- as a page -------------------------------------------------------------------------------------------------------
-
-PAGE = """<!doctype html>
-<html lang="en"><meta charset="utf-8"><title>{title}</title>
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
-<style>
-body {{ font: 15px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 2rem auto; padding: 0 1rem; color: #222 }}
-table {{ border-collapse: collapse; margin: .5rem 0 1.5rem }} td, th {{ padding: .15rem .8rem; text-align: right }}
-td:first-child, th:first-child {{ text-align: left }} th {{ border-bottom: 1px solid #999; font-weight: 600 }}
-pre {{ white-space: pre-wrap; overflow-wrap: anywhere; background: #f6f6f4; padding: .8rem; border-radius: 6px }}
-.learned {{ background: #c9efc9 }} .template {{ color: #999 }} .bar {{ background: #6a9fd8; height: .8rem }}
-.look {{ background: #fff3cd; padding: .4rem .8rem; border-radius: 6px; margin: .3rem 0 }}
-@media (prefers-color-scheme: dark) {{ body {{ background: #1b1b1b; color: #ddd }} pre {{ background: #262626 }}
-.learned {{ background: #1f5a2a }} .template {{ color: #777 }} .look {{ background: #5a4a12 }} }}
-</style>
-<h1>{title}</h1>
-{body}
-</html>
-"""
-
-
-def as_page(seen: Inspection, title: str) -> str:
-    """The same as one HTML page, without scripts; what the data says is escaped."""
-    body = [f'<div class="look">{html.escape(finding)}</div>' for finding in seen.findings]
-    for report in seen.reports:
-        body.append(f"<h2>{html.escape(report.source)}</h2>")
-        body += [f"<div>{html.escape(line)}</div>" for line in describe(report)]
-        body.append(_table(["who says it", "tokens", "learned"], [
-            [name, f"{tokens:,}", f"{learned:,}"] for name, (tokens, learned) in report.speakers.items()]))
-    for stage in seen.stages:
-        facts = {"sequences": stage.sequences, "tokens": stage.tokens, "learned": stage.supervised, "rows": stage.rows,
-                 **{name.replace("_", " "): count for name, count in stage.notes.items()}}
-        body += [f"<h2>{stage.name}</h2>", _table(["", ""], [
-            *([name, f"{value:,}"] for name, value in facts.items()), ["full", f"{1 - stage.padding:.1%}"]])]
-        body.append(_bars(*stage.lengths))
-    body.append('<h2>First rows</h2><p><span class="learned">learned</span>, '
-                '<span class="template">of the template</span></p>')
-    body += ["<pre>" + "<hr>".join("".join(map(_span, runs)) for runs in row) + "</pre>" for row in seen.shown]
-    return PAGE.format(title=html.escape(title), body="\n".join(body))
-
-
-def _span(run: Run) -> str:
-    text, speaker, learned = run
-    kind, said = "learned" if learned else speaker, html.escape(text.translate(CONTROLS))
-    return f'<span class="{kind}" title="{speaker}">{said}</span>'
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    cells = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
-    return "<table><tr>" + "".join(f"<th>{html.escape(cell)}</th>" for cell in head) + f"</tr>{cells}</table>"
-
-
-def _bars(edges: Sequence[int], counts: Sequence[int]) -> str:
-    most = max([1, *counts])
-    names = [f"{low:,}–{high:,}" for low, high in itertools.pairwise(edges)] + [f"over {edges[-1]:,}"]
-    rows = "".join(f'<tr><td>{name}</td><td>{count:,}</td><td style="width:20rem"><div class="bar" '
-                   f'style="width:{100 * count / most:.1f}%"></div></td></tr>'
-                   for name, count in zip(names, counts, strict=True))
-    return f"<table><tr><th>tokens</th><th>sequences</th><th></th></tr>{rows}</table>"

@@ -1,19 +1,20 @@
 """Rows of a corpus in, batches out, in an order that is a function of (seed, epoch) and can be resumed anywhere.
 
-Not a torch DataLoader: Lightning takes any iterable with a length, saves its `state_dict` and gives it back. Knows of
-ranks and accumulation only as numbers; nothing of text or devices.
+A ledger tells what was drawn of each source up to there. Not a torch DataLoader: Lightning takes any iterable with a
+length, saves its `state_dict` and gives it back. Knows of ranks and accumulation only as numbers; nothing of text or
+devices.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from typing import Any, TypedDict
 
 import numpy as np
 import torch
 
-from lit_llm.data.packing import Rows, Segments
-from lit_llm.data.store import DOCUMENT, TokenStore
+from lit_llm.data.corpus import Corpus, Tally
+from lit_llm.data.packing import Rows
 from lit_llm.errors import InputError
 from lit_llm.tokenizer import IGNORE_INDEX
 
@@ -41,58 +42,6 @@ class Batch(TypedDict):
     last_in_step: bool                                  # whether the optimizer steps after this one
     num_bytes: int                                      # UTF-8 bytes that the supervised tokens stand for
     num_tokens: int                                     # tokens that are not padding
-
-
-class Corpus:
-    """Several stores as one list of N sequences; a sequence may be in it twice, as a mixture's weights want.
-
-    Args:
-        draws: Of each store, which of its sequences, in what order.
-        end: Whether documents keep their end-of-text token: so in training; not in evaluation, which scores the text.
-    """
-
-    def __init__(self, draws: Sequence[tuple[TokenStore, np.ndarray]], *, end: bool = True) -> None:
-        self.stores = [store for store, _ in draws]
-        self.store_of = np.repeat(np.arange(len(draws)), [len(which) for _, which in draws])
-        self.index = np.concatenate([which for _, which in draws] or [np.empty(0, np.int64)])
-        self.lengths, self.learned = np.zeros(len(self.index), np.int64), np.zeros(len(self.index), np.int64)
-        self.is_document = np.zeros(len(self.index), bool)
-        for number, (store, which) in enumerate(draws):
-            here, rows = self.store_of == number, store.sequences[which]
-            without = 0 if end else rows["ended"].astype(np.int64)
-            self.lengths[here] = rows["length"] - without
-            self.learned[here] = rows["supervised"] - without
-            self.is_document[here] = rows["kind"] == DOCUMENT
-
-    def __len__(self) -> int:
-        return len(self.index)
-
-    def read(self, sequence: int, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens `start:stop` of a sequence, and whether each is supervised."""
-        tokens, marks = self.marked(sequence, start, stop)
-        return tokens, (marks & 1).view(bool)
-
-    def marked(self, sequence: int, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens `start:stop` of a sequence, and their marks as the store keeps them."""
-        store = self.stores[self.store_of[sequence]]
-        first = int(store.sequences["offset"][self.index[sequence]])
-        part = slice(first + start, first + stop)
-        return store.tokens[part], store.marks[part]
-
-    def count(self, segments: Segments) -> np.ndarray:
-        """(S,) supervised tokens of each segment beyond its first: all of a document, else looked up where cut."""
-        counts = segments.lengths - 1
-        talk = np.flatnonzero(~self.is_document[segments.sequence])
-        counts[talk] = self.learned[segments.sequence[talk]]
-        cut = talk[segments.lengths[talk] != self.lengths[segments.sequence[talk]]]
-        for segment in cut.tolist():
-            place = (int(values[segment]) for values in (segments.sequence, segments.start, segments.stop))
-            counts[segment] = int(self.read(*place)[1][1:].sum())
-        return counts
-
-    def place(self, sequence: int) -> str:
-        """Where the record of a sequence stands."""
-        return self.stores[self.store_of[sequence]].place(int(self.index[sequence]))
 
 
 def collate(corpus: Corpus, rows: Rows, numbers: Sequence[int], *, seq_len: int, pad_id: int,
@@ -136,7 +85,8 @@ class RowLoader:
     An epoch is the rows in shuffled order, cut into windows of `G = world * accumulate * batch_size`; in a window,
     micro-batch m of rank r takes `batch_size` rows from `(m * world + r) * batch_size`. So 1, 2 or 4 processes see the
     same rows in the same step while G is the same. The last window is filled with empty rows: nothing is dropped, no
-    rank ever has one micro-batch less, and `num_supervised_in_step` counts what is really there.
+    rank ever has one micro-batch less, and `num_supervised_in_step` counts what is really there. So an epoch is whole
+    steps for Lightning and for DeepSpeed alike, which count a part of a window differently, and no tail is lost.
 
     An iteration yields `len(self)` batches from where the state stands, over the end of the epoch if it must;
     without `shuffle` (evaluation) it always begins at the beginning and has no state to keep.
@@ -155,18 +105,20 @@ class RowLoader:
         shuffle: Whether an epoch has an order of its own.
         trim: Pad to the longest row of the batch, not to `seq_len`.
         fingerprint: Of data and plan; a checkpoint of another one is refused.
+        draw: The rows of an epoch, where they differ from one to the next: as many as `rows`, which is the first's.
     """
 
     def __init__(self, corpus: Corpus, rows: Rows, *, batch_size: int, seq_len: int, pad_id: int,
                  token_bytes: np.ndarray, seed: int = 0, rank: int = 0, world: int = 1, accumulate: int = 1,
-                 shuffle: bool = True, trim: bool = False, fingerprint: str = "") -> None:
-        self.corpus, self.rows, self.lengths = corpus, rows, rows.lengths
+                 shuffle: bool = True, trim: bool = False, fingerprint: str = "",
+                 draw: Callable[[int], Rows] | None = None) -> None:
+        self.corpus, self.rows, self._draw = corpus, rows, draw
         self.batch_size, self.seq_len, self.pad_id, self.token_bytes = batch_size, seq_len, pad_id, token_bytes
         self.seed, self.rank, self.world, self.accumulate = seed, rank, world, accumulate
         self.shuffle, self.trim, self.fingerprint = shuffle, trim, fingerprint
         self.rows_per_step = world * accumulate * batch_size
         self._done = 0                                  # micro-batches handed out since the first epoch
-        self._order = lru_cache(maxsize=2)(self._permuted)
+        self._epoch = lru_cache(maxsize=2)(self._drawn)
 
     def __len__(self) -> int:
         """Micro-batches of an epoch."""
@@ -184,23 +136,50 @@ class RowLoader:
         """Micro-batch `number`, counted from the first epoch: a pure function of the arguments."""
         epoch, within = divmod(number, len(self))
         step, micro = divmod(within, self.accumulate)
-        window = self._order(epoch)[step * self.rows_per_step:(step + 1) * self.rows_per_step]
+        rows, lengths, order = self._epoch(epoch)
+        window = order[step * self.rows_per_step:(step + 1) * self.rows_per_step]
         at = (micro * self.world + self.rank) * self.batch_size
         mine = window[at:at + self.batch_size]
         real = mine[mine != EMPTY]
-        width = max(int(self.lengths[real].max(initial=0)), 2) if self.trim else self.seq_len
-        batch = collate(self.corpus, self.rows, mine.tolist(), seq_len=width, pad_id=self.pad_id,
+        width = max(int(lengths[real].max(initial=0)), 2) if self.trim else self.seq_len
+        batch = collate(self.corpus, rows, mine.tolist(), seq_len=width, pad_id=self.pad_id,
                         token_bytes=self.token_bytes)
-        assert batch["num_supervised"] == int(self.rows.supervised[real].sum())
-        batch["num_supervised_in_step"] = int(self.rows.supervised[window[window != EMPTY]].sum())
+        assert batch["num_supervised"] == int(rows.supervised[real].sum())
+        batch["num_supervised_in_step"] = int(rows.supervised[window[window != EMPTY]].sum())
         batch["last_in_step"] = micro == self.accumulate - 1
         return batch
 
-    def _permuted(self, epoch: int) -> np.ndarray:
-        """Row numbers of an epoch, filled to whole windows; 8 bytes a row, the same on all ranks."""
-        count = len(self.rows)
+    def order(self, epoch: int) -> np.ndarray:
+        """Row numbers of an epoch as they are drawn, `EMPTY` at its end where it is filled to whole windows."""
+        return self._epoch(epoch)[2]
+
+    def _drawn(self, epoch: int) -> tuple[Rows, np.ndarray, np.ndarray]:
+        """An epoch's rows, their lengths, and their numbers in order, filled to whole windows; equal on all ranks."""
+        rows = self._draw(epoch) if self._draw else self.rows
+        count = len(rows)
+        assert count == len(self.rows), "the epochs of a run have equally many rows"
         order = np.random.default_rng([self.seed, epoch]).permutation(count) if self.shuffle else np.arange(count)
-        return np.concatenate([order, np.full(-count % self.rows_per_step, EMPTY, dtype=order.dtype)])
+        return rows, rows.lengths, np.concatenate([order, np.full(-count % self.rows_per_step, EMPTY, order.dtype)])
+
+    # ---- what was drawn ----------------------------------------------------------------------------------------------
+
+    def ledger(self, batches: int | None = None) -> Tally:
+        """What all ranks have drawn of each source in so many micro-batches since the first epoch.
+
+        Micro-batches of all ranks are a prefix of the epoch's order, so it is a function of the number alone: right
+        after a resume, and the same on every rank.
+
+        Args:
+            batches: Micro-batches of one rank; null is where the loader stands.
+        """
+        epoch, within = divmod(self._done if batches is None else batches, len(self))
+        if self._draw:
+            total = sum((self.corpus.tally(self._draw(number)) for number in range(epoch)), start=np.int64(0))
+        else:
+            total = epoch * self.corpus.tally(self.rows)
+        rows, _, order = self._epoch(epoch)
+        begun = order[:within * self.world * self.batch_size]
+        return self.corpus.named(total + self.corpus.tally(rows.take(begun[begun != EMPTY])))
 
     # ---- resuming ----------------------------------------------------------------------------------------------------
 

@@ -31,8 +31,12 @@ class Segments:
     def __len__(self) -> int:
         return len(self.sequence)
 
-    def __getitem__(self, which: np.ndarray) -> "Segments":
+    def __getitem__(self, which: np.ndarray | slice) -> "Segments":
         return Segments(self.sequence[which], self.start[which], self.stop[which])
+
+    def __add__(self, other: "Segments") -> "Segments":
+        pairs = ((self.sequence, other.sequence), (self.start, other.start), (self.stop, other.stop))
+        return Segments(*(np.concatenate(pair) for pair in pairs))
 
     @property
     def lengths(self) -> np.ndarray:
@@ -48,14 +52,29 @@ class Rows:
         segments: All segments, those of a row side by side.
         offsets: (R + 1,) int64; row r is segments `offsets[r]:offsets[r + 1]`.
         supervised: (R,) int64, supervised tokens of each row; zeros until `counted`.
+        learned: (S,) int64, the same of each segment.
     """
 
     segments: Segments
     offsets: np.ndarray
     supervised: np.ndarray
+    learned: np.ndarray
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
+
+    def __add__(self, other: "Rows") -> "Rows":
+        """These rows, then the others."""
+        offsets = np.concatenate([self.offsets, self.offsets[-1] + other.offsets[1:]])
+        return Rows(self.segments + other.segments, offsets, np.concatenate([self.supervised, other.supervised]),
+                    np.concatenate([self.learned, other.learned]))
+
+    def take(self, numbers: np.ndarray) -> "Rows":
+        """The rows of these numbers, in this order; a number may come twice."""
+        count = np.diff(self.offsets)[numbers]
+        offsets = np.concatenate([[0], np.cumsum(count)])
+        which = np.repeat(self.offsets[numbers] - offsets[:-1], count) + np.arange(offsets[-1])
+        return Rows(self.segments[which], offsets, self.supervised[numbers], self.learned[which])
 
     def row(self, number: int) -> list[tuple[int, int, int]]:
         """(sequence, start, stop) of each segment of a row."""
@@ -70,7 +89,7 @@ class Rows:
 
     def counted(self, supervised: np.ndarray) -> "Rows":
         """The same rows, knowing the supervised tokens of each of their segments, (S,)."""
-        return replace(self, supervised=_sums(supervised, self.offsets))
+        return replace(self, supervised=_sums(supervised, self.offsets), learned=supervised)
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,7 +153,7 @@ def pack(segments: Segments, *, seq_len: int, packing: Packing) -> Rows:
         row_of = np.arange(len(segments))
     count = int(row_of[-1]) + 1 if len(row_of) else 0
     offsets = np.searchsorted(row_of, np.arange(count + 1)).astype(np.int64)
-    return Rows(segments, offsets, np.zeros(count, dtype=np.int64))
+    return Rows(segments, offsets, np.zeros(count, dtype=np.int64), np.zeros(len(segments), dtype=np.int64))
 
 
 def whole(lengths: np.ndarray) -> Segments:

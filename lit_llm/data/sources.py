@@ -33,7 +33,8 @@ class Source:
         format: What a record means: text, alpaca, messages, sharegpt, prompt or firefly; `auto` recognises each record.
         split: The split of a hub dataset.
         subset: The configuration of a hub dataset that has several, such as `wikitext-2-raw-v1`.
-        weight: How often its records are drawn per epoch: 2 takes each twice, 0.25 a seeded quarter of them.
+        weight: How often its records are drawn per epoch: 2 takes each twice; 0.25 a quarter of them, in each epoch
+            the next one, so that four epochs see all. Of a long document, a quarter of its windows.
         columns: Our key to the record's own, where they differ: `{prompt: question, completion: answer}`.
         document: What one document of a text file is. `auto` splits at lines that are exactly `<|endoftext|>`, the
             separator in the field's published corpora, and else takes the whole file; `file`; `paragraph` (blank

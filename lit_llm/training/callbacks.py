@@ -119,7 +119,7 @@ def _bar(total: int, initial: int, name: str, unit: str = "step") -> Any:
 
 
 class RunFolder(Callback):
-    """Keeps a run's own record: `config.yaml`, `tokenizer/`, `metrics.json`, and perplexity before training.
+    """Keeps a run's own record: `config.yaml`, `tokenizer/`, `data.json`, `metrics.json`, perplexity before training.
 
     An earlier run of the same name is moved aside, never overwritten.
     """
@@ -167,6 +167,7 @@ class RunFolder(Callback):
         for logger in trainer.loggers:
             if isinstance(logger, MetricsCSV) and self.resumed and trainer.is_global_zero:
                 logger.resume(trainer.global_step)
+        self._keep_data(trainer)
 
     def on_sanity_check_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         """The validation before the first step is the base's."""
@@ -191,13 +192,16 @@ class RunFolder(Callback):
             trainer.fit_loop.epoch_loop._batches_that_stepped -= 1      # logged at the last step, not at one behind it
             trainer.fit_loop.epoch_loop.val_loop.run()
             trainer.training = True
+        self._keep_data(trainer)
 
     def on_exception(self, trainer: L.Trainer, module: L.LightningModule, exception: BaseException) -> None:
         """A run that failed before its first step leaves nothing behind, and the earlier run has its name again."""
         folder = Path(trainer.default_root_dir)
+        if trainer.global_step and trainer.state.fn == "fit":
+            self._keep_data(trainer)
         if self.resumed or trainer.global_step or not trainer.is_global_zero or not folder.is_dir():
             return
-        for name in ("config.yaml", "metrics.csv", "metrics.json"):
+        for name in ("config.yaml", "data.json", "metrics.csv", "metrics.json"):
             (folder / name).unlink(missing_ok=True)
         for name in ("tokenizer", "checkpoints"):
             shutil.rmtree(folder / name, ignore_errors=True)
@@ -209,6 +213,12 @@ class RunFolder(Callback):
     def on_test_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         """Keep the newest figures."""
         self._keep(trainer, "test/")
+
+    def _keep_data(self, trainer: L.Trainer) -> None:
+        """`data.json`: what the sources held, and what was drawn of each so far."""
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        if trainer.is_global_zero and hasattr(data, "facts"):
+            write_json(Path(trainer.default_root_dir) / "data.json", data.facts())
 
     def _keep(self, trainer: L.Trainer, split: str) -> None:
         self.after = _figures(trainer, split)

@@ -143,24 +143,29 @@ class Trainer(L.Trainer):
             model: Not touched.
             datamodule: The data.
         """
+        datamodule.trainer = self                       # whose steps the summary counts
         datamodule.prepare_data()
         datamodule.setup("fit")
 
     def inspect(self, model: L.LightningModule, datamodule: L.LightningDataModule, rows: int = 3,
-                html: str | None = None) -> None:
+                characters: int = 400, html: str | None = None) -> None:
         """Show the data of a run as the model will see it, with counts of all of it; no model is built.
 
         Args:
             model: Not touched.
             datamodule: The data.
             rows: Training rows to show.
+            characters: Of a stretch of one speaker's text, the most that the terminal shows; 0 shows all of it.
             html: Also write it as a page, into this file.
         """
-        from lit_llm.data.inspection import as_page, as_text, examine
+        from lit_llm.data.inspection import examine
+        from lit_llm.data.page import as_page
+        from lit_llm.data.terminal import as_text
 
+        datamodule.quiet = True  # type: ignore[attr-defined]      # the same follows at length
         self.prepare(model, datamodule)
         seen = examine(datamodule, rows)  # type: ignore[arg-type]
-        print(as_text(seen, colour=sys.stdout.isatty() and "NO_COLOR" not in os.environ))
+        print(as_text(seen, colour=sys.stdout.isatty() and "NO_COLOR" not in os.environ, characters=characters))
         if html:
             disk.replace_text(Path(html), as_page(seen, f"Data of {Path(self.default_root_dir).name}"))
 

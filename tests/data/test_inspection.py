@@ -7,8 +7,10 @@ import pytest
 
 from lit_llm.conversation import Conversation
 from lit_llm.data.datamodule import TextDataModule
-from lit_llm.data.inspection import as_page, as_text, examine
+from lit_llm.data.inspection import examine
+from lit_llm.data.page import as_page
 from lit_llm.data.sources import Source
+from lit_llm.data.terminal import as_text
 from lit_llm.errors import InputError
 
 TALKS = [{"messages": [{"role": "system", "content": "Be <b>kind</b>."}, {"role": "user", "content": f"Say {n} \x1b[31m红"},
@@ -28,17 +30,22 @@ def seen(tokenizer_folder, jsonl):
 def test_what_is_shown_is_what_is_learned(seen):
     """The coloured text of the first rows is exactly what the labels of the first rows spell."""
     data, inspection = seen(TALKS)
-    plan, tokenizer = data.plans["train"], data.tokenizer
-    learned = [text for documents in inspection.shown for runs in documents for text, _, is_learned in runs if is_learned]
+    tokenizer = data.tokenizer
+    segments = [segment for row in inspection.shown for segment in row]
+    learned = ["".join(run.text for run in segment.runs if run.learned) for segment in segments]
+    batch = data.train_dataloader().batch(0)
     wanted = []
-    for row in range(2):
-        for sequence, start, stop in plan.rows.row(row):
-            ids, supervised = plan.corpus.read(sequence, start, stop)
-            wanted.append(tokenizer.decode(ids[supervised], skip_special_tokens=False))
+    for labels, ids in zip(batch["labels"][:2].tolist(), batch["input_ids"][:2].tolist(), strict=True):
+        text = tokenizer.decode([label for label in labels if label != -100], skip_special_tokens=False)
+        wanted += [part + "<|im_end|>" for part in text.split("<|im_end|>")[:-1]]
+        assert ids[0] == tokenizer.encode_prompt(Conversation.from_openai(TALKS[0]["messages"]))[0]
     assert learned == wanted
+    assert [segment.learned for segment in segments] == [len(tokenizer.encode_text(text)) - len("<|im_end|>") + 1
+                                                         for text in wanted]
+    assert [f"it is {int(segment.place.rsplit(':', 1)[1]) - 1}<|im_end|>" for segment in segments] == learned
     assert all(re.fullmatch(r"it is \d+<\|im_end\|>", text) for text in learned)
-    said = {speaker for documents in inspection.shown for runs in documents for _, speaker, _ in runs}
-    assert said == {"system", "user", "assistant", "template"}
+    assert {run.speaker for segment in segments for run in segment.runs} == {"system", "user", "assistant", "template"}
+    assert {run.text for segment in segments for run in segment.runs if run.special} == {"<|im_start|>", "<|im_end|>"}
 
 
 def test_counts_by_speaker(seen):
@@ -77,8 +84,8 @@ def test_duplicates_are_counted_and_left_out_on_request(seen):
 def test_a_terminal_and_a_page_show_the_same_and_run_nothing(seen):
     _, inspection = seen([*TALKS, {"text": "<script>alert(1)</script> \x1b]0;title\x07"}], rows=9)
     plain, coloured, page = as_text(inspection, colour=False), as_text(inspection, colour=True), as_page(inspection, "a<b")
-    assert "[it is 3<|im_end|>]" in plain
-    assert "\x1b[32mit is 3<|im_end|>\x1b[0m" in coloured
+    assert "⟦it is 3<|im_end|>⟧" in plain
+    assert "\x1b[32mit is 3\x1b[0m\x1b[32m\x1b[1m<|im_end|>\x1b[0m" in coloured
     assert "\x1b" not in plain
     assert "\x1b]0" not in coloured
     assert "<script>alert" not in page

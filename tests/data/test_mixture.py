@@ -1,0 +1,227 @@
+"""If this breaks, a source is drawn more or less than its weight says, the ledger tells of data that was never learned, or
+a record is validated on that was trained on.
+"""
+
+import json
+from collections import Counter
+from itertools import islice, pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from lit_llm.data.corpus import Corpus
+from lit_llm.data.datamodule import TextDataModule
+from lit_llm.data.loader import RowLoader
+from lit_llm.data.mixture import Mixture, side
+from lit_llm.data.prepare import prepare
+from lit_llm.data.sources import Source
+
+SEQ_LEN, PAD = 48, 0
+LETTERS = "xyz"                                         # what the records of each source are made of
+
+
+@pytest.fixture(scope="module")
+def stores(tokenizer, tmp_path_factory):
+    """Three sources that tell by their letter; the last is one document of many rows."""
+    folder = tmp_path_factory.mktemp("sources")
+    talks = [[{"prompt": letter * (number % 9 + 1), "completion": letter * (number % 6 + 1)} for number in range(count)]
+             for letter, count in (("x", 17), ("y", 10))]
+    made = []
+    for letter, records in zip(LETTERS, [*talks, [{"text": "z" * 752}]], strict=True):
+        (folder / f"{letter}.jsonl").write_text("\n".join(map(json.dumps, records)))
+        made.append(prepare(Source(str(folder / f"{letter}.jsonl")), tokenizer, cache_dir=str(folder)))
+    return made
+
+
+def mixed(stores, weights, **how):
+    return Mixture(Corpus([(store, np.arange(len(store))) for store in stores]), weights, seq_len=SEQ_LEN, **how)
+
+
+def loaders(mixture, tokenizer, world=1, **how):
+    how = {"batch_size": 2, "accumulate": 2} | how
+    return [RowLoader(mixture.corpus, mixture.first, seq_len=SEQ_LEN, pad_id=PAD, token_bytes=tokenizer.token_bytes,
+                      rank=rank, world=world, draw=mixture.rows if mixture.moves else None, **how)
+            for rank in range(world)]
+
+
+def counted(batches, tokenizer):
+    """What batches hold of each source, told by their letters alone: (sequences, supervised letters).
+
+    A stretch between two bounds belongs to a letter; where a sequence begins, its first token says so: a conversation's
+    control token, or for the document the first of its windows, which no window repeats.
+    """
+    talks, learned, tokens = Counter(), Counter(), Counter()
+    letter_of = {tokenizer.encode_text(letter)[0]: letter for letter in LETTERS}
+    for batch in batches:
+        ids, labels = batch["input_ids"].flatten().tolist(), batch["labels"].flatten().tolist()
+        bounds = batch["cu_seqlens"].tolist()
+        for begin, end in pairwise(bounds):
+            letters = {letter_of[id_] for id_ in ids[begin:end] if id_ in letter_of}
+            if not letters:
+                continue                                # padding
+            (letter,) = letters
+            talks[letter] += 1
+            tokens[letter] += end - begin
+            learned[letter] += sum(label != -100 for label in labels[begin:end])
+    return talks, tokens, learned
+
+
+# ---- weights ---------------------------------------------------------------------------------------------------------
+
+def begun(rows, corpus):
+    """How often each sequence's beginning, or of the document each window, is in these rows."""
+    segments = rows.segments
+    return Counter(zip(corpus.store_of[segments.sequence].tolist(), segments.sequence.tolist(), segments.start.tolist(),
+                       strict=True))
+
+
+@settings(max_examples=60, deadline=None)
+@given(weights=st.tuples(*[st.sampled_from([0.25, 0.3, 1, 1.5, 2, 2.3])] * 3), seed=st.integers(0, 5),
+       packing=st.sampled_from(["best_fit", "none"]))
+def test_a_weight_is_so_many_copies_and_a_part_that_moves_on(stores, weights, seed, packing):
+    mixture = mixed(stores, weights, seed=seed, packing=packing)
+    every = begun(mixed(stores, [1, 1, 1]).first, mixture.corpus)
+    total, epochs = Counter(), 12
+    for epoch in range(epochs):
+        rows = mixture.rows(epoch)
+        assert len(rows) == len(mixture.first)
+        drawn = begun(rows, mixture.corpus)
+        assert drawn.keys() <= every.keys()
+        for piece in every:
+            assert drawn[piece] >= int(weights[piece[0]])
+        total += drawn
+    assert total.keys() == every.keys(), "all that there is was drawn"
+    first = begun(mixture.first, mixture.corpus)
+    for number, weight in enumerate(weights):
+        pieces = sum(count for (owner, *_), count in every.items() if owner == number)
+        once = sum(count for (owner, *_), count in first.items() if owner == number)
+        assert once == int(weight) * pieces + (max(1, round(weight % 1 * pieces)) if weight % 1 else 0)
+
+
+def test_a_part_comes_again_only_after_all_the_others(stores):
+    """A quarter of sixteen windows: four epochs see each once."""
+    mixture = mixed(stores[2:], [0.25], packing="none")
+    windows = [set(begun(mixture.rows(epoch), mixture.corpus)) for epoch in range(5)]
+    assert len(windows[0]) * 4 == len(set().union(*windows[:4])) == sum(map(len, windows[:4]))
+    assert windows[4] == windows[0]
+
+
+def test_the_same_seed_draws_the_same_and_another_does_not(stores):
+    corpus = mixed(stores, [1, 1, 1]).corpus
+    draws = [[begun(mixed(stores, [0.5, 1, 0.25], seed=seed).rows(epoch), corpus)
+              for epoch in range(3)] for seed in (1, 1, 2)]
+    assert draws[0] == draws[1] != draws[2]
+    assert draws[0][0] != draws[0][1]
+
+
+@settings(max_examples=25, deadline=None)
+@given(weights=st.sampled_from([(0.25,), (1.5,), (2,)]), seed=st.integers(0, 3))
+def test_a_stream_of_documents_has_weights_too(stores, weights, seed):
+    mixture = mixed(stores[2:], weights, packing="concat", seed=seed)
+    for epoch in range(3):
+        rows = mixture.rows(epoch)
+        assert abs(rows.lengths.sum() - weights[0] * 753) <= SEQ_LEN
+        assert (np.sort(rows.lengths)[2:] == SEQ_LEN).all()
+
+
+# ---- the ledger ------------------------------------------------------------------------------------------------------
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(weights=st.sampled_from([(0.25, 1, 2.5), (1, 1, 1), (1, 2, 1), (0.3, 0.5, 0.25)]), world=st.sampled_from([1, 2]),
+       share=st.floats(0, 1))
+def test_the_ledger_is_what_was_handed_out(stores, tokenizer, weights, world, share):
+    """Counted in the batches themselves, over three epochs, also in the middle of one and of a step."""
+    mixture = mixed(stores, weights)
+    ranks = loaders(mixture, tokenizer, world)
+    stop = round(share * 3 * len(ranks[0]))
+    batches = []
+    for rank in ranks:
+        mine = []
+        while len(mine) < stop:
+            mine += islice(rank, min(len(rank), stop - len(mine)))
+        batches += mine
+    ledgers = [rank.ledger() for rank in ranks]
+    assert all(ledger == ledgers[0] for ledger in ledgers)
+    talks, tokens, learned = counted(batches, tokenizer)
+    for letter, (path, said) in zip(LETTERS, ledgers[0].items(), strict=True):
+        assert Path(path).name == f"{letter}.jsonl"
+        assert (said["tokens"], said["supervised"]) == (tokens[letter], learned[letter])
+        if letter != "z":                               # of the document only the first window is one
+            assert said["sequences"] == talks[letter]
+    assert sum(said["tokens"] for said in ledgers[0].values()) == sum(batch["num_tokens"] for batch in batches)
+    assert sum(said["supervised"] for said in ledgers[0].values()) == sum(batch["num_supervised"] for batch in batches)
+
+
+def test_the_ledger_goes_on_where_a_run_was_resumed(stores, tokenizer):
+    mixture = mixed(stores, (0.25, 1, 2.5))
+    (first,) = loaders(mixture, tokenizer)
+    list(first)
+    list(islice(first, 3))
+    (second,) = loaders(mixed(stores, (0.25, 1, 2.5)), tokenizer)
+    second.load_state_dict(first.state_dict())
+    assert second.ledger() == first.ledger()
+    list(islice(second, 2))
+    assert second.ledger() == first.ledger(len(first) + 5)
+
+
+@pytest.mark.parametrize(("world", "accumulate", "batch_size"), [(2, 2, 2), (4, 1, 2), (1, 4, 2)])
+def test_moving_parts_are_the_same_whoever_works(stores, tokenizer, world, accumulate, batch_size):
+    def steps(world, accumulate, batch_size):
+        ranks = loaders(mixed(stores, (0.25, 1, 2.5)), tokenizer, world, accumulate=accumulate, batch_size=batch_size)
+        out = []
+        for number in range(3 * len(ranks[0])):
+            out += [batch["input_ids"].tolist() for batch in (rank.batch(number) for rank in ranks)]
+        return [row for batch in out for row in batch]
+
+    assert steps(world, accumulate, batch_size) == steps(1, 1, 8)
+
+
+# ---- the split -------------------------------------------------------------------------------------------------------
+
+hashes = st.lists(st.integers(0, 2**64 - 1) | st.sampled_from([0, 1, 2**63, 2**64 - 1]), max_size=30)
+shares = st.floats(0, 0.999)
+
+
+def sides(content, val, test):
+    array = np.array(content, dtype=np.uint64)
+    return {stage: side(array, stage, val_fraction=val, test_fraction=test) for stage in ("train", "val", "test")}
+
+
+@given(hashes, shares, shares)
+def test_sides_are_complete_and_apart(content, val, test):
+    if val + test < 1:
+        assert (sum(mask.astype(int) for mask in sides(content, val, test).values()) == 1).all()
+
+
+@given(hashes, hashes, shares, shares)
+def test_more_records_move_no_other(content, more, val, test):
+    before, after = sides(content, val, test), sides([*content, *more], val, test)
+    for stage, mask in before.items():
+        assert (after[stage][:len(content)] == mask).all()
+
+
+@given(hashes, shares, shares, shares)
+def test_a_share_moves_no_record_of_the_other(content, val, test, other):
+    if max(val + test, val + other, test + other) < 1:
+        assert (sides(content, val, test)["val"] == sides(content, val, other)["val"]).all()
+        assert (sides(content, val, test)["test"] == sides(content, other, test)["test"]).all()
+        low, high = sorted([test, other])
+        assert (sides(content, val, low)["test"] <= sides(content, val, high)["test"]).all(), "a larger one only adds"
+
+
+def test_shares_are_what_they_say(tokenizer_folder, jsonl):
+    """On real hashes; and equal records are on one side."""
+    records = [{"prompt": f"question {number}", "completion": "a"} for number in range(600)]
+    data = TextDataModule([Source(jsonl([*records, *records[:99]]))], tokenizer=str(tokenizer_folder), seq_len=64,
+                          val_fraction=0.2, test_fraction=0.3)
+    data.prepare_data()
+    data.setup()
+    found = {stage: plan.corpus.column("content").tolist() for stage, plan in data.plans.items()}
+    assert sum(map(len, found.values())) == 699
+    assert not set(found["train"]) & set(found["val"]) | set(found["val"]) & set(found["test"])
+    assert not set(found["train"]) & set(found["test"])
+    assert abs(len(set(found["val"])) - 120) < 40
+    assert abs(len(set(found["test"])) - 180) < 40
