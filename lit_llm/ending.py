@@ -43,7 +43,7 @@ def finish(run: Path, *, base: str | None, before: dict[str, float], after: dict
         else:
             print(f"validation perplexity on {tokens}: {after['val/perplexity']:.3f}")
         print(f"bits per byte {after['val/bits_per_byte']:.3f}, token accuracy {after['val/token_accuracy']:.1%}")
-    if (file := run / "data.json").exists() and (drawn := json.loads(file.read_text(encoding="utf-8"))["drawn"]):
+    if (file := run / "data.json").exists() and (drawn := json.loads(file.read_text(encoding="utf-8"))["ledger"]):
         print("\n".join(ledger(drawn, "drawn in training")))
     if prompts:
         _compare(resolve(base) if base else None, folder, prompts)

@@ -22,10 +22,12 @@ class Corpus:
     Args:
         draws: Of each store, which of its sequences, in what order.
         end: Whether documents keep their end-of-text token: so in training; not in evaluation, which scores the text.
+        names: Of the stores, for a tally.
     """
 
-    def __init__(self, draws: Sequence[tuple[TokenStore, np.ndarray]], *, end: bool = True) -> None:
-        self.stores = [store for store, _ in draws]
+    def __init__(self, draws: Sequence[tuple[TokenStore, np.ndarray]], *, end: bool = True,
+                 names: Sequence[str] = ()) -> None:
+        self.stores, self.names = [store for store, _ in draws], list(names or [""] * len(draws))
         self.store_of = np.repeat(np.arange(len(draws)), [len(which) for _, which in draws])
         self.index = np.concatenate([which for _, which in draws] or [np.empty(0, np.int64)])
         self.lengths, self.learned = np.zeros(len(self.index), np.int64), np.zeros(len(self.index), np.int64)
@@ -98,10 +100,9 @@ class Corpus:
         return np.stack(counts, axis=1).astype(np.int64)    # exact: float64 holds counts up to 2^53
 
     def named(self, tally: np.ndarray) -> Tally:
-        """A tally by the paths of the sources; two sources of one path are one."""
-        names = [store.report.source for store in self.stores]
-        out = {name: dict.fromkeys(("sequences", "tokens", "supervised"), 0) for name in names}
-        for name, values in zip(names, tally.tolist(), strict=True):
+        """A tally by the names of the stores; two of one name are one."""
+        out = {name: dict.fromkeys(("sequences", "tokens", "supervised"), 0) for name in self.names}
+        for name, values in zip(self.names, tally.tolist(), strict=True):
             for key, value in zip(out[name], values, strict=True):
                 out[name][key] += value
         return out

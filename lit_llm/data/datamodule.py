@@ -8,7 +8,7 @@ import hashlib
 import json
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -34,16 +34,16 @@ class Plan:
         corpus: The sequences there are.
         rows: How they lie in rows, in the first epoch.
         notes: How many were cut, dropped, said before.
-        reports: Of each source, what became of its records.
         fingerprint: Of data and settings.
+        stores: Of each source, where its tokens lie, and what became of its records.
         draw: The rows of an epoch, where they differ.
     """
 
     corpus: Corpus
     rows: Rows
     notes: dict[str, int]
-    reports: list[Report]
     fingerprint: str
+    stores: Sequence[TokenStore] = ()
     draw: Callable[[int], Rows] | None = None
 
 
@@ -191,12 +191,9 @@ class TextDataModule(L.LightningDataModule):
             "train_on": self.train_on, "on_bad_record": self.on_bad_record, "cache_dir": self.cache_dir}
         if not write:
             return wait_for(source, self.tokenizer, **how)
-        store = prepare(source, self.tokenizer, num_proc=self.num_proc, **how)
-        bad, read = store.report.quarantined, store.report.read
-        if bad > self.bad_record_limit * read:
-            raise InputError(f"{bad:,} of {read:,} records are bad, more than data.bad_record_limit allows",
-                             where=source.path, fix=f"They are in {store.folder / 'quarantine.jsonl'}, each with its "
-                             "reason; mend them, or raise the limit.")
+        store = prepare(source, self.tokenizer, num_proc=self.num_proc, bad_record_limit=self.bad_record_limit, **how)
+        store.report.refuse_flood(self.bad_record_limit, f"They are in {store.folder / 'quarantine.jsonl'}, each with "
+                                  "its reason; mend them, or raise data.bad_record_limit.")
         return store
 
     def _listed(self, stage: Stage) -> tuple[list[Source], Stage | None]:
@@ -214,14 +211,15 @@ class TextDataModule(L.LightningDataModule):
         stores = [self._open(source, write=local_rank == 0) for source in listed]
         draws = [(store, np.flatnonzero(side(store.sequences["content"], wanted, **shares)) if wanted
                   else np.arange(len(store))) for store in stores]
-        corpus, notes = Corpus(draws, end=stage == "train"), {}
+        names = [source.path for source in listed]
+        corpus, notes = Corpus(draws, end=stage == "train", names=names), {}
         if stage == "train":
             again = repeats(corpus)
             notes["duplicates_left_out" if self.dedup else "duplicates"] = int(again.sum())
             if self.dedup:
                 draws = [(store, which[~again[corpus.store_of == number]])
                          for number, (store, which) in enumerate(draws)]
-                corpus = Corpus(draws)
+                corpus = Corpus(draws, names=names)
         if not len(corpus):
             raise InputError(f"no record is left for {stage}", where=f"data.{wanted}_fraction"
                              if wanted in ("val", "test") else "data.sources",
@@ -230,8 +228,8 @@ class TextDataModule(L.LightningDataModule):
         mixture = self._mixture(corpus, stage, [source.weight for source in listed])
         keys = [[store.key for store in stores], stage, wanted, shares, [source.weight for source in listed],
                 self.seq_len, self.packing, self.overlong, self.seed, self.dedup]
-        return Plan(corpus, mixture.first, notes | mixture.notes, [store.report for store in stores],
-                    hashlib.sha256(json.dumps(keys).encode()).hexdigest()[:16],
+        return Plan(corpus, mixture.first, notes | mixture.notes,
+                    hashlib.sha256(json.dumps(keys).encode()).hexdigest()[:16], stores,
                     mixture.rows if mixture.moves else None)
 
     def _note_leaks(self, stage: Stage) -> None:
@@ -276,7 +274,7 @@ class TextDataModule(L.LightningDataModule):
         """Of each source that was opened, once, what became of its records."""
         out: list[Report] = []
         for plan in self.plans.values():
-            out += [report for report in plan.reports if report not in out]
+            out += [store.report for store in plan.stores if store.report not in out]
         return out
 
     def summary(self) -> str:
@@ -287,10 +285,10 @@ class TextDataModule(L.LightningDataModule):
         return short(examine(self))
 
     def facts(self) -> dict[str, Any]:
-        """The summary as values, for a run's report; `drawn` is what training has drawn so far of each source."""
+        """The summary as values, for a run's report; `ledger` is what training has drawn so far of each source."""
         loader = self.trainer.train_dataloader if self.trainer else None
         return {"sources": [asdict(report) for report in self.reports],
                 **{stage: {"sequences": len(plan.corpus), "rows": len(plan.rows), **plan.notes,
                            "tokens": int(plan.rows.lengths.sum()), "supervised": int(plan.rows.supervised.sum())}
                    for stage, plan in self.plans.items()},
-                "drawn": loader.ledger() if isinstance(loader, RowLoader) else {}}
+                "ledger": getattr(loader, "ledger", {})}

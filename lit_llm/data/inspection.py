@@ -14,7 +14,7 @@ import numpy as np
 from lit_llm.data.corpus import Corpus, Tally
 from lit_llm.data.loader import EMPTY
 from lit_llm.data.packing import Rows
-from lit_llm.data.store import Report
+from lit_llm.data.store import Report, TokenStore
 from lit_llm.tokenizer import SPEAKERS, Tokenizer
 
 if TYPE_CHECKING:
@@ -153,7 +153,9 @@ def examine(data: "TextDataModule", rows: int = 0) -> Inspection:
     shown = [_row(train.corpus, train.rows, number, data.tokenizer)
              for number in order if number != EMPTY] if train else []
     pace = _pace(len(train.rows), data.batch_size, data.trainer) if train else None
-    return Inspection(data.reports, stages, shown, [*_findings(data.reports, stages, data.seq_len)], data.seq_len, pace)
+    stores = [store for plan in data.plans.values() for store in plan.stores]
+    findings = [*_unsound(stores), *_doubtful(stages, data.seq_len)]
+    return Inspection(data.reports, stages, shown, list(dict.fromkeys(findings)), data.seq_len, pace)
 
 
 def _stage(name: str, plan: "Plan", seq_len: int) -> Stage:
@@ -197,22 +199,28 @@ def _row(corpus: Corpus, rows: Rows, number: int, tokenizer: Tokenizer) -> list[
     return segments
 
 
-def _findings(reports: Sequence[Report], stages: Sequence[Stage], seq_len: int) -> Iterator[str]:
-    for report in reports:
+def _unsound(stores: Sequence[TokenStore]) -> Iterator[str]:
+    """What is wrong with records."""
+    for report, folder in ((store.report, store.folder) for store in stores):
         if report.stopless:
             yield (f"{report.source}: {report.stopless:,} conversations teach no stop token; a model trained on them "
                    "does not learn to stop")
         if report.double_bos:
             yield f"{report.source}: {report.double_bos:,} sequences begin with two BOS tokens"
         if report.quarantined:
-            yield f"{report.source}: {report.quarantined:,} bad records were set aside"
+            yield (f"{report.source}: {report.quarantined:,} bad records were set aside, with their reasons, in "
+                   f"{folder / 'quarantine.jsonl'}")
+
+
+def _doubtful(stages: Sequence[Stage], seq_len: int) -> Iterator[str]:
+    """What may not be meant."""
     for stage in stages:
         if count := stage.notes.get("duplicates"):
             yield f"{stage.name}: {count:,} records say exactly what an earlier one says; data.dedup leaves them out"
         if count := stage.notes.get("also_in_train"):
             yield f"{stage.name}: {count:,} records stand in the training data, too: its figures will flatter"
         if (count := stage.notes.get("cut", 0)) > stage.sequences // 20:
-            lost = stage.notes["cut_in_an_answer"]
+            lost = stage.notes.get("cut_in_an_answer", 0)
             yield (f"{stage.name}: {count / stage.sequences:.0%} of the sequences are longer than {seq_len:,} tokens "
                    f"and cut, {lost:,} of them in an answer; the longest has {stage.spread[2]:,} tokens (data.seq_len)")
         if stage.padding > 0.2 and stage.name == "train":

@@ -118,7 +118,7 @@ class RowLoader:
         self.shuffle, self.trim, self.fingerprint = shuffle, trim, fingerprint
         self.rows_per_step = world * accumulate * batch_size
         self._done = 0                                  # micro-batches handed out since the first epoch
-        self._epoch = lru_cache(maxsize=2)(self._drawn)
+        self._epoch = lru_cache(maxsize=2)(self._ordered)
 
     def __len__(self) -> int:
         """Micro-batches of an epoch."""
@@ -153,7 +153,7 @@ class RowLoader:
         """Row numbers of an epoch as they are drawn, `EMPTY` at its end where it is filled to whole windows."""
         return self._epoch(epoch)[2]
 
-    def _drawn(self, epoch: int) -> tuple[Rows, np.ndarray, np.ndarray]:
+    def _ordered(self, epoch: int) -> tuple[Rows, np.ndarray, np.ndarray]:
         """An epoch's rows, their lengths, and their numbers in order, filled to whole windows; equal on all ranks."""
         rows = self._draw(epoch) if self._draw else self.rows
         count = len(rows)
@@ -163,16 +163,18 @@ class RowLoader:
 
     # ---- what was drawn ----------------------------------------------------------------------------------------------
 
-    def ledger(self, batches: int | None = None) -> Tally:
-        """What all ranks have drawn of each source in so many micro-batches since the first epoch.
+    @property
+    def ledger(self) -> Tally:
+        """What all ranks have drawn of each source so far."""
+        return self.drawn(self._done)
 
-        Micro-batches of all ranks are a prefix of the epoch's order, so it is a function of the number alone: right
-        after a resume, and the same on every rank.
+    def drawn(self, batches: int) -> Tally:
+        """What all ranks draw of each source in so many micro-batches of each since the first epoch.
 
-        Args:
-            batches: Micro-batches of one rank; null is where the loader stands.
+        Together they are a prefix of the epoch's order, so it is a function of their number alone: right after a
+        resume, and the same on every rank.
         """
-        epoch, within = divmod(self._done if batches is None else batches, len(self))
+        epoch, within = divmod(batches, len(self))
         if self._draw:
             total = sum((self.corpus.tally(self._draw(number)) for number in range(epoch)), start=np.int64(0))
         else:

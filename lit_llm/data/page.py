@@ -26,9 +26,9 @@ td, th {{ padding: .12rem .9rem .12rem 0; text-align: right; font-variant-numeri
 td:first-child, th:first-child {{ text-align: left; overflow-wrap: anywhere }}
 th {{ border-bottom: 1px solid var(--line); font-weight: 600 }}
 .bars td:first-child {{ text-align: right; white-space: nowrap }} .bars td:last-child {{ width: 24rem; padding: 0 }}
-.bar {{ background: var(--bar); height: .8rem; min-width: 1px }}
+.bar {{ background: var(--bar); height: .8rem }}
 .look {{ background: var(--look); padding: .4rem .8rem; border-radius: 6px; margin: .3rem 0; overflow-wrap: anywhere }}
-.row {{ border: 1px solid var(--line); border-radius: 6px; max-height: 36rem; overflow: auto; background: var(--box) }}
+.row {{ border: 1px solid var(--line); border-radius: 6px; max-height: 24rem; overflow: auto; background: var(--box) }}
 .row p {{ padding: .2rem .8rem; font-size: .85rem; border-bottom: 1px solid var(--line); color: var(--soft) }}
 pre {{ white-space: pre-wrap; overflow-wrap: anywhere; margin: 0; padding: .5rem .8rem; font-size: .85rem }}
 .learned {{ background: var(--learned) }} .template {{ color: var(--soft) }}
@@ -52,18 +52,19 @@ def as_page(seen: Inspection, title: str) -> str:
         last = f", the last of {pace.last:,}" if pace.last < pace.rows else ""
         run = f"; {pace.run:,} in the run" if pace.run else ""
         body.append(f"<p>{pace.epoch:,} steps in an epoch, of {pace.rows:,} rows each{last}{run}.</p>")
-    for stage in seen.stages:
-        body += _stage(stage, seen.seq_len)
-    for report in seen.reports:
-        body += _source(report)
     if seen.shown:
         body.append('<h2>First rows</h2><p><span class="learned">learned</span>, '
                     '<span class="template">of the template</span>, <span class="special">control tokens</span>; '
                     'who says it appears where the pointer rests</p>')
     for number, segments in enumerate(seen.shown, 1):
         used = sum(segment.stop - segment.start for segment in segments)
-        body.append(f"<h3>Row {number} of {seen.stages[0].rows:,}: {used:,} of {seen.seq_len:,} tokens, the rest is "
-                    f'padding</h3><div class="row">{"".join(map(_segment, segments))}</div>')
+        padding = f", then {seen.seq_len - used:,} of padding" if used < seen.seq_len else ""
+        body.append(f"<h3>Row {number} of {seen.stages[0].rows:,}: {used:,} tokens{padding}</h3>"
+                    f'<div class="row">{"".join(map(_segment, segments))}</div>')
+    for stage in seen.stages:
+        body += _stage(stage, seen.seq_len)
+    for report in seen.reports:
+        body += _source(report)
     return PAGE.format(title=html.escape(title), body="\n".join(body))
 
 
@@ -76,7 +77,7 @@ def _stage(stage: Stage, seq_len: int) -> Iterator[str]:
     facts += [[NOTES.get(name, name), f"{count:,}", f"{count / stage.sequences:.1%}"]
               for name, count in stage.notes.items() if count]
     yield _table(["", "", ""], facts)
-    yield "<h3>What an epoch draws</h3>"
+    yield f"<h3>What {'an epoch draws' if stage.name == 'train' else 'is read'}</h3>"
     yield _table(["source", "sequences", "tokens", "learned", "share"], [
         [source, *(f"{counts[key]:,}" for key in ("sequences", "tokens", "supervised")),
          f"{counts['tokens'] / stage.tokens:.1%}"] for source, counts in stage.drawn.items()])

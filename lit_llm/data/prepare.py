@@ -46,6 +46,7 @@ class Part:
 
 Item = tuple[Record | Part | InputError, Place]
 BATCH_RECORDS, BATCH_CHARACTERS = 512, 1 << 20          # of a batch, whichever comes first
+ENOUGH = 10_000                                         # records after which a share of bad ones says something
 ALONE = 4 << 20                                         # bytes of a source that one process does sooner
 
 
@@ -64,7 +65,7 @@ class Settings:
 
 def prepare(source: Source, tokenizer: Tokenizer, *, train_on: TrainOn = "assistant",
             on_bad_record: OnBadRecord = "error", cache_dir: str | None = None,
-            num_proc: int | None = None) -> TokenStore:
+            num_proc: int | None = None, bad_record_limit: float = 1.0) -> TokenStore:
     """The store of a source: opened if it is there, else written. A second process waits for the first.
 
     Args:
@@ -74,6 +75,7 @@ def prepare(source: Source, tokenizer: Tokenizer, *, train_on: TrainOn = "assist
         on_bad_record: `error` stops at the first, `quarantine` writes it aside with the reason and goes on.
         cache_dir: Where stores live; null is `$LIT_LLM_CACHE`, else `~/.cache/lit_llm`.
         num_proc: Processes that tokenize; null takes the machine's cores, and this process alone for a small source.
+        bad_record_limit: Share of records set aside above which it stops, once it has read `ENOUGH`.
 
     Raises:
         InputError: A bad record with its place; nothing kept; a cache that cannot be written.
@@ -88,7 +90,7 @@ def prepare(source: Source, tokenizer: Tokenizer, *, train_on: TrainOn = "assist
             if not _complete(folder):
                 for debris in folder.parent.glob(f"{folder.name}.tmp-*"):   # whoever wrote it held this lock
                     shutil.rmtree(debris, ignore_errors=True)
-                _write(folder, source, tokenizer, settings, num_proc)
+                _write(folder, source, tokenizer, settings, num_proc, bad_record_limit)
     except OSError as error:
         raise InputError(f"the token cache cannot be written: {error}", where=str(folder.parent),
                          fix="Make room, or set data.cache_dir (or LIT_LLM_CACHE) to another folder.") from None
@@ -293,7 +295,8 @@ def _processes(source: Source, num_proc: int | None) -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _write(folder: Path, source: Source, tokenizer: Tokenizer, settings: Settings, num_proc: int | None) -> None:
+def _write(folder: Path, source: Source, tokenizer: Tokenizer, settings: Settings, num_proc: int | None,
+           bad_record_limit: float) -> None:
     temporary = folder.with_name(f"{folder.name}.tmp-{uuid.uuid4().hex[:8]}")
     temporary.mkdir()
     try:
@@ -306,6 +309,9 @@ def _write(folder: Path, source: Source, tokenizer: Tokenizer, settings: Setting
                 if error and settings.on_bad_record == "error":
                     raise error
                 writer.add(new, items, [not isinstance(record, Part) or record.first for record, _ in items])
+                if writer.report.read >= ENOUGH:
+                    writer.report.refuse_flood(bad_record_limit, "Mend them, name the source's `format` or `columns`, "
+                                               "or raise data.bad_record_limit.")
                 progress.show(writer.report, items[-1][1])
         progress.end(writer.report)
         writer.close()

@@ -52,6 +52,13 @@ class Report:
         count, first = self.dropped.get(reason, (0, place))
         self.dropped[reason] = (count + 1, first)
 
+    def refuse_flood(self, limit: float, fix: str) -> None:
+        """Raise where a larger share than `limit` of the records read so far was set aside."""
+        if self.quarantined > limit * self.read:
+            reason, (count, first) = max(self.dropped.items(), key=lambda item: item[1][0])
+            raise InputError(f"{self.quarantined:,} of {self.read:,} records are bad, more than a share of {limit:g}; "
+                             f"{count:,} of them: {reason} (first at {first})", where=self.source, fix=fix)
+
     @property
     def speakers(self) -> dict[str, tuple[int, int]]:
         """Who says something -> (tokens, supervised tokens)."""

@@ -1,6 +1,7 @@
 """If this breaks, a real file trains on the wrong records, or perplexity moves with packing and batch size."""
 
 import json
+import re
 from collections import Counter
 from itertools import pairwise
 from pathlib import Path
@@ -71,7 +72,7 @@ def test_real_tables_by_columns(module, shared_data):
     poems = Source(str(shared_data / "pretrain/chinese-poetry/poet.tang.0.json"), columns={"text": "paragraphs"})
     made = module(dolly, code, exam, poems, seq_len=512)
     assert [report.kept for report in made.reports] == [12, 164, 161, 1000]
-    assert [counts["sequences"] for counts in made.train_dataloader().ledger(len(made.train_dataloader())).values()] == [
+    assert [counts["sequences"] for counts in made.train_dataloader().drawn(len(made.train_dataloader())).values()] == [
         5, 58, 161, 1000]                               # 7 and 48 prompts fill a row by themselves
 
 
@@ -154,10 +155,12 @@ def test_overlong_conversations_are_cut_dropped_or_refused_and_counted(module, j
         module(path, overlong="error")
 
 
-# ---- what is refused -------------------------------------------------------------------------------------------------
+# ---- what is said and refused -------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize(("settings", "named"), [
     ({"packing": "concat"}, "concat would cut conversations"), ({"val_fraction": 1.5}, "data.val_fraction: 1.5"),
+    ({"val_fraction": 0.5, "test_fraction": 0.5}, "leave nothing to learn"), ({"test_fraction": -1}, "data.test_fraction: -1"),
+    ({"bad_record_limit": 2}, "data.bad_record_limit: 2"),
     ({"seq_len": 1}, "data.seq_len: 1"), ({"batch_size": 0}, "data.batch_size: 0"),
     ({"tokenizer": None}, "data.tokenizer: no tokenizer"), ({"val_fraction": 1e-12}, "no record is left for val")])
 def test_what_cannot_be_meant_is_refused(module, jsonl, settings, named):
@@ -168,8 +171,9 @@ def test_what_cannot_be_meant_is_refused(module, jsonl, settings, named):
 def test_no_source_and_no_weight_are_refused(module, jsonl):
     with pytest.raises(InputError, match=r"data\.sources: there is nothing to read"):
         module()
-    with pytest.raises(InputError, match="draws nothing"):
-        module(Source(jsonl([talk(1)]), weight=0))
+    for weight in (0, -1, float("inf"), float("nan")):
+        with pytest.raises(InputError, match="draws nothing"):
+            module(Source(jsonl([talk(1)]), weight=weight))
 
 
 def test_building_costs_nothing_and_validation_may_be_absent(module, jsonl):
@@ -181,3 +185,80 @@ def test_the_facts_are_json(module, jsonl):
     made = module(jsonl([talk(number) for number in range(9)]), val_fraction=0.3)
     facts = json.loads(json.dumps(made.facts()))
     assert facts["train"]["sequences"] + facts["val"]["sequences"] == facts["sources"][0]["kept"] == 9
+
+
+def silent(number, **how):
+    return {"messages": [{"role": "user", "content": f"q{number}"}, {"role": "assistant", "content": "a", **how}]}
+
+
+def test_data_that_never_teaches_to_stop_is_refused(module, jsonl):
+    """All answers are cut; one that is whole is enough, documents alone have none, and what is cut counts."""
+    long = [talk(number, "long " * 50) for number in range(5)]
+    with pytest.raises(InputError, match=r"data\.seq_len: none of 5 conversations teaches the token that ends an answer"):
+        module(jsonl(long))
+    with pytest.raises(InputError, match="none of 5 conversations"):
+        module(jsonl([*long, {"text": "a document, whole"}]))
+    assert module(jsonl([*long, talk(1)])).plans["train"].notes["cut_in_an_answer"] == 5
+    module(jsonl([{"text": "x" * 300}]))
+    module(jsonl(long), packing="concat", train_on="all")       # cut anywhere, and the rest is in the next row
+
+
+def test_answers_that_are_not_learned_teach_no_stop_and_need_none(module, jsonl):
+    """`train: false` on some answers leaves the others; on all, under `train_on: all`, the user wants the questions."""
+    assert module(jsonl([silent(1, train=False), silent(2)]), on_bad_record="quarantine", bad_record_limit=0.5).plans
+    with pytest.raises(InputError, match="nothing to learn from"):
+        module(jsonl([silent(number, train=False) for number in range(3)]))
+    made = module(jsonl([silent(number, train=False) for number in range(3)]), train_on="all")
+    assert made.plans["train"].rows.supervised.sum() > 0
+
+
+def test_a_flood_of_bad_records_stops_early_or_at_the_end(module, jsonl, monkeypatch):
+    """While it is read, so that nobody waits for the end of a long file; what was set aside adds up."""
+    from lit_llm.data import prepare
+
+    records = [talk(number) if number % 4 else {"prompt": 5} for number in range(400)]
+    with pytest.raises(InputError, match=r"100 of 400 records are bad, more than a share of 0\.2;") as caught:
+        module(jsonl(records), on_bad_record="quarantine", bad_record_limit=0.2)
+    lines = Path(re.search(r"\S+quarantine\.jsonl", caught.value.fix)[0]).read_text().splitlines()
+    assert [json.loads(line)["where"].rsplit(":", 1)[1] for line in lines] == [str(n + 1) for n in range(0, 400, 4)]
+    monkeypatch.setattr(prepare, "ENOUGH", 100)
+    monkeypatch.setattr(prepare, "BATCH_RECORDS", 64)
+    with pytest.raises(InputError, match=r"32 of 128 records are bad"):
+        module(jsonl(records, "again.jsonl"), on_bad_record="quarantine", bad_record_limit=0.2)
+    report = module(jsonl(records, "thrice.jsonl"), on_bad_record="quarantine", bad_record_limit=0.25).reports[0]
+    assert (report.read, report.kept, report.quarantined) == (400, 300, 100)
+
+
+def test_test_data_comes_from_where_it_is_said(module, jsonl):
+    records = [talk(number) for number in range(200)]
+    mine = [Source(jsonl([talk("mine")], "mine.jsonl"), weight=3)]
+    for how, counts in (({"val_fraction": 0.3}, "same"), ({"test_fraction": 0.3}, "own"),
+                        ({"val_fraction": 0.2, "test_sources": mine}, 1), ({"val_sources": mine}, 1),
+                        ({"val_sources": mine, "test_fraction": 0.3}, "own"), ({"val_sources": mine, "val_fraction": 0.3}, 1)):
+        made = module(jsonl(records), stage=None, **how)
+        found = {stage: set(places(made, stage)) for stage in made.plans}
+        if counts == "same":
+            assert found["test"] == found["val"]
+        elif counts == "own":
+            assert 30 < len(found["test"]) < 90
+            assert not found["test"] & found["train"] | found["test"] & found.get("val", set())
+        else:
+            assert found["test"] == {"mine.jsonl:1"}
+    assert len(found["train"]) == 200
+
+
+def test_records_to_validate_on_that_are_trained_on_are_counted(module, jsonl):
+    records = [talk(number) for number in range(9)]
+    made = module(jsonl(records), val_sources=[Source(jsonl([*records[:2], talk(99)], "val.jsonl"))])
+    assert made.plans["val"].notes["also_in_train"] == 2
+
+
+def test_the_summary_says_all_that_was_left_out(module, jsonl, capsys):
+    records = [talk(1), talk(1), {"text": "  "}, {"prompt": 5}, talk(2, "long " * 50), {"prompt": "x" * 100, "completion": "a"}]
+    module(jsonl(records), on_bad_record="quarantine", bad_record_limit=0.5, val_sources=[Source(jsonl([talk(3)], "v.jsonl"))])
+    said = capsys.readouterr().err
+    for words in ("data.jsonl: 6 records, 4 kept;", "1 dropped: the text is empty (first at", "data.jsonl:3)",
+                  "1 (25.0%) records that say exactly what an earlier one says", "2 (50.0%) longer than a row and cut",
+                  "1 (25.0%) of them cut in an answer", "1 (25.0%) left out: no token is learned", "v.jsonl: 1 records",
+                  "val: 1 sequences", "steps: 1 in an epoch, of 4 rows each, the last of 2"):
+        assert words in said, said

@@ -3,6 +3,7 @@ a record is validated on that was trained on.
 """
 
 import json
+import random
 from collections import Counter
 from itertools import islice, pairwise
 from pathlib import Path
@@ -37,7 +38,8 @@ def stores(tokenizer, tmp_path_factory):
 
 
 def mixed(stores, weights, **how):
-    return Mixture(Corpus([(store, np.arange(len(store))) for store in stores]), weights, seq_len=SEQ_LEN, **how)
+    names = [store.report.source for store in stores]
+    return Mixture(Corpus([(store, np.arange(len(store))) for store in stores], names=names), weights, seq_len=SEQ_LEN, **how)
 
 
 def loaders(mixture, tokenizer, world=1, **how):
@@ -143,7 +145,7 @@ def test_the_ledger_is_what_was_handed_out(stores, tokenizer, weights, world, sh
         while len(mine) < stop:
             mine += islice(rank, min(len(rank), stop - len(mine)))
         batches += mine
-    ledgers = [rank.ledger() for rank in ranks]
+    ledgers = [rank.ledger for rank in ranks]
     assert all(ledger == ledgers[0] for ledger in ledgers)
     talks, tokens, learned = counted(batches, tokenizer)
     for letter, (path, said) in zip(LETTERS, ledgers[0].items(), strict=True):
@@ -162,9 +164,9 @@ def test_the_ledger_goes_on_where_a_run_was_resumed(stores, tokenizer):
     list(islice(first, 3))
     (second,) = loaders(mixed(stores, (0.25, 1, 2.5)), tokenizer)
     second.load_state_dict(first.state_dict())
-    assert second.ledger() == first.ledger()
+    assert second.ledger == first.ledger
     list(islice(second, 2))
-    assert second.ledger() == first.ledger(len(first) + 5)
+    assert second.ledger == first.drawn(len(first) + 5)
 
 
 @pytest.mark.parametrize(("world", "accumulate", "batch_size"), [(2, 2, 2), (4, 1, 2), (1, 4, 2)])
@@ -225,3 +227,86 @@ def test_shares_are_what_they_say(tokenizer_folder, jsonl):
     assert not set(found["train"]) & set(found["test"])
     assert abs(len(set(found["val"])) - 120) < 40
     assert abs(len(set(found["test"])) - 180) < 40
+
+
+# ---- what a cut leaves -----------------------------------------------------------------------------------------------
+
+def talks():
+    """Conversations of all shapes: with and without a system turn, one turn or several, some answers not to be learned."""
+    draw = random.Random(7)
+    for _ in range(50):
+        turns = [{"role": "system", "content": "s" * draw.randint(1, 9)}] if draw.random() < 0.3 else []
+        for _ in range(draw.randint(1, 4)):
+            answer = {"role": "assistant", "content": "a" * draw.randint(1, 30)}
+            if draw.random() < 0.3:
+                answer |= draw.choice([{"train": False}, {"train": True}, {"weight": 0}, {"weight": 1}])
+            turns += [{"role": "user", "content": "u" * draw.randint(1, 20)}, answer]
+        if any(turn.get("train", turn.get("weight", True)) for turn in turns if turn["role"] == "assistant"):
+            yield turns
+
+
+def spelled(turns, train_on):
+    """Tokens as strings, which are learned, which are of a learned answer; by hand: ChatML, a byte a token."""
+    last = len(turns) - 1
+    tokens, learned, answers = [], [], []
+    for place, turn in enumerate(turns):
+        flag = turn.get("train", turn.get("weight"))
+        wanted = turn["role"] == "assistant" and (bool(flag) if flag is not None else train_on != "last" or place == last)
+        silent = turn["role"] == "assistant" and not wanted
+        head = ["<|im_start|>", *turn["role"], "\n"]
+        said = [*turn["content"], "<|im_end|>"]
+        tokens += [*head, *said, "\n"]
+        learned += [train_on == "all"] * len(head) + [wanted or (train_on == "all" and not silent)] * len(said) + [
+            train_on == "all"]
+        answers += [False] * len(head) + [wanted] * len(said) + [False]
+    return tokens, learned, answers
+
+
+@pytest.fixture(scope="module")
+def spoken(tokenizer, tmp_path_factory):
+    """For each `train_on`, its conversations by hand and their store."""
+    folder, out = tmp_path_factory.mktemp("talks"), {}
+    for train_on in ("assistant", "last", "all"):
+        kept = [turns for turns in talks() if any(spelled(turns, train_on)[1])]
+        (folder / f"{train_on}.jsonl").write_text("\n".join(json.dumps({"messages": turns}) for turns in kept))
+        store = prepare(Source(str(folder / f"{train_on}.jsonl")), tokenizer, train_on=train_on, cache_dir=str(folder))
+        out[train_on] = ([spelled(turns, train_on) for turns in kept], store)
+    return out
+
+
+@settings(max_examples=60, deadline=None)
+@given(seq_len=st.integers(2, 150), train_on=st.sampled_from(["assistant", "last", "all"]),
+       overlong=st.sampled_from(["cut", "drop"]), packing=st.sampled_from(["best_fit", "none"]))
+def test_a_cut_leaves_heads_that_teach_something(spoken, tokenizer, seq_len, train_on, overlong, packing):
+    """Batches against a slow cut of the conversations written by hand, and the counts with them."""
+    by_hand, store = spoken[train_on]
+    expected, notes = Counter(), Counter()
+    for tokens, learned, answers in by_hand:
+        longer = len(tokens) > seq_len
+        notes["dropped_overlong" if overlong == "drop" else "cut"] += longer
+        if longer and overlong == "drop":
+            continue
+        labels = [token if flag else "" for token, flag in zip(tokens, learned, strict=True)][:seq_len]
+        labels[0] = ""
+        if not any(labels):
+            notes["dropped_nothing_left"] += 1
+            continue
+        expected[tuple(tokens[:seq_len]), tuple(labels)] += 1
+        if longer:
+            notes["cut_in_an_answer"] += answers[seq_len - 1] and answers[seq_len]
+    if not expected:
+        return
+    mixture = Mixture(Corpus([(store, np.arange(len(store)))]), [1], seq_len=seq_len, overlong=overlong, packing=packing)
+    assert +Counter(mixture.notes) == +notes
+    (loader,) = [RowLoader(mixture.corpus, mixture.first, seq_len=seq_len, pad_id=PAD, batch_size=2,
+                           token_bytes=tokenizer.token_bytes)]
+    found = Counter()
+    spell = {tokenizer.encode_text(letter)[0]: letter for letter in map(chr, range(128))} | {
+        id_: tokenizer.decode([id_], skip_special_tokens=False) for id_ in tokenizer.special_ids}
+    for batch in loader:
+        ids, labels = batch["input_ids"].flatten().tolist(), batch["labels"].flatten().tolist()
+        for begin, end in pairwise(batch["cu_seqlens"].tolist()):
+            if ids[begin] != PAD:
+                found[tuple(spell[id_] for id_ in ids[begin:end]),
+                      tuple("" if label == -100 else spell[label] for label in labels[begin:end])] += 1
+    assert found == expected
