@@ -275,11 +275,32 @@ def test_what_validate_prints_after_fit(place):
     assert float(printed["val/nll"]) == pytest.approx(best, rel=1e-6)
 
 
+def test_a_run_tells_what_it_drew(place):
+    """In its folder and at its end; the steps that it announced are those it took; a resumed run goes on counting."""
+    write("more.jsonl", *({"text": f"a story {number}"} for number in range(20)))
+    words = ["fit", "--config", "ok.yaml", "--data.sources", "[{path: good.jsonl}, {path: more.jsonl, weight: 0.25}]",
+             "--data.packing", "none", "--data.batch_size", 1, "--trainer.accumulate_grad_batches", 3]
+    code, out, err = call(*words, "--trainer.max_steps", -1, "--trainer.max_epochs", 2, "--trainer.default_root_dir", "whole")
+    assert code == 0, err
+    assert "steps: 5 in an epoch, of 3 rows each, the last of 1; 10 in the run" in err
+    whole = json.loads(Path("whole/data.json").read_text())
+    assert json.loads(Path("whole/metrics.json").read_text())["step"] == 10
+    assert {name: said["sequences"] for name, said in whole["ledger"].items()} == {"good.jsonl": 16, "more.jsonl": 10}
+    assert [source["read"] for source in whole["sources"]] == [8, 20]
+    assert re.search(r"drawn in training +sequences +tokens +learned +share\n +good.jsonl +16 ", out)
+    assert call(*words, "--trainer.max_steps", 4)[0] == 0
+    ledger = json.loads(Path("run/data.json").read_text())["ledger"]
+    assert sum(said["sequences"] for said in ledger.values()) == 12
+    assert call(*words, "--trainer.max_steps", -1, "--trainer.max_epochs", 2, "--ckpt_path", "last")[0] == 0
+    assert json.loads(Path("run/data.json").read_text())["ledger"] == whole["ledger"]
+
+
 def test_inspect_shows_the_rows_and_writes_a_page(place):
     code, out, err = call("inspect", "--config", "ok.yaml", "--rows", 1, "--html", "page.html")
     assert code == 0, err
-    assert re.search(r"\[one two \d<", out)
-    assert "good.jsonl: 8 records, 8 kept" in out
+    assert re.search(r"⟦one two \d<", out)
+    assert "good.jsonl\n  8 records, 8 kept" in out
+    assert "good.jsonl" not in err                      # said once
     assert Path("page.html").read_text().startswith("<!doctype html>")
     assert not Path("run").exists()
 
