@@ -32,7 +32,8 @@ def as_text(seen: Inspection, *, colour: bool, characters: int = 400) -> str:
                              colour))
         for segment in segments:
             lines += [_ruled(_origin(segment), colour), *_said(segment.runs, colour, characters).split("\n")]
-        lines += [_ruled(f"{seen.seq_len - used:,} tokens of padding" if used < seen.seq_len else "", colour), ""]
+        padding = f"{_several(seen.seq_len - used, 'token')} of padding" if used < seen.seq_len else ""
+        lines += [_ruled(padding, colour), ""]
     for report in seen.reports:
         lines += [_strong(report.source, colour), *("  " + line for line in _records(report)), *_speakers(report), ""]
     for stage in seen.stages:
@@ -105,7 +106,7 @@ def _shortened(text: str, most: int) -> str:
 def _records(report: Report) -> Iterator[str]:
     """A source's records in words; one line, and one for each reason to drop."""
     share = f", {report.supervised / report.tokens:.1%} learned" if report.tokens else ""
-    yield f"{report.read:,} records, {report.kept:,} kept; {report.tokens:,} tokens{share}"
+    yield f"{_several(report.read, 'record')}, {report.kept:,} kept; {report.tokens:,} tokens{share}"
     if report.cleaned:
         yield f"{report.cleaned:,} cleaned"
     for name, count in (("conversations teach no stop token", report.stopless),
@@ -125,8 +126,8 @@ def _speakers(report: Report) -> list[str]:
 
 
 def _stage(stage: Stage, seq_len: int) -> Iterator[str]:
-    yield (f"  {stage.sequences:,} sequences in {stage.rows:,} rows of {seq_len:,}, {1 - stage.padding:.1%} full; "
-           f"{stage.tokens:,} tokens, {stage.supervised / stage.tokens:.1%} learned")
+    yield (f"  {_several(stage.sequences, 'sequence')} in {_several(stage.rows, 'row')} of {seq_len:,}, "
+           f"{1 - stage.padding:.1%} full; {stage.tokens:,} tokens, {stage.supervised / stage.tokens:.1%} learned")
     for name, count in stage.notes.items():
         if count:
             yield f"  {count:,} ({count / stage.sequences:.1%}) {NOTES.get(name, name)}"
@@ -168,6 +169,10 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
     return ["  " + _fitted(row[0], widths[0]).ljust(widths[0]) + "".join(
         "  " + cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)).rstrip()
         for row in [list(head), *rows]]
+
+
+def _several(count: int, noun: str) -> str:
+    return f"{count:,} {noun}" + ("s" if count != 1 else "")
 
 
 def _width() -> int:

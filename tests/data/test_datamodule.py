@@ -55,7 +55,7 @@ def test_real_files(module, shared_data, capsys, name, count, kind):
     corpus, rows = made.plans["train"].corpus, made.plans["train"].rows
     assert set(corpus.is_document.tolist()) == {bool(kind)}
     assert 0 < rows.supervised.sum() < report.tokens
-    assert f"{count:,} records, {count:,} kept" in capsys.readouterr().err
+    assert f"{count:,} record{'s' * (count > 1)}, {count:,} kept" in capsys.readouterr().err
 
 
 def test_real_alpaca_fills_its_rows(module, shared_data):
@@ -259,6 +259,6 @@ def test_the_summary_says_all_that_was_left_out(module, jsonl, capsys):
     said = capsys.readouterr().err
     for words in ("data.jsonl: 6 records, 4 kept;", "1 dropped: the text is empty (first at", "data.jsonl:3)",
                   "1 (25.0%) records that say exactly what an earlier one says", "2 (50.0%) longer than a row and cut",
-                  "1 (25.0%) of them cut in an answer", "1 (25.0%) left out: no token is learned", "v.jsonl: 1 records",
-                  "val: 1 sequences", "steps: 1 in an epoch, of 4 rows each, the last of 2"):
+                  "1 (25.0%) of them cut in an answer", "1 (25.0%) left out: no token is learned", "v.jsonl: 1 record, 1 kept",
+                  "val: 1 sequence in 1 row of 64", "steps: 1 in an epoch, of 4 rows each, the last of 2"):
         assert words in said, said
