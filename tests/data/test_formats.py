@@ -57,7 +57,7 @@ def test_prompt_and_completion():
 
 
 @pytest.mark.parametrize(("record", "named"), [
-    ({"question": "a", "answer": "b"}, "keys question, answer"), ({}, "keys none"),
+    ({"q": "a", "a": "b"}, "keys q, a"), ({}, "keys none"),
     ({"instruction": "a", "output": " "}, "output is empty: nothing to learn from"),
     ({"instruction": "a", "output": 5}, "output must be a string, not int: 5"),
     ({"instruction": "a", "output": "b", "history": ["x"]}, "history 1 must be a pair"),
