@@ -56,14 +56,15 @@ def test_one_bad_line_does_not_kill_the_file(tmp_path):
     good = [record for record, _ in scan(Source(path)) if not isinstance(record, InputError)]
     assert good == [{"a": 1}, {"a": 3}]
     assert [place for _, place in faults(path)] == [f"{path}:2", f"{path}:4"]
-    with pytest.raises(InputError, match=r"a\.jsonl:2: not JSON: Expecting value at column 7"):
+    with pytest.raises(InputError, match=r"""a\.jsonl:2:7: not JSON: Expecting value, near '{"a": '"""):
         records(path)
 
 
 def test_a_broken_array_is_told_at_its_line(tmp_path):
-    path = write(tmp_path, "a.json", '[\n{"a": 1},\n{"a": oops}\n]')
-    assert [place for _, place in faults(path)] == [f"{path}:3"]
-    assert "not closed" in faults(write(tmp_path, "b.json", '[{"a": 1},\n'))[0][0]
+    with pytest.raises(InputError, match=r"a\.json:3:7: not JSON: Expecting value, near .*oops"):
+        faults(write(tmp_path, "a.json", '[\n{"a": 1},\n{"a": oops}\n]'))
+    with pytest.raises(InputError, match=r"b\.json:2:1: the array is not closed"):
+        faults(write(tmp_path, "b.json", '[{"a": 1},\n'))
 
 
 @pytest.mark.parametrize(("content", "named"), [
@@ -102,7 +103,7 @@ def test_csv_stays_verbatim(tmp_path):
     path = write(tmp_path, "a.csv", 'prompt,completion\n007,"NA\nline, two"\n"a ""b""",\n')
     assert records(path) == [{"prompt": "007", "completion": "NA\nline, two"}, {"prompt": 'a "b"', "completion": ""}]
     assert faults(write(tmp_path, "b.csv", "a,b\n1,2\n3\n")) == [
-        ("the row does not have the 2 fields of the header", f"{tmp_path}/b.csv:3")]
+        ("the row has 1 fields, and the header 2", f"{tmp_path}/b.csv:3")]
 
 
 def test_tables(tmp_path):
