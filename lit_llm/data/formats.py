@@ -6,6 +6,7 @@ format a record has is `recognition.py`. Knows nothing of files, tokens or templ
 """
 
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -23,14 +24,14 @@ OURS = ("text", "instruction", "input", "output", "history", "system", "prompt",
 
 
 def convert(record: dict[str, Any] | str, *, format: str = "auto", columns: Mapping[str, str] | None = None,
-            unread: set[str] | None = None) -> Document | Conversation:
+            notes: set[str] | None = None) -> Document | Conversation:
     """What a record means.
 
     Args:
         record: A parsed object, or the text of a document.
         format: A name in `FORMATS`, or `auto`.
         columns: Our key to the record's own, `{"prompt": "question"}`; the record's key no longer counts as itself.
-        unread: The record's keys that mean nothing here are added to it.
+        notes: What a person should know, and no fault, is added to it: keys that are not read, blanks left open.
 
     Raises:
         InputError: An unknown format, a missing key, a wrong type, nothing to learn from.
@@ -54,8 +55,10 @@ def convert(record: dict[str, Any] | str, *, format: str = "auto", columns: Mapp
         texts = [said.text]
     if any("\0" in text for text in texts):
         raise InputError("a NUL character (\\u0000) stands in the text; no text has that", fix="Take it out.")
-    if unread is not None:
-        unread.update(seen.unread())
+    if notes is not None:
+        notes.update(seen.unread())
+        if isinstance(said, Conversation) and any(map(_BLANK.search, texts)):
+            notes.add("a {{placeholder}} is left open")
     return said
 
 
@@ -83,14 +86,15 @@ class _Seen:
         return self.record[key]
 
     def unread(self) -> Iterator[str]:
-        """Keys that were not read; at most 20, so that a hostile record does not fill a report."""
-        extra = [str(key)[:40] for key in self.record if key not in self.keys]
+        """Keys that were not read; at most 20 of each kind, so that a hostile record does not fill a report."""
+        extra = [str(key) for key in self.record if key not in self.keys]
         turns = next((value for key in TURNS if key in self.keys and isinstance(value := self.record[key], list)), [])
-        inner = {f"{str(key)[:40]} of a message" for turn in turns if isinstance(turn, Mapping)
-                 for key in turn if key not in _IN_TURNS}
-        yield from (*extra[:20], *sorted(inner)[:20])
+        inner = {str(key) for turn in turns if isinstance(turn, Mapping) for key in turn if key not in _IN_TURNS}
+        yield from (f"the key '{key[:40]}' is not read" for key in extra[:20])
+        yield from (f"the key '{key[:40]}' of a message is not read" for key in sorted(inner)[:20])
 
 
+_BLANK = re.compile(r"\{\{ *\w{1,40} *\}\}")
 _IN_TURNS = KNOWN_KEYS | {"from", "value", "system"} | {key for pair in PAIRS for key in pair}
 
 

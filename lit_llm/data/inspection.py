@@ -147,6 +147,8 @@ def describe(report: Report) -> list[str]:
     lines = [f"{report.source}: {report.read:,} records, {report.kept:,} kept, {report.tokens:,} tokens"]
     if report.cleaned:
         lines.append(f"  {report.cleaned:,} cleaned")
+    lines += [f"  {name} in {count:,} file{'s' * (count > 1)}" for name, count in report.mended.items()]
+    lines += [f"  {count:,} records: {name}" for name, count in report.notes.items()]
     return lines + [f"  {count:,} dropped: {reason} (first at {first})"
                     for reason, (count, first) in report.dropped.items()]
 

@@ -217,7 +217,7 @@ def _broken(error: Exception, text: str, where: str) -> InputError:
         begin = max(0, error.pos - 20)
         near = text[begin:error.pos + 20].encode("unicode_escape").decode()
         reason = error.msg.removesuffix(" at")
-        return InputError(f"not JSON: {reason}, near {near!r}" if near else f"not JSON: {reason}", where=where)
+        return InputError(f"not JSON: {reason}", where=where, fix=f"It stands near '{near}'." if near else "")
     reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)
     return InputError(f"not JSON that can be read: {reason}", where=where.rpartition(":")[0])
 
@@ -368,4 +368,11 @@ def scan_table(rows: Any, name: str) -> Iterator[Found]:
         except Exception as error:
             raise InputError(f"the table is damaged: {(str(error) or type(error).__name__).splitlines()[0][:200]}",
                              where=f"{name}:record {number}") from None
-        yield dict(row), Place(name, number, "record")
+        yield {key: _without_nulls(value) for key, value in row.items()}, Place(name, number, "record")
+
+
+def _without_nulls(value: Any) -> Any:
+    """Nested objects without the keys that Arrow filled up: it gives all rows the keys of each of them."""
+    if isinstance(value, dict):
+        return {key: _without_nulls(inner) for key, inner in value.items() if inner is not None}
+    return [_without_nulls(inner) for inner in value] if isinstance(value, list) else value
