@@ -87,7 +87,7 @@ class _Seen:
 
     def unread(self) -> Iterator[str]:
         """Keys that were not read; at most 20 of each kind, so that a hostile record does not fill a report."""
-        extra = [str(key) for key in self.record if key not in self.keys]
+        extra = [str(key) for key, value in self.record.items() if value is not None and key not in self.keys]
         turns = next((value for key in TURNS if key in self.keys and isinstance(value := self.record[key], list)), [])
         inner = {str(key) for turn in turns if isinstance(turn, Mapping) for key in turn if key not in _IN_TURNS}
         yield from (f"the key '{key[:40]}' is not read" for key in extra[:20])

@@ -95,6 +95,8 @@ def _preference(record: Mapping[str, Any], good: str, bad: str) -> InputError:
 
 
 def _unknown(record: Mapping[str, Any]) -> InputError:
+    if wrong := [key for key in TURNS[:3] if record.get(key) is not None]:
+        return InputError(f"{wrong[0]} must be a list, not {json.dumps(record[wrong[0]], default=str)[:40]}")
     what = f"no known format has the keys {keys(record)}"
     if "input_ids" in record:
         return InputError(f"{what}; input_ids are tokens of some tokenizer already, and text is needed")
@@ -105,7 +107,9 @@ def _unknown(record: Mapping[str, Any]) -> InputError:
     asks, answers = _first(record, (*ASKS, *BELOW)), _first(record, ANSWERS)
     if asks and answers:
         beside = [key for key in BESIDE if record.get(key)]
-        why = f"'{beside[0]}' belongs to it and has no place" if beside else "it can be read in several ways"
+        sure = asks in (*ASKS, *BELOW) and answers in ANSWERS
+        why = (f"'{beside[0]}' belongs to it and has no place" if beside else
+               "more than one key asks or answers" if sure else f"'{asks}' may ask and '{answers}' answer")
         return InputError(f"{what}; {why}",
                           fix=f"If nothing else is meant: `columns: {{prompt: {asks}, completion: {answers}}}`; else "
                               "write prompt and completion as the model is to see them.")
