@@ -4,15 +4,23 @@ Dicts in OpenAI's form flow in, validated frozen values flow out, and back. Know
 """
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from difflib import get_close_matches
+from functools import lru_cache
 from typing import Any, Literal, get_args
 
 from lit_llm.errors import InputError, did_you_mean
 
 Role = Literal["system", "user", "assistant", "tool"]
 ROLES: tuple[str, ...] = get_args(Role)
-ALIASES = {"developer": "system", "function": "tool", "human": "user", "gpt": "assistant"}
+ALIASES = {"developer": "system", "function": "tool", "human": "user", "gpt": "assistant", "model": "assistant"}
+TRAIN_KEYS = ("train", "weight", "loss_weight", "loss_mask", "loss")    # other trainers' names for the same switch
+PARTS = {"text": "text", "input_text": "text", "output_text": "text", "reasoning": "thought", "thinking": "thought",
+         "tool_call": "call"}                           # a content part's type -> what it holds
+REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
+KNOWN_KEYS = frozenset(("role", "content", "tool_calls", "tool_call_id", "name", "function_call", "refusal", "audio",
+                        "annotations", *TRAIN_KEYS, *REASONING_KEYS))
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +41,8 @@ class Message:
         tool_calls: OpenAI's form: `{"type": "function", "id": ..., "function": {"name": ..., "arguments": {...}}}`.
         tool_call_id: On a tool's message, the call it answers.
         name: The speaker's or the function's name, where the template shows it.
-        train: Overrides `data.train_on` for this message; null follows it. OpenAI's `weight: 0` reads as false.
+        train: Overrides `data.train_on` for this message; null follows it. OpenAI's `weight: 0` reads as false, and
+            so do `loss_weight`, `loss_mask` and `loss` of other trainers.
     """
 
     role: Role
@@ -51,13 +60,14 @@ class Message:
 
     @classmethod
     def from_openai(cls, raw: Any) -> "Message":
-        """A message from OpenAI's dict; unknown keys are an error so that a typo is never silently dropped."""
+        """A message from OpenAI's dict.
+
+        Keys that are none of ours (`id`, `timestamp`) are not read; one that nearly spells a key that is missing is an
+        error, so that a typo is never silently dropped.
+        """
         if not isinstance(raw, Mapping):
             raise InputError(f"a message must be an object with role and content, not {_kind(raw)}")
-        known = {"role", "content", "reasoning_content", "tool_calls", "tool_call_id", "name", "train", "weight",
-                 "refusal", "audio", "function_call", "annotations"}
-        if extra := sorted(set(map(str, raw)) - known):
-            raise InputError(f"unknown key '{extra[0]}' in a message.{did_you_mean(extra[0], sorted(known))}")
+        _refuse_typos(raw)
         role = str(raw.get("role"))
         role = ALIASES.get(role, role)
         if role not in ROLES:
@@ -68,18 +78,16 @@ class Message:
         calls = tuple(_tool_call(call) for call in _listed(raw.get("tool_calls"), "tool_calls"))
         if raw.get("function_call"):                # OpenAI's older spelling of a single call
             calls += (_tool_call({"function": raw["function_call"]}),)
-        message = cls(
-            role=role,  # type: ignore[arg-type]
-            content=_text(raw.get("content")),
-            reasoning_content=_optional_text(raw, "reasoning_content"),
-            tool_calls=calls,
-            tool_call_id=_optional_text(raw, "tool_call_id"),
-            name=_optional_text(raw, "name"),
-            train=_train_flag(raw),
-        )
+        content, thoughts, more = _content(raw.get("content"))
+        calls += more
+        if "content" not in raw and not calls and role != "tool":
+            raise InputError(f"no content; the message's keys are {', '.join(str(key)[:30] for key in raw)}")
         if calls and role != "assistant":
             raise InputError(f"tool_calls belong to the assistant, not to role '{role}'")
-        return message
+        spoken = next((text for key in REASONING_KEYS if (text := _optional_text(raw, key)) is not None), thoughts)
+        return cls(role=role, content=content, reasoning_content=spoken, tool_calls=calls,  # type: ignore[arg-type]
+                   tool_call_id=_optional_text(raw, "tool_call_id"), name=_optional_text(raw, "name"),
+                   train=_train_flag(raw))
 
     def to_openai(self) -> dict[str, Any]:
         """The dict that chat templates and OpenAI clients expect; absent keys stay absent."""
@@ -165,26 +173,30 @@ def _parsed(value: Any) -> Any:
     """JSON kept as a string, as ShareGPT files hold their tools."""
     if not isinstance(value, str):
         return value
-    try:
-        return json.loads(value) if value.strip() else None
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"tools is a string, but they are not JSON: {str(error)[:80]}") from None
+    return _json(value, "tools is a string that is") if value.strip() else None
 
 
-def _text(content: Any) -> str:
-    """A string, null, or OpenAI's content parts (text only)."""
-    if content is None:
-        return ""
-    if isinstance(content, str):
-        return content
-    if isinstance(content, Iterable) and not isinstance(content, Mapping):
-        parts = []
-        for part in content:
-            if not isinstance(part, Mapping) or part.get("type") != "text" or not isinstance(part.get("text"), str):
-                raise InputError('content parts must be {"type": "text", "text": "..."}; images and audio are not read')
-            parts.append(part["text"])
-        return "".join(parts)
-    raise InputError(f"content must be a string, not {_kind(content)}")
+def _content(content: Any) -> tuple[str, str | None, tuple[dict[str, Any], ...]]:
+    """What is said, thought and called: a string, null, or a list of parts."""
+    if content is None or isinstance(content, str):
+        return content or "", None, ()
+    if not isinstance(content, list | tuple):
+        raise InputError(f"content must be a string, not {_kind(content)}")
+    said: list[str] = []
+    thought: list[str] = []
+    calls: list[dict[str, Any]] = []
+    for part in content:
+        kind = part.get("type") if isinstance(part, Mapping) else None
+        words = part.get("text", part.get("value", part.get("thinking"))) if isinstance(part, Mapping) else None
+        if not isinstance(words, str) or kind not in PARTS:
+            shown = f"one of type '{str(kind)[:20]}'" if kind else _kind(part)
+            raise InputError('content parts must be {"type": "text", "text": "..."}, '
+                             f"not {shown}; images and audio are not read")
+        if PARTS[kind] == "call":
+            calls.append(_tool_call(_json(words, "a tool_call's value is")))
+        else:
+            (said if PARTS[kind] == "text" else thought).append(words)
+    return "".join(said), "".join(thought) if thought else None, tuple(calls)
 
 
 def _optional_text(raw: Mapping[str, Any], key: str) -> str | None:
@@ -195,24 +207,43 @@ def _optional_text(raw: Mapping[str, Any], key: str) -> str | None:
 
 
 def _train_flag(raw: Mapping[str, Any]) -> bool | None:
-    for key in ("train", "weight"):
+    for key in TRAIN_KEYS:
         value = raw.get(key)
-        if value is not None:
-            if value not in (0, 1):
-                raise InputError(f"{key} must be 0, 1, true or false, not {value!r}")
-            return bool(value)
+        if value is None or (key == "loss" and not isinstance(value, bool)):    # `loss: 2.3` is a measurement
+            continue
+        if value not in (0, 1):
+            raise InputError(f"{key} must be 0, 1, true or false, not {repr(value)[:40]}")
+        return bool(value)
     return None
 
 
+def _refuse_typos(raw: Mapping[str, Any]) -> None:
+    for key in raw:
+        if key not in KNOWN_KEYS and (meant := _nearly(str(key)[:40])) and meant not in raw:
+            raise InputError(f"unknown key '{str(key)[:40]}' in a message. Did you mean '{meant}'?")
+
+
+@lru_cache(maxsize=1024)                                # files repeat their keys; a comparison takes some 100 us
+def _nearly(key: str) -> str | None:
+    return next(iter(get_close_matches(key, sorted(KNOWN_KEYS), n=1, cutoff=0.75)), None)
+
+
+def _json(text: str, what: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{what} not JSON: {str(error)[:80]}") from None
+
+
 def _tool_call(raw: Any) -> dict[str, Any]:
-    function = raw.get("function") if isinstance(raw, Mapping) else None
+    function = raw.get("function", raw if "arguments" in raw else None) if isinstance(raw, Mapping) else None
     if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
         raise InputError('a tool call must be {"type": "function", "function": {"name": ..., "arguments": ...}}')
     arguments = function.get("arguments")
     if isinstance(arguments, str):                  # OpenAI sends JSON text; templates want the object
-        try:
-            arguments = json.loads(arguments)
-        except (ValueError, RecursionError) as error:
-            raise InputError(f"the arguments of '{function['name']}' are not JSON: {str(error)[:80]}") from None
-    call = {"type": "function", "function": {"name": function["name"], "arguments": arguments or {}}}
+        shown = f"the arguments of '{function['name'][:40]}' are"
+        arguments = _json(arguments, shown) if arguments.strip() else {}
+    if not isinstance(arguments, Mapping | None):
+        raise InputError(f"the arguments of '{function['name'][:40]}' must be an object, not {_kind(arguments)}")
+    call = {"type": "function", "function": {"name": function["name"], "arguments": dict(arguments or {})}}
     return {"id": raw["id"], **call} if raw.get("id") is not None else call

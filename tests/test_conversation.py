@@ -37,7 +37,26 @@ def test_other_spellings_of_the_same_thing():
     assert got.tools == ({"type": "function"},)
 
 
+def test_other_trainers_messages():
+    """Keys that are none of ours are passed over; what other libraries call ours is understood."""
+    got = read({"role": "user", "content": [{"type": "text", "value": "q"}], "loss_weight": 0.0, "id": 7, "loss": 2.3},
+               {"role": "assistant", "thinking": "hm", "content": "a", "loss_mask": 1, "timestamp": "now", "context": "c"},
+               {"role": "user", "content": "r"},
+               {"role": "assistant", "loss": False, "content": [
+                   {"type": "reasoning", "value": "so"}, {"type": "text", "text": "b"},
+                   {"type": "tool_call", "value": '{"name": "f", "arguments": {"x": 1}}'}]},
+               {"role": "tool", "content": ""}, {"role": "model", "tool_calls": [{"name": "g", "arguments": ""}]})
+    assert [m.content for m in got.messages] == ["q", "a", "r", "b", "", ""]
+    assert [m.reasoning_content for m in got.messages] == [None, "hm", None, "so", None, None]
+    assert [m.train for m in got.messages] == [False, True, None, False, None, None]
+    assert [call["function"] for m in got.messages for call in m.tool_calls] == [
+        {"name": "f", "arguments": {"x": 1}}, {"name": "g", "arguments": {}}]
+
+
 @pytest.mark.parametrize(("message", "said"), [
+    ({"role": "user", "text": "x"}, "message 2: no content; the message's keys are role, text"),
+    ({"role": "assistant", "tool_call": []}, "unknown key 'tool_call' in a message. Did you mean 'tool_calls'?"),
+    ({"role": "assistant", "tool_calls": [{"name": "f", "arguments": [1]}]}, "arguments of 'f' must be an object"),
     ("hi", "message 2: a message must be an object with role and content, not a string"),
     ({"content": "x"}, "message 2: unknown role None"),
     ({"role": "asistant", "content": "x"}, "Did you mean 'assistant'?"),

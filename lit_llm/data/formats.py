@@ -1,28 +1,37 @@
 """One record in, one Document or Conversation out.
 
-Pure functions, one per format of the field; `recognise` tells them apart by their keys. Whatever is wrong is an
-InputError that says what would be right. Knows nothing of files, tokens or templates.
+Pure functions, few for many files: a record is a text, turns, or a question and its answer, in some spelling. Whatever
+is wrong is an InputError that says what would be right; keys that mean nothing here are named, to be counted. Which
+format a record has is `recognition.py`. Knows nothing of files, tokens or templates.
 """
 
 import json
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from lit_llm.conversation import ALIASES, ROLES, Conversation, Document
+from lit_llm.conversation import KNOWN_KEYS, Conversation, Document
+from lit_llm.data.recognition import BELOW, NAMED, PAIRS, TURNS, keys, listed, pair_keys, recognise, turns_key
 from lit_llm.errors import InputError, did_you_mean
 
-SHAREGPT_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system",
-                  "function_call": "assistant", "observation": "tool", "tool": "tool", "function_response": "tool"}
+SPEAKERS = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system",
+            "tool": "tool", "function_call": "call", "observation": "tool", "developer": "system", "function": "tool",
+            "tool_call": "call", "tool_response": "tool", "function_response": "tool", "ipython": "tool",
+            "chatgpt": "assistant", "bing": "assistant", "bard": "assistant", "model": "assistant", "prompter": "user"}
+SYSTEM, TOOLS = ("system", "system_prompt"), ("tools", "functions")
+MEDIA = ("image", "images", "video", "videos", "audio", "audios")
+OURS = ("text", "instruction", "input", "output", "history", "system", "prompt", "completion", "tools", "label", *TURNS)
 
 
-def convert(record: dict[str, Any] | str, *, format: str = "auto",
-            columns: Mapping[str, str] | None = None) -> Document | Conversation:
+def convert(record: dict[str, Any] | str, *, format: str = "auto", columns: Mapping[str, str] | None = None,
+            notes: set[str] | None = None) -> Document | Conversation:
     """What a record means.
 
     Args:
         record: A parsed object, or the text of a document.
         format: A name in `FORMATS`, or `auto`.
         columns: Our key to the record's own, `{"prompt": "question"}`; the record's key no longer counts as itself.
+        notes: What a person should know, and no fault, is added to it: keys that are not read, blanks left open.
 
     Raises:
         InputError: An unknown format, a missing key, a wrong type, nothing to learn from.
@@ -37,154 +46,187 @@ def convert(record: dict[str, Any] | str, *, format: str = "auto",
         if format not in ("auto", "text"):
             raise InputError(f"format '{format}' needs objects with keys, and this file is plain text")
         return Document(record)
-    if columns:
-        record = _renamed(record, columns)
-    return FORMATS[recognise(record) if format == "auto" else format](record)
-
-
-def recognise(record: Mapping[str, Any]) -> str:
-    """The name of the format that a record's keys show.
-
-    Raises:
-        InputError: None fits; it names the keys there are.
-
-    >>> recognise({"instruction": "hi", "output": "hello"})
-    'alpaca'
-    """
-    if "chosen" in record and "rejected" in record:
-        raise InputError("this is a preference record (chosen, rejected); fine-tuning here learns from one answer",
-                         fix="Make it prompt and completion: `columns: {prompt: ..., completion: chosen}`.")
-    for key in ("messages", "conversations"):
-        turns = record.get(key)
-        if isinstance(turns, list):
-            return "sharegpt" if turns and isinstance(turns[0], Mapping) and "from" in turns[0] else "messages"
-    if isinstance(record.get("conversation"), list):
-        return "firefly"
-    for name, keys in (("alpaca", ("instruction", "output")), ("prompt", ("prompt", "completion")),
-                       ("firefly", ("kind", "input", "target")), ("text", ("text",))):
-        if all(key in record for key in keys):
-            return name
-    raise InputError(f"no known format has the keys {_keys(record)}",
-                     fix="Map them, for instance `columns: {prompt: question, completion: answer}`; known are text; "
-                         "instruction, input, output; prompt, completion; messages; conversations.")
+    seen = _Seen(_renamed(record, columns) if columns else record)
+    said = FORMATS[recognise(seen.record) if format == "auto" else format](seen)
+    if isinstance(said, Conversation):
+        _refuse_what_is_not_to_learn(seen)
+        texts = [text for message in said.messages for text in (message.content, message.reasoning_content or "")]
+    else:
+        texts = [said.text]
+    if any("\0" in text for text in texts):
+        raise InputError("a NUL character (\\u0000) stands in the text; no text has that", fix="Take it out.")
+    if notes is not None:
+        notes.update(seen.unread())
+        if isinstance(said, Conversation) and any(map(_BLANK.search, texts)):
+            notes.add("a {{placeholder}} is left open")
+    return said
 
 
 # ---- the formats -----------------------------------------------------------------------------------------------------
 
-def text(record: Mapping[str, Any]) -> Document:
+class _Seen:
+    """A record that remembers which of its keys were read."""
+
+    def __init__(self, record: Mapping[str, Any]) -> None:
+        self.record, self.keys = record, set[str]()
+
+    def get(self, *names: str) -> Any:
+        """The value of the first of these keys that is there and not null."""
+        for key in names:
+            if self.record.get(key) is not None:
+                self.keys.add(key)
+                return self.record[key]
+        return None
+
+    def need(self, key: str) -> Any:
+        """The value of a key, or an error that names the keys there are."""
+        if key not in self.record:
+            raise _absent(key, self.record)
+        self.keys.add(key)
+        return self.record[key]
+
+    def unread(self) -> Iterator[str]:
+        """Keys that were not read; at most 20 of each kind, so that a hostile record does not fill a report."""
+        extra = [str(key) for key, value in self.record.items() if value is not None and key not in self.keys]
+        turns = next((value for key in TURNS if key in self.keys and isinstance(value := self.record[key], list)), [])
+        inner = {str(key) for turn in turns if isinstance(turn, Mapping) for key in turn if key not in _IN_TURNS}
+        yield from (f"the key '{key[:40]}' is not read" for key in extra[:20])
+        yield from (f"the key '{key[:40]}' of a message is not read" for key in sorted(inner)[:20])
+
+
+_BLANK = re.compile(r"\{\{ *\w{1,40} *\}\}")
+_IN_TURNS = KNOWN_KEYS | {"from", "value", "system"} | {key for pair in PAIRS for key in pair}
+
+
+def text(record: _Seen) -> Document:
     """`{"text": ...}`; a list of strings (verses, paragraphs) is joined by newlines."""
-    value = _need(record, "text")
+    value = record.need("text")
     if isinstance(value, list) and all(isinstance(part, str) for part in value):
         value = "\n".join(value)
     return Document(_string(value, "text"))
 
 
-def alpaca(record: Mapping[str, Any]) -> Conversation:
-    """`instruction`, `input` (below the instruction, may be empty), `output`, with optional `system` and `history`."""
-    asked = [_string(_need(record, "instruction"), "instruction"), _string(record.get("input") or "", "input")]
-    answer = _string(_need(record, "output"), "output")
-    if not answer.strip():
-        raise InputError("output is empty: nothing to learn from")
-    messages = []
-    if record.get("system"):
-        messages.append({"role": "system", "content": _string(record["system"], "system")})
-    for number, pair in enumerate(record.get("history") or [], start=1):
-        if not isinstance(pair, list | tuple) or len(pair) != 2:
-            raise InputError(f"history {number} must be a pair [question, answer], not {json.dumps(pair)[:40]}")
-        messages += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
-    messages += [{"role": "user", "content": "\n".join(part for part in asked if part)},
-                 {"role": "assistant", "content": answer}]
-    return Conversation.from_openai(messages)
+def turns(record: _Seen) -> Conversation:
+    """A list of turns under `messages`, `conversations` or `conversation`, with optional `system` and `tools`.
+
+    A turn is spelled as OpenAI does (role, content), as ShareGPT (from, value; function calls and observations
+    included), as Firefly (human and assistant in one), or is a string, questions and answers by turns.
+    """
+    key = turns_key(record.record) or next((key for key in TURNS if key in record.record), TURNS[0])
+    told = listed(record.need(key))
+    if not isinstance(told, list):
+        raise InputError(f"{key} must be a list, not {_shown(told)}")
+    return _conversation(record, [message for number, turn in enumerate(told, 1) for message in _turn(turn, number)])
 
 
-def messages(record: Mapping[str, Any]) -> Conversation:
-    """OpenAI's `messages`, or `conversations` with role and content; optional `tools` and `system`."""
-    turns = _turns(record)
-    if record.get("system") and not _begins_with_system(turns, "role"):
-        turns = [{"role": "system", "content": record["system"]}, *turns]
-    return Conversation.from_openai(turns, _tools(record.get("tools")))
+def alpaca(record: _Seen) -> Conversation:
+    """`instruction`, `input` (below it, may be empty), `output`, with optional `system`, `history` and `tools`.
+
+    Also by other names: question, query, prompt or problem; context; answer, response, completion, solution or target.
+    """
+    return _pair(record, *(pair_keys(record.record) or NAMED[0]))
 
 
-def sharegpt(record: Mapping[str, Any]) -> Conversation:
-    """`conversations` of `{"from": ..., "value": ...}`, function calls and observations included."""
-    turns = _turns(record)
-    messages = [_sharegpt_turn(turn, number) for number, turn in enumerate(turns, start=1)]
-    if record.get("system") and not _begins_with_system(messages, "role"):
-        messages.insert(0, {"role": "system", "content": record["system"]})
-    return Conversation.from_openai(messages, _tools(record.get("tools")))
-
-
-def prompt(record: Mapping[str, Any]) -> Conversation:
+def prompt(record: _Seen) -> Conversation:
     """`prompt` and `completion`, each a string or a list of messages; only the completion is learned."""
-    asked, answer = _need(record, "prompt"), _need(record, "completion")
-    if not answer or (isinstance(answer, str) and not answer.strip()):
-        raise InputError("completion is empty: nothing to learn from")
-    before = asked if isinstance(asked, list) else [{"role": "user", "content": _string(asked, "prompt")}]
-    after = answer if isinstance(answer, list) else [{"role": "assistant", "content": _string(answer, "completion")}]
-    before = [{**turn, "train": False} if isinstance(turn, dict) and turn.get("role") == "assistant" else turn
-              for turn in before]
-    return Conversation.from_openai([*before, *after], _tools(record.get("tools")))
+    return _pair(record, *NAMED[1])
 
 
-def firefly(record: Mapping[str, Any]) -> Conversation:
+def firefly(record: _Seen) -> Conversation:
     """`conversation`, a list of `{"human": ..., "assistant": ...}`; or the older `kind`, `input`, `target`."""
-    if "conversation" not in record:
-        return prompt({"prompt": _string(_need(record, "input"), "input"),
-                       "completion": _string(_need(record, "target"), "target")})
-    pairs = record["conversation"]
-    if not isinstance(pairs, list):
-        raise InputError(f"conversation must be a list, not {json.dumps(pairs, default=str)[:40]}")
+    return turns(record) if "conversation" in record.record else _pair(record, "input", "target")
+
+
+FORMATS: dict[str, Callable[[_Seen], Document | Conversation]] = {
+    "text": text, "alpaca": alpaca, "messages": turns, "sharegpt": turns, "prompt": prompt, "firefly": firefly}
+
+
+# ---- a question and its answer ---------------------------------------------------------------------------------------
+
+def _pair(record: _Seen, ask: str, answer: str) -> Conversation:
+    asked, below, answered = record.need(ask), [key for key in BELOW if key != ask], record.need(answer)
+    more = [_string(value, key) for key in below if (value := record.get(key))]
+    if answer == "instances":
+        more, answered = _instance(answered)
+        answer = "output"
     messages = []
-    for number, pair in enumerate(pairs, start=1):
-        if not isinstance(pair, Mapping) or {"human", "assistant"} - set(pair):
-            raise InputError(f"turn {number} of conversation must be an object with human and assistant")
-        messages += [{"role": "user", "content": pair["human"]}, {"role": "assistant", "content": pair["assistant"]}]
-    return Conversation.from_openai(messages)
+    history = listed(record.get("history") or [])
+    if not isinstance(history, list):
+        raise InputError(f"history must be a list of pairs [question, answer], not {_shown(history)}")
+    for number, pair in enumerate(history, start=1):
+        if not isinstance(pair, list | tuple) or len(pair) != 2:
+            raise InputError(f"history {number} must be a pair [question, answer], not {_shown(pair)}")
+        messages += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
+    if isinstance(asked, list):
+        before = [message for number, turn in enumerate(asked, 1) for message in _turn(turn, number)]
+        messages += [{**turn, "train": False} if turn["role"] == "assistant" else turn for turn in before]
+        asked = ""
+    if said := "\n".join(part for part in (_string(asked, ask), *more) if part):
+        messages.append({"role": "user", "content": said})
+    if not answered or (isinstance(answered, str) and not answered.strip()):
+        raise InputError(f"{answer} is empty: nothing to learn from")
+    after = answered if isinstance(answered, list) else [answered]
+    if isinstance(answered, list | Mapping):
+        messages += [message for number, turn in enumerate(after, 2) for message in _turn(turn, number)]
+    else:
+        messages.append({"role": "assistant", "content": _string(answered, answer)})
+    return _conversation(record, messages)
 
 
-FORMATS: dict[str, Callable[[Mapping[str, Any]], Document | Conversation]] = {
-    "text": text, "alpaca": alpaca, "messages": messages, "sharegpt": sharegpt, "prompt": prompt, "firefly": firefly}
+def _instance(instances: Any) -> tuple[list[str], str]:
+    if not isinstance(instances, list) or len(instances) != 1 or not isinstance(instances[0], Mapping):
+        raise InputError("instances must hold one object with input and output",
+                         fix="Write each further instance as a record of its own.")
+    one = _Seen(instances[0])
+    return [_string(one.get("input") or "", "input")], _string(one.need("output"), "output")
 
 
-# ---- their parts -----------------------------------------------------------------------------------------------------
+# ---- turns -----------------------------------------------------------------------------------------------------------
 
-def _sharegpt_turn(turn: Any, number: int) -> dict[str, Any]:
+def _conversation(record: _Seen, messages: list[dict[str, Any]]) -> Conversation:
+    system = record.get(*SYSTEM)
+    if system and not (messages and messages[0]["role"] == "system"):
+        messages.insert(0, {"role": "system", "content": system})
+    elif system and messages[0].get("content") != system:
+        raise InputError("two system prompts: one under a key of the record, another in its first message")
+    return Conversation.from_openai(messages, _tools(record.get(*TOOLS)))
+
+
+def _turn(turn: Any, number: int) -> list[dict[str, Any]]:
+    """The messages of a turn, in OpenAI's spelling."""
+    if isinstance(turn, str):                           # LIMA's: questions and answers in turn
+        return [{"role": ("assistant", "user")[number % 2], "content": turn}]
     if not isinstance(turn, Mapping):
-        raise InputError(f"message {number} must be an object with from and value")
-    if "from" not in turn or "value" not in turn:
-        raise InputError(f"message {number} needs the keys from and value; it has {_keys(turn)}")
-    who = str(turn["from"])
-    if who not in SHAREGPT_ROLES:
-        known = list(SHAREGPT_ROLES)
-        raise InputError(f"message {number}: unknown speaker '{who[:40]}'; use one of {', '.join(known)}."
-                         f"{did_you_mean(who, known)}")
-    message: dict[str, Any] = {"role": SHAREGPT_ROLES[who],
-                               **{key: turn[key] for key in ("train", "weight", "name") if key in turn}}
-    if who != "function_call":
-        return {**message, "content": turn["value"]}
-    call = turn["value"]
-    if isinstance(call, str):
+        raise InputError(f"message {number}: a message must be an object with role and content, not {_shown(turn)}")
+    for pair in PAIRS:
+        if all(key in turn for key in pair):
+            both = [{"role": role, "content": turn[key]} for role, key in zip(("user", "assistant"), pair, strict=True)]
+            return [{"role": "system", "content": turn["system"]}, *both] if turn.get("system") else both
+    by, words = ("role", "content") if "role" in turn else ("from", "value")
+    if by == "role" and "content" not in turn and "value" in turn:
+        words = "value"
+    if by not in turn or (by == "from" and words not in turn):
+        needs = "role and content, or from and value" if by not in turn else "from and value"
+        raise InputError(f"message {number} needs the keys {needs}; it has {keys(turn)}")
+    speaker = SPEAKERS.get(str(turn[by]).lower())
+    if speaker is None:
+        names = list(SPEAKERS) if by == "from" else ["system", "user", "assistant", "tool"]
+        raise InputError(f"message {number}: unknown {'speaker' if by == 'from' else by} '{str(turn[by])[:40]}'; use "
+                         f"one of {', '.join(names[:8])}.{did_you_mean(str(turn[by]), names)}")
+    message = {key: value for key, value in turn.items() if key not in ("role", "from", "value")}
+    if words in turn:
+        message["content"] = turn[words]
+    if speaker != "call":
+        return [{**message, "role": speaker}]
+    calls = turn.get(words)
+    if isinstance(calls, str):
         try:
-            call = json.loads(call)
+            calls = json.loads(calls)
         except (ValueError, RecursionError):
-            raise InputError(f"message {number}: a function_call's value must be JSON with name and arguments, "
-                             f"not {call[:40]!r}") from None
-    calls = call if isinstance(call, list) else [call]
-    return {**message, "content": "", "tool_calls": [{"type": "function", "function": one} for one in calls]}
-
-
-def _turns(record: Mapping[str, Any]) -> list[Any]:
-    for key in ("messages", "conversations"):
-        if key in record:
-            if not isinstance(record[key], list):
-                raise InputError(f"{key} must be a list, not {json.dumps(record[key], default=str)[:40]}")
-            return record[key]
-    raise _absent("messages", record)
-
-
-def _begins_with_system(turns: list[Any], key: str) -> bool:
-    first = turns[0] if turns else None
-    return isinstance(first, Mapping) and ALIASES.get(str(first.get(key)), first.get(key)) == ROLES[0]
+            raise InputError(f"message {number}: a {turn[by]}'s value must be JSON with name and arguments, "
+                             f"not {_shown(calls)}") from None
+    functions = [{"function": call} for call in (calls if isinstance(calls, list) else [calls])]
+    return [{**message, "role": "assistant", "content": "", "tool_calls": functions}]
 
 
 def _tools(tools: Any) -> Any:
@@ -193,41 +235,49 @@ def _tools(tools: Any) -> Any:
         try:
             tools = json.loads(tools) if tools.strip() else None
         except (ValueError, RecursionError):
-            raise InputError(f"tools is a string that is not JSON: {tools[:40]!r}") from None
+            raise InputError(f"tools is a string that is not JSON: {_shown(tools)}") from None
     if not isinstance(tools, list):
         return tools
     if bad := [tool for tool in tools if not isinstance(tool, Mapping)]:
-        raise InputError(f"a tool must be an object with a name, not {json.dumps(bad[0], default=str)[:40]}")
+        raise InputError(f"a tool must be an object with a name, not {_shown(bad[0])}")
     return [dict(tool) if "function" in tool else {"type": "function", "function": dict(tool)} for tool in tools]
 
 
+# ---- what is wrong ---------------------------------------------------------------------------------------------------
+
+def _refuse_what_is_not_to_learn(record: _Seen) -> None:
+    if record.get("label", "kto_tag") is False:
+        raise InputError("label is false: a preference file's mark for a bad answer; it must not be learned",
+                         fix="data.on_bad_record: quarantine sets such records aside and keeps the good answers.")
+    for key in MEDIA:
+        if record.get(key):
+            raise InputError(f"the record has '{key}'; images and audio are not read, only text")
+
+
 def _renamed(record: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
-    for theirs in columns.values():
+    for ours, theirs in columns.items():
+        if ours not in OURS:
+            raise InputError(f"columns maps '{ours}', which no format has; use {', '.join(OURS)}."
+                             f"{did_you_mean(ours, list(OURS))}")
         if theirs not in record:
-            raise InputError(f"columns names '{theirs}', and the record's keys are {_keys(record)}."
+            raise InputError(f"columns names '{theirs}', and the record's keys are {keys(record)}."
                              f"{did_you_mean(theirs, list(map(str, record)))}")
     kept = {key: value for key, value in record.items() if key not in columns.values() and key not in columns}
     return {**kept, **{ours: record[theirs] for ours, theirs in columns.items()}}
 
 
-def _need(record: Mapping[str, Any], key: str) -> Any:
-    if key not in record:
-        raise _absent(key, record)
-    return record[key]
-
-
 def _absent(key: str, record: Mapping[str, Any]) -> InputError:
-    return InputError(f"the key '{key}' is missing; the record has {_keys(record)}."
+    return InputError(f"the key '{key}' is missing; the record has {keys(record)}."
                       f"{did_you_mean(key, list(map(str, record)))}")
 
 
-def _keys(record: Mapping[str, Any]) -> str:
-    shown = ", ".join(str(key)[:30] for key in list(record)[:8])
-    return (shown + (", ..." if len(record) > 8 else "")) or "none"
+def _shown(value: Any) -> str:
+    return json.dumps(value, default=str, ensure_ascii=False)[:40]
 
 
 def _string(value: Any, key: str) -> str:
     if not isinstance(value, str):
         kind = "null" if value is None else type(value).__name__
-        raise InputError(f"{key} must be a string, not {kind}: {json.dumps(value, default=str)[:40]}")
+        hint = " (NaN is how pandas writes a missing value; null is JSON's)" if value != value else ""
+        raise InputError(f"{key} must be a string, not {kind}: {_shown(value)}{hint}")
     return value

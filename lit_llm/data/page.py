@@ -97,9 +97,7 @@ def _source(report: Report) -> Iterator[str]:
         ["read", f"{report.read:,}", ""], ["kept", f"{report.kept:,}", ""],
         *([f"dropped: {reason}", f"{count:,}", f"first at {first}"] for reason, (count, first) in
           sorted(report.dropped.items(), key=lambda item: -item[1][0])),
-        *([name, f"{count:,}", ""] for name, count in
-          (("cleaned", report.cleaned), ("conversations that teach no stop token", report.stopless),
-           ("sequences that begin with two BOS tokens", report.double_bos)) if count)])
+        *([name, f"{count:,}", ""] for name, count in report.noted.items())])
     yield _table(["who says it", "tokens", "learned", ""], [
         [name, f"{tokens:,}", f"{learned:,}", f"{learned / tokens:.1%}"]
         for name, (tokens, learned) in report.speakers.items()])

@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 import uuid
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -144,7 +144,8 @@ def _digest(path: Path) -> str:
 def _code() -> str:
     """Any change to what turns bytes into tokens makes old stores stale."""
     wing, package = Path(__file__).parent, Path(__file__).parents[1]
-    names = ("sources.py", "cleaning.py", "textfile.py", "readers.py", "formats.py", "prepare.py", "store.py")
+    names = ("sources.py", "cleaning.py", "textfile.py", "readers.py", "recognition.py", "formats.py",
+             "prepare.py", "store.py")
     parts = [*(wing / name for name in names),
              *(package / name for name in ("conversation.py", "template.py", "encoder.py", "tokenizer.py"))]
     return hashlib.sha256(b"".join(path.read_bytes() for path in parts if path.exists())).hexdigest()
@@ -184,9 +185,9 @@ def _characters(record: Record | Part | InputError) -> int:
 # ---- batches to tokens -----------------------------------------------------------------------------------------------
 
 def encode(items: list[Item], source: Source, tokenizer: Tokenizer,
-           train_on: TrainOn) -> tuple[list[Encoded | InputError], int]:
-    """Records to tokens, each on its own: what is wrong with one is a value. Also how many were cleaned."""
-    changed = 0
+           train_on: TrainOn) -> tuple[list[Encoded | InputError], int, dict[str, int]]:
+    """Records to tokens, each on its own: what is wrong with one is a value. Also how many were cleaned, and notes."""
+    changed, noted = 0, Counter[str]()
     out: list[Encoded | InputError | None] = []
     texts: list[Piece] = []                             # documents go through the tokenizer together
     for record, place in items:
@@ -197,7 +198,10 @@ def encode(items: list[Item], source: Source, tokenizer: Tokenizer,
                 said: Part | Document | Conversation = record
                 texts.append(record.piece)
             else:
-                read = formats.convert(record, format=source.format, columns=source.columns)  # type: ignore[arg-type]
+                notes: set[str] = set()
+                read = formats.convert(record, format=source.format, columns=source.columns,  # type: ignore[arg-type]
+                                       notes=notes)
+                noted.update(notes)
                 said = cleaned(read, source.clean)
                 changed += said is not read
             if isinstance(said, Document):
@@ -208,7 +212,7 @@ def encode(items: list[Item], source: Source, tokenizer: Tokenizer,
     ids = iter(zip(texts, tokenizer.encode_pieces(texts), strict=True))
     done = [_document(*next(ids), record, tokenizer) if encoded is None else encoded
             for encoded, (record, _) in zip(out, items, strict=True)]
-    return done, changed
+    return done, changed, noted
 
 
 def _document(piece: Piece, ids: Any, record: Any, tokenizer: Tokenizer) -> Encoded | InputError:
@@ -282,8 +286,8 @@ def _do(batch: list[Item]) -> Block:
 
 
 def _to_block(items: list[Item], *, source: Source, tokenizer: Tokenizer, train_on: TrainOn) -> Block:
-    encoded, changed = encode(items, source, tokenizer, train_on)
-    return block(encoded, tokenizer, cleaned=changed)
+    encoded, changed, notes = encode(items, source, tokenizer, train_on)
+    return block(encoded, tokenizer, cleaned=changed, notes=notes)
 
 
 def _processes(source: Source, num_proc: int | None) -> int:

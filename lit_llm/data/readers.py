@@ -7,14 +7,15 @@ are asked for, so their size does not matter. Knows containers (JSON, CSV, table
 
 import csv
 import io
+import itertools
 import json
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from lit_llm.data.textfile import PACKED, blocks, decode, lines
+from lit_llm.data.textfile import CRLF_NOTE, LONGEST, PACKED, blocks, decode, lines, open_bytes
 from lit_llm.errors import InputError
 
 KINDS = {".txt": "text", ".md": "text", ".jsonl": "json", ".ndjson": "json", ".json": "json", ".csv": "csv",
@@ -23,20 +24,32 @@ SEPARATOR = "<|endoftext|>"
 SEPARATOR_LINE = re.compile(rf"^{re.escape(SEPARATOR)}$", re.MULTILINE)
 _BLANK_OR_COMMA = re.compile(r"[\s,]*")
 LONG = 4 << 20                                          # characters of a document that is handed on in blocks
-LONGEST = 256 << 20                                     # of a JSON value
 
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a record came from: a file, and a line of it (JSON, CSV, text) or a record number (tables, the hub)."""
+    """Where a record came from.
+
+    Args:
+        path: The file, or the hub dataset.
+        number: A line (JSON, CSV, text) or a record number (tables, the hub), from 1.
+        unit: Which of them, `line` or `record`.
+        share: Of its file, read so far; for the time left.
+        column: Where it begins in its line, if it is not the first one there; else 0.
+        notes: What was mended in the file, with the first record that comes after.
+    """
 
     path: str
     number: int
     unit: str = "line"
-    share: float = field(default=0.0, compare=False)    # of its file read so far, for the time left
+    share: float = field(default=0.0, compare=False)
+    column: int = field(default=0, compare=False)
+    notes: tuple[str, ...] = field(default=(), compare=False)
 
     def __str__(self) -> str:
-        return f"{self.path}:{self.number}" if self.unit == "line" else f"{self.path}:record {self.number}"
+        if self.unit != "line":
+            return f"{self.path}:record {self.number}"
+        return f"{self.path}:{self.number}" + (f":{self.column}" if self.column else "")
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,105 +75,151 @@ def scan_file(path: Path, *, document: str = "auto") -> Iterator[Found]:
     """Each record of a file, or the reason why it is none, with its place.
 
     Raises:
-        InputError: The file cannot be opened, or what follows cannot be told apart any more.
+        InputError: The file cannot be opened, what follows cannot be told apart any more, or it changed meanwhile.
     """
+    notes: set[str] = set()
+    open_bytes(path).close()
+    before = path.stat()
     match kind_of(path) or "text":
         case "table":
-            yield from scan_table(_open_table(path), str(path))
+            found = scan_table(_open_table(path), str(path))
         case "json":
-            yield from _json(path)
+            found = _json(path, notes)
         case "csv":
-            yield from _csv(path)
+            found = _csv(path, notes)
         case _:
-            yield from _text(path, document)
+            found = _text(path, document, notes)
+    told: set[str] = set()
+    for record, place in found:
+        new = notes - told
+        told |= new
+        yield record, replace(place, notes=tuple(sorted(new))) if new else place
+    after = path.stat()
+    if (before.st_mtime_ns, before.st_size) != (after.st_mtime_ns, after.st_size):
+        raise InputError("the file changed while it was read", where=str(path), fix="Run again when it is complete.")
 
 
-# ---- lines to records ------------------------------------------------------------------------------------------------
+# ---- JSON ------------------------------------------------------------------------------------------------------------
 
-def _json(path: Path) -> Iterator[Found]:
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object; of a key that stands twice, Python would keep the last in silence."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the key '{twice[:40]}' stands twice in an object")
+    return found
+
+
+DECODER = json.JSONDecoder(object_pairs_hook=_once)
+
+
+def _json(path: Path, notes: set[str]) -> Iterator[Found]:
     """JSON lines, or one array, or objects spread over lines: told apart by how the file begins."""
     if not _is_lines(path):
-        yield from _json_whole(path)
+        yield from _json_whole(path, notes)
         return
     done, size = 0, max(path.stat().st_size, 1)
-    for raw, number in lines(path):
+    for raw, number in lines(path, notes):
         done += len(raw) + 1
         if raw.strip():
-            yield _json_line(raw, path), Place(str(path), number, share=min(done / size, 1))
+            yield _json_line(raw, path, number), Place(str(path), number, share=min(done / size, 1))
 
 
 def _is_lines(path: Path) -> bool:
     """By the first line that is not blank; a `.json` file may hold JSON lines, too."""
-    first = next((raw for raw, _ in lines(path) if raw.strip()), b"")
-    if first.lstrip().startswith(b"["):
+    first = next((raw for raw, _ in lines(path) if raw.strip()), b"").strip()
+    if first.startswith(b"[") or first == b"{":
         return False
     if ".jsonl" in path.name.lower() or ".ndjson" in path.name.lower():
         return True
-    return not isinstance(_json_line(first, path), InputError)
+    return not isinstance(_json_line(first, path, 1), InputError)
 
 
-def _json_line(raw: bytes, path: Path) -> Record | InputError:
+def _json_line(raw: bytes, path: Path, number: int) -> Record | InputError:
     try:
-        return _record(json.loads(text := decode(raw, path)), text)
+        text = decode(raw, path, number)
+        return _record(DECODER.decode(text), text)
     except InputError as error:
         return error
     except (ValueError, RecursionError) as error:
-        return _broken(error)
+        return _broken(error, text, f"{path}:{number}:{getattr(error, 'pos', -1) + 1}")
 
 
-def _json_whole(path: Path) -> Iterator[Found]:
+def _json_whole(path: Path, notes: set[str]) -> Iterator[Found]:
     """Array elements, or objects one after another, decoded one at a time so that each has its line."""
-    stream, decoder = blocks(path), json.JSONDecoder()
-    text, here, line, share = "", 0, 1, 0.0
+    stream, text, here, share = blocks(path, notes, whole_lines=False), "", 0, 0.0
+    line, column, counted, last = 1, 1, 0, 0            # of text[counted]; the last record's line
     is_array: bool | None = None
-
-    def skipped() -> int:
-        return _BLANK_OR_COMMA.match(text, here).end()  # type: ignore[union-attr]
-
     while True:
-        after = skipped()
-        while after == len(text) and (block := next(stream, None)):
-            line += text.count("\n", 0, len(text))
-            text, here, share = block[0], 0, block[1]
-            after = skipped()
-        line, text, here = line + text.count("\n", 0, after), text[after:], 0
-        place = Place(str(path), line, share=share)
-        if not text:
+        here = _BLANK_OR_COMMA.match(text, here).end()  # type: ignore[union-attr]
+        while here == len(text) and (block := next(stream, None)):
+            line, column = _moved(text[counted:], line, column)
+            (text, share), counted = block, 0
+            here = _BLANK_OR_COMMA.match(text).end()    # type: ignore[union-attr]
+        line, column = _moved(text[counted:here], line, column)
+        counted = here
+        where = f"{path}:{line}:{column}"
+        if here == len(text):
             if is_array:
-                yield InputError("the array is not closed: ']' is missing; was the file cut?"), place
+                raise InputError("the array is not closed: ']' is missing; was the file cut?", where=where)
             return
-        if is_array is None and (is_array := text[0] == "["):
-            here = 1
+        if is_array is None and (is_array := text[here] == "["):
+            here += 1
             continue
-        if is_array and text[0] == "]":
-            if text[1:].strip() or any(more.strip() for more, _ in stream):
-                yield InputError("something stands after the array's closing ']'"), place
+        if is_array and text[here] == "]":
+            if text[here + 1:].strip() or any(more.strip() for more, _ in stream):
+                raise InputError("something stands after the array's closing ']'", where=where)
             return
         while True:
             try:
-                value, here = decoder.raw_decode(text)
+                value, end = DECODER.raw_decode(text, here)
                 break
             except (ValueError, RecursionError) as error:
-                more = next(stream, None) if _cut_short(error, text) else None
-                if more is None:
-                    yield _broken(error), place         # where the next element begins, nobody can say
-                    return
-                text, share = text + more[0], more[1]
-        yield _record(value, text[:here]), place
+                more = _as_much(stream, len(text) - here) if _cut_short(error, text, here) else []
+                if not more:                            # where the next element begins, nobody can say
+                    line, column = _moved(text[here:getattr(error, "pos", here)], line, column)
+                    raise _broken(error, text, f"{path}:{line}:{column}") from None
+                text, share = text[here:] + "".join(block for block, _ in more), more[-1][1]
+                here = counted = 0
+        place = Place(str(path), line, share=share, column=column if line == last else 0)
+        yield _record(value, text[here:end]), place
+        here, last = end, line
 
 
-def _cut_short(error: Exception, text: str) -> bool:
+def _as_much(stream: Iterator[tuple[str, float]], size: int) -> list[tuple[str, float]]:
+    """Blocks of at least this size in all: a long value is tried again at twice its length, not at each block."""
+    more: list[tuple[str, float]] = []
+    for block in stream:
+        more.append(block)
+        size -= len(block[0])
+        if size <= 0:
+            break
+    return more
+
+
+def _moved(passed: str, line: int, column: int) -> tuple[int, int]:
+    """Line and column after some text."""
+    if newlines := passed.count("\n"):
+        return line + newlines, len(passed) - passed.rfind("\n")
+    return line, column + len(passed)
+
+
+def _cut_short(error: Exception, text: str, here: int) -> bool:
     """Whether a value may only want the text that has not been read yet."""
-    if not isinstance(error, json.JSONDecodeError) or len(text) > LONGEST:
+    if not isinstance(error, json.JSONDecodeError) or len(text) - here > LONGEST:
         return False
     return error.msg.startswith("Unterminated string") or error.pos >= len(text.rstrip()) - 8
 
 
-def _broken(error: Exception) -> InputError:
+def _broken(error: Exception, text: str, where: str) -> InputError:
     if isinstance(error, json.JSONDecodeError):
-        return InputError(f"not JSON: {error.msg} at column {error.colno}")
+        begin = max(0, error.pos - 20)
+        near = text[begin:error.pos + 20].encode("unicode_escape").decode()
+        reason = error.msg.removesuffix(" at")
+        return InputError(f"not JSON: {reason}", where=where, fix=f"It stands near '{near}'." if near else "")
     reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)
-    return InputError(f"not JSON that can be read: {reason}")
+    return InputError(f"not JSON that can be read: {reason}", where=where.rpartition(":")[0])
 
 
 def _record(value: Any, text: str) -> Record | InputError:
@@ -170,54 +229,70 @@ def _record(value: Any, text: str) -> Record | InputError:
         try:
             json.dumps(value, ensure_ascii=False).encode()
         except UnicodeEncodeError:
-            return InputError("half of a surrogate pair (\\ud800 to \\udfff) stands alone; no text has that")
+            return InputError("half of a surrogate pair (\\ud800 to \\udfff) stands alone; no text has that",
+                              fix="Was the text cut within an emoji? Take the half out.")
     return value
 
 
-def _csv(path: Path) -> Iterator[Found]:
+# ---- CSV and text ----------------------------------------------------------------------------------------------------
+
+def _csv(path: Path, notes: set[str]) -> Iterator[Found]:
     """Rows as strings, verbatim: a data frame would turn 007 into 7 and NA into null."""
-    delimiter = "\t" if ".tsv" in path.name.lower() else ","
-    reader = csv.DictReader((row for text, _ in blocks(path) for row in io.StringIO(text, newline="")),
-                            delimiter=delimiter)
+    csv.field_size_limit(LONGEST)
+    rows = (row for text, _ in blocks(path, notes) for row in io.StringIO(text, newline=""))
+    head = next(rows, "")
+    delimiter = "\t" if ".tsv" in path.name.lower() else max(",;\t", key=head.count)
+    reader = csv.reader(itertools.chain([head], rows), delimiter=delimiter, strict=True)
+    names: list[str] | None = None
     while True:
         line = reader.line_num + 1
         try:
-            row: dict[Any, Any] = next(reader)
+            row = next(reader)
         except StopIteration:
             return
-        except csv.Error as error:
-            yield InputError(f"not CSV: {error}"), Place(str(path), line)
-            return
-        line = max(line, 2)
-        if None in row or None in row.values():
-            yield InputError(f"the row does not have the {len(reader.fieldnames or ())} fields of the header"), \
-                Place(str(path), line)
+        except csv.Error as error:                      # where the next row begins, nobody can say
+            raise InputError(f"not CSV: {error}", where=f"{path}:{line}") from None
+        if not row:
+            continue
+        if names is None:
+            names = row
+            if twice := [name for name in names if names.count(name) > 1]:
+                raise InputError(f"the header has '{twice[0][:40]}' twice", where=f"{path}:{line}")
+        elif len(row) != len(names):
+            yield InputError(f"the row has {len(row)} fields, and the header {len(names)}"), Place(str(path), line)
         else:
-            yield row, Place(str(path), line)
+            yield dict(zip(names, row, strict=True)), Place(str(path), line)
 
 
-def _text(path: Path, document: str) -> Iterator[Found]:
+def _text(path: Path, document: str, notes: set[str]) -> Iterator[Found]:
     """Documents of a text file; what lies between separator lines is kept to the last character."""
     if document == "line":
-        yield from ((row, place) for row, place in _rows(path) if row.strip())
+        yield from ((row, place) for row, place in _rows(path, notes) if row.strip())
     elif document == "paragraph":
-        yield from _paragraphs(path)
+        yield from _paragraphs(path, notes)
     else:
-        yield from _separated(path, SEPARATOR_LINE if document == "auto" else None)
+        yield from _separated(path, SEPARATOR_LINE if document == "auto" else None, notes)
 
 
-def _rows(path: Path) -> Iterator[tuple[str, Place]]:
+def _rows(path: Path, notes: set[str]) -> Iterator[tuple[str, Place]]:
     number = 0
-    for text, share in blocks(path):
-        for row in text.removesuffix("\n").split("\n"):
+    for block, share in blocks(path, notes):
+        for row in _unix(block, notes).removesuffix("\n").split("\n"):
             number += 1
-            yield row.removesuffix("\r"), Place(str(path), number, share=share)
+            yield row, Place(str(path), number, share=share)
 
 
-def _paragraphs(path: Path) -> Iterator[Found]:
+def _unix(block: str, notes: set[str]) -> str:
+    if "\r\n" not in block:
+        return block
+    notes.add(CRLF_NOTE)
+    return block.replace("\r\n", "\n")
+
+
+def _paragraphs(path: Path, notes: set[str]) -> Iterator[Found]:
     held: list[str] = []
     place = Place(str(path), 1)
-    for row, here in _rows(path):
+    for row, here in _rows(path, notes):
         if row.strip():
             place = place if held else here
             held.append(row)
@@ -228,9 +303,9 @@ def _paragraphs(path: Path) -> Iterator[Found]:
         yield "\n".join(held), place
 
 
-def _separated(path: Path, separator: re.Pattern[str] | None) -> Iterator[Found]:
+def _separated(path: Path, separator: re.Pattern[str] | None, notes: set[str]) -> Iterator[Found]:
     """What stands between separators; its place is its first line that is not blank."""
-    stretches = _stretches(path, separator)
+    stretches = _stretches(path, separator, notes)
     held: list[str] = []
     size, place = 0, None
     for text, ends, line, share in stretches:
@@ -256,11 +331,12 @@ def _until_end(held: list[str], stretches: Iterator[tuple[str, bool, int, float]
             return
 
 
-def _stretches(path: Path, separator: re.Pattern[str] | None) -> Iterator[tuple[str, bool, int, float]]:
+def _stretches(path: Path, separator: re.Pattern[str] | None,
+               notes: set[str]) -> Iterator[tuple[str, bool, int, float]]:
     """(text, whether its document ends with it, its first line, share of the file read)."""
     line = 1
-    for block, share in blocks(path):
-        text = block.replace("\r\n", "\n")
+    for block, share in blocks(path, notes):
+        text = _unix(block, notes)
         parts = separator.split(text) if separator else [text]
         for number, part in enumerate(parts, 1):
             yield part, number < len(parts), line, share
@@ -292,4 +368,11 @@ def scan_table(rows: Any, name: str) -> Iterator[Found]:
         except Exception as error:
             raise InputError(f"the table is damaged: {(str(error) or type(error).__name__).splitlines()[0][:200]}",
                              where=f"{name}:record {number}") from None
-        yield dict(row), Place(name, number, "record")
+        yield {key: _without_nulls(value) for key, value in row.items()}, Place(name, number, "record")
+
+
+def _without_nulls(value: Any) -> Any:
+    """Nested objects without the keys that Arrow filled up: it gives all rows the keys of each of them."""
+    if isinstance(value, dict):
+        return {key: _without_nulls(inner) for key, inner in value.items() if inner is not None}
+    return [_without_nulls(inner) for inner in value] if isinstance(value, list) else value

@@ -19,6 +19,8 @@ from lit_llm.data.readers import KINDS, Found, Record, kind_of, scan_file, scan_
 from lit_llm.errors import InputError, did_you_mean
 
 DOCUMENT_CHOICES = ("auto", "file", "paragraph", "line")
+SPLITS = {"train": ("training",), "validation": ("valid", "val", "dev"), "test": ("testing",)}     # as the hub has it
+_ABOUT = re.compile(r"(?i)(readme|licen[sc]e|changelog|notice|contributing)\b|(dataset_infos?|state|config)\.json$")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
@@ -27,15 +29,23 @@ class Source:
     """One named corpus.
 
     Args:
-        path: A file, a folder (every file of it that can be read, recursively), a glob (`data/*.jsonl`), or a hub id
-            (`owner/name`). `sample:NAME` is a file that ships with the package. Extensions: .txt .md .jsonl .ndjson
-            .json .csv .tsv .parquet .arrow; all but the last two also .gz and .zst.
-        format: What a record means: text, alpaca, messages, sharegpt, prompt or firefly; `auto` recognises each record.
-        split: The split of a hub dataset.
+        path: A file, a folder, a glob (`data/*.jsonl`), or a hub id (`owner/name`). `sample:NAME` is a file that ships
+            with the package. Extensions: .txt .md .jsonl .ndjson .json .csv .tsv .parquet .arrow; all but the last two
+            also .gz and .zst. Of a folder every such file is read, recursively, but for hidden ones and those that
+            speak about the data (README*, LICENSE*, dataset_info.json); where their names tell splits apart
+            (`train.jsonl`, `test-00000.parquet`), those of `split`. Text is UTF-8: a BOM goes and is counted, other
+            encodings are named and refused, and so is damage (NUL, half a surrogate pair, a key twice in an object).
+        format: What a record means. `auto` recognises each record by its keys and refuses what can be read in two
+            ways; `text` is {text}; `alpaca` {instruction, input, output, system, history} and others' names for these
+            (question and answer, instruction and context and response); `prompt` {prompt, completion}; `messages`,
+            `sharegpt` and `firefly` are turns under messages, conversations or conversation. Keys that are not read
+            are counted in the report. Preference records need `columns`; answers with `label: false` are refused.
+        split: The split of a hub dataset, of a saved one, or of a folder whose files name splits.
         subset: The configuration of a hub dataset that has several, such as `wikitext-2-raw-v1`.
         weight: How often its records are drawn per epoch: 2 takes each twice; 0.25 a quarter of them, in each epoch
             the next one, so that four epochs see all. Of a long document, a quarter of its windows.
-        columns: Our key to the record's own, where they differ: `{prompt: question, completion: answer}`.
+        columns: Our key to the record's own, where they differ: `{prompt: question, completion: answer}`,
+            `{text: paragraphs}`, or of a preference record `{prompt: conversations, completion: chosen}`.
         document: What one document of a text file is. `auto` splits at lines that are exactly `<|endoftext|>`, the
             separator in the field's published corpora, and else takes the whole file; `file`; `paragraph` (blank
             lines between); `line`. The text itself is kept as it stands; CRLF becomes LF and a BOM goes.
@@ -94,7 +104,8 @@ def files(source: Source) -> list[Path]:
                              fix="Rename it, or set `format: text` if it is plain text.")
         return [path]
     elif glob.has_magic(str(path)):
-        found = sorted(Path(name) for name in glob.glob(str(path), recursive=True) if kind_of(Path(name)))
+        found = sorted(Path(name) for name in glob.glob(str(path), recursive=True)
+                       if kind_of(Path(name)) and Path(name).is_file())
     else:
         raise _missing(path)
     if not found:
@@ -127,11 +138,33 @@ def _folder(folder: Path, split: str) -> list[Path]:
             raise InputError(f"the saved dataset has no split '{split}'", where=str(folder.parent))
     if (folder / "state.json").exists():                # `Dataset.save_to_disk`: its .json files are no records
         return sorted(folder.glob("*.arrow"))
-    return sorted(path for path in folder.rglob("*")
-                  if path.is_file() and kind_of(path) and not path.name.startswith("."))
+    found = sorted(path for path in folder.rglob("*") if path.is_file() and kind_of(path)
+                   and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+                   and not _ABOUT.match(path.name))
+    named = {path: _split_of(path.relative_to(folder)) for path in found}
+    if len(set(named.values()) - {None}) < 2:
+        return found
+    wanted = [name for name, words in SPLITS.items() if split in (name, *words)]
+    if not (chosen := [path for path in found if named[path] in wanted]):
+        there = ", ".join(sorted(name for name in set(named.values()) if name))
+        raise InputError(f"the files here are split into {there}, and none is '{split}'", where=str(folder),
+                         fix="Set `split` of the source, or name the files.")
+    return chosen
+
+
+def _split_of(path: Path) -> str | None:
+    """The split that a file's name, or a folder's above it, names; the nearest to the file counts."""
+    for part in reversed(path.parts):
+        words = re.split(r"[^a-z]+", part.lower())
+        for name, also in SPLITS.items():
+            if any(word in words for word in (name, *also)):
+                return name
+    return None
 
 
 def _missing(path: Path) -> InputError:
+    if path.is_symlink():
+        return InputError(f"a symbolic link that leads nowhere: it points to '{path.readlink()}'", where=str(path))
     above = path.parent
     while not above.exists():
         above = above.parent

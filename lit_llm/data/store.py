@@ -46,6 +46,8 @@ class Report:
     stopless: int = 0                                   # conversations that teach no stop token
     cleaned: int = 0                                    # records that lost white space
     double_bos: int = 0                                 # sequences that begin with it twice
+    notes: dict[str, int] = field(default_factory=dict)         # what else was seen -> records
+    mended: dict[str, int] = field(default_factory=dict)        # what was mended -> files
 
     def drop(self, reason: str, place: str) -> None:
         """Count one more."""
@@ -58,6 +60,15 @@ class Report:
             reason, (count, first) = max(self.dropped.items(), key=lambda item: item[1][0])
             raise InputError(f"{self.quarantined:,} of {self.read:,} records are bad, more than a share of {limit:g}; "
                              f"{count:,} of them: {reason} (first at {first})", where=self.source, fix=fix)
+
+    @property
+    def noted(self) -> dict[str, int]:
+        """What was mended or looks odd, in words, with how often; nothing that never came."""
+        counts = {"cleaned": self.cleaned, **{f"files: {name}": count for name, count in self.mended.items()},
+                  **{f"records: {name}": count for name, count in self.notes.items()},
+                  "conversations teach no stop token": self.stopless,
+                  "sequences begin with two BOS tokens": self.double_bos}
+        return {name: count for name, count in counts.items() if count}
 
     @property
     def speakers(self) -> dict[str, tuple[int, int]]:
@@ -128,6 +139,7 @@ class Block:
         stopless: Conversations that teach no stop token.
         double_bos: Sequences that begin with it twice.
         cleaned: Records that lost white space.
+        notes: What else was seen, such as keys that are not read -> records.
     """
 
     tokens: np.ndarray
@@ -138,6 +150,7 @@ class Block:
     stopless: int
     double_bos: int
     cleaned: int
+    notes: dict[str, int]
 
 
 def token_dtype(tokenizer: Tokenizer) -> np.dtype:
@@ -145,7 +158,8 @@ def token_dtype(tokenizer: Tokenizer) -> np.dtype:
     return np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
 
 
-def block(encoded: Sequence[Encoded | InputError], tokenizer: Tokenizer, *, cleaned: int = 0) -> Block:
+def block(encoded: Sequence[Encoded | InputError], tokenizer: Tokenizer, *, cleaned: int = 0,
+          notes: dict[str, int] | None = None) -> Block:
     """The arrays of a batch of records."""
     faults: list[tuple[int, InputError | str]] = []
     rows: list[tuple[int, ...]] = []
@@ -179,7 +193,8 @@ def block(encoded: Sequence[Encoded | InputError], tokenizer: Tokenizer, *, clea
         double_bos = int(((tokens[begins] == tokenizer.bos_id) & (tokens[begins + 1] == tokenizer.bos_id)).sum())
     marks = mask.view(np.uint8) | (np.concatenate(speakers) << 1 if speakers else mask.view(np.uint8))
     whole = all(first and last for first, last in flags)
-    return Block(tokens, marks, table, faults, None if whole else np.array(flags), stopless, double_bos, cleaned)
+    unbroken = None if whole else np.array(flags)
+    return Block(tokens, marks, table, faults, unbroken, stopless, double_bos, cleaned, notes or {})
 
 
 class Writer:
@@ -226,6 +241,10 @@ class Writer:
         self.report.stopless += new.stopless
         self.report.double_bos += new.double_bos
         self.report.cleaned += new.cleaned
+        _count(self.report.notes, new.notes)
+        for (_, place), begin in zip(items, begins, strict=True):
+            if begin and place.notes:
+                _count(self.report.mended, dict.fromkeys(place.notes, 1))
         counts = np.bincount(new.marks, minlength=len(self.report.marks))
         self.report.marks = (counts + self.report.marks).tolist()
         rows = self._joined(rows, new.unbroken)
@@ -269,6 +288,12 @@ class Writer:
         for path in self.folder.iterdir():
             disk.sync(path)
         disk.sync(self.folder)
+
+
+def _count(into: dict[str, int], more: dict[str, int]) -> None:
+    for name, count in more.items():
+        if name in into or len(into) < 100:             # a hostile file may have a key of its own in each record
+            into[name] = into.get(name, 0) + count
 
 
 def _mapped(path: Path, dtype: np.dtype) -> np.ndarray:

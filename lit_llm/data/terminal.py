@@ -107,12 +107,7 @@ def _records(report: Report) -> Iterator[str]:
     """A source's records in words; one line, and one for each reason to drop."""
     share = f", {report.supervised / report.tokens:.1%} learned" if report.tokens else ""
     yield f"{_several(report.read, 'record')}, {report.kept:,} kept; {report.tokens:,} tokens{share}"
-    if report.cleaned:
-        yield f"{report.cleaned:,} cleaned"
-    for name, count in (("conversations teach no stop token", report.stopless),
-                        ("sequences begin with two BOS tokens", report.double_bos)):
-        if count:
-            yield f"{count:,} {name}"
+    yield from (f"{count:,} {name}" for name, count in report.noted.items())
     reasons = sorted(report.dropped.items(), key=lambda item: -item[1][0])
     yield from (f"{count:,} dropped: {reason} (first at {first})" for reason, (count, first) in reasons[:REASONS])
     if more := reasons[REASONS:]:

@@ -6,8 +6,6 @@ import json
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 from lit_llm.data.sources import Source, files, is_hub, read, scan
 from lit_llm.errors import InputError
@@ -56,14 +54,15 @@ def test_one_bad_line_does_not_kill_the_file(tmp_path):
     good = [record for record, _ in scan(Source(path)) if not isinstance(record, InputError)]
     assert good == [{"a": 1}, {"a": 3}]
     assert [place for _, place in faults(path)] == [f"{path}:2", f"{path}:4"]
-    with pytest.raises(InputError, match=r"a\.jsonl:2: not JSON: Expecting value at column 7"):
+    with pytest.raises(InputError, match=r"""a\.jsonl:2:7: not JSON: Expecting value\n  It stands near '{"a": '"""):
         records(path)
 
 
 def test_a_broken_array_is_told_at_its_line(tmp_path):
-    path = write(tmp_path, "a.json", '[\n{"a": 1},\n{"a": oops}\n]')
-    assert [place for _, place in faults(path)] == [f"{path}:3"]
-    assert "not closed" in faults(write(tmp_path, "b.json", '[{"a": 1},\n'))[0][0]
+    with pytest.raises(InputError, match=r"(?s)a\.json:3:7: not JSON: Expecting value.*near .*oops"):
+        faults(write(tmp_path, "a.json", '[\n{"a": 1},\n{"a": oops}\n]'))
+    with pytest.raises(InputError, match=r"b\.json:2:1: the array is not closed"):
+        faults(write(tmp_path, "b.json", '[{"a": 1},\n'))
 
 
 @pytest.mark.parametrize(("content", "named"), [
@@ -76,33 +75,13 @@ def test_what_is_not_text_is_named(tmp_path, content, named):
         records(write(tmp_path, "a.jsonl", content))
 
 
-@settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
-@given(st.sampled_from(["a.jsonl", "a.json", "a.txt", "a.csv", "a.jsonl.gz"]),
-       st.one_of(st.binary(max_size=80), st.text('[]{}",:\\ud8\n\r 01a\x00', max_size=60).map(str.encode)),
-       st.booleans())
-def test_any_bytes_are_records_or_an_input_error(tmp_path, name, content, packed):
-    path = write(tmp_path, name, gzip.compress(content)[:-3] if packed else content)
-    places, said = scan(Source(path)), path
-    while True:
-        try:
-            record, place = next(places)
-        except StopIteration:
-            break
-        except InputError as error:
-            said = str(error)
-            break
-        said = str(place)
-        assert isinstance(record, dict | str | InputError)
-    assert path in said
-
-
 # ---- the rest --------------------------------------------------------------------------------------------------------
 
 def test_csv_stays_verbatim(tmp_path):
     path = write(tmp_path, "a.csv", 'prompt,completion\n007,"NA\nline, two"\n"a ""b""",\n')
     assert records(path) == [{"prompt": "007", "completion": "NA\nline, two"}, {"prompt": 'a "b"', "completion": ""}]
     assert faults(write(tmp_path, "b.csv", "a,b\n1,2\n3\n")) == [
-        ("the row does not have the 2 fields of the header", f"{tmp_path}/b.csv:3")]
+        ("the row has 1 fields, and the header 2", f"{tmp_path}/b.csv:3")]
 
 
 def test_tables(tmp_path):

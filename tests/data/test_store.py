@@ -112,7 +112,7 @@ def test_quarantine_sets_aside_and_counts(tokenizer, jsonl):
     assert report.read == report.kept + sum(count for count, _ in report.dropped.values())
     assert report.dropped["the text is empty"] == [1, f"{path}:2"]
     aside = [json.loads(line) for line in (store.folder / "quarantine.jsonl").read_text().splitlines()]
-    assert [line["where"] for line in aside] == [f"{path}:{number}" for number in (3, 4, 5)]
+    assert [line["where"] for line in aside] == [f"{path}:{number}" for number in (3, 4, "5:2")]
     assert aside[0]["record"] == BAD[2]
     assert "not JSON" in aside[2]["reason"]
 
