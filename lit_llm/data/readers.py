@@ -46,7 +46,7 @@ class LongText:
     blocks: Iterator[str]
 
 
-Record = dict[str, Any] | str | LongText
+Record = dict[str, Any] | str | bytes | LongText        # bytes: a JSON line for `parse_line`
 Found = tuple[Record | InputError, Place]
 
 
@@ -58,8 +58,13 @@ def kind_of(path: Path) -> str | None:
     return None if kind == "table" and packed else kind
 
 
-def scan_file(path: Path, *, document: str = "auto") -> Iterator[Found]:
+def scan_file(path: Path, *, document: str = "auto", parse: bool = True) -> Iterator[Found]:
     """Each record of a file, or the reason why it is none, with its place.
+
+    Args:
+        path: The file.
+        document: As in `Source`.
+        parse: False leaves JSON lines as bytes, for another process to parse.
 
     Raises:
         InputError: The file cannot be opened, or what follows cannot be told apart any more.
@@ -68,7 +73,7 @@ def scan_file(path: Path, *, document: str = "auto") -> Iterator[Found]:
         case "table":
             yield from scan_table(_open_table(path), str(path))
         case "json":
-            yield from _json(path)
+            yield from _json(path, parse)
         case "csv":
             yield from _csv(path)
         case _:
@@ -77,7 +82,7 @@ def scan_file(path: Path, *, document: str = "auto") -> Iterator[Found]:
 
 # ---- lines to records ------------------------------------------------------------------------------------------------
 
-def _json(path: Path) -> Iterator[Found]:
+def _json(path: Path, parse: bool) -> Iterator[Found]:
     """JSON lines, or one array, or objects spread over lines: told apart by how the file begins."""
     if not _is_lines(path):
         yield from _json_whole(path)
@@ -86,7 +91,7 @@ def _json(path: Path) -> Iterator[Found]:
     for raw, number in lines(path):
         done += len(raw) + 1
         if raw.strip():
-            yield _json_line(raw, path), Place(str(path), number, share=min(done / size, 1))
+            yield parse_line(raw, path) if parse else raw, Place(str(path), number, share=min(done / size, 1))
 
 
 def _is_lines(path: Path) -> bool:
@@ -96,12 +101,13 @@ def _is_lines(path: Path) -> bool:
         return False
     if ".jsonl" in path.name.lower() or ".ndjson" in path.name.lower():
         return True
-    return not isinstance(_json_line(first, path), InputError)
+    return not isinstance(parse_line(first, path), InputError)
 
 
-def _json_line(raw: bytes, path: Path) -> Record | InputError:
+def parse_line(raw: bytes, path: Path | str) -> Record | InputError:
+    """The object that a JSON line holds, or why it holds none."""
     try:
-        return _record(json.loads(text := decode(raw, path)), text)
+        return _record(json.loads(text := decode(raw, Path(path))), text)
     except InputError as error:
         return error
     except (ValueError, RecursionError) as error:
