@@ -105,11 +105,11 @@ def chats(data, path, size):
     pairs = [one for name in ("en", "zh")
              for one in json.loads((data / f"sft/llamafactory/alpaca_{name}_demo.json").read_text(encoding="utf-8"))]
     with open(path, "w", encoding="utf-8") as stream:
-        for turn in itertools.count():
+        while stream.tell() < size:
+            turn = stream.tell()
             for pair in pairs:
                 stream.write(json.dumps(pair | {"instruction": f"{turn}. {pair['instruction']}"}, ensure_ascii=False) + "\n")
-            if stream.tell() >= size:
-                return path
+    return path
 
 
 def peak(data, folder, megabytes, kinds):
