@@ -10,7 +10,6 @@ Knows spans and ids, nothing of roles or labels.
 
 import json
 import re
-from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from itertools import pairwise
@@ -29,10 +28,11 @@ BETWEEN = re.compile(r"\n(?=\S)|(?<=\S)(?=[ ]\S)")     # where a line or a word 
 
 
 class Piece(NamedTuple):
-    """A stretch of plain text, and what stands right before it in its document."""
+    """A stretch of plain text, what stands right before it in its document, and how many tokens that is."""
 
     before: str
     text: str
+    skip: int = 0
 
 
 class Encoder:
@@ -133,14 +133,14 @@ class Encoder:
         spelled = [any(hint in piece.before + piece.text for hint in self._hints)
                    and bool(self._added.search(piece.before + piece.text)) for piece in pieces]
         out: dict[int, np.ndarray | InputError] = {}
-        for cut in (False, True):
-            for plain in (False, True):
-                mine = [number for number, piece in enumerate(pieces)
-                        if (spelled[number], bool(piece.before)) == (plain, cut)]
-                backend = self._plain if plain and mine else self._backend
-                run = backend.encode_batch if cut else backend.encode_batch_fast
-                out |= zip(mine, _batch(run, [pieces[number] for number in mine]), strict=True)
-        return [self._checked(out[number], piece) for number, piece in enumerate(pieces)]
+        for plain in (False, True):
+            mine = [number for number in range(len(pieces)) if spelled[number] == plain]
+            backend = self._plain if plain and mine else self._backend
+            out |= zip(mine, _batch(backend.encode_batch_fast, [pieces[number] for number in mine]), strict=True)
+        arrays = [ids for ids in out.values() if isinstance(ids, np.ndarray)]
+        if arrays and np.isin(np.concatenate(arrays), self._specials).any():        # one look, since it is never so
+            out = {number: self._checked(ids, pieces[number]) for number, ids in out.items()}
+        return [out[number] for number in range(len(pieces))]
 
     def _checked(self, ids: "np.ndarray | InputError", piece: Piece) -> "np.ndarray | InputError":
         if isinstance(ids, np.ndarray) and np.isin(ids, self._specials).any():
@@ -153,18 +153,19 @@ class Encoder:
 
     def pieces(self, blocks: Iterable[str]) -> Iterator[tuple[Piece, bool, bool]]:
         """A long text in pieces that can be read one by one: (piece, whether it is the first, whether the last)."""
-        before, held, first = "", "", True
+        before, skip, held, first = "", 0, "", True
         for block in blocks:
             held += block
-            while cut := self._cut(held):
-                yield Piece(before, held[:cut]), first, False
-                before, held, first = held[cut - CONTEXT:cut], held[cut:], False
-        yield Piece(before, held), first, True
+            while found := self._cut(held):
+                cut, count = found
+                yield Piece(before, held[:cut], skip), first, False
+                before, skip, held, first = held[cut - CONTEXT:cut], count, held[cut:], False
+        yield Piece(before, held, skip), first, True
 
-    def _cut(self, text: str) -> int:
-        """Where to cut a piece off; 0 where the text is short, or no place is clean."""
+    def _cut(self, text: str) -> tuple[int, int] | None:
+        """Where to cut a piece off, and the tokens of its last characters; none where it is short or no place clean."""
         if len(text) < PIECE + 2 * CONTEXT:
-            return 0
+            return None
         for tries, found in enumerate(BETWEEN.finditer(text, PIECE, len(text) - CONTEXT)):
             at = found.end()
             left, right = text[at - CONTEXT:at], text[at:at + CONTEXT]
@@ -172,10 +173,10 @@ class Encoder:
             alone, (both, offsets) = _run(backend, left)[0], _run(backend, left + right)
             count = len(alone)
             if both[:count] == alone and offsets[count][0] >= len(left) and offsets[count - 1][1] <= len(left):
-                return at
+                return at, count
             if tries == 100:
                 break
-        return 0
+        return None
 
     def _plainly(self, text: str, start: int, stop: int) -> tuple[list[int], list[Span]]:
         """A section's ids with every spelled token read as text; behind an anchor, since it does not begin the text."""
@@ -212,13 +213,8 @@ def _batch(run: Any, pieces: Sequence[Piece]) -> list["np.ndarray | InputError"]
         if len(pieces) > 1:                             # one of them spoils the batch
             return [_batch(run, [piece])[0] for piece in pieces]
         return [InputError("text holds half of a surrogate pair, which is no character")]
-    return [np.array(encoding.ids, dtype=np.uint32)[_first(encoding, len(piece.before)):]
+    return [np.array(encoding.ids, dtype=np.uint32)[piece.skip:]
             for encoding, piece in zip(encodings, pieces, strict=True)]
-
-
-def _first(encoding: Any, at: int) -> int:
-    """Number of the first token that begins at a character, or behind it."""
-    return bisect_left(range(len(encoding)), at, key=lambda token: encoding.token_to_chars(token)[0]) if at else 0
 
 
 def _any_of(spellings: Iterable[str]) -> re.Pattern[str]:

@@ -1,7 +1,7 @@
 """A source and a tokenizer in, its token store out: opened if it is there, else written, once.
 
-Records are read in one process and tokenized in several, in their order; what is kept of them is `store.py`'s. Knows
-nothing of rows, batches or Lightning.
+Records are read in one process, parsed and tokenized in several, in their order. What is kept of them is `store.py`'s,
+where it is kept is `cache.py`'s. Knows nothing of rows, batches or Lightning.
 """
 
 import contextlib
@@ -10,6 +10,7 @@ import json
 import multiprocessing
 import os
 import shutil
+import signal
 import sys
 import threading
 import time
@@ -18,23 +19,28 @@ from collections import Counter, deque
 from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import Any, Literal
 
 from lit_llm import disk
 from lit_llm.conversation import Conversation, Document
 from lit_llm.data import formats, sources
+from lit_llm.data.cache import cache_root, folder_of, opened, sole_writer, waited_for
 from lit_llm.data.cleaning import clean_blocks, cleaned
-from lit_llm.data.readers import LongText, Place, Record
+from lit_llm.data.progress import Progress
+from lit_llm.data.readers import LongText, Place, Record, parse_line
 from lit_llm.data.sources import Source
 from lit_llm.data.store import CONVERSATION, DOCUMENT, Block, Encoded, Report, TokenStore, Writer, block, token_dtype
 from lit_llm.encoder import Piece
 from lit_llm.errors import InputError
 from lit_llm.tokenizer import IGNORE_INDEX, Tokenizer, TokenSequence, TrainOn
 
+__all__ = ["Item", "OnBadRecord", "Part", "Settings", "cache_root", "encode", "prepare", "wait_for"]
 OnBadRecord = Literal["error", "quarantine"]
+
+
 @dataclass(frozen=True, slots=True)
 class Part:
     """A stretch of a long document: its beginning, its end, or neither."""
@@ -45,7 +51,7 @@ class Part:
 
 
 Item = tuple[Record | Part | InputError, Place]
-BATCH_RECORDS, BATCH_CHARACTERS = 512, 1 << 20          # of a batch, whichever comes first
+BATCH_RECORDS, BATCH_SIZE = 512, 1 << 20                # of a batch, records or about characters, what comes first
 ENOUGH = 10_000                                         # records after which a share of bad ones says something
 ALONE = 4 << 20                                         # bytes of a source that one process does sooner
 
@@ -81,105 +87,63 @@ def prepare(source: Source, tokenizer: Tokenizer, *, train_on: TrainOn = "assist
         InputError: A bad record with its place; nothing kept; a cache that cannot be written.
     """
     settings = Settings(train_on, on_bad_record)
-    folder = _folder(source, tokenizer, settings, cache_dir)
-    if _complete(folder):
-        return TokenStore(folder)
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(folder.with_suffix(".lock")):
-            if not _complete(folder):
-                for debris in folder.parent.glob(f"{folder.name}.tmp-*"):   # whoever wrote it held this lock
-                    shutil.rmtree(debris, ignore_errors=True)
-                _write(folder, source, tokenizer, settings, num_proc, bad_record_limit)
-    except OSError as error:
-        raise InputError(f"the token cache cannot be written: {error}", where=str(folder.parent),
-                         fix="Make room, or set data.cache_dir (or LIT_LLM_CACHE) to another folder.") from None
+    folder = folder_of(source, tokenizer, asdict(settings), cache_dir)
+    if store := opened(folder):
+        return store
+    with sole_writer(folder):
+        if store := opened(folder, say=True):
+            return store
+        _write(folder, source, tokenizer, settings, num_proc, bad_record_limit)
     return TokenStore(folder)
 
 
 def wait_for(source: Source, tokenizer: Tokenizer, *, train_on: TrainOn = "assistant",
              on_bad_record: OnBadRecord = "error", cache_dir: str | None = None,
-             timeout: float = 3600) -> TokenStore:
+             patience: float = 60) -> TokenStore:
     """The store that another process prepares: polls the disk, so no collective can time out meanwhile.
 
     Raises:
-        InputError: Still not there after `timeout` seconds.
+        InputError: What stopped that process; or nobody has been at work for `patience` seconds.
     """
-    folder = _folder(source, tokenizer, Settings(train_on, on_bad_record), cache_dir)
-    end = time.monotonic() + timeout
-    while not _complete(folder):
-        if time.monotonic() > end:
-            raise InputError(f"the tokens of this source were not prepared within {timeout:.0f} seconds",
-                             where=source.path, fix="Run `python -m lit_llm prepare` first; is data.cache_dir shared?")
-        time.sleep(0.5)
-    return TokenStore(folder)
-
-
-# ---- the key ---------------------------------------------------------------------------------------------------------
-
-def cache_root(cache_dir: str | None) -> Path:
-    """The folder of all stores."""
-    return Path(cache_dir or os.environ.get("LIT_LLM_CACHE") or "~/.cache/lit_llm").expanduser()
-
-
-def _folder(source: Source, tokenizer: Tokenizer, settings: Settings, cache_dir: str | None) -> Path:
-    read = {key: value for key, value in asdict(source).items() if key != "weight"}
-    if sources.is_hub(source.path):
-        data = [[source.path, str(sources.hub_dataset(source)._fingerprint)]]
-    else:
-        data = [[str(path), _digest(path)] for path in sources.files(source)]
-    parts = [read, data, tokenizer.fingerprint, asdict(settings), _code()]
-    key = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
-    return cache_root(cache_dir) / key[:32]
-
-
-def _digest(path: Path) -> str:
-    try:
-        with path.open("rb") as stream:
-            return hashlib.file_digest(stream, "sha256").hexdigest()
-    except OSError as error:
-        raise InputError(f"cannot be read: {error.strerror}", where=str(path)) from None
-
-
-def _code() -> str:
-    """Any change to what turns bytes into tokens makes old stores stale."""
-    wing, package = Path(__file__).parent, Path(__file__).parents[1]
-    names = ("sources.py", "cleaning.py", "textfile.py", "readers.py", "recognition.py", "formats.py",
-             "prepare.py", "store.py")
-    parts = [*(wing / name for name in names),
-             *(package / name for name in ("conversation.py", "template.py", "encoder.py", "tokenizer.py"))]
-    return hashlib.sha256(b"".join(path.read_bytes() for path in parts if path.exists())).hexdigest()
+    return waited_for(folder_of(source, tokenizer, asdict(Settings(train_on, on_bad_record)), cache_dir), patience)
 
 
 # ---- records to batches ----------------------------------------------------------------------------------------------
 
 def _items(source: Source, tokenizer: Tokenizer) -> Iterator[Item]:
-    """Records with their places; a long document in parts, cut where no token and no rule of the tokenizer reaches."""
-    for record, place in sources.scan(source):
+    """Records with their places, JSON lines as they stand; a long document in parts, each to be read on its own."""
+    for record, place in sources.scan(source, parse=False):
         if isinstance(record, LongText):
+            size, done = max(Path(place.path).stat().st_size, 1), 0
             for piece, first, last in tokenizer.pieces(clean_blocks(record.blocks, source.clean)):
-                yield Part(piece, first, last), place
+                done += len(piece.text.encode("utf-8", "surrogatepass"))
+                yield Part(piece, first, last), replace(place, share=min(place.share + done / size, 1))
         else:
             yield record, place
 
 
 def _batches(items: Iterable[Item]) -> Iterator[list[Item]]:
     batch: list[Item] = []
-    characters = 0
+    size = 0
     for item in items:
         batch.append(item)
-        characters += _characters(item[0])
-        if len(batch) >= BATCH_RECORDS or characters >= BATCH_CHARACTERS:
+        size += _size(item[0])
+        if len(batch) >= BATCH_RECORDS or size >= BATCH_SIZE:
             yield batch
-            batch, characters = [], 0
+            batch, size = [], 0
     if batch:
         yield batch
 
 
-def _characters(record: Record | Part | InputError) -> int:
-    if isinstance(record, str):
+def _size(record: Any) -> int:
+    """About how many characters a record has."""
+    if isinstance(record, str | bytes):
         return len(record)
-    return len(record.piece.text) if isinstance(record, Part) else 1000
+    if isinstance(record, Part):
+        return len(record.piece.text)
+    if isinstance(record, dict):
+        return sum(map(_size, record.values()))
+    return sum(map(_size, record)) if isinstance(record, list) else 8
 
 
 # ---- batches to tokens -----------------------------------------------------------------------------------------------
@@ -198,6 +162,9 @@ def encode(items: list[Item], source: Source, tokenizer: Tokenizer,
                 said: Part | Document | Conversation = record
                 texts.append(record.piece)
             else:
+                record = parse_line(record, place.path, place.number) if isinstance(record, bytes) else record
+                if isinstance(record, InputError):
+                    raise record
                 notes: set[str] = set()
                 read = formats.convert(record, format=source.format, columns=source.columns,  # type: ignore[arg-type]
                                        notes=notes)
@@ -264,13 +231,14 @@ def _blocks(batches: Iterable[list[Item]], work: Any,
         raise InputError("a process that tokenizes was killed; memory may have run out", where="data.num_proc",
                          fix="Set --data.num_proc 1, or make memory free.") from None
     finally:
-        pool.shutdown(wait=False, cancel_futures=True)
+        pool.shutdown(cancel_futures=True)
 
 
 def _begin(work: Any, parent: int) -> None:
-    """In a new process: keep the work, and end when the parent has died, however it died."""
+    """In a new process: keep the work, and end when the parent ends, however it ends; Ctrl-C is for the parent."""
     global _work
     _work = work
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     threading.Thread(target=_outlive_nobody, args=(parent,), daemon=True).start()
 
@@ -304,7 +272,7 @@ def _write(folder: Path, source: Source, tokenizer: Tokenizer, settings: Setting
     temporary = folder.with_name(f"{folder.name}.tmp-{uuid.uuid4().hex[:8]}")
     temporary.mkdir()
     try:
-        writer, progress = Writer(temporary, source.path, token_dtype(tokenizer)), _Progress(source)
+        writer, progress = Writer(temporary, source.path, token_dtype(tokenizer)), Progress(source)
         work = partial(_to_block, source=source, tokenizer=tokenizer, train_on=settings.train_on)
         done = _blocks(_batches(_items(source, tokenizer)), work, _processes(source, num_proc))
         with contextlib.closing(done):
@@ -317,10 +285,10 @@ def _write(folder: Path, source: Source, tokenizer: Tokenizer, settings: Setting
                     writer.report.refuse_flood(bad_record_limit, "Mend them, name the source's `format` or `columns`, "
                                                "or raise data.bad_record_limit.")
                 progress.show(writer.report, items[-1][1])
-        progress.end(writer.report)
-        writer.close()
         _refuse_nothing(writer.report, source)
-        disk.replace_folder(temporary, folder)          # there only if someone emptied it by hand
+        writer.close()
+        disk.replace_folder(temporary, folder)          # there only if it was damaged
+        progress.end(writer.report, folder.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -330,53 +298,3 @@ def _refuse_nothing(report: Report, source: Source) -> None:
         reason, (count, first) = next(iter(report.dropped.items()), ("there are none", (0, "")))
         raise InputError(f"no record of {report.read} could be kept: {reason}" + (f" ({count} times)" if count else ""),
                          where=first or source.path)
-
-
-class _Progress:
-    """A line on stderr with tokens/s and time left, once it has taken 2 seconds."""
-
-    def __init__(self, source: Source) -> None:
-        self.began = self.shown = time.monotonic()
-        self.before: dict[str, int] = {}                # bytes of the files before each file
-        self.total = 0
-        if not sources.is_hub(source.path):
-            for path in sources.files(source):
-                self.before[str(path)] = self.total
-                self.total += path.stat().st_size
-
-    def show(self, report: Report, place: Place) -> None:
-        now = time.monotonic()
-        every = 0.5 if sys.stderr.isatty() else 10
-        if now - self.began < 2 or now - self.shown < every:
-            return
-        self.shown, spent = now, now - self.began
-        share = 0.0
-        if self.total and place.path in self.before:
-            size = Path(place.path).stat().st_size
-            share = (self.before[place.path] + size * place.share) / self.total
-        left = f", {spent / share - spent:.0f} s left" if share > 0 else ""
-        print(f"  preparing {report.source}: {report.read:,} records, {report.tokens:,} tokens, "
-              f"{report.tokens / spent:,.0f} tokens/s{left}   ",
-              end="\r" if sys.stderr.isatty() else "\n", file=sys.stderr, flush=True)
-
-    def end(self, report: Report) -> None:
-        if self.shown > self.began:
-            spent = time.monotonic() - self.began
-            print(f"  prepared {report.source}: {report.read:,} records, {report.tokens:,} tokens in {spent:.0f} s"
-                  + " " * 30, file=sys.stderr, flush=True)
-
-
-# ---- the disk --------------------------------------------------------------------------------------------------------
-
-def _complete(folder: Path) -> bool:
-    return (folder / "meta.json").exists()              # the folder came by rename, so all of it is there
-
-
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[IO[str]]:
-    """Held by one process; the system frees it when that process dies, however it dies."""
-    import fcntl
-
-    with path.open("w") as stream:
-        fcntl.flock(stream, fcntl.LOCK_EX)
-        yield stream

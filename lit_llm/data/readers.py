@@ -59,7 +59,7 @@ class LongText:
     blocks: Iterator[str]
 
 
-Record = dict[str, Any] | str | LongText
+Record = dict[str, Any] | str | bytes | LongText        # bytes: a JSON line for `parse_line`
 Found = tuple[Record | InputError, Place]
 
 
@@ -71,8 +71,13 @@ def kind_of(path: Path) -> str | None:
     return None if kind == "table" and packed else kind
 
 
-def scan_file(path: Path, *, document: str = "auto") -> Iterator[Found]:
+def scan_file(path: Path, *, document: str = "auto", parse: bool = True) -> Iterator[Found]:
     """Each record of a file, or the reason why it is none, with its place.
+
+    Args:
+        path: The file.
+        document: As in `Source`.
+        parse: False leaves JSON lines as bytes, for another process to parse.
 
     Raises:
         InputError: The file cannot be opened, what follows cannot be told apart any more, or it changed meanwhile.
@@ -84,7 +89,7 @@ def scan_file(path: Path, *, document: str = "auto") -> Iterator[Found]:
         case "table":
             found = scan_table(_open_table(path), str(path))
         case "json":
-            found = _json(path, notes)
+            found = _json(path, notes, parse)
         case "csv":
             found = _csv(path, notes)
         case _:
@@ -114,7 +119,7 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 DECODER = json.JSONDecoder(object_pairs_hook=_once)
 
 
-def _json(path: Path, notes: set[str]) -> Iterator[Found]:
+def _json(path: Path, notes: set[str], parse: bool) -> Iterator[Found]:
     """JSON lines, or one array, or objects spread over lines: told apart by how the file begins."""
     if not _is_lines(path):
         yield from _json_whole(path, notes)
@@ -123,7 +128,7 @@ def _json(path: Path, notes: set[str]) -> Iterator[Found]:
     for raw, number in lines(path, notes):
         done += len(raw) + 1
         if raw.strip():
-            yield _json_line(raw, path, number), Place(str(path), number, share=min(done / size, 1))
+            yield (parse_line(raw, path, number) if parse else raw), Place(str(path), number, share=min(done / size, 1))
 
 
 def _is_lines(path: Path) -> bool:
@@ -133,12 +138,13 @@ def _is_lines(path: Path) -> bool:
         return False
     if ".jsonl" in path.name.lower() or ".ndjson" in path.name.lower():
         return True
-    return not isinstance(_json_line(first, path, 1), InputError)
+    return not isinstance(parse_line(first, path, 1), InputError)
 
 
-def _json_line(raw: bytes, path: Path, number: int) -> Record | InputError:
+def parse_line(raw: bytes, path: Path | str, number: int) -> Record | InputError:
+    """The object that a JSON line holds, or why it holds none."""
     try:
-        text = decode(raw, path, number)
+        text = decode(raw, Path(path), number)
         return _record(DECODER.decode(text), text)
     except InputError as error:
         return error

@@ -75,13 +75,18 @@ def read(source: Source) -> Iterator[tuple[Record, str]]:
         yield record, str(place)
 
 
-def scan(source: Source) -> Iterator[Found]:
-    """Each record, or the reason why it is none, with its place; a file that cannot be opened raises."""
+def scan(source: Source, *, parse: bool = True) -> Iterator[Found]:
+    """Each record, or the reason why it is none, with its place; a file that cannot be opened raises.
+
+    Args:
+        source: What to read.
+        parse: False leaves JSON lines as bytes, for another process to parse.
+    """
     if is_hub(source.path):
         yield from scan_table(hub_dataset(source), source.path)
         return
     for path in files(source):
-        yield from scan_file(path, document=source.document)
+        yield from scan_file(path, document=source.document, parse=parse)
 
 
 # ---- which files -----------------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from lit_llm import disk
-from lit_llm.data.readers import Place
+from lit_llm.data.readers import Place, parse_line
 from lit_llm.errors import InputError
 from lit_llm.tokenizer import IGNORE_INDEX, SPEAKERS, Tokenizer, TokenSequence
 
@@ -82,17 +82,24 @@ class TokenStore:
 
     Args:
         folder: What `prepare` wrote.
+
+    Raises:
+        InputError: A file of it is missing, or not of the size it was written with.
     """
 
     def __init__(self, folder: Path) -> None:
-        meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
         self.folder, self.key = folder, folder.name
-        self.files: list[str] = meta["files"]
-        self.unit: str = meta["unit"]
-        self.report = Report(**meta["report"])
-        self.tokens = _mapped(folder / "tokens.bin", np.dtype(meta["dtype"]))
-        self.marks = _mapped(folder / "marks.bin", np.dtype("u1"))
-        self.sequences = _mapped(folder / "sequences.bin", SEQUENCE)
+        try:
+            meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+            self.files: list[str] = meta["files"]
+            self.unit: str = meta["unit"]
+            self.report = Report(**meta["report"])
+            dtype = np.dtype(meta["dtype"])
+        except (OSError, ValueError, KeyError, TypeError):
+            raise InputError("meta.json is missing or cannot be read", where=str(folder)) from None
+        self.tokens = _mapped(folder / "tokens.bin", dtype, self.report.tokens)
+        self.marks = _mapped(folder / "marks.bin", np.dtype("u1"), self.report.tokens)
+        self.sequences = _mapped(folder / "sequences.bin", SEQUENCE, self.report.sequences)
 
     def __len__(self) -> int:
         return len(self.sequences)
@@ -274,6 +281,7 @@ class Writer:
         self.report.drop(error.what[:120], error.where)
         self.report.quarantined += 1
         line = {"where": error.where, "reason": error.what}
+        record = parse_line(record, "") if isinstance(record, bytes) else record
         if not isinstance(record, InputError):
             line["record"] = record
         with (self.folder / "quarantine.jsonl").open("a", encoding="utf-8", errors="backslashreplace") as stream:
@@ -296,5 +304,11 @@ def _count(into: dict[str, int], more: dict[str, int]) -> None:
             into[name] = into.get(name, 0) + count
 
 
-def _mapped(path: Path, dtype: np.dtype) -> np.ndarray:
-    return np.memmap(path, dtype=dtype, mode="r") if path.stat().st_size else np.empty(0, dtype=dtype)
+def _mapped(path: Path, dtype: np.dtype, count: int) -> np.ndarray:
+    try:
+        size = path.stat().st_size
+    except OSError as error:
+        raise InputError(f"{path.name}: {error.strerror}", where=str(path.parent)) from None
+    if size != count * dtype.itemsize:
+        raise InputError(f"{path.name} has {size:,} bytes, not {count * dtype.itemsize:,}", where=str(path.parent))
+    return np.memmap(path, dtype=dtype, mode="r") if size else np.empty(0, dtype=dtype)

@@ -1,91 +1,145 @@
-"""How fast text becomes tokens, as ratios measured in one run.
+"""How fast documents become tokens, against the bare `tokenizers` batch encoder, and how much memory that takes.
 
-    python tests/benchmarks/prepare.py --tokenizer FOLDER --text FILE.txt --chats FILE.json
+    python -m tests.benchmarks.prepare --data FOLDER                the real texts, several tokenizers
+    python -m tests.benchmarks.prepare --data FOLDER --memory 2000  peak memory of corpora of so many megabytes
 
-`text`: `prepare`, reading, encoding and writing included, against the bare `tokenizers` batch encoder on the same
-documents, held in memory, on the same cores. `chats`: conversations per second, in one process and in as many as there
-are cores. `--big N` makes a text of N megabytes and says the peak memory of preparing it.
+The bare encoder has the same documents as strings in memory and all cores, and throws its ids away; `prepare` reads
+them from the disk, as JSON lines and as one text file, and writes the store.
 """
 
 import argparse
+import itertools
 import json
 import os
-import resource
-import subprocess
-import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
-os.environ["TOKENIZERS_PARALLELISM"] = "true"
+from tests.benchmarks.contest import alone, medians, memory, start, watch
 
-from lit_llm.data.prepare import prepare
-from lit_llm.data.sources import Source, read
-from lit_llm.tokenizer import Tokenizer
-
-
-def repeated(file, folder, megabytes):
-    """The paragraphs of a file over and over, each time others, as JSON lines."""
-    texts = [str(record) for record, _ in read(Source(file, document="paragraph"))]
-    path, size, turn = Path(folder) / "text.jsonl", 0, 0
-    with path.open("w", encoding="utf-8") as stream:
-        while size < megabytes << 20:
-            for number in range(0, len(texts), 20):
-                line = json.dumps({"text": f"{turn}.{number} " + "\n".join(texts[number:number + 20])}, ensure_ascii=False)
-                size += len(line.encode())
-                stream.write(line + "\n")
-            turn += 1
-    return str(path)
+TEXTS = ("pretrain/war_and_peace.txt", "pretrain/hongloumeng.txt", "pretrain/wiki_demo.txt")
+TOKENIZERS = ("tokenizers/qwen2", "gpt2", "models/stories260K-hf")
 
 
-def bare(tokenizer, file):
-    """Tokens per second of the library alone."""
-    texts = [record["text"] for record, _ in read(Source(file))]
-    began, tokens = time.perf_counter(), 0
-    for at in range(0, len(texts), 1000):
-        tokens += sum(len(encoding) for encoding in tokenizer.hf.backend_tokenizer.encode_batch_fast(
-            texts[at:at + 1000], add_special_tokens=False))
-    return tokens / (time.perf_counter() - began)
+def documents(text, size):
+    """Stretches of some 2,000 characters of a text, over and over, each time others, up to `size` characters."""
+    paragraphs = [part for part in text.split("\n") if part.strip()]
+    for turn in itertools.count():
+        held, length = [f"{turn}."], 0
+        for paragraph in paragraphs:
+            held.append(paragraph)
+            length += len(paragraph)
+            if length > 2000:
+                size -= length
+                yield "\n".join(held)
+                held, length = [f"{turn}."], 0
+            if size <= 0:
+                return
 
 
-def ours(*words):
-    """What `prepare` takes, in a process of its own for the sake of its peak memory."""
-    done = subprocess.run([sys.executable, __file__, "--one", json.dumps(words)], stdout=subprocess.PIPE, text=True,
-                          check=True)
-    return json.loads(done.stdout.splitlines()[-1])
+def written(text, folder, size):
+    """The documents as JSON lines and as one text file."""
+    paths = [f"{folder}/text.jsonl", f"{folder}/text.txt"]
+    with open(paths[0], "w", encoding="utf-8") as rows, open(paths[1], "w", encoding="utf-8") as whole:
+        for document in documents(text, size):
+            rows.write(json.dumps({"text": document}, ensure_ascii=False) + "\n")
+            whole.write(document + "\n")
+    return paths
 
 
-def one(file, tokenizer, cache, num_proc):
+def bare(tokenizer, rows):
+    os.environ["TOKENIZERS_PARALLELISM"] = "true"
+    from lit_llm.tokenizer import Tokenizer
+
+    encode = Tokenizer.load(tokenizer).hf.backend_tokenizer.encode_batch_fast
+    with open(rows, encoding="utf-8") as stream:
+        texts = [json.loads(line)["text"] for line in stream]
+    with watch() as took:
+        tokens = sum(len(encoding) for at in range(0, len(texts), 1000)
+                     for encoding in encode(texts[at:at + 1000], add_special_tokens=False))
+    return rates(tokens, took)
+
+
+def ours(tokenizer, path, num_proc=None):
+    from lit_llm.data.prepare import prepare
+    from lit_llm.data.sources import Source
+    from lit_llm.tokenizer import Tokenizer
+
     loaded = Tokenizer.load(tokenizer)
-    began = time.perf_counter()
-    report = prepare(Source(file), loaded, cache_dir=cache, num_proc=num_proc).report
-    took = time.perf_counter() - began
-    peak = [resource.getrusage(who).ru_maxrss / 1024 for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    print(json.dumps({"tokens": report.tokens / took, "records": report.kept / took, "peak": peak}))
+    with tempfile.TemporaryDirectory(dir=Path(path).parent) as cache, watch() as took:
+        report = prepare(Source(path), loaded, cache_dir=cache, num_proc=num_proc).report
+    return rates(report.tokens, took)
+
+
+def rates(tokens, took):
+    return {"tokens": tokens, "rate": tokens / took["seconds"], "cpu": took["cpu"] / tokens * 1e6}
+
+
+def gpt2(data, folder):
+    """GPT-2's published files under the names that transformers reads."""
+    target = Path(folder) / "gpt2"
+    target.mkdir()
+    for old, new in (("encoder.json", "vocab.json"), ("vocab.bpe", "merges.txt")):
+        (target / new).write_bytes((Path(data) / "tokenizers/gpt2" / old).read_bytes())
+    (target / "tokenizer_config.json").write_text(
+        '{"tokenizer_class": "GPT2Tokenizer", "eos_token": "<|endoftext|>", "bos_token": "<|endoftext|>"}')
+    return str(target)
+
+
+def speed(data, folder, megabytes, rounds):
+    print(f"{'text':<20} {'tokenizer':<16} {'bare':>11} {'jsonl':>6} {'txt':>6}   cpu: {'bare':>5} {'jsonl':>6} {'txt':>6}")
+    for text, name in itertools.product(TEXTS, TOKENIZERS):
+        tokenizer = gpt2(data, tempfile.mkdtemp(dir=folder)) if name == "gpt2" else str(data / name)
+        rows, whole = written((data / text).read_text(encoding="utf-8-sig"), folder, megabytes << 20)
+        of = medians(rounds, {"bare": partial(alone, bare, tokenizer, rows), "jsonl": partial(alone, ours, tokenizer, rows),
+                              "txt": partial(alone, ours, tokenizer, whole)})
+        wall = [of[way]["rate"] / of["bare"]["rate"] for way in ("jsonl", "txt")]
+        cpu = [of["bare"]["cpu"] / of[way]["cpu"] for way in ("jsonl", "txt")]
+        print(f"{Path(text).name:<20} {Path(name).name:<16} {of['bare']['rate']:>11,.0f} {wall[0]:>6.2f} {wall[1]:>6.2f}   "
+              f"{of['bare']['cpu']:>8.2f} us {cpu[0]:>6.2f} {cpu[1]:>6.2f}", flush=True)
+
+
+def chats(data, path, size):
+    """Alpaca's demos over and over, each time others."""
+    pairs = [one for name in ("en", "zh")
+             for one in json.loads((data / f"sft/llamafactory/alpaca_{name}_demo.json").read_text(encoding="utf-8"))]
+    with open(path, "w", encoding="utf-8") as stream:
+        while stream.tell() < size:
+            turn = stream.tell()
+            for pair in pairs:
+                stream.write(json.dumps(pair | {"instruction": f"{turn}. {pair['instruction']}"}, ensure_ascii=False) + "\n")
+    return path
+
+
+def peak(data, folder, megabytes, kinds):
+    """Sampled five times a second over all processes together."""
+    size = megabytes * 1_000_000
+    paths = dict(zip(("jsonl", "txt"), written((data / TEXTS[0]).read_text(encoding="utf-8-sig"), folder, size), strict=True))
+    for kind in kinds:
+        path = paths.get(kind) or chats(data, f"{folder}/chats.jsonl", size)
+        process, most = start(ours, str(data / TOKENIZERS[0]), path), (0.0, 0.0)
+        while process.poll() is None:
+            most = tuple(map(max, most, memory(process.pid)))
+            time.sleep(0.2)
+        figures = json.loads(process.stdout.read().splitlines()[-1])
+        print(f"{kind:<6} {Path(path).stat().st_size / 1e6:,.0f} MB, {figures['rate']:,.0f} tokens/s: peak "
+              f"{most[0]:,.0f} MB (sum of RSS {most[1]:,.0f} MB)", flush=True)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    for name in ("tokenizer", "text", "chats", "one"):
-        parser.add_argument(f"--{name}")
-    parser.add_argument("--megabytes", type=int, default=40)
-    parser.add_argument("--big", type=int)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--megabytes", type=int, default=20, help="of text for the speed")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--memory", type=int, metavar="MEGABYTES")
+    parser.add_argument("--kinds", nargs="+", default=["jsonl", "txt", "chats"], help="of corpus for the memory")
     given = parser.parse_args()
-    if given.one:
-        one(*json.loads(given.one))
-        return
     with tempfile.TemporaryDirectory() as folder:
-        if given.text:
-            file = repeated(given.text, folder, given.big or given.megabytes)
-            for number in range(1 if given.big else 3):
-                library = 0 if given.big else bare(Tokenizer.load(given.tokenizer), file)
-                mine = ours(file, given.tokenizer, f"{folder}/text{number}", None)
-                ratio = f", {mine['tokens'] / library:.2f} of the bare encoder's {library:,.0f}" if library else ""
-                print(f"text: {mine['tokens']:,.0f} tokens/s{ratio}; peak memory {mine['peak'][0]:.0f} MB, largest "
-                      f"process beside it {mine['peak'][1]:.0f} MB", flush=True)
-        for num_proc in (1, None) if given.chats else ():
-            mine = ours(given.chats, given.tokenizer, f"{folder}/chats{num_proc}", num_proc)
-            print(f"chats, {num_proc or 'all'} processes: {mine['records']:,.0f} records/s, {mine['tokens']:,.0f} tokens/s")
+        if given.memory:
+            peak(given.data, folder, given.memory, given.kinds)
+        else:
+            speed(given.data, folder, given.megabytes, given.rounds)
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ def bytes_of(store):
 def small(monkeypatch):
     """Blocks, batches and pieces of some hundred characters, so that a small text has many."""
     for module, name, value in ((textfile, "BLOCK", 700), (readers, "LONG", 3000), (encoder, "PIECE", 1500),
-                                (preparing, "BATCH_RECORDS", 7), (preparing, "BATCH_CHARACTERS", 4000)):
+                                (preparing, "BATCH_RECORDS", 7), (preparing, "BATCH_SIZE", 4000)):
         monkeypatch.setattr(module, name, value)
 
 

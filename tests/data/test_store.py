@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from lit_llm.conversation import Conversation, Document
-from lit_llm.data.prepare import prepare, wait_for
+from lit_llm.data.prepare import prepare
 from lit_llm.data.sources import Source
 from lit_llm.errors import InputError
 
@@ -80,16 +80,6 @@ def test_two_at_once_write_it_once(tokenizer, jsonl):
         stores = list(pool.map(lambda _: prepare(Source(path), tokenizer), range(3)))
     assert len({store.key for store in stores}) == 1
     assert not list(stores[0].folder.parent.glob("*.tmp-*"))
-
-
-def test_a_waiting_rank_sees_the_store_or_says_what_to_do(tokenizer, jsonl):
-    path = jsonl([chat()])
-    with pytest.raises(InputError, match="not prepared within"):
-        wait_for(Source(path), tokenizer, timeout=0)
-    with ThreadPoolExecutor(1) as pool:
-        waiting = pool.submit(wait_for, Source(path), tokenizer, timeout=30)
-        made = prepare(Source(path), tokenizer)
-        assert waiting.result().key == made.key
 
 
 BAD = [chat("a", "b"), {"text": "  "}, {"messages": [{"role": "user", "content": "alone"}]},

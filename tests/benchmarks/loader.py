@@ -1,0 +1,89 @@
+"""How much faster than training the batches come: tokens/s of the loader alone against those of a training step.
+
+    python -m tests.benchmarks.loader --data FOLDER
+
+The step is that of the embedded toy Llama (forward, loss, backward, AdamW) on one of the very same batches, on every core:
+the fastest step there is on this machine, so the hardest to keep fed.
+"""
+
+import argparse
+import os
+import tempfile
+import time
+from functools import partial
+from pathlib import Path
+
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+from tests.benchmarks.contest import alone, medians
+
+
+def module(file, cache, seq_len, batch_size):
+    from lit_llm.data.datamodule import TextDataModule
+    from lit_llm.data.sources import Source
+
+    made = TextDataModule([Source(file)], tokenizer="sample:base", seq_len=seq_len, batch_size=batch_size, cache_dir=cache,
+                          on_bad_record="quarantine")
+    made.prepare_data()
+    made.setup("fit")
+    return made
+
+
+def rate(tokens, calls, seconds=3.0):
+    """Tokens per second of a call that is repeated for a while."""
+    next(calls)
+    began, done = time.perf_counter(), 0
+    while time.perf_counter() - began < seconds:
+        next(calls)
+        done += tokens
+    return {"rate": done / (time.perf_counter() - began)}
+
+
+def loader(*given):
+    rows = module(*given).train_dataloader()
+    batches = (batch for _ in iter(int, 1) for batch in rows)
+    return rate(given[2] * given[3], batches)
+
+
+def step(*given):
+    os.environ.pop("OMP_NUM_THREADS", None)
+    import torch
+
+    from lit_llm import attention, model
+    from lit_llm.samples import resolve
+    from lit_llm.training.loss import nll_sum
+
+    llama = model.load_causal_lm(resolve("sample:base"), attention=attention.NAME).train()
+    optimizer = torch.optim.AdamW(llama.parameters(), lr=1e-4)
+    batch = next(iter(module(*given).train_dataloader()))
+
+    def steps():
+        while True:
+            hidden = model.backbone(llama)(
+                input_ids=batch["input_ids"].view(1, -1), position_ids=batch["position_ids"].view(1, -1), use_cache=False,
+                attention_mask=None, cu_seqlens=batch["cu_seqlens"], max_seqlen=batch["max_seqlen"]).last_hidden_state[0]
+            (nll_sum(hidden, batch["labels"].view(-1), model.head(llama)).total / batch["num_supervised"]).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            yield
+
+    return rate(given[2] * given[3], steps())
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--rounds", type=int, default=3)
+    given = parser.parse_args()
+    file = str(given.data / "sft/llamafactory/alpaca_en_demo.json")
+    with tempfile.TemporaryDirectory() as cache:
+        for seq_len, batch_size in ((256, 8), (1024, 4), (2048, 8)):
+            words = (file, cache, seq_len, batch_size)
+            of = medians(given.rounds, {"loader": partial(alone, loader, *words), "step": partial(alone, step, *words)})
+            fed, eaten = of["loader"]["rate"], of["step"]["rate"]
+            print(f"{batch_size} rows of {seq_len}: the loader {fed:,.0f} tokens/s, the step {eaten:,.0f}: {fed / eaten:,.0f} times",
+                  flush=True)
+
+
+if __name__ == "__main__":
+    main()
