@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lit_llm.errors import InputError
-from lit_llm.template import Rendered, Span
+from lit_llm.rendering import Rendered, Span
 
 # Private use, no part of it twice: stands in for the token before a section.
 ANCHOR = "\U0010fffd\U0010f8ff\U0010fffc"

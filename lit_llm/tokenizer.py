@@ -19,8 +19,9 @@ from lit_llm import hub
 from lit_llm.conversation import ROLES, Conversation, Document
 from lit_llm.encoder import Encoder, Piece
 from lit_llm.errors import InputError
+from lit_llm.rendering import Rendered, Span
 from lit_llm.samples import resolve
-from lit_llm.template import ChatTemplate, Rendered, Span, chatml
+from lit_llm.template import ChatTemplate, chatml
 
 IGNORE_INDEX = -100
 TrainOn = Literal["assistant", "last", "all"]
@@ -61,7 +62,8 @@ class Tokenizer:
         added = self._backend.get_added_tokens_decoder()
         self._encoder = Encoder(self._backend)
         self.special_ids = self._encoder.special_ids
-        self.template = ChatTemplate(self._jinja, [token.content for token in added.values() if token.special])
+        self.template = ChatTemplate(self._jinja, [token.content for token in added.values() if token.special],
+                                     str(hf.eos_token))
         self.vocab_size = len(hf)
         self.bos_id, self.eos_id = hf.bos_token_id, hf.eos_token_id
         self.pad_id: int = hf.pad_token_id if hf.pad_token_id is not None else hf.eos_token_id
@@ -96,10 +98,8 @@ class Tokenizer:
 
     @cached_property
     def stop_ids(self) -> tuple[int, ...]:
-        """Ids that end an answer: the chat template's end of turn, then the tokenizer's end of text."""
-        stop = self.template.stop_token()
-        ids = [self.hf.convert_tokens_to_ids(stop)] if stop else []
-        return tuple(dict.fromkeys([*ids, self.eos_id]))
+        """Ids that end an answer: the chat template's end of turn and of a call, then the tokenizer's end of text."""
+        return tuple(dict.fromkeys([*map(self.hf.convert_tokens_to_ids, self.template.stop_tokens), self.eos_id]))
 
     # ---- text to tokens ----------------------------------------------------------------------------------------------
 
@@ -164,7 +164,7 @@ class Tokenizer:
         """The conversation up to one answer, that answer labelled."""
         rendered = self.template.render(conversation.upto(place + 1))
         if place not in {at for at, *_ in rendered.answers}:
-            raise _hidden(place)
+            rendered = self.template.served(conversation.upto(place + 1))
         return self._labelled(rendered, [place])
 
     def _labelled(self, rendered: Rendered, wanted: Sequence[int]) -> TokenSequence:

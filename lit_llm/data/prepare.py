@@ -142,10 +142,10 @@ def _digest(path: Path) -> str:
 def _code() -> str:
     """Any change to what turns bytes into tokens makes old stores stale."""
     wing, package = Path(__file__).parent, Path(__file__).parents[1]
-    names = ("sources.py", "cleaning.py", "textfile.py", "readers.py", "formats.py", "prepare.py", "store.py")
-    parts = [*(wing / name for name in names),
-             *(package / name for name in ("conversation.py", "template.py", "encoder.py", "tokenizer.py"))]
-    return hashlib.sha256(b"".join(path.read_bytes() for path in parts if path.exists())).hexdigest()
+    names = ("sources", "cleaning", "textfile", "readers", "formats", "prepare", "store")
+    nouns = ("conversation", "rendering", "template", "encoder", "tokenizer")
+    parts = [*(wing / f"{name}.py" for name in names), *(package / f"{name}.py" for name in nouns)]
+    return hashlib.sha256(b"".join(path.read_bytes() for path in parts)).hexdigest()
 
 
 # ---- records to batches ----------------------------------------------------------------------------------------------
