@@ -59,8 +59,8 @@ class ChatTemplate(Renderer):
             others = (message.reasoning_content, message.name, message.tool_call_id, message.tool_calls)
             self.refuse_forgery(f"message {place + 1}", others)
         text = self.text(conversation, generation_prompt=generation_prompt)
-        if generation_prompt:
-            self._refuse_unasked(conversation, text)
+        if generation_prompt and (lack := _unasked(conversation, text)):
+            raise InputError(f"the chat template does not show {lack}")
         found = self.contents(conversation, text, generation_prompt)
         whole = None if generation_prompt else text
         answers: list[tuple[int, int, int]] = []
@@ -80,7 +80,10 @@ class ChatTemplate(Renderer):
 
     def _answer(self, conversation: Conversation, place: int, text: str, found: list[tuple[int, Span]],
                 whole: str | None) -> Span | None:
-        """What the model must produce at this turn: from the end of its prompt to the end of its stop token."""
+        """What the model must produce at this turn: from the end of its prompt to the end of its stop token.
+
+        None where this text does not show it so; `served` knows the reason.
+        """
         if not place:
             return None                             # a greeting: nothing was asked
         before = conversation.upto(place)
@@ -92,25 +95,22 @@ class ChatTemplate(Renderer):
         own = next((span for index, span in found if index == place and span[0] >= len(prompt)), None)
         if own and text[len(prompt):own[0]].strip() and prompt == self.text(before):
             return None                             # no generation prompt: the header would be learned as an answer
-        stop = self._stop(fresh, len(prompt), own, conversation.messages[place])
-        if not stop or text[:stop] != fresh[:stop]:
+        message = conversation.messages[place]
+        stop = self._stop(fresh, len(prompt), own, message)
+        if not stop or text[:stop] != fresh[:stop] or _unasked(before, prompt) or _unsaid(message, text[len(prompt):stop]):
             return None
-        self._refuse_unasked(before, prompt)
-        self._refuse_unsaid(conversation.messages[place], place, text[len(prompt):stop])
         return len(prompt), stop
 
     def _stop(self, fresh: str, begin: int, own: Span | None, message: Message) -> int:
         """Where the stop token of the last turn ends, or 0 where the template writes none."""
         if own and not message.tool_calls:
+            if self._tail and fresh.startswith(self._tail, own[1]):
+                return own[1] + len(self._tail)
             found = self.special.search(fresh, own[1])
-        else:                                       # calls may begin with a control token: the turn's last one ends it
-            after = list(self.special.finditer(fresh, begin))
-            found = next((stop for stop in reversed(after) if stop[0] == self._stops[0]), after[-1]) if (
-                after and self._stops) else None
-        if not found:
-            return 0
-        more = "".join(self._stops[1:])
-        return found.end() + len(more) * (found[0] == self._stops[0] and fresh.startswith(more, found.end()))
+            return found.end() if found else 0
+        after = list(self.special.finditer(fresh, begin))       # calls hold control tokens: the turn's last one ends it
+        last = next((stop for stop in reversed(after) if self._tail.endswith(stop[0])), None)
+        return (last or after[-1]).end() if after and self._tail else 0
 
     def served(self, conversation: Conversation) -> Rendered:
         """The last answer behind its own generation prompt, for templates that show it otherwise in a text.
@@ -135,7 +135,8 @@ class ChatTemplate(Renderer):
         else:
             stop = self._stop(fresh, begin, own, message)
             said = fresh[begin:stop] if stop else fresh[begin:own[1] if own else len(fresh.rstrip())] + self._own_end()
-        self._refuse_unsaid(message, place, said)
+        if lack := _unsaid(message, said):
+            raise InputError(f"the chat template does not show the {lack} of message {place + 1}")
         shift = len(prompt.text) - (begin or 0)
         spans = [(own[0] + shift, own[1] + shift)] if own else []
         return Rendered(prompt.text + said, prompt.literals, (*prompt.words, *spans),
@@ -174,76 +175,88 @@ class ChatTemplate(Renderer):
             raise InputError("the generation prompt opens a thinking that this answer lacks: it must come with "
                              "reasoning_content, or begin with <think>")
         self.refuse_forgery("the answer", message.content)
-        end = "".join(self._stops) or self._own_end()
+        end = self._tail.strip() or self._own_end()
         return thoughts.strip("\n") + "\n</think>\n\n" + content.lstrip("\n") + end
 
     @cached_property
-    def _probe(self) -> tuple[tuple[str, ...], str]:
-        """The control tokens with which a plain answer ends, and all that stands behind it.
+    def _probe(self) -> tuple[str, str]:
+        """What the template writes behind a plain answer: (as far as its stop token, all of it).
 
-        Several where they stand side by side also when the talk goes on; an end of the whole text is none of them.
+        Of the control tokens that stand there whether or not the talk goes on, that is the tokenizer's end of text, or
+        else the last before one that opens turns. An end of the whole text is none.
         """
         for tools in ((), (PROBE_TOOL,)):
             asked = Conversation((Message("user", "x"), Message("assistant", "y")), tools)
-            tails = []
+            tails: list[str] = []
+            opens: set[str] = set()
             for conversation in (asked, asked.append(Message("user", "z"))):
                 with suppress(InputError):
                     text = self.text(conversation)
                     found = self.contents(conversation, text, False)
                     tails += [text[stop:] for index, (_, stop) in found if index == 1]
+                    opens |= {match for index, (start, _) in found if index == 0
+                              for match in self.special.findall(text, 0, start)}
             if tails:
                 break
         else:
-            return (), "?"
-        run: list[re.Match[str]] = []
+            return "", "?"
+        stop = 0
         for match in self.special.finditer(tails[0]):
-            if run and (match.start() != run[-1].end() or not tails[-1].startswith(tails[0][:match.end()])):
+            if stop and (match[0] in opens - {self._eos} or not tails[-1].startswith(tails[0][:match.end()])):
                 break
-            run.append(match)
-        return tuple(match[0] for match in run), tails[0].strip()
+            stop = match.end()
+            if match[0] == self._eos:
+                break
+        return tails[0][:stop], tails[0].strip()
 
     @property
-    def _stops(self) -> tuple[str, ...]:
+    def _tail(self) -> str:
         return self._probe[0]
 
     def _own_end(self) -> str:
-        """The tokenizer's end of text, for templates that write no stop token."""
-        stops, tail = self._probe
-        if stops or tail == "?":
+        """The tokenizer's end of text, for templates that write nothing behind an answer."""
+        tail, rest = self._probe
+        if tail or rest == "?":
             raise InputError("the chat template does not show where the answer stops")
-        if tail:
-            raise InputError(f"the chat template ends an answer with {tail[:40]!r}, which is no control token of this "
+        if rest:
+            raise InputError(f"the chat template ends an answer with {rest[:40]!r}, which is no control token of this "
                              "tokenizer, so nothing would stop there")
         return self._eos
-
-    def _refuse_unsaid(self, message: Message, place: int, said: str) -> None:
-        """Refuse to learn an answer that lacks what the message says."""
-        shown = all(call["function"]["name"] in said for call in message.tool_calls)
-        words = message.content.rpartition("</think>")[2].strip()
-        if not shown or not (message.tool_calls or words in said):
-            raise InputError(f"the chat template does not show {'the tool calls' if not shown else 'the content'} of "
-                             f"message {place + 1}")
-
-    def _refuse_unasked(self, conversation: Conversation, prompt: str) -> None:
-        """Refuse a prompt that lacks what was asked, or the tools."""
-        if conversation.tools and not any(name in prompt for name in _tool_names(conversation.tools)):
-            raise InputError("the chat template does not show the tools of this conversation")
-        for number, other in enumerate(conversation.messages):
-            lines = [line.strip() for line in other.content.split("\n") if line.strip()]
-            if lines and other.role in ("system", "user") and not any(line in prompt for line in lines):
-                raise InputError(f"the chat template does not show message {number + 1} ({other.role})")
 
     @cached_property
     def stop_tokens(self) -> tuple[str, ...]:
         """The control tokens that end an answer, and a tool call where that is another."""
-        stops = [self._stops[-1]] if self._stops else []
-        with suppress(InputError):
-            call = {"type": "function", "id": "abcdefgh1", "function": {"name": "probe", "arguments": {"x": 1}}}
-            calling = Conversation((Message("user", "x"), Message("assistant", tool_calls=(call,))), (PROBE_TOOL,))
-            rendered = self.render(calling)
-            for _, start, stop in rendered.answers:
-                stops.append(list(self.special.finditer(rendered.text, start, stop))[-1][0])
+        asked, call = Message("user", "x"), {"type": "function", "id": "abcdefgh1", "function": {
+            "name": "probe", "arguments": {"x": 1}}}
+        stops = self.special.findall(self._tail)[-1:]
+        for calls in ((call,), (call, call)):
+            with suppress(InputError):
+                calling = Conversation((asked, Message("assistant", tool_calls=calls)), (PROBE_TOOL,))
+                rendered = self.render(calling)
+                rendered = rendered if rendered.answers else self.served(calling)
+                ((_, start, stop),) = rendered.answers
+                stops += self.special.findall(rendered.text, start, stop)[-1:]
         return tuple(dict.fromkeys(stops))
+
+
+def _unsaid(message: Message, said: str) -> str:
+    """What of a message the answer lacks; empty where it says it all."""
+    if not all(call["function"]["name"] in said for call in message.tool_calls):
+        return "tool calls"
+    if message.content.rpartition("</think>")[2].strip() not in said:
+        return "content"
+    return "" if (message.reasoning_content or "").strip() in said else "reasoning"
+
+
+def _unasked(conversation: Conversation, prompt: str) -> str:
+    """What of the question the prompt lacks: tools, or what someone said; empty where it shows it all."""
+    if conversation.tools and not any(name in prompt for name in _tool_names(conversation.tools)):
+        return "the tools of this conversation"
+    for number, other in enumerate(conversation.messages):
+        lines = [line.strip() for line in other.content.split("\n") if line.strip()]
+        if lines and other.role != "assistant" and not any(line in prompt for line in lines):
+            return f"message {number + 1} ({other.role})"
+    return ""
 
 
 def _name(tag: str) -> str:
