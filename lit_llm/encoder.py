@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lit_llm.errors import InputError
-from lit_llm.template import Rendered, Span
+from lit_llm.rendering import Rendered, Span
 
 # Private use, no part of it twice: stands in for the token before a section.
 ANCHOR = "\U0010fffd\U0010f8ff\U0010fffc"
@@ -33,6 +33,14 @@ class Piece(NamedTuple):
     before: str
     text: str
     skip: int = 0
+
+
+class Reading(NamedTuple):
+    """(T,) ids, the span of characters that each stands for, and the seams at which the text had to be parted."""
+
+    ids: list[int]
+    offsets: list[Span]
+    torn: list[int]
 
 
 class Encoder:
@@ -52,8 +60,8 @@ class Encoder:
         self._hints = {token.content[:2] for token in marks}
         self._sayable = _any_of(token.content for token in added.values() if not token.special)
 
-    def encode(self, rendered: Rendered) -> tuple[list[int], list[Span]]:
-        """(T,) ids, and the span of characters that each stands for.
+    def encode(self, rendered: Rendered, seams: Sequence[int] = ()) -> Reading:
+        """The text read whole; parted at those of the seams where a token would straddle.
 
         Raises:
             InputError: Content would become a control token all the same, or holds half of a surrogate pair.
@@ -61,14 +69,13 @@ class Encoder:
         text, tokens = rendered.text, self._tokens(rendered)
         forged = [start for start, *_ in tokens] != [found.start() for found in self._added.finditer(text)]
         ids, offsets = self._sections(text, tokens) if forged else self.whole(text)
-        seams = [start for _, start, _ in rendered.answers
-                 if not self._clean_seam(text, start, tokens, forged, ids, offsets)]
-        if seams:
-            ids, offsets = self._sections(text, tokens, seams)
+        torn = [seam for seam in seams if not self._clean_seam(text, seam, tokens, forged, ids, offsets)]
+        if torn:
+            ids, offsets = self._sections(text, tokens, torn)
         controls = [id_ for *_, id_ in tokens if id_ in self.special_ids]
         if [id_ for id_ in ids if id_ in self.special_ids] != controls:
             raise InputError(f"text in {text[:80]!r} becomes a control token")
-        return ids, offsets
+        return Reading(ids, offsets, torn)
 
     def _tokens(self, rendered: Rendered) -> list[tuple[int, int, int]]:
         """(start, stop, id) of the added tokens that are meant: the template's own, and what the assistant says."""

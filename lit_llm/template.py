@@ -1,22 +1,20 @@
-r"""A conversation in; the text that the model reads out, with the spans of it that are content and that are answers.
+r"""A conversation in; the text that the model reads out, with the spans of it that are answers.
 
-The one place where a conversation is rendered, for training, evaluation, chat and serving. Knows the chat template
-(jinja) and characters, never token ids.
-
-    <|im_start|>user\n What is 2+2? <|im_end|>\n<|im_start|>assistant\n 4 <|im_end|> \n
-                       ~~~~literal~~                                    ~literal
-                                                                        ^^answer^^^^   supervised: stop token too
+The one place where a conversation is rendered, for training, evaluation, chat and serving. An answer is what the model
+must produce behind the very prompt that it is served with, or the conversation is refused with the reason.
 """
 
 import re
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from functools import cached_property
 from typing import Any
 
-from lit_llm.conversation import ROLES, Conversation, Message
+from lit_llm.conversation import Conversation, Message
 from lit_llm.errors import InputError
+from lit_llm.rendering import PROBE_TOOL, Rendered, Renderer, Span
 
-Span = tuple[int, int]
+WORD = re.compile(r"<[^<>\s]*>|\[/?[A-Z_]+\]|[^\s<\[]+|\S")     # a tag or a word
 
 CHATML = (
     "{%- if tools %}{{ raise_exception('this chat template knows no tools') }}{% endif -%}"
@@ -35,52 +33,19 @@ def chatml(start: str, end: str) -> str:
     return CHATML.replace("START", repr(start)).replace("END + ", repr(end) + " + ")
 
 
-@dataclass(frozen=True, slots=True)
-class Rendered:
-    """Text with its anatomy; all spans are character offsets into `text`.
-
-    Args:
-        text: What the model reads, special tokens spelled out.
-        literals: Where the content of others stands: every spelled token in there is only text.
-        words: Where the assistant's content stands: control tokens in there are only text, but what it says with tokens
-            that are not special (`<think>`) is read as it said it.
-        answers: For each assistant turn that the text shows as it was produced: (message index, start, stop); start is
-            where the generation prompt ends, stop lies behind the stop token.
-        speakers: (start, stop, role) of each content.
-    """
-
-    text: str
-    literals: tuple[Span, ...]
-    words: tuple[Span, ...] = ()
-    answers: tuple[tuple[int, int, int], ...] = ()
-    speakers: tuple[tuple[int, int, str], ...] = ()
-
-
-class ChatTemplate:
-    """A jinja chat template and the proof that what it rendered is understood.
+class ChatTemplate(Renderer):
+    """A chat template, and where in its text each answer begins and stops.
 
     Args:
         render: `(messages, tools, add_generation_prompt) -> text`; the tokenizer's sandboxed jinja.
         special_tokens: Spellings that the tokenizer turns into control tokens; a stop token is one of them.
+        eos: The tokenizer's end of text, which ends an answer where the template writes no stop token.
     """
 
-    def __init__(self, render: Callable[[list[dict], list[dict] | None, bool], str], special_tokens: list[str]) -> None:
-        self._render = render
-        ordered = sorted(special_tokens, key=len, reverse=True)
-        self.special = re.compile("|".join(map(re.escape, ordered)) or r"(?!)")
-        self._skeletons: dict[tuple[Any, ...], list[str] | None] = {}
-
-    def text(self, conversation: Conversation, *, generation_prompt: bool = False) -> str:
-        """The rendered text.
-
-        Raises:
-            InputError: The template refuses this conversation (a role it lacks, two equal roles in a row, tools).
-        """
-        try:
-            tools = [dict(tool) for tool in conversation.tools] or None
-            return self._render(conversation.to_openai(), tools, generation_prompt)
-        except Exception as error:                  # a template is a stranger's program: it may raise anything
-            raise InputError(f"the chat template refuses this conversation: {str(error)[:200]}") from None
+    def __init__(self, render: Callable[[list[dict], list[dict] | None, bool], str], special_tokens: list[str],
+                 eos: str) -> None:
+        super().__init__(render, special_tokens)
+        self._eos = eos
 
     def render(self, conversation: Conversation, *, generation_prompt: bool = False) -> Rendered:
         """Text, literal spans and answer spans of a conversation.
@@ -89,12 +54,14 @@ class ChatTemplate:
             InputError: The template refuses the conversation, or control tokens are spelled where we cannot follow what
                 the template does with them, so that user text could pass for structure.
         """
-        self._refuse_forgery("tools", conversation.tools)
+        self.refuse_forgery("tools", conversation.tools)
         for place, message in enumerate(conversation.messages):
             others = (message.reasoning_content, message.name, message.tool_call_id, message.tool_calls)
-            self._refuse_forgery(f"message {place + 1}", others)
+            self.refuse_forgery(f"message {place + 1}", others)
         text = self.text(conversation, generation_prompt=generation_prompt)
-        found = self._contents(conversation, text, generation_prompt)
+        if generation_prompt and (lack := _unasked(conversation, text)):
+            raise InputError(f"the chat template does not show {lack}")
+        found = self.contents(conversation, text, generation_prompt)
         whole = None if generation_prompt else text
         answers: list[tuple[int, int, int]] = []
         literals: list[Span] = []
@@ -109,135 +76,198 @@ class ChatTemplate:
         speakers = tuple((*span, conversation.messages[place].role) for place, span in found)
         return Rendered(text, tuple(literals), tuple(words), tuple(answers), speakers)
 
-    # ---- where content stands ----------------------------------------------------------------------------------------
-
-    def _contents(self, conversation: Conversation, text: str, generation_prompt: bool) -> list[tuple[int, Span]]:
-        """(message index, span) of contents in `text`: of all, else of all but the assistant's.
-
-        Templates that rewrite answers (they drop old thinking) still write what others say as it is.
-        """
-        for roles in (ROLES, tuple(role for role in ROLES if role != "assistant"), ()):
-            found = self._literals(conversation, text, generation_prompt, roles)
-            if found is not None:
-                break
-        for place, message in enumerate(conversation.messages):
-            if message.role not in roles:
-                self._refuse_forgery(f"message {place + 1}", message.content)
-        return found or []
-
-    def _literals(self, conversation: Conversation, text: str, generation_prompt: bool,
-                  roles: tuple[str, ...]) -> list[tuple[int, Span]] | None:
-        """(message index, span) of every content of these roles, or None where the template changed one.
-
-        The same conversation is rendered once more with a mark in place of each content: what stands between the marks
-        is the template's own text. If those pieces with the contents between them spell `text`, the spans are proven.
-        """
-        pieces = self._skeleton(conversation, text, generation_prompt, roles)
-        if pieces is None or not text.startswith(pieces[0]):
-            return None
-        found, at = [], len(pieces[0])
-        for number, own in zip(pieces[1::2], pieces[2::2], strict=True):
-            place = int(number)
-            for content in _as_written(conversation.messages[place].content):
-                if text.startswith(content + own, at):
-                    found.append((place, (at, at + len(content))))
-                    at += len(content) + len(own)
-                    break
-            else:
-                return None
-        return found if at == len(text) else None
-
-    def _skeleton(self, conversation: Conversation, text: str, generation_prompt: bool,
-                  roles: tuple[str, ...]) -> list[str] | None:
-        """The template's own text around marks, with the marks' numbers between; None where it refuses them.
-
-        Contents are gone from it, so conversations of one shape share it: same roles, and nothing but contents.
-        """
-        mark = _unused([text, *_strings(conversation.to_openai()), *_strings(conversation.tools)])
-        shared = not conversation.tools and all(
-            message.is_plain and message.role in roles for message in conversation.messages)
-        shape = (mark, generation_prompt, roles, *((message.role, bool(message.content))
-                                                   for message in conversation.messages))
-        if shared and shape in self._skeletons:
-            return self._skeletons[shape]
-        marked = replace(conversation, messages=tuple(
-            replace(message, content=f"{mark}{place}{mark}") if message.content and message.role in roles else message
-            for place, message in enumerate(conversation.messages)))
-        try:
-            pieces = re.split(f"{mark}([0-9]+){mark}", self.text(marked, generation_prompt=generation_prompt))
-        except InputError:
-            pieces = None
-        if shared and len(self._skeletons) < 1000:
-            self._skeletons[shape] = pieces
-        return pieces
-
-    def _refuse_forgery(self, where: str, value: Any) -> None:
-        for text in _strings(value):
-            if found := self.special.search(text):
-                raise InputError(f"{where} spells the control token {found[0]!r} where the chat template may change "
-                                 "it, so it could pass for the template's own")
-
     # ---- where answers stand -----------------------------------------------------------------------------------------
 
     def _answer(self, conversation: Conversation, place: int, text: str, found: list[tuple[int, Span]],
                 whole: str | None) -> Span | None:
-        """What the model must produce at this turn: from the end of its prompt to the end of its stop token."""
+        """What the model must produce at this turn: from the end of its prompt to the end of its stop token.
+
+        None where this text does not show it so; `served` knows the reason.
+        """
+        if not place:
+            return None                             # a greeting: nothing was asked
         before = conversation.upto(place)
-        if not before.messages:
-            return None
         prompt = self.text(before, generation_prompt=True)
         if not text.startswith(prompt):
             return None                             # the template shows this turn otherwise than it was produced
         ends = place + 1 == len(conversation.messages)
         fresh = whole if ends and whole is not None else self.text(conversation.upto(place + 1))    # as it was produced
-        own = [span for index, span in found if index == place and span[0] >= len(prompt)]
-        if own and text[len(prompt):own[0][0]].strip() and prompt == self.text(before):
+        own = next((span for index, span in found if index == place and span[0] >= len(prompt)), None)
+        if own and text[len(prompt):own[0]].strip() and prompt == self.text(before):
             return None                             # no generation prompt: the header would be learned as an answer
-        if own and not conversation.messages[place].tool_calls:
-            stops = list(self.special.finditer(text, own[-1][1]))[:1]
-        else:                                       # calls may begin with a control token: the turn's last one ends it
-            stops = list(self.special.finditer(fresh, len(prompt)))[-1:]
-        if not stops:
+        message = conversation.messages[place]
+        stop = self._stop(fresh, len(prompt), own, message)
+        if not stop or text[:stop] != fresh[:stop] or _unasked(before, prompt) or _unsaid(message, text[len(prompt):stop]):
             return None
-        stop = stops[0].end()
-        return (len(prompt), stop) if text[:stop] == fresh[:stop] else None
+        return len(prompt), stop
 
-    def stop_token(self) -> str | None:
-        """The control token that ends an answer, or None where the template writes none."""
-        probe = Conversation((Message("user", "x"), Message("assistant", "y")))
-        rendered = self.render(probe)
-        if not rendered.answers:
+    def _stop(self, fresh: str, begin: int, own: Span | None, message: Message) -> int:
+        """Where the stop token of the last turn ends, or 0 where the template writes none."""
+        if own and not message.tool_calls:
+            if self._tail and fresh.startswith(self._tail, own[1]):
+                return own[1] + len(self._tail)
+            found = self.special.search(fresh, own[1])
+            return found.end() if found else 0
+        after = list(self.special.finditer(fresh, begin))       # calls hold control tokens: the turn's last one ends it
+        last = next((stop for stop in reversed(after) if self._tail.endswith(stop[0])), None)
+        return (last or after[-1]).end() if after and self._tail else 0
+
+    def served(self, conversation: Conversation) -> Rendered:
+        """The last answer behind its own generation prompt, for templates that show it otherwise in a text.
+
+        They put white space or an empty thinking block into the prompt alone, move the system message, drop thinking,
+        or write no stop token; then the tokenizer's end of text is one.
+
+        Raises:
+            InputError: Where the answer begins or ends cannot be known; it says why.
+        """
+        place = len(conversation.messages) - 1
+        message, before = conversation.messages[place], conversation.upto(place)
+        prompt, fresh = self.render(before, generation_prompt=True), self.text(conversation)
+        found = self.contents(conversation, fresh, False)
+        own = next((span for index, span in found if index == place), None)
+        heard = max((stop for index, (_, stop) in found if conversation.messages[index].role != "assistant"), default=0)
+        begin = self._begin(prompt, fresh, heard, own)
+        if begin is None:
+            said, own = self._reasoned(prompt.text, message), None
+        elif own and fresh[begin:own[0]].strip() and prompt.text == self.text(before):
+            raise InputError("the chat template writes no generation prompt, so the answer's header would be learned")
+        else:
+            stop = self._stop(fresh, begin, own, message)
+            said = fresh[begin:stop] if stop else fresh[begin:own[1] if own else len(fresh.rstrip())] + self._own_end()
+        if lack := _unsaid(message, said):
+            raise InputError(f"the chat template does not show the {lack} of message {place + 1}")
+        shift = len(prompt.text) - (begin or 0)
+        spans = [(own[0] + shift, own[1] + shift)] if own else []
+        return Rendered(prompt.text + said, prompt.literals, (*prompt.words, *spans),
+                        ((place, len(prompt.text), len(prompt.text) + len(said)),),
+                        (*prompt.speakers, *((*span, "assistant") for span in spans)))
+
+    def _begin(self, prompt: Rendered, fresh: str, heard: int, own: Span | None) -> int | None:
+        """Where in `fresh` the model begins to speak; None where its prompt opens a thinking that `fresh` lacks.
+
+        Behind what others say stand the same words in both, the prompt perhaps with an empty thinking block more.
+        """
+        if fresh.startswith(prompt.text):
+            return len(prompt.text)
+        asked = WORD.findall(prompt.text[prompt.literals[-1][1] if prompt.literals else 0:])
+        shown = list(WORD.finditer(fresh, heard, own[0] if own else len(fresh)))
+        same = next((number for number, (one, two) in enumerate(zip(asked, shown, strict=False)) if one != two[0]),
+                    min(len(asked), len(shown)))
+        more, rest = asked[same:], [match[0] for match in shown[same:]]
+        skip = 0
+        if more == ["<think>"] and rest[:1] != ["</think>"]:
             return None
-        _, start, stop = rendered.answers[-1]
-        return list(self.special.finditer(rendered.text, start, stop))[-1][0]
+        if len(more) > 1 and _name(more[0]) == _name(more[-1]) and len(more) < 4:
+            skip = int(rest[:1] == more[-1:])       # the text shows the block's end alone
+        elif more and not (len(more) == 1 and rest and _name(rest[0]) == _name(more[0])):
+            raise InputError(f"the generation prompt ends with {' '.join(more)[:80]!r}, and the answer as the chat "
+                             f"template shows it begins {' '.join(rest)[:80]!r}")
+        at = same + skip
+        return shown[at].start() if at < len(shown) else own[0] if own else shown[-1].end()
+
+    def _reasoned(self, prompt: str, message: Message) -> str:
+        """The answer where the prompt has opened its thinking: the thinking, its end, the content, the stop token."""
+        content, thoughts = message.content, message.reasoning_content
+        if thoughts is None and (found := re.match(r"\s*<think>(.*?)</think>(.*)", content, re.DOTALL)):
+            thoughts, content = found[1], found[2]
+        if thoughts is None or message.tool_calls:
+            raise InputError("the generation prompt opens a thinking that this answer lacks: it must come with "
+                             "reasoning_content, or begin with <think>")
+        self.refuse_forgery("the answer", message.content)
+        end = self._tail.strip() or self._own_end()
+        return thoughts.strip("\n") + "\n</think>\n\n" + content.lstrip("\n") + end
+
+    @cached_property
+    def _probe(self) -> tuple[str, str]:
+        """What the template writes behind a plain answer: (as far as its stop token, all of it).
+
+        Of the control tokens that stand there whether or not the talk goes on, that is the tokenizer's end of text, or
+        else the last before one that opens turns. An end of the whole text is none.
+        """
+        for tools in ((), (PROBE_TOOL,)):
+            asked = Conversation((Message("user", "x"), Message("assistant", "y")), tools)
+            tails: list[str] = []
+            opens: set[str] = set()
+            for conversation in (asked, asked.append(Message("user", "z"))):
+                with suppress(InputError):
+                    text = self.text(conversation)
+                    found = self.contents(conversation, text, False)
+                    tails += [text[stop:] for index, (_, stop) in found if index == 1]
+                    opens |= {match for index, (start, _) in found if index == 0
+                              for match in self.special.findall(text, 0, start)}
+            if tails:
+                break
+        else:
+            return "", "?"
+        stop = 0
+        for match in self.special.finditer(tails[0]):
+            if stop and (match[0] in opens - {self._eos} or not tails[-1].startswith(tails[0][:match.end()])):
+                break
+            stop = match.end()
+            if match[0] == self._eos:
+                break
+        return tails[0][:stop], tails[0].strip()
+
+    @property
+    def _tail(self) -> str:
+        return self._probe[0]
+
+    def _own_end(self) -> str:
+        """The tokenizer's end of text, for templates that write nothing behind an answer."""
+        tail, rest = self._probe
+        if tail or rest == "?":
+            raise InputError("the chat template does not show where the answer stops")
+        if rest:
+            raise InputError(f"the chat template ends an answer with {rest[:40]!r}, which is no control token of this "
+                             "tokenizer, so nothing would stop there")
+        return self._eos
+
+    @cached_property
+    def stop_tokens(self) -> tuple[str, ...]:
+        """The control tokens that end an answer, and a tool call where that is another."""
+        asked, call = Message("user", "x"), {"type": "function", "id": "abcdefgh1", "function": {
+            "name": "probe", "arguments": {"x": 1}}}
+        stops = self.special.findall(self._tail)[-1:]
+        for calls in ((call,), (call, call)):
+            with suppress(InputError):
+                calling = Conversation((asked, Message("assistant", tool_calls=calls)), (PROBE_TOOL,))
+                rendered = self.render(calling)
+                rendered = rendered if rendered.answers else self.served(calling)
+                ((_, start, stop),) = rendered.answers
+                stops += self.special.findall(rendered.text, start, stop)[-1:]
+        return tuple(dict.fromkeys(stops))
 
 
-def _as_written(content: str) -> Iterator[str]:
-    """A content and the trimmed forms in which templates write it."""
-    seen = set()
-    for form in (content, content.strip(), content.lstrip(), content.rstrip(), content.strip("\n"),
-                 content.lstrip("\n"), content.rstrip("\n")):
-        if form not in seen:
-            seen.add(form)
-            yield form
+def _unsaid(message: Message, said: str) -> str:
+    """What of a message the answer lacks; empty where it says it all."""
+    if not all(call["function"]["name"] in said for call in message.tool_calls):
+        return "tool calls"
+    if message.content.rpartition("</think>")[2].strip() not in said:
+        return "content"
+    return "" if (message.reasoning_content or "").strip() in said else "reasoning"
 
 
-def _strings(value: Any) -> Iterator[str]:
-    """Every string in a JSON-like value, keys too."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, Mapping):
-        for key, inner in value.items():
-            yield str(key)
-            yield from _strings(inner)
-    elif isinstance(value, list | tuple):
-        for inner in value:
-            yield from _strings(inner)
+def _unasked(conversation: Conversation, prompt: str) -> str:
+    """What of the question the prompt lacks: tools, or what someone said; empty where it shows it all."""
+    if conversation.tools and not any(name in prompt for name in _tool_names(conversation.tools)):
+        return "the tools of this conversation"
+    for number, other in enumerate(conversation.messages):
+        lines = [line.strip() for line in other.content.split("\n") if line.strip()]
+        if lines and other.role != "assistant" and not any(line in prompt for line in lines):
+            return f"message {number + 1} ({other.role})"
+    return ""
 
 
-def _unused(texts: list[str]) -> str:
-    """A private-use character that none of the texts holds."""
-    for mark in map(chr, range(0xF8FF, 0xDFFF, -1)):
-        if not any(mark in text for text in texts):
-            return mark
-    raise InputError("this conversation uses every private-use character of Unicode")
+def _name(tag: str) -> str:
+    """What opens and what closes a block have in common.
+
+    >>> _name("</think>") == _name("<think>") and _name("<|END_THINKING|>") == _name("<|START_THINKING|>")
+    True
+    """
+    return re.sub(r"START_|END_|\W", "", tag)
+
+
+def _tool_names(tools: tuple[dict[str, Any], ...]) -> list[str]:
+    found = [tool.get("function", tool) for tool in tools]
+    return [str(tool.get("name", "")) for tool in found if isinstance(tool, Mapping)]

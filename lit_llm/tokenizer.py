@@ -17,10 +17,11 @@ import numpy as np
 
 from lit_llm import hub
 from lit_llm.conversation import ROLES, Conversation, Document
-from lit_llm.encoder import Encoder, Piece
+from lit_llm.encoder import Encoder, Piece, Reading
 from lit_llm.errors import InputError
+from lit_llm.rendering import Rendered, Span
 from lit_llm.samples import resolve
-from lit_llm.template import ChatTemplate, Rendered, Span, chatml
+from lit_llm.template import ChatTemplate, chatml
 
 IGNORE_INDEX = -100
 TrainOn = Literal["assistant", "last", "all"]
@@ -61,7 +62,8 @@ class Tokenizer:
         added = self._backend.get_added_tokens_decoder()
         self._encoder = Encoder(self._backend)
         self.special_ids = self._encoder.special_ids
-        self.template = ChatTemplate(self._jinja, [token.content for token in added.values() if token.special])
+        self.template = ChatTemplate(self._jinja, [token.content for token in added.values() if token.special],
+                                     str(hf.eos_token))
         self.vocab_size = len(hf)
         self.bos_id, self.eos_id = hf.bos_token_id, hf.eos_token_id
         self.pad_id: int = hf.pad_token_id if hf.pad_token_id is not None else hf.eos_token_id
@@ -96,10 +98,8 @@ class Tokenizer:
 
     @cached_property
     def stop_ids(self) -> tuple[int, ...]:
-        """Ids that end an answer: the chat template's end of turn, then the tokenizer's end of text."""
-        stop = self.template.stop_token()
-        ids = [self.hf.convert_tokens_to_ids(stop)] if stop else []
-        return tuple(dict.fromkeys([*ids, self.eos_id]))
+        """Ids that end an answer: the chat template's end of turn and of a call, then the tokenizer's end of text."""
+        return tuple(dict.fromkeys([*map(self.hf.convert_tokens_to_ids, self.template.stop_tokens), self.eos_id]))
 
     # ---- text to tokens ----------------------------------------------------------------------------------------------
 
@@ -129,11 +129,11 @@ class Tokenizer:
 
     def encode_text(self, text: str) -> list[int]:
         """Ids of plain text: no BOS, and a spelled control token stays text."""
-        return self._encoder.encode(Rendered(text, ((0, len(text)),)))[0]
+        return self._encoder.encode(Rendered(text, ((0, len(text)),))).ids
 
     def encode_prompt(self, conversation: Conversation) -> list[int]:
         """What the model reads before it answers: exactly the ids that stand before that answer in training."""
-        return self._encoder.encode(self.template.render(conversation, generation_prompt=True))[0]
+        return self._encoder.encode(self.template.render(conversation, generation_prompt=True)).ids
 
     def encode_conversation(self, conversation: Conversation, *,
                             train_on: TrainOn = "assistant") -> tuple[TokenSequence, ...]:
@@ -152,41 +152,49 @@ class Tokenizer:
         """
         wanted = _trained(conversation, train_on)
         if train_on == "all":
-            return (self._everything(conversation, wanted),)
+            return (self._everything(conversation),)
         if not wanted:
             raise InputError("nothing to learn from: no assistant message is trained on")
         rendered = self.template.render(conversation)
-        if {place for place, *_ in rendered.answers} >= set(wanted):
-            return (self._labelled(rendered, wanted),)
-        return tuple(self._turn(conversation, place) for place in wanted)
+        spans = _answers(rendered, wanted)
+        if len(spans) == len(wanted):
+            reading = self._encoder.encode(rendered, [start for start, _ in spans])
+            if set(reading.torn) <= {spans[-1][0]}:     # a later prompt is read whole, where no answer parts it
+                return (self._labelled(rendered, reading, spans),)
+        return tuple(self._turn(conversation.upto(place + 1)) for place in wanted)
 
-    def _turn(self, conversation: Conversation, place: int) -> TokenSequence:
-        """The conversation up to one answer, that answer labelled."""
-        rendered = self.template.render(conversation.upto(place + 1))
-        if place not in {at for at, *_ in rendered.answers}:
-            raise _hidden(place)
-        return self._labelled(rendered, [place])
+    def _turn(self, conversation: Conversation) -> TokenSequence:
+        """A conversation with its last answer labelled."""
+        place = len(conversation.messages) - 1
+        rendered = self.template.render(conversation)
+        if not _answers(rendered, [place]):
+            rendered = self.template.served(conversation)
+        spans = _answers(rendered, [place])
+        return self._labelled(rendered, self._encoder.encode(rendered, [spans[0][0]]), spans)
 
-    def _labelled(self, rendered: Rendered, wanted: Sequence[int]) -> TokenSequence:
-        ids, starts = self._read(rendered)
-        labels = np.where(_inside(starts, _answers(rendered, wanted)), ids, IGNORE_INDEX).astype(np.int32)
+    def _labelled(self, rendered: Rendered, reading: Reading, spans: Sequence[Span]) -> TokenSequence:
+        ids, starts = _arrays(reading)
+        for span in spans:
+            said = ids[_inside(starts, [span])]
+            stops = np.isin(said, self.stop_ids)
+            if not stops[-1] or stops[:-1].any():
+                text = self.decode(said, skip_special_tokens=False)
+                raise InputError(f"serving would not stop where this answer does: {text[-80:]!r} must end with one of "
+                                 f"{', '.join(self.hf.convert_ids_to_tokens(self.stop_ids))}, and hold none before")
+        labels = np.where(_inside(starts, spans), ids, IGNORE_INDEX).astype(np.int32)
         return TokenSequence(ids, labels, _speakers(rendered, starts))
 
-    def _everything(self, conversation: Conversation, wanted: Sequence[int]) -> TokenSequence:
+    def _everything(self, conversation: Conversation) -> TokenSequence:
         """Every token labelled, but for the answers that are not to be trained on."""
         rendered = self.template.render(conversation)
         silent = [place for place, message in enumerate(conversation.messages)
                   if message.role == "assistant" and message.train is False]
         if hidden := set(silent) - {place for place, *_ in rendered.answers}:
             raise _hidden(min(hidden))
-        ids, starts = self._read(rendered)
-        labels = np.where(_inside(starts, _answers(rendered, silent)), IGNORE_INDEX, ids).astype(np.int32)
+        spans = _answers(rendered, silent)
+        ids, starts = _arrays(self._encoder.encode(rendered, [start for start, _ in spans]))
+        labels = np.where(_inside(starts, spans), IGNORE_INDEX, ids).astype(np.int32)
         return TokenSequence(ids, labels, _speakers(rendered, starts))
-
-    def _read(self, rendered: Rendered) -> tuple[np.ndarray, np.ndarray]:
-        """(T,) ids, and the character at which each begins."""
-        ids, offsets = self._encoder.encode(rendered)
-        return np.asarray(ids, dtype=np.int32), np.asarray([start for start, _ in offsets])
 
     @cached_property
     def _prefix(self) -> list[int]:
@@ -288,6 +296,11 @@ def _choose_template(hf: Any, path: str, wanted: str | None) -> tuple[str, str]:
         start, end = hf.bos_token or hf.eos_token, hf.eos_token
     return chatml(start, end), (f"the tokenizer of {path} has no chat template: ChatML is used, written with its own "
                                 f"{start} and {end} (set data.chat_template for another)")
+
+
+def _arrays(reading: Reading) -> tuple[np.ndarray, np.ndarray]:
+    """(T,) ids, and the character at which each begins."""
+    return np.asarray(reading.ids, dtype=np.int32), np.asarray([start for start, _ in reading.offsets])
 
 
 def _answers(rendered: Rendered, places: Sequence[int]) -> list[Span]:

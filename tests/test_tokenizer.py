@@ -60,8 +60,8 @@ def test_a_template_that_rewrites_history_gives_one_sequence_per_answer(load):
 @pytest.mark.parametrize("kind", SIMPLE)
 def test_any_answer_is_supervised_to_the_letter(load, kind, user, one, again, two):
     tokenizer = load(kind)
-    (sequence,) = tokenizer.encode_conversation(chat(user, one, again, two))
-    got = [said(tokenizer, ids) for _, ids in runs(sequence)]
+    sequences = tokenizer.encode_conversation(chat(user, one, again, two))
+    got = [said(tokenizer, ids) for sequence in sequences for _, ids in runs(sequence)]
     stop = tokenizer.hf.convert_ids_to_tokens(tokenizer.stop_ids[0])
     if kind == "stories":                           # sentencepiece's own sign for a space
         one, two = (text.replace("▁", " ") for text in (one, two))
@@ -109,26 +109,6 @@ def test_nothing_to_learn_is_refused(load):
     for conversation in (chat("q"), Conversation((Message("user", "q"), Message("assistant", "a", train=False)))):
         with pytest.raises(InputError, match="nothing to learn"):
             load("tiny").encode_conversation(conversation)
-
-
-@pytest.mark.parametrize("template", [
-    "{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}assistant: {% endif %}",
-    "{% for m in messages %}{{ '<|im_start|>' + m.role + ': ' + m.content + '<|im_end|>' }}{% endfor %}",
-    "{% for m in messages %}{{ '<|im_start|>' + m.role + ': ' + m.content }}{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant: {% endif %}",
-], ids=["no stop token", "no generation prompt", "the next turn's start is no stop token"])
-def test_a_template_that_hides_the_answer_is_refused_with_the_reason(tiny_tokenizer, tmp_path, template):
-    tokenizer = with_template(tiny_tokenizer, tmp_path, template)
-    with pytest.raises(InputError, match=r"answer in message 2 begins|begins and stops"):
-        tokenizer.encode_conversation(chat("q", "a", "r", "b"))
-
-
-def test_real_templates_that_hide_the_answer_are_refused_too(load):
-    """Mistral-Nemo shows a system message only while the question is the last message: what was asked is gone later."""
-    load(NEMO).encode_prompt(chat("q", system="s"))
-    with pytest.raises(InputError, match="generation prompt is not what stands before"):
-        load(NEMO).encode_conversation(chat("q", "a", system="s"))
 
 
 @pytest.mark.parametrize("template", [
