@@ -244,6 +244,8 @@ class TextDataModule(L.LightningDataModule):
         from lit_llm.data.inspection import describe
 
         lines = [line for report in self.reports for line in describe(report)]
+        if self.tokenizer.note and any(not plan.corpus.is_document.all() for plan in self.plans.values()):
+            lines.insert(0, f"{self.tokenizer.note}; where a base never saw them, LoRA trains their rows too")
         for stage, plan in self.plans.items():
             tokens, rows = int(plan.rows.lengths.sum()), plan.rows
             share, fill = rows.supervised.sum() / tokens, tokens / (len(rows) * self.seq_len)
