@@ -5,10 +5,13 @@ models come from, of training or of Lightning.
 """
 
 import json
+import re
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 from lit_llm.errors import InputError, did_you_mean
@@ -33,6 +36,9 @@ class LoRA:
             output head; adapting all of them learns most (arXiv:2305.14314 section 4).
         dora: Train direction and magnitude apart (arXiv:2402.09353).
         rslora: Scale by alpha / sqrt(r) (arXiv:2312.03732); for ranks above 32.
+        train_tokens: Tokens whose rows of the embedding and the output head learn too. `auto`: of the chat template's
+            control tokens those that the base was never trained on, since adapters alone cannot make such a token
+            likely; or spellings, e.g. [<|im_end|>]; null trains none.
     """
 
     r: int = 16
@@ -41,6 +47,7 @@ class LoRA:
     target_modules: str | list[str] = "all-linear"
     dora: bool = False
     rslora: bool = False
+    train_tokens: str | list[str] | None = "auto"
 
     def as_peft(self) -> dict[str, Any]:
         """The long form."""
@@ -60,7 +67,7 @@ def spec_of(peft: dict[str, Any] | None, lora: LoRA | None) -> dict[str, Any] | 
     return peft if peft is not None else (lora.as_peft() if lora is not None else None)
 
 
-def wrap_peft(model: "PreTrainedModel", spec: dict[str, Any]) -> Any:
+def wrap_peft(model: "PreTrainedModel", spec: dict[str, Any], *, tokens: Sequence[int] = ()) -> Any:
     """The model with a PEFT method's adapters: base frozen, adapters trainable.
 
     Nearly every method starts exactly at the base (FourierFT and C3A with `init_weights: true`; VB-LoRA and Uni-LoRA
@@ -69,6 +76,7 @@ def wrap_peft(model: "PreTrainedModel", spec: dict[str, Any]) -> Any:
     Args:
         model: The base.
         spec: `class_path` (a config class of peft, with or without the `peft.` prefix) and `init_args`, its keys.
+        tokens: Ids whose rows learn too, in the embedding and in the head; where there is no `row_obstacle`.
 
     Raises:
         InputError: No such class or key, or the model has no such layer.
@@ -76,6 +84,8 @@ def wrap_peft(model: "PreTrainedModel", spec: dict[str, Any]) -> Any:
     from peft import get_peft_model
 
     config = _peft_config(spec)
+    if tokens:
+        config.trainable_token_indices = {name: sorted(tokens) for name in _token_layers(model)}
     try:
         return get_peft_model(model, config)
     except Exception as error:                      # forty methods, each with its own way to say no
@@ -122,6 +132,72 @@ def learns_prompt_by(spec: dict[str, Any] | None) -> bool:
 def _is_linear(layer: nn.Module) -> bool:
     return isinstance(layer, nn.Linear) or type(layer).__name__ == "Conv1D"
 
+
+# ---- rows of single tokens -------------------------------------------------------------------------------------------
+
+@dataclass(frozen=True, slots=True)
+class TrainedRows:
+    """A frozen output head of which some rows learn: `rows` (K, D) stand in place of `layer.weight[index]`."""
+
+    layer: nn.Linear
+    index: Tensor
+    rows: Tensor
+
+
+def trained_rows(layer: nn.Module) -> TrainedRows | None:
+    """The rows that learn in an output head; None where none do, or another thing is on it.
+
+    PEFT copies the whole matrix at each call to put them in; who knows them can do without.
+    """
+    inner: Any = getattr(layer, "token_adapter", None)      # a TrainableTokensWrapper
+    if inner is None or type(inner.base_layer) is not nn.Linear:
+        return None
+    if inner.merged or inner.disable_adapters or len(inner.active_adapters) != 1:
+        return None
+    name = inner.active_adapters[0]
+    index = torch.tensor(inner.token_indices[name], device=inner.base_layer.weight.device)
+    return TrainedRows(inner.base_layer, index, inner.trainable_tokens_delta[name])
+
+
+def chooses_rows(model: "PreTrainedModel", spec: dict[str, Any]) -> bool:
+    """Whether a spec itself says what learns of the vocabulary's rows: some tokens', or adapters on the whole layer."""
+    config = _peft_config(spec)
+    if "trainable_token_indices" in (spec.get("init_args") or {}) or hasattr(config, "token_indices"):
+        return True
+    names = [_name(model, layer) for layer in (model.get_input_embeddings(), model.get_output_embeddings())]
+    aims = (getattr(config, "target_modules", None), getattr(config, "modules_to_save", None))
+    return any(_hits(aim, name) for aim in aims for name in names)
+
+
+def _hits(aim: str | Collection[str] | None, name: str) -> bool:
+    """As PEFT matches: a pattern, or ends of dotted names."""
+    if isinstance(aim, str):
+        return aim != "all-linear" and re.fullmatch(aim, name) is not None
+    return any(name == end or name.endswith(f".{end}") for end in aim or ())
+
+
+def row_obstacle(model: "PreTrainedModel", spec: dict[str, Any]) -> str | None:
+    """Why the method of a spec cannot train rows of single tokens beside its adapters; None if it can."""
+    config = _peft_config(spec)
+    if not hasattr(config, "trainable_token_indices"):
+        return f"{type(config).__name__} trains no single rows (LoRA does)"
+    if getattr(model.get_output_embeddings(), "bias", None) is not None:
+        return "PEFT would lose the bias of this output head"
+    return None
+
+
+def _token_layers(model: "PreTrainedModel") -> list[str]:
+    """Names of the embedding and, unless it is the same matrix, the head."""
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    layers = [embedding] if head is None or head.weight is embedding.weight else [embedding, head]
+    return [_name(model, layer) for layer in layers]
+
+
+def _name(model: nn.Module, layer: nn.Module) -> str:
+    return next(name for name, module in model.named_modules() if module is layer)
+
+
+# ---- load, merge, save -----------------------------------------------------------------------------------------------
 
 def load_adapter(model: "PreTrainedModel", folder: str | Path, *, trainable: bool = False) -> Any:
     """The model with the adapter that lies in a folder in PEFT's format."""

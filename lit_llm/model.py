@@ -3,6 +3,7 @@
 The home of `AutoModelForCausalLM`. Knows nothing of data, losses or Lightning.
 """
 
+import copy
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,7 @@ from lit_llm.errors import InputError, did_you_mean
 from lit_llm.samples import resolve
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import GenerationConfig, PreTrainedModel
 
 
 # ---- build and load --------------------------------------------------------------------------------------------------
@@ -199,13 +200,19 @@ def save_causal_lm(model: "PreTrainedModel", folder: str | Path, *, stop_ids: tu
         nn.Module.to(model, dtype)
     model.config._attn_implementation = None        # packed attention is a matter of training alone
     model.config.use_cache = True
-    generation = model.generation_config
-    assert generation is not None
-    generation.eos_token_id = list(stop_ids)
-    generation.pad_token_id = pad_id
-    generation.do_sample = False
-    generation.temperature = generation.top_p = generation.top_k = None
+    model.generation_config = generation_config(model, stop_ids, pad_id)
     model.save_pretrained(str(folder), safe_serialization=True)
+
+
+def generation_config(model: Any, stop_ids: tuple[int, ...], pad_id: int | None) -> "GenerationConfig":
+    """The model's own settings for generating, but greedy, and stopping where training taught it to stop."""
+    own = causal_lm(model).generation_config
+    assert own is not None
+    settings = copy.deepcopy(own)
+    settings.eos_token_id, settings.pad_token_id = list(stop_ids), pad_id
+    settings.do_sample = False
+    settings.temperature = settings.top_p = settings.top_k = None
+    return settings
 
 
 def save_weights(model: "PreTrainedModel", folder: str | Path, state: dict[str, Tensor]) -> None:

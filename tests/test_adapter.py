@@ -9,17 +9,19 @@ from torch import nn
 from lit_llm import model as models
 from lit_llm.adapter import (
     LoRA,
+    chooses_rows,
     is_peft,
     learns_prompt,
     learns_prompt_by,
     load_adapter,
     merge,
+    row_obstacle,
     save_adapter,
     spec_of,
     wrap_peft,
 )
 from lit_llm.errors import InputError
-from lit_llm.model import load_causal_lm
+from lit_llm.model import load_causal_lm, save_causal_lm
 from tests.models import IDS, KINDS, disturb, logits
 
 
@@ -117,6 +119,59 @@ def test_a_merged_adapter_is_the_adapter(tiny_model, kind):
     assert merge(merged) is merged
     if kind == "qwen3":
         assert models.head(merged).weight is merged.get_input_embeddings().weight
+
+
+@pytest.mark.parametrize("kind", KINDS)                # untied, tied, and GPT-2's tied names
+@pytest.mark.parametrize("way", ["plain", "dora", "AdaLora"])
+def test_rows_of_single_tokens_learn_beside_the_adapters(tiny_model, tmp_path, kind, way):
+    """Start at the base exactly, are saved and loaded, end in the merged rows and nowhere else; ties hold."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    spec = {"plain": LoRA(r=4).as_peft(), "dora": LoRA(r=4, dora=True).as_peft(),
+            "AdaLora": {"class_path": "AdaLoraConfig", "init_args": {"total_step": 100}}}[way]
+    base = load_causal_lm(tiny_model(kind))
+    before, old = logits(base), models.head(base).weight.detach().clone()
+    tied = models.head(base).weight is base.get_input_embeddings().weight
+    assert row_obstacle(base, spec) is None
+    assert not chooses_rows(base, spec)
+    model = wrap_peft(base, spec, tokens=[9, 5])
+    deltas = {name: weight for name, weight in model.named_parameters() if "tokens_delta" in name}
+    assert len(deltas) == (1 if tied else 2)
+    assert (logits(model) - before).abs().max() <= (0.0 if way == "plain" else 1e-5)
+    disturb(model)
+    want, rows = logits(model), list(deltas.values())[-1].detach().clone()
+    state = {key: weight.detach().clone() for key, weight in model.named_parameters() if weight.requires_grad}
+    save_adapter(model, tmp_path / "adapter", state, tiny_model(kind))
+    for again in (PeftModel.from_pretrained(load_causal_lm(tiny_model(kind)), str(tmp_path / "adapter")),
+                  load_adapter(load_causal_lm(tiny_model(kind)), tmp_path / "adapter", trainable=True)):
+        assert (logits(again) - want).abs().max() < 1e-5
+    assert sum(weight.requires_grad for name, weight in again.named_parameters() if "tokens_delta" in name) == len(deltas)
+    merged = merge(model)
+    save_causal_lm(merged, tmp_path / "merged", stop_ids=(2,), pad_id=0)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert (logits(loaded) - want).abs().max() < 1e-4
+    new = loaded.get_output_embeddings().weight
+    assert torch.equal(new[[5, 9]], rows)
+    others = torch.ones(len(new), dtype=torch.bool)
+    others[[5, 9]] = False
+    assert torch.equal(new[others], old[others])
+    assert (new is loaded.get_input_embeddings().weight) == tied
+
+
+@pytest.mark.parametrize("keys", [
+    {"modules_to_save": ["lm_head"]}, {"target_modules": ["q_proj", "embed_tokens"]}, {"target_modules": ".*lm_head"},
+    {"trainable_token_indices": None}])
+def test_a_spec_that_chooses_rows_itself_is_left_alone(tiny_model, keys):
+    base = load_causal_lm(tiny_model("llama"))
+    assert chooses_rows(base, {"class_path": "LoraConfig", "init_args": keys})
+
+
+def test_what_cannot_train_rows_says_why(tiny_model):
+    base = load_causal_lm(tiny_model("llama"))
+    assert "LoHaConfig trains no single rows" in row_obstacle(base, {"class_path": "LoHaConfig"})
+    base.lm_head.bias = nn.Parameter(torch.zeros(320))
+    assert "bias" in row_obstacle(base, LoRA().as_peft())
 
 
 @pytest.mark.parametrize(("spec", "said"), [

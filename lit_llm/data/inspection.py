@@ -130,6 +130,7 @@ class Inspection:
         findings: What looks wrong.
         seq_len: Tokens of a row.
         pace: Steps.
+        note: What was chosen for the user's tokenizer, where it lacks a chat template.
     """
 
     reports: list[Report]
@@ -138,6 +139,7 @@ class Inspection:
     findings: list[str]
     seq_len: int
     pace: Pace | None
+    note: str = ""
 
 
 def examine(data: "TextDataModule", rows: int = 0) -> Inspection:
@@ -154,8 +156,11 @@ def examine(data: "TextDataModule", rows: int = 0) -> Inspection:
              for number in order if number != EMPTY] if train else []
     pace = _pace(len(train.rows), data.batch_size, data.trainer) if train else None
     stores = [store for plan in data.plans.values() for store in plan.stores]
-    findings = [*_unsound(stores), *_doubtful(stages, data.seq_len)]
-    return Inspection(data.reports, stages, shown, list(dict.fromkeys(findings)), data.seq_len, pace)
+    talks = any(not plan.corpus.is_document.all() for plan in data.plans.values())
+    note = f"{data.tokenizer.note}; where a base never saw them, LoRA trains their rows too"
+    note = note if talks and data.tokenizer.note else ""
+    findings = [*([note] if note else []), *_unsound(stores), *_doubtful(stages, data.seq_len)]
+    return Inspection(data.reports, stages, shown, list(dict.fromkeys(findings)), data.seq_len, pace, note)
 
 
 def _stage(name: str, plan: "Plan", seq_len: int) -> Stage:

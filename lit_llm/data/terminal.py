@@ -45,7 +45,7 @@ def as_text(seen: Inspection, *, colour: bool, characters: int = 400) -> str:
 
 def short(seen: Inspection) -> str:
     """What `fit` says before the first step."""
-    lines = []
+    lines = [seen.note] if seen.note else []
     for report in seen.reports:
         first, *rest = _records(report)
         lines += [f"{report.source}: {first}", *("  " + line for line in rest)]

@@ -243,6 +243,8 @@ def _load(folder: str, device: str, dtype: str, adapter: str | Path | None) -> A
         model: Any = load_causal_lm(folder, dtype=kind)
         if adapter:
             model = merge(load_adapter(model, adapter))
+            if Path(adapter, "generation_config.json").is_file():       # where its training taught it to stop
+                model.generation_config = model.generation_config.from_pretrained(str(adapter))
     except InputError:
         raise
     except (SafetensorError, OSError, ValueError, RuntimeError, KeyError) as error:

@@ -131,6 +131,10 @@ class StepCheckpoint(Checkpoint):
             adapter.save_adapter(module.model, folder / "adapter", state, base=str(module.base))
         else:
             model.save_weights(module.model, folder / "model", state)
+        tokenizer: Any = getattr(getattr(trainer, "datamodule", None), "tokenizer", None)
+        if stop_ids := getattr(tokenizer, "stop_ids", ()):          # where answers end, beside what learned it
+            settings = model.generation_config(module.model, stop_ids, tokenizer.pad_id)
+            settings.save_pretrained(folder / ("adapter" if adapter.is_peft(module.model) else "model"))
 
     def _point_and_prune(self, newest: Path) -> None:
         disk.replace_text(newest.parent / "LATEST", newest.name + "\n")

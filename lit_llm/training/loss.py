@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from lit_llm.adapter import TrainedRows, trained_rows
 from lit_llm.tokenizer import IGNORE_INDEX
 
 CHUNK_BYTES = 64 * 2**20                            # of float32 logits at a time
@@ -62,11 +63,13 @@ def nll_sum(hidden_TD: Tensor, labels_T: Tensor, head: nn.Module, *, factor: flo
     settings = (factor, cap, per_token)
     if any(hasattr(weight, "ds_id") for weight in head.parameters()):
         return _in_one_call(hidden_ND, targets_N, head, *settings)
+    rows = trained_rows(head)
+    caller: Any = _WithRows(rows) if rows else head
     if not torch.is_grad_enabled():
-        return _evaluate(hidden_ND, targets_N, head, *settings)
+        return _evaluate(hidden_ND, targets_N, caller, *settings)
     if not len(index_N):                            # a row of padding: no loss, but a graph for every rank to walk
-        return Nll(head(hidden_TD[:1]).float().sum() * 0.0, torch.zeros_like(index_N.sum()))
-    return _train(hidden_ND, targets_N, head, *settings)
+        return Nll(caller(hidden_TD[:1]).float().sum() * 0.0, torch.zeros_like(index_N.sum()))
+    return _train(hidden_ND, targets_N, caller, *settings)
 
 
 def _in_one_call(hidden_ND: Tensor, targets_N: Tensor, head: nn.Module, *settings: Any) -> Nll:
@@ -99,15 +102,28 @@ class _Whole:
         return type(self.head).forward(self.head, hidden)
 
 
+class _WithRows:
+    """A frozen linear head of which some rows learn (`adapter.trained_rows`): no copy of the matrix is made."""
+
+    def __init__(self, trained: TrainedRows) -> None:
+        self.head, self.index_K, self.rows_KD = trained.layer, trained.index, trained.rows
+        self.out_features = self.head.out_features
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        bias = self.head.bias if self.head.bias is None else self.head.bias[self.index_K]
+        return self.head(hidden).index_copy(-1, self.index_K, F.linear(hidden, self.rows_KD.to(hidden.dtype), bias))
+
+
 def _train(hidden_ND: Tensor, targets_N: Tensor, head: Any, factor: float, cap: float | None, per_token: bool) -> Nll:
     zero = torch.zeros((), dtype=torch.int64, device=hidden_ND.device)
     inner = getattr(head, "head", head)
     if type(inner) is nn.Linear and not per_token:  # no adapter on it
-        return Nll(_FusedNll.apply(hidden_ND, inner.weight, inner.bias, targets_N, factor, cap), zero)
-    rows = _rows(head)
+        rows = (head.index_K, head.rows_KD) if isinstance(head, _WithRows) else (None, None)
+        return Nll(_FusedNll.apply(hidden_ND, inner.weight, inner.bias, targets_N, factor, cap, *rows), zero)
+    most = _rows(head)
     losses = [_chunk_nll(hidden, targets, head, factor, cap) if isinstance(head, _Whole) else
               checkpoint(_chunk_nll, hidden, targets, head, factor, cap, use_reentrant=False)
-              for hidden, targets in zip(hidden_ND.split(rows), targets_N.split(rows), strict=True)]
+              for hidden, targets in zip(hidden_ND.split(most), targets_N.split(most), strict=True)]
     losses_N = torch.cat(losses)
     return Nll(losses_N if per_token else losses_N.sum(), zero)
 
@@ -145,7 +161,8 @@ def _rows(head: Any) -> int:
 class _FusedNll(torch.autograd.Function):
     """Linear head and cross-entropy in one: gradients are made in the forward, while a chunk's logits are there.
 
-    Saves the second matrix product that recomputing the logits would cost. A frozen head (LoRA) gets no gradient.
+    Saves the second matrix product that recomputing the logits would cost. A frozen head (LoRA) gets no gradient; rows
+    that learn beside it (`rows_KD` in place of `weight_VD[index_K]`) get theirs from K columns alone.
 
         z = factor * (hidden @ weight.T + bias)      logits = cap * tanh(z / cap), or z without a cap
         d loss / dz = (softmax(logits) - onehot(target)) * (1 - tanh(z / cap) ** 2)
@@ -153,20 +170,24 @@ class _FusedNll(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, targets_N: Tensor,
-                factor: float, cap: float | None) -> Tensor:
+                factor: float, cap: float | None, index_K: Tensor | None, rows_KD: Tensor | None) -> Tensor:
         device = hidden_ND.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden_ND.dtype
         wide = torch.float64 if dtype == torch.float64 else torch.float32
         with torch.autocast(device, enabled=False):
             hidden, weight = hidden_ND.to(dtype), weight_VD.to(dtype)
-            grad_hidden = torch.empty_like(hidden)
+            grad_hidden = torch.zeros_like(hidden)
             grad_weight = torch.zeros_like(weight_VD, dtype=wide) if ctx.needs_input_grad[1] else None
             grad_bias = torch.zeros_like(weight_VD[:, 0], dtype=wide) if ctx.needs_input_grad[2] else None
+            own = None if rows_KD is None else rows_KD.to(dtype)
+            grad_rows = None if own is None else torch.zeros_like(own, dtype=wide)
             total = torch.zeros((), dtype=wide, device=hidden.device)
             rows = max(16, CHUNK_BYTES // (4 * weight.shape[0]))
             for at in range(0, len(targets_N), rows):
                 chunk, targets = hidden[at : at + rows], targets_N[at : at + rows]
                 logits = (chunk @ weight.T).to(wide)
+                if own is not None and index_K is not None:
+                    logits.index_copy_(1, index_K, (chunk @ own.T).to(wide))
                 if bias_V is not None:
                     logits += bias_V
                 if cap is not None:
@@ -186,16 +207,22 @@ class _FusedNll(torch.autograd.Function):
                 if grad_bias is not None:
                     grad_bias += delta.sum(0)
                 delta = delta.to(dtype)
-                grad_hidden[at : at + rows] = delta @ weight
+                if own is not None and index_K is not None and grad_rows is not None:
+                    # these columns are not the weight's
+                    columns = delta[:, index_K]
+                    delta.index_fill_(1, index_K, 0.0)
+                    grad_rows += columns.T @ chunk
+                    grad_hidden[at : at + rows] = columns @ own
+                grad_hidden[at : at + rows] += delta @ weight
                 if grad_weight is not None:
                     grad_weight += delta.T @ chunk
-        ctx.save_for_backward(grad_hidden.to(hidden_ND.dtype), grad_weight, grad_bias)
-        ctx.dtypes = (weight_VD.dtype, None if bias_V is None else bias_V.dtype)
+        ctx.save_for_backward(grad_hidden.to(hidden_ND.dtype), grad_weight, grad_bias, grad_rows)
+        ctx.dtypes = [None if part is None else part.dtype for part in (weight_VD, bias_V, rows_KD)]
         return total.float() if dtype != torch.float64 else total
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         grad_hidden, *grad_head = ctx.saved_tensors
-        scaled = [None if part is None else (part * grad).to(dtype)
-                  for part, dtype in zip(grad_head, ctx.dtypes, strict=True)]
-        return grad_hidden * grad.to(grad_hidden.dtype), *scaled, None, None, None
+        weight, bias, rows = (None if part is None else (part * grad).to(dtype)
+                              for part, dtype in zip(grad_head, ctx.dtypes, strict=True))
+        return grad_hidden * grad.to(grad_hidden.dtype), weight, bias, None, None, None, None, rows

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 from lit_llm import adapter, attention, model
 from lit_llm.errors import InputError
-from lit_llm.training import optim
+from lit_llm.training import control_tokens, optim
 from lit_llm.training.loss import Nll, nll_sum
 from lit_llm.training.metrics import Perplexity
-from lit_llm.training.strategy import ZeroStrategy
+from lit_llm.training.strategy import ZeroStrategy, whole
 
 if TYPE_CHECKING:
     from lit_llm.data.loader import Batch
@@ -71,6 +71,8 @@ class CausalLMModule(L.LightningModule):
             raise InputError(f"warmup must be a share below 1 or a number of steps, not {warmup}", where="model.warmup")
         self.base, self.init = base, init
         self.peft_spec = adapter.spec_of(peft, lora)
+        self.train_tokens = lora.train_tokens if lora is not None else "auto"
+        self.trained_ids: list[int] = []            # tokens whose rows learn beside the adapters
         if init is not None and self.peft_spec is not None:
             raise InputError("adapters on random weights would learn nothing that could be merged or loaded again",
                              where="model.init", fix="set --model.lora null to train every weight, or give model.base")
@@ -108,11 +110,13 @@ class CausalLMModule(L.LightningModule):
 
     def _check_stage(self) -> None:
         """ZeRO-3 waits for all ranks at each forward, and prompt methods make one for each conversation."""
-        strategy = self.trainer.strategy
-        if (isinstance(strategy, ZeroStrategy) and strategy.zero_stage_3 and self.trainer.world_size > 1
-                and adapter.learns_prompt_by(self.peft_spec)):
+        if self._stage_3() and self.trainer.world_size > 1 and adapter.learns_prompt_by(self.peft_spec):
             raise InputError("prompt and prefix tuning cannot be trained by several processes under stage 3",
                              where="trainer.strategy", fix="set --trainer.strategy deepspeed_stage_2")
+
+    def _stage_3(self) -> bool:
+        strategy = self.trainer.strategy
+        return isinstance(strategy, ZeroStrategy) and strategy.zero_stage_3
 
     def _pretrained(self) -> str | None:
         """Where whole weights come from: a checkpoint of a run that trained them all, else the base."""
@@ -125,7 +129,44 @@ class CausalLMModule(L.LightningModule):
             return inner
         if self.checkpoint is not None and (self.checkpoint / "adapter").is_dir():
             return adapter.load_adapter(inner, self.checkpoint / "adapter", trainable=True)
-        return adapter.wrap_peft(inner, self.peft_spec)
+        self.trained_ids = self._choose_tokens(inner)
+        return adapter.wrap_peft(inner, self.peft_spec, tokens=self.trained_ids)
+
+    def _choose_tokens(self, inner: Any) -> list[int]:
+        """Ids of `lora.train_tokens`: those named, or control tokens of chats that the base was never trained on."""
+        data: Any = getattr(self.trainer, "datamodule", None)
+        assert self.peft_spec is not None
+        if self.train_tokens is None or data is None:
+            return []
+        obstacle = adapter.row_obstacle(inner, self.peft_spec)
+        if self._stage_3():
+            obstacle = "stage 3 cuts the embedding into shards (stage 2 does not)"
+        if self.train_tokens != "auto":
+            if obstacle is not None:
+                raise InputError(f"no rows of tokens can be trained: {obstacle}", where="model.lora.train_tokens",
+                                 fix="set it to null")
+            return control_tokens.named(data.tokenizer, self.train_tokens)
+        chats = any(not plan.corpus.is_document.all() for plan in getattr(data, "plans", {}).values())
+        if not chats or adapter.chooses_rows(inner, self.peft_spec):
+            return []
+        embedding, head = inner.get_input_embeddings().weight, inner.get_output_embeddings().weight
+        matrix = whole(embedding)
+        ids = control_tokens.to_train(data.tokenizer, matrix, matrix if head is embedding else whole(head),
+                                      every_token=data.train_on == "all")
+        if ids and self.trainer.is_global_zero and self.trainer.training:
+            control_tokens.say(data.tokenizer, ids, obstacle)
+        return ids if obstacle is None else []
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Remember which tokens' rows it holds."""
+        checkpoint["trained_ids"] = self.trained_ids
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Rows that are in only one of the two would be lost, or start again, in silence."""
+        if sorted(then := checkpoint.get("trained_ids", [])) != sorted(self.trained_ids):
+            raise InputError(f"this checkpoint trains the rows of tokens {then or 'none'}, this run of "
+                             f"{self.trained_ids or 'none'}", where="model.lora.train_tokens",
+                             fix="resume with the settings of the run, or start anew without --ckpt_path")
 
     def _tokenizer_facts(self) -> dict[str, Any]:
         """What a new model's config takes from the tokenizer."""

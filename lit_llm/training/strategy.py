@@ -317,14 +317,14 @@ def gathered_trainable_state(module: nn.Module) -> dict[str, Tensor] | None:
     state = {}
     for name, weight in module.named_parameters():
         if weight.requires_grad:
-            whole = _whole(weight)
+            gathered = whole(weight)
             if keep:
-                state[name] = whole.detach().to("cpu", copy=True).contiguous()
+                state[name] = gathered.detach().to("cpu", copy=True).contiguous()
     return state if keep else None
 
 
-def _whole(weight: nn.Parameter) -> Tensor:
-    """The full tensor behind a parameter that ZeRO may have cut or cast."""
+def whole(weight: nn.Parameter) -> Tensor:
+    """The full tensor behind a parameter that ZeRO may have cut or cast; a collective where it has cut."""
     if hasattr(weight, "ds_id") and not hasattr(weight, "_z3_optimizer"):      # stage 3 without an optimizer
         from deepspeed.zero import GatheredParameters
 

@@ -27,6 +27,9 @@ class Module(CausalLMModule):
         torch.manual_seed(7)                            # LoRA's A is then the oracle's
         return super()._adapted(inner)
 
+    def _choose_tokens(self, inner):
+        return self.tokens
+
 
 class Rows:
     """A loader that knows where it stands."""
@@ -122,6 +125,7 @@ def run(case, plan, out):
     source = {"init": case["init"]} if "init" in case else {"base": plan["model"]}
     module = Module(**source, lora=lora, lr=LR, weight_decay=DECAY, warmup=0, schedule="constant",
                     gradient_checkpointing=case.get("checkpointing", False))
+    module.tokens = case.get("tokens", [])
     trainer = Trainer(
         accelerator="cpu", devices=plan["devices"], strategy=case["strategy"], precision=case.get("precision", "32-true"),
         accumulate_grad_batches=case["accumulate"], gradient_clip_val=CLIP, max_epochs=1,

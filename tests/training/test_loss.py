@@ -7,6 +7,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lit_llm import model as models
+from lit_llm.adapter import trained_rows
 from lit_llm.training import loss
 from lit_llm.training.loss import nll_sum, shift
 
@@ -212,3 +213,75 @@ def test_the_loss_of_a_model_is_transformers_own(kind, keys, record_property):
     record_property("max_relative", worst.item())
     assert abs(total / wanted - 1) < 1e-6                   # transformers takes its loss in float32
     assert worst < 1e-5
+
+
+# ---- rows that learn beside adapters
+
+ROWS = {"plain": {}, "scaled": {"factor": 0.25}, "capped": {"factor": 2.0, "cap": 0.8}}
+
+
+def with_rows(dtype=torch.float64):
+    """A frozen head of which PEFT trains three rows, moved away from their start; and those rows."""
+    from peft.utils.other import TrainableTokensWrapper
+
+    hidden, labels, inner = case(dtype)
+    labels[20:26] = torch.tensor([3, 30, 7, 7, 3, 5])
+    head = TrainableTokensWrapper(inner.requires_grad_(False), "default", token_indices=[7, 3, 30])
+    head.set_adapter("default")
+    rows = head.token_adapter.trainable_tokens_delta["default"]
+    with torch.no_grad():
+        rows += torch.randn_like(rows)
+    assert trained_rows(head) is not None
+    return hidden, labels, head, rows
+
+
+def rows_oracle(hidden, labels, head, rows, factor=1.0, cap=None):
+    """The matrix with its rows put in by hand, then `oracle`."""
+    weight = list(head.token_adapter.base_layer.weight.double())
+    for place, row in zip([7, 3, 30], rows.double(), strict=True):
+        weight[place] = row
+    whole = nn.Module()
+    whole.weight, whole.bias = torch.stack(weight), None
+    return oracle(hidden, labels, whole, factor, cap)
+
+
+@pytest.mark.usefixtures("chunks")
+@pytest.mark.parametrize("per_token", [False, True])
+@pytest.mark.parametrize("keys", ROWS.values(), ids=ROWS)
+def test_rows_that_learn_have_exact_gradients(keys, per_token):
+    """Value, the rows' gradient and the hidden states' gradient; the rest of the matrix gets none."""
+    hidden, labels, head, rows = with_rows()
+    ours = nll_sum(hidden, labels, head, per_token=per_token, **keys).total.sum()
+    theirs = rows_oracle(hidden, labels, head, rows, **keys)
+    got, want = (torch.autograd.grad(3.0 * total, [hidden, rows]) for total in (ours, theirs))
+    assert abs(ours - theirs) < 1e-10
+    for mine, other in zip(got, want, strict=True):
+        assert (mine - other).norm() / other.norm() < 1e-12
+
+
+@pytest.mark.usefixtures("chunks")
+def test_rows_that_learn_are_evaluated_and_counted():
+    hidden, labels, head, rows = with_rows()
+    with torch.no_grad():
+        labels[50:70] = head(hidden[49:69]).argmax(-1)
+        total, correct = nll_sum(hidden, labels, head)
+        assert abs(total - rows_oracle(hidden, labels, head, rows)) < 1e-9
+        assert correct >= 20
+    nothing = nll_sum(hidden, torch.full_like(labels, -100), head).total
+    assert torch.equal(torch.autograd.grad(nothing, rows)[0], torch.zeros_like(rows))
+
+
+@pytest.mark.parametrize("autocast", [True, False])
+def test_rows_that_learn_in_bf16(autocast):
+    """Under autocast, and as float32 rows of a bf16 matrix."""
+    hidden, labels, head, rows = with_rows(torch.float32 if autocast else torch.bfloat16)
+    rows.data = rows.data.float()
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        total = nll_sum(hidden, labels, head).total
+        with torch.no_grad():
+            assert abs(nll_sum(hidden, labels, head).total / total - 1) < 1e-2
+    got = torch.autograd.grad(total, [hidden, rows])
+    want = torch.autograd.grad(rows_oracle(hidden, labels, head, rows), [hidden, rows])
+    for mine, other in zip(got, want, strict=True):
+        assert (mine.float() - other.float()).norm() / other.float().norm() < 1e-2
+    assert got[1].dtype == torch.float32

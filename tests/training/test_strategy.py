@@ -45,7 +45,7 @@ STEPS = make_steps()
 
 # ---- the oracle
 
-def build(folder, lora):
+def build(folder, lora, tokens=None):
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
@@ -53,7 +53,9 @@ def build(folder, lora):
         from peft import LoraConfig, get_peft_model
 
         torch.manual_seed(7)
-        config = LoraConfig(r=RANK, lora_alpha=4 * RANK, target_modules="all-linear", task_type="CAUSAL_LM")
+        rows = tokens and {"model.embed_tokens": tokens, "lm_head": tokens}
+        config = LoraConfig(r=RANK, lora_alpha=4 * RANK, target_modules="all-linear", task_type="CAUSAL_LM",
+                            trainable_token_indices=rows)
         model = get_peft_model(model, config)
     return model
 
@@ -130,6 +132,8 @@ def case(stage, lora, accumulate, **more):
     return {"name": name, "strategy": strategy, "lora": lora, "accumulate": accumulate} | more
 
 
+TOKENS = [7, 31]
+ROWS = [case("ddp", True, 2, tokens=TOKENS), case(1, True, 2, tokens=TOKENS), case(2, True, 1, tokens=TOKENS)]
 GRID = [case(stage, lora, accumulate) for stage in (1, 2, 3) for lora in (True, False) for accumulate in (1, 2)]
 PAIR = [case("ddp", True, 2), case(3, True, 2, checkpointing=True), case(3, False, 1, validates=True),
         case(2, True, 2, precision="bf16-true"), case(3, False, 2, init=LLAMA)]
@@ -145,7 +149,7 @@ def runs(folder, tmp_path_factory):
     def make(devices):
         if devices not in made:
             out = tmp_path_factory.mktemp(f"devices{devices}")
-            more = list(PAIR)
+            more = [*PAIR, *ROWS]
             for stage, lora in CUTS:
                 cut = case(stage, lora, 2, saves=True, max_steps=2)
                 more += [cut, case(stage, lora, 2, resume=str(out / cut["name"] / "checkpoints" / "step_2"))]
@@ -213,6 +217,19 @@ def test_adapters_start_at_the_base(devices, runs, folder):
             assert apart(read(runs(devices), run["name"], devices)["losses"][:1], [base]) < 1e-6
 
 
+def test_rows_of_single_tokens_train_like_a_plain_loop(runs, folder):
+    """Beside LoRA's adapters, in embedding and head: from the base's very rows on, like PEFT's own wrapper."""
+    wanted = train(build(folder, lora=True, tokens=TOKENS))
+    base = build(folder, lora=False)
+    for run in ROWS:
+        check(runs(2), run, 2, wanted)
+        start = torch.load(runs(2) / run["name"] / "start.pt")
+        start = {name: weight for name, weight in start.items() if "tokens_delta" in name}
+        rows = [layer.weight[TOKENS] for layer in (base.model.embed_tokens, base.lm_head)]
+        assert all(torch.equal(ours, row) for ours, row in zip(start.values(), rows, strict=True))
+        assert all((wanted[2][name.removeprefix("model.")] - weight).abs().max() > LR for name, weight in start.items())
+
+
 def test_from_scratch_under_stage_3(runs):
     """Every rank has the same random weights, drawn as the architecture wants them."""
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -278,6 +295,16 @@ def test_shards_of_another_split_are_named(strategy, words, runs, folder, tmp_pa
     with pytest.raises(InputError, match=words):
         trainer(strategy, tmp_path).fit(CausalLMModule(base=folder, lora=LoRA(r=RANK)), datamodule=Data(STEPS, 1),
                                         ckpt_path=str(there))
+
+
+def test_rows_of_tokens_under_stage_3_are_refused(folder, tmp_path):
+    from strategy_probe import Data, LoRA
+
+    from lit_llm.training.module import CausalLMModule
+
+    with pytest.raises(InputError, match="stage 3 cuts the embedding"):
+        trainer("deepspeed_stage_3", tmp_path).fit(
+            CausalLMModule(base=folder, lora=LoRA(r=RANK, train_tokens=["</s>"])), datamodule=Data(STEPS, 1))
 
 
 def test_clipping_by_value_is_refused(folder, tmp_path):
