@@ -125,6 +125,28 @@ def test_the_order_does_not_depend_on_who_works(data, world, accumulate, batch_s
     assert steps(data, world, accumulate, batch_size) == steps(data, 1, 1, 8)
 
 
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(world=st.integers(1, 4), accumulate=st.integers(1, 3), batch_size=st.integers(1, 3), seed=st.integers(0, 9),
+       epochs=st.floats(0, 2.5))
+def test_any_division_resumed_anywhere_goes_on_with_the_next_rows(data, world, accumulate, batch_size, seed, epochs):
+    """Against one process that takes a step at once and never stops."""
+    division = {"world": world, "accumulate": accumulate, "batch_size": batch_size, "seed": seed}
+    ranks = [loader(data, rank=rank, **division) for rank in range(world)]
+    stopped = int(epochs * len(ranks[0]))
+    state = ranks[0].state_dict() | {"batches": stopped}
+    for rank in ranks:
+        rank.load_state_dict(state)
+    resumed = [list(rank) for rank in ranks]
+    got = [row for micro in zip(*resumed, strict=True) for batch in micro for row in rows_of(batch)]
+    whole = loader(data, batch_size=world * accumulate * batch_size, seed=seed)
+    stream = [row for _ in range(4) for batch in whole for row in rows_of(batch)]
+    begin = stopped * world * batch_size
+    assert got == stream[begin:begin + len(got)]
+    assert len(got) == len(stream) // 4
+    assert [batch["last_in_step"] for batch in resumed[0]] == [
+        number % accumulate == accumulate - 1 for number in range(stopped, stopped + len(resumed[0]))]
+
+
 def test_an_epoch_is_every_row_once_and_empty_rows_at_its_end(data):
     corpus, rows, token_bytes = data
     every = collate(corpus, rows, range(len(rows)), seq_len=SEQ_LEN, pad_id=PAD, token_bytes=token_bytes)

@@ -31,7 +31,7 @@ def stores(tokenizer, tmp_path_factory):
     talks = [[{"prompt": letter * (number % 9 + 1), "completion": letter * (number % 6 + 1)} for number in range(count)]
              for letter, count in (("x", 17), ("y", 10))]
     made = []
-    for letter, records in zip(LETTERS, [*talks, [{"text": "z" * 752}]], strict=True):
+    for letter, records in zip(LETTERS, [*talks, [{"text": "w" + "z" * 751}]], strict=True):
         (folder / f"{letter}.jsonl").write_text("\n".join(map(json.dumps, records)))
         made.append(prepare(Source(str(folder / f"{letter}.jsonl")), tokenizer, cache_dir=str(folder)))
     return made
@@ -50,10 +50,9 @@ def loaders(mixture, tokenizer, world=1, **how):
 
 
 def counted(batches, tokenizer):
-    """What batches hold of each source, told by their letters alone: (sequences, supervised letters).
+    """What batches hold of each source, told by their letters alone: sequences, tokens and supervised tokens.
 
-    A stretch between two bounds belongs to a letter; where a sequence begins, its first token says so: a conversation's
-    control token, or for the document the first of its windows, which no window repeats.
+    A stretch between two bounds is of one letter. Of the document only the window that holds its w is a sequence.
     """
     talks, learned, tokens = Counter(), Counter(), Counter()
     letter_of = {tokenizer.encode_text(letter)[0]: letter for letter in LETTERS}
@@ -65,7 +64,7 @@ def counted(batches, tokenizer):
             if not letters:
                 continue                                # padding
             (letter,) = letters
-            talks[letter] += 1
+            talks[letter] += letter != "z" or tokenizer.encode_text("w")[0] in ids[begin:end]
             tokens[letter] += end - begin
             learned[letter] += sum(label != -100 for label in labels[begin:end])
     return talks, tokens, learned
@@ -150,9 +149,7 @@ def test_the_ledger_is_what_was_handed_out(stores, tokenizer, weights, world, sh
     talks, tokens, learned = counted(batches, tokenizer)
     for letter, (path, said) in zip(LETTERS, ledgers[0].items(), strict=True):
         assert Path(path).name == f"{letter}.jsonl"
-        assert (said["tokens"], said["supervised"]) == (tokens[letter], learned[letter])
-        if letter != "z":                               # of the document only the first window is one
-            assert said["sequences"] == talks[letter]
+        assert said == {"sequences": talks[letter], "tokens": tokens[letter], "supervised": learned[letter]}
     assert sum(said["tokens"] for said in ledgers[0].values()) == sum(batch["num_tokens"] for batch in batches)
     assert sum(said["supervised"] for said in ledgers[0].values()) == sum(batch["num_supervised"] for batch in batches)
 
@@ -196,6 +193,7 @@ def sides(content, val, test):
 def test_sides_are_complete_and_apart(content, val, test):
     if val + test < 1:
         assert (sum(mask.astype(int) for mask in sides(content, val, test).values()) == 1).all()
+        assert sides(content, 0.0, 0.0)["train"].all()
 
 
 @given(hashes, hashes, shares, shares)

@@ -83,3 +83,16 @@ def test_rows_know_their_supervised_tokens(lengths):
     rows = made.counted(made.segments.sequence * 10 + 1)
     assert rows.supervised.tolist() == [sum(sequence * 10 + 1 for sequence, _, _ in rows.row(number))
                                         for number in range(len(rows))]
+
+
+@given(lengths_lists, lengths_lists, st.data())
+def test_rows_are_joined_and_taken_as_lists_are(first, second, draw):
+    made = [pack(whole(np.array(lengths, dtype=np.int64)), seq_len=40, packing="best_fit") for lengths in (first, second)]
+    both = [rows.counted(rows.segments.lengths - 1) for rows in made]
+    listed = [(rows.row(number), rows.supervised[number]) for rows in both for number in range(len(rows))]
+    joined = both[0] + both[1]
+    assert [(joined.row(number), joined.supervised[number]) for number in range(len(joined))] == listed
+    numbers = draw.draw(st.lists(st.integers(0, len(listed) - 1), max_size=9)) if listed else []
+    taken = joined.take(np.array(numbers, dtype=np.int64))
+    assert [(taken.row(place), taken.supervised[place]) for place in range(len(taken))] == [listed[at] for at in numbers]
+    assert taken.learned.sum() == taken.supervised.sum()
