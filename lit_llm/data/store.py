@@ -281,7 +281,7 @@ class Writer:
         self.report.drop(error.what[:120], error.where)
         self.report.quarantined += 1
         line = {"where": error.where, "reason": error.what}
-        record = parse_line(record, "") if isinstance(record, bytes) else record
+        record = parse_line(record, "", 0) if isinstance(record, bytes) else record
         if not isinstance(record, InputError):
             line["record"] = record
         with (self.folder / "quarantine.jsonl").open("a", encoding="utf-8", errors="backslashreplace") as stream:
