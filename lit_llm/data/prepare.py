@@ -294,7 +294,9 @@ def _write(folder: Path, source: Source, tokenizer: Tokenizer, settings: Setting
 
 
 def _refuse_nothing(report: Report, source: Source) -> None:
+    if not report.read:
+        raise InputError("no record here: nothing, or only blank lines", where=source.path)
     if not report.kept:
-        reason, (count, first) = next(iter(report.dropped.items()), ("there are none", (0, "")))
-        raise InputError(f"no record of {report.read} could be kept: {reason}" + (f" ({count} times)" if count else ""),
+        reason, (count, first) = next(iter(report.dropped.items()))
+        raise InputError(f"no record of {report.read} could be kept: {reason} ({count} times)",
                          where=first or source.path)

@@ -104,6 +104,8 @@ def files(source: Source) -> list[Path]:
     if path.is_dir():
         found = _folder(path, source.split)
     elif path.exists():
+        if not path.is_file():                          # a pipe would block, and can be read only once
+            raise InputError("not a regular file", where=str(path), fix="Write what it gives to a file first.")
         if not kind_of(path) and source.format != "text":
             raise InputError(f"cannot tell what '{path.suffix}' is; read are {', '.join(KINDS)}", where=str(path),
                              fix="Rename it, or set `format: text` if it is plain text.")

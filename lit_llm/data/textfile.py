@@ -25,11 +25,9 @@ def open_bytes(path: Path, notes: set[str] | None = None) -> BinaryIO:
     """The bytes of a file, unpacked by what they are; refuses UTF-16 by its byte order mark and eats that of UTF-8.
 
     Raises:
-        InputError: It cannot be opened, is no file of bytes, or is a pointer to one.
+        InputError: It cannot be opened, or stands for data that is elsewhere.
     """
     try:
-        if not path.is_file():                          # a pipe would block, and can be read only once
-            raise InputError("not a regular file", where=str(path), fix="Write what it gives to a file first.")
         raw: Any = path.open("rb")
         head = raw.peek(4)[:4]
         if head[:2] == b"\x1f\x8b":
@@ -57,10 +55,9 @@ def open_bytes(path: Path, notes: set[str] | None = None) -> BinaryIO:
 def decode(raw: bytes, path: Path, line: int = 1) -> str:
     """UTF-8 text, or an error at its line and column that names the likely encoding; `line` is the first one's."""
     if b"\0" in raw:
-        odd, even = raw[1::2].count(0), raw[0::2].count(0)
-        many = max(odd, even) > len(raw) // 8           # every second byte of ASCII, few of Chinese
-        if max(odd, even) > 3 * min(odd, even) and (many or not _is_utf8(raw)):
-            raise _encoding(path, "UTF-16LE" if odd > even else "UTF-16BE")
+        many = raw.count(0) > len(raw) // 8             # half of ASCII's bytes, few of Chinese
+        if (many or not _is_utf8(raw)) and (name := _utf16(raw)):
+            raise _encoding(path, name)
         raise InputError("a NUL byte; text has none", where=_spot(raw, raw.index(0), path, line),
                          fix="Is this a binary file?")
     try:
@@ -73,7 +70,8 @@ def decode(raw: bytes, path: Path, line: int = 1) -> str:
         raise InputError(what, where=where, fix=f"If the whole file has another encoding, convert it: iconv -f CP1252 "
                          f"-t UTF-8 '{path.name}' > 'utf8-{path.name}' (CP1252 is Western Windows').") from None
     raise InputError(f"{what}; it reads as GBK", where=where,
-                     fix=f"If it is: iconv -f GB18030 -t UTF-8 '{path.name}' > 'utf8-{path.name}'")
+                     fix=f"If it is: iconv -f GB18030 -t UTF-8 '{path.name}' > 'utf8-{path.name}' "
+                     "(Big5 and Shift-JIS can look the same)")
 
 
 def _is_utf8(raw: bytes) -> bool:
@@ -81,6 +79,18 @@ def _is_utf8(raw: bytes) -> bool:
         return bool(raw.decode("utf-8"))
     except UnicodeDecodeError:
         return False
+
+
+def _utf16(raw: bytes) -> str | None:
+    """Which order of bytes gives text: ASCII counts most, since read the other way it gives rare ideographs."""
+    def share(name: str) -> float:
+        text = raw[:4096].decode(name, errors="ignore")
+        latin = sum("\t" <= char <= "~" for char in text)
+        wide = sum("\u3000" <= char <= "\u9fff" or "\uff00" <= char <= "\uffef" for char in text)
+        return (2 * latin + wide) / len(text) if text else 0.0
+
+    best = max(("UTF-16LE", "UTF-16BE"), key=share)
+    return best if share(best) > 0.9 else None
 
 
 def _spot(raw: bytes, at: int, path: Path, line: int) -> str:

@@ -82,6 +82,7 @@ WRONG = [
     ("a.txt", "第一行\n第二行\n".encode("gbk"), r"a\.txt:1:1: not UTF-8.*GBK\n.*iconv -f GB18030"),
     ("a.txt", "caf\xe9 au lait\n".encode("cp1252"), r"a\.txt:1:4: not UTF-8: byte 0xe9\n.*CP1252"),
     ("a.jsonl", ('{"text": "' + "中文" * 40 + '"}').encode("utf-16-le"), "this is UTF-16LE.*\n.*iconv -f UTF-16LE"),
+    ("a.txt", ("一个人，二\n" * 9).encode("utf-16-be"), "this is UTF-16BE"),
     ("a.csv", "text\n你好\n".encode("utf-16"), "this is UTF-16,.*\n.*iconv -f UTF-16 "),
     ("a.txt", "text".encode("utf-32"), "this is UTF-32"),
     ("a.jsonl", b"version https://git-lfs.github.com/spec/v1\noid sha256:1d\nsize 9\n", "pointer of Git LFS"),
@@ -106,6 +107,8 @@ def test_pipes_and_dead_links_are_named(tmp_path):
     (tmp_path / "loop.jsonl").symlink_to(tmp_path / "loop.jsonl")
     with pytest.raises(InputError, match=r"pipe\.jsonl: not a regular file"):
         records(str(tmp_path / "pipe.jsonl"))
+    with pytest.raises(InputError, match="no file here"):
+        files(Source(f"{tmp_path}/*.jsonl"))
     with pytest.raises(InputError, match=r"loop\.jsonl: a symbolic link that leads nowhere"):
         files(Source(str(tmp_path / "loop.jsonl")))
     with pytest.raises(InputError, match="no file here"):
@@ -176,6 +179,12 @@ def test_a_folder_of_splits_gives_the_one_asked_for(tmp_path):
 
 
 # ---- what was mended is counted ------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("content", ["", "\n \n"])
+def test_an_empty_file_is_said_to_be_empty(tmp_path, tokenizer, content):
+    with pytest.raises(InputError, match=r"a\.jsonl: no record here"):
+        prepare(Source(write(tmp_path, "a.jsonl", content)), tokenizer)
+
 
 def test_what_was_mended_and_what_was_not_read_is_counted(tmp_path, tokenizer):
     write(tmp_path, "a.txt", codecs.BOM_UTF8 + b"one\r\ntwo\r\n")

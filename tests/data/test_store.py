@@ -109,7 +109,7 @@ def test_quarantine_sets_aside_and_counts(tokenizer, jsonl):
 
 def test_nothing_kept_is_an_error(tokenizer, jsonl):
     for records in ([], BAD[2:]):
-        with pytest.raises(InputError, match="no record of"):
+        with pytest.raises(InputError, match="no record"):
             prepare(Source(jsonl(records)), tokenizer, on_bad_record="quarantine")
 
 
