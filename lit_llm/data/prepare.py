@@ -160,7 +160,7 @@ def encode(items: list[Item], source: Source, tokenizer: Tokenizer,
                 said: Part | Document | Conversation = record
                 texts.append(record.piece)
             else:
-                record = parse_line(record, place.path) if isinstance(record, bytes) else record
+                record = parse_line(record, Path(place.path), place.number) if isinstance(record, bytes) else record
                 if isinstance(record, InputError):
                     raise record
                 read = formats.convert(record, format=source.format, columns=source.columns)  # type: ignore[arg-type]

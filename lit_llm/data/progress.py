@@ -12,6 +12,7 @@ from lit_llm.data.cache import size_of
 from lit_llm.data.readers import Place
 from lit_llm.data.sources import Source
 from lit_llm.data.store import Report
+from lit_llm.data.textfile import PACKED
 
 QUIET, OFTEN, SELDOM = 2.0, 0.5, 10.0                   # seconds: before the first line; on a terminal; in a log
 
@@ -48,9 +49,13 @@ class Progress:
                   f"{report.tokens / spent:,.0f} tokens/s{left}", end="\r" if self._terminal else "\n")
 
     def share(self, place: Place) -> float:
-        """Of the source's bytes, how many are done: 0 to 1; 0 where that is not known."""
+        """Of the source's bytes, how many are done: 0 to 1; 0 where that is not known.
+
+        How much of a packed file has been read is not known, only that those before it are done.
+        """
         size = self.sizes.get(place.path, 0)
-        return (self._before[place.path] + size * place.share) / self.total if size else 0.0
+        read = 0.0 if place.path.lower().endswith(PACKED) else place.share
+        return (self._before[place.path] + size * read) / self.total if size else 0.0
 
     def end(self, report: Report, root: Path) -> None:
         """Say what it came to, if it took a while; and what the cache has come to, since nobody empties it."""

@@ -91,7 +91,7 @@ def _json(path: Path, parse: bool) -> Iterator[Found]:
     for raw, number in lines(path):
         done += len(raw) + 1
         if raw.strip():
-            yield parse_line(raw, path) if parse else raw, Place(str(path), number, share=min(done / size, 1))
+            yield parse_line(raw, path, number) if parse else raw, Place(str(path), number, share=min(done / size, 1))
 
 
 def _is_lines(path: Path) -> bool:
@@ -101,17 +101,18 @@ def _is_lines(path: Path) -> bool:
         return False
     if ".jsonl" in path.name.lower() or ".ndjson" in path.name.lower():
         return True
-    return not isinstance(parse_line(first, path), InputError)
+    return not isinstance(parse_line(first, path, 1), InputError)
 
 
-def parse_line(raw: bytes, path: Path | str) -> Record | InputError:
+def parse_line(raw: bytes, path: Path, number: int) -> Record | InputError:
     """The object that a JSON line holds, or why it holds none."""
+    where = f"{path}:{number}"
     try:
-        return _record(json.loads(text := decode(raw, Path(path))), text)
+        return _record(json.loads(text := decode(raw, path)), text)
     except InputError as error:
-        return error
+        return error.at(where)
     except (ValueError, RecursionError) as error:
-        return _broken(error)
+        return _broken(error).at(where)
 
 
 def _json_whole(path: Path) -> Iterator[Found]:
