@@ -14,6 +14,7 @@ from lit_llm.data.sources import Source
 from lit_llm.data.store import Report
 from lit_llm.data.textfile import PACKED
 
+MUCH = 1_000_000_000                                    # bytes of a cache that are worth a word
 QUIET, OFTEN, SELDOM = 2.0, 0.5, 10.0                   # seconds: before the first line; on a terminal; in a log
 
 
@@ -65,9 +66,9 @@ class Progress:
         self._say(f"prepared {self.name}: {report.read:,} records, {report.tokens:,} tokens in {_duration(spent)}, "
                   f"{report.tokens / spent:,.0f} tokens/s")
         stores, size = size_of(root)
-        if stores > 1:
-            self._say(f"the token cache {root} holds {stores} stores, {size / 1e9:,.1f} GB; what is not needed may be "
-                      "deleted")
+        if size > MUCH:
+            self._say(f"the token cache {root} holds {stores} stores, {size / 1e9:,.1f} GB; delete it whenever you "
+                      "like")
 
     def _say(self, line: str, end: str = "\n") -> None:
         print(f"  {line}" + ("\x1b[K" if self._terminal else ""), end=end, file=sys.stderr, flush=True)
