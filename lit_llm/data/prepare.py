@@ -162,7 +162,7 @@ def encode(items: list[Item], source: Source, tokenizer: Tokenizer,
                 said: Part | Document | Conversation = record
                 texts.append(record.piece)
             else:
-                record = parse_line(record, place.path, place.number) if isinstance(record, bytes) else record
+                record = parse_line(record, Path(place.path), place.number) if isinstance(record, bytes) else record
                 if isinstance(record, InputError):
                     raise record
                 notes: set[str] = set()

@@ -12,7 +12,9 @@ from lit_llm.data.cache import size_of
 from lit_llm.data.readers import Place
 from lit_llm.data.sources import Source
 from lit_llm.data.store import Report
+from lit_llm.data.textfile import PACKED
 
+MUCH = 1_000_000_000                                    # bytes of a cache that are worth a word
 QUIET, OFTEN, SELDOM = 2.0, 0.5, 10.0                   # seconds: before the first line; on a terminal; in a log
 
 
@@ -48,9 +50,13 @@ class Progress:
                   f"{report.tokens / spent:,.0f} tokens/s{left}", end="\r" if self._terminal else "\n")
 
     def share(self, place: Place) -> float:
-        """Of the source's bytes, how many are done: 0 to 1; 0 where that is not known."""
+        """Of the source's bytes, how many are done: 0 to 1; 0 where that is not known.
+
+        How much of a packed file has been read is not known, only that those before it are done.
+        """
         size = self.sizes.get(place.path, 0)
-        return (self._before[place.path] + size * place.share) / self.total if size else 0.0
+        read = 0.0 if place.path.lower().endswith(PACKED) else place.share
+        return (self._before[place.path] + size * read) / self.total if size else 0.0
 
     def end(self, report: Report, root: Path) -> None:
         """Say what it came to, if it took a while; and what the cache has come to, since nobody empties it."""
@@ -60,9 +66,9 @@ class Progress:
         self._say(f"prepared {self.name}: {report.read:,} records, {report.tokens:,} tokens in {_duration(spent)}, "
                   f"{report.tokens / spent:,.0f} tokens/s")
         stores, size = size_of(root)
-        if stores > 1:
-            self._say(f"the token cache {root} holds {stores} stores, {size / 1e9:,.1f} GB; what is not needed may be "
-                      "deleted")
+        if size > MUCH:
+            self._say(f"the token cache {root} holds {stores} stores, {size / 1e9:,.1f} GB; delete it whenever you "
+                      "like")
 
     def _say(self, line: str, end: str = "\n") -> None:
         print(f"  {line}" + ("\x1b[K" if self._terminal else ""), end=end, file=sys.stderr, flush=True)

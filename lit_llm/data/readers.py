@@ -128,7 +128,7 @@ def _json(path: Path, notes: set[str], parse: bool) -> Iterator[Found]:
     for raw, number in lines(path, notes):
         done += len(raw) + 1
         if raw.strip():
-            yield (parse_line(raw, path, number) if parse else raw), Place(str(path), number, share=min(done / size, 1))
+            yield parse_line(raw, path, number) if parse else raw, Place(str(path), number, share=min(done / size, 1))
 
 
 def _is_lines(path: Path) -> bool:
@@ -141,15 +141,16 @@ def _is_lines(path: Path) -> bool:
     return not isinstance(parse_line(first, path, 1), InputError)
 
 
-def parse_line(raw: bytes, path: Path | str, number: int) -> Record | InputError:
+def parse_line(raw: bytes, path: Path, number: int) -> Record | InputError:
     """The object that a JSON line holds, or why it holds none."""
+    where = f"{path}:{number}"
     try:
-        text = decode(raw, Path(path), number)
+        text = decode(raw, path, number)
         return _record(DECODER.decode(text), text)
     except InputError as error:
-        return error
+        return error.at(where)
     except (ValueError, RecursionError) as error:
-        return _broken(error, text, f"{path}:{number}:{getattr(error, 'pos', -1) + 1}")
+        return _broken(error, text, f"{where}:{getattr(error, 'pos', -1) + 1}")
 
 
 def _json_whole(path: Path, notes: set[str]) -> Iterator[Found]:

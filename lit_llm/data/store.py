@@ -29,6 +29,8 @@ SEQUENCE = np.dtype([
     ("kind", "u1"), ("ended", "u1"),                                # ended: its last token is the end-of-text token
     ("file", "<i4"), ("number", "<i8"), ("content", "<u8")])        # content: a hash, equal for equal records
 
+LONGEST = int(np.iinfo("<i4").max)                      # tokens of a sequence
+
 
 @dataclass
 class Report:
@@ -232,7 +234,7 @@ class Writer:
         for number, reason in new.faults:
             record, place = items[number]
             if isinstance(reason, InputError):
-                self._quarantine(reason, record)
+                self._quarantine(reason, record, place)
             else:
                 self.report.drop(reason, str(place))
         rows = new.rows.copy()
@@ -254,12 +256,12 @@ class Writer:
                 _count(self.report.mended, dict.fromkeys(place.notes, 1))
         counts = np.bincount(new.marks, minlength=len(self.report.marks))
         self.report.marks = (counts + self.report.marks).tolist()
-        rows = self._joined(rows, new.unbroken)
+        rows = self._joined(rows, new.unbroken, str(items[-1][1]))
         self.report.sequences += len(rows)
         for stream, array in zip(self._streams, (new.tokens, new.marks, rows), strict=True):
             stream.write(array.tobytes())
 
-    def _joined(self, rows: np.ndarray, unbroken: np.ndarray | None) -> np.ndarray:
+    def _joined(self, rows: np.ndarray, unbroken: np.ndarray | None, place: str) -> np.ndarray:
         """Rows of sequences that are complete now; parts of one document become one row."""
         if unbroken is None:
             return rows
@@ -269,6 +271,9 @@ class Writer:
                 self._open = row.copy()
             else:
                 assert self._open is not None
+                if int(self._open["length"]) + int(row["length"]) > LONGEST:
+                    raise InputError(f"a document of more than {LONGEST:,} tokens", where=place, fix="Put a line "
+                                     "<|endoftext|> between its documents, or set `document: paragraph` or `line`.")
                 self._open["length"] += row["length"]
                 self._open["supervised"] += row["supervised"]
                 self._open["content"] = (int(self._open["content"]) * 1000003 ^ int(row["content"])) % 2**64
@@ -277,11 +282,12 @@ class Writer:
                 complete.append(self._open)
         return np.array(complete, dtype=SEQUENCE)
 
-    def _quarantine(self, error: InputError, record: Any) -> None:
+    def _quarantine(self, error: InputError, record: Any, place: Place) -> None:
         self.report.drop(error.what[:120], error.where)
         self.report.quarantined += 1
         line = {"where": error.where, "reason": error.what}
-        record = parse_line(record, "", 0) if isinstance(record, bytes) else record
+        if isinstance(record, bytes):
+            record = parse_line(record, Path(place.path), place.number)
         if not isinstance(record, InputError):
             line["record"] = record
         with (self.folder / "quarantine.jsonl").open("a", encoding="utf-8", errors="backslashreplace") as stream:

@@ -5,6 +5,7 @@ them is killed; or a process stays behind.
 import gzip
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -21,7 +22,9 @@ from lit_llm.conversation import Document
 from lit_llm.data import prepare as preparing
 from lit_llm.data import readers, textfile
 from lit_llm.data.prepare import prepare
+from lit_llm.data.progress import Progress
 from lit_llm.data.sources import Source
+from lit_llm.data.store import Report
 from lit_llm.errors import InputError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -126,7 +129,7 @@ def test_packed_files(kind, tokenizer, jsonl, tmp_path):
 
 
 def test_killed_with_its_processes_it_leaves_none_behind(tokenizer_folder, tokenizer, jsonl, tmp_path):
-    path = jsonl([{"text": f"text {number} " * 50} for number in range(40_000)])
+    path = jsonl([{"text": f"text {number} " * 50} for number in range(10_000)])
     code = (f"from lit_llm.data.prepare import prepare; from lit_llm.data.sources import Source; "
             f"from lit_llm.tokenizer import Tokenizer; prepare(Source({path!r}), Tokenizer.load({str(tokenizer_folder)!r}), "
             f"num_proc=2, cache_dir={str(tmp_path / 'cut')!r})")
@@ -142,6 +145,53 @@ def test_killed_with_its_processes_it_leaves_none_behind(tokenizer_folder, token
     assert not members(process.pid)
     again = prepare(Source(path), tokenizer, num_proc=2, cache_dir=str(tmp_path / "cut"))
     assert bytes_of(again) == bytes_of(prepare(Source(path), tokenizer, num_proc=1, cache_dir=str(tmp_path / "whole")))
+
+
+def test_ctrl_c_ends_them_all_and_leaves_nothing(tokenizer, jsonl, tmp_path):
+    """On a terminal every process of the group hears it; none may answer with a traceback."""
+    path, here, said = jsonl([{"text": f"text {number} " * 50} for number in range(10_000)]), tmp_path / "cut", tmp_path / "said"
+    child = os.fork()
+    if not child:
+        os.setsid()
+        os.dup2(os.open(said, os.O_WRONLY | os.O_CREAT), 2)
+        try:
+            prepare(Source(path), tokenizer, num_proc=2, cache_dir=str(here))
+        except KeyboardInterrupt:
+            os._exit(130)
+        os._exit(0)
+    end = time.monotonic() + 60
+    while not list(here.glob("*.tmp-*/tokens.bin")) or len(members(child)) < 3:
+        assert time.monotonic() < end
+        time.sleep(0.02)
+    os.killpg(child, signal.SIGINT)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 130
+    assert not members(child)
+    assert said.read_text() == ""
+    assert [entry.suffix for entry in here.iterdir()] == [".lock"]
+
+
+def test_how_much_is_done_over_several_files(tmp_path, capsys, monkeypatch):
+    """A packed file counts when it is through; of the others the place in them does."""
+    for name, size in (("a.jsonl", 100), ("b.jsonl.gz", 300), ("c.jsonl", 600)):
+        (tmp_path / name).write_bytes(b"x" * size)
+    line = Progress(Source(str(tmp_path)))
+    shares = [line.share(readers.Place(str(tmp_path / name), 1, share=share))
+              for name, share in (("a.jsonl", 0.5), ("b.jsonl.gz", 1.0), ("c.jsonl", 0.0), ("c.jsonl", 0.5), ("c.jsonl", 1))]
+    assert shares == [0.05, 0.1, 0.4, 0.7, 1.0]
+    line.began -= 100
+    line.shown -= 100
+    line.show(Report("x", read=10, tokens=5000), readers.Place(str(tmp_path / "c.jsonl"), 1, share=0.5))
+    assert re.search(r"10 records, 5,000 tokens, 50 tokens/s, 70% done, 43 s left", capsys.readouterr().err)
+
+
+def test_a_long_document_says_how_much_of_it_is_done(tokenizer, tmp_path, small):
+    file = tmp_path / "book.txt"
+    file.write_text("a line of a book\n" * 2000)
+    shares = [place.share for _, place in preparing._items(Source(str(file)), tokenizer)]
+    assert len(shares) > 5
+    assert shares == sorted(shares)
+    assert shares[len(shares) // 2] == pytest.approx(0.5, abs=0.15)
+    assert shares[-1] == 1
 
 
 def members(group):

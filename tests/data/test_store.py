@@ -11,7 +11,9 @@ import pytest
 
 from lit_llm.conversation import Conversation, Document
 from lit_llm.data.prepare import prepare
+from lit_llm.data.readers import Place
 from lit_llm.data.sources import Source
+from lit_llm.data.store import SEQUENCE, Block, Writer
 from lit_llm.errors import InputError
 
 
@@ -111,6 +113,21 @@ def test_nothing_kept_is_an_error(tokenizer, jsonl):
     for records in ([], BAD[2:]):
         with pytest.raises(InputError, match="no record"):
             prepare(Source(jsonl(records)), tokenizer, on_bad_record="quarantine")
+
+
+def test_a_document_longer_than_its_length_can_say_is_refused(tmp_path):
+    part = np.zeros(1, SEQUENCE)
+    part["length"] = 2**30
+    items = [("text", Place("big.txt", 1))]
+    writer = Writer(tmp_path, "big.txt", np.dtype("<u2"))
+
+    def add(first, last):
+        empty = Block(np.zeros(0, "<u2"), np.zeros(0, np.uint8), part, [], np.array([[first, last]]), 0, 0, 0)
+        writer.add(empty, items, [first])
+
+    add(True, False)
+    with pytest.raises(InputError, match=r"big\.txt:1: a document of more than 2,147,483,647 tokens"):
+        add(False, True)
 
 
 def test_a_cache_that_cannot_be_written_is_named(tokenizer, jsonl, tmp_path):
