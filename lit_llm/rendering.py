@@ -66,6 +66,10 @@ class Renderer:
         messages, tools = conversation.to_openai(), [dict(tool) for tool in conversation.tools] or None
         try:
             return self._render(messages, tools, generation_prompt)
+        except InputError as error:
+            if error.what.startswith("the chat template"):
+                raise
+            reason = error.what
         except Exception as error:                  # a template is a stranger's program: it may raise anything
             reason = str(error)[:200] or type(error).__name__
         if any(message.tool_calls for message in conversation.messages):

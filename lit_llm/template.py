@@ -97,7 +97,9 @@ class ChatTemplate(Renderer):
             return None                             # no generation prompt: the header would be learned as an answer
         message = conversation.messages[place]
         stop = self._stop(fresh, len(prompt), own, message)
-        if not stop or text[:stop] != fresh[:stop] or _unasked(before, prompt) or _unsaid(message, text[len(prompt):stop]):
+        if not stop or text[:stop] != fresh[:stop]:
+            return None
+        if _unasked(before, prompt) or _unsaid(message, text[len(prompt):stop]):
             return None
         return len(prompt), stop
 
@@ -158,9 +160,9 @@ class ChatTemplate(Renderer):
         skip = 0
         if more == ["<think>"] and rest[:1] != ["</think>"]:
             return None
-        if len(more) > 1 and _name(more[0]) == _name(more[-1]) and len(more) < 4:
+        if 1 < len(more) < 4 and _closes(more[-1], more[0]):
             skip = int(rest[:1] == more[-1:])       # the text shows the block's end alone
-        elif more and not (len(more) == 1 and rest and _name(rest[0]) == _name(more[0])):
+        elif more and not (len(more) == 1 and rest and _closes(rest[0], more[0])):
             raise InputError(f"the generation prompt ends with {' '.join(more)[:80]!r}, and the answer as the chat "
                              f"template shows it begins {' '.join(rest)[:80]!r}")
         at = same + skip
@@ -259,13 +261,16 @@ def _unasked(conversation: Conversation, prompt: str) -> str:
     return ""
 
 
-def _name(tag: str) -> str:
-    """What opens and what closes a block have in common.
+def _closes(tag: str, other: str) -> bool:
+    """Whether a tag ends the block that another opens.
 
-    >>> _name("</think>") == _name("<think>") and _name("<|END_THINKING|>") == _name("<|START_THINKING|>")
+    >>> _closes("</think>", "<think>"), _closes("<think>", "</think>")
+    (True, False)
+    >>> _closes("<|END_THINKING|>", "<|START_THINKING|>")
     True
     """
-    return re.sub(r"START_|END_|\W", "", tag)
+    name, opened = (re.sub(r"START_|END_|\W", "", one) for one in (tag, other))
+    return name == opened != "" and tag != other and not re.search(r"/|END_|^<\w+\|>", other)
 
 
 def _tool_names(tools: tuple[dict[str, Any], ...]) -> list[str]:

@@ -7,7 +7,7 @@ shift of labels are the data and training wings'.
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -19,6 +19,7 @@ from lit_llm import hub
 from lit_llm.conversation import ROLES, Conversation, Document
 from lit_llm.encoder import Encoder, Piece, Reading
 from lit_llm.errors import InputError
+from lit_llm.jinja import compiled
 from lit_llm.rendering import Rendered, Span
 from lit_llm.samples import resolve
 from lit_llm.template import ChatTemplate, chatml
@@ -64,6 +65,7 @@ class Tokenizer:
         self.special_ids = self._encoder.special_ids
         self.template = ChatTemplate(self._jinja, [token.content for token in added.values() if token.special],
                                      str(hf.eos_token))
+        self._compiled: tuple[str, Callable[[list[dict], list[dict] | None, bool], str]] | None = None
         self.vocab_size = len(hf)
         self.bos_id, self.eos_id = hf.bos_token_id, hf.eos_token_id
         self.pad_id: int = hf.pad_token_id if hf.pad_token_id is not None else hf.eos_token_id
@@ -87,8 +89,9 @@ class Tokenizer:
         return cls(hf, source=path, note=note)
 
     def _jinja(self, messages: list[dict], tools: list[dict] | None, generation_prompt: bool) -> str:
-        return self.hf.apply_chat_template(messages, tools=tools, add_generation_prompt=generation_prompt,
-                                           tokenize=False)
+        if self._compiled is None or self._compiled[0] != self.hf.chat_template:
+            self._compiled = self.hf.chat_template, compiled(self.hf.chat_template, self.hf.special_tokens_map)
+        return self._compiled[1](messages, tools, generation_prompt)
 
     @cached_property
     def fingerprint(self) -> str:

@@ -134,8 +134,8 @@ def check_answer(tokenizer, conversation, prompt, answer, stop):
     own = answer.removesuffix(stop).strip()
     if own in text:                                 # it begins where the served prompt ends, but for white space
         before, asked = (re.findall(r"<[^<>\s]*>|\[/?[A-Z_]+\]|[^\s<>\[\]]+", part) for part in (
-            text[:text.rindex(own)], EMPTY.sub("", prompt)))
-        assert before[-1] in (asked[-1], "</think>"), f"{before[-1]} is not {asked[-1]}"
+            re.sub(r"(<think>)?\s*</think>\s*$", "", EMPTY.sub("", text[:text.rindex(own)])), EMPTY.sub("", prompt)))
+        assert before[-1] == asked[-1], f"{before[-1]} is not {asked[-1]}"
     else:                                           # the template drops thinking that the prompt has opened
         assert "<think>" in prompt[-12:]
         for word in (*thoughts(message), message.content.rpartition("</think>")[2].strip(), "</think>"):

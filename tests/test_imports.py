@@ -9,14 +9,14 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-NOUNS = {"conversation", "rendering", "template", "encoder", "tokenizer", "adapter", "model", "attention"}
+NOUNS = {"conversation", "jinja", "rendering", "template", "encoder", "tokenizer", "adapter", "model", "attention"}
 GROUND = {"disk", "errors", "hub", "samples"}
 RIM = {"cli", "runs", "ending", "parser", "__main__", "__init__"}       # they may import everything
 WINGS = {"data": set(), "training": {"data"}, "inference": set()}
 ARROWS = {("training.callbacks", "inference.completion"), ("training.callbacks", "inference.sampling")}
-NOUNS_FROM = {"conversation": set(), "attention": set(), "rendering": {"conversation"},
+NOUNS_FROM = {"conversation": set(), "attention": set(), "jinja": set(), "rendering": {"conversation"},
               "template": {"conversation", "rendering"}, "encoder": {"rendering"},
-              "tokenizer": {"conversation", "rendering", "template", "encoder"}, "adapter": set(), "model": {"attention", "adapter"}}
+              "tokenizer": {"conversation", "jinja", "rendering", "template", "encoder"}, "adapter": set(), "model": {"attention", "adapter"}}
 HOMES = {
     "peft": {"adapter"}, "AutoModelForCausalLM": {"model"}, "AutoConfig": {"model", "inference.export"},
     "tokenizers": {"tokenizer", "samples.make"}, "AutoTokenizer": {"tokenizer"}, "datasets": {"data.sources", "data.readers"},

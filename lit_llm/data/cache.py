@@ -81,7 +81,7 @@ def _code() -> str:
     """Any change to what turns bytes into tokens makes old stores stale."""
     wing, package = Path(__file__).parent, Path(__file__).parents[1]
     names = ("sources", "cleaning", "textfile", "readers", "recognition", "formats", "prepare", "store")
-    nouns = ("conversation", "rendering", "template", "encoder", "tokenizer")
+    nouns = ("conversation", "jinja", "rendering", "template", "encoder", "tokenizer")
     parts = [*(wing / f"{name}.py" for name in names), *(package / f"{name}.py" for name in nouns)]
     return hashlib.sha256(b"".join(path.read_bytes() for path in parts if path.exists())).hexdigest()
 

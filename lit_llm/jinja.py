@@ -1,0 +1,113 @@
+"""A chat template's source in; a function that renders messages with it out, in bounded time.
+
+A template is a stranger's program. The environment is the sandbox of transformers, so that the text is the one that
+`apply_chat_template` renders; added is a clock that loops and calls look at, and a bound on strings. What a single
+filter does is bounded by neither.
+"""
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from lit_llm.errors import InputError
+
+SECONDS, CHARACTERS = 2, 50_000_000                     # of one text, which takes a thousandth of a second as a rule
+CLOCK = " clock"                                        # no name that a template could spell
+
+
+def compiled(source: str, special_tokens: Mapping[str, Any]) -> Callable[[list[dict], list[dict] | None, bool], str]:
+    """`(messages, tools, add_generation_prompt) -> text`.
+
+    Args:
+        source: The template.
+        special_tokens: What it may name, such as `bos_token`.
+
+    Raises:
+        InputError: The source is not jinja; it names the line.
+    """
+    from jinja2 import Template, TemplateSyntaxError, nodes, pass_context
+    from transformers.utils.chat_template_utils import _compile_jinja_template
+
+    environment = _compile_jinja_template("").environment.overlay()
+
+    @pass_context
+    def counted(context: Any, items: Any) -> Iterator[Any]:
+        clock = context.parent[CLOCK]
+        for item in items:
+            clock.look()
+            yield item
+
+    def call(context: Any, function: Any, *args: Any, **kwargs: Any) -> Any:
+        context.parent[CLOCK].look()
+        return type(environment).call(environment, context, function, *args, **kwargs)
+
+    environment.filters = environment.filters | {"counted": counted, "short": _short}
+    environment.call = call
+    environment.intercepted_binops = frozenset({"*", "**"})
+    environment.binop_table = environment.binop_table | {"*": _times, "**": _power}
+    try:
+        tree = environment.parse(source)
+        for loop in tree.find_all(nodes.For):
+            if not loop.recursive:                      # those call themselves, and calls are counted
+                loop.iter = _filtered(loop.iter, "counted")
+        for joined in tree.find_all(nodes.Concat):
+            joined.nodes = [_filtered(node, "short") for node in joined.nodes]
+        for added in tree.find_all(nodes.Add):
+            added.left, added.right = _filtered(added.left, "short"), _filtered(added.right, "short")
+        template = Template.from_code(environment, environment.compile(tree), environment.make_globals(None))
+    except TemplateSyntaxError as error:
+        raise InputError(f"the chat template is not jinja: line {error.lineno}: {error.message}") from None
+
+    def render(messages: list[dict], tools: list[dict] | None, generation_prompt: bool) -> str:
+        told = [{"thinking": message["reasoning_content"], **message} if "reasoning_content" in message else message
+                for message in messages]                # the other name by which templates ask for it
+        context = template.new_context({
+            **special_tokens, "messages": told, "tools": tools, "documents": None,
+            "add_generation_prompt": generation_prompt, CLOCK: _Clock()})
+        pieces, length = [], 0
+        for piece in template.root_render_func(context):
+            length += len(piece)
+            if length > CHARACTERS:
+                raise InputError("it writes without end")
+            pieces.append(piece)
+        return "".join(pieces)
+
+    return render
+
+
+def _filtered(node: Any, name: str) -> Any:
+    from jinja2 import nodes
+
+    return nodes.Filter(node, name, [], [], None, None, lineno=node.lineno)
+
+
+class _Clock:
+    """This thread's own time, so that a busy machine refuses nothing."""
+
+    def __init__(self) -> None:
+        self._looks, self._end = 0, time.thread_time() + SECONDS
+
+    def look(self) -> None:
+        """Stop a template that takes too long."""
+        self._looks += 1
+        if self._looks % 16 == 0 and time.thread_time() > self._end:
+            raise InputError(f"it takes longer than {SECONDS} seconds")
+
+
+def _short(value: Any) -> Any:
+    if isinstance(value, str | list | tuple) and len(value) > CHARACTERS:
+        raise InputError("it writes without end")
+    return value
+
+
+def _times(left: Any, right: Any) -> Any:
+    for one, other in ((left, right), (right, left)):
+        if isinstance(one, str | list | tuple) and isinstance(other, int) and len(one) * other > CHARACTERS:
+            raise InputError("it writes without end")
+    return left * right
+
+
+def _power(left: Any, right: Any) -> Any:
+    if not (abs(left) < 1 << 64 and abs(right) < 1 << 10):
+        raise InputError("it reckons without end")
+    return left ** right
