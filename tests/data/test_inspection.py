@@ -10,7 +10,7 @@ from lit_llm.data.datamodule import TextDataModule
 from lit_llm.data.inspection import examine
 from lit_llm.data.page import as_page
 from lit_llm.data.sources import Source
-from lit_llm.data.terminal import as_text
+from lit_llm.data.terminal import as_text, ledger
 from lit_llm.errors import InputError
 
 TALKS = [{"messages": [{"role": "system", "content": "Be <b>kind</b>."}, {"role": "user", "content": f"Say {n} \x1b[31m红"},
@@ -115,3 +115,19 @@ def test_records_of_several_sequences_are_no_duplicates_of_themselves(load, tmp_
     data.prepare_data()
     data.setup("fit")
     assert np.sort(data.plans["train"].corpus.index).tolist() == [0, 1]
+
+
+def test_long_text_and_long_names_fit_a_terminal(seen, monkeypatch):
+    """Of a long answer its head and tail; tables within 80 columns, a path by its end."""
+    monkeypatch.setenv("COLUMNS", "80")
+    _, inspection = seen([*TALKS, {"messages": [{"role": "user", "content": "Tell"},
+                                                {"role": "assistant", "content": "head" + "-" * 150 + "tail"}]}], rows=9)
+    lines = as_text(inspection, colour=False, characters=30).split("\n")
+    assert f"⟦head{'-' * 16} ... 128 characters more ... {'-' * 6}tail<|im_end|>⟧" in lines
+    assert max(len(line) for line in lines if "data.jsonl" not in line or "  " in line) <= 80
+    drawn = {f"/a/very/long/path/{'x' * 90}/{name}.jsonl": {"sequences": 10**9, "tokens": 10**12, "supervised": 10**11}
+             for name in ("one", "two")}
+    table = ledger(drawn, "drawn")
+    assert max(map(len, table)) <= 80
+    assert [line.split()[0][-9:] for line in table[1:]] == ["one.jsonl", "two.jsonl"]
+    assert table[1].split()[1:] == ["1,000,000,000", "1,000,000,000,000", "100,000,000,000", "50.0%"]
