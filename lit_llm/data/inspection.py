@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from lit_llm.data.formats import OPEN_NOTE
 from lit_llm.data.loader import Corpus
 from lit_llm.data.packing import Rows
 from lit_llm.data.store import Report
@@ -111,6 +112,8 @@ def _findings(reports: Sequence[Report], stages: Sequence[Stage]) -> Iterator[st
                    "does not learn to stop")
         if report.double_bos:
             yield f"{report.source}: {report.double_bos:,} sequences begin with two BOS tokens"
+        if left := report.notes.get(OPEN_NOTE):
+            yield f"{report.source}: in {left:,} records {OPEN_NOTE}; the model learns to say it so"
         if report.quarantined:
             yield f"{report.source}: {report.quarantined:,} bad records were set aside"
     for stage in stages:
