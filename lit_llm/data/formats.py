@@ -58,7 +58,7 @@ def convert(record: dict[str, Any] | str, *, format: str = "auto", columns: Mapp
     if notes is not None:
         notes.update(seen.unread())
         if isinstance(said, Conversation) and any(map(_BLANK.search, texts)):
-            notes.add("a {{placeholder}} is left open")
+            notes.add(OPEN_NOTE)
     return said
 
 
@@ -94,6 +94,7 @@ class _Seen:
         yield from (f"the key '{key[:40]}' of a message is not read" for key in sorted(inner)[:20])
 
 
+OPEN_NOTE = "a {{placeholder}} is left open"
 _BLANK = re.compile(r"\{\{ *\w{1,40} *\}\}")
 _IN_TURNS = KNOWN_KEYS | {"from", "value", "system"} | {key for pair in PAIRS for key in pair}
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lit_llm.data.corpus import Corpus, Tally
+from lit_llm.data.formats import OPEN_NOTE
 from lit_llm.data.loader import EMPTY
 from lit_llm.data.packing import Rows
 from lit_llm.data.store import Report, TokenStore
@@ -212,6 +213,8 @@ def _unsound(stores: Sequence[TokenStore]) -> Iterator[str]:
                    "does not learn to stop")
         if report.double_bos:
             yield f"{report.source}: {report.double_bos:,} sequences begin with two BOS tokens"
+        if left := report.notes.get(OPEN_NOTE):
+            yield f"{report.source}: in {left:,} records {OPEN_NOTE}; the model learns to say it so"
         if report.quarantined:
             yield (f"{report.source}: {report.quarantined:,} bad records were set aside, with their reasons, in "
                    f"{folder / 'quarantine.jsonl'}")
