@@ -87,9 +87,9 @@ def gpt2(data, folder):
     return str(target)
 
 
-def speed(data, folder, megabytes, rounds):
+def speed(data, folder, megabytes, rounds, only):
     print(f"{'text':<20} {'tokenizer':<16} {'bare':>11} {'jsonl':>6} {'txt':>6}   cpu: {'bare':>5} {'jsonl':>6} {'txt':>6}")
-    for text, name in itertools.product(TEXTS, TOKENIZERS):
+    for text, name in itertools.product(TEXTS, [name for name in TOKENIZERS if only in name]):
         tokenizer = gpt2(data, tempfile.mkdtemp(dir=folder)) if name == "gpt2" else str(data / name)
         rows, whole = written((data / text).read_text(encoding="utf-8-sig"), folder, megabytes << 20)
         of = medians(rounds, {"bare": partial(alone, bare, tokenizer, rows), "jsonl": partial(alone, ours, tokenizer, rows),
@@ -130,7 +130,8 @@ def peak(data, folder, megabytes, kinds):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--megabytes", type=int, default=20, help="of text for the speed")
+    parser.add_argument("--megabytes", type=int, default=40, help="of text for the speed")
+    parser.add_argument("--only", default="", help="a part of the tokenizers' names")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--memory", type=int, metavar="MEGABYTES")
     parser.add_argument("--kinds", nargs="+", default=["jsonl", "txt", "chats"], help="of corpus for the memory")
@@ -139,7 +140,7 @@ def main():
         if given.memory:
             peak(given.data, folder, given.memory, given.kinds)
         else:
-            speed(given.data, folder, given.megabytes, given.rounds)
+            speed(given.data, folder, given.megabytes, given.rounds, given.only)
 
 
 if __name__ == "__main__":
