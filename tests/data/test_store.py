@@ -122,7 +122,7 @@ def test_a_document_longer_than_its_length_can_say_is_refused(tmp_path):
     writer = Writer(tmp_path, "big.txt", np.dtype("<u2"))
 
     def add(first, last):
-        empty = Block(np.zeros(0, "<u2"), np.zeros(0, np.uint8), part, [], np.array([[first, last]]), 0, 0, 0)
+        empty = Block(np.zeros(0, "<u2"), np.zeros(0, np.uint8), part, [], np.array([[first, last]]), 0, 0, 0, {})
         writer.add(empty, items, [first])
 
     add(True, False)
