@@ -7,6 +7,7 @@ trainer's number of processes and accumulation, and nothing of models.
 import hashlib
 import json
 import sys
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -14,11 +15,13 @@ import lightning as L
 import numpy as np
 
 from lit_llm.data import packing as pack
+from lit_llm.data import stream_loader
 from lit_llm.data.loader import Corpus, RowLoader
 from lit_llm.data.packing import Overlong, Packing, Rows
 from lit_llm.data.prepare import OnBadRecord, prepare, wait_for
 from lit_llm.data.sources import Source
 from lit_llm.data.store import Report, TokenStore
+from lit_llm.data.stream_loader import StreamLoader
 from lit_llm.errors import InputError
 from lit_llm.tokenizer import Tokenizer, TrainOn
 
@@ -60,6 +63,11 @@ class TextDataModule(L.LightningDataModule):
         num_proc: Processes that tokenize; null takes the machine's cores, and one where there is little to do.
         dedup: Leave out training records that say exactly what an earlier one says, of any source.
         bad_record_limit: Share of a source's records that may be set aside; above it something else is wrong.
+        streaming: Read the training sources while training, again and again, and keep no tokens: for a corpus that is
+            larger than memory or disk. It wants `trainer.max_steps`, and `val_sources` to validate on. A weight is then
+            the share of the next records that come from its source.
+        stream_buffer: Characters of text that a stream packs and shuffles together, beside an order of files for each
+            pass; at least a step's worth is good. A resumed run makes at most this much again.
     """
 
     def __init__(
@@ -81,6 +89,8 @@ class TextDataModule(L.LightningDataModule):
         num_proc: int | None = None,
         dedup: bool = False,
         bad_record_limit: float = 0.1,
+        streaming: bool = False,
+        stream_buffer: int = 4_000_000,
     ) -> None:
         super().__init__()
         self.sources, self.val_sources, self.test_sources = sources, val_sources, test_sources
@@ -89,6 +99,8 @@ class TextDataModule(L.LightningDataModule):
         self.packing, self.overlong, self.on_bad_record = packing, overlong, on_bad_record
         self.seed, self.cache_dir, self.num_proc = seed, cache_dir, num_proc
         self.dedup, self.bad_record_limit = dedup, bad_record_limit
+        self.streaming, self.stream_buffer = streaming, stream_buffer
+        self.stream: StreamLoader | None = None
         self.plans: dict[Stage, Plan] = {}
         self.reports: list[Report] = []
         self._tokenizer: Tokenizer | None = None
@@ -112,22 +124,32 @@ class TextDataModule(L.LightningDataModule):
     def prepare_data(self) -> None:
         """Tokenize what is not in the cache; Lightning calls it on one process of each machine."""
         self._check()
-        for source in [*self.sources, *(self.val_sources or ()), *(self.test_sources or ())]:
+        kept = [] if self.streaming else self.sources
+        for source in [*kept, *(self.val_sources or ()), *(self.test_sources or ())]:
             self._open(source, write=True)
 
     def setup(self, stage: str | None = None) -> None:
         """Open the stores and plan the rows of what `stage` needs; a second call does nothing."""
         self._check()
+        if self.streaming:
+            stream_loader.check(self, fit=stage == "fit")
         wanted: dict[str | None, tuple[Stage, ...]] = {
             "fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": ()}
         for name in wanted.get(stage, ("train", "val", "test")):
-            if name not in self.plans and (name == "train" or self._held_out(name)):
+            if name in self.plans or not (name == "train" or self._held_out(name)):
+                continue
+            if name == "train" and self.streaming:
+                self._open_stream()
+            else:
                 self.plans[name] = self._plan(name)
         if self._rank == 0 and stage in ("fit", None):
             print(self.summary(), file=sys.stderr, flush=True)
 
-    def train_dataloader(self) -> RowLoader:
+    def train_dataloader(self) -> RowLoader | StreamLoader:
         """Shuffled, in whole accumulation windows, resumable."""
+        if self.streaming:
+            self.stream = stream_loader.open_loader(self)
+            return self.stream
         trainer = self.trainer
         return self._loader("train", shuffle=True, accumulate=trainer.accumulate_grad_batches if trainer else 1)
 
@@ -138,6 +160,11 @@ class TextDataModule(L.LightningDataModule):
     def test_dataloader(self) -> RowLoader | list[Any]:
         """As `val_dataloader`, of `test_sources`."""
         return self._loader("test") if "test" in self.plans else []
+
+    def teardown(self, stage: str) -> None:
+        """Say what a stream really held."""
+        if self.stream is not None and stage == "fit" and self._rank == 0:
+            print("\n".join(self.stream.told()), file=sys.stderr, flush=True)
 
     # ---- from sources to rows ----------------------------------------------------------------------------------------
 
@@ -237,6 +264,14 @@ class TextDataModule(L.LightningDataModule):
                          world=trainer.world_size if trainer else 1, accumulate=accumulate, shuffle=shuffle,
                          trim=self.packing == "none", fingerprint=plan.fingerprint)
 
+    def _open_stream(self) -> None:
+        """Without a trainer, to be looked at, the stream's first chunk stands for all of it."""
+        if self.trainer is None:
+            stream = stream_loader.open_loader(self).stream
+            with closing(stream.chunks(stream.beginning)) as chunks:
+                chunk = next(chunks)
+            self.plans["train"] = Plan(chunk.corpus, chunk.rows, stream.notes, stream.fingerprint)
+
     # ---- what the user sees ------------------------------------------------------------------------------------------
 
     def summary(self) -> str:
@@ -244,6 +279,9 @@ class TextDataModule(L.LightningDataModule):
         from lit_llm.data.inspection import describe
 
         lines = [line for report in self.reports for line in describe(report)]
+        if self.streaming:
+            lines.append(f"train: streamed from {', '.join(source.path for source in self.sources)}"
+                         + (f"; below, its first {self.stream_buffer:,} characters" if "train" in self.plans else ""))
         for stage, plan in self.plans.items():
             tokens, rows = int(plan.rows.lengths.sum()), plan.rows
             share, fill = rows.supervised.sum() / tokens, tokens / (len(rows) * self.seq_len)
@@ -255,6 +293,7 @@ class TextDataModule(L.LightningDataModule):
     def facts(self) -> dict[str, Any]:
         """The summary as values, for a run's report."""
         return {"sources": [asdict(report) for report in self.reports],
+                **({"ledger": self.stream.ledger} if self.stream else {}),
                 **{stage: {"sequences": len(plan.corpus), "rows": len(plan.rows), **plan.notes,
                            "tokens": int(plan.rows.lengths.sum()), "supervised": int(plan.rows.supervised.sum())}
                    for stage, plan in self.plans.items()}}
