@@ -132,7 +132,7 @@ class TextDataModule(L.LightningDataModule):
         """Open the stores and plan the rows of what `stage` needs; a second call does nothing."""
         self._check()
         if self.streaming:
-            stream_loader.check(self, fit=stage == "fit")
+            stream_loader.check(self)
         wanted: dict[str | None, tuple[Stage, ...]] = {
             "fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": ()}
         for name in wanted.get(stage, ("train", "val", "test")):
@@ -265,8 +265,8 @@ class TextDataModule(L.LightningDataModule):
                          trim=self.packing == "none", fingerprint=plan.fingerprint)
 
     def _open_stream(self) -> None:
-        """Without a trainer, to be looked at, the stream's first chunk stands for all of it."""
-        if self.trainer is None:
+        """Where the data are only looked at, the stream's first chunk stands for all of it."""
+        if not stream_loader.trains(self):
             stream = stream_loader.open_loader(self).stream
             with closing(stream.chunks(stream.beginning)) as chunks:
                 chunk = next(chunks)

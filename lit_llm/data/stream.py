@@ -292,8 +292,8 @@ def _to_block(batch: list[tuple[int, Item]], *, listed: Sequence[Source], tokeni
     out: list[Encoded | InputError | None] = [None] * len(batch)
     for number in {number for number, _ in batch}:
         which = [at for at, (other, _) in enumerate(batch) if other == number]
-        encoded, _ = encode([batch[at][1] for at in which], listed[number], tokenizer, train_on)
-        for at, one in zip(which, encoded, strict=True):
+        done = encode([batch[at][1] for at in which], listed[number], tokenizer, train_on)
+        for at, one in zip(which, done[0], strict=True):
             out[at] = one
     return block([one for one in out if one is not None], tokenizer)
 

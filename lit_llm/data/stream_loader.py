@@ -120,20 +120,23 @@ class StreamLoader:
 
     @property
     def ledger(self) -> dict[str, dict[str, int]]:
-        """Of each source what the steps so far really held, over all ranks; its passes are whole ones read so far."""
-        cursors = self._at[0].cursors
-        out: dict[str, dict[str, int]] = {}
-        for source, counts, cursor in zip(self.stream.sources, self._drawn.tolist(), cursors, strict=True):
-            before = out.get(source.path, {})
-            out[source.path] = {name: before.get(name, 0) + count for name, count in
-                                zip((*COUNTED, "passes"), (*counts, cursor.turn), strict=True)}
+        """Of each source what the steps so far really held, over all ranks."""
+        out = {source.path: dict.fromkeys(COUNTED, 0) for source in self.stream.sources}
+        for source, counts in zip(self.stream.sources, self._drawn.tolist(), strict=True):
+            for name, count in zip(COUNTED, counts, strict=True):
+                out[source.path][name] += count
         return out
+
+    @property
+    def passes(self) -> list[int]:
+        """How often each source was read to its end."""
+        return [cursor.turn for cursor in self._at[0].cursors]
 
     def told(self) -> list[str]:
         """The ledger in words, and what this process saw cut, dropped or set aside."""
-        lines = [f"train: drawn from {path}: {counts['sequences']:,} sequences, {counts['tokens']:,} tokens, "
-                 f"{counts['supervised']:,} learned; read to its end {counts['passes']:,} times"
-                 for path, counts in self.ledger.items()]
+        lines = [f"train: drawn from {source.path}: {sequences:,} sequences, {tokens:,} tokens, {learned:,} learned; "
+                 f"read to its end {turns:,} times" for source, (sequences, tokens, learned), turns in
+                 zip(self.stream.sources, self._drawn.tolist(), self.passes, strict=True)]
         notes = self.stream.notes | {"bad_records_set_aside": sum(self._at[0].bad)}
         if found := [f"{count:,} {name.replace('_', ' ')}" for name, count in notes.items() if count]:
             lines.append(f"train: {', '.join(found)}")
@@ -193,7 +196,12 @@ def _from_lists(state: dict[str, Any], like: Memory) -> Memory:
 
 # ---- from a datamodule -----------------------------------------------------------------------------------------------
 
-def check(data: "TextDataModule", *, fit: bool) -> None:
+def trains(data: "TextDataModule") -> bool:
+    """Whether a fit is under way; else its data are only looked at."""
+    return data.trainer is not None and data.trainer.state.fn == "fit"
+
+
+def check(data: "TextDataModule") -> None:
     """Refuse what a stream cannot do.
 
     Raises:
@@ -207,7 +215,7 @@ def check(data: "TextDataModule", *, fit: bool) -> None:
                          fix="Remove duplicates before, or set data.streaming to false.")
     if data.stream_buffer < 1:
         raise InputError(f"{data.stream_buffer} is no number of characters", where="data.stream_buffer")
-    if fit and data.trainer is not None and not (data.trainer.max_steps or -1) > 0:
+    if data.trainer is not None and trains(data) and data.trainer.max_steps < 1:
         raise InputError("a stream has no end", where="trainer.max_steps",
                          fix="Set --trainer.max_steps N; a run of N steps reads N * accumulate_grad_batches * "
                          "batch_size * processes rows.")

@@ -53,7 +53,7 @@ def streamed(file, tokenizer, num_proc):
     made, base, began, tokens, rows = loader(file, tokenizer, num_proc, 10**6), memory(), time.perf_counter(), 0, 0
     for batch in made:
         tokens, rows = tokens + batch["num_tokens"], rows + 8
-        if made.ledger[file]["passes"]:
+        if made.passes[0]:
             break
     took = time.perf_counter() - began
     state = made.state_dict()
