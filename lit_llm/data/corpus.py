@@ -5,15 +5,27 @@ rows' order, of batches or ranks.
 """
 
 from collections.abc import Sequence
+from typing import Protocol
 
 import numpy as np
 
 from lit_llm.data.packing import Rows, Segments
-from lit_llm.data.store import DOCUMENT, TokenStore
+from lit_llm.data.store import DOCUMENT
 from lit_llm.tokenizer import SPEAKERS
 
 Tally = dict[str, dict[str, int]]                       # source -> {sequences, tokens, supervised}
 ANSWER = SPEAKERS.index("assistant") << 1 | 1           # the mark of a learned token that the assistant says
+
+
+class Store(Protocol):
+    """Token sequences where they lie: on disk, or those of a stream that are in memory now."""
+
+    tokens: np.ndarray
+    marks: np.ndarray
+    sequences: np.ndarray
+
+    def place(self, sequence: int) -> str:
+        """Where the record of a sequence stands."""
 
 
 class Corpus:
@@ -25,7 +37,7 @@ class Corpus:
         names: Of the stores, for a tally.
     """
 
-    def __init__(self, draws: Sequence[tuple[TokenStore, np.ndarray]], *, end: bool = True,
+    def __init__(self, draws: Sequence[tuple[Store, np.ndarray]], *, end: bool = True,
                  names: Sequence[str] = ()) -> None:
         self.stores, self.names = [store for store, _ in draws], list(names or [""] * len(draws))
         self.store_of = np.repeat(np.arange(len(draws)), [len(which) for _, which in draws])

@@ -9,12 +9,14 @@ import json
 import math
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import lightning as L
 import numpy as np
 
+from lit_llm.data import stream_loader
 from lit_llm.data.corpus import Corpus
 from lit_llm.data.loader import RowLoader
 from lit_llm.data.mixture import Mixture, Stage, repeats, side
@@ -22,6 +24,7 @@ from lit_llm.data.packing import Overlong, Packing, Rows
 from lit_llm.data.prepare import OnBadRecord, prepare, wait_for
 from lit_llm.data.sources import Source
 from lit_llm.data.store import Report, TokenStore
+from lit_llm.data.stream_loader import StreamLoader
 from lit_llm.errors import InputError
 from lit_llm.tokenizer import Tokenizer, TrainOn
 
@@ -76,6 +79,11 @@ class TextDataModule(L.LightningDataModule):
         bad_record_limit: Share of a source's records that may be set aside; above it something else is wrong.
         test_fraction: As `val_fraction`, for `test`. The two take hashes from opposite ends, so changing one share
             moves no record of the other.
+        streaming: Read the training sources while training, again and again, and keep no tokens: for a corpus that is
+            larger than memory or disk. It wants `trainer.max_steps`, and `val_sources` to validate on. A weight is then
+            the share of the next records that come from its source.
+        stream_buffer: Characters of text that a stream packs and shuffles together, beside an order of files for each
+            pass; at least a step's worth is good. A resumed run makes at most this much again.
     """
 
     def __init__(
@@ -98,6 +106,8 @@ class TextDataModule(L.LightningDataModule):
         dedup: bool = False,
         bad_record_limit: float = 0.1,
         test_fraction: float = 0.0,
+        streaming: bool = False,
+        stream_buffer: int = 4_000_000,
     ) -> None:
         super().__init__()
         self.sources, self.val_sources, self.test_sources = sources, val_sources, test_sources
@@ -106,6 +116,8 @@ class TextDataModule(L.LightningDataModule):
         self.packing, self.overlong, self.on_bad_record = packing, overlong, on_bad_record
         self.seed, self.cache_dir, self.num_proc = seed, cache_dir, num_proc
         self.dedup, self.bad_record_limit, self.test_fraction = dedup, bad_record_limit, test_fraction
+        self.streaming, self.stream_buffer = streaming, stream_buffer
+        self.stream: StreamLoader | None = None
         self.plans: dict[Stage, Plan] = {}
         self.quiet = False                              # whether `setup` keeps the summary to itself
         self._tokenizer: Tokenizer | None = None
@@ -129,23 +141,33 @@ class TextDataModule(L.LightningDataModule):
     def prepare_data(self) -> None:
         """Tokenize what is not in the cache; Lightning calls it on one process of each machine."""
         self._check()
-        for source in [*self.sources, *(self.val_sources or ()), *(self.test_sources or ())]:
+        kept = [] if self.streaming else self.sources
+        for source in [*kept, *(self.val_sources or ()), *(self.test_sources or ())]:
             self._open(source, write=True)
 
     def setup(self, stage: str | None = None) -> None:
         """Open the stores and plan the rows of what `stage` needs; a second call does nothing."""
         self._check()
+        if self.streaming:
+            stream_loader.check(self)
         wanted: dict[str | None, tuple[Stage, ...]] = {
             "fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": ()}
         for name in wanted.get(stage, ("train", "val", "test")):
-            if name not in self.plans and (name == "train" or self._held_out(name)):
+            if name in self.plans or not (name == "train" or self._held_out(name)):
+                continue
+            if name == "train" and self.streaming:
+                self._open_stream()
+            else:
                 self.plans[name] = self._plan(name)
                 self._note_leaks(name)
         if self._rank == 0 and stage in ("fit", None) and not self.quiet:
             print(self.summary(), file=sys.stderr, flush=True)
 
-    def train_dataloader(self) -> RowLoader:
+    def train_dataloader(self) -> RowLoader | StreamLoader:
         """Shuffled, in whole accumulation windows, resumable."""
+        if self.streaming:
+            self.stream = stream_loader.open_loader(self)
+            return self.stream
         trainer = self.trainer
         return self._loader("train", shuffle=True, accumulate=trainer.accumulate_grad_batches if trainer else 1)
 
@@ -156,6 +178,11 @@ class TextDataModule(L.LightningDataModule):
     def test_dataloader(self) -> RowLoader | list[Any]:
         """As `val_dataloader`, of `test_sources`."""
         return self._loader("test") if "test" in self.plans else []
+
+    def teardown(self, stage: str) -> None:
+        """Say what a stream really held."""
+        if self.stream is not None and stage == "fit" and self._rank == 0 and (lines := self.stream.told()):
+            print("\n".join(lines), file=sys.stderr, flush=True)
 
     # ---- from sources to rows ----------------------------------------------------------------------------------------
 
@@ -267,6 +294,14 @@ class TextDataModule(L.LightningDataModule):
                          world=trainer.world_size if trainer else 1, accumulate=accumulate, shuffle=shuffle,
                          trim=self.packing == "none", fingerprint=plan.fingerprint, draw=plan.draw)
 
+    def _open_stream(self) -> None:
+        """Where the data are only looked at, the stream's first chunk stands for all of it."""
+        if not stream_loader.trains(self):
+            stream = stream_loader.open_loader(self).stream
+            with closing(stream.chunks(stream.beginning)) as chunks:
+                chunk = next(chunks)
+            self.plans["train"] = Plan(chunk.corpus, chunk.rows, stream.notes, stream.fingerprint)
+
     # ---- what the user sees ------------------------------------------------------------------------------------------
 
     @property
@@ -282,7 +317,9 @@ class TextDataModule(L.LightningDataModule):
         from lit_llm.data.inspection import examine
         from lit_llm.data.terminal import short
 
-        return short(examine(self))
+        streamed = [f"train: streamed from {', '.join(source.path for source in self.sources)}"
+                    + (f"; below, its first {self.stream_buffer:,} characters" if "train" in self.plans else "")]
+        return "\n".join([*(streamed if self.streaming else []), short(examine(self))])
 
     def facts(self) -> dict[str, Any]:
         """The summary as values, for a run's report; `ledger` is what training has drawn so far of each source."""

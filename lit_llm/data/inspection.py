@@ -13,7 +13,7 @@ import numpy as np
 
 from lit_llm.data.corpus import Corpus, Tally
 from lit_llm.data.formats import OPEN_NOTE
-from lit_llm.data.loader import EMPTY
+from lit_llm.data.loader import EMPTY, RowLoader
 from lit_llm.data.packing import Rows
 from lit_llm.data.store import Report, TokenStore
 from lit_llm.tokenizer import SPEAKERS, Tokenizer
@@ -152,16 +152,23 @@ def examine(data: "TextDataModule", rows: int = 0) -> Inspection:
     """
     stages = [_stage(name, plan, data.seq_len) for name, plan in data.plans.items()]
     train = data.plans.get("train")
-    order = data.train_dataloader().order(0)[:rows].tolist() if train and rows else []
+    order = _first(data, rows) if train and rows else []
     shown = [_row(train.corpus, train.rows, number, data.tokenizer)
              for number in order if number != EMPTY] if train else []
-    pace = _pace(len(train.rows), data.batch_size, data.trainer) if train else None
+    pace = _pace(len(train.rows), data.batch_size, data.trainer) if train and not data.streaming else None
     stores = [store for plan in data.plans.values() for store in plan.stores]
     talks = any(not plan.corpus.is_document.all() for plan in data.plans.values())
     note = f"{data.tokenizer.note}; where a base never saw them, LoRA trains their rows too"
     note = note if talks and data.tokenizer.note else ""
     findings = [*([note] if note else []), *_unsound(stores), *_doubtful(stages, data.seq_len)]
     return Inspection(data.reports, stages, shown, list(dict.fromkeys(findings)), data.seq_len, pace, note)
+
+
+def _first(data: "TextDataModule", rows: int) -> list[int]:
+    """Numbers of the first rows that are drawn; of a stream, those of its first chunk."""
+    loader = data.train_dataloader()
+    return loader.order(0)[:rows].tolist() if isinstance(loader, RowLoader) else [
+        *range(min(rows, len(data.plans["train"].rows)))]
 
 
 def _stage(name: str, plan: "Plan", seq_len: int) -> Stage:

@@ -46,20 +46,26 @@ class Batch(TypedDict):
 
 def collate(corpus: Corpus, rows: Rows, numbers: Sequence[int], *, seq_len: int, pad_id: int,
             token_bytes: np.ndarray) -> Batch:
-    """The rows of these numbers side by side, padded to `seq_len`; `EMPTY` is a row of padding.
+    """The rows of these numbers as a batch; `EMPTY` is a row of padding."""
+    return lay([[corpus.read(*segment) for segment in rows.row(number)] if number != EMPTY else []
+                for number in numbers], seq_len=seq_len, pad_id=pad_id, token_bytes=token_bytes)
+
+
+def lay(rows: Sequence[Sequence[tuple[np.ndarray, np.ndarray]]], *, seq_len: int, pad_id: int,
+        token_bytes: np.ndarray) -> Batch:
+    """Rows side by side, padded to `seq_len`; of each, its segments' tokens and whether each is supervised.
 
     The step's totals are this batch's own until a loader that knows the step sets them.
     """
-    shape = (len(numbers), seq_len)
+    shape = (len(rows), seq_len)
     input_ids, position_ids = np.full(shape, pad_id, np.int64), np.empty(shape, np.int64)
     labels = np.full(shape, IGNORE_INDEX, np.int64)
     counting = np.arange(seq_len)
     bounds: list[int] = []
     num_tokens = 0
-    for place, number in enumerate(numbers):
+    for place, segments in enumerate(rows):
         at = 0
-        for sequence, start, stop in rows.row(number) if number != EMPTY else ():
-            ids, supervised = corpus.read(sequence, start, stop)
+        for ids, supervised in segments:
             end = at + len(ids)
             input_ids[place, at:end] = ids
             labels[place, at + 1:end] = np.where(supervised[1:], ids[1:].astype(np.int64), IGNORE_INDEX)
@@ -71,7 +77,7 @@ def collate(corpus: Corpus, rows: Rows, numbers: Sequence[int], *, seq_len: int,
             position_ids[place, at:] = counting[:seq_len - at]
             bounds.append(place * seq_len + at)
     learned = labels[labels != IGNORE_INDEX]
-    cu_seqlens = np.array([*bounds, len(numbers) * seq_len], dtype=np.int32)
+    cu_seqlens = np.array([*bounds, len(rows) * seq_len], dtype=np.int32)
     return Batch(
         input_ids=torch.from_numpy(input_ids), labels=torch.from_numpy(labels),
         position_ids=torch.from_numpy(position_ids), cu_seqlens=torch.from_numpy(cu_seqlens),

@@ -7,18 +7,11 @@ where it is kept is `cache.py`'s. Knows nothing of rows, batches or Lightning.
 import contextlib
 import hashlib
 import json
-import multiprocessing
 import os
 import shutil
-import signal
-import sys
-import threading
-import time
 import uuid
 from collections import Counter, deque
-from collections.abc import Generator, Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -33,11 +26,12 @@ from lit_llm.data.progress import Progress
 from lit_llm.data.readers import LongText, Place, Record, parse_line
 from lit_llm.data.sources import Source
 from lit_llm.data.store import CONVERSATION, DOCUMENT, Block, Encoded, Report, TokenStore, Writer, block, token_dtype
+from lit_llm.data.workers import Workers
 from lit_llm.encoder import Piece
 from lit_llm.errors import InputError
 from lit_llm.tokenizer import IGNORE_INDEX, Tokenizer, TokenSequence, TrainOn
 
-__all__ = ["Item", "OnBadRecord", "Part", "Settings", "cache_root", "encode", "prepare", "wait_for"]
+__all__ = ["Item", "OnBadRecord", "Part", "Settings", "cache_root", "encode", "prepare", "size_of", "wait_for"]
 OnBadRecord = Literal["error", "quarantine"]
 
 
@@ -127,7 +121,7 @@ def _batches(items: Iterable[Item]) -> Iterator[list[Item]]:
     size = 0
     for item in items:
         batch.append(item)
-        size += _size(item[0])
+        size += size_of(item[0])
         if len(batch) >= BATCH_RECORDS or size >= BATCH_SIZE:
             yield batch
             batch, size = [], 0
@@ -135,15 +129,15 @@ def _batches(items: Iterable[Item]) -> Iterator[list[Item]]:
         yield batch
 
 
-def _size(record: Any) -> int:
+def size_of(record: Any) -> int:
     """About how many characters a record has."""
     if isinstance(record, str | bytes):
         return len(record)
     if isinstance(record, Part):
         return len(record.piece.text)
     if isinstance(record, dict):
-        return sum(map(_size, record.values()))
-    return sum(map(_size, record)) if isinstance(record, list) else 8
+        return sum(map(size_of, record.values()))
+    return sum(map(size_of, record)) if isinstance(record, list) else 8
 
 
 # ---- batches to tokens -----------------------------------------------------------------------------------------------
@@ -207,50 +201,18 @@ def _hash(text: str) -> int:
 
 # ---- processes -------------------------------------------------------------------------------------------------------
 
-_work: Any = None                                       # in a tokenizing process: records to a block
-
-
-def _blocks(batches: Iterable[list[Item]], work: Any,
+def _blocks(batches: Iterable[list[Item]], work: Callable[[list[Item]], Block],
             num_proc: int) -> Generator[tuple[list[Item], Block], None, None]:
     """Each batch with its block, in order; a few batches are under way in other processes."""
-    if num_proc == 1:
-        yield from ((batch, work(batch)) for batch in batches)
-        return
-    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-    pool = ProcessPoolExecutor(num_proc, mp_context=context, initializer=_begin, initargs=(work, os.getpid()))
-    waiting: deque[tuple[list[Item], Future[Block]]] = deque()
-    try:
+    waiting: deque[tuple[list[Item], Callable[[], Block]]] = deque()
+    with contextlib.closing(Workers(work, num_proc)) as workers:
         for batch in batches:
-            waiting.append((batch, pool.submit(_do, batch)))
-            if len(waiting) > 2 * num_proc:
-                first, future = waiting.popleft()
-                yield first, future.result()
-        for first, future in waiting:
-            yield first, future.result()
-    except BrokenProcessPool:
-        raise InputError("a process that tokenizes was killed; memory may have run out", where="data.num_proc",
-                         fix="Set --data.num_proc 1, or make memory free.") from None
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def _begin(work: Any, parent: int) -> None:
-    """In a new process: keep the work, and end when the parent ends, however it ends; Ctrl-C is for the parent."""
-    global _work
-    _work = work
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    threading.Thread(target=_outlive_nobody, args=(parent,), daemon=True).start()
-
-
-def _outlive_nobody(parent: int) -> None:
-    while os.getppid() == parent:
-        time.sleep(0.5)
-    os._exit(1)
-
-
-def _do(batch: list[Item]) -> Block:
-    return _work(batch)
+            waiting.append((batch, workers.submit(batch)))
+            if num_proc == 1 or len(waiting) > 2 * num_proc:
+                first, later = waiting.popleft()
+                yield first, later()
+        for first, later in waiting:
+            yield first, later()
 
 
 def _to_block(items: list[Item], *, source: Source, tokenizer: Tokenizer, train_on: TrainOn) -> Block:

@@ -8,8 +8,9 @@ import contextlib
 import glob
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +88,22 @@ def scan(source: Source, *, parse: bool = True) -> Iterator[Found]:
         return
     for path in files(source):
         yield from scan_file(path, document=source.document, parse=parse)
+
+
+def parts(source: Source) -> list[Callable[[], Iterator[Found]]]:
+    """A source in parts that can be scanned on their own, without the rest: its files, or a hub dataset's shards.
+
+    JSON lines come as bytes, for who tokenizes them to parse.
+    """
+    if is_hub(source.path):
+        return shards(hub_dataset(source, streaming=True), source.path)
+    return [partial(scan_file, path, document=source.document, parse=False) for path in files(source)]
+
+
+def shards(rows: Any, name: str) -> list[Callable[[], Iterator[Found]]]:
+    """The shards of a streamed `datasets` table."""
+    count = rows.num_shards
+    return [partial(scan_table, rows.shard(count, number), f"{name} shard {number}") for number in range(count)]
 
 
 # ---- which files -----------------------------------------------------------------------------------------------------
@@ -181,8 +198,8 @@ def _missing(path: Path) -> InputError:
     return InputError(f"no such file or folder.{close}", where=str(path))
 
 
-def hub_dataset(source: Source) -> Any:
-    """A hub dataset, from the cache where it is there.
+def hub_dataset(source: Source, *, streaming: bool = False) -> Any:
+    """A hub dataset, from the cache where it is there; with `streaming` its rows come as they are asked for.
 
     Raises:
         InputError: Whatever went wrong, in one line, with the ways that need no hub.
@@ -194,7 +211,7 @@ def hub_dataset(source: Source) -> Any:
         datasets.config.HF_HUB_OFFLINE = huggingface_hub.constants.HF_HUB_OFFLINE = True
     try:
         with quiet_hub():
-            return datasets.load_dataset(source.path, source.subset, split=source.split)
+            return datasets.load_dataset(source.path, source.subset, split=source.split, streaming=streaming)
     except Exception as error:                          # the hub client raises some thirty kinds
         reason = str(error).strip().split("\n")[0][:200] or type(error).__name__
         raise InputError(

@@ -1,0 +1,104 @@
+"""One function and its arguments in, its results out: worked on in other processes, or in this one when asked for.
+
+And the ranks' results to each other. Knows nothing of what is worked on.
+"""
+
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from typing import Any
+
+from lit_llm.errors import InputError
+
+
+class Workers:
+    """Processes that do one kind of work; they end when this one does, however it ends.
+
+    Args:
+        work: The function; it and what comes out must travel between processes.
+        count: Processes; 1 is this one itself.
+    """
+
+    def __init__(self, work: Callable[[Any], Any], count: int) -> None:
+        self.work, self._pool = work, None if count == 1 else _pool(work, count)
+
+    def submit(self, what: Any) -> Callable[[], Any]:
+        """Ask for work; calling what comes back waits for the result.
+
+        Raises:
+            InputError: From the call: what the function raises, or that its process was killed.
+        """
+        if self._pool is None:
+            return lambda: self.work(what)
+        try:
+            future = self._pool.submit(_do, what)
+        except BrokenProcessPool:
+            raise _killed() from None
+        return lambda: _result(future)
+
+    def close(self) -> None:
+        """Work that has not begun is not done any more."""
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
+
+
+def _pool(work: Callable[[Any], Any], count: int) -> ProcessPoolExecutor:
+    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+    return ProcessPoolExecutor(count, mp_context=context, initializer=_begin, initargs=(work, os.getpid()))
+
+
+_work: Any = None                                       # in a process of the pool: what it does
+
+
+def _begin(work: Any, parent: int) -> None:
+    """In a new process: keep the work, and end when the parent ends, however it ends; Ctrl-C is for the parent."""
+    global _work
+    _work = work
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    threading.Thread(target=_outlive_nobody, args=(parent,), daemon=True).start()
+
+
+def _outlive_nobody(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os._exit(1)
+
+
+def _do(what: Any) -> Any:
+    return _work(what)
+
+
+def _result(future: Future[Any]) -> Any:
+    try:
+        return future.result()
+    except BrokenProcessPool:
+        raise _killed() from None
+
+
+def _killed() -> InputError:
+    return InputError("a process that tokenizes was killed; memory may have run out", where="data.num_proc",
+                      fix="Set --data.num_proc 1, or make memory free.")
+
+
+class Exchange:
+    """A value of each rank, to all ranks: over the CPU, in a group of its own, so that no gradient waits behind it."""
+
+    def __init__(self) -> None:
+        self._group: Any = None
+
+    def __call__(self, mine: Any) -> list[Any]:
+        """The values in the ranks' order; all ranks call it equally often."""
+        import torch.distributed as dist
+
+        if self._group is None:
+            self._group = dist.new_group(backend="gloo")
+        every: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(every, mine, group=self._group)
+        return every
