@@ -23,7 +23,7 @@ from lit_llm.rendering import Rendered, Span
 # Private use, no part of it twice: stands in for the token before a section.
 ANCHOR = "\U0010fffd\U0010f8ff\U0010fffc"
 CONTEXT = 256                                           # characters: further no rule of a tokenizer reaches
-PIECE = 1 << 16                                         # characters; a megabyte at once is slower and takes more memory
+PIECE = 1 << 15                                         # characters; larger ones are slower and take more memory
 BETWEEN = re.compile(r"\n(?=\S)|(?<=\S)(?=[ ]\S)")     # where a line or a word begins
 
 

@@ -24,6 +24,8 @@ from lit_llm.errors import InputError
 from lit_llm.tokenizer import Tokenizer
 
 LARGE = 64 << 20                                        # bytes; of a smaller file the hash is not worth remembering
+SHAPERS = ("data.sources", "data.cleaning", "data.textfile", "data.readers", "data.formats", "data.prepare",
+           "data.store", "conversation", "template", "encoder", "tokenizer")          # what turns bytes into tokens
 SETTLED = 2.0                                           # seconds; a file changed since may change within one tick
 
 
@@ -79,11 +81,9 @@ def _remembered(note: Path, identity: list[Any]) -> str | None:
 
 def _code() -> str:
     """Any change to what turns bytes into tokens makes old stores stale."""
-    wing, package = Path(__file__).parent, Path(__file__).parents[1]
-    names = ("sources", "cleaning", "textfile", "readers", "recognition", "formats", "prepare", "store")
-    nouns = ("conversation", "jinja", "rendering", "template", "encoder", "tokenizer")
-    parts = [*(wing / f"{name}.py" for name in names), *(package / f"{name}.py" for name in nouns)]
-    return hashlib.sha256(b"".join(path.read_bytes() for path in parts if path.exists())).hexdigest()
+    package = Path(__file__).parents[1]
+    paths = [package.joinpath(*name.split(".")).with_suffix(".py") for name in SHAPERS]
+    return hashlib.sha256(b"".join(path.read_bytes() for path in paths)).hexdigest()
 
 
 # ---- reading ---------------------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from lit_llm.data import cache
 from lit_llm.data.prepare import prepare, wait_for
 from lit_llm.data.sources import Source
 from lit_llm.errors import InputError
+from tests.test_imports import TREES, inner
 
 
 def rank(tmp_path, call, path, tokenizer, here, **more):
@@ -140,6 +141,15 @@ def test_the_key_follows_tokenizer_and_template(tokenizer, jsonl, load):
     other.chat_template = tokenizer.hf.chat_template.replace("<|im_end|>' + ", "<|im_end|>' + ' ' + ")
     keys = {prepare(Source(path), one).key for one in (tokenizer, Tokenizer(other), load("tiny"))}
     assert len(keys) == 3
+
+
+def test_all_code_that_makes_tokens_is_in_the_key():
+    """A module that is forgotten there leaves stale stores."""
+    reached, ahead = set(), {"data.prepare"}
+    while ahead:
+        reached |= ahead
+        ahead = {name for one in ahead for name in inner(TREES[one])} - reached
+    assert reached - {"", "data", "disk", "errors", "hub", "samples", "data.cache", "data.progress"} == set(cache.SHAPERS)
 
 
 def test_a_cache_that_is_read_only_is_read(tokenizer, jsonl, tmp_path, monkeypatch):
