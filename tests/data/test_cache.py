@@ -149,7 +149,7 @@ def test_all_code_that_makes_tokens_is_in_the_key():
     while ahead:
         reached |= ahead
         ahead = {name for one in ahead for name in inner(TREES[one])} - reached
-    assert reached - {"", "data", "disk", "errors", "hub", "samples", "data.cache", "data.progress"} == set(cache.SHAPERS)
+    assert reached - {"", "data", "disk", "errors", "hub", "samples", "data.cache", "data.progress", "data.workers"} == set(cache.SHAPERS)
 
 
 def test_a_cache_that_is_read_only_is_read(tokenizer, jsonl, tmp_path, monkeypatch):
