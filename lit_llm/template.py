@@ -56,6 +56,8 @@ class ChatTemplate(Renderer):
         """
         self.refuse_forgery("tools", conversation.tools)
         for place, message in enumerate(conversation.messages):
+            if message.is_plain:
+                continue
             others = (message.reasoning_content, message.name, message.tool_call_id, message.tool_calls)
             self.refuse_forgery(f"message {place + 1}", others)
         text = self.text(conversation, generation_prompt=generation_prompt)
