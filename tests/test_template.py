@@ -197,6 +197,15 @@ def test_tools_and_questions_that_the_template_drops_are_refused(real, tiny_toke
         deaf.encode_conversation(BATTERY["system"])
 
 
+def test_a_stop_token_behind_others_that_open_turns_too(tiny_tokenizer):
+    """Kimi-K3 closes each message with tokens that stand within it and before it, and then comes its end."""
+    template = ("{% for m in messages %}{{ '<|open|>' + m.role + '<|sep|>' + m.content + '<|close|>' + m.role + "
+                "'<|sep|><|im_end|>' }}{% endfor %}{% if add_generation_prompt %}<|open|>assistant<|sep|>{% endif %}")
+    tokenizer = fitted(AutoTokenizer.from_pretrained(tiny_tokenizer), template)
+    check(tokenizer, BATTERY["turns"])
+    assert learned(tokenizer, BATTERY["one turn"]) == [("A kite.<|close|>assistant<|sep|>", "<|im_end|>")]
+
+
 # ---- prompts that open thinking --------------------------------------------------------------------------------------
 
 OPENS = ("{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}{{ '<|User|>' + m.content }}{% else %}"
