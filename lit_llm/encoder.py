@@ -10,9 +10,11 @@ Knows spans and ids, nothing of roles or labels.
 
 import json
 import re
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from itertools import pairwise
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -52,6 +54,7 @@ class Encoder:
 
     def __init__(self, backend: Any) -> None:
         self._backend = backend
+        self._headers: dict[str, list[int]] = {}
         added = backend.get_added_tokens_decoder()
         self.special_ids = frozenset(id_ for id_, token in added.items() if token.special)
         self._by_spelling = {token.content: (id_, token) for id_, token in added.items()}
@@ -118,14 +121,17 @@ class Encoder:
     def _clean_seam(self, text: str, at: int, tokens: Sequence[tuple[int, int, int]], forged: bool,
                     ids: list[int], offsets: list[Span]) -> bool:
         """Whether the ids before `at` are those of the prompt alone, as the server will encode it."""
-        if any(start < at < stop for start, stop in offsets):
+        count = bisect_right(offsets, at, key=itemgetter(1))
+        if count < len(offsets) and offsets[count][0] < at:
             return False
-        count = sum(1 for _, stop in offsets if stop <= at)
         section = max((stop for _, stop, _ in tokens if stop <= at), default=0)
-        first = sum(1 for _, stop in offsets if stop <= section)
+        first = bisect_right(offsets, section, key=itemgetter(1))
         if forged:
             return self._plainly(text, section, at)[0] == ids[first:count]
-        if self.whole(text[section:at])[0] == ids[first:count]:
+        header = text[section:at]                   # the same few words before every answer
+        if header not in self._headers and len(self._headers) < 1000:
+            self._headers[header] = self.whole(header)[0]
+        if self._headers.get(header) == ids[first:count]:
             return True                             # added tokens split the text, so the last section decides
         return self.whole(text[:at])[0] == ids[:count]
 

@@ -9,7 +9,7 @@ Knows characters, never token ids, nor where an answer begins and stops: that is
 
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
@@ -128,9 +128,10 @@ class Renderer:
 
         Contents are gone from it, so conversations of one shape share it: same roles, and nothing but contents.
         """
-        mark = _unused([text, *strings(conversation.to_openai()), *strings(conversation.tools)])
-        shared = not conversation.tools and all(
-            message.is_plain and message.role in roles for message in conversation.messages)
+        plain = not conversation.tools and all(message.is_plain for message in conversation.messages)
+        shared = plain and all(message.role in roles for message in conversation.messages)
+        mark = _unused([text, *(message.content for message in conversation.messages), *(
+            () if plain else [*strings(conversation.to_openai()), *strings(conversation.tools)])])
         shape = (mark, generation_prompt, roles, *((message.role, bool(message.content))
                                                    for message in conversation.messages))
         if shared and shape in self._skeletons:
@@ -175,7 +176,7 @@ def strings(value: Any) -> Iterator[str]:
     """Every string in a JSON-like value, keys too."""
     if isinstance(value, str):
         yield value
-    elif isinstance(value, Mapping):
+    elif isinstance(value, dict):
         for key, inner in value.items():
             yield str(key)
             yield from strings(inner)

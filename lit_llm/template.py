@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from functools import cached_property
+from itertools import takewhile
 from typing import Any
 
 from lit_llm.conversation import Conversation, Message
@@ -56,6 +57,8 @@ class ChatTemplate(Renderer):
         """
         self.refuse_forgery("tools", conversation.tools)
         for place, message in enumerate(conversation.messages):
+            if message.is_plain:
+                continue
             others = (message.reasoning_content, message.name, message.tool_call_id, message.tool_calls)
             self.refuse_forgery(f"message {place + 1}", others)
         text = self.text(conversation, generation_prompt=generation_prompt)
@@ -202,13 +205,13 @@ class ChatTemplate(Renderer):
                 break
         else:
             return "", "?"
-        stop = 0
-        for match in self.special.finditer(tails[0]):
-            if stop and (match[0] in opens - {self._eos} or not tails[-1].startswith(tails[0][:match.end()])):
-                break
-            stop = match.end()
-            if match[0] == self._eos:
-                break
+        ends = [match for match in self.special.finditer(tails[0])
+                if not match.start() or tails[-1].startswith(tails[0][:match.end()])]
+        own = [match for match in ends if match[0] == self._eos]
+        more = list(takewhile(lambda match: match[0] not in opens, ends[1:]))
+        first = next(self.special.finditer(tails[0]), None)
+        last = own[0] if own else more[-1] if more else first
+        stop = last.end() if last else 0
         return tails[0][:stop], tails[0].strip()
 
     @property

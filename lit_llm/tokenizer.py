@@ -177,11 +177,12 @@ class Tokenizer:
 
     def _labelled(self, rendered: Rendered, reading: Reading, spans: Sequence[Span]) -> TokenSequence:
         ids, starts = _arrays(reading)
-        for span in spans:
-            said = ids[_inside(starts, [span])]
-            stops = np.isin(said, self.stop_ids)
-            if not stops[-1] or stops[:-1].any():
-                text = self.decode(said, skip_special_tokens=False)
+        stops = set(self.stop_ids)
+        for start, stop in spans:
+            first, last = starts.searchsorted([start, stop])
+            *said, end = reading.ids[first:last]
+            if end not in stops or not stops.isdisjoint(said):
+                text = self.decode([*said, end], skip_special_tokens=False)
                 raise InputError(f"serving would not stop where this answer does: {text[-80:]!r} must end with one of "
                                  f"{', '.join(self.hf.convert_ids_to_tokens(self.stop_ids))}, and hold none before")
         labels = np.where(_inside(starts, spans), ids, IGNORE_INDEX).astype(np.int32)

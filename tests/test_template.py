@@ -197,6 +197,15 @@ def test_tools_and_questions_that_the_template_drops_are_refused(real, tiny_toke
         deaf.encode_conversation(BATTERY["system"])
 
 
+def test_a_stop_token_behind_others_that_open_turns_too(tiny_tokenizer):
+    """Kimi-K3 closes each message with tokens that stand within it and before it, and then comes its end."""
+    template = ("{% for m in messages %}{{ '<|open|>' + m.role + '<|sep|>' + m.content + '<|close|>' + m.role + "
+                "'<|sep|><|im_end|>' }}{% endfor %}{% if add_generation_prompt %}<|open|>assistant<|sep|>{% endif %}")
+    tokenizer = fitted(AutoTokenizer.from_pretrained(tiny_tokenizer), template)
+    check(tokenizer, BATTERY["turns"])
+    assert learned(tokenizer, BATTERY["one turn"]) == [("A kite.<|close|>assistant<|sep|>", "<|im_end|>")]
+
+
 # ---- prompts that open thinking --------------------------------------------------------------------------------------
 
 OPENS = ("{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}{{ '<|User|>' + m.content }}{% else %}"
@@ -276,11 +285,11 @@ HARM = {
     "function": ("{{ messages.append(1) }}", "unsafe"),
     "range": ("{% for i in range(10**9) %}x{% endfor %}", "too big|MAX_RANGE"),
     "loops": ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "takes longer than"),
-    "inline loops": ("{% for i in range(99999) if range(99999)|select|list|length %}{% endfor %}",
+    "inline loops": ("{% for i in range(99999) if range(9999)|select|list|length %}{% endfor %}",
                      "takes longer than"),
     "macros": ("{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(50) }}",
                "takes longer than"),
-    "depth": ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "recursion"),
+    "depth": ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "recursion|takes longer than"),
     "doubling": ("{% set s = namespace(x='x') %}{% for i in range(60) %}{% set s.x = s.x ~ s.x %}{% endfor %}",
                  "writes without end"),
     "adding": ("{% set s = namespace(x='x') %}{% for i in range(60) %}{% set s.x = s.x + s.x %}{% endfor %}",

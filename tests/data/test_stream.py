@@ -416,7 +416,7 @@ def test_a_run_that_streams_goes_on_where_it_stopped(lit_llm, tiny_model, files,
     alone = [*words, "--data.batch_size", "2", "--trainer.devices", "1"]
     resume = ["--ckpt_path", "whole/checkpoints/step_2", "--trainer.default_root_dir"]
     main([*alone, "--trainer.default_root_dir", "whole"])
-    assert re.search(r"train: drawn from .*: \d+ sequences, \d+ tokens", capsys.readouterr().err)
+    assert re.search(r"files/\*.jsonl +\d+ +\d+ ", capsys.readouterr().out)
     main([*alone, *resume, "resumed"])
     whole = losses(tmp_path / "whole")
     assert len(whole) == 4
