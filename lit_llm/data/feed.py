@@ -45,8 +45,8 @@ class Cursor:
 class Feed:
     """Records of several sources, one after another, without end.
 
-    The next record is from the source that is furthest behind its weight's share of the records drawn, so at any
-    moment each source has its share to within a record.
+    The next record is from a source that is behind its weight's share of the records drawn, so at any moment each
+    source has its share to within a record.
 
     Args:
         listed: The sources.
@@ -72,8 +72,10 @@ class Feed:
         for number, cursor in enumerate(self.cursors):
             if cursor.piece:
                 return number
-        due = [(cursor.drawn + 1) / source.weight for cursor, source in zip(self.cursors, self.sources, strict=True)]
-        return due.index(min(due))
+        drawn, weights = [cursor.drawn for cursor in self.cursors], [source.weight for source in self.sources]
+        behind = [number for number, count in enumerate(drawn)          # Balinski and Young's quota method
+                  if count * sum(weights) < weights[number] * (sum(drawn) + 1)]
+        return min(behind, key=lambda number: (drawn[number] + 1) / weights[number])
 
     def _endless(self, number: int) -> Iterator[Item]:
         parts = sources.parts(self.sources[number])

@@ -250,7 +250,7 @@ def test_two_processes_share_the_work_and_stop_together(tokenizer, files, tmp_pa
     for number in range(2):
         alone = loader(tokenizer, *paths, rank=number, world=2, accumulate=2, buffer=900, steps=8)
         assert came[number][0] == list(map(everything, alone))
-        assert came[number][1].startswith(f"{bad}:6: not JSON")
+        assert came[number][1].startswith(f"{bad}:6:2: not JSON")
 
 
 # ---- resuming --------------------------------------------------------------------------------------------------------
@@ -361,7 +361,7 @@ def test_bad_records_are_set_aside_once_and_counted(module, tmp_path):
     assert turns >= 2
     (aside,) = (tmp_path / "cache").glob("stream-*/quarantine.jsonl")
     (line,) = map(json.loads, aside.read_text().splitlines())
-    assert line["where"] == f"{path}:31"
+    assert line["where"] == f"{path}:31:2"
     assert f"{turns} bad records set aside" in "\n".join(made.told())
     strict = module(path, on_bad_record="quarantine", bad_record_limit=0.01).train_dataloader()
     strict.steps = 60
@@ -416,7 +416,9 @@ def test_a_run_that_streams_goes_on_where_it_stopped(lit_llm, tiny_model, files,
     alone = [*words, "--data.batch_size", "2", "--trainer.devices", "1"]
     resume = ["--ckpt_path", "whole/checkpoints/step_2", "--trainer.default_root_dir"]
     main([*alone, "--trainer.default_root_dir", "whole"])
-    assert re.search(r"files/\*.jsonl +\d+ +\d+ ", capsys.readouterr().out)
+    ledger = json.loads((tmp_path / "whole/data.json").read_text())["ledger"]
+    assert ledger[str(files / "*.jsonl")]["tokens"] > 0
+    assert "drawn in training" in capsys.readouterr().out
     main([*alone, *resume, "resumed"])
     whole = losses(tmp_path / "whole")
     assert len(whole) == 4
