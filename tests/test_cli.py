@@ -156,7 +156,7 @@ def test_no_verb(place):
     ([ROWS[0], {"messages": [{"role": "user", "content": "a"}, {"role": "bot", "content": "b"}]}],
      ["bad.jsonl:2", "'bot'", "assistant"]),
     ([{"messages": [{"role": "user", "content": "a"}]}], ["bad.jsonl:1", "nothing to learn from"]),
-    ([{"question": "a", "answer": "b"}], "bad.jsonl:1"),
+    ([{"title": "a", "body": "b"}], ["bad.jsonl:1", "title, body", "columns"]),
 ])
 def test_bad_data(records, says, place):
     write("bad.jsonl", *records)
