@@ -326,7 +326,7 @@ def gathered_trainable_state(module: nn.Module) -> dict[str, Tensor] | None:
 def whole(weight: nn.Parameter) -> Tensor:
     """The full tensor behind a parameter that ZeRO may have cut or cast; a collective where it has cut."""
     if hasattr(weight, "ds_id") and not hasattr(weight, "_z3_optimizer"):      # stage 3 without an optimizer
-        from deepspeed.zero import GatheredParameters
+        from deepspeed.runtime.zero import GatheredParameters
 
         with GatheredParameters([weight]):
             return weight.detach().clone()
