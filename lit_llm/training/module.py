@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lit_llm import adapter, attention, model
 from lit_llm.errors import InputError
-from lit_llm.training import optim
+from lit_llm.training import optim, reshard
 from lit_llm.training.loss import Nll, nll_sum
 from lit_llm.training.metrics import Perplexity
 from lit_llm.training.strategy import ZeroStrategy
@@ -227,6 +227,17 @@ class CausalLMModule(L.LightningModule):
         if torch.is_grad_enabled() and not total.requires_grad:
             total = total + sum(weight.sum() * 0.0 for weight in self.model.parameters() if weight.requires_grad)
         return Nll(total.float() if torch.is_grad_enabled() else total, correct)
+
+    # ---- checkpoints -------------------------------------------------------------------------------------------------
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """How many micro-batches a step had; Lightning counts them and does not say."""
+        checkpoint[reshard.ACCUMULATE] = self.trainer.accumulate_grad_batches
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """A run may go on with another division of its steps into processes and micro-batches."""
+        if self.trainer.state.fn == "fit":
+            reshard.recount(checkpoint, self.trainer.accumulate_grad_batches)
 
     # ---- optimization ------------------------------------------------------------------------------------------------
 

@@ -24,6 +24,7 @@ ROWS, LENGTH, VOCABULARY = 4, 12, 128
 CLIP, LR, DECAY, RANK = 0.5, 1e-2, 0.1, 4
 LLAMA = dict(model_type="llama", vocab_size=VOCABULARY, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
              num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64, initializer_range=0.2)
+TIED = LLAMA | dict(model_type="qwen3", head_dim=8, tie_word_embeddings=True)
 
 
 def make_steps():
@@ -126,15 +127,23 @@ def launch(folder, out, devices, cases):
 
 def case(stage, lora, accumulate, **more):
     name = f"{stage}-{'lora' if lora else 'full'}-{accumulate}" + "".join(f"-{key}" for key in more)
-    strategy = f"deepspeed_stage_{stage}" if isinstance(stage, int) else stage
+    strategy = stage if stage == "ddp" else f"deepspeed_stage_{stage}"
     return {"name": name, "strategy": strategy, "lora": lora, "accumulate": accumulate} | more
 
 
 GRID = [case(stage, lora, accumulate) for stage in (1, 2, 3) for lora in (True, False) for accumulate in (1, 2)]
 PAIR = [case("ddp", True, 2), case(3, True, 2, checkpointing=True), case(3, False, 1, validates=True),
-        case(2, True, 2, precision="bf16-true"), case(3, False, 2, init=LLAMA)]
+        case(2, True, 2, precision="bf16-true"), case(3, False, 2, init=LLAMA),
+        case(3, False, 2, init=TIED, checkpointing=True), case("3_offload", False, 2), case("2_offload", False, 2)]
 CUTS = [(1, True), (3, False)]
 ALONE = [run for run in GRID if run["accumulate"] == 2 or (run["strategy"][-1], run["lora"]) in (("2", False), ("3", True))]
+
+
+LONE = case(2, False, 2, saves=True, max_steps=2)
+
+
+def cut_at(out, run):
+    return out / run["name"] / "checkpoints" / "step_2"
 
 
 @pytest.fixture(scope="module")
@@ -148,8 +157,10 @@ def runs(folder, tmp_path_factory):
             more = list(PAIR)
             for stage, lora in CUTS:
                 cut = case(stage, lora, 2, saves=True, max_steps=2)
-                more += [cut, case(stage, lora, 2, resume=str(out / cut["name"] / "checkpoints" / "step_2"))]
-            launch(folder, out, devices, GRID + more if devices == 2 else ALONE)
+                more += [cut, case(stage, lora, 2, resume=str(cut_at(out, cut)))]
+            if devices == 2:
+                more.append(case(2, False, 1, resume=str(cut_at(make(1), LONE)), reshards=True))
+            launch(folder, out, devices, GRID + more if devices == 2 else [*ALONE, LONE])
             made[devices] = out
         return made[devices]
 
@@ -214,16 +225,25 @@ def test_adapters_start_at_the_base(devices, runs, folder):
 
 
 def test_from_scratch_under_stage_3(runs):
-    """Every rank has the same random weights, drawn as the architecture wants them."""
+    """Every rank has the same random weights, drawn as the architecture wants them; tied ones stay one."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    out, run = runs(2), PAIR[-1]
-    start = {name.removeprefix("model."): weight for name, weight in torch.load(out / run["name"] / "start.pt").items()}
-    keys = dict(LLAMA)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(keys.pop("model_type"), **keys), dtype=torch.float32)
-    model.load_state_dict(start)
-    assert model.model.layers[1].mlp.up_proj.weight.std().item() == pytest.approx(0.2, rel=0.1)
-    check(out, run, 2, train(model))
+    out = runs(2)
+    for run in PAIR[4:6]:
+        start = {name.removeprefix("model."): weight for name, weight in torch.load(out / run["name"] / "start.pt").items()}
+        keys = dict(run["init"])
+        config = AutoConfig.for_model(keys.pop("model_type"), **keys)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        absent = model.load_state_dict(start, strict=False).missing_keys
+        assert absent == (["lm_head.weight"] if config.tie_word_embeddings else [])
+        assert model.model.layers[1].mlp.up_proj.weight.std().item() == pytest.approx(0.2, rel=0.1)
+        check(out, run, 2, train(model))
+
+
+def test_offload_trains_the_same(runs, oracle):
+    """Optimizer states, and under stage 3 the weights too, in CPU memory: another place, the same numbers."""
+    for run in PAIR[6:]:
+        check(runs(2), run, 2, oracle[False])
 
 
 def test_bfloat16_keeps_float32_masters(runs, oracle):
@@ -247,6 +267,23 @@ def test_resume_goes_on_with_optimizer_and_schedule(runs, oracle):
         check(runs(2), rest, 2, (losses[2:], norms[2:], weights, last))
 
 
+def test_another_number_of_processes_goes_on(runs, folder, oracle, tmp_path):
+    """From one process to two and from two to one, the step divided anew: the losses of an uninterrupted run."""
+    import strategy_probe
+
+    for lora, devices in ((False, 2), (True, 1)):
+        losses, norms, weights, last = oracle[lora]
+        if devices == 1:
+            run = case(1, lora, 4, resume=str(cut_at(runs(2), case(1, lora, 2, saves=True, max_steps=2))))
+            (tmp_path / run["name"]).mkdir()
+            strategy_probe.run(run, {"model": folder, "steps": STEPS, "devices": 1}, tmp_path / run["name"])
+        else:
+            run = case(2, lora, 1, resume="", reshards=True)
+        seen = check(runs(2) if devices == 2 else tmp_path, run, devices, (losses[2:], norms[2:], weights, last))
+        assert seen["global_step"] == len(STEPS)
+    assert not list(runs(1).rglob("universal_*")) + list(runs(2).rglob("universal_*"))
+
+
 def test_frozen_weights_are_not_saved_with_adapters(runs):
     """A checkpoint of adapters holds adapters: the base would fill the disk."""
     name = case(1, True, 2, saves=True, max_steps=2)["name"]
@@ -265,19 +302,19 @@ def trainer(strategy, out, **more):
                    max_steps=1, **more)
 
 
-@pytest.mark.parametrize(("strategy", "words"), [
-    ("deepspeed_stage_3", "written by stage 1 or 2, cannot be read by stage 3"),
-    ("deepspeed_stage_1", "written by 2 processes, cannot be read by 1"),
+@pytest.mark.parametrize(("stage", "lora", "words"), [
+    (1, True, "written by stage 1 or 2, cannot be read by stage 3"),
+    (3, False, "written by stage 3 with 2 processes, cannot be read by 1"),
 ])
-def test_shards_of_another_split_are_named(strategy, words, runs, folder, tmp_path):
+def test_shards_of_another_split_are_named(stage, lora, words, runs, folder, tmp_path):
     from strategy_probe import Data, LoRA
 
     from lit_llm.training.module import CausalLMModule
 
-    there = runs(2) / case(1, True, 2, saves=True, max_steps=2)["name"] / "checkpoints" / "step_2"
+    there = cut_at(runs(2), case(stage, lora, 2, saves=True, max_steps=2))
+    module = CausalLMModule(base=folder, lora=LoRA(r=RANK) if lora else None)
     with pytest.raises(InputError, match=words):
-        trainer(strategy, tmp_path).fit(CausalLMModule(base=folder, lora=LoRA(r=RANK)), datamodule=Data(STEPS, 1),
-                                        ckpt_path=str(there))
+        trainer("deepspeed_stage_3", tmp_path).fit(module, datamodule=Data(STEPS, 1), ckpt_path=str(there))
 
 
 def test_clipping_by_value_is_refused(folder, tmp_path):
