@@ -153,6 +153,18 @@ def head(model: Any) -> nn.Module:
     return causal_lm(model).get_output_embeddings()
 
 
+def embeddings(model: Any) -> list[nn.Parameter]:
+    """Tables with a row for each token or place, and the head, which is one too."""
+    tables = [layer for layer in causal_lm(model).modules() if isinstance(layer, nn.Embedding)]
+    return [weight for layer in (*tables, head(model)) for weight in layer.parameters()]
+
+
+def decoder_layers(model: Any) -> list[nn.Module]:
+    """The blocks that a backbone stacks, in their order: what sharding, recomputing and compiling work by."""
+    kinds = set(causal_lm(model)._no_split_modules or ())
+    return [layer for layer in backbone(model).modules() if type(layer).__name__ in kinds]
+
+
 def logit_adjustment(model: Any) -> tuple[float, float | None]:
     """(factor, cap): what some architectures do to logits behind the head: scale them, or squash them softly.
 

@@ -16,8 +16,10 @@ from torch import Tensor, nn
 from lit_llm import adapter, attention, model
 from lit_llm.errors import InputError
 from lit_llm.training import optim, reshard
+from lit_llm.training.fsdp import Fsdp2Strategy
 from lit_llm.training.loss import Nll, nll_sum
 from lit_llm.training.metrics import Perplexity
+from lit_llm.training.noise import noisy
 from lit_llm.training.strategy import ZeroStrategy
 
 if TYPE_CHECKING:
@@ -39,10 +41,16 @@ class CausalLMModule(L.LightningModule):
         lr: Peak learning rate. 2e-4 suits adapters; training every weight bears about ten times less.
         warmup: Linear rise of the learning rate: a number of steps, or a share of the run if below 1.
         schedule: What the learning rate does after it: cosine, linear, wsd (flat, then a short cool-down) or constant.
+        cooldown: Share of a wsd run that cools down at its end (arXiv:2405.18392, section 4).
         min_lr_share: Learning rate at the end, as a share of the peak.
+        optimizer: adamw; adamw_8bit (bitsandbytes: 2 bytes of state per weight, not 8; plain, DDP); muon for matrices
+            between layers with AdamW for the rest (arXiv:2502.16982 reports half the compute in pretraining), at the
+            same lr; it needs whole matrices, so not under ZeRO.
         weight_decay: Decoupled decay of matrices; norms and biases are never decayed.
         betas: AdamW's averages. 0.95 for the second forgets faster than the usual 0.999, which helps short runs.
         eps: AdamW's guard against division by zero.
+        neftune_alpha: Noise on token embeddings in training (arXiv:2310.05914), 5 to 15; helps short SFT runs to
+            answer at more length. Null is none.
         gradient_checkpointing: Recompute activations in the backward pass: less memory, about a fifth slower.
     """
 
@@ -55,10 +63,13 @@ class CausalLMModule(L.LightningModule):
         lr: float = 2e-4,
         warmup: float = 0.03,
         schedule: optim.Schedule = "cosine",
+        cooldown: float = 0.2,
         min_lr_share: float = 0.1,
+        optimizer: optim.Name = "adamw",
         weight_decay: float = 0.0,
         betas: tuple[float, float] = (0.9, 0.95),
         eps: float = 1e-8,
+        neftune_alpha: float | None = None,
         gradient_checkpointing: bool = False,
     ) -> None:
         super().__init__()
@@ -69,14 +80,17 @@ class CausalLMModule(L.LightningModule):
             raise InputError(f"the learning rate must be above 0, not {lr}", where="model.lr")
         if not warmup >= 0:
             raise InputError(f"warmup must be a share below 1 or a number of steps, not {warmup}", where="model.warmup")
+        if not 0 <= cooldown <= 1:
+            raise InputError(f"the cool-down is a share of the run, not {cooldown}", where="model.cooldown")
         self.base, self.init = base, init
         self.peft_spec = adapter.spec_of(peft, lora)
         if init is not None and self.peft_spec is not None:
             raise InputError("adapters on random weights would learn nothing that could be merged or loaded again",
                              where="model.init", fix="set --model.lora null to train every weight, or give model.base")
         self.lr, self.warmup, self.schedule, self.min_lr_share = lr, warmup, schedule, min_lr_share
+        self.cooldown, self.optimizer = cooldown, optimizer
         self.weight_decay, self.betas, self.eps = weight_decay, betas, eps
-        self.gradient_checkpointing = gradient_checkpointing
+        self.gradient_checkpointing, self.neftune_alpha = gradient_checkpointing, neftune_alpha
         self.checkpoint: Path | None = None         # set by Trainer.validate and .test: weights of one checkpoint
         self.model: Any = None
         self.strict_loading = False                 # checkpoints of adapters hold adapters only
@@ -97,21 +111,31 @@ class CausalLMModule(L.LightningModule):
         else:
             assert self.init is not None
             inner = model.init_causal_lm(self.init, dtype=dtype, attention=kind, **self._tokenizer_facts())
+        if dtype.itemsize < 4:                      # Lightning would cast buffers too, and positions would be wrong
+            self.trainer.precision_plugin.convert_module = lambda module: module  # type: ignore[method-assign]
         self._check_fit(inner)
         inner.config.use_cache = False
         if self.gradient_checkpointing:
             inner.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         self.model = self._adapted(inner)
         self.model.train()
+        if isinstance(self.trainer.strategy, Fsdp2Strategy):
+            if self.trainer.state.fn == "fit":
+                self._keep_masters()                # FSDP2 would not see it later
+            half = DTYPES.get(str(self.trainer.precision).replace("mixed", "true"))
+            self.trainer.strategy.shard(self.model, model.decoder_layers(self.model), dtype=half)
         if self.trainer.is_global_zero and self.trainer.training:
             log.info(str(model.count_parameters(self.model)))
 
     def _check_stage(self) -> None:
-        """ZeRO-3 waits for all ranks at each forward, and prompt methods make one for each conversation."""
+        """ZeRO-3 and FSDP2 wait for all ranks at each forward; prompt methods make one for each conversation."""
         strategy = self.trainer.strategy
-        if (isinstance(strategy, ZeroStrategy) and strategy.zero_stage_3 and self.trainer.world_size > 1
-                and adapter.learns_prompt_by(self.peft_spec)):
-            raise InputError("prompt and prefix tuning cannot be trained by several processes under stage 3",
+        if self.neftune_alpha and adapter.learns_prompt_by(self.peft_spec):
+            raise InputError("prompt and prefix tuning have embeddings of their own, which take no noise",
+                             where="model.neftune_alpha", fix="set --model.neftune_alpha null")
+        by_layer = isinstance(strategy, Fsdp2Strategy) or (isinstance(strategy, ZeroStrategy) and strategy.zero_stage_3)
+        if by_layer and self.trainer.world_size > 1 and adapter.learns_prompt_by(self.peft_spec):
+            raise InputError("prompt and prefix tuning cannot be trained by processes that share each layer's weights",
                              where="trainer.strategy", fix="set --trainer.strategy deepspeed_stage_2")
 
     def _pretrained(self) -> str | None:
@@ -202,15 +226,30 @@ class CausalLMModule(L.LightningModule):
                       rank_zero_only=False, sync_dist=False)
 
     def _nll(self, batch: "Batch") -> Nll:
-        """Sums over one micro-batch, its rows laid side by side into one and its documents kept apart by attention."""
+        """Sums over one micro-batch."""
+        strategy = self.trainer.strategy
+        if isinstance(strategy, Fsdp2Strategy):
+            return strategy.gathered(self.model, lambda: self._sums(batch))
+        return self._sums(batch)
+
+    def _sums(self, batch: "Batch") -> Nll:
+        """The same where all weights are at hand: rows laid side by side, documents kept apart by attention."""
         if adapter.learns_prompt(self.model):
             return self._nll_by_document(batch)
         hidden = model.backbone(self.model)(
-            input_ids=batch["input_ids"].view(1, -1), position_ids=batch["position_ids"].view(1, -1),
+            **self._input(batch), position_ids=batch["position_ids"].view(1, -1),
             attention_mask=None, use_cache=False, cu_seqlens=batch["cu_seqlens"],
             max_seqlen=batch["max_seqlen"]).last_hidden_state[0]
         factor, cap = model.logit_adjustment(self.model)
         return nll_sum(hidden, batch["labels"].view(-1), model.head(self.model), factor=factor, cap=cap)
+
+    def _input(self, batch: "Batch") -> dict[str, Tensor]:
+        """Token ids; with NEFTune, in training, their embeddings with noise on them."""
+        ids = batch["input_ids"].view(1, -1)
+        if not self.neftune_alpha or not self.training:
+            return {"input_ids": ids}
+        embedded = model.causal_lm(self.model).get_input_embeddings()(ids)
+        return {"inputs_embeds": noisy(embedded, batch["cu_seqlens"], self.neftune_alpha)}
 
     def _nll_by_document(self, batch: "Batch") -> Nll:
         """For methods that put virtual tokens before each conversation: one forward for each, as PEFT does it."""
@@ -242,17 +281,29 @@ class CausalLMModule(L.LightningModule):
     # ---- optimization ------------------------------------------------------------------------------------------------
 
     def configure_optimizers(self) -> Any:
-        """AdamW and its schedule, stepped after every optimizer step."""
+        """The optimizer and its schedule, stepped after every optimizer step."""
+        self._check_optimizer()
         self._keep_masters()
-        optimizer = optim.adamw(self.named_parameters(), lr=self.lr, weight_decay=self.weight_decay, betas=self.betas,
-                                eps=self.eps)
+        optimizer = optim.build(self.optimizer, self.named_parameters(), lr=self.lr, weight_decay=self.weight_decay,
+                                betas=self.betas, eps=self.eps, embeddings=model.embeddings(self.model))
         total = self.trainer.estimated_stepping_batches
         if total == float("inf"):
             raise InputError("the run has no end", where="trainer",
                              fix="set --trainer.max_epochs or --trainer.max_steps")
         schedule = optim.scheduler(optimizer, self.schedule, warmup=self.warmup, total=int(total),
-                                   floor=self.min_lr_share)
+                                   floor=self.min_lr_share, cooldown=self.cooldown)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def _check_optimizer(self) -> None:
+        """Not every optimizer can step on a piece of a weight."""
+        zero = isinstance(self.trainer.strategy, ZeroStrategy)
+        whole = "set --trainer.strategy ddp (or auto), or --model.optimizer adamw"
+        if self.optimizer == "muon" and zero:
+            raise InputError("muon steps on whole matrices, and ZeRO hands the optimizer flat pieces of many",
+                             where="model.optimizer", fix=whole)
+        if self.optimizer == "adamw_8bit" and (zero or isinstance(self.trainer.strategy, Fsdp2Strategy)):
+            raise InputError("8-bit states cannot be cut into pieces, saved and read again as ZeRO and FSDP2 do it",
+                             where="model.optimizer", fix=whole)
 
     def _keep_masters(self) -> None:
         """What learns is float32: half precision would lose small updates. DeepSpeed keeps masters of its own."""

@@ -341,7 +341,9 @@ def gathered_trainable_state(module: nn.Module) -> dict[str, Tensor] | None:
 
 
 def _whole(weight: nn.Parameter) -> Tensor:
-    """The full tensor behind a parameter that ZeRO may have cut or cast."""
+    """The full tensor behind a parameter that ZeRO or FSDP2 may have cut or cast."""
+    if hasattr(weight, "full_tensor"):              # FSDP2's DTensor
+        return weight.full_tensor()
     if hasattr(weight, "ds_id") and not hasattr(weight, "_z3_optimizer"):      # stage 3 without an optimizer
         from deepspeed.zero import GatheredParameters
 

@@ -197,6 +197,10 @@ def _strategy(strategy: Any) -> Any:
         from lit_llm.training.strategy import ZeroStrategy
 
         strategy = ZeroStrategy.from_name(strategy)
+    elif strategy == "fsdp2":
+        from lit_llm.training.fsdp import Fsdp2Strategy
+
+        strategy = Fsdp2Strategy()
     elif isinstance(strategy, str) and strategy not in (known := ["auto", *StrategyRegistry.available_strategies()]):
         raise InputError(f"no strategy is named '{strategy}'.{did_you_mean(strategy, known)}", where="trainer.strategy",
                          fix="auto, ddp, deepspeed_stage_1, deepspeed_stage_2 and deepspeed_stage_3 are the usual ones")

@@ -120,7 +120,7 @@ def run(case, plan, out):
     watch = Watch(out)
     lora = LoRA(r=RANK, alpha=4 * RANK) if case["lora"] else None
     source = {"init": case["init"]} if "init" in case else {"base": plan["model"]}
-    module = Module(**source, lora=lora, lr=LR, weight_decay=DECAY, warmup=0, schedule="constant",
+    module = Module(**source, lora=lora, lr=LR, weight_decay=DECAY, warmup=0, schedule="constant", optimizer=case.get("optimizer", "adamw"),
                     gradient_checkpointing=case.get("checkpointing", False))
     trainer = Trainer(
         accelerator="cpu", devices=plan["devices"], strategy=case["strategy"], precision=case.get("precision", "32-true"),

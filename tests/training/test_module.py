@@ -66,6 +66,20 @@ def test_gradient_checkpointing_changes_nothing(kind, tiny_model, chats, tmp_pat
     assert losses[0][-1] != losses[0][0]
 
 
+def test_neftune_shakes_training_alone(tiny_model, chats, tmp_path):
+    """Other losses, the same in a second run of the same seed; without noise there is no difference to a plain run."""
+    runs = [
+        fit(tiny_model("llama"), chats, tmp_path, name=str(at), neftune_alpha=alpha)
+        for at, alpha in enumerate([None, 0.0, 10.0, 10.0])
+    ]
+    losses = [losses for _, losses in runs]
+    assert losses[0] == losses[1] != losses[2] == losses[3]
+    assert losses[2][0] == pytest.approx(losses[0][0], rel=0.1)
+    shaken = runs[3][0].eval()
+    ids = torch.tensor([[5, 9, 31]])
+    assert shaken._input({"input_ids": ids}).keys() == {"input_ids"}
+
+
 def test_bf16_mixed_moves_weights_by_small_steps(tiny_model, chats, tmp_path):
     """With float32 masters a learning rate of 1e-5 moves every weight; in bf16 most updates would round to nothing."""
     module, losses = fit(tiny_model("llama"), chats, tmp_path, trainer={"precision": "bf16-mixed"})
