@@ -194,6 +194,26 @@ def count_parameters(model: nn.Module) -> ParameterCount:
     return ParameterCount(sum(size for size, _ in sizes), sum(size for size, learns in sizes if learns))
 
 
+def activation_bytes(config: Any, tokens: int, *, half: bool, recompute: str = "none") -> int:
+    """Memory that a forward pass over these tokens leaves for the backward pass, without head and logits.
+
+    Counted by what each layer keeps: two norms (input and normed in float32, output), query, key and value as attention
+    reads them (key and value repeated for all heads), its output twice, gate, up and what becomes of them.
+
+    Args:
+        config: The model's.
+        tokens: Of a micro-batch on one device.
+        half: Whether matrices are multiplied in two bytes.
+        recompute: `none`, `selective` or `full`; what is computed again is there for one layer at a time.
+    """
+    width, size = config.hidden_size, 2 if half else 4
+    query = config.num_attention_heads * (getattr(config, "head_dim", None) or width // config.num_attention_heads)
+    inner = getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None) or 4 * width
+    layer = 16 * width + (2 * width + 5 * query + 4 * inner) * size
+    kept = {"none": layer, "selective": (3 * width + 4 * query + 2 * inner) * size, "full": width * size}[recompute]
+    return tokens * ((config.num_hidden_layers - 1) * kept + layer)
+
+
 # ---- save ------------------------------------------------------------------------------------------------------------
 
 def save_causal_lm(model: "PreTrainedModel", folder: str | Path, *, stop_ids: tuple[int, ...], pad_id: int | None,

@@ -60,9 +60,10 @@ def test_gradient_checkpointing_changes_nothing(kind, tiny_model, chats, tmp_pat
     """Recomputed activations are the same activations, with adapters too (whose inputs carry no gradient)."""
     losses = [
         fit(tiny_model(kind), chats, tmp_path, name=str(flag), lora=LoRA(r=4), gradient_checkpointing=flag)[1]
-        for flag in (False, True)
+        for flag in (False, True, "selective")
     ]
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+    assert losses[0] == pytest.approx(losses[2], rel=1e-6)
     assert losses[0][-1] != losses[0][0]
 
 
