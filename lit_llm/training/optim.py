@@ -98,7 +98,7 @@ class Muon(Optimizer):
             self._inner[False] = AdamW(parts[False], lr=lr, betas=betas, eps=eps, fused=True)
         super().__init__([group for inner in self._inner.values() for group in inner.param_groups], {"lr": lr})
 
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Move all weights once."""
         loss = None
         if closure is not None:

@@ -1,6 +1,7 @@
 """Options of a run that change how it computes must not change what it computes, and no option may train nothing."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -65,6 +66,31 @@ def test_gradient_checkpointing_changes_nothing(kind, tiny_model, chats, tmp_pat
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
     assert losses[0] == pytest.approx(losses[2], rel=1e-6)
     assert losses[0][-1] != losses[0][0]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+def test_compiled_layers_learn_the_same(tiny_model, chats, tmp_path):
+    """A handful of graphs for all layers and steps, whatever documents a row holds; weights keep their names."""
+    import torch._dynamo
+
+    _, eager = fit(tiny_model("llama"), chats, tmp_path, steps=5, name="eager")
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    module, compiled = fit(tiny_model("llama"), chats, tmp_path, steps=5, compile=True)
+    assert compiled == pytest.approx(eager, rel=1e-5)
+    assert 1 <= torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 6
+    assert not any("_orig_mod" in name for name in module.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("options", "strategy"), [({}, "deepspeed_stage_3"), ({"gradient_checkpointing": "selective"}, "auto")]
+)
+def test_what_cannot_be_compiled_is_said(options, strategy, tiny_model, chats, tmp_path):
+    """Before anything is loaded."""
+    with pytest.raises(InputError, match="layer") as caught:
+        fit(tiny_model("llama"), chats, tmp_path, compile=True, trainer={"strategy": strategy}, **options)
+    assert caught.value.fix
 
 
 def test_neftune_shakes_training_alone(tiny_model, chats, tmp_path):
