@@ -37,6 +37,8 @@ class CausalLMModule(L.LightningModule):
         init: Instead of `base`, an architecture with random weights to pretrain: `model_type` and keys of its config.
             Vocabulary size and control tokens are the tokenizer's unless given.
         lora: Train low-rank adapters only; null trains every weight.
+        quantize: Keep the frozen base's linear layers in 4 bits, as QLoRA does (arXiv:2305.14314): nf4, fp4. A quarter
+            of a bf16 base's memory, slower; adapters are merged into the exact base. Needs bitsandbytes (CPU too).
         peft: The long form: any PEFT config by `class_path` and `init_args`, e.g. class_path: peft.LoHaConfig.
         lr: Peak learning rate. 2e-4 suits adapters; training every weight bears about ten times less.
         warmup: Linear rise of the learning rate: a number of steps, or a share of the run if below 1.
@@ -64,6 +66,7 @@ class CausalLMModule(L.LightningModule):
         init: dict[str, Any] | None = None,
         lora: adapter.LoRA | None = None,
         peft: dict[str, Any] | None = None,
+        quantize: model.Quantize | None = None,
         lr: float = 2e-4,
         warmup: float = 0.03,
         schedule: optim.Schedule = "cosine",
@@ -92,6 +95,10 @@ class CausalLMModule(L.LightningModule):
         if init is not None and self.peft_spec is not None:
             raise InputError("adapters on random weights would learn nothing that could be merged or loaded again",
                              where="model.init", fix="set --model.lora null to train every weight, or give model.base")
+        self.quantize = quantize
+        if quantize is not None and self.peft_spec is None:
+            raise InputError("4-bit weights cannot learn; adapters on them can", where="model.quantize",
+                             fix="set model.lora (see configs/with/qlora.yaml), or --model.quantize null")
         self.lr, self.warmup, self.schedule, self.min_lr_share = lr, warmup, schedule, min_lr_share
         self.cooldown, self.optimizer = cooldown, optimizer
         self.weight_decay, self.betas, self.eps = weight_decay, betas, eps
@@ -99,6 +106,7 @@ class CausalLMModule(L.LightningModule):
         self.compile_layers = compile               # nn.Module.compile is a method
         self.checkpoint: Path | None = None         # set by Trainer.validate and .test: weights of one checkpoint
         self.model: Any = None
+        self.half_adapters = False
         self.strict_loading = False                 # checkpoints of adapters hold adapters only
         self.perplexity = nn.ModuleDict({"val": Perplexity(), "test": Perplexity()})
         self._window = torch.zeros((), dtype=torch.float64)
@@ -113,7 +121,9 @@ class CausalLMModule(L.LightningModule):
         kind = None if adapter.learns_prompt_by(self.peft_spec) else attention.NAME
         self._check_stage()
         if path := self._pretrained():
-            inner = model.load_causal_lm(path, dtype=dtype, attention=kind)
+            inner = model.load_causal_lm(path, dtype=dtype, attention=kind, quantize=self.quantize,
+                                         half=str(self.trainer.precision).startswith("bf16"),
+                                         device=self.trainer.strategy.root_device)
         else:
             assert self.init is not None
             inner = model.init_causal_lm(self.init, dtype=dtype, attention=kind, **self._tokenizer_facts())
@@ -122,6 +132,9 @@ class CausalLMModule(L.LightningModule):
         self._check_fit(inner)
         inner.config.use_cache = False
         self.model = self._adapted(inner)
+        self.half_adapters = self._autocasts()
+        if self.half_adapters:
+            adapter.spare_copies(self.model)
         recompute.apply(inner, self._recompute())
         self.model.train()
         for layer in model.decoder_layers(self.model) if self.compile_layers else ():
@@ -154,6 +167,9 @@ class CausalLMModule(L.LightningModule):
             raise InputError("prompt and prefix tuning have embeddings of their own, which take no noise",
                              where="model.neftune_alpha", fix="set --model.neftune_alpha null")
         by_layer = isinstance(strategy, Fsdp2Strategy) or (isinstance(strategy, ZeroStrategy) and strategy.zero_stage_3)
+        if by_layer and self.quantize:
+            raise InputError("4-bit weights cannot be cut into pieces for each layer", where="model.quantize",
+                             fix="set --trainer.strategy deepspeed_stage_2 (or auto, ddp), or --model.quantize null")
         if by_layer and self.compile_layers:
             raise InputError("layers whose weights are gathered one by one cannot be compiled", where="model.compile",
                              fix="set --model.compile false, or --trainer.strategy deepspeed_stage_2")
@@ -256,7 +272,15 @@ class CausalLMModule(L.LightningModule):
         strategy = self.trainer.strategy
         if isinstance(strategy, Fsdp2Strategy):
             return strategy.gathered(self.model, lambda: self._sums(batch))
+        if self.half_adapters:                      # float32 masters of adapters among bf16 weights
+            with torch.autocast(batch["input_ids"].device.type, torch.bfloat16):
+                return self._sums(batch)
         return self._sums(batch)
+
+    def _autocasts(self) -> bool:
+        """Whether adapters are float32 in a forward pass in bfloat16; DeepSpeed and FSDP2 make them bfloat16 for it."""
+        return (str(self.trainer.precision).startswith("bf16") and self.peft_spec is not None
+                and not isinstance(self.trainer.strategy, ZeroStrategy | Fsdp2Strategy))
 
     def _sums(self, batch: "Batch") -> Nll:
         """The same where all weights are at hand: rows laid side by side, documents kept apart by attention."""
@@ -296,8 +320,12 @@ class CausalLMModule(L.LightningModule):
     # ---- checkpoints -------------------------------------------------------------------------------------------------
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """How many micro-batches a step had; Lightning counts them and does not say."""
+        """How many micro-batches a step had, which Lightning does not say; and of the weights what learns."""
         checkpoint[reshard.ACCUMULATE] = self.trainer.accumulate_grad_batches
+        frozen = {name for name, weight in self.named_parameters() if not weight.requires_grad}
+        checkpoint["state_dict"] = {      # the scales of 4-bit weights have names behind theirs
+            name: value for name, value in checkpoint.get("state_dict", {}).items()
+            if name not in frozen and name.partition(".weight.")[0] + ".weight" not in frozen}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """A run may go on with another division of its steps into processes and micro-batches."""

@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 from lit_llm import CausalLMModule, InputError, LoRA, Source, TextDataModule, Trainer
 
@@ -126,6 +127,29 @@ def test_bf16_true_refuses_to_lose_updates(tiny_model, chats, tmp_path):
     assert losses[-1] < losses[0]
 
 
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
+def test_adapters_make_no_float32_copies_of_their_inputs(precision, tiny_model, chats, tmp_path, monkeypatch):
+    """What attention and the activation give in bfloat16 reaches LoRA as it is, and the losses are those of peft's copies."""
+    from peft.tuners.lora.layer import Linear
+
+    seen, cast = set(), Linear._cast_input_dtype
+
+    def watched(layer, x, dtype):
+        out = cast(layer, x, dtype)
+        seen.add((x.dtype, out.dtype))
+        return out
+
+    monkeypatch.setattr(Linear, "_cast_input_dtype", watched)
+    _, ours = fit(tiny_model("llama"), chats, tmp_path, lora=LoRA(r=4), trainer={"precision": precision})
+    assert (torch.bfloat16, torch.bfloat16) in seen
+    assert all(came == left for came, left in seen)
+    monkeypatch.setattr("lit_llm.adapter.spare_copies", lambda model: None)
+    seen.clear()
+    _, theirs = fit(tiny_model("llama"), chats, tmp_path, lora=LoRA(r=4), trainer={"precision": precision}, name="copies")
+    assert (torch.bfloat16, torch.float32) in seen
+    assert ours == theirs
+
+
 @pytest.mark.parametrize(
     "peft",
     [
@@ -166,3 +190,37 @@ def test_rows_longer_than_the_model_are_refused(tiny_model, chats, tmp_path):
     with pytest.raises(InputError, match="256 positions"):
         runner.fit(CausalLMModule(base=tiny_model("llama")), datamodule=data)
     assert not (tmp_path / "run").exists()
+
+
+def test_qlora_learns_on_four_bits_and_merges_into_the_exact_base(tiny_model, chats, tmp_path):
+    """The loss is that of the base with its linear layers rounded to NF4; checkpoints hold adapters alone."""
+    functional = pytest.importorskip("bitsandbytes", reason="pip install bitsandbytes").functional
+    from lit_llm.model import count_parameters, load_causal_lm, quantization_drift
+
+    base, rounded = tiny_model("llama"), tmp_path / "rounded"
+    model = load_causal_lm(base)
+    exact = {name: weight.detach().clone() for name, weight in model.named_parameters()}
+    with torch.no_grad():
+        for name, layer in model.named_modules():
+            if type(layer) is torch.nn.Linear and name != "lm_head":
+                packed, state = functional.quantize_4bit(layer.weight, quant_type="nf4", compress_statistics=True)
+                layer.weight.copy_(functional.dequantize_4bit(packed, state))
+    model.save_pretrained(rounded)
+    AutoTokenizer.from_pretrained(base).save_pretrained(rounded)
+    module, losses = fit(base, chats, tmp_path, lora=LoRA(r=4), quantize="nf4", name="four")
+    _, wanted = fit(str(rounded), chats, tmp_path, lora=LoRA(r=4), name="oracle")
+    assert losses == pytest.approx(wanted, rel=1e-4)
+    assert losses[-1] < losses[0]
+    assert count_parameters(module.model).total == sum(map(torch.numel, exact.values())) + count_parameters(module.model).trainable
+    saved = torch.load(next((tmp_path / "four").rglob("state")), weights_only=False)["state_dict"]
+    assert saved
+    assert all("lora_" in name for name in saved if name.startswith("model."))
+    apart = sum((weight - exact[name]).square().sum() for name, weight in model.named_parameters())
+    norm = sum(weight.square().sum() for name, weight in exact.items() if "_proj" in name)
+    assert quantization_drift(load_causal_lm(base), "nf4") == pytest.approx((apart / norm).sqrt().item(), rel=0.05)
+
+
+def test_four_bits_without_adapters_are_refused():
+    with pytest.raises(InputError, match="4-bit") as caught:
+        CausalLMModule(base="sample:base", quantize="nf4")
+    assert "qlora" in caught.value.fix
