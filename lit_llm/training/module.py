@@ -291,7 +291,8 @@ class CausalLMModule(L.LightningModule):
             attention_mask=None, use_cache=False, cu_seqlens=batch["cu_seqlens"],
             max_seqlen=batch["max_seqlen"]).last_hidden_state[0]
         factor, cap = model.logit_adjustment(self.model)
-        return nll_sum(hidden, batch["labels"].view(-1), model.head(self.model), factor=factor, cap=cap)
+        return nll_sum(hidden, batch["labels"].view(-1), model.head(self.model), factor=factor, cap=cap,
+                       count=batch["num_supervised"])
 
     def _input(self, batch: "Batch") -> dict[str, Tensor]:
         """Token ids; with NEFTune, in training, their embeddings with noise on them."""
