@@ -220,6 +220,19 @@ def merge(model: Any) -> "PreTrainedModel":
                          fix="its adapter folder loads with peft.PeftModel.from_pretrained") from None
 
 
+def spare_copies(model: Any) -> None:
+    """Let LoRA take its inputs as they come, where autocast brings them and its weights together.
+
+    peft makes a float32 copy of every adapted layer's input first, since its weights are float32; autocast then makes a
+    bfloat16 copy of the copy. The numbers are the same without. DoRA measures weights by that dtype and keeps it.
+    """
+    from peft.tuners.lora import LoraLayer
+
+    for layer in model.modules():
+        if isinstance(layer, LoraLayer) and not any(getattr(layer, "use_dora", {}).values()):
+            layer.cast_input_dtype_enabled = False
+
+
 def is_peft(model: Any) -> bool:
     """Whether adapters are on it."""
     return hasattr(model, "peft_config") and hasattr(model, "get_base_model")

@@ -97,6 +97,7 @@ def _on_cuda(query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, max_
     return out.unsqueeze(0)
 
 
+@torch.compiler.disable                             # documents are cut where the data says, which no graph can hold
 def _by_length(query: Tensor, key: Tensor, value: Tensor, borders: tuple[int, ...], scaling: float | None,
                dropout: float, sliding_window: int | None) -> Tensor:
     """One SDPA call for documents of about equal length, stacked.

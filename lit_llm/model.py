@@ -7,7 +7,7 @@ import copy
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -21,17 +21,23 @@ from lit_llm.samples import resolve
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel
 
+Quantize = Literal["nf4", "fp4"]
+
 
 # ---- build and load --------------------------------------------------------------------------------------------------
 
-def load_causal_lm(path: str, *, dtype: torch.dtype = torch.float32,
-                   attention: str | None = None) -> "PreTrainedModel":
+def load_causal_lm(path: str, *, dtype: torch.dtype = torch.float32, attention: str | None = None,
+                   quantize: Quantize | None = None, half: bool = False,
+                   device: torch.device | None = None) -> "PreTrainedModel":
     """A pretrained model from a folder or hub id, in evaluation mode.
 
     Args:
         path: Folder in Hugging Face's layout, or a hub id. Only safetensors are read and no remote code is run.
         dtype: Of the weights; never "auto", which would train bf16 weights without a float32 master.
         attention: `lit_varlen` for packed rows; null is transformers' choice for the model (sdpa where it can).
+        quantize: Keep linear layers but the head in 4 bits, in blocks with scales that are quantized too.
+        half: Whether quantized layers multiply in bfloat16.
+        device: Of a quantized model, which is quantized where it will stay.
 
     Raises:
         InputError: No such folder, the hub cannot be reached, weights are missing, the architecture cannot be packed.
@@ -47,11 +53,15 @@ def load_causal_lm(path: str, *, dtype: torch.dtype = torch.float32,
         raise InputError(f"{path} holds no config.json, so it is no model folder", where="model.base")
     if attention == packed_attention.NAME:
         packed_attention.register()
+    if quantize is not None:
+        more = {"quantization_config": _quantization(quantize, half), "device_map": {"": device or torch.device("cpu")}}
+    else:
+        more = {}
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             str(folder) if folder.is_dir() else path, dtype=dtype, attn_implementation=attention,
             use_safetensors=True, trust_remote_code=False, output_loading_info=True,
-            local_files_only=not folder.is_dir() and hub.offline())
+            local_files_only=not folder.is_dir() and hub.offline(), **more)
     except Exception as error:                      # a stranger's files: transformers has no one error for them
         _check_interface(error, path)
         if folder.is_dir():
@@ -63,6 +73,46 @@ def load_causal_lm(path: str, *, dtype: torch.dtype = torch.float32,
                          f"e.g. {sorted(report['missing_keys'])[0]}", where="model.base")
     _check_packable(model, attention)
     return model
+
+
+def _quantization(quantize: Quantize, half: bool) -> Any:
+    from transformers import BitsAndBytesConfig
+
+    bitsandbytes()
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type=quantize, bnb_4bit_use_double_quant=True,
+                              bnb_4bit_compute_dtype=torch.bfloat16 if half else torch.float32)
+
+
+def bitsandbytes() -> Any:
+    """The package.
+
+    Raises:
+        InputError: It is not installed.
+    """
+    import importlib
+
+    try:
+        return importlib.import_module("bitsandbytes")
+    except ImportError:
+        raise InputError("4-bit weights need bitsandbytes, which is not installed", where="model.quantize",
+                         fix="pip install bitsandbytes") from None
+
+
+def quantization_drift(model: nn.Module, quantize: Quantize) -> float:
+    """Share of a model's linear weights that 4 bits lose: the norm of the error over the norm of the weights.
+
+    Adapters trained on a quantized base have learned to mend that error; merged into the exact base they meet another.
+    """
+    functional = bitsandbytes().functional
+    error = norm = 0.0
+    out = causal_lm(model).get_output_embeddings()
+    for layer in model.modules():
+        if type(layer) is nn.Linear and layer is not out:
+            weight = layer.weight.detach().float()
+            rounded = functional.dequantize_4bit(*functional.quantize_4bit(weight, quant_type=quantize))
+            error += float((rounded.reshape(weight.shape) - weight).square().sum())
+            norm += float(weight.square().sum())
+    return float(error / norm) ** 0.5 if norm else 0.0
 
 
 def init_causal_lm(init: dict[str, Any], *, dtype: torch.dtype = torch.float32, attention: str | None = None,
@@ -154,6 +204,18 @@ def head(model: Any) -> nn.Module:
     return causal_lm(model).get_output_embeddings()
 
 
+def embeddings(model: Any) -> list[nn.Parameter]:
+    """Tables with a row for each token or place, and the head, which is one too."""
+    tables = [layer for layer in causal_lm(model).modules() if isinstance(layer, nn.Embedding)]
+    return [weight for layer in (*tables, head(model)) for weight in layer.parameters()]
+
+
+def decoder_layers(model: Any) -> list[nn.Module]:
+    """The blocks that a backbone stacks, in their order: what sharding, recomputing and compiling work by."""
+    kinds = set(causal_lm(model)._no_split_modules or ())
+    return [layer for layer in backbone(model).modules() if type(layer).__name__ in kinds]
+
+
 def logit_adjustment(model: Any) -> tuple[float, float | None]:
     """(factor, cap): what some architectures do to logits behind the head: scale them, or squash them softly.
 
@@ -178,9 +240,34 @@ class ParameterCount:
 
 
 def count_parameters(model: nn.Module) -> ParameterCount:
-    """Counts tied weights once, and ZeRO-3's shards at their full size."""
-    sizes = [(getattr(weight, "ds_numel", weight.numel()), weight.requires_grad) for weight in model.parameters()]
+    """Counts tied weights once, and ZeRO-3's shards and 4-bit weights at their full size."""
+    sizes = [(_full_size(weight), weight.requires_grad) for weight in model.parameters()]
     return ParameterCount(sum(size for size, _ in sizes), sum(size for size, learns in sizes if learns))
+
+
+def _full_size(weight: Any) -> int:
+    packed = getattr(weight, "quant_state", None)   # two numbers in a byte
+    return int(packed.shape.numel() if packed is not None else getattr(weight, "ds_numel", weight.numel()))
+
+
+def activation_bytes(config: Any, tokens: int, *, half: bool, recompute: str = "none") -> int:
+    """Memory that a forward pass over these tokens leaves for the backward pass, without head and logits.
+
+    Counted by what each layer keeps: two norms (input and normed in float32, output), query, key and value as attention
+    reads them (key and value repeated for all heads), its output twice, gate, up and what becomes of them.
+
+    Args:
+        config: The model's.
+        tokens: Of a micro-batch on one device.
+        half: Whether matrices are multiplied in two bytes.
+        recompute: `none`, `selective` or `full`; what is computed again is there for one layer at a time.
+    """
+    width, size = config.hidden_size, 2 if half else 4
+    query = config.num_attention_heads * (getattr(config, "head_dim", None) or width // config.num_attention_heads)
+    inner = getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None) or 4 * width
+    layer = 16 * width + (2 * width + 5 * query + 4 * inner) * size
+    kept = {"none": layer, "selective": (3 * width + 4 * query + 2 * inner) * size, "full": width * size}[recompute]
+    return tokens * ((config.num_hidden_layers - 1) * kept + layer)
 
 
 # ---- save ------------------------------------------------------------------------------------------------------------

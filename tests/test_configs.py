@@ -42,7 +42,7 @@ def parse(*words: object, tmp_path: Path) -> Parsed:
 def test_every_run_takes_every_overlay(run, overlay, tmp_path):
     """`fit --config RUN --config with/OVERLAY` builds module, data and trainer without touching weights or network."""
     words = ["--config", run] + (["--config", overlay] if overlay else [])
-    if overlay and overlay.stem == "lora" and "init" in yaml.safe_load(run.read_text())["model"]:
+    if overlay and overlay.stem in ("lora", "qlora") and "init" in yaml.safe_load(run.read_text())["model"]:
         pytest.skip("adapters on random weights are nobody's wish")
     cli = parse(*words, tmp_path=tmp_path)
     assert cli.model.model is None  # nothing was built

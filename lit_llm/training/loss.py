@@ -45,7 +45,7 @@ def shift(labels_T: Tensor) -> Tensor:
 
 
 def nll_sum(hidden_TD: Tensor, labels_T: Tensor, head: nn.Module, *, factor: float = 1.0, cap: float | None = None,
-            per_token: bool = False) -> Nll:
+            per_token: bool = False, count: int | None = None) -> Nll:
     """Sum of -log p(token) over the supervised tokens.
 
     Args:
@@ -56,9 +56,11 @@ def nll_sum(hidden_TD: Tensor, labels_T: Tensor, head: nn.Module, *, factor: flo
         factor: Multiplies the logits (see `model.logit_adjustment`).
         cap: Squashes them softly.
         per_token: Give (N,) losses instead of their sum; for tests and reports.
+        count: N, where the host knows it: a CUDA device would otherwise be waited for, to learn it.
     """
     targets_T = shift(labels_T)
-    index_N = (targets_T != IGNORE_INDEX).nonzero(as_tuple=True)[0]
+    supervised_T = targets_T != IGNORE_INDEX
+    index_N = supervised_T.nonzero_static(size=count)[:, 0] if count is not None else supervised_T.nonzero()[:, 0]
     hidden_ND, targets_N = hidden_TD.index_select(0, index_N), targets_T.index_select(0, index_N)
     settings = (factor, cap, per_token)
     if any(hasattr(weight, "ds_id") for weight in head.parameters()):

@@ -7,7 +7,7 @@ and normalises the loss exactly. Knows nothing of files, formats or checkpoints.
 import logging
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import lightning as L
 import torch
@@ -15,9 +15,11 @@ from torch import Tensor, nn
 
 from lit_llm import adapter, attention, model
 from lit_llm.errors import InputError
-from lit_llm.training import control_tokens, optim
+from lit_llm.training import compatible, control_tokens, optim, recompute, reshard
+from lit_llm.training.fsdp import Fsdp2Strategy
 from lit_llm.training.loss import Nll, nll_sum
 from lit_llm.training.metrics import Perplexity
+from lit_llm.training.noise import noisy
 from lit_llm.training.strategy import ZeroStrategy, whole
 
 if TYPE_CHECKING:
@@ -35,15 +37,27 @@ class CausalLMModule(L.LightningModule):
         init: Instead of `base`, an architecture with random weights to pretrain: `model_type` and keys of its config.
             Vocabulary size and control tokens are the tokenizer's unless given.
         lora: Train low-rank adapters only; null trains every weight.
+        quantize: Keep the frozen base's linear layers in 4 bits, as QLoRA does (arXiv:2305.14314): nf4, fp4. A quarter
+            of a bf16 base's memory, slower; adapters are merged into the exact base. Needs bitsandbytes (CPU too).
         peft: The long form: any PEFT config by `class_path` and `init_args`, e.g. class_path: peft.LoHaConfig.
         lr: Peak learning rate. 2e-4 suits adapters; training every weight bears about ten times less.
         warmup: Linear rise of the learning rate: a number of steps, or a share of the run if below 1.
         schedule: What the learning rate does after it: cosine, linear, wsd (flat, then a short cool-down) or constant.
+        cooldown: Share of a wsd run that cools down at its end (arXiv:2405.18392, section 4).
         min_lr_share: Learning rate at the end, as a share of the peak.
+        optimizer: adamw; adamw_8bit (bitsandbytes: 2 bytes of state per weight, not 8; plain, DDP); muon for matrices
+            between layers with AdamW for the rest (arXiv:2502.16982 reports half the compute in pretraining), at the
+            same lr; it needs whole matrices, so not under ZeRO.
         weight_decay: Decoupled decay of matrices; norms and biases are never decayed.
         betas: AdamW's averages. 0.95 for the second forgets faster than the usual 0.999, which helps short runs.
         eps: AdamW's guard against division by zero.
-        gradient_checkpointing: Recompute activations in the backward pass: less memory, about a fifth slower.
+        neftune_alpha: Noise on token embeddings in training (arXiv:2310.05914), 5 to 15; helps short SFT runs to
+            answer at more length. Null is none.
+        gradient_checkpointing: Compute activations again in the backward pass. true: all of them, a tenth of the memory
+            and a fifth slower or more; selective: all but products of matrices and attention, about half of the memory;
+            auto: the cheapest way that fits into the device, by an estimate.
+        compile: Compile each decoder layer with torch (a minute at the start; a C++ compiler on CPU). Pays on CUDA for
+            long runs; on CPU in bfloat16 it gains little. Not where layers are gathered one by one (ZeRO-3, FSDP2).
     """
 
     def __init__(
@@ -52,14 +66,19 @@ class CausalLMModule(L.LightningModule):
         init: dict[str, Any] | None = None,
         lora: adapter.LoRA | None = None,
         peft: dict[str, Any] | None = None,
+        quantize: model.Quantize | None = None,
         lr: float = 2e-4,
         warmup: float = 0.03,
         schedule: optim.Schedule = "cosine",
+        cooldown: float = 0.2,
         min_lr_share: float = 0.1,
+        optimizer: optim.Name = "adamw",
         weight_decay: float = 0.0,
         betas: tuple[float, float] = (0.9, 0.95),
         eps: float = 1e-8,
-        gradient_checkpointing: bool = False,
+        neftune_alpha: float | None = None,
+        gradient_checkpointing: bool | Literal["selective", "auto"] = False,
+        compile: bool = False,
     ) -> None:
         super().__init__()
         if (base is None) == (init is None):
@@ -69,6 +88,8 @@ class CausalLMModule(L.LightningModule):
             raise InputError(f"the learning rate must be above 0, not {lr}", where="model.lr")
         if not warmup >= 0:
             raise InputError(f"warmup must be a share below 1 or a number of steps, not {warmup}", where="model.warmup")
+        if not 0 <= cooldown <= 1:
+            raise InputError(f"the cool-down is a share of the run, not {cooldown}", where="model.cooldown")
         self.base, self.init = base, init
         self.peft_spec = adapter.spec_of(peft, lora)
         self.train_tokens = lora.train_tokens if lora is not None else "auto"
@@ -76,11 +97,18 @@ class CausalLMModule(L.LightningModule):
         if init is not None and self.peft_spec is not None:
             raise InputError("adapters on random weights would learn nothing that could be merged or loaded again",
                              where="model.init", fix="set --model.lora null to train every weight, or give model.base")
+        self.quantize = quantize
+        if quantize is not None and self.peft_spec is None:
+            raise InputError("4-bit weights cannot learn; adapters on them can", where="model.quantize",
+                             fix="set model.lora (see configs/with/qlora.yaml), or --model.quantize null")
         self.lr, self.warmup, self.schedule, self.min_lr_share = lr, warmup, schedule, min_lr_share
+        self.cooldown, self.optimizer = cooldown, optimizer
         self.weight_decay, self.betas, self.eps = weight_decay, betas, eps
-        self.gradient_checkpointing = gradient_checkpointing
+        self.gradient_checkpointing, self.neftune_alpha = gradient_checkpointing, neftune_alpha
+        self.compile_layers = compile               # nn.Module.compile is a method
         self.checkpoint: Path | None = None         # set by Trainer.validate and .test: weights of one checkpoint
         self.model: Any = None
+        self.half_adapters = False
         self.strict_loading = False                 # checkpoints of adapters hold adapters only
         self.perplexity = nn.ModuleDict({"val": Perplexity(), "test": Perplexity()})
         self._window = torch.zeros((), dtype=torch.float64)
@@ -93,30 +121,46 @@ class CausalLMModule(L.LightningModule):
             return
         dtype = DTYPES.get(str(self.trainer.precision), torch.float32)
         kind = None if adapter.learns_prompt_by(self.peft_spec) else attention.NAME
-        self._check_stage()
+        compatible.check(self, self.trainer.strategy, self.trainer.world_size)
         if path := self._pretrained():
-            inner = model.load_causal_lm(path, dtype=dtype, attention=kind)
+            inner = model.load_causal_lm(path, dtype=dtype, attention=kind, quantize=self.quantize,
+                                         half=str(self.trainer.precision).startswith("bf16"),
+                                         device=self.trainer.strategy.root_device)
         else:
             assert self.init is not None
             inner = model.init_causal_lm(self.init, dtype=dtype, attention=kind, **self._tokenizer_facts())
+        if dtype.itemsize < 4:                      # Lightning would cast buffers too, and positions would be wrong
+            self.trainer.precision_plugin.convert_module = lambda module: module  # type: ignore[method-assign]
         self._check_fit(inner)
         inner.config.use_cache = False
-        if self.gradient_checkpointing:
-            inner.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         self.model = self._adapted(inner)
+        self.half_adapters = self._autocasts()
+        if self.half_adapters:
+            adapter.spare_copies(self.model)
+        recompute.apply(inner, self._recompute())
         self.model.train()
+        for layer in model.decoder_layers(self.model) if self.compile_layers else ():
+            layer.compile()                         # in place: names of weights stay
+        if isinstance(self.trainer.strategy, Fsdp2Strategy):
+            if self.trainer.state.fn == "fit":
+                self._keep_masters()                # FSDP2 would not see it later
+            half = DTYPES.get(str(self.trainer.precision).replace("mixed", "true"))
+            self.trainer.strategy.shard(self.model, model.decoder_layers(self.model), dtype=half)
         if self.trainer.is_global_zero and self.trainer.training:
             log.info(str(model.count_parameters(self.model)))
 
-    def _check_stage(self) -> None:
-        """ZeRO-3 waits for all ranks at each forward, and prompt methods make one for each conversation."""
-        if self._stage_3() and self.trainer.world_size > 1 and adapter.learns_prompt_by(self.peft_spec):
-            raise InputError("prompt and prefix tuning cannot be trained by several processes under stage 3",
-                             where="trainer.strategy", fix="set --trainer.strategy deepspeed_stage_2")
-
-    def _stage_3(self) -> bool:
-        strategy = self.trainer.strategy
-        return isinstance(strategy, ZeroStrategy) and strategy.zero_stage_3
+    def _recompute(self) -> recompute.Recompute:
+        """What `gradient_checkpointing` means here."""
+        if self.gradient_checkpointing != "auto":
+            ways: dict[Any, recompute.Recompute] = {False: "none", True: "full", "selective": "selective"}
+            return ways[self.gradient_checkpointing]
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        device = self.trainer.strategy.root_device
+        way = recompute.cheapest(self.model, data.seq_len * data.batch_size, room=recompute.room(device),
+                                 half=str(self.trainer.precision).startswith("bf16"))
+        if self.trainer.is_global_zero and self.trainer.training:
+            log.info("gradient checkpointing: %s", way)
+        return way
 
     def _pretrained(self) -> str | None:
         """Where whole weights come from: a checkpoint of a run that trained them all, else the base."""
@@ -139,7 +183,7 @@ class CausalLMModule(L.LightningModule):
         if self.train_tokens is None or data is None:
             return []
         obstacle = adapter.row_obstacle(inner, self.peft_spec)
-        if self._stage_3():
+        if compatible.is_stage_3(self.trainer.strategy):
             obstacle = "stage 3 cuts the embedding into shards (stage 2 does not)"
         if self.train_tokens != "auto":
             if obstacle is not None:
@@ -156,17 +200,6 @@ class CausalLMModule(L.LightningModule):
         if ids and self.trainer.is_global_zero and self.trainer.training:
             control_tokens.say(data.tokenizer, ids, obstacle)
         return ids if obstacle is None else []
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Remember which tokens' rows it holds."""
-        checkpoint["trained_ids"] = self.trained_ids
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Rows that are in only one of the two would be lost, or start again, in silence."""
-        if sorted(then := checkpoint.get("trained_ids", [])) != sorted(self.trained_ids):
-            raise InputError(f"this checkpoint trains the rows of tokens {then or 'none'}, this run of "
-                             f"{self.trained_ids or 'none'}", where="model.lora.train_tokens",
-                             fix="resume with the settings of the run, or start anew without --ckpt_path")
 
     def _tokenizer_facts(self) -> dict[str, Any]:
         """What a new model's config takes from the tokenizer."""
@@ -243,15 +276,39 @@ class CausalLMModule(L.LightningModule):
                       rank_zero_only=False, sync_dist=False)
 
     def _nll(self, batch: "Batch") -> Nll:
-        """Sums over one micro-batch, its rows laid side by side into one and its documents kept apart by attention."""
+        """Sums over one micro-batch."""
+        strategy = self.trainer.strategy
+        if isinstance(strategy, Fsdp2Strategy):
+            return strategy.gathered(self.model, lambda: self._sums(batch))
+        if self.half_adapters:                      # float32 masters of adapters among bf16 weights
+            with torch.autocast(batch["input_ids"].device.type, torch.bfloat16):
+                return self._sums(batch)
+        return self._sums(batch)
+
+    def _autocasts(self) -> bool:
+        """Whether adapters are float32 in a forward pass in bfloat16; DeepSpeed and FSDP2 make them bfloat16 for it."""
+        return (str(self.trainer.precision).startswith("bf16") and self.peft_spec is not None
+                and not isinstance(self.trainer.strategy, ZeroStrategy | Fsdp2Strategy))
+
+    def _sums(self, batch: "Batch") -> Nll:
+        """The same where all weights are at hand: rows laid side by side, documents kept apart by attention."""
         if adapter.learns_prompt(self.model):
             return self._nll_by_document(batch)
         hidden = model.backbone(self.model)(
-            input_ids=batch["input_ids"].view(1, -1), position_ids=batch["position_ids"].view(1, -1),
+            **self._input(batch), position_ids=batch["position_ids"].view(1, -1),
             attention_mask=None, use_cache=False, cu_seqlens=batch["cu_seqlens"],
             max_seqlen=batch["max_seqlen"]).last_hidden_state[0]
         factor, cap = model.logit_adjustment(self.model)
-        return nll_sum(hidden, batch["labels"].view(-1), model.head(self.model), factor=factor, cap=cap)
+        return nll_sum(hidden, batch["labels"].view(-1), model.head(self.model), factor=factor, cap=cap,
+                       count=batch["num_supervised"])
+
+    def _input(self, batch: "Batch") -> dict[str, Tensor]:
+        """Token ids; with NEFTune, in training, their embeddings with noise on them."""
+        ids = batch["input_ids"].view(1, -1)
+        if not self.neftune_alpha or not self.training:
+            return {"input_ids": ids}
+        embedded = model.causal_lm(self.model).get_input_embeddings()(ids)
+        return {"inputs_embeds": noisy(embedded, batch["cu_seqlens"], self.neftune_alpha)}
 
     def _nll_by_document(self, batch: "Batch") -> Nll:
         """For methods that put virtual tokens before each conversation: one forward for each, as PEFT does it."""
@@ -269,19 +326,42 @@ class CausalLMModule(L.LightningModule):
             total = total + sum(weight.sum() * 0.0 for weight in self.model.parameters() if weight.requires_grad)
         return Nll(total.float() if torch.is_grad_enabled() else total, correct)
 
+    # ---- checkpoints -------------------------------------------------------------------------------------------------
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Which tokens' rows learn; how many micro-batches a step had, which Lightning does not say; what learns."""
+        checkpoint["trained_ids"] = self.trained_ids
+        checkpoint[reshard.ACCUMULATE] = self.trainer.accumulate_grad_batches
+        frozen = {name for name, weight in self.named_parameters() if not weight.requires_grad}
+        checkpoint["state_dict"] = {      # the scales of 4-bit weights have names behind theirs
+            name: value for name, value in checkpoint.get("state_dict", {}).items()
+            if name not in frozen and name.partition(".weight.")[0] + ".weight" not in frozen}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """A run may go on with another division of its steps, but only with the same trained rows.
+
+        Rows that are in only one of the two would be lost, or start again, in silence.
+        """
+        if sorted(then := checkpoint.get("trained_ids", [])) != sorted(self.trained_ids):
+            raise InputError(f"this checkpoint trains the rows of tokens {then or 'none'}, this run of "
+                             f"{self.trained_ids or 'none'}", where="model.lora.train_tokens",
+                             fix="resume with the settings of the run, or start anew without --ckpt_path")
+        if self.trainer.state.fn == "fit":
+            reshard.recount(checkpoint, self.trainer.accumulate_grad_batches)
+
     # ---- optimization ------------------------------------------------------------------------------------------------
 
     def configure_optimizers(self) -> Any:
-        """AdamW and its schedule, stepped after every optimizer step."""
+        """The optimizer and its schedule, stepped after every optimizer step."""
         self._keep_masters()
-        optimizer = optim.adamw(self.named_parameters(), lr=self.lr, weight_decay=self.weight_decay, betas=self.betas,
-                                eps=self.eps)
+        optimizer = optim.build(self.optimizer, self.named_parameters(), lr=self.lr, weight_decay=self.weight_decay,
+                                betas=self.betas, eps=self.eps, embeddings=model.embeddings(self.model))
         total = self.trainer.estimated_stepping_batches
         if total == float("inf"):
             raise InputError("the run has no end", where="trainer",
                              fix="set --trainer.max_epochs or --trainer.max_steps")
         schedule = optim.scheduler(optimizer, self.schedule, warmup=self.warmup, total=int(total),
-                                   floor=self.min_lr_share)
+                                   floor=self.min_lr_share, cooldown=self.cooldown)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def _keep_masters(self) -> None:

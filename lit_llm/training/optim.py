@@ -2,8 +2,9 @@
 
 import math
 from collections.abc import Callable, Iterable
-from typing import Literal
+from typing import Any, Literal
 
+import torch
 from torch import nn
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
@@ -11,7 +12,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from lit_llm.errors import InputError
 
 Schedule = Literal["cosine", "linear", "wsd", "constant"]
-COOLDOWN = 0.2                                      # share of a WSD run that decays (arXiv:2405.18392)
+Name = Literal["adamw", "adamw_8bit", "muon"]
 
 
 def parameter_groups(named: Iterable[tuple[str, nn.Parameter]], weight_decay: float) -> list[dict]:
@@ -29,18 +30,88 @@ def parameter_groups(named: Iterable[tuple[str, nn.Parameter]], weight_decay: fl
     return [group for group in groups if group["params"]]
 
 
-def adamw(named: Iterable[tuple[str, nn.Parameter]], *, lr: float, weight_decay: float, betas: tuple[float, float],
-          eps: float) -> AdamW:
-    """AdamW (arXiv:1711.05101) in its fused form, which is quicker on CUDA and on CPU alike.
+def build(optimizer: Name, named: Iterable[tuple[str, nn.Parameter]], *, lr: float, weight_decay: float,
+          betas: tuple[float, float], eps: float, embeddings: Iterable[nn.Parameter] = ()) -> Optimizer:
+    """An optimizer by its name, over what is trainable.
+
+    Args:
+        optimizer: `adamw` (arXiv:1711.05101) in its fused form, quicker on CUDA and on CPU alike; `adamw_8bit`; `muon`.
+        named: Parameters; frozen ones are left out.
+        lr: Peak learning rate.
+        weight_decay: Decoupled decay of matrices.
+        betas: Averages of AdamW.
+        eps: AdamW's guard against division by zero.
+        embeddings: Matrices that Muon leaves to AdamW: rows of a table, not maps from one space to another.
 
     Raises:
-        InputError: No parameter is trainable.
+        InputError: No parameter is trainable, or bitsandbytes is not installed.
     """
     groups = parameter_groups(named, weight_decay)
     if not groups:
         raise InputError("no parameter is trainable", where="model")
-    return AdamW(groups, lr=lr, betas=betas, eps=eps, fused=True)
+    settings: dict[str, Any] = {"lr": lr, "betas": betas, "eps": eps}
+    if optimizer == "muon":
+        return Muon(groups, embeddings, **settings)
+    if optimizer == "adamw_8bit":
+        return _bitsandbytes().AdamW8bit(groups, **settings)
+    return AdamW(groups, **settings, fused=True)
 
+
+def _bitsandbytes() -> Any:
+    try:
+        from bitsandbytes import optim
+    except ImportError:
+        raise InputError("adamw_8bit needs bitsandbytes, which is not installed", where="model.optimizer",
+                         fix="pip install bitsandbytes") from None
+    return optim
+
+
+class Muon(Optimizer):
+    """Muon (arXiv:2502.16982) for matrices between layers, AdamW for everything else; one learning rate for both.
+
+    A matrix moves by its momentum with all singular values set to about 1, times 0.2 * sqrt(larger side): then the root
+    mean square of a step is AdamW's, so that learning rate, decay and schedule carry over. Keeps one number per weight
+    of a matrix where AdamW keeps two. Needs whole matrices: what ZeRO hands to an optimizer is flat.
+
+    Args:
+        groups: Of `parameter_groups`.
+        embeddings: Matrices that AdamW moves.
+        lr: Of both.
+        betas: AdamW's; Muon's own momentum is 0.95, with Nesterov's look ahead.
+        eps: AdamW's.
+    """
+
+    def __init__(self, groups: list[dict], embeddings: Iterable[nn.Parameter], *, lr: float,
+                 betas: tuple[float, float], eps: float) -> None:
+        tables = {id(weight) for weight in embeddings}
+        parts: dict[bool, list[dict]] = {True: [], False: []}
+        for group in groups:
+            for matrices, part in parts.items():
+                chosen = [weight for weight in group["params"]
+                          if (weight.ndim == 2 and id(weight) not in tables) == matrices]
+                if chosen:
+                    part.append({"params": chosen, "weight_decay": group["weight_decay"], "matrices": matrices})
+        self._inner: dict[bool, Optimizer] = {}
+        if parts[True]:
+            self._inner[True] = torch.optim.Muon(parts[True], lr=lr, adjust_lr_fn="match_rms_adamw")
+        if parts[False]:
+            self._inner[False] = AdamW(parts[False], lr=lr, betas=betas, eps=eps, fused=True)
+        super().__init__([group for inner in self._inner.values() for group in inner.param_groups], {"lr": lr})
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Move all weights once."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for matrices, inner in self._inner.items():             # a loaded checkpoint has put others in their place
+            inner.state = self.state
+            inner.param_groups = [group for group in self.param_groups if group["matrices"] == matrices]
+            inner.step()
+        return loss
+
+
+# ---- schedule --------------------------------------------------------------------------------------------------------
 
 def warmup_steps(warmup: float, total: int) -> int:
     """Steps from a share below 1 or a number of steps.
@@ -51,16 +122,20 @@ def warmup_steps(warmup: float, total: int) -> int:
     return round(warmup * total) if warmup < 1 else int(warmup)
 
 
-def shape(schedule: Schedule, *, warmup: int, total: int, floor: float) -> Callable[[int], float]:
+def shape(schedule: Schedule, *, warmup: int, total: int, floor: float,
+          cooldown: float = 0.2) -> Callable[[int], float]:
     """The learning rate's course as a factor on its peak, by the number of steps already taken.
 
     Args:
-        schedule: `cosine` (arXiv:1608.03983), `linear`, `wsd` (flat, then a linear cool-down over the last fifth),
+        schedule: `cosine` (arXiv:1608.03983), `linear`, `wsd` (arXiv:2405.18392: flat, then a linear cool-down),
             `constant`.
         warmup: Steps of linear rise; the first step already moves.
         total: Steps of the run.
         floor: Factor at the end of the decay.
+        cooldown: Share of all steps that a `wsd` run cools down; the warmup is never cut.
     """
+    falling = max(1.0, min(cooldown * total, total - warmup))
+
     def factor(step: int) -> float:
         if step < warmup:
             return (step + 1) / (warmup + 1)
@@ -70,12 +145,14 @@ def shape(schedule: Schedule, *, warmup: int, total: int, floor: float) -> Calla
         if schedule == "linear":
             return floor + (1 - floor) * (1 - progress)
         if schedule == "wsd":
-            return floor + (1 - floor) * min(1.0, (1 - progress) / COOLDOWN)
+            return floor + (1 - floor) * min(1.0, max(0, total - step) / falling)
         return 1.0
 
     return factor
 
 
-def scheduler(optimizer: Optimizer, schedule: Schedule, *, warmup: float, total: int, floor: float) -> LambdaLR:
+def scheduler(optimizer: Optimizer, schedule: Schedule, *, warmup: float, total: int, floor: float,
+              cooldown: float = 0.2) -> LambdaLR:
     """The schedule on an optimizer, to be stepped after every optimizer step."""
-    return LambdaLR(optimizer, shape(schedule, warmup=warmup_steps(warmup, total), total=total, floor=floor))
+    steps = warmup_steps(warmup, total)
+    return LambdaLR(optimizer, shape(schedule, warmup=steps, total=total, floor=floor, cooldown=cooldown))

@@ -21,6 +21,7 @@ from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, Strateg
 from torch import Tensor, nn
 
 from lit_llm.errors import InputError, did_you_mean
+from lit_llm.training import reshard
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
@@ -241,22 +242,36 @@ class ZeroStrategy(DeepSpeedStrategy):
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
         """Restore weights and, when fitting, the optimizer; Lightning restores loops and schedule from the rest.
 
+        Shards of stage 1 and 2 may come from another number of processes: they are put together on the way.
+
         Raises:
-            InputError: If the folder was written with another number of processes or another stage, or by stage 3 and
-                now only to evaluate.
+            InputError: If the folder was written by another stage, by stage 3 with another number of processes, or by
+                stage 3 and now only to evaluate.
         """
         module = self.lightning_module
         assert module is not None
         fitting = module.trainer.state.fn == "fit"
-        self._check_shards(Path(checkpoint_path), fitting)
+        writers = self._check_shards(Path(checkpoint_path), fitting)
         strict, module.strict_loading = module.strict_loading, not self._has_frozen_weights()
         try:
-            state = super().load_checkpoint(checkpoint_path, weights_only)
+            if fitting and writers != self.world_size:
+                state = self._load_resharded(Path(checkpoint_path))
+            else:
+                state = super().load_checkpoint(checkpoint_path, weights_only)
         finally:
             module.strict_loading = strict
         if fitting:
             assert self.deepspeed_engine.global_steps == state["global_step"], "engine and trainer count steps apart"
         return state
+
+    def _load_resharded(self, path: Path) -> dict[str, Any]:
+        config = self.deepspeed_engine._config
+        with reshard.universal(path, first=self.is_global_zero, barrier=self.barrier) as folder:
+            config.load_universal_checkpoint = True
+            try:
+                return super().load_checkpoint(folder)
+            finally:
+                config.load_universal_checkpoint = False
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         """Nothing to do: the engine loaded the weights."""
@@ -265,7 +280,8 @@ class ZeroStrategy(DeepSpeedStrategy):
         assert self.lightning_module is not None
         return not all(weight.requires_grad for weight in self.lightning_module.parameters())
 
-    def _check_shards(self, folder: Path, fitting: bool) -> None:
+    def _check_shards(self, folder: Path, fitting: bool) -> int:
+        """The number of processes that wrote them."""
         shards = folder / "checkpoint"
         writers = len(list(shards.glob("*_optim_states.pt")))
         stage_3 = any(shards.glob("zero_pp_rank_*_model_states.pt"))
@@ -278,9 +294,9 @@ class ZeroStrategy(DeepSpeedStrategy):
                 where=str(folder),
                 fix=f"Set --trainer.strategy deepspeed_stage_{3 if stage_3 else 2}",
             )
-        if writers != self.world_size and fitting:
+        if stage_3 and writers != self.world_size and fitting:
             raise InputError(
-                f"written by {writers} processes, cannot be read by {self.world_size}",
+                f"written by stage 3 with {writers} processes, cannot be read by {self.world_size}",
                 where=str(folder),
                 fix=f"Resume with --trainer.devices {writers}",
             )
@@ -290,6 +306,7 @@ class ZeroStrategy(DeepSpeedStrategy):
                 where=str(folder),
                 fix="Evaluate the exported folder: --model.base <run>/export",
             )
+        return writers
 
 
 class _EnginePrecision(DeepSpeedPrecision):
@@ -324,7 +341,9 @@ def gathered_trainable_state(module: nn.Module) -> dict[str, Tensor] | None:
 
 
 def whole(weight: nn.Parameter) -> Tensor:
-    """The full tensor behind a parameter that ZeRO may have cut or cast; a collective where it has cut."""
+    """The full tensor behind a parameter that ZeRO or FSDP2 may have cut or cast; a collective where it is cut."""
+    if hasattr(weight, "full_tensor"):              # FSDP2's DTensor
+        return weight.full_tensor()
     if hasattr(weight, "ds_id") and not hasattr(weight, "_z3_optimizer"):      # stage 3 without an optimizer
         from deepspeed.runtime.zero import GatheredParameters
 

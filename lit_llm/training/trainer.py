@@ -30,8 +30,8 @@ class Trainer(L.Trainer):
     """Trains, validates and tests; everything a run writes lies below `default_root_dir`.
 
     Args:
-        strategy: `auto`, `ddp`, `deepspeed_stage_1`, `_2` or `_3` (on CUDA, and on CPU with gloo), any other strategy
-            of Lightning's, or a class_path.
+        strategy: `auto`, `ddp`, `deepspeed_stage_1`, `_2` or `_3` or `fsdp2` (on CUDA, and on CPU with gloo), any other
+            strategy of Lightning's, or a class_path.
         default_root_dir: The run folder, runs/<name>.
         logger: Loggers beside `metrics.csv`, which is always written.
         callbacks: Callbacks beside checkpoints, progress bar and run folder, which are always there; a
@@ -202,9 +202,14 @@ def _strategy(strategy: Any) -> Any:
         from lit_llm.training.strategy import ZeroStrategy
 
         strategy = ZeroStrategy.from_name(strategy)
-    elif isinstance(strategy, str) and strategy not in (known := ["auto", *StrategyRegistry.available_strategies()]):
+    elif strategy == "fsdp2":
+        from lit_llm.training.fsdp import Fsdp2Strategy
+
+        strategy = Fsdp2Strategy()
+    elif isinstance(strategy, str) and strategy not in (
+            known := ["auto", "fsdp2", *StrategyRegistry.available_strategies()]):
         raise InputError(f"no strategy is named '{strategy}'.{did_you_mean(strategy, known)}", where="trainer.strategy",
-                         fix="auto, ddp, deepspeed_stage_1, deepspeed_stage_2 and deepspeed_stage_3 are the usual ones")
+                         fix="auto, ddp, fsdp2 and deepspeed_stage_1, _2 and _3 are the usual ones")
     if isinstance(config := getattr(strategy, "config", None), dict):
         config.setdefault("train_micro_batch_size_per_gpu", 1)      # for a log of its own; else it asks a train loader
     return strategy

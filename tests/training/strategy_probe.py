@@ -32,10 +32,10 @@ class Module(CausalLMModule):
 
 
 class Rows:
-    """A loader that knows where it stands."""
+    """A loader that knows where it stands, also when a step is divided anew."""
 
-    def __init__(self, batches):
-        self.batches, self.at = batches, 0
+    def __init__(self, batches, accumulate):
+        self.batches, self.accumulate, self.at = batches, accumulate, 0
 
     def __len__(self):
         return len(self.batches)
@@ -46,10 +46,10 @@ class Rows:
             yield self.batches[at]
 
     def state_dict(self):
-        return {"at": self.at}
+        return {"at": self.at, "accumulate": self.accumulate}
 
     def load_state_dict(self, state):
-        self.at = state["at"]
+        self.at = state["at"] // state["accumulate"] * self.accumulate
 
 
 class Data(L.LightningDataModule):
@@ -62,10 +62,10 @@ class Data(L.LightningDataModule):
         self.tokenizer = SimpleNamespace(vocab_size=128, bos_id=1, eos_id=2, pad_id=None, save=lambda folder: None)
 
     def train_dataloader(self):
-        return Rows([batch for step in self.steps for batch in self.shares(step)])
+        return Rows([batch for step in self.steps for batch in self.shares(step)], self.accumulate)
 
     def val_dataloader(self):
-        return Rows(self.shares(self.steps[0]))
+        return Rows(self.shares(self.steps[0]), self.accumulate)
 
     def shares(self, step):
         whole = len(step["input_ids"]) == len(self.steps[0]["input_ids"])
@@ -123,7 +123,7 @@ def run(case, plan, out):
     watch = Watch(out)
     lora = LoRA(r=RANK, alpha=4 * RANK) if case["lora"] else None
     source = {"init": case["init"]} if "init" in case else {"base": plan["model"]}
-    module = Module(**source, lora=lora, lr=LR, weight_decay=DECAY, warmup=0, schedule="constant",
+    module = Module(**source, lora=lora, lr=LR, weight_decay=DECAY, warmup=0, schedule="constant", optimizer=case.get("optimizer", "adamw"),
                     gradient_checkpointing=case.get("checkpointing", False))
     module.tokens = case.get("tokens", [])
     trainer = Trainer(

@@ -1,9 +1,11 @@
 """Options of a run that change how it computes must not change what it computes, and no option may train nothing."""
 
 import json
+import shutil
 
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 from lit_llm import CausalLMModule, InputError, LoRA, Source, TextDataModule, Trainer
 
@@ -60,10 +62,50 @@ def test_gradient_checkpointing_changes_nothing(kind, tiny_model, chats, tmp_pat
     """Recomputed activations are the same activations, with adapters too (whose inputs carry no gradient)."""
     losses = [
         fit(tiny_model(kind), chats, tmp_path, name=str(flag), lora=LoRA(r=4), gradient_checkpointing=flag)[1]
-        for flag in (False, True)
+        for flag in (False, True, "selective")
     ]
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+    assert losses[0] == pytest.approx(losses[2], rel=1e-6)
     assert losses[0][-1] != losses[0][0]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+def test_compiled_layers_learn_the_same(tiny_model, chats, tmp_path):
+    """A handful of graphs for all layers and steps, whatever documents a row holds; weights keep their names."""
+    import torch._dynamo
+
+    _, eager = fit(tiny_model("llama"), chats, tmp_path, steps=5, name="eager")
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    module, compiled = fit(tiny_model("llama"), chats, tmp_path, steps=5, compile=True)
+    assert compiled == pytest.approx(eager, rel=1e-5)
+    assert 1 <= torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 6
+    assert not any("_orig_mod" in name for name in module.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("options", "strategy"), [({}, "deepspeed_stage_3"), ({"gradient_checkpointing": "selective"}, "auto")]
+)
+def test_what_cannot_be_compiled_is_said(options, strategy, tiny_model, chats, tmp_path):
+    """Before anything is loaded."""
+    with pytest.raises(InputError, match="layer") as caught:
+        fit(tiny_model("llama"), chats, tmp_path, compile=True, trainer={"strategy": strategy}, **options)
+    assert caught.value.fix
+
+
+def test_neftune_shakes_training_alone(tiny_model, chats, tmp_path):
+    """Other losses, the same in a second run of the same seed; without noise there is no difference to a plain run."""
+    runs = [
+        fit(tiny_model("llama"), chats, tmp_path, name=str(at), neftune_alpha=alpha)
+        for at, alpha in enumerate([None, 0.0, 10.0, 10.0])
+    ]
+    losses = [losses for _, losses in runs]
+    assert losses[0] == losses[1] != losses[2] == losses[3]
+    assert losses[2][0] == pytest.approx(losses[0][0], rel=0.1)
+    shaken = runs[3][0].eval()
+    ids = torch.tensor([[5, 9, 31]])
+    assert shaken._input({"input_ids": ids}).keys() == {"input_ids"}
 
 
 def test_bf16_mixed_moves_weights_by_small_steps(tiny_model, chats, tmp_path):
@@ -83,6 +125,29 @@ def test_bf16_true_refuses_to_lose_updates(tiny_model, chats, tmp_path):
     )
     assert {weight.dtype for weight in module.parameters() if weight.requires_grad} == {torch.float32}
     assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
+def test_adapters_make_no_float32_copies_of_their_inputs(precision, tiny_model, chats, tmp_path, monkeypatch):
+    """What attention and the activation give in bfloat16 reaches LoRA as it is, and the losses are those of peft's copies."""
+    from peft.tuners.lora.layer import Linear
+
+    seen, cast = set(), Linear._cast_input_dtype
+
+    def watched(layer, x, dtype):
+        out = cast(layer, x, dtype)
+        seen.add((x.dtype, out.dtype))
+        return out
+
+    monkeypatch.setattr(Linear, "_cast_input_dtype", watched)
+    _, ours = fit(tiny_model("llama"), chats, tmp_path, lora=LoRA(r=4), trainer={"precision": precision})
+    assert (torch.bfloat16, torch.bfloat16) in seen
+    assert all(came == left for came, left in seen)
+    monkeypatch.setattr("lit_llm.adapter.spare_copies", lambda model: None)
+    seen.clear()
+    _, theirs = fit(tiny_model("llama"), chats, tmp_path, lora=LoRA(r=4), trainer={"precision": precision}, name="copies")
+    assert (torch.bfloat16, torch.float32) in seen
+    assert ours == theirs
 
 
 @pytest.mark.parametrize(
@@ -125,3 +190,37 @@ def test_rows_longer_than_the_model_are_refused(tiny_model, chats, tmp_path):
     with pytest.raises(InputError, match="256 positions"):
         runner.fit(CausalLMModule(base=tiny_model("llama")), datamodule=data)
     assert not (tmp_path / "run").exists()
+
+
+def test_qlora_learns_on_four_bits_and_merges_into_the_exact_base(tiny_model, chats, tmp_path):
+    """The loss is that of the base with its linear layers rounded to NF4; checkpoints hold adapters alone."""
+    functional = pytest.importorskip("bitsandbytes", reason="pip install bitsandbytes").functional
+    from lit_llm.model import count_parameters, load_causal_lm, quantization_drift
+
+    base, rounded = tiny_model("llama"), tmp_path / "rounded"
+    model = load_causal_lm(base)
+    exact = {name: weight.detach().clone() for name, weight in model.named_parameters()}
+    with torch.no_grad():
+        for name, layer in model.named_modules():
+            if type(layer) is torch.nn.Linear and name != "lm_head":
+                packed, state = functional.quantize_4bit(layer.weight, quant_type="nf4", compress_statistics=True)
+                layer.weight.copy_(functional.dequantize_4bit(packed, state))
+    model.save_pretrained(rounded)
+    AutoTokenizer.from_pretrained(base).save_pretrained(rounded)
+    module, losses = fit(base, chats, tmp_path, lora=LoRA(r=4), quantize="nf4", name="four")
+    _, wanted = fit(str(rounded), chats, tmp_path, lora=LoRA(r=4), name="oracle")
+    assert losses == pytest.approx(wanted, rel=1e-4)
+    assert losses[-1] < losses[0]
+    assert count_parameters(module.model).total == sum(map(torch.numel, exact.values())) + count_parameters(module.model).trainable
+    saved = torch.load(next((tmp_path / "four").rglob("state")), weights_only=False)["state_dict"]
+    assert saved
+    assert all("lora_" in name for name in saved if name.startswith("model."))
+    apart = sum((weight - exact[name]).square().sum() for name, weight in model.named_parameters())
+    norm = sum(weight.square().sum() for name, weight in exact.items() if "_proj" in name)
+    assert quantization_drift(load_causal_lm(base), "nf4") == pytest.approx((apart / norm).sqrt().item(), rel=0.05)
+
+
+def test_four_bits_without_adapters_are_refused():
+    with pytest.raises(InputError, match="4-bit") as caught:
+        CausalLMModule(base="sample:base", quantize="nf4")
+    assert "qlora" in caught.value.fix

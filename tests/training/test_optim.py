@@ -1,6 +1,7 @@
 """If this breaks: norms are decayed to nothing, the rate never warms up, or the run ends at another rate than asked."""
 
 import math
+import sys
 from itertools import pairwise
 
 import pytest
@@ -9,8 +10,8 @@ from torch import nn
 
 from lit_llm.adapter import LoRA, wrap_peft
 from lit_llm.errors import InputError
-from lit_llm.model import init_causal_lm, load_causal_lm
-from lit_llm.training.optim import adamw, parameter_groups, scheduler, shape, warmup_steps
+from lit_llm.model import embeddings, init_causal_lm, load_causal_lm
+from lit_llm.training.optim import build, parameter_groups, scheduler, shape, warmup_steps
 from tests.conftest import SHAPES
 
 
@@ -33,7 +34,7 @@ def test_frozen_weights_are_left_out(tiny_model):
     for weight in model.parameters():
         weight.requires_grad_(False)
     with pytest.raises(InputError, match="no parameter is trainable"):
-        adamw(model.named_parameters(), lr=1e-3, weight_decay=0.0, betas=(0.9, 0.95), eps=1e-8)
+        build("adamw", model.named_parameters(), lr=1e-3, weight_decay=0.0, betas=(0.9, 0.95), eps=1e-8)
 
 
 def test_a_shard_is_decayed_by_its_whole_shape():
@@ -49,7 +50,7 @@ def test_steps_are_those_of_adamw_written_out():
     torch.manual_seed(0)
     weight = nn.Parameter(torch.randn(3, 4, dtype=torch.float64))
     want, first, second = weight.detach().clone(), 0.0, 0.0
-    optimizer = adamw([("w", weight)], lr=0.01, weight_decay=0.1, betas=(0.9, 0.95), eps=1e-8)
+    optimizer = build("adamw", [("w", weight)], lr=0.01, weight_decay=0.1, betas=(0.9, 0.95), eps=1e-8)
     for step in range(1, 6):
         gradient = torch.randn(3, 4, dtype=torch.float64)
         weight.grad = gradient.clone()
@@ -60,6 +61,96 @@ def test_steps_are_those_of_adamw_written_out():
         want = want - 0.01 * (update + 0.1 * want)
     assert (weight - want).abs().max() < 1e-9
 
+
+# ---- Muon and 8-bit
+
+def test_muon_takes_the_matrices_between_layers():
+    """Tables, heads, norms and biases are AdamW's; GPT-2's positions are a table too."""
+    for kind in SHAPES:
+        model = init_causal_lm(SHAPES[kind], vocab_size=64)
+        groups = build("muon", model.named_parameters(), lr=1e-3, weight_decay=0.1, betas=(0.9, 0.95), eps=1e-8,
+                       embeddings=embeddings(model)).param_groups
+        sizes = {matrices: sum(len(group["params"]) for group in groups if group["matrices"] == matrices)
+                 for matrices in (True, False)}
+        layers = [layer for layer in model.modules() if type(layer).__name__ in ("Linear", "Conv1D")]
+        assert sizes[True] == len([layer for layer in layers if layer is not model.get_output_embeddings()])
+        assert sum(sizes.values()) == len(list(model.parameters()))
+
+
+def muon(weights, tables=()):
+    return build("muon", [(str(at), weight) for at, weight in enumerate(weights)], lr=0.01, weight_decay=0.1,
+                 betas=(0.9, 0.95), eps=1e-8, embeddings=tables)
+
+
+@pytest.mark.parametrize("size", [(16, 48), (48, 16), (32, 32)])
+def test_muon_steps_along_the_nearest_orthogonal_matrix(size):
+    """Against the singular vectors of the gradient; the step's root mean square is AdamW's 0.2 (arXiv:2502.16982, 2.2)."""
+    torch.manual_seed(0)
+    weight, before = nn.Parameter(torch.zeros(size)), torch.randn(size)
+    weight.data.copy_(before)
+    left, _, right = torch.linalg.svd(gradient := torch.randn(size), full_matrices=False)
+    weight.grad = gradient.clone()
+    muon([weight]).step()
+    step = (before * (1 - 0.01 * 0.1) - weight.detach()) / 0.01
+    assert torch.cosine_similarity(step.flatten(), (left @ right).flatten(), dim=0) > 0.97
+    assert step.square().mean().sqrt().item() == pytest.approx(0.2, rel=0.15)
+
+
+def test_muon_moves_the_rest_as_adamw_and_resumes():
+    torch.manual_seed(0)
+    start = [torch.randn(8, 8), torch.randn(16, 8), torch.randn(8)]             # a matrix, a table, a norm
+    grads = [[torch.randn_like(weight) for weight in start] for _ in range(4)]
+
+    def run(weights, optimizer, steps):
+        for step in steps:
+            for weight, gradient in zip(weights, step[-len(weights):], strict=True):
+                weight.grad = gradient.clone()
+            optimizer.step()
+
+    ours, theirs = ([nn.Parameter(weight.clone()) for weight in start] for _ in range(2))
+    table, norm = theirs[1:]
+    whole = muon(ours, [ours[1]])
+    run(ours, whole, grads)
+    groups = [{"params": [table], "weight_decay": 0.1}, {"params": [norm], "weight_decay": 0.0}]
+    run(theirs[1:], torch.optim.AdamW(groups, lr=0.01, betas=(0.9, 0.95), eps=1e-8, fused=True), grads)
+    assert torch.equal(ours[1], table)
+    assert torch.equal(ours[2], norm)
+
+    again = [nn.Parameter(weight.clone()) for weight in start]
+    first = muon(again, [again[1]])
+    run(again, first, grads[:2])
+    second = muon(again, [again[1]])
+    second.load_state_dict(first.state_dict())
+    run(again, second, grads[2:])
+    assert all(torch.equal(one, other) for one, other in zip(again, ours, strict=True))
+
+
+def test_8bit_follows_adamw_with_a_quarter_of_its_state():
+    pytest.importorskip("bitsandbytes", reason="pip install bitsandbytes")
+    torch.manual_seed(0)
+    start, goal = torch.randn(64, 128), torch.randn(64, 128)
+    ends, sizes = [], []
+    for name in ("adamw", "adamw_8bit"):
+        weight = nn.Parameter(start.clone())
+        optimizer = build(name, [("w", weight)], lr=0.02, weight_decay=0.0, betas=(0.9, 0.95), eps=1e-8)
+        for _ in range(30):
+            weight.grad = weight.detach() - goal
+            optimizer.step()
+        ends.append(weight.detach())
+        sizes.append(sum(part.nbytes for part in optimizer.state[weight].values() if torch.is_tensor(part)))
+    assert (ends[0] - start).abs().mean() > 0.3
+    assert (ends[1] - ends[0]).abs().mean() < 0.1 * (ends[0] - start).abs().mean()
+    assert sizes[1] < 0.35 * sizes[0]
+
+
+def test_8bit_without_bitsandbytes_names_the_command(monkeypatch):
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    with pytest.raises(InputError, match="bitsandbytes") as caught:
+        build("adamw_8bit", [("w", nn.Parameter(torch.zeros(2, 2)))], lr=1.0, weight_decay=0.0, betas=(0.9, 0.9), eps=1e-8)
+    assert "pip install bitsandbytes" in caught.value.fix
+
+
+# ---- schedules
 
 def test_warmup_is_a_share_or_a_number_of_steps():
     assert [warmup_steps(warmup, 200) for warmup in (0, 0.03, 0.5, 1, 30, 500)] == [0, 6, 100, 1, 30, 500]
@@ -103,6 +194,18 @@ def test_wsd_is_flat_until_the_last_fifth():
     seen = rates("wsd", warmup=0, total=100)
     assert seen[:81] == pytest.approx([2.0] * 81)
     assert seen[90] == pytest.approx(2.0 * (0.1 + 0.9 * 0.5))
+
+
+@pytest.mark.parametrize(("warmup", "cooldown", "peaks"), [(10, 0.5, 41), (10, 0.1, 81), (60, 0.5, 1), (0, 0.0, 100)])
+def test_wsd_cools_down_for_the_share_that_is_asked(warmup, cooldown, peaks):
+    """A share of all steps; where warmup leaves less, all that is left."""
+    course = shape("wsd", warmup=warmup, total=100, floor=0.0, cooldown=cooldown)
+    factors = [course(step) for step in range(100)]
+    assert sum(factor == 1.0 for factor in factors) == peaks
+    assert course(100) == 0.0
+    falling = factors[warmup + peaks:]
+    steps = {round(b - a, 9) for a, b in pairwise(falling)}
+    assert len(steps) <= 1
 
 
 @pytest.mark.parametrize("warmup", [0, 0.5, 3, 50])

@@ -24,6 +24,7 @@ ROWS, LENGTH, VOCABULARY = 4, 12, 128
 CLIP, LR, DECAY, RANK = 0.5, 1e-2, 0.1, 4
 LLAMA = dict(model_type="llama", vocab_size=VOCABULARY, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
              num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64, initializer_range=0.2)
+TIED = LLAMA | dict(model_type="qwen3", head_dim=8, tie_word_embeddings=True)
 
 
 def make_steps():
@@ -128,17 +129,28 @@ def launch(folder, out, devices, cases):
 
 def case(stage, lora, accumulate, **more):
     name = f"{stage}-{'lora' if lora else 'full'}-{accumulate}" + "".join(f"-{key}" for key in more)
-    strategy = f"deepspeed_stage_{stage}" if isinstance(stage, int) else stage
+    strategy = stage if stage in ("auto", "ddp", "fsdp2") else f"deepspeed_stage_{stage}"
     return {"name": name, "strategy": strategy, "lora": lora, "accumulate": accumulate} | more
 
 
 TOKENS = [7, 31]
 ROWS = [case("ddp", True, 2, tokens=TOKENS), case(1, True, 2, tokens=TOKENS), case(2, True, 1, tokens=TOKENS)]
-GRID = [case(stage, lora, accumulate) for stage in (1, 2, 3) for lora in (True, False) for accumulate in (1, 2)]
+GRID = [case(stage, lora, accumulate) for stage in (1, 2, 3) for lora in (True, False)
+        for accumulate in ((1, 2) if stage == 2 else (2,))]
 PAIR = [case("ddp", True, 2), case(3, True, 2, checkpointing=True), case(3, False, 1, validates=True),
-        case(2, True, 2, precision="bf16-true"), case(3, False, 2, init=LLAMA)]
-CUTS = [(1, True), (3, False)]
+        case(2, True, 2, precision="bf16-true"), case(3, False, 2, init=LLAMA),
+        case(3, False, 2, init=TIED, checkpointing=True), case("3_offload", False, 2), case("2_offload", False, 2),
+        case("fsdp2", False, 2, init=TIED, checkpointing=True), case("ddp", False, 2, optimizer="muon"),
+        case("fsdp2", False, 2, optimizer="muon")]
+CUTS = [(1, True), (3, False), ("fsdp2", True)]
 ALONE = [run for run in GRID if run["accumulate"] == 2 or (run["strategy"][-1], run["lora"]) in (("2", False), ("3", True))]
+
+
+LONE = [case(stage, False, 2, saves=True, max_steps=2) for stage in (2, "fsdp2")]
+
+
+def cut_at(out, run):
+    return out / run["name"] / "checkpoints" / "step_2"
 
 
 @pytest.fixture(scope="module")
@@ -152,8 +164,11 @@ def runs(folder, tmp_path_factory):
             more = [*PAIR, *ROWS]
             for stage, lora in CUTS:
                 cut = case(stage, lora, 2, saves=True, max_steps=2)
-                more += [cut, case(stage, lora, 2, resume=str(out / cut["name"] / "checkpoints" / "step_2"))]
-            launch(folder, out, devices, GRID + more if devices == 2 else ALONE)
+                more += [cut, case(stage, lora, 2, resume=str(cut_at(out, cut)))]
+            if devices == 2:
+                more += [case(stage, False, 1, resume=str(cut_at(make(1), cut)), saves=True)
+                         for stage, cut in zip((2, "fsdp2"), LONE, strict=True)]
+            launch(folder, out, devices, GRID + more if devices == 2 else ALONE + LONE)
             made[devices] = out
         return made[devices]
 
@@ -230,17 +245,26 @@ def test_rows_of_single_tokens_train_like_a_plain_loop(runs, folder):
         assert all((wanted[2][name.removeprefix("model.")] - weight).abs().max() > LR for name, weight in start.items())
 
 
-def test_from_scratch_under_stage_3(runs):
-    """Every rank has the same random weights, drawn as the architecture wants them."""
+def test_from_scratch_where_weights_are_split(runs):
+    """Every rank has the same random weights, drawn as the architecture wants them; tied ones stay one."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    out, run = runs(2), PAIR[-1]
-    start = {name.removeprefix("model."): weight for name, weight in torch.load(out / run["name"] / "start.pt").items()}
-    keys = dict(LLAMA)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(keys.pop("model_type"), **keys), dtype=torch.float32)
-    model.load_state_dict(start)
-    assert model.model.layers[1].mlp.up_proj.weight.std().item() == pytest.approx(0.2, rel=0.1)
-    check(out, run, 2, train(model))
+    out = runs(2)
+    for run in (run for run in PAIR if "init" in run):
+        start = {name.removeprefix("model."): weight for name, weight in torch.load(out / run["name"] / "start.pt").items()}
+        keys = dict(run["init"])
+        config = AutoConfig.for_model(keys.pop("model_type"), **keys)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        absent = model.load_state_dict(start, strict=False).missing_keys
+        assert absent == (["lm_head.weight"] if config.tie_word_embeddings else [])
+        assert model.model.layers[1].mlp.up_proj.weight.std().item() == pytest.approx(0.2, rel=0.1)
+        check(out, run, 2, train(model))
+
+
+def test_offload_trains_the_same(runs, oracle):
+    """Optimizer states, and under stage 3 the weights too, in CPU memory: another place, the same numbers."""
+    for run in PAIR[6:8]:
+        check(runs(2), run, 2, oracle[False])
 
 
 def test_bfloat16_keeps_float32_masters(runs, oracle):
@@ -255,6 +279,18 @@ def test_bfloat16_keeps_float32_masters(runs, oracle):
     assert any((weight != weight.bfloat16().float()).any() for weight in state.values())
 
 
+def test_bfloat16_weights_leave_positions_alone(folder, oracle, tmp_path):
+    """Lightning's bf16-true casts rotary frequencies, and a token 300 places on would stand somewhere else."""
+    import strategy_probe
+
+    run = case("auto", True, 2, precision="bf16-true")
+    strategy_probe.run(run, {"model": folder, "steps": STEPS, "devices": 1}, tmp_path)
+    seen = json.loads((tmp_path / "rank0.json").read_text())
+    assert seen["buffers"] == ["torch.float32"]
+    assert seen["dtypes"] == ["torch.bfloat16", "torch.float32"]
+    assert apart(seen["losses"], oracle[True][0]) < 0.05
+
+
 def test_resume_goes_on_with_optimizer_and_schedule(runs, oracle):
     """Two steps, a checkpoint, a new trainer, the rest: the losses of an uninterrupted run."""
     for stage, lora in CUTS:
@@ -264,12 +300,38 @@ def test_resume_goes_on_with_optimizer_and_schedule(runs, oracle):
         check(runs(2), rest, 2, (losses[2:], norms[2:], weights, last))
 
 
+def test_another_number_of_processes_goes_on(runs, folder, oracle, tmp_path):
+    """From one process to two and from two to one, the step divided anew: the losses of an uninterrupted run."""
+    import strategy_probe
+    from transformers import AutoModelForCausalLM
+
+    losses, norms, weights, last = oracle[True]
+    run = case(1, True, 4, resume=str(cut_at(runs(2), case(1, True, 2, saves=True, max_steps=2))))
+    (tmp_path / run["name"]).mkdir()
+    strategy_probe.run(run, {"model": folder, "steps": STEPS, "devices": 1}, tmp_path / run["name"])
+    assert check(tmp_path, run, 1, (losses[2:], norms[2:], weights, last))["global_step"] == len(STEPS)
+    losses, norms, weights, last = oracle[False]
+    for stage in (2, "fsdp2"):
+        run = case(stage, False, 1, resume="", saves=True)
+        check(runs(2), run, 2, (losses[2:], norms[2:], weights, last))
+        model = AutoModelForCausalLM.from_pretrained(runs(2) / run["name"] / "checkpoints" / "step_4" / "model")
+        with torch.no_grad():
+            assert apart([mean_nll(model, STEPS[0]).item()], [last]) < 1e-5
+    assert not list(runs(1).rglob("universal_*")) + list(runs(2).rglob("universal_*"))
+
+
 def test_frozen_weights_are_not_saved_with_adapters(runs):
     """A checkpoint of adapters holds adapters: the base would fill the disk."""
+    from torch.distributed.checkpoint import FileSystemReader
+
     name = case(1, True, 2, saves=True, max_steps=2)["name"]
     shards = runs(2) / name / "checkpoints" / "step_2" / "state" / "checkpoint"
     keys = {key for file in shards.glob("*model_states.pt") for key in torch.load(file, weights_only=False)["module"]}
     assert keys
+    assert all("lora_" in key for key in keys)
+    saved = FileSystemReader(cut_at(runs(2), case("fsdp2", True, 2, saves=True, max_steps=2)) / "state").read_metadata()
+    keys = [key for key in saved.state_dict_metadata if key.startswith("model.")]
+    assert len(keys) == 28
     assert all("lora_" in key for key in keys)
 
 
@@ -282,19 +344,40 @@ def trainer(strategy, out, **more):
                    max_steps=1, **more)
 
 
-@pytest.mark.parametrize(("strategy", "words"), [
-    ("deepspeed_stage_3", "written by stage 1 or 2, cannot be read by stage 3"),
-    ("deepspeed_stage_1", "written by 2 processes, cannot be read by 1"),
+@pytest.mark.parametrize(("stage", "lora", "words"), [
+    (1, True, "written by stage 1 or 2, cannot be read by stage 3"),
+    (3, False, "written by stage 3 with 2 processes, cannot be read by 1"),
 ])
-def test_shards_of_another_split_are_named(strategy, words, runs, folder, tmp_path):
+def test_shards_of_another_split_are_named(stage, lora, words, runs, folder, tmp_path):
     from strategy_probe import Data, LoRA
 
     from lit_llm.training.module import CausalLMModule
 
-    there = runs(2) / case(1, True, 2, saves=True, max_steps=2)["name"] / "checkpoints" / "step_2"
+    there = cut_at(runs(2), case(stage, lora, 2, saves=True, max_steps=2))
+    module = CausalLMModule(base=folder, lora=LoRA(r=RANK) if lora else None)
     with pytest.raises(InputError, match=words):
-        trainer(strategy, tmp_path).fit(CausalLMModule(base=folder, lora=LoRA(r=RANK)), datamodule=Data(STEPS, 1),
-                                        ckpt_path=str(there))
+        trainer("deepspeed_stage_3", tmp_path).fit(module, datamodule=Data(STEPS, 1), ckpt_path=str(there))
+
+
+@pytest.mark.parametrize(("optimizer", "strategy"), [("muon", "deepspeed_stage_1"), ("adamw_8bit", "fsdp2")])
+def test_optimizers_that_need_whole_weights_say_so(optimizer, strategy, folder, tmp_path):
+    from strategy_probe import Data
+
+    from lit_llm.training.module import CausalLMModule
+
+    with pytest.raises(InputError, match="pieces") as caught:
+        trainer(strategy, tmp_path).fit(CausalLMModule(base=folder, optimizer=optimizer), datamodule=Data(STEPS, 1))
+    assert "ddp" in caught.value.fix
+
+
+def test_muon_by_several_processes_is_muon(runs, folder, tmp_path):
+    """DDP has whole matrices; FSDP2's are put together for a step. Its matrix products are in bfloat16."""
+    import strategy_probe
+
+    strategy_probe.run(case("auto", False, 2, optimizer="muon"), {"model": folder, "steps": STEPS, "devices": 1}, tmp_path)
+    alone = json.loads((tmp_path / "rank0.json").read_text())["losses"]
+    for stage in ("ddp", "fsdp2"):
+        assert apart(read(runs(2), case(stage, False, 2, optimizer="muon")["name"], 2)["losses"], alone) < 2e-4
 
 
 def test_rows_of_tokens_under_stage_3_are_refused(folder, tmp_path):

@@ -1,0 +1,64 @@
+"""A module's options and a strategy in; nothing out, or an error that names what cannot go together and what can.
+
+Each of these would otherwise hang, fail deep inside a library, or train something else in silence.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from lit_llm import adapter
+from lit_llm.errors import InputError
+from lit_llm.training.fsdp import Fsdp2Strategy
+from lit_llm.training.strategy import ZeroStrategy
+
+if TYPE_CHECKING:
+    from lit_llm.training.module import CausalLMModule
+
+WHOLE = "set --trainer.strategy ddp (or auto), or --model.optimizer adamw"
+
+
+def is_stage_3(strategy: Any) -> bool:
+    """Whether ZeRO cuts the weights themselves."""
+    return isinstance(strategy, ZeroStrategy) and strategy.zero_stage_3
+
+
+def check(module: "CausalLMModule", strategy: Any, world_size: int) -> None:
+    """Refuse what cannot go together, before the model is built.
+
+    Raises:
+        InputError: It names the key and what to set instead.
+    """
+    _check_prompts(module, strategy, world_size)
+    _check_optimizer(module.optimizer, strategy)
+    by_layer = isinstance(strategy, Fsdp2Strategy) or is_stage_3(strategy)
+    if by_layer and module.quantize:
+        raise InputError("4-bit weights cannot be cut into pieces for each layer", where="model.quantize",
+                         fix="set --trainer.strategy deepspeed_stage_2 (or auto, ddp), or --model.quantize null")
+    if by_layer and module.compile_layers:
+        raise InputError("layers whose weights are gathered one by one cannot be compiled", where="model.compile",
+                         fix="set --model.compile false, or --trainer.strategy deepspeed_stage_2")
+    if module.compile_layers and module.gradient_checkpointing in ("selective", "auto"):
+        raise InputError("a compiled layer is one operation, of which nothing can be kept",
+                         where="model.gradient_checkpointing", fix="set it to true or false")
+
+
+def _check_prompts(module: "CausalLMModule", strategy: Any, world_size: int) -> None:
+    """Prompt methods make a forward for each conversation; ZeRO-3 and FSDP2 wait for all ranks at each forward."""
+    if not adapter.learns_prompt_by(module.peft_spec):
+        return
+    if module.neftune_alpha:
+        raise InputError("prompt and prefix tuning have embeddings of their own, which take no noise",
+                         where="model.neftune_alpha", fix="set --model.neftune_alpha null")
+    if world_size > 1 and (isinstance(strategy, Fsdp2Strategy) or is_stage_3(strategy)):
+        raise InputError("prompt and prefix tuning cannot be trained by processes that share each layer's weights",
+                         where="trainer.strategy", fix="set --trainer.strategy deepspeed_stage_2")
+
+
+def _check_optimizer(optimizer: str, strategy: Any) -> None:
+    """Not every optimizer can step on a piece of a weight."""
+    zero = isinstance(strategy, ZeroStrategy)
+    if optimizer == "muon" and zero:
+        raise InputError("muon steps on whole matrices, and ZeRO hands the optimizer flat pieces of many",
+                         where="model.optimizer", fix=WHOLE)
+    if optimizer == "adamw_8bit" and (zero or isinstance(strategy, Fsdp2Strategy)):
+        raise InputError("8-bit states cannot be cut into pieces, saved and read again as ZeRO and FSDP2 do it",
+                         where="model.optimizer", fix=WHOLE)

@@ -1,0 +1,99 @@
+"""If this breaks: recomputing changes gradients, computes what it should keep, keeps what it should not, or `auto` guesses."""
+
+import pytest
+import torch
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lit_llm import attention
+from lit_llm.adapter import LoRA, wrap_peft
+from lit_llm.model import activation_bytes, backbone, init_causal_lm
+from lit_llm.training import recompute
+
+WIDE = dict(vocab_size=100, hidden_size=64, intermediate_size=192, num_attention_heads=4, num_key_value_heads=2)
+DOCUMENTS = torch.tensor([0, 40, 64], dtype=torch.int32)
+
+
+class Count(TorchDispatchMode):
+    """How often each operation runs."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = {}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = str(function)
+        self.calls[name] = self.calls.get(name, 0) + 1
+        return function(*args, **(kwargs or {}))
+
+
+def tiny(kind="llama", layers=2, **more):
+    torch.manual_seed(0)
+    model = init_causal_lm(WIDE | {"model_type": kind, "num_hidden_layers": layers} | more, attention=attention.NAME)
+    return model.train()
+
+
+def forward(model, tokens=64, borders=DOCUMENTS):
+    ids = torch.arange(tokens)[None] % 97
+    return backbone(model)(input_ids=ids, position_ids=ids, attention_mask=None, use_cache=False, cu_seqlens=borders,
+                           max_seqlen=int(borders.diff().max())).last_hidden_state
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_gradients_are_the_same_and_only_the_cheap_is_computed_again(lora):
+    grads, calls = {}, {}
+    for way in ("none", "selective", "full"):
+        model = tiny()
+        whole = wrap_peft(model, LoRA(r=2).as_peft()) if lora else model
+        recompute.apply(model, way)
+        with Count() as count:
+            forward(whole).square().sum().backward()
+        grads[way] = {name: weight.grad for name, weight in whole.named_parameters() if weight.grad is not None}
+        calls[way] = count.calls
+    assert len(grads["none"]) == (28 if lora else 20)
+    for way in ("selective", "full"):
+        assert grads[way].keys() == grads["none"].keys()
+        assert all(torch.equal(grads[way][name], gradient) for name, gradient in grads["none"].items())
+    products, activation = "aten.mm.default", "aten.silu.default"
+    assert calls["selective"][products] == calls["none"][products] < calls["full"][products]
+    assert calls["selective"][activation] == calls["full"][activation] == 2 * calls["none"][activation]
+    attention_calls = [{name: many for name, many in calls[way].items() if "attention" in name and "backward" not in name}
+                       for way in calls]
+    assert attention_calls[0] == attention_calls[1] != attention_calls[2]
+
+
+@pytest.mark.parametrize(("kind", "more", "half"), [
+    ("llama", {}, False), ("llama", {"num_key_value_heads": 4}, False), ("qwen3", {"head_dim": 16}, False),
+    ("llama", {}, True)])
+def test_activations_are_as_many_as_the_estimate_says(kind, more, half):
+    """Against the storages that autograd keeps; two layers more or less, so that embedding and last norm fall out."""
+    def kept(layers):
+        model, alive, sizes = tiny(kind, layers, **more), [], {}
+        weights = {weight.untyped_storage().data_ptr() for weight in model.parameters()}
+
+        def pack(tensor):
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in weights and tuple(tensor.shape) not in shapes:
+                sizes[storage.data_ptr()] = storage.nbytes()
+                alive.append(tensor)
+            return tensor
+
+        shapes = {tuple(weight.shape) for weight in model.parameters() if weight.ndim == 2}    # bf16 copies of autocast
+        shapes |= {shape[::-1] for shape in shapes}
+        with saved_tensors_hooks(pack, lambda tensor: tensor), torch.autocast("cpu", torch.bfloat16, enabled=half):
+            forward(model, 320, torch.tensor([0, 320]))
+        return sum(sizes.values()), activation_bytes(model.config, 320, half=half)
+
+    (few, small), (many, large) = kept(1), kept(3)
+    assert large - small == pytest.approx(many - few, rel=0.15)
+
+
+def test_auto_takes_the_cheapest_way_that_fits():
+    model = tiny()
+    room = {way: sum(16 * weight.numel() for weight in model.parameters())
+            + activation_bytes(model.config, 512, half=False, recompute=way) for way in ("none", "selective", "full")}
+    assert room["full"] < room["selective"] < room["none"]
+    for way, size in room.items():
+        assert recompute.cheapest(model, 512, room=size + 1, half=False) == way
+    assert recompute.cheapest(model, 512, room=1, half=False) == "full"
+    assert recompute.room(torch.device("cpu")) > 2**28
