@@ -219,9 +219,10 @@ class Tokenizer:
 
     @cached_property
     def token_bytes(self) -> np.ndarray:
-        """(V,) int64: UTF-8 bytes of text that each id stands for, 0 for control tokens; for bits per byte.
+        """(2, V) int64: UTF-8 bytes of text that each id stands for, 0 for control tokens; for bits per byte.
 
-        The space that sentencepiece puts before a text belongs to its first token, so it counts as one byte.
+        The second row is of a text's first token: sentencepiece puts a space before the text, which is none of its
+        bytes. (Of a text that begins with one, some put none there; then a byte is missing.)
         """
         byte_level = '"ByteLevel"' in self._backend.to_str()
         added = self._backend.get_added_tokens_decoder()
@@ -235,7 +236,11 @@ class Tokenizer:
                 counts[id_] = len(token)            # one character stands for one byte
             else:
                 counts[id_] = 1 if re.fullmatch(r"<0x[0-9A-F]{2}>", token) else len(token.replace("▁", " ").encode())
-        return counts
+        first, start = counts.copy(), self.encode_text("a")[0]
+        if self.hf.convert_ids_to_tokens(start).startswith("▁"):
+            spaced = [id_ for token, id_ in self.hf.get_vocab().items() if token.startswith("▁") and counts[id_]]
+            first[spaced] -= 1
+        return np.stack([counts, first])
 
     def save(self, folder: str | Path) -> None:
         """Write the tokenizer with its chat template where `AutoTokenizer.from_pretrained` finds both."""

@@ -161,9 +161,10 @@ def test_text_comes_back_and_its_bytes_are_counted(load, kind, text):
     assert not controls(tokenizer, ids)
     if kind == "stories":
         text = text.replace("▁", " ")               # sentencepiece's sign for a space; it puts one before a text
-        assert tokenizer.token_bytes[ids].sum() == len(text.encode()) + bool(text)
+        assert tokenizer.token_bytes[0][ids].sum() == len(text.encode()) + bool(text)
+        assert tokenizer.token_bytes[1][ids[:1]].sum() + tokenizer.token_bytes[0][ids[1:]].sum() == len(text.encode())
     else:
-        assert tokenizer.token_bytes[ids].sum() == len(text.encode())
+        assert tokenizer.token_bytes[0][ids].sum() == tokenizer.token_bytes[1][ids].sum() == len(text.encode())
     assert tokenizer.decode(ids) == text
     stream = tokenizer.decode_stream()
     pieces = [piece for piece in map(stream.step, ids) if piece]

@@ -82,7 +82,15 @@ def lay(rows: Sequence[Sequence[tuple[np.ndarray, np.ndarray]]], *, seq_len: int
         input_ids=torch.from_numpy(input_ids), labels=torch.from_numpy(labels),
         position_ids=torch.from_numpy(position_ids), cu_seqlens=torch.from_numpy(cu_seqlens),
         max_seqlen=int(np.diff(cu_seqlens).max()), num_supervised=len(learned), num_supervised_in_step=len(learned),
-        last_in_step=True, num_bytes=int(token_bytes[learned].sum()), num_tokens=num_tokens)
+        last_in_step=True, num_bytes=_bytes(input_ids, labels, position_ids, token_bytes), num_tokens=num_tokens)
+
+
+def _bytes(input_ids: np.ndarray, labels: np.ndarray, position_ids: np.ndarray, token_bytes: np.ndarray) -> int:
+    """UTF-8 bytes that the supervised tokens stand for; what follows a control token at the start begins a text."""
+    learned = labels != IGNORE_INDEX
+    first = learned & (position_ids == 1)
+    first[:, 1:] &= token_bytes[0][input_ids[:, :-1]] == 0
+    return int(token_bytes[0][labels[learned & ~first]].sum() + token_bytes[1][labels[first]].sum())
 
 
 class RowLoader:
@@ -103,7 +111,7 @@ class RowLoader:
         batch_size: Rows per micro-batch and rank.
         seq_len: Tokens of a row.
         pad_id: Fills the rest of a row; never supervised.
-        token_bytes: (V,) bytes of each token, for `num_bytes`.
+        token_bytes: (2, V) bytes of each token, and of a text's first one, for `num_bytes`.
         seed: Of the order.
         rank: This process, of `world`.
         world: Processes that share each step.
@@ -193,21 +201,27 @@ class RowLoader:
 
     def state_dict(self) -> dict[str, Any]:
         """Where the run stands; equal on all ranks, since DDP and ZeRO keep only that of rank 0."""
-        return {"epoch": self._done // len(self), "batches": self._done, **self._identity()}
+        return {"epoch": self._done // len(self), "batches": self._done, "accumulate_grad_batches": self.accumulate,
+                **self._identity()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue with the very next batch.
+        """Continue with the very next batch; between two steps also with their rows divided anew.
+
+        Other numbers of processes, micro-batches and rows in one are no matter where a step has as many rows as before.
 
         Raises:
-            InputError: The state belongs to other data or another division into batches; it names what differs.
+            InputError: The state belongs to other data or steps; it names what differs.
         """
-        differs = [f"{key} was {state.get(key)} and is {value}" for key, value in self._identity().items()
+        saved = int(state.get("accumulate_grad_batches", self.accumulate))
+        steps, within = divmod(int(state.get("batches", 0)), saved)
+        known = self._identity() | ({"accumulate_grad_batches": self.accumulate} if within else {})
+        differs = [f"{key} was {state.get(key)} and is {value}" for key, value in known.items()
                    if state.get(key) != value]
         if differs:
-            raise InputError("the checkpoint cannot continue on these batches: " + "; ".join(differs),
-                             where="data", fix="Give the same data and settings, or start a new run from its weights.")
-        self._done = int(state["batches"])
+            raise InputError("the checkpoint cannot continue on these batches: " + "; ".join(differs), where="data",
+                             fix="Give the same data and settings, or start a new run from its weights; rows_per_step "
+                             "is batch_size * accumulate_grad_batches * devices.")
+        self._done = steps * self.accumulate + within
 
     def _identity(self) -> dict[str, Any]:
-        return {"data": self.fingerprint, "seed": self.seed, "processes": self.world,
-                "accumulate_grad_batches": self.accumulate, "batch_size": self.batch_size}
+        return {"data": self.fingerprint, "seed": self.seed, "rows_per_step": self.rows_per_step}

@@ -57,7 +57,7 @@ class StreamLoader:
         steps: Optimizer steps of an epoch, for Lightning, which wants a length.
         batch_size: Rows per micro-batch and rank.
         pad_id: Fills the rest of a row; never supervised.
-        token_bytes: (V,) bytes of each token.
+        token_bytes: (2, V) bytes of each token, and of a text's first one.
         rank: This process, of `world`.
         world: Processes that share each step.
         accumulate: Micro-batches of a step.

@@ -63,7 +63,7 @@ def slow_collate(corpus, rows, numbers, seq_len, token_bytes):
                 ids.append(token)
                 labels.append(token if learned else -100)
                 positions.append(place - start)
-                count, size = count + learned, size + learned * int(token_bytes[token])
+                count, size = count + learned, size + learned * int(token_bytes[0][token])
         if len(ids) < seq_len:
             bounds.append(len(out["input_ids"]) + len(ids))
             rest = seq_len - len(ids)
@@ -187,6 +187,31 @@ def test_the_state_is_the_same_on_all_ranks_and_fits_no_other_run(data):
     for changed in ({"batch_size": 4}, {"accumulate": 2}, {"world": 4}, {"seed": 9}, {"fingerprint": "g"}):
         with pytest.raises(InputError, match=r"cannot continue.* was .* and is "):
             loader(data, **{"world": 2, "fingerprint": "f"} | changed).load_state_dict(state)
+
+
+@pytest.mark.parametrize(("before", "after"), [((2, 1, 6), (1, 4, 3)), ((1, 4, 3), (2, 2, 3)), ((4, 3, 1), (1, 1, 12))])
+def test_between_two_steps_a_run_goes_on_with_its_rows_divided_anew(data, before, after):
+    """Processes, micro-batches and rows in one may change where a step has as many rows."""
+    def made(division, rank=0):
+        world, accumulate, batch_size = division
+        return loader(data, world=world, accumulate=accumulate, batch_size=batch_size, rank=rank)
+
+    def step(division, state=None, done=0):
+        rows = []
+        for rank in range(division[0]):
+            own = made(division, rank)
+            if state:
+                own.load_state_dict(state)
+            rows += [row for batch in islice(own, done * division[1], (done + 1) * division[1]) for row in rows_of(batch)]
+        return sorted(rows)
+
+    stopped = made(before)
+    list(islice(stopped, 2 * before[1]))
+    assert step(after, stopped.state_dict()) == step(before, done=2)
+    if before[1] > 1:
+        list(islice(stopped, 1))
+        with pytest.raises(InputError, match="accumulate_grad_batches was"):
+            made(after).load_state_dict(stopped.state_dict())
 
 
 def test_evaluation_always_begins_at_the_beginning(data):
