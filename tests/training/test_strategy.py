@@ -276,7 +276,7 @@ def test_shards_of_another_split_are_named(strategy, words, runs, folder, tmp_pa
 
     there = runs(2) / case(1, True, 2, saves=True, max_steps=2)["name"] / "checkpoints" / "step_2"
     with pytest.raises(InputError, match=words):
-        trainer(strategy, tmp_path).fit(CausalLMModule(base=folder, lora=LoRA(r=RANK)), datamodule=Data(STEPS, 1),
+        trainer(strategy, tmp_path).fit(CausalLMModule(base=folder, lora=LoRA(r=RANK, alpha=4 * RANK)), datamodule=Data(STEPS, 1),
                                         ckpt_path=str(there))
 
 
