@@ -15,6 +15,7 @@ import shutil
 import lightning as L
 import pytest
 import torch
+from lightning.pytorch.callbacks import EarlyStopping
 from lives import assert_same_end
 from safetensors.torch import load_file, save_file
 
@@ -108,7 +109,6 @@ def test_a_stopped_run_goes_on_as_if_nothing_had_been(strategy, lora, rows, wher
     resumed = fit("stopped", callbacks=[StepCheckpoint(every_n_steps=STOP)], resume="last", **how)
     assert [row["step"] for row in rows_of(resumed)] == list(range(STEPS))
     assert rows_of(resumed) == rows_of(straight)
-    print(f"weights apart by {same(weights_of(resumed), weights_of(straight)):.1e}")
     assert same(weights_of(resumed), weights_of(straight)) == 0.0
 
 
@@ -238,8 +238,8 @@ def test_the_disk_is_looked_at_before_the_first_step(fit, monkeypatch, tmp_path)
     asked = []
     real = checkpoint.estimated_bytes
     monkeypatch.setattr(checkpoint, "estimated_bytes", lambda module: asked.append(real(module)) or asked[0])
-    free = shutil.disk_usage(tmp_path)._replace(free=int(1.9 * size))
-    monkeypatch.setattr(shutil, "disk_usage", lambda folder: free)
+    usage = shutil.disk_usage(tmp_path)._replace(free=int(1.9 * size))
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage)
     with pytest.raises(InputError, match="are free"):
         fit("other", lora=False, max_steps=1)
     assert not (tmp_path / "other").exists()
@@ -352,8 +352,6 @@ def test_milestones_stay(fit):
 
 
 def test_early_stopping(fit):
-    from lightning.pytorch.callbacks import EarlyStopping
-
     stop = EarlyStopping(monitor="val/nll", patience=2)
     run = fit("run", callbacks=[Scores([2.0, 1.0, 1.5, 1.2, 0.1]), stop], val_check_interval=2, max_steps=20)
     assert manifest.find(run, "last").name == "step_4"
