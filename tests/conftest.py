@@ -25,8 +25,8 @@ CORPUS = [
 ]
 
 
-LONGEST = ["test_readme", "test_strategy", "test_pipeline", "test_checkpoint", "test_lifecycle", "test_notebooks",
-           "test_gradient", "test_perplexity", "test_chat"]
+LONGEST = ["test_readme", "test_strategy", "test_pipeline", "test_checkpoint", "test_survival", "test_lifecycle",
+           "test_notebooks", "test_gradient", "test_perplexity", "test_chat"]
 
 
 def pytest_collection_modifyitems(items):

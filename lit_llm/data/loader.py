@@ -148,20 +148,35 @@ class RowLoader:
 
     def batch(self, number: int) -> Batch:
         """Micro-batch `number`, counted from the first epoch: a pure function of the arguments."""
-        epoch, within = divmod(number, len(self))
-        step, micro = divmod(within, self.accumulate)
-        rows, lengths, order = self._epoch(epoch)
-        window = order[step * self.rows_per_step:(step + 1) * self.rows_per_step]
-        at = (micro * self.world + self.rank) * self.batch_size
-        mine = window[at:at + self.batch_size]
+        rows, lengths, _ = self._epoch(number // len(self))
+        window, mine = self._share(number)
         real = mine[mine != EMPTY]
         width = max(int(lengths[real].max(initial=0)), 2) if self.trim else self.seq_len
         batch = collate(self.corpus, rows, mine.tolist(), seq_len=width, pad_id=self.pad_id,
                         token_bytes=self.token_bytes)
         assert batch["num_supervised"] == int(rows.supervised[real].sum())
         batch["num_supervised_in_step"] = int(rows.supervised[window[window != EMPTY]].sum())
-        batch["last_in_step"] = micro == self.accumulate - 1
+        batch["last_in_step"] = number % self.accumulate == self.accumulate - 1
         return batch
+
+    def alone(self, number: int) -> Iterator[tuple[str, Batch]]:
+        """Each segment of a micro-batch as a batch of its own, with the place of its record."""
+        rows, _, _ = self._epoch(number // len(self))
+        _, mine = self._share(number)
+        for row in mine[mine != EMPTY].tolist():
+            for segment in range(int(rows.offsets[row]), int(rows.offsets[row + 1])):
+                one = rows.segments[np.array([segment])]
+                yield self.corpus.place(int(one.sequence[0])), collate(
+                    self.corpus, Rows(one, np.array([0, 1]), np.zeros(1, np.int64), np.zeros(1, np.int64)), [0],
+                    seq_len=max(2, int(one.lengths[0])), pad_id=self.pad_id, token_bytes=self.token_bytes)
+
+    def _share(self, number: int) -> tuple[np.ndarray, np.ndarray]:
+        """Row numbers of the whole step that a micro-batch is part of, and those that are this rank's in it."""
+        epoch, within = divmod(number, len(self))
+        step, micro = divmod(within, self.accumulate)
+        window = self.order(epoch)[step * self.rows_per_step:(step + 1) * self.rows_per_step]
+        at = (micro * self.world + self.rank) * self.batch_size
+        return window, window[at:at + self.batch_size]
 
     def order(self, epoch: int) -> np.ndarray:
         """Row numbers of an epoch as they are drawn, `EMPTY` at its end where it is filled to whole windows."""
@@ -196,6 +211,11 @@ class RowLoader:
         rows, _, order = self._epoch(epoch)
         begun = order[:within * self.world * self.batch_size]
         return self.corpus.named(total + self.corpus.tally(rows.take(begun[begun != EMPTY])))
+
+    @property
+    def position(self) -> int:
+        """Micro-batches handed out since the first epoch."""
+        return self._done
 
     # ---- resuming ----------------------------------------------------------------------------------------------------
 

@@ -15,6 +15,8 @@ import yaml
 from lightning.pytorch.callbacks import Callback, EarlyStopping, ProgressBar
 
 from lit_llm.errors import InputError, did_you_mean
+from lit_llm.training import manifest
+from lit_llm.training.processes import end_together
 from lit_llm.training.report import MetricsCSV, redact, write_json
 
 log = logging.getLogger(__name__)
@@ -72,8 +74,9 @@ class Progress(ProgressBar):
 
     @staticmethod
     def _figures(trainer: L.Trainer) -> dict[str, str]:
-        keys = {"loss": "train/loss", "val ppl": "val/perplexity"}
-        return {name: f"{float(trainer.callback_metrics[key]):.3f}" for name, key in keys.items()
+        keys = {"loss": ("train/loss", ".3f"), "val ppl": ("val/perplexity", ".3f"),
+                "skipped": ("train/skipped_steps", ".0f")}
+        return {name: format(float(trainer.callback_metrics[key]), form) for name, (key, form) in keys.items()
                 if key in trainer.callback_metrics}
 
     def on_train_end(self, *_: Any) -> None:
@@ -124,22 +127,38 @@ class RunFolder(Callback):
     An earlier run of the same name is moved aside, never overwritten.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, accept_changes: list[manifest.Change] | None = None) -> None:
         self.config: dict[str, Any] | None = None   # the CLI's
+        self.accept_changes = accept_changes or []
         self.before: dict[str, float] = {}
         self.after: dict[str, float] = {}
-        self.resumed = False
+        self.resumed_from: Path | None = None       # a checkpoint
         self._validated = -1                        # optimizer step of the last validation
-        self._ending = False
+        self._ending = self._started = False
         self._aside: Path | None = None             # where the earlier run of this name is now
 
+    @property
+    def resumed(self) -> bool:
+        """Whether this fit goes on from a checkpoint."""
+        return self.resumed_from is not None
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """The checkpoint must be of this model and method: before anything is read from it."""
+        if self.resumed_from is not None and stage == "fit":
+            try:
+                manifest.check_same(self.resumed_from, trainer, self.accept_changes)
+            except InputError:
+                end_together(trainer)
+                raise
+
     def state_dict(self) -> dict[str, Any]:
-        """The figures before training survive a resume."""
-        return {"before": dict(self.before)}
+        """The figures before training, and the newest, survive a resume."""
+        return {"before": dict(self.before), "after": dict(self.after), "validated": self._validated}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take them back."""
-        self.before = dict(state_dict["before"])
+        self.before, self.after = dict(state_dict["before"]), dict(state_dict["after"])
+        self._validated = state_dict["validated"]
 
     def on_fit_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         """Now that the model stands, make room; then write the config, and the tokenizer with the template in use."""
@@ -163,7 +182,11 @@ class RunFolder(Callback):
         The loader was set up before the checkpoint was read, when the schedule asked for the length of an epoch, and
         Lightning does not come back to give it its state.
         """
+        self._started = True
         trainer.fit_loop._load_combined_loader_states()
+        self._continue_rows(trainer)
+
+    def _continue_rows(self, trainer: L.Trainer) -> None:
         for logger in trainer.loggers:
             if isinstance(logger, MetricsCSV) and self.resumed and trainer.is_global_zero:
                 logger.resume(trainer.global_step)
@@ -193,6 +216,18 @@ class RunFolder(Callback):
             trainer.fit_loop.epoch_loop.val_loop.run()
             trainer.training = True
         self._keep_data(trainer)
+
+    def complete(self, trainer: L.Trainer) -> None:
+        """A run that was stopped behind its last step, in the validation that was to end it, is given that now."""
+        if self._started or not self.resumed or not trainer.enable_validation:
+            return
+        if self._validated == trainer.global_step:
+            return
+        self._continue_rows(trainer)
+        trainer.validating = True
+        trainer.fit_loop.epoch_loop.val_loop.restarting = False
+        trainer.fit_loop.epoch_loop.val_loop.run()
+        trainer.training = True
 
     def on_exception(self, trainer: L.Trainer, module: L.LightningModule, exception: BaseException) -> None:
         """A run that failed before its first step leaves nothing behind, and the earlier run has its name again."""

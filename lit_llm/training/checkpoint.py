@@ -1,16 +1,14 @@
 """A running fit in, checkpoint folders out: complete or not there.
 
     runs/sft/checkpoints/
-      step_40/   state           Lightning's or DeepSpeed's: optimizer, schedule, loops, position in the data
+      step_40/   state           Lightning's or DeepSpeed's: optimizer, schedule, loops, generators, place in the data
                  adapter/        or model/: the trained weights in the field's formats (safetensors)
                  manifest.json   sizes and hashes of all of it; written last, then the folder gets its name
       LATEST     the newest folder's name; BEST the one with the best monitored metric
 
-Knows nothing of losses or data. A folder without a valid manifest does not exist.
+Knows nothing of losses or data; `manifest.py` tells what is a checkpoint.
 """
 
-import hashlib
-import json
 import logging
 import math
 import shutil
@@ -18,52 +16,76 @@ from pathlib import Path
 from typing import Any, Literal
 
 import lightning as L
+import torch
+from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.loops.evaluation_loop import RestartStage
+from lightning.pytorch.trainer.connectors.logger_connector.result import convert_tensors_to_scalars
 
 from lit_llm import adapter, disk, model
 from lit_llm.errors import InputError
+from lit_llm.training import manifest
+from lit_llm.training.manifest import step_of
+from lit_llm.training.processes import end_together
+from lit_llm.training.report import MetricsCSV
 from lit_llm.training.strategy import gathered_trainable_state
 
 log = logging.getLogger(__name__)
 PREFIX = "model."                                   # the LightningModule's name for what it trains
+GIB = 2**30
 
 
 class StepCheckpoint(Checkpoint):
-    """Saves at optimizer-step ends, after each validation and at the end; keeps the newest and the best.
+    """Saves at optimizer-step ends, after each validation and at the end; keeps the newest, the best and milestones.
 
     Args:
-        every_n_steps: Save every so many optimizer steps; null saves at validations and at the end only.
+        every_n_steps: Save every so many optimizer steps; null saves at validations and at the end only. A run that is
+            killed loses no more steps than these.
         monitor: Metric that decides which checkpoint is best; `val/nll` is perplexity on a log scale.
         mode: Whether small or large values of it are good.
         keep_best: Best checkpoints kept on disk.
         keep_last: Newest checkpoints kept on disk.
+        keep_every_n_steps: Also save every so many steps, and keep these for good; null keeps none so.
     """
 
     def __init__(self, every_n_steps: int | None = None, monitor: str = "val/nll", mode: Literal["min", "max"] = "min",
-                 keep_best: int = 1, keep_last: int = 1) -> None:
+                 keep_best: int = 1, keep_last: int = 1, keep_every_n_steps: int | None = None) -> None:
         self.every_n_steps, self.monitor, self.mode = every_n_steps, monitor, mode
-        self.keep_best, self.keep_last = keep_best, max(1, keep_last)
+        self.keep_best, self.keep_last, self.keep_every_n_steps = keep_best, max(1, keep_last), keep_every_n_steps
         self.scores: dict[str, float] = {}          # folder name -> monitored value
         self._saved = -1
+        self._unfinished = False                    # whether what is saved stands inside a validation
 
     # ---- when --------------------------------------------------------------------------------------------------------
 
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """States go straight to their file: Lightning would hold them in memory, then in /tmp, a second time."""
+        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
+            trainer.strategy.checkpoint_io = _StateFile()
+
     def on_train_start(self, trainer: L.Trainer, *_: Any) -> None:
         """A resumed run compares with what lies there; folders behind the step where it goes on are set aside."""
-        self._saved = step = trainer.global_step
+        step = trainer.global_step
+        _check_disk(trainer, copies=1 if step else 2)
         if step and trainer.is_global_zero:
             self._recall(checkpoints(trainer), step)
+        if self._unfinished:                        # Lightning would take the validation for done
+            validation = trainer.fit_loop.epoch_loop.val_loop
+            validation.restarting, validation._restart_stage = False, RestartStage.RESTARTED_MID_EVALUATION
+            self._unfinished = False
 
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
-        """Every n optimizer steps, at an epoch's last and at the run's last.
+        """Every n optimizer steps, at an epoch's last and at the run's last; where a validation is due, after it.
 
         Never inside an accumulation window, whose gradients a file would lose; and not only in `on_train_end`, where
         Lightning's counters already stand in the next epoch and a resumed run would mix two windows.
         """
+        if trainer.fit_loop._should_accumulate():
+            return
         step = trainer.global_step
-        due = bool(self.every_n_steps and step % self.every_n_steps == 0)
-        if (due or trainer.is_last_batch or step == trainer.max_steps) and not trainer.fit_loop._should_accumulate():
-            self.save(trainer)
+        due = any(every and step % every == 0 for every in (self.every_n_steps, self.keep_every_n_steps))
+        if (due or trainer.is_last_batch or step == trainer.max_steps) and not validation_is_due(trainer):
+            self.save_step(trainer)
 
     def on_validation_end(self, trainer: L.Trainer, *_: Any) -> None:
         """After a validation inside fit, with its score."""
@@ -77,49 +99,88 @@ class StepCheckpoint(Checkpoint):
 
     # ---- what --------------------------------------------------------------------------------------------------------
 
-    def save(self, trainer: L.Trainer, score: float | None = None) -> None:
+    def state_dict(self) -> dict[str, Any]:
+        """Where it was saved."""
+        return {"step": self._saved, "unfinished": self._unfinished}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """That step lies on disk."""
+        self._saved, self._unfinished = state_dict["step"], state_dict["unfinished"]
+
+    def on_save_checkpoint(self, trainer: L.Trainer, module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Leave out what is frozen: the base would fill the disk."""
+        weights = dict(module.named_parameters())
+        if not all(weight.requires_grad for weight in weights.values()):
+            kept = {name for name, weight in weights.items() if weight.requires_grad}
+            kept |= {name for name, _ in module.named_buffers()}
+            checkpoint["state_dict"] = {name: value for name, value in checkpoint["state_dict"].items() if name in kept}
+
+    def save_step(self, trainer: L.Trainer) -> None:
+        """Save at the end of a training step, whose figures reach `metrics.csv` first; Lightning logs them later."""
+        connector = trainer._logger_connector
+        if connector.should_update_logs:
+            figures = convert_tensors_to_scalars(connector.metrics["log"]) | {"epoch": trainer.current_epoch}
+            for logger in trainer.loggers:
+                if isinstance(logger, MetricsCSV):
+                    logger.log_metrics(figures, trainer.fit_loop.epoch_loop._batches_that_stepped)
+        self.save(trainer)
+
+    def save(self, trainer: L.Trainer, score: float | None = None, *, unfinished: bool = False) -> None:
         """Write the folder of this step; a collective of all ranks.
 
         Args:
             trainer: In a fit.
             score: The monitored metric at this very step; null if it was not measured here.
+            unfinished: Inside a validation, which a resumed run begins again.
+
+        Raises:
+            InputError: It cannot be written; the older ones are whole.
         """
         step = trainer.global_step
         folder = checkpoints(trainer) / f"step_{step}"
         if score is not None and math.isfinite(score):              # a NaN is never best
             self.scores[folder.name] = score
         if step == self._saved or not step:
-            if score is not None and trainer.is_global_zero and (folder / "manifest.json").is_file():
-                _write_score(folder / "manifest.json", score)       # saved before it was measured
+            if score is not None and trainer.is_global_zero and (folder / manifest.NAME).is_file():
+                manifest.set_score(folder, score)                   # saved before it was measured
                 self._point_and_prune(folder)
             return
-        self._saved = step
+        self._saved, self._unfinished = step, unfinished
         partial = folder.with_name(folder.name + ".partial")
-        if trainer.is_global_zero:
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
-        trainer.strategy.barrier()
-        trainer.save_checkpoint(partial / "state")
-        state = gathered_trainable_state(trainer.lightning_module)
-        if trainer.is_global_zero:
-            assert state is not None
-            self._write_weights(trainer, partial, state)
-            _write_manifest(trainer, partial, score)
-            disk.replace_folder(partial, folder)
-            self._point_and_prune(folder)
+        try:
+            if trainer.is_global_zero:
+                shutil.rmtree(partial, ignore_errors=True)
+                partial.mkdir(parents=True)
+            trainer.strategy.barrier()
+            trainer.save_checkpoint(partial / "state")
+            state = gathered_trainable_state(trainer.lightning_module)
+            if trainer.is_global_zero:
+                assert state is not None
+                self._write_weights(trainer, partial, state)
+                manifest.write(partial, trainer, score)
+                disk.replace_folder(partial, folder)
+                self._point_and_prune(folder)
+        except (OSError, RuntimeError) as error:    # torch has a RuntimeError for a full disk
+            free = shutil.disk_usage(partial.parent).free
+            raise InputError(f"the checkpoint of step {step} could not be written: {str(error).splitlines()[0][:200]}; "
+                             f"{free / GIB:.1f} GiB are free", where=str(partial), fix="older checkpoints are whole: "
+                             "make room, then go on with --ckpt_path last") from error
+        self._unfinished = False
         trainer.strategy.barrier()
 
     def _recall(self, folders: Path, step: int) -> None:
-        for folder in sorted(folders.glob("step_*"), key=lambda path: _step(path.name)):
-            if _step(folder.name) > step:
+        for half in folders.glob("*.partial"):
+            shutil.rmtree(half, ignore_errors=True)
+        for folder in manifest.folders(folders.parent):
+            if step_of(folder.name) > step:
                 aside = folder.with_name(f"abandoned_{folder.name}")
                 shutil.rmtree(aside, ignore_errors=True)
                 folder.rename(aside)
                 log.info("%s lies behind step %d, where this run goes on; it is now in %s", folder, step, aside)
-            elif (folder / "manifest.json").is_file():
-                score = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["score"]
-                if score is not None:
-                    self.scores[folder.name] = float(score)
+            elif not (folder / manifest.NAME).is_file():
+                shutil.rmtree(folder, ignore_errors=True)           # half deleted when the run was killed
+            elif (score := manifest.read(folder)["score"]) is not None:
+                self.scores[folder.name] = float(score)
         if (folders / f"step_{step}").is_dir():
             self._point_and_prune(folders / f"step_{step}")
 
@@ -138,86 +199,65 @@ class StepCheckpoint(Checkpoint):
 
     def _point_and_prune(self, newest: Path) -> None:
         disk.replace_text(newest.parent / "LATEST", newest.name + "\n")
-        here = {path.name for path in newest.parent.glob("step_*") if path.suffix != ".partial"}
+        here = {path.name for path in manifest.folders(newest.parent.parent)}
         ranked = sorted((name for name in self.scores if name in here), key=lambda name: (
-            self.scores[name] if self.mode == "min" else -self.scores[name], _step(name)))
+            self.scores[name] if self.mode == "min" else -self.scores[name], step_of(name)))
         if ranked:
             disk.replace_text(newest.parent / "BEST", ranked[0] + "\n")
-        keep = {*ranked[: self.keep_best], *sorted(here, key=_step)[-self.keep_last:]}
+        keep = {*ranked[: self.keep_best], *sorted(here, key=step_of)[-self.keep_last:]}
+        if self.keep_every_n_steps:
+            keep |= {name for name in here if step_of(name) % self.keep_every_n_steps == 0}
         for name in here - keep:
-            (newest.parent / name / "manifest.json").unlink(missing_ok=True)    # first: half a folder is none
+            (newest.parent / name / manifest.NAME).unlink(missing_ok=True)      # first: half a folder is none
             shutil.rmtree(newest.parent / name, ignore_errors=True)
 
 
-# ---- folders ---------------------------------------------------------------------------------------------------------
+class _StateFile(TorchCheckpointIO):
+    """One file, written in place: the folder around it is complete or not there."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        torch.save(checkpoint, path)
+
 
 def checkpoints(trainer: L.Trainer) -> Path:
     """Where a run keeps its checkpoints."""
     return Path(trainer.default_root_dir) / "checkpoints"
 
 
-def find(run: Path, wanted: str) -> Path:
-    """A complete checkpoint folder: `last`, `best`, or the path of one.
+def validation_is_due(trainer: L.Trainer) -> bool:
+    """Whether Lightning validates after this training batch; asked at the batch's end."""
+    epoch = trainer.fit_loop.epoch_loop
+    fetcher = trainer.fit_loop._data_fetcher
+    assert fetcher is not None
+    if not epoch._should_check_val_fx(fetcher):
+        return False
+    epoch.val_loop.setup_data()                     # else it does not know yet whether there is anything
+    return not epoch.val_loop.skip
+
+
+def estimated_bytes(module: L.LightningModule) -> int:
+    """Bytes of one checkpoint, from what is trained: weights twice, AdamW's two averages, ZeRO's float32 masters."""
+    total = 1 << 20
+    zero = hasattr(module.trainer.strategy, "deepspeed_engine")
+    for weight in module.parameters():
+        if weight.requires_grad:
+            each = weight.element_size()
+            total += int(getattr(weight, "ds_numel", weight.numel())) * (each + 16 if zero else 4 * each)
+    return total
+
+
+def _check_disk(trainer: L.Trainer, copies: int) -> None:
+    """Before the first step: room for the next checkpoint while the last one is still there; rank 0 tells the others.
 
     Raises:
-        InputError: There is none, or a file of it is missing or was changed.
+        InputError: There is less.
     """
-    folder = Path(wanted).expanduser()
-    if wanted in ("last", "best"):
-        pointer = run / "checkpoints" / {"last": "LATEST", "best": "BEST"}[wanted]
-        if not pointer.is_file():
-            raise InputError(f"{run} has no {wanted} checkpoint", where="ckpt_path",
-                             fix="start a fit without --ckpt_path")
-        folder = pointer.parent / pointer.read_text(encoding="utf-8").strip()
-    if not folder.is_dir():
-        raise InputError(f"there is no checkpoint folder {wanted}", where="ckpt_path",
-                         fix="give `last`, `best`, or a folder like runs/sft/checkpoints/step_40")
-    manifest = folder / "manifest.json"
-    if not manifest.is_file():
-        raise InputError(f"{folder} has no manifest.json, so it was never completed", where="ckpt_path")
-    for name, facts in json.loads(manifest.read_text(encoding="utf-8"))["files"].items():
-        file = folder / name
-        if not file.is_file() or file.stat().st_size != facts["bytes"]:
-            raise InputError(f"{file} is missing or has another size than its manifest says", where="ckpt_path",
-                             fix="use another checkpoint of the run")
-    return folder
-
-
-def _write_manifest(trainer: L.Trainer, folder: Path, score: float | None) -> None:
-    import torch
-    import transformers
-
-    module: Any = trainer.lightning_module
-    files = {}
-    for file in sorted(path for path in folder.rglob("*") if path.is_file()):
-        with open(file, "rb") as handle:
-            files[str(file.relative_to(folder))] = {
-                "bytes": file.stat().st_size, "sha256": hashlib.file_digest(handle, "sha256").hexdigest()}
-        disk.sync(file)
-    facts = {
-        "step": trainer.global_step, "epoch": trainer.current_epoch, "score": _finite(score), "base": module.base,
-        "peft": module.peft_spec, "world_size": trainer.world_size, "strategy": type(trainer.strategy).__name__,
-        "versions": {"torch": torch.__version__, "transformers": transformers.__version__, "lightning": L.__version__},
-        "files": files,
-    }
-    _replace(folder / "manifest.json", facts)
-
-
-def _write_score(manifest: Path, score: float) -> None:
-    facts = json.loads(manifest.read_text(encoding="utf-8"))
-    _replace(manifest, facts | {"score": _finite(score)})
-
-
-def _finite(score: float | None) -> float | None:
-    return score if score is not None and math.isfinite(score) else None
-
-
-def _replace(file: Path, facts: dict[str, Any]) -> None:
-    disk.replace_text(file, json.dumps(facts, indent=1, default=str) + "\n")
-
-
-def _step(name: str) -> int:
-    digits = name.removeprefix("step_")
-    return int(digits) if digits.isdigit() else -1
-
-
+    folder = checkpoints(trainer)
+    while not folder.is_dir():
+        folder = folder.parent
+    need, free = copies * estimated_bytes(trainer.lightning_module), shutil.disk_usage(folder).free
+    need, free = trainer.strategy.broadcast((need, free))
+    if free < need:
+        end_together(trainer)
+        raise InputError(f"{copies} checkpoints take about {need / GIB:.2f} GiB and {free / GIB:.2f} GiB are free",
+                         where=str(folder), fix="make room, or write elsewhere: --trainer.default_root_dir")

@@ -21,6 +21,11 @@ def is_stage_3(strategy: Any) -> bool:
     return isinstance(strategy, ZeroStrategy) and strategy.zero_stage_3
 
 
+def gathers_layers(strategy: Any) -> bool:
+    """Whether each layer's weights are gathered from all ranks when it is called, so all must call it."""
+    return isinstance(strategy, Fsdp2Strategy) or is_stage_3(strategy)
+
+
 def check(module: "CausalLMModule", strategy: Any, world_size: int) -> None:
     """Refuse what cannot go together, before the model is built.
 
@@ -29,7 +34,7 @@ def check(module: "CausalLMModule", strategy: Any, world_size: int) -> None:
     """
     _check_prompts(module, strategy, world_size)
     _check_optimizer(module.optimizer, strategy)
-    by_layer = isinstance(strategy, Fsdp2Strategy) or is_stage_3(strategy)
+    by_layer = gathers_layers(strategy)
     if by_layer and module.quantize:
         raise InputError("4-bit weights cannot be cut into pieces for each layer", where="model.quantize",
                          fix="set --trainer.strategy deepspeed_stage_2 (or auto, ddp), or --model.quantize null")
@@ -48,7 +53,7 @@ def _check_prompts(module: "CausalLMModule", strategy: Any, world_size: int) -> 
     if module.neftune_alpha:
         raise InputError("prompt and prefix tuning have embeddings of their own, which take no noise",
                          where="model.neftune_alpha", fix="set --model.neftune_alpha null")
-    if world_size > 1 and (isinstance(strategy, Fsdp2Strategy) or is_stage_3(strategy)):
+    if world_size > 1 and gathers_layers(strategy):
         raise InputError("prompt and prefix tuning cannot be trained by processes that share each layer's weights",
                          where="trainer.strategy", fix="set --trainer.strategy deepspeed_stage_2")
 

@@ -109,6 +109,7 @@ class CausalLMModule(L.LightningModule):
         self.checkpoint: Path | None = None         # set by Trainer.validate and .test: weights of one checkpoint
         self.model: Any = None
         self.half_adapters = False
+        self.step_skipped = False                   # whether the last step was left out: its gradient was not finite
         self.strict_loading = False                 # checkpoints of adapters hold adapters only
         self.perplexity = nn.ModuleDict({"val": Perplexity(), "test": Perplexity()})
         self._window = torch.zeros((), dtype=torch.float64)
@@ -363,6 +364,11 @@ class CausalLMModule(L.LightningModule):
         schedule = optim.scheduler(optimizer, self.schedule, warmup=self.warmup, total=int(total),
                                    floor=self.min_lr_share, cooldown=self.cooldown)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
+        """The schedule stands still where a step was skipped."""
+        if not self.step_skipped:
+            super().lr_scheduler_step(scheduler, metric)
 
     def _keep_masters(self) -> None:
         """What learns is float32: half precision would lose small updates. DeepSpeed keeps masters of its own."""

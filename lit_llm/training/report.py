@@ -58,7 +58,8 @@ class MetricsCSV(Logger):
         if not self.file.is_file():
             return
         with open(self.file, newline="", encoding="utf-8") as handle:
-            self._rows = [row for row in csv.DictReader(handle) if int(row["step"]) < step]
+            rows = [row for row in csv.DictReader(handle) if int(row["step"]) < step]
+        self._rows = [{key: value for key, value in row.items() if value != ""} for row in rows]
         self._columns = list(FIRST)
         self._write()
 
@@ -70,6 +71,9 @@ class MetricsCSV(Logger):
             return
         row = {"step": step or 0, "epoch": int(metrics.get("epoch", 0)),
                "seconds": round(time.monotonic() - self._started, 3)}
+        last = self._rows[-1] if self._rows else {}
+        if last.get("step") == row["step"] and all(str(last.get(key)) == str(value) for key, value in figures.items()):
+            return                                  # a checkpoint had it written before Lightning did
         if self._rows and int(self._rows[-1]["step"]) == row["step"] and not figures.keys() & self._rows[-1].keys():
             self._rows[-1].update(figures)
             self._write()

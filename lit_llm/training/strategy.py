@@ -221,6 +221,13 @@ class ZeroStrategy(DeepSpeedStrategy):
         # Lightning has divided by accumulate_grad_batches, the engine would once more
         return super().backward(closure_loss, optimizer, *args, scale_wrt_gas=False, **kwargs)
 
+    def optimizer_step(self, optimizer: Any, closure: Any, model: Any = None, **kwargs: Any) -> Any:
+        """A step; the engine skips it on all ranks where the gradient is not finite, and the schedule must know."""
+        done = super().optimizer_step(optimizer, closure, model, **kwargs)
+        module: Any = self.lightning_module
+        module.step_skipped = bool(getattr(self.deepspeed_engine.optimizer, "overflow", False))
+        return done
+
     @property
     def gradient_norm(self) -> float | None:
         """Norm of the last step's whole gradient before clipping; None before the first step."""
@@ -229,7 +236,7 @@ class ZeroStrategy(DeepSpeedStrategy):
 
     @property
     def num_skipped_steps(self) -> int:
-        """Optimizer steps that DeepSpeed left out since a gradient was not finite (float16 and bfloat16 only)."""
+        """Optimizer steps that DeepSpeed left out since a gradient was not finite."""
         return int(getattr(self.model, "skipped_steps", 0))
 
     # ---- checkpoints

@@ -18,10 +18,13 @@ from lightning.pytorch.strategies import StrategyRegistry
 
 from lit_llm import disk
 from lit_llm.errors import InputError, did_you_mean
-from lit_llm.training import checkpoint
+from lit_llm.training import manifest
 from lit_llm.training.callbacks import Progress, RunFolder
 from lit_llm.training.checkpoint import StepCheckpoint
+from lit_llm.training.finite import FiniteGuard
+from lit_llm.training.preemption import Preemption, is_requeued
 from lit_llm.training.report import MetricsCSV
+from lit_llm.training.rng import RngState
 
 RENDEZVOUS = ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "RANK", "LOCAL_RANK", "WORLD_SIZE")
 
@@ -43,6 +46,9 @@ class Trainer(L.Trainer):
         max_steps: Optimizer steps at most; -1 is no limit.
         max_time: Time at most, as DD:HH:MM:SS.
         enable_model_summary: Lightning's table of layers; parameters are counted without it.
+        max_skipped_steps: A step whose loss or gradient is not finite is skipped, counted and its records named; after
+            so many in a row the run stops.
+        accept_changes: What may differ from the checkpoint that a run goes on from: base, peft, tokenizer, template.
         kwargs: Lightning's own.
     """
 
@@ -59,11 +65,14 @@ class Trainer(L.Trainer):
         max_steps: int = -1,
         max_time: Any = None,
         enable_model_summary: bool = False,
+        max_skipped_steps: int = 5,
+        accept_changes: list[manifest.Change] | None = None,
         **kwargs: Any,
     ) -> None:
-        self.run = RunFolder()
+        self.run = RunFolder(accept_changes or [])
+        self.preemption = Preemption()
         callbacks = [] if callbacks is None else callbacks if isinstance(callbacks, list) else [callbacks]
-        callbacks = [*callbacks, self.run]
+        callbacks = [*callbacks, RngState(), FiniteGuard(max_skipped_steps), self.run, self.preemption]
         for switch, kind, default in (("enable_progress_bar", AnyProgressBar, Progress),
                                       ("enable_checkpointing", Checkpoint, StepCheckpoint)):
             if kwargs.get(switch) is not False and not any(isinstance(callback, kind) for callback in callbacks):
@@ -87,21 +96,25 @@ class Trainer(L.Trainer):
             self, model: L.LightningModule, train_dataloaders: Any = None, val_dataloaders: Any = None,
             datamodule: L.LightningDataModule | None = None, ckpt_path: str | Path | None = None,
             **kwargs: Any) -> None:
-        """Train; with `ckpt_path` (last, best, or a checkpoint folder) go on where that checkpoint stands.
+        """Train; with `ckpt_path` (last, best, auto, or a checkpoint folder) go on where that checkpoint stands.
 
         Args:
             model: The module.
             train_dataloaders: Instead of a datamodule.
             val_dataloaders: Instead of a datamodule.
             datamodule: The data.
-            ckpt_path: `last`, `best`, or a folder like runs/sft/checkpoints/step_40; null starts anew.
+            ckpt_path: `last`, `best`, or a folder like runs/sft/checkpoints/step_40; null starts anew; `auto` is last
+                where there is one and anew otherwise, for jobs that are started again by themselves.
             kwargs: Lightning's own.
         """
         state = None
+        if ckpt_path == "auto" or (ckpt_path is None and is_requeued()):
+            ckpt_path = "last" if manifest.folders(Path(self.default_root_dir)) else None
         if ckpt_path is not None:
-            self.run.resumed = True
-            state = checkpoint.find(Path(self.default_root_dir), str(ckpt_path)) / "state"
-        with self._own_environment():
+            self.run.resumed_from = manifest.find(Path(self.default_root_dir), str(ckpt_path))
+            state = self.run.resumed_from / "state"
+            kwargs.setdefault("weights_only", True)     # a checkpoint is data, it runs no code
+        with self.preemption.listening(self), self._own_environment():
             super().fit(model, train_dataloaders, val_dataloaders, datamodule, ckpt_path=state, **kwargs)
 
     def validate(  # type: ignore[override]
@@ -169,6 +182,12 @@ class Trainer(L.Trainer):
         if html:
             disk.replace_text(Path(html), as_page(seen, f"Data of {Path(self.default_root_dir).name}"))
 
+    def _run_stage(self) -> Any:
+        result = super()._run_stage()
+        if self.state.fn == "fit":
+            self.run.complete(self)
+        return result
+
     @contextmanager
     def _own_environment(self) -> Generator[None, None, None]:
         """Of a lone process: its rendezvous must not reach the commands that a notebook starts later."""
@@ -185,7 +204,7 @@ class Trainer(L.Trainer):
                   **kwargs: Any) -> Any:
         """Figures of a model, or of a checkpoint's weights: they lie beside its state in the field's formats."""
         if ckpt_path is not None:
-            model.checkpoint = checkpoint.find(Path(self.default_root_dir), str(ckpt_path))
+            model.checkpoint = manifest.find(Path(self.default_root_dir), str(ckpt_path))
         with self._own_environment():
             figures = evaluate(model, **kwargs)
         if not figures:

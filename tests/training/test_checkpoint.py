@@ -9,29 +9,27 @@ import csv
 import json
 import math
 import os
-import signal
-import subprocess
-import sys
-import time
-from pathlib import Path
+import resource
+import shutil
 
 import lightning as L
 import pytest
 import torch
-import yaml
+from lightning.pytorch.callbacks import EarlyStopping
+from lives import assert_same_end
+from safetensors.torch import load_file, save_file
 
 from lit_llm.adapter import LoRA
 from lit_llm.data.datamodule import TextDataModule
 from lit_llm.data.sources import Source
 from lit_llm.errors import InputError
 from lit_llm.inference.export import export
-from lit_llm.training import checkpoint
+from lit_llm.training import checkpoint, manifest
 from lit_llm.training.checkpoint import StepCheckpoint
 from lit_llm.training.module import CausalLMModule
 from lit_llm.training.trainer import Trainer
 
 STEPS, STOP = 6, 3
-ROOT = Path(__file__).resolve().parents[2]
 WORDS = ["red", "blue", "green", "kite", "hill", "one two three", "风筝", "Tom"]
 
 
@@ -60,14 +58,18 @@ def fit(tiny_model, tmp_path):
     val = write(tmp_path / "val.jsonl", 5, WORDS[::-1])
 
     def start(name, *, rows=10, lora=True, strategy="auto", resume=None, callbacks=(), max_steps=STEPS, lr=2e-2,
-              schedule="cosine", **keys):
+              schedule="cosine", kind="llama", base=None, rank=4, dropout=0.0, seed=42, **keys):
         data = write(tmp_path / f"train{rows}.jsonl", rows)
-        base = tiny_model("llama")
-        L.seed_everything(42, verbose=False)
-        module = CausalLMModule(base=base, lora=LoRA(r=4) if lora else None, lr=lr, weight_decay=0.1,
-                                schedule=schedule)
-        datamodule = TextDataModule([Source(data)], val_sources=[Source(val)], tokenizer=base, seq_len=128,
-                                    batch_size=1, packing="none")
+        base = base or tiny_model(kind)
+        if dropout and kind == "gpt2":
+            base = shutil.copytree(base, tmp_path / "dropping", dirs_exist_ok=True)
+            facts = json.loads((base / "config.json").read_text()) | {"resid_pdrop": dropout, "embd_pdrop": dropout}
+            (base / "config.json").write_text(json.dumps(facts))
+        L.seed_everything(seed, verbose=False)
+        module = CausalLMModule(base=str(base), lora=LoRA(r=rank, dropout=dropout) if lora else None, lr=lr,
+                                weight_decay=0.1, schedule=schedule)
+        datamodule = TextDataModule([Source(data)], val_sources=[Source(val)], tokenizer=str(base),
+                                    seq_len=128, batch_size=1, packing="none")
         trainer = Trainer(
             accelerator="cpu", devices=1, strategy=strategy, max_steps=max_steps, accumulate_grad_batches=2,
             gradient_clip_val=1.0, log_every_n_steps=1, default_root_dir=str(tmp_path / name),
@@ -85,8 +87,6 @@ def rows_of(run):
 
 
 def weights_of(run, name=f"step_{STEPS}"):
-    from safetensors.torch import load_file
-
     (file,) = [path for path in (run / "checkpoints" / name).rglob("*.safetensors")]
     return load_file(file)
 
@@ -109,7 +109,6 @@ def test_a_stopped_run_goes_on_as_if_nothing_had_been(strategy, lora, rows, wher
     resumed = fit("stopped", callbacks=[StepCheckpoint(every_n_steps=STOP)], resume="last", **how)
     assert [row["step"] for row in rows_of(resumed)] == list(range(STEPS))
     assert rows_of(resumed) == rows_of(straight)
-    print(f"weights apart by {same(weights_of(resumed), weights_of(straight)):.1e}")
     assert same(weights_of(resumed), weights_of(straight)) == 0.0
 
 
@@ -154,35 +153,20 @@ def test_a_lone_process_leaves_its_environment_alone(fails, fit):
     assert {name: os.environ.get(name) for name in names} == {name: before.get(name) for name in names}
 
 
-def test_a_killed_command_goes_on(tiny_model, tmp_path, lit_llm):
-    """kill -9 at some moment of a real run, then `--ckpt_path last`: the metrics and weights of a run never killed."""
-    data = write(tmp_path / "train.jsonl", 9)
-    config = {
-        "model": {"base": tiny_model("llama"), "lora": {"r": 4}, "lr": 1e-2},
-        "data": {"sources": [{"path": data}], "val_sources": [{"path": data}], "seq_len": 128, "batch_size": 1},
-        "trainer": {"strategy": "deepspeed_stage_1", "accelerator": "cpu", "devices": 1, "max_steps": 30,
-                    "accumulate_grad_batches": 2, "log_every_n_steps": 1, "check_val_every_n_epoch": 4,
-                    "callbacks": [{"class_path": "lit_llm.training.checkpoint.StepCheckpoint",
-                                   "init_args": {"every_n_steps": 4}}]}}
-    (tmp_path / "run.yaml").write_text(yaml.safe_dump(config))
-    words = ("fit", "--config", "run.yaml", "--trainer.default_root_dir")
-    done = lit_llm(*words, "straight")
-    assert done.code == 0, done.err
-    latest = tmp_path / "killed" / "checkpoints" / "LATEST"
-    with subprocess.Popen([sys.executable, "-m", "lit_llm", *words, "killed"], cwd=tmp_path, stderr=subprocess.DEVNULL,
-                          env=os.environ | {"PYTHONPATH": str(ROOT)}) as process:
-        while not latest.is_file() and process.poll() is None:
-            time.sleep(0.02)
-        process.kill()
-    assert process.returncode == -signal.SIGKILL
-    assert not (tmp_path / "killed" / "export").exists()
-    assert 0 < int(latest.read_text().strip().removeprefix("step_")) < 30
-    done = lit_llm(*words, "killed", "--ckpt_path", "last")
-    assert done.code == 0, done.err
-    killed, straight = tmp_path / "killed", tmp_path / "straight"
-    assert [row["step"] for row in rows_of(killed)] == list(range(30))
-    assert rows_of(killed) == rows_of(straight)
-    assert same(weights_of(killed, "step_30"), weights_of(straight, "step_30")) == 0.0
+@pytest.mark.parametrize(("lora", "kind"), [(True, "llama"), (False, "gpt2")])
+def test_resume_from_every_step(lora, kind, fit, tmp_path):
+    """With dropout, in adapters and in the model: every file of the last checkpoint is the same, to the bit."""
+    how = dict(rows=6, lora=lora, kind=kind, dropout=0.2)
+    straight = fit("straight", callbacks=[StepCheckpoint(every_n_steps=1, keep_last=9)], **how)
+    for step in range(1, STEPS):
+        folder = tmp_path / "resumed"
+        shutil.rmtree(folder, ignore_errors=True)
+        (folder / "checkpoints").mkdir(parents=True)
+        shutil.copy(straight / "metrics.csv", folder)
+        shutil.copytree(straight / "checkpoints" / f"step_{step}", folder / "checkpoints" / f"step_{step}")
+        torch.rand(step)                            # the generators stand elsewhere in the new process
+        fit("resumed", callbacks=[StepCheckpoint(every_n_steps=1, keep_last=9)], resume="last", seed=step, **how)
+        assert_same_end(folder, straight, STEPS)
 
 
 # ---- complete or not there -------------------------------------------------------------------------------------------
@@ -192,24 +176,98 @@ def test_a_folder_without_manifest_is_no_checkpoint(fit):
     (run / "checkpoints" / "step_2" / "manifest.json").unlink()
     for wanted in ("last", str(run / "checkpoints" / "step_2")):
         with pytest.raises(InputError, match="never completed"):
-            checkpoint.find(run, wanted)
+            manifest.find(run, wanted)
     with pytest.raises(InputError, match="no complete checkpoint"):
         export(str(run))
 
 
-@pytest.mark.parametrize("strategy", ["auto", "deepspeed_stage_1"])
-def test_a_torn_file_is_named(strategy, fit):
-    run = fit("run", max_steps=2, strategy=strategy)
-    folder = run / "checkpoints" / "step_2"
-    files = [path for path in folder.rglob("*") if path.is_file() and path.name != "manifest.json"]
-    assert any(folder / "state" in [path, *path.parents] for path in files)
-    for file in files:
-        whole = file.read_bytes()
-        file.write_bytes(whole[:-1])
-        with pytest.raises(InputError, match=file.name):
-            fit("run", resume="last", strategy=strategy)
-        file.write_bytes(whole)
-    assert checkpoint.find(run, "last") == folder
+def test_the_newest_whole_one_is_taken(fit, caplog):
+    """Cut short, changed in place, gone, or without manifest: it is named, and the one before is used."""
+    run = fit("run", rows=6, callbacks=[StepCheckpoint(every_n_steps=1, keep_last=9)])
+    adapter = "adapter/adapter_model.safetensors"
+
+    def changed(file):
+        content = bytearray(file.read_bytes())
+        content[len(content) // 2] ^= 1
+        file.write_bytes(content)
+
+    hurts = {6: (lambda file: file.write_bytes(file.read_bytes()[:-1]), adapter, "bytes, not"),
+             5: (changed, "state", "was changed since"), 4: (os.remove, adapter, "is missing"),
+             3: (os.remove, "manifest.json", "never completed"), 2: (lambda file: file.write_text("{"), "manifest.json", "damaged")}
+    for step, (hurt, name, words) in hurts.items():
+        hurt(run / "checkpoints" / f"step_{step}" / name)
+        caplog.clear()
+        assert manifest.find(run, "last") == run / "checkpoints" / f"step_{step - 1}"
+        assert words in caplog.text
+        assert f"going on from step_{step - 1}" in caplog.text
+        with pytest.raises(InputError, match=words):
+            manifest.find(run, str(run / "checkpoints" / f"step_{step}"))
+    resumed = fit("run", rows=6, resume="last")
+    assert [row["step"] for row in rows_of(resumed)] == list(range(STEPS))
+    assert (run / "checkpoints" / "abandoned_step_6").is_dir()
+
+
+def test_a_foreign_checkpoint_is_named(fit, tmp_path, tiny_model):
+    """What it was trained with, and the option for those who know better; a base that was only moved is the same."""
+    fit("run", max_steps=2)
+    with pytest.raises(InputError, match=r"another peft \(r 4, not 8\)"):
+        fit("run", resume="last", rank=8)
+    moved, other = tmp_path / "moved", tmp_path / "other"
+    shutil.copytree(tiny_model("llama"), moved)
+    shutil.copytree(moved, other)
+    weights = load_file(other / "model.safetensors")
+    save_file({name: weight + 1 for name, weight in weights.items()}, other / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(InputError, match="another base") as caught:
+        fit("run", resume="last", base=str(other), max_steps=4)
+    assert "--trainer.accept_changes '[base]'" in str(caught.value)
+    assert len(str(caught.value).splitlines()) <= 6
+    with open(other / "chat_template.jinja", "a") as stream:
+        stream.write("{{ '' }}")
+    with pytest.raises(InputError, match=r"another base .*another template"):
+        fit("run", resume="last", base=str(other), max_steps=4)
+    with pytest.raises(InputError, match="written under SingleDeviceStrategy"):
+        fit("run", resume="last", strategy="deepspeed_stage_1")
+    fit("run", resume="last", base=str(moved), max_steps=3)
+    fit("run", resume="last", base=str(moved), max_steps=4, accept_changes=["base"])
+
+
+def test_the_disk_is_looked_at_before_the_first_step(fit, monkeypatch, tmp_path):
+    """The estimate is what a checkpoint then takes; room for two is asked for."""
+    run = fit("run", lora=False, max_steps=1)
+    size = sum(path.stat().st_size for path in (run / "checkpoints" / "step_1").rglob("*") if path.is_file())
+    asked = []
+    real = checkpoint.estimated_bytes
+    monkeypatch.setattr(checkpoint, "estimated_bytes", lambda module: asked.append(real(module)) or asked[0])
+    usage = shutil.disk_usage(tmp_path)._replace(free=int(1.9 * size))
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage)
+    with pytest.raises(InputError, match="are free"):
+        fit("other", lora=False, max_steps=1)
+    assert not (tmp_path / "other").exists()
+    assert size < asked[0] < size + (2 << 20)
+
+
+def test_a_full_disk_leaves_the_last_checkpoint_whole(fit):
+    """A limit on the size of files, met in the middle of the second save."""
+    class Limit(L.Callback):
+        def on_train_batch_start(self, trainer, module, batch, batch_idx):
+            if trainer.global_step == 1:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
+
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        with pytest.raises(InputError, match="step 2 could not be written"):
+            fit("run", lora=False, callbacks=[StepCheckpoint(every_n_steps=1), Limit()])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    run = fit("run", lora=False, resume="last", max_steps=3)
+    assert [row["step"] for row in rows_of(run)] == [0, 1, 2]
+
+
+def test_adapters_do_not_carry_the_base(fit):
+    run = fit("run", max_steps=1)
+    state = torch.load(run / "checkpoints" / "step_1" / "state")["state_dict"]
+    assert state
+    assert all("lora_" in name for name in state)
 
 
 def test_a_missing_checkpoint_says_what_there_is(fit, tmp_path):
@@ -268,7 +326,7 @@ def test_best_is_measured_where_saves_and_validations_meet(every, fit):
     assert scores == {f"step_{step}": measured.get(f"step_{step}") for step in range(1, 7)
                       if step % every == 0 or f"step_{step}" in measured}
     assert (folders / "BEST").read_text().strip() == "step_6"
-    assert checkpoint.find(run, "best") == folders / "step_6"       # its manifest still fits
+    assert manifest.find(run, "best") == folders / "step_6"       # its manifest still fits
 
 
 def test_a_resumed_run_remembers_what_was_best(fit):
@@ -283,18 +341,21 @@ def test_going_back_to_an_earlier_checkpoint(fit):
     run = fit("run", rows=6, callbacks=[Scores([1.0, 2.0]), StepCheckpoint(every_n_steps=1)])
     assert {path.name for path in (run / "checkpoints").glob("step_*")} == {"step_3", "step_6"}
     fit("run", rows=6, max_steps=4, callbacks=[Scores([3.0]), StepCheckpoint()], resume="best")
-    assert checkpoint.find(run, "last").name == "step_4"
-    assert checkpoint.find(run, "best").name == "step_3"
+    assert manifest.find(run, "last").name == "step_4"
+    assert manifest.find(run, "best").name == "step_3"
     assert (run / "checkpoints" / "abandoned_step_6").is_dir()
 
 
-def test_early_stopping(fit):
-    from lightning.pytorch.callbacks import EarlyStopping
+def test_milestones_stay(fit):
+    run = fit("run", callbacks=[StepCheckpoint(keep_every_n_steps=2)])
+    assert {path.name for path in (run / "checkpoints").glob("step_*")} >= {"step_2", "step_4", "step_6"}
 
+
+def test_early_stopping(fit):
     stop = EarlyStopping(monitor="val/nll", patience=2)
     run = fit("run", callbacks=[Scores([2.0, 1.0, 1.5, 1.2, 0.1]), stop], val_check_interval=2, max_steps=20)
-    assert checkpoint.find(run, "last").name == "step_4"
-    assert checkpoint.find(run, "best").name == "step_2"
+    assert manifest.find(run, "last").name == "step_4"
+    assert manifest.find(run, "best").name == "step_2"
 
 
 # ---- what comes out --------------------------------------------------------------------------------------------------

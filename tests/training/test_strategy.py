@@ -354,7 +354,7 @@ def test_shards_of_another_split_are_named(stage, lora, words, runs, folder, tmp
     from lit_llm.training.module import CausalLMModule
 
     there = cut_at(runs(2), case(stage, lora, 2, saves=True, max_steps=2))
-    module = CausalLMModule(base=folder, lora=LoRA(r=RANK) if lora else None)
+    module = CausalLMModule(base=folder, lora=LoRA(r=RANK, alpha=4 * RANK) if lora else None)
     with pytest.raises(InputError, match=words):
         trainer("deepspeed_stage_3", tmp_path).fit(module, datamodule=Data(STEPS, 1), ckpt_path=str(there))
 

@@ -1,0 +1,240 @@
+"""A finished checkpoint folder in, its manifest out; and back: a wish like `last` in, a folder known to be whole out.
+
+`manifest.json` holds size and sha256 of each file, and what the checkpoint belongs to. It is written last: a folder
+without a valid one is no checkpoint. Knows nothing of when to save.
+"""
+
+import hashlib
+import json
+import logging
+import math
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning as L
+from lightning.pytorch.utilities import rank_zero_only
+
+from lit_llm import disk
+from lit_llm.errors import InputError
+from lit_llm.samples import resolve
+
+log = logging.getLogger(__name__)
+NAME = "manifest.json"
+SAMPLE = 1 << 16                                    # bytes of a base's weights that are hashed, thrice
+Change = Literal["base", "peft", "tokenizer", "template"]
+NOUNS: dict[str, str] = {"base": "base_hash", "peft": "peft", "tokenizer": "tokenizer", "template": "template"}
+
+
+# ---- writing ---------------------------------------------------------------------------------------------------------
+
+def write(folder: Path, trainer: L.Trainer, score: float | None) -> None:
+    """Wait until every file of the folder is on the disk, then write its manifest.
+
+    Args:
+        folder: Complete but for the manifest.
+        trainer: In a fit.
+        score: The monitored metric, if measured.
+    """
+    import torch
+    import transformers
+
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    with ThreadPoolExecutor() as pool:              # ZeRO writes a file a rank; hashing lets go of Python's lock
+        hashes = list(pool.map(_sha256, files))
+    for path in (*files, *(path for path in folder.rglob("*") if path.is_dir())):
+        disk.sync(path)
+    module: Any = trainer.lightning_module
+    facts = {
+        "step": trainer.global_step, "epoch": trainer.current_epoch, "score": finite(score), "base": module.base,
+        **identity(trainer), "world_size": trainer.world_size, "strategy": type(trainer.strategy).__name__,
+        "stage": getattr(trainer.strategy, "config", {}).get("zero_optimization", {}).get("stage"),
+        "precision": str(trainer.precision),
+        "versions": {"torch": torch.__version__, "transformers": transformers.__version__, "lightning": L.__version__},
+        "files": {str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": sha256}
+                  for path, sha256 in zip(files, hashes, strict=True)},
+    }
+    _replace(folder, facts)
+    disk.sync(folder)
+
+
+def set_score(folder: Path, score: float) -> None:
+    """The monitored metric of a folder that was saved before it was measured."""
+    _replace(folder, read(folder) | {"score": finite(score)})
+
+
+def finite(score: float | None) -> float | None:
+    """The score, or null where it is no number."""
+    return score if score is not None and math.isfinite(score) else None
+
+
+def _replace(folder: Path, facts: dict[str, Any]) -> None:
+    disk.replace_text(folder / NAME, json.dumps(facts, indent=1, default=str) + "\n")
+
+
+def _sha256(file: Path) -> str:
+    with open(file, "rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+# ---- what it belongs to ----------------------------------------------------------------------------------------------
+
+def identity(trainer: L.Trainer) -> dict[str, Any]:
+    """What a checkpoint must have in common with the run that goes on from it; null where it cannot be told."""
+    module: Any = trainer.lightning_module
+    data: Any = trainer.datamodule  # type: ignore[attr-defined]
+    tokenizer, plans = getattr(data, "tokenizer", None), getattr(data, "plans", {})
+    template = getattr(getattr(tokenizer, "hf", None), "chat_template", None)
+    return {
+        "base_hash": _base_hash(module.base), "peft": json.loads(json.dumps(module.peft_spec, default=str)),
+        "tokenizer": getattr(tokenizer, "fingerprint", None),
+        "template": template and hashlib.sha256(json.dumps(template).encode()).hexdigest(),
+        "data": plans["train"].fingerprint if "train" in plans else None,
+    }
+
+
+def check_same(folder: Path, trainer: L.Trainer, accepted: list[Change]) -> None:
+    """Refuse to go on from a checkpoint of another model, method, tokenizer or template.
+
+    Data, batches and processes are checked by those who divide them: the loader and the strategy.
+
+    Raises:
+        InputError: It names all that differs.
+    """
+    before, now = read(folder), identity(trainer)
+    differs = [noun for noun, key in NOUNS.items() if noun not in accepted and before.get(key, now[key]) != now[key]]
+    if "tokenizer" in differs and "template" in differs:
+        differs.remove("tokenizer")                 # whose fingerprint holds the template's
+    if differs:
+        facts = {"base": f" ({before['base']}, not {getattr(trainer.lightning_module, 'base', None)})",
+                 "peft": f" ({_apart(before.get('peft'), now['peft'])})"}
+        told = "; ".join(f"another {noun}{facts.get(noun, '')}" for noun in differs)
+        raise InputError(f"the checkpoint was written with {told}", where=str(folder),
+                         fix="give what it was trained with; or, if you know that nothing of it matters, "
+                             f"--trainer.accept_changes '[{', '.join(differs)}]'")
+    state = folder / "state"
+    if state.is_dir() != _writes_folders(trainer):
+        raise InputError(f"the checkpoint was written under {before['strategy']}, and "
+                         f"{type(trainer.strategy).__name__} cannot read it", where="trainer.strategy",
+                         fix="resume with the strategy that wrote it; for "
+                         "another, start a new run from its weights: export it, and give that folder as model.base")
+
+
+def _apart(one: Any, other: Any) -> str:
+    """Where two PEFT specs differ."""
+    if not one or not other or one["class_path"] != other["class_path"]:
+        return f"{(one or {}).get('class_path')}, not {(other or {}).get('class_path')}"
+    first, second = one.get("init_args") or {}, other.get("init_args") or {}
+    keys = [key for key in first | second if first.get(key) != second.get(key)]
+    return ", ".join(f"{key} {first.get(key)}, not {second.get(key)}" for key in keys)
+
+
+def _writes_folders(trainer: L.Trainer) -> bool:
+    from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+
+    from lit_llm.training.strategy import ZeroStrategy
+
+    plain = isinstance(trainer.strategy, SingleDeviceStrategy | DDPStrategy)
+    return not plain or isinstance(trainer.strategy, ZeroStrategy)
+
+
+def _base_hash(base: str | None) -> str | None:
+    """Of a folder: its config, and the size, beginning, middle and end of its weights; a moved folder is the same."""
+    if base is None or not (folder := Path(resolve(base))).is_dir():
+        return None
+    digest = hashlib.sha256()
+    for file in sorted([*folder.glob("config.json"), *folder.glob("*.safetensors")]):
+        size = file.stat().st_size
+        digest.update(f"{file.name} {size}".encode())
+        with open(file, "rb") as handle:
+            for start in (0, size // 2, max(0, size - SAMPLE)):
+                handle.seek(start)
+                digest.update(handle.read(SAMPLE))
+    return digest.hexdigest()
+
+
+# ---- reading ---------------------------------------------------------------------------------------------------------
+
+def read(folder: Path) -> dict[str, Any]:
+    """A folder's manifest."""
+    facts: dict[str, Any] = json.loads((folder / NAME).read_text(encoding="utf-8"))
+    return facts
+
+
+def step_of(name: str) -> int:
+    """40 of `step_40`; -1 of any other name."""
+    digits = name.removeprefix("step_")
+    return int(digits) if name.startswith("step_") and digits.isdigit() else -1
+
+
+def folders(run: Path) -> list[Path]:
+    """Checkpoint folders of a run, the newest first; not all of them need be whole."""
+    found = [path for path in (run / "checkpoints").glob("step_*") if path.is_dir() and step_of(path.name) >= 0]
+    return sorted(found, key=lambda path: -step_of(path.name))
+
+
+def find(run: Path, wanted: str) -> Path:
+    """A whole checkpoint folder: `last`, `best`, or the path of one.
+
+    Every file is read and hashed, on each rank. `last` is the newest folder that is whole: a torn one is named and
+    passed over.
+
+    Raises:
+        InputError: There is none; it names the file that is missing or was changed.
+    """
+    if wanted == "last":
+        return _newest(run)
+    folder = Path(wanted).expanduser()
+    if wanted == "best":
+        pointer = run / "checkpoints" / "BEST"
+        if not pointer.is_file():
+            raise InputError(f"{run} has no best checkpoint", where="ckpt_path", fix="--ckpt_path last")
+        folder = pointer.parent / pointer.read_text(encoding="utf-8").strip()
+    if not folder.is_dir():
+        raise InputError(f"there is no checkpoint folder {wanted}", where="ckpt_path",
+                         fix="give `last`, `best`, or a folder like runs/sft/checkpoints/step_40")
+    for fault in faults(folder):
+        raise InputError(fault, where="ckpt_path", fix="use another checkpoint of the run: --ckpt_path last")
+    return folder
+
+
+def _newest(run: Path) -> Path:
+    torn: list[str] = []
+    for folder in folders(run):
+        fault = next(faults(folder), None)
+        if fault is None:
+            for words in torn:
+                _warn(f"{words}; going on from {folder.name}")
+            return folder
+        torn.append(fault)
+    if torn:
+        raise InputError(torn[0], where="ckpt_path", fix="no older one is whole; start a fit without --ckpt_path")
+    raise InputError(f"{run} has no last checkpoint", where="ckpt_path", fix="start a fit without --ckpt_path")
+
+
+def faults(folder: Path) -> Iterator[str]:
+    """What keeps a folder from being a checkpoint, in words; nothing if it is whole. Sizes first, they cost nothing."""
+    try:
+        files = {folder / name: (facts["bytes"], facts["sha256"]) for name, facts in read(folder)["files"].items()}
+    except FileNotFoundError:
+        yield f"{folder} has no {NAME}, so it was never completed"
+        return
+    except (ValueError, KeyError, TypeError):
+        yield f"{folder / NAME} is damaged"
+        return
+    short = [file for file, (size, _) in files.items() if not file.is_file() or file.stat().st_size != size]
+    for file in short:
+        has = f"has {file.stat().st_size:,} bytes, not {files[file][0]:,}" if file.is_file() else "is missing"
+        yield f"{file} {has}"
+    if short:
+        return
+    with ThreadPoolExecutor() as pool:
+        for file, sha256 in zip(files, pool.map(_sha256, files), strict=True):
+            if sha256 != files[file][1]:
+                yield f"{file} was changed since it was written"
+
+
+@rank_zero_only
+def _warn(words: str) -> None:
+    log.warning(words)

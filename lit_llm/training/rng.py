@@ -1,0 +1,61 @@
+"""The random numbers of every process in, the same ones after a stop: dropout draws what it would have drawn.
+
+Lightning saves none of them, and under DDP and ZeRO keeps only what rank 0 says; so all ranks tell each other. Knows
+nothing of what is drawn.
+"""
+
+import random
+from typing import Any
+
+import lightning as L
+import numpy as np
+import torch
+import torch.distributed as dist
+from lightning.pytorch.callbacks import Callback
+
+
+class RngState(Callback):
+    """Keeps the state of torch's, CUDA's, numpy's and Python's generators of each rank in checkpoints."""
+
+    def __init__(self) -> None:
+        self._ranks: list[dict[str, Any]] | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Of all ranks, a few kB each; a collective."""
+        ranks: list[Any] = [current()]
+        if dist.is_available() and dist.is_initialized():
+            ranks = [None] * dist.get_world_size()
+            dist.all_gather_object(ranks, current())
+        return {"ranks": ranks}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Keep them until the first step."""
+        self._ranks = state_dict["ranks"]
+
+    def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        """Each rank takes its own; with another number of ranks there is nothing to go on with."""
+        if self._ranks is not None and len(self._ranks) == trainer.world_size:
+            restore(self._ranks[trainer.global_rank])
+        self._ranks = None
+
+
+def current() -> dict[str, Any]:
+    """This process's generators as tensors, numbers and lists: what torch loads without running code."""
+    _, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
+    version, state, gauss = random.getstate()
+    found = {"torch": torch.get_rng_state(), "python": [version, list(state), gauss],
+             "numpy": [torch.from_numpy(np.asarray(keys, np.int64)), position, has_gauss, cached]}
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        found["cuda"] = torch.cuda.get_rng_state()
+    return found
+
+
+def restore(state: dict[str, Any]) -> None:
+    """Set this process's generators to what `current` gave."""
+    torch.set_rng_state(state["torch"].cpu())
+    keys, position, has_gauss, cached = state["numpy"]
+    np.random.set_state(("MT19937", keys.cpu().numpy().astype(np.uint32), position, has_gauss, cached))
+    version, numbers, gauss = state["python"]
+    random.setstate((version, tuple(numbers), gauss))
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"].cpu())

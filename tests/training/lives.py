@@ -1,0 +1,108 @@
+"""What tests of survival share: real runs that can be ended at will, and what two runs must have in common."""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+import yaml
+
+ROOT = Path(__file__).resolve().parents[2]
+PROBE = Path(__file__).with_name("survival_probe.py")
+
+
+class Lives:
+    """Processes forked on demand from one that has imported everything."""
+
+    def __init__(self, folder):
+        self.folder = Path(folder)
+        environ = {key: value for key, value in os.environ.items() if not key.startswith(("RANK", "SLURM_", "MASTER_"))}
+        environ |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "NO_COLOR": "1",
+                    "DS_ACCELERATOR": "cpu", "LIT_LLM_CACHE": str(self.folder / "cache")}
+        self.process = subprocess.Popen([sys.executable, str(PROBE)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                        text=True, env=environ)
+
+    def live(self, *args, ranks=1, **order):
+        """One life of a command: {"codes", "said", "seconds"}."""
+        order = {"args": [str(arg) for arg in args], "ranks": ranks, "cwd": str(self.folder)} | order
+        self.process.stdin.write(json.dumps(order) + "\n")
+        self.process.stdin.flush()
+        for line in self.process.stdout:
+            if line.startswith("answer "):
+                return json.loads(line.removeprefix("answer "))
+        raise AssertionError("the probe ended")
+
+    def close(self):
+        self.process.stdin.close()
+        self.process.wait(30)
+
+
+def write_data(folder):
+    """10 conversations of different lengths; every one is a row."""
+    words = ["red", "blue", "green", "kite", "hill", "one two three", "风筝", "Tom"]
+    records = [{"prompt": f"say {words[at % 8]} {at}", "completion": f"{words[(at + 3) % 8]} {at}" * (1 + at % 3)}
+               for at in range(10)]
+    file = Path(folder) / "train.jsonl"
+    file.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), encoding="utf-8")
+    return str(file)
+
+
+def config_of(base, data, *, ranks=1, strategy="auto", lora=True, save_every=2, keep_last=1, **trainer):
+    """A run of 2 epochs of 5 steps of 2 micro-batches, with dropout; validated after each epoch."""
+    return {
+        "model": {"base": base, "lora": {"r": 4, "dropout": 0.1} if lora else None, "lr": 1e-2},
+        "data": {"sources": [{"path": data}], "val_sources": [{"path": data}], "seq_len": 128, "batch_size": 1,
+                 "packing": "none"},
+        "trainer": {"strategy": strategy, "accelerator": "cpu", "devices": ranks, "max_epochs": 2,
+                    "accumulate_grad_batches": 2 // ranks, "log_every_n_steps": 1, "num_sanity_val_steps": 0,
+                    "callbacks": [{"class_path": "lit_llm.training.checkpoint.StepCheckpoint",
+                                   "init_args": {"every_n_steps": save_every, "keep_last": keep_last}}]} | trainer}
+
+
+def write_config(folder, config):
+    (Path(folder) / "run.yaml").write_text(yaml.safe_dump(config))
+    return ("fit", "--config", "run.yaml", "--trainer.default_root_dir")
+
+
+def rows_of(run):
+    with open(Path(run) / "metrics.csv", newline="") as handle:
+        return [{key: value for key, value in row.items() if value != "" and key != "seconds"}
+                for row in csv.DictReader(handle)]
+
+
+def content(folder):
+    """All that a checkpoint folder holds, with tensors as they are; not the wall clock, not what was counted by it."""
+    found = {}
+    for file in sorted(path for path in Path(folder).rglob("*") if path.is_file() and path.name != "manifest.json"):
+        name = str(file.relative_to(folder))
+        if file.suffix == ".safetensors":
+            found[name] = file.read_bytes()
+        elif file.suffix == ".pt" or file.name == "state":
+            found[name] = torch.load(file, weights_only=False, map_location="cpu")
+    return found
+
+
+def differences(one, other, path=""):
+    """Where two nested structures differ, down to the last bit."""
+    if isinstance(one, torch.Tensor) or isinstance(other, torch.Tensor):
+        same = type(one) is type(other) and one.dtype == other.dtype and torch.equal(one, other)
+        return [] if same else [path]
+    if isinstance(one, dict) and isinstance(other, dict):
+        found = [f"{path}/{key} is in one only" for key in one.keys() ^ other.keys()]
+        return found + [line for key in one.keys() & other.keys() for line in differences(one[key], other[key], f"{path}/{key}")]
+    if isinstance(one, list | tuple) and isinstance(other, list | tuple) and len(one) == len(other):
+        return [line for at, pair in enumerate(zip(one, other, strict=True)) for line in differences(*pair, f"{path}/{at}")]
+    if type(one).__module__.startswith(("deepspeed", "torch")):
+        return differences(vars(one), vars(other), path) if hasattr(one, "__dict__") else []
+    return [] if one == other else [f"{path}: {str(one)[:60]} and {str(other)[:60]}"]
+
+
+def assert_same_end(run, straight, step):
+    """Metrics, weights, optimizer, schedule, generators, place in the data: all of the last checkpoint."""
+    assert rows_of(run) == rows_of(straight)
+    ours, theirs = (content(Path(folder) / "checkpoints" / f"step_{step}") for folder in (run, straight))
+    assert ours
+    assert differences(ours, theirs) == []

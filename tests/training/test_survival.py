@@ -1,0 +1,197 @@
+"""If this breaks, a run that is killed, preempted or fed with a bad record is lost: it hangs, cannot go on, goes on
+differently, has to be repaired by hand, or learns from a NaN.
+
+Real commands in real processes, killed with -9 or signalled at points of the product's own code, which knows nothing of
+it. Oracle: the same run left alone. `survive.py` does the same at length.
+"""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from lives import ROOT, Lives, assert_same_end, config_of, content, differences, rows_of, write_config, write_data
+from survive import STEPS, at_points, finish, strike
+
+from lit_llm.training.preemption import resume_command
+
+TWO = 2
+
+
+@pytest.fixture(scope="module")
+def lives(tmp_path_factory):
+    lives = Lives(tmp_path_factory.mktemp("lives"))
+    yield lives
+    lives.close()
+
+
+@pytest.fixture
+def run(lives, tiny_model):
+    """`run(ranks, ...)`: the words of a command, whose run was done once in `straight` and may be done in `killed`."""
+    def prepare(ranks=1, **keys):
+        for name in ("straight", "killed"):
+            shutil.rmtree(lives.folder / name, ignore_errors=True)
+        words = write_config(lives.folder, config_of(tiny_model("llama"), write_data(lives.folder), ranks=ranks, **keys))
+        done = lives.live(*words, "straight", ranks=ranks)
+        assert done["codes"] == [0] * ranks, done["said"][0]["err"][-2000:]
+        return words
+
+    return prepare
+
+
+def test_kill_9_at_any_moment_needs_no_repair(lives, run):
+    """At points of saving one after the other, then at five random moments: the same end, the same rows."""
+    words = run()
+    points = [("state", 1), ("weights", 1), ("rename", 1), ("prune", 1), ("validation", 4)]
+    assert at_points(lives, words, points=points) == [name for name, _ in points]
+    assert_same_end(lives.folder / "killed", lives.folder / "straight", STEPS)
+    shutil.rmtree(lives.folder / "killed")
+    moments = [random.uniform(0.3, 1.5) for _ in range(5)]
+    print("killed after", moments)
+    for moment in moments:
+        strike(lives, words, 1, {"after": moment})
+    finish(lives, words, 1)
+    assert_same_end(lives.folder / "killed", lives.folder / "straight", STEPS)
+
+
+def test_signals_to_any_rank_end_all_alike(lives, run, tmp_path):
+    """SIGTERM to one rank in a step, Ctrl-C to the other in a validation, SIGUSR1 to both while they save, under SLURM,
+    which starts the job again."""
+    words = run(TWO, strategy="ddp")
+    calls = tmp_path / "calls"
+    scontrol = tmp_path / "bin" / "scontrol"
+    scontrol.parent.mkdir()
+    scontrol.write_text(f'#!/bin/sh\nls killed/checkpoints >> {calls}\necho "$@" >> {calls}\n')
+    scontrol.chmod(0o755)
+    slurm = {"PATH": f"{scontrol.parent}:{os.environ['PATH']}", "SLURM_JOB_ID": "1234"}
+    blows = [({"point": "step", "turn": 3, "signals": [signal.SIGTERM], "ranks": [1]}, 143, [], {}),
+             ({"point": "validation", "turn": 2, "signals": [signal.SIGINT], "ranks": [0]}, 130, ["auto"], {}),
+             ({"point": "save", "turn": 1, "signals": [signal.SIGUSR1], "ranks": [0, 1]}, 143, ["auto"], slurm)]
+    steps = []
+    for blow, code, wanted, env in blows:
+        told = lives.live(*words, "killed", *(["--ckpt_path", *wanted] if wanted else []), ranks=TWO, strike=blow,
+                          one=True, env=env, limit=60)
+        assert told["codes"] == [code] * TWO, [said["err"][-1500:] for said in told["said"]]
+        step = int((lives.folder / "killed" / "checkpoints" / "LATEST").read_text().removeprefix("step_"))
+        assert f"stopped after step {step}" in told["said"][0]["err"]
+        assert "go on with" in told["said"][0]["err"]
+        assert told["said"][1]["err"] == ""
+        steps.append(step)
+    assert steps[0] < steps[1] == STEPS // 2 < steps[2] < STEPS
+    assert calls.read_text().split()[-2:] == ["requeue", "1234"]
+    assert f"step_{steps[2]}" in calls.read_text()
+    again = lives.live(*words, "killed", ranks=TWO, env=slurm | {"SLURM_RESTART_COUNT": "1"})     # without --ckpt_path
+    assert again["codes"] == [0] * TWO
+    assert_same_end(lives.folder / "killed", lives.folder / "straight", STEPS)
+
+
+def test_a_signal_before_the_first_step_ends_at_once(lives, run):
+    words = run()
+    told = lives.live(*words, "killed", strike={"point": "setup", "signals": [signal.SIGTERM], "ranks": [0]})
+    assert told["codes"] == [143]
+    assert "stopped before the first step; nothing was saved" in told["said"][0]["err"]
+    assert not (lives.folder / "killed").exists()
+    told = lives.live(*words, "killed", strike={"point": "step", "signals": [signal.SIGINT] * 2, "ranks": [0]})
+    assert told["codes"] == [130]                   # the second press does not wait for the step
+    assert not list((lives.folder / "killed").glob("checkpoints/step_*"))
+
+
+def test_a_signal_to_a_rank_that_lightning_started(lives, tiny_model):
+    """The real command, which starts its second rank itself; the first one must not take the end for a crash."""
+    words = write_config(lives.folder, config_of(tiny_model("llama"), write_data(lives.folder), ranks=TWO, strategy="ddp",
+                                                 max_epochs=400, save_every=50))
+    environ = os.environ | {"PYTHONPATH": str(ROOT), "LIT_LLM_CACHE": str(lives.folder / "cache")}
+    with subprocess.Popen([sys.executable, "-m", "lit_llm", *words, "two"], cwd=lives.folder, env=environ, text=True,
+                          stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, start_new_session=True) as process:
+        while process.poll() is None and not list((lives.folder / "two").glob("checkpoints/step_*/manifest.json")):
+            time.sleep(0.05)
+        (child,) = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        os.kill(int(child), signal.SIGTERM)
+        told = process.communicate(timeout=60)[1]
+    assert process.returncode == 143, told[-2000:]
+    assert f"python -m lit_llm {' '.join(words)} two --ckpt_path last" in told
+    stat = Path(f"/proc/{child}/stat")
+    for _ in range(200):
+        if not stat.exists() or stat.read_text().rpartition(")")[2].split()[0] == "Z":      # ended, nobody asked yet
+            return
+        time.sleep(0.05)
+    pytest.fail("the second rank is still there")
+
+
+def test_the_command_to_go_on_is_the_command(monkeypatch):
+    from types import SimpleNamespace
+
+    monkeypatch.setattr(sys.modules["__main__"], "__spec__", SimpleNamespace(name="lit_llm.__main__"))
+    monkeypatch.setattr(sys, "argv", ["x", "fit", "--config", "my run.yaml", "--ckpt_path", "best", "--trainer.max_steps=9"])
+    assert resume_command() == "python -m lit_llm fit --config 'my run.yaml' --trainer.max_steps=9 --ckpt_path last"
+    monkeypatch.setattr(sys, "argv", ["x", "fit", "--ckpt_path=auto"])
+    assert resume_command() == "python -m lit_llm fit --ckpt_path last"
+
+
+# ---- not finite ------------------------------------------------------------------------------------------------------
+
+@pytest.fixture
+def poisoned(tiny_model, lives):
+    """A base in which one token is NaN, and data in which one record, line 7, has that token."""
+    from safetensors.torch import load_file, save_file
+
+    from lit_llm.tokenizer import Tokenizer
+
+    folder = lives.folder / "poisoned"
+    if not folder.exists():
+        shutil.copytree(tiny_model("llama"), folder)
+        weights = load_file(folder / "model.safetensors")
+        (token,) = Tokenizer.load(str(folder)).encode_text("Q")
+        weights["model.embed_tokens.weight"][token] = float("nan")
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    data = lives.folder / "train.jsonl"
+    write_data(lives.folder)
+    lines = data.read_text(encoding="utf-8").splitlines()
+    lines[6] = json.dumps({"prompt": "say Q", "completion": "Q"})
+    data.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return str(folder), str(data)
+
+
+@pytest.mark.parametrize("ranks", [1, TWO])
+def test_a_step_that_is_not_finite_is_left_out(ranks, lives, poisoned):
+    """By both ranks though one alone met it; its record is named, and nothing that learns has changed."""
+    words = write_config(lives.folder, config_of(*poisoned, ranks=ranks, strategy="ddp" if ranks > 1 else "auto",
+                                                 save_every=1, keep_last=99, limit_val_batches=0))
+    shutil.rmtree(lives.folder / "killed", ignore_errors=True)
+    told = lives.live(*words, "killed", ranks=ranks)
+    assert told["codes"] == [0] * ranks, told["said"][0]["err"][-2000:]
+    rows = rows_of(lives.folder / "killed")
+    (first, second) = [int(row["step"]) + 1 for row in rows if row["train/loss"] == "nan"]
+    counts = {int(row["step"]) + 1: float(row["train/skipped_steps"]) for row in rows if "train/skipped_steps" in row}
+    assert counts == {step: 1.0 + (step >= second) for step in range(first, STEPS + 1)}
+    assert [line for line in told["said"][0]["err"].splitlines() if "skipped" in line] == [
+        *(f"step {step} is skipped: its loss is not finite, at {poisoned[1]}:7" for step in (first, second)),
+        "2 of 10 steps were skipped, since they were not finite"]
+    folders = lives.folder / "killed" / "checkpoints"
+    before, after = (content(folders / f"step_{step}") for step in (second - 1, second))
+    assert before.keys() == after.keys() == {"state", "adapter/adapter_model.safetensors"}
+    assert before["adapter/adapter_model.safetensors"] == after["adapter/adapter_model.safetensors"]
+    for part in ("state_dict", "optimizer_states", "lr_schedulers"):
+        assert differences(before["state"][part], after["state"][part]) == []
+    moved = content(folders / f"step_{second + 1}") if second < STEPS else content(folders / f"step_{second - 2}")
+    assert differences(after["state"]["state_dict"], moved["state"]["state_dict"])
+
+
+def test_many_in_a_row_stop_the_run(lives, poisoned, tiny_model):
+    """Exit code 2 and the way on; the last checkpoint is the one before."""
+    base, data = poisoned
+    lines = [json.dumps({"prompt": "say", "completion": "red"})] * 2 + [json.dumps({"prompt": "Q", "completion": "Q"})] * 8
+    with open(data, "w", encoding="utf-8") as stream:
+        stream.write("\n".join(lines) + "\n")
+    words = write_config(lives.folder, config_of(base, data, save_every=1, limit_val_batches=0, max_skipped_steps=2))
+    shutil.rmtree(lives.folder / "killed", ignore_errors=True)
+    told = lives.live(*words, "killed")
+    assert told["codes"] == [2]
+    assert "2 steps in a row had a loss or gradient that is not finite" in told["said"][0]["err"]
+    assert "Traceback" not in told["said"][0]["err"]
