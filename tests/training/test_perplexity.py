@@ -52,7 +52,7 @@ def oracle(stories, text):
                 nll += cross_entropy(logits, window[1:], reduction="sum").item()
                 correct += int((logits.argmax(-1) == window[1:]).sum())
                 tokens += len(window) - 1
-        size = sum(len(document.encode()) + 1 for document in documents)    # this tokenizer writes a space before each
+        size = sum(len(document.encode()) for document in documents)
         return {"val/nll": nll / tokens, "val/perplexity": math.exp(nll / tokens), "val/tokens": tokens,
                 "val/bits_per_byte": nll / math.log(2) / size, "val/token_accuracy": correct / tokens}
 
