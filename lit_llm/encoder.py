@@ -10,7 +10,7 @@ Knows spans and ids, nothing of roles or labels.
 
 import json
 import re
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from itertools import pairwise
@@ -24,8 +24,8 @@ from lit_llm.rendering import Rendered, Span
 
 # Private use, no part of it twice: stands in for the token before a section.
 ANCHOR = "\U0010fffd\U0010f8ff\U0010fffc"
-CONTEXT = 256                                           # characters: further no rule of a tokenizer reaches
-PIECE = 1 << 15                                         # characters; larger ones are slower and take more memory
+CONTEXT = 128                                           # characters: further no rule of a tokenizer reaches
+PIECE = 1 << 13                                         # characters; larger ones are slower and take more memory
 BETWEEN = re.compile(r"\n(?=\S)|(?<=\S)(?=[ ]\S)")     # where a line or a word begins
 
 
@@ -37,12 +37,49 @@ class Piece(NamedTuple):
     skip: int = 0
 
 
-class Reading(NamedTuple):
-    """(T,) ids, the span of characters that each stands for, and the seams at which the text had to be parted."""
+class Reading:
+    """A text as tokens.
 
-    ids: list[int]
-    offsets: list[Span]
-    torn: list[int]
+    Where tokens stand is asked of the library a character at a time: all the spans together cost a fifth of reading.
+
+    Args:
+        ids: (T,).
+        spans: The characters that each stands for, or how to ask for them.
+        encoding: The library's; null where the text was read in sections.
+        torn: The seams at which the text had to be parted.
+    """
+
+    __slots__ = ("_encoding", "_spans", "ids", "torn")
+
+    def __init__(self, ids: list[int], spans: list[Span] | None = None, encoding: Any = None,
+                 torn: Sequence[int] = ()) -> None:
+        self.ids, self._spans, self._encoding, self.torn = ids, spans, encoding, list(torn)
+
+    @property
+    def spans(self) -> list[Span]:
+        """(T,) the characters that each token stands for."""
+        if self._spans is None:
+            self._spans = self._encoding.offsets
+        return self._spans
+
+    def begun(self, at: int) -> int:
+        """Tokens that begin before a character."""
+        clean = self._clean(at)
+        return bisect_left(self.spans, at, key=itemgetter(0)) if clean is None else clean
+
+    def ended(self, at: int) -> int | None:
+        """Tokens that end there or before; none where one straddles it."""
+        if (clean := self._clean(at)) is not None:
+            return clean
+        count = bisect_right(self.spans, at, key=itemgetter(1))
+        return None if count < len(self.ids) and self.spans[count][0] < at else count
+
+    def _clean(self, at: int) -> int | None:
+        """The token that begins just there, since the one before has ended; none where the library cannot tell."""
+        if self._encoding is None or self._spans is not None:
+            return None
+        number = self._encoding.char_to_token(at)
+        return number if number is not None and self._encoding.token_to_chars(number)[0] == at else None
 
 
 class Encoder:
@@ -71,14 +108,14 @@ class Encoder:
         """
         text, tokens = rendered.text, self._tokens(rendered)
         forged = [start for start, *_ in tokens] != [found.start() for found in self._added.finditer(text)]
-        ids, offsets = self._sections(text, tokens) if forged else self.whole(text)
-        torn = [seam for seam in seams if not self._clean_seam(text, seam, tokens, forged, ids, offsets)]
+        reading = Reading(*self._sections(text, tokens)) if forged else self.whole(text)
+        torn = [seam for seam in seams if not self._clean_seam(text, seam, tokens, forged, reading)]
         if torn:
-            ids, offsets = self._sections(text, tokens, torn)
+            reading = Reading(*self._sections(text, tokens, torn), torn=torn)
         controls = [id_ for *_, id_ in tokens if id_ in self.special_ids]
-        if [id_ for id_ in ids if id_ in self.special_ids] != controls:
+        if [id_ for id_ in reading.ids if id_ in self.special_ids] != controls:
             raise InputError(f"text in {text[:80]!r} becomes a control token")
-        return Reading(ids, offsets, torn)
+        return reading
 
     def _tokens(self, rendered: Rendered) -> list[tuple[int, int, int]]:
         """(start, stop, id) of the added tokens that are meant: the template's own, and what the assistant says."""
@@ -119,24 +156,24 @@ class Encoder:
         return ids, offsets
 
     def _clean_seam(self, text: str, at: int, tokens: Sequence[tuple[int, int, int]], forged: bool,
-                    ids: list[int], offsets: list[Span]) -> bool:
+                    reading: Reading) -> bool:
         """Whether the ids before `at` are those of the prompt alone, as the server will encode it."""
-        count = bisect_right(offsets, at, key=itemgetter(1))
-        if count < len(offsets) and offsets[count][0] < at:
-            return False
+        ids, count = reading.ids, reading.ended(at)
         section = max((stop for _, stop, _ in tokens if stop <= at), default=0)
-        first = bisect_right(offsets, section, key=itemgetter(1))
+        first = reading.ended(section)
+        if count is None or first is None:
+            return False
         if forged:
             return self._plainly(text, section, at)[0] == ids[first:count]
         header = text[section:at]                   # the same few words before every answer
         if header not in self._headers and len(self._headers) < 1000:
-            self._headers[header] = self.whole(header)[0]
+            self._headers[header] = self.whole(header).ids
         if self._headers.get(header) == ids[first:count]:
             return True                             # added tokens split the text, so the last section decides
-        return self.whole(text[:at])[0] == ids[:count]
+        return self.whole(text[:at]).ids == ids[:count]
 
-    def whole(self, text: str) -> tuple[list[int], list[Span]]:
-        """Ids and spans of a text as the library reads it, control tokens included."""
+    def whole(self, text: str) -> Reading:
+        """A text as the library reads it, control tokens included."""
         return _run(self._backend, text)
 
     # ---- plain text --------------------------------------------------------------------------------------------------
@@ -183,9 +220,9 @@ class Encoder:
             at = found.end()
             left, right = text[at - CONTEXT:at], text[at:at + CONTEXT]
             backend = self._plain if self._added.search(text, at - CONTEXT, at + CONTEXT) else self._backend
-            alone, (both, offsets) = _run(backend, left)[0], _run(backend, left + right)
+            alone, both = _run(backend, left).ids, _run(backend, left + right)
             count = len(alone)
-            if both[:count] == alone and offsets[count][0] >= len(left) and offsets[count - 1][1] <= len(left):
+            if both.ids[:count] == alone and both.begun(len(left)) == both.ended(len(left)) == count:
                 return at, count
             if tries == 100:
                 break
@@ -196,9 +233,9 @@ class Encoder:
         if start >= stop:
             return [], []
         anchor = ANCHOR if start else ""
-        ids, offsets = _run(self._plain, anchor + text[start:stop])
+        reading = _run(self._plain, anchor + text[start:stop])
         shift, skip = start - len(anchor), int(bool(anchor))
-        return ids[skip:], [(shift + a, shift + b) for a, b in offsets[skip:]]
+        return reading.ids[skip:], [(shift + a, shift + b) for a, b in reading.spans[skip:]]
 
     @cached_property
     def _plain(self) -> Any:
@@ -210,12 +247,12 @@ class Encoder:
         return plain
 
 
-def _run(backend: Any, text: str) -> tuple[list[int], list[Span]]:
+def _run(backend: Any, text: str) -> Reading:
     try:
         encoding = backend.encode(text, add_special_tokens=False)
     except TypeError:
         raise InputError("text holds half of a surrogate pair, which is no character") from None
-    return encoding.ids, encoding.offsets
+    return Reading(encoding.ids, encoding=encoding)
 
 
 def _batch(run: Any, pieces: Sequence[Piece]) -> list["np.ndarray | InputError"]:

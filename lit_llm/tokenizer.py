@@ -176,17 +176,17 @@ class Tokenizer:
         return self._labelled(rendered, self._encoder.encode(rendered, [spans[0][0]]), spans)
 
     def _labelled(self, rendered: Rendered, reading: Reading, spans: Sequence[Span]) -> TokenSequence:
-        ids, starts = _arrays(reading)
-        stops = set(self.stop_ids)
+        ids = np.asarray(reading.ids, dtype=np.int32)
+        labels, stops = np.full_like(ids, IGNORE_INDEX), set(self.stop_ids)
         for start, stop in spans:
-            first, last = starts.searchsorted([start, stop])
+            first, last = reading.begun(start), reading.begun(stop)
+            labels[first:last] = ids[first:last]
             *said, end = reading.ids[first:last]
             if end not in stops or not stops.isdisjoint(said):
                 text = self.decode([*said, end], skip_special_tokens=False)
                 raise InputError(f"serving would not stop where this answer does: {text[-80:]!r} must end with one of "
                                  f"{', '.join(self.hf.convert_ids_to_tokens(self.stop_ids))}, and hold none before")
-        labels = np.where(_inside(starts, spans), ids, IGNORE_INDEX).astype(np.int32)
-        return TokenSequence(ids, labels, _speakers(rendered, starts))
+        return TokenSequence(ids, labels, _speakers(rendered, reading))
 
     def _everything(self, conversation: Conversation) -> TokenSequence:
         """Every token labelled, but for the answers that are not to be trained on."""
@@ -196,14 +196,17 @@ class Tokenizer:
         if hidden := set(silent) - {place for place, *_ in rendered.answers}:
             raise _hidden(min(hidden))
         spans = _answers(rendered, silent)
-        ids, starts = _arrays(self._encoder.encode(rendered, [start for start, _ in spans]))
-        labels = np.where(_inside(starts, spans), IGNORE_INDEX, ids).astype(np.int32)
-        return TokenSequence(ids, labels, _speakers(rendered, starts))
+        reading = self._encoder.encode(rendered, [start for start, _ in spans])
+        ids = np.asarray(reading.ids, dtype=np.int32)
+        labels = ids.copy()
+        for start, stop in spans:
+            labels[reading.begun(start):reading.begun(stop)] = IGNORE_INDEX
+        return TokenSequence(ids, labels, _speakers(rendered, reading))
 
     @cached_property
     def _prefix(self) -> list[int]:
         """What the tokenizer puts before a document by itself."""
-        plain, whole = self._encoder.whole("a")[0], self.hf("a")["input_ids"]
+        plain, whole = self._encoder.whole("a").ids, self.hf("a")["input_ids"]
         return list(whole[: len(whole) - len(plain)]) if whole[-len(plain):] == plain else [
             id_ for id_ in whole[:1] if id_ == self.bos_id]
 
@@ -307,29 +310,20 @@ def _choose_template(hf: Any, path: str, wanted: str | None) -> tuple[str, str]:
                                 f"{start} and {end} (set data.chat_template for another)")
 
 
-def _arrays(reading: Reading) -> tuple[np.ndarray, np.ndarray]:
-    """(T,) ids, and the character at which each begins."""
-    return np.asarray(reading.ids, dtype=np.int32), np.asarray([start for start, _ in reading.offsets])
-
-
 def _answers(rendered: Rendered, places: Sequence[int]) -> list[Span]:
     return [(start, stop) for place, start, stop in rendered.answers if place in places]
 
 
-def _inside(starts: np.ndarray, spans: Sequence[Span]) -> np.ndarray:
-    """(T,) bool: whether a token begins inside one of the spans (one that swallows spaces may end behind it)."""
-    inside = np.zeros(len(starts), dtype=bool)
-    for start, stop in spans:
-        inside |= (starts >= start) & (starts < stop)
-    return inside
+def _speakers(rendered: Rendered, reading: Reading) -> np.ndarray:
+    """(T,) uint8: who says each token; of an answer, all that its model says: reasoning, calls and the stop token.
 
-
-def _speakers(rendered: Rendered, starts: np.ndarray) -> np.ndarray:
-    """(T,) uint8: who says each token; of an answer, all that its model says: reasoning, calls and the stop token."""
-    said = np.zeros(len(starts), dtype=np.uint8)
-    said[_inside(starts, [(start, stop) for _, start, stop in rendered.answers])] = SPEAKERS.index("assistant")
+    A token belongs to where it begins; one that swallows spaces may end behind it.
+    """
+    said = np.zeros(len(reading.ids), dtype=np.uint8)
+    for _, start, stop in rendered.answers:
+        said[reading.begun(start):reading.begun(stop)] = SPEAKERS.index("assistant")
     for start, stop, role in rendered.speakers:
-        said[_inside(starts, [(start, stop)])] = SPEAKERS.index(role)
+        said[reading.begun(start):reading.begun(stop)] = SPEAKERS.index(role)
     return said
 
 

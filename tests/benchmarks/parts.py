@@ -1,0 +1,159 @@
+"""One part of training, alone in a process: `python parts.py NAME`; what it measured is printed as JSON.
+
+`head` and `full_logits`: a step of a small model with 131,072 words, our loss against logits of all tokens. `perplexity`
+and `torchmetrics`: the same validation rows, our metric against torchmetrics' on logits. `lightning` and `loop`: what a
+micro-batch costs beyond the model's own work. Started by `train.py`.
+"""
+
+import json
+import os
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+os.environ.update(TRANSFORMERS_VERBOSITY="error", HF_HUB_OFFLINE="1", DS_ACCELERATOR="cpu")
+
+import torch
+
+from lit_llm import model as models
+from lit_llm.training.loss import nll_sum
+
+WORDS, TOKENS = 131072, 2048
+
+
+class Peak:
+    """Most memory that this process held while the block ran, beyond what it held before, in MB."""
+
+    def __enter__(self):
+        self.before = self.most = self.now()
+        self.over = threading.Event()
+        self.watch = threading.Thread(target=self.look)
+        self.watch.start()
+        return self
+
+    def look(self):
+        while not self.over.wait(0.002):
+            self.most = max(self.most, self.now())
+
+    def __exit__(self, *_):
+        self.over.set()
+        self.watch.join()
+        self.mb = (self.most - self.before) / 2**20
+
+    @staticmethod
+    def now():
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def llama(words, **more):
+    torch.manual_seed(0)
+    return models.init_causal_lm({"model_type": "llama", "hidden_size": 256, "intermediate_size": 704,
+                                  "num_hidden_layers": 4, "num_attention_heads": 8, "num_key_value_heads": 4,
+                                  "max_position_embeddings": TOKENS, "tie_word_embeddings": True} | more, vocab_size=words)
+
+
+def batch(words, supervised=0.8):
+    torch.manual_seed(1)
+    ids = torch.randint(0, words, (1, TOKENS))
+    labels = torch.where(torch.rand(1, TOKENS) < supervised, ids, -100)
+    return ids, labels
+
+
+def step(our_loss):
+    """A whole step: forward, backward, AdamW; two of them, since the first makes the optimizer's states."""
+    inner, (ids, labels) = llama(WORDS), batch(WORDS)
+    inner.config.use_cache = False
+    optimizer = torch.optim.AdamW(inner.parameters(), lr=1e-5, fused=True)
+    count = (labels[:, 1:] != -100).sum()
+    for _ in range(2):
+        with Peak() as peak:
+            began = time.perf_counter()
+            with torch.autocast("cpu", torch.bfloat16):
+                if our_loss:
+                    hidden = models.backbone(inner)(input_ids=ids).last_hidden_state[0]
+                    loss = nll_sum(hidden, labels[0], models.head(inner)).total / count
+                else:
+                    loss = inner(input_ids=ids, labels=labels).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            took = time.perf_counter() - began
+    return {"loss": float(loss), "seconds": took, "mb": peak.mb}
+
+
+@torch.no_grad()
+def evaluate(our_metric):
+    from torchmetrics.text import Perplexity as Theirs
+
+    from lit_llm.training.metrics import Perplexity as Ours
+
+    inner, (ids, labels) = llama(32000).eval(), batch(32000)
+    inner.config.use_cache = False
+    metric = Ours() if our_metric else Theirs(ignore_index=-100)
+    times = []
+    with Peak() as peak:
+        for _ in range(5):
+            began = time.perf_counter()
+            hidden = models.backbone(inner)(input_ids=ids).last_hidden_state
+            middle = time.perf_counter()                # the backbone's time is the same for both
+            if our_metric:
+                total, correct = nll_sum(hidden[0], labels[0], models.head(inner))
+                metric.update(total, int((labels[:, 1:] != -100).sum()), 0, correct)
+            else:
+                metric.update(models.head(inner)(hidden)[:, :-1], labels[:, 1:])
+            times.append((time.perf_counter() - middle, middle - began))
+    value = metric.report()["perplexity"] if our_metric else float(metric.compute())
+    head, body = sorted(times)[2]
+    return {"perplexity": value, "seconds": head, "with_backbone": head + body, "mb": peak.mb}
+
+
+def overhead(lightning):
+    """Milliseconds of a micro-batch of a model that costs next to nothing."""
+    from lit_llm.samples import resolve
+
+    torch.set_num_threads(1)
+    steps, warm, began = 400, 50, 0.0
+    if not lightning:
+        inner, (ids, labels) = models.load_causal_lm(resolve("sample:base")), batch(500)
+        ids, labels = ids[:, :32], labels[:, :32]
+        optimizer = torch.optim.AdamW(inner.parameters(), fused=True)
+        for number in range(steps):
+            if number == warm:
+                began = time.perf_counter()
+            hidden = models.backbone(inner)(input_ids=ids, use_cache=False).last_hidden_state[0]
+            nll_sum(hidden, labels[0], models.head(inner)).total.backward()
+            torch.nn.utils.clip_grad_norm_(inner.parameters(), 1.0, foreach=True)
+            optimizer.step()
+            optimizer.zero_grad()
+        return {"ms": 1000 * (time.perf_counter() - began) / (steps - warm)}
+    import lightning as L
+
+    from lit_llm.cli import quiet
+    from lit_llm.data.datamodule import TextDataModule
+    from lit_llm.data.sources import Source
+    from lit_llm.training.module import CausalLMModule
+    from lit_llm.training.trainer import Trainer
+
+    quiet()
+    times = []
+
+    class Watch(L.Callback):
+        def on_train_batch_end(self, *_):
+            times.append(time.perf_counter())
+
+    with tempfile.TemporaryDirectory() as folder:
+        data = TextDataModule([Source("sample:conversations.jsonl")], tokenizer="sample:base", seq_len=32, batch_size=1,
+                              cache_dir=folder)
+        trainer = Trainer(accelerator="cpu", devices=1, max_steps=steps, default_root_dir=folder + "/run",
+                          callbacks=[Watch()], gradient_clip_val=1.0)
+        trainer.fit(CausalLMModule(base="sample:base", lr=1e-5), datamodule=data)
+    return {"ms": 1000 * (times[-1] - times[warm]) / (len(times) - 1 - warm)}
+
+
+PARTS = {"head": lambda: step(True), "full_logits": lambda: step(False), "perplexity": lambda: evaluate(True),
+         "torchmetrics": lambda: evaluate(False), "lightning": lambda: overhead(True), "loop": lambda: overhead(False)}
+
+if __name__ == "__main__":
+    print(json.dumps(PARTS[sys.argv[1]]()))

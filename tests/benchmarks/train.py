@@ -1,0 +1,150 @@
+"""How fast weights learn, as ratios measured in one run on this machine.
+
+    python tests/benchmarks/train.py --tokenizer FOLDER --chats A.json B.json --text FILE [--peer PYTHON]
+
+A 6M-parameter Llama with random weights learns the conversations; each contestant runs in a process of its own, turn by
+turn, and the median of its turns counts. A contestant whose loss of the first step is another one is out: a faster
+wrong loss is no record. `--peer` is an interpreter with `trl`; without it that row is left out.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+PAD_TO, SEQ_LEN, GATE = 512, 2048, 16
+LLAMA = {"model_type": "llama", "hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 6,
+         "num_attention_heads": 8, "num_key_value_heads": 4, "max_position_embeddings": SEQ_LEN,
+         "tie_word_embeddings": True}
+# name: (contestant, what ours is held against it, ratio to reach)
+CHATS = {
+    "the chapter, float32, padded to 512": ({"who": "hf", "bf16": False, "pad_to": PAD_TO, "batch": 16}, 5.0),
+    "the chapter in bf16": ({"who": "hf", "bf16": True, "pad_to": PAD_TO, "batch": 16}, 3.0),
+    "HF Trainer, bf16, like lengths together": ({"who": "hf", "bf16": True, "group_by_length": True, "batch": 16}, None),
+    "TRL, best-fit packing, bf16, sdpa": ({"who": "trl", "bf16": True, "rows": 1}, 2.5),
+    "ours, bf16": ({"who": "ours", "bf16": True, "rows": 1, "strategy": "auto"}, None),
+    "ours, bf16, ZeRO-1": ({"who": "ours", "bf16": True, "rows": 1, "strategy": "deepspeed_stage_1"}, None),
+}
+TEXT = {
+    "HF Trainer, bf16, blocks of 512": ({"who": "hf", "bf16": True, "pad_to": 512, "batch": 4}, 1.3),
+    "ours on text, bf16": ({"who": "ours", "bf16": True, "rows": 4, "strategy": "auto", "packing": "concat"}, None),
+}
+
+
+def build(folder, tokenizer_folder):
+    """The model that all start from, with its tokenizer."""
+    import torch
+
+    from lit_llm import model
+    from lit_llm.tokenizer import Tokenizer
+
+    torch.manual_seed(0)
+    tokenizer = Tokenizer.load(tokenizer_folder)
+    built = model.init_causal_lm(LLAMA, vocab_size=tokenizer.vocab_size, bos_token_id=tokenizer.bos_id,
+                                 eos_token_id=tokenizer.eos_id, pad_token_id=tokenizer.pad_id)
+    model.save_causal_lm(built, folder, stop_ids=tokenizer.stop_ids, pad_id=tokenizer.pad_id)
+    tokenizer.save(folder)
+    return tokenizer, sum(weight.numel() for weight in built.parameters())
+
+
+def conversations(tokenizer, files, folder):
+    """The same conversations twice: as messages for us, as ids and labels for the others; none longer than PAD_TO."""
+    from lit_llm.data import formats
+    from lit_llm.data.sources import Source, read
+
+    rows, records = [], []
+    for file in files:
+        for record, _ in read(Source(file)):
+            said = formats.convert(record)
+            sequence = tokenizer.encode_conversation(said)[0]
+            if len(sequence) <= PAD_TO:
+                rows.append({"input_ids": sequence.input_ids.tolist(), "labels": sequence.labels.tolist()})
+                records.append({"messages": said.to_openai()})
+    write(folder / "rows.jsonl", rows)
+    write(folder / "data.jsonl", records)
+    write(folder / "gate.jsonl", records[:GATE])
+    return {"rows_file": str(folder / "rows.jsonl"), "data": str(folder / "data.jsonl"),
+            "gate": str(folder / "gate.jsonl"), "gate_size": GATE, "seq_len": SEQ_LEN}
+
+
+def documents(tokenizer, file, folder):
+    """Plain text: equal blocks for the others, the text itself for us."""
+    from lit_llm.conversation import Document
+
+    text = Path(file).read_text(encoding="utf-8")
+    ids = tokenizer.encode_document(Document(text)).input_ids.tolist()
+    blocks = [ids[at:at + 512] for at in range(0, len(ids) - 512, 512)]
+    write(folder / "blocks.jsonl", [{"input_ids": block, "labels": block} for block in blocks])
+    write(folder / "text.jsonl", [{"text": text}])
+    write(folder / "text_gate.jsonl", [{"text": tokenizer.decode(ids[:500])}])
+    return {"rows_file": str(folder / "blocks.jsonl"), "data": str(folder / "text.jsonl"),
+            "gate": str(folder / "text_gate.jsonl"), "gate_size": 1, "seq_len": 512}
+
+
+def write(path, records):
+    path.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), encoding="utf-8")
+
+
+def turn(python, spec):
+    """One process; its thread count is what torch takes by itself."""
+    env = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    env["PYTHONPATH"] = str(HERE.parents[1])
+    done = subprocess.run([python, str(HERE / "contestants.py"), json.dumps(spec)], capture_output=True, text=True, env=env)
+    if done.returncode:
+        raise SystemExit(f"{spec['who']} failed:\n{done.stderr[-3000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def race(entries, shared, rounds, peer):
+    """Median figures of each; every round gives each a turn."""
+    runs = {name: [] for name, (spec, _) in entries.items() if spec["who"] != "trl" or peer}
+    for _ in range(rounds):
+        for name, done in runs.items():
+            spec = shared | entries[name][0] | {"lr": 1e-4}
+            with tempfile.TemporaryDirectory() as scratch:
+                done.append(turn(peer if spec["who"] == "trl" else sys.executable, spec | {"scratch": scratch}))
+            print(f"  {name}: {done[-1]['tokens_per_s']:,.0f} tokens/s, first loss {done[-1]['first_loss']:.4f}",
+                  file=sys.stderr, flush=True)
+    return {name: {key: statistics.median(run[key] for run in done) for key in done[0]} for name, done in runs.items()}
+
+
+def report(entries, runs, ours):
+    base = runs[ours]
+    print(f"\n| contestant | real tokens/s | {ours} is faster by | to reach | first loss | peak MB |\n|---|---|---|---|---|---|")
+    for name, run in runs.items():
+        aim = entries[name][1]
+        print(f"| {name} | {run['tokens_per_s']:,.0f} | {base['tokens_per_s'] / run['tokens_per_s']:.2f} | {aim or ''} | "
+              f"{run['first_loss']:.4f} | {run['peak_mb']:,.0f} |")
+        if abs(run["first_loss"] - base["first_loss"]) > 0.02:
+            print(f"  OUT: {name} does not compute the same loss")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--tokenizer", required=True)
+    parser.add_argument("--chats", nargs="+", default=[])
+    parser.add_argument("--text")
+    parser.add_argument("--peer", help="an interpreter with trl")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--seconds", type=float, default=15, help="of each turn")
+    given = parser.parse_args()
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+        tokenizer, parameters = build(folder / "model", given.tokenizer)
+        print(f"a Llama of {parameters:,} parameters, vocabulary {tokenizer.vocab_size:,}")
+        shared = {"model": str(folder / "model"), "seconds": given.seconds}
+        if given.chats:
+            runs = race(CHATS, shared | conversations(tokenizer, given.chats, folder), given.rounds, given.peer)
+            report(CHATS, runs, "ours, bf16")
+        if given.text:
+            runs = race(TEXT, shared | documents(tokenizer, given.text, folder), given.rounds, given.peer)
+            report(TEXT, runs, "ours on text, bf16")
+
+
+if __name__ == "__main__":
+    main()
