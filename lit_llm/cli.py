@@ -1,6 +1,6 @@
 """Words typed in; a verb done, or a few lines that say what to type instead.
 
-`fit validate test prepare inspect` read a run config (`runs.py`); `export chat` read a folder. Each is imported when it
+Those of `RUNS` read a run config (`runs.py`); `export chat` read a folder. Each is imported when it
 is asked for, so that `--help` and a mistyped word cost nothing. The only module that knows all others; none knows it.
 """
 
@@ -22,6 +22,9 @@ RUNS = {
     "test": "The same on the test data.",
     "prepare": "Tokenize the data of a run into the cache, and say what it holds.",
     "inspect": "Show the data of a run as the model will see it, and what was dropped and why.",
+    "plan": "Say before training what a run costs: memory, steps, FLOPs, disk; and what would fit.",
+    "verify-resume": "Prove on a run's own config that a stopped run goes on exactly.",
+    "selftest": "Prove on it that batch division, packing and processes leave the gradient as it is.",
 }
 TOOLS = {
     "export": ("lit_llm.inference.export:export", "Write a run's model as a folder that transformers loads."),
@@ -90,7 +93,7 @@ def _dispatch(args: Sequence[str]) -> None:
     else:
         from lit_llm.runs import run
 
-        run([verb, *options])
+        run([verb.replace("-", "_"), *options])
 
 
 def _tool(verb: str, options: list[str]) -> None:
@@ -108,7 +111,7 @@ def _tool(verb: str, options: list[str]) -> None:
 
 
 def _table(verbs: dict[str, str]) -> str:
-    return "\n".join(f"    {name:<10} {what}" for name, what in verbs.items())
+    return "\n".join(f"    {name:<13} {what}" for name, what in verbs.items())
 
 
 def _refuse(message: str, code: int = 2) -> NoReturn:

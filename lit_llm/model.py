@@ -153,6 +153,32 @@ def init_causal_lm(init: dict[str, Any], *, dtype: torch.dtype = torch.float32, 
     return model
 
 
+def skeleton(base: str | None, init: dict[str, Any] | None, *, dtype: torch.dtype = torch.float32,
+             **defaults: Any) -> "PreTrainedModel":
+    """The same model without its weights, on the meta device: names, shapes and counts for the price of a config.
+
+    Args:
+        base: As in `load_causal_lm`; its config alone is read.
+        init: As in `init_causal_lm`.
+        dtype: Of the weights it would have.
+        defaults: As in `init_causal_lm`.
+
+    Raises:
+        InputError: No such base, or no such architecture.
+    """
+    with torch.device("meta"):
+        if init is not None:
+            return init_causal_lm(init, dtype=dtype, **defaults)
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        path = str(Path(resolve(str(base))).expanduser())
+        try:
+            config = AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=hub.offline())
+            return AutoModelForCausalLM.from_config(config, dtype=dtype)
+        except Exception as error:                  # a stranger's file
+            raise InputError(f"cannot read the architecture of {base}: {_reason(error)}", where="model.base") from None
+
+
 def _quiet_bars() -> None:
     """Progress bars of loading and saving belong into a terminal, not into a log."""
     import sys

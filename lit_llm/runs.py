@@ -1,4 +1,4 @@
-"""A run config in, its verb done: `fit validate test prepare`, which are LightningCLI's.
+"""A run config in, its verb done: `fit validate test prepare inspect plan ...`, which are LightningCLI's.
 
 Knows the links between config keys and what follows a verb; errors are `cli.py`'s.
 """
@@ -18,6 +18,8 @@ from lit_llm.parser import ShortErrors
 from lit_llm.training.module import CausalLMModule
 from lit_llm.training.trainer import Trainer
 
+LOOKS = ("prepare", "inspect", "plan", "verify_resume", "selftest")     # verbs that train nothing of the run
+
 
 class RunParser(ShortErrors, LightningArgumentParser):
     """LightningCLI's parser with short errors."""
@@ -34,7 +36,7 @@ class LitLLMCLI(LightningCLI):
         """Verb -> arguments that the CLI fills in itself."""
         lightnings = LightningCLI.subcommands()
         ours = {verb: lightnings[verb] for verb in ("fit", "validate", "test")}
-        return ours | {verb: {"model", "datamodule"} for verb in ("prepare", "inspect")}
+        return ours | {verb: {"model", "datamodule"} for verb in LOOKS}
 
     def _parse_ckpt_path(self) -> None:
         """What is typed and what stands in the file wins over what a checkpoint remembers."""
@@ -69,7 +71,7 @@ class LitLLMCLI(LightningCLI):
     def after_fit(self) -> None:
         """Export, compare, and say what to type next; on one process."""
         trainer = self.trainer
-        if not trainer.is_global_zero or not trainer.checkpoint_callbacks:    # fast_dev_run has none
+        if not (trainer.is_global_zero and trainer.exports and trainer.checkpoint_callbacks):  # fast_dev_run has none
             return
         files = [str(path) for path in self.config["fit"].get("config") or []]
         finish(Path(self.trainer.default_root_dir), base=self.model.base, before=self.trainer.run.before,

@@ -204,9 +204,7 @@ class CausalLMModule(L.LightningModule):
 
     def _tokenizer_facts(self) -> dict[str, Any]:
         """What a new model's config takes from the tokenizer."""
-        tokenizer = self.trainer.datamodule.tokenizer  # type: ignore[attr-defined]
-        return {"vocab_size": tokenizer.vocab_size, "bos_token_id": tokenizer.bos_id,
-                "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
+        return tokenizer_facts(self.trainer.datamodule.tokenizer)  # type: ignore[attr-defined]
 
     def _check_fit(self, inner: Any) -> None:
         """The tokenizer's ids and the rows must fit the model, or the first step would die in an index error."""
@@ -391,3 +389,9 @@ class CausalLMModule(L.LightningModule):
         weights = [weight for weight in self.parameters() if weight.grad is not None]
         if limit > 0 and weights:
             nn.utils.clip_grad_norm_(weights, limit, foreach=True)
+
+
+def tokenizer_facts(tokenizer: Any) -> dict[str, Any]:
+    """What a new model's config takes from a tokenizer."""
+    return {"vocab_size": tokenizer.vocab_size, "bos_token_id": tokenizer.bos_id,
+            "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}

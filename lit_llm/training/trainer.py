@@ -23,7 +23,7 @@ from lit_llm.training.callbacks import Progress, RunFolder
 from lit_llm.training.checkpoint import StepCheckpoint
 from lit_llm.training.finite import FiniteGuard
 from lit_llm.training.preemption import Preemption, is_requeued
-from lit_llm.training.report import MetricsCSV
+from lit_llm.training.report import MetricsCSV, write_json
 from lit_llm.training.rng import RngState
 
 RENDEZVOUS = ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "RANK", "LOCAL_RANK", "WORLD_SIZE")
@@ -71,6 +71,7 @@ class Trainer(L.Trainer):
     ) -> None:
         self.run = RunFolder(accept_changes or [])
         self.preemption = Preemption()
+        self.exports = True                         # whether a finished fit leaves an export/ behind
         callbacks = [] if callbacks is None else callbacks if isinstance(callbacks, list) else [callbacks]
         callbacks = [*callbacks, RngState(), FiniteGuard(max_skipped_steps), self.run, self.preemption]
         for switch, kind, default in (("enable_progress_bar", AnyProgressBar, Progress),
@@ -181,6 +182,55 @@ class Trainer(L.Trainer):
         print(as_text(seen, colour=sys.stdout.isatty() and "NO_COLOR" not in os.environ, characters=characters))
         if html:
             disk.replace_text(Path(html), as_page(seen, f"Data of {Path(self.default_root_dir).name}"))
+
+    def plan(self, model: L.LightningModule, datamodule: L.LightningDataModule, memory: float | None = None,
+             probe: bool = False, json: str | None = None) -> None:
+        """Say before training what a run costs and whether it fits; no weights are loaded.
+
+        Args:
+            model: Only its settings are read.
+            datamodule: The data; tokenized into the cache, as `prepare` does.
+            memory: GiB of a device to plan for; null takes the devices of this machine.
+            probe: Also train three steps in a process of its own, and measure time and memory.
+            json: Also write all figures into this file.
+        """
+        from lit_llm.training import plan
+
+        datamodule.quiet = True  # type: ignore[attr-defined]
+        self.prepare(model, datamodule)
+        made = plan.make(self, model, datamodule, memory)
+        made = plan.probed(made, self.run.config) if probe else made
+        print(plan.as_text(made))
+        if json:
+            write_json(Path(json), plan.as_values(made))
+
+    def verify_resume(self, model: L.LightningModule, datamodule: L.LightningDataModule, steps: int = 4) -> None:
+        """Prove that a run stopped in the middle and resumed ends bit for bit where it would have ended.
+
+        Args:
+            model: As configured; trained twice for some steps in a temporary folder, the run's own is not touched.
+            datamodule: The data.
+            steps: Optimizer steps of each.
+        """
+        from lit_llm.training.doctor import verify_resume
+
+        if not verify_resume(self.run.config, steps):
+            raise SystemExit(1)
+
+    def selftest(self, model: L.LightningModule, datamodule: L.LightningDataModule, processes: int | None = None
+                 ) -> None:
+        """Prove that the first step's gradient does not depend on how its rows are divided, packed and spread.
+
+        Args:
+            model: As configured; without dropout and noise. Its gradient is made anew for each division.
+            datamodule: The data, of which one step's worth is used.
+            processes: Compare one process with so many; null takes `trainer.devices`.
+        """
+        from lit_llm.training.doctor import selftest
+
+        processes = self.world_size if processes is None else processes
+        if not selftest(self.run.config, datamodule, devices=self.world_size, processes=processes):
+            raise SystemExit(1)
 
     def _run_stage(self) -> Any:
         result = super()._run_stage()

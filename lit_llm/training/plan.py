@@ -1,0 +1,272 @@
+"""A run that has not begun in, its cost out: parameters, tokens, steps, FLOPs, memory, disk, and what would fit.
+
+The model is built without weights. Arithmetic is `estimate.py`'s, a probe's measuring `trial.py`'s. Knows nothing of
+how data become rows.
+"""
+
+import json
+import shutil
+import tempfile
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from lit_llm import adapter, model
+from lit_llm.training import estimate, recompute, trial
+from lit_llm.training.estimate import Counts, Memory, Setting
+from lit_llm.training.fsdp import Fsdp2Strategy
+from lit_llm.training.module import tokenizer_facts
+
+GIB, MIB = 2**30, 2**20
+NAMES = {0: "plain (or DDP)", 1: "ZeRO-1", 2: "ZeRO-2", 3: "ZeRO-3, FSDP2"}
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """Two steps, measured.
+
+    Args:
+        seconds_per_step: Of an optimizer step.
+        tokens_per_second: Of all devices.
+        seconds: Of the whole run at that pace; null where its end is unknown. Validation is not in it.
+        peak_bytes: On the first device: what torch allocated on CUDA; on CPU what the process grew by.
+    """
+
+    seconds_per_step: float
+    tokens_per_second: float
+    seconds: float | None
+    peak_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What a run costs.
+
+    Args:
+        counts: Of the model.
+        setting: Of the run.
+        tokens: Of an epoch.
+        supervised: Of them.
+        steps: Of an epoch; null for a stream.
+        steps_in_run: Null where the run is not ended by a count.
+        tokens_in_run: The same.
+        flops_per_token: See `estimate.flops_per_token`.
+        flops_in_run: Null where the run's tokens are unknown.
+        memory: Of each stage of ZeRO that the number of devices allows; 0 is plain.
+        room: Bytes of a device that a run may fill.
+        device: What it is.
+        change: What to change so that the run fits; empty where it fits, null where nothing helps.
+        after: Memory after that change.
+        checkpoint_bytes: Of each checkpoint on disk.
+        export_bytes: Of the export after a finished fit.
+        free_bytes: Of the disk that the run folder lies on.
+        probe: What was measured; null where nobody asked.
+    """
+
+    counts: Counts
+    setting: Setting
+    tokens: int
+    supervised: int
+    steps: int | None
+    steps_in_run: int | None
+    tokens_in_run: int | None
+    flops_per_token: float
+    flops_in_run: float | None
+    memory: dict[int, Memory]
+    room: int
+    device: str
+    change: list[str] | None
+    after: Memory | None
+    checkpoint_bytes: int
+    export_bytes: int
+    free_bytes: int
+    probe: Probe | None = None
+
+    @property
+    def now(self) -> Memory:
+        """Of the run as configured."""
+        return self.memory[self.setting.stage]
+
+
+def make(trainer: Any, module: Any, data: Any, memory: float | None = None) -> Plan:
+    """Plan a run whose data are set up.
+
+    Args:
+        trainer: Not begun.
+        module: Not built.
+        data: Its plans are made.
+        memory: GiB of a device, in place of this machine's.
+    """
+    from lit_llm.data.inspection import examine
+
+    seen = examine(data)
+    train = next(stage for stage in seen.stages if stage.name == "train")
+    inner = model.skeleton(module.base, module.init, **tokenizer_facts(data.tokenizer))
+    with torch.device("meta"):
+        whole = adapter.wrap_peft(inner, module.peft_spec) if module.peft_spec else inner
+    counts = count(whole, inner, quantized=module.quantize is not None, muon=module.optimizer == "muon")
+    root = trainer.strategy.root_device
+    room = recompute.room(root) // (1 if root.type == "cuda" else trainer.num_devices)
+    room = int(recompute.MARGIN * memory * GIB) if memory else room
+    setting = _setting(trainer, module, data, whole, supervised=train.supervised / train.tokens, room=room)
+    stages = [0, 1, 2, 3] if module.quantize is None else [0, 1, 2]
+    memories = {stage: estimate.memory(counts, replace(setting, stage=stage), inner.config)
+                for stage in {*stages, setting.stage}}
+    fits = memories[setting.stage].total < room
+    linear = sum(layer.weight.numel() for layer in whole.modules() if type(layer) is nn.Linear) - counts.head
+    could = linear - counts.adapters if module.peft_spec and not module.quantize else 0
+    better = None if fits else estimate.nearest(counts, setting, inner.config, room, rows=data.batch_size,
+                                                quantizable=could)
+    lengths = data.plans["train"].rows.segments.lengths
+    flops = estimate.flops_per_token(counts, float(np.square(lengths).sum() / lengths.sum()))
+    steps, run = (seen.pace.epoch, seen.pace.run or None) if seen.pace else (None, max(0, trainer.max_steps) or None)
+    step_tokens = train.tokens / steps if steps else setting.tokens * trainer.accumulate_grad_batches * setting.devices
+    tokens = int(run * step_tokens) if run else None
+    folder = Path(trainer.default_root_dir).absolute()
+    while not folder.is_dir():
+        folder = folder.parent
+    name = torch.cuda.get_device_name(root) if root.type == "cuda" else "memory of this machine"
+    return Plan(counts, setting, train.tokens, train.supervised, steps, run, tokens, flops,
+                flops * tokens if tokens else None, memories, room, f"{memory:g} GiB" if memory else name,
+                [] if fits else better[0] if better else None, better[1] if better else None,
+                estimate.checkpoint_bytes(counts, zero=setting.stage > 0, half=setting.half),
+                (counts.total - counts.adapters) * 4, shutil.disk_usage(folder).free)
+
+
+def count(whole: Any, inner: Any, *, quantized: bool = False, muon: bool = False) -> Counts:
+    """What of a model takes memory and time.
+
+    Args:
+        whole: With its adapters.
+        inner: The transformers model in it.
+        quantized: Whether its frozen linear layers lie in 4 bits.
+        muon: Whether Muon moves its matrices.
+    """
+    sizes = model.count_parameters(whole)
+    head, config = inner.get_output_embeddings(), inner.config
+    linears = [layer for layer in whole.modules() if isinstance(layer, nn.Linear) or type(layer).__name__ == "Conv1D"]
+    head_weight = getattr(head, "weight", None)
+    head_weight = head.base_layer.weight if head_weight is None else head_weight
+    weights = {id(layer.weight): layer.weight for layer in linears} | {id(head_weight): head_weight}
+    tables = {id(weight) for weight in model.embeddings(whole)}
+    frozen = [weight for key, weight in weights.items() if not weight.requires_grad and key != id(head_weight)]
+    heads = config.num_attention_heads * (getattr(config, "head_dim", None) or
+                                          config.hidden_size // config.num_attention_heads)
+    learns = [weight for weight in whole.parameters() if weight.requires_grad]
+    return Counts(sizes.total, sizes.trainable, sum(weight.numel() for weight in weights.values()),
+                  sizes.trainable if whole is not inner else 0,
+                  sum(weight.numel() for weight in frozen) if quantized else 0,
+                  sum(weight.numel() for weight in learns if weight.ndim == 2 and id(weight) not in tables) if muon
+                  else 0, head_weight.numel(), head_weight.requires_grad, head_weight.shape[0], config.hidden_size,
+                  heads * config.num_hidden_layers)
+
+
+def _setting(trainer: Any, module: Any, data: Any, whole: Any, *, supervised: float, room: int) -> Setting:
+    config = getattr(trainer.strategy, "config", None)
+    zero = config.get("zero_optimization", {}) if isinstance(config, dict) else {}
+    tokens, precision = data.seq_len * data.batch_size, str(trainer.precision)
+    ways: dict[Any, recompute.Recompute] = {False: "none", True: "full", "selective": "selective"}
+    way = ways[module.gradient_checkpointing] if module.gradient_checkpointing != "auto" else recompute.cheapest(
+        whole, tokens, room=room, half=precision.startswith("bf16"))
+    stage = 3 if isinstance(trainer.strategy, Fsdp2Strategy) else int(zero.get("stage", 0))
+    return Setting(stage, trainer.world_size, tokens, max(1, int(tokens * supervised)), way, module.optimizer,
+                   precision, bool(zero.get("offload_optimizer")), bool(zero.get("offload_param")))
+
+
+def probed(plan: Plan, config: dict[str, Any] | None) -> Plan:
+    """The plan with two steps measured, in a process of its own and in a temporary folder."""
+    with tempfile.TemporaryDirectory(prefix="lit_llm-") as folder:
+        file = Path(folder) / "seen.json"
+        trial.fit(config, Path(folder) / "probe", trial.Clock(str(file)), trainer__max_steps=3,
+                  trainer__enable_checkpointing=False)
+        seen = json.loads(file.read_text(encoding="utf-8"))
+    run = plan.steps_in_run * seen["seconds"] if plan.steps_in_run else None
+    return replace(plan, probe=Probe(seen["seconds"], seen["tokens_per_second"], run, seen["peak_bytes"]))
+
+
+def as_values(plan: Plan) -> dict[str, Any]:
+    """All of it, as JSON takes it."""
+    return asdict(plan)
+
+
+# ---- for a terminal --------------------------------------------------------------------------------------------------
+
+def as_text(plan: Plan) -> str:
+    """Some thirty lines of at most 96 columns."""
+    counts, setting = plan.counts, plan.setting
+    share = 100 * counts.trained / counts.total
+    formula = "4 N + 2 N_adapters + 6 d T" if counts.adapters else "6 N + 6 d T"
+    lines = [f"model    {counts.total:,} parameters, {counts.trained:,} of them learn ({share:.2f} %)",
+             f"data     {plan.tokens:,} tokens an epoch, {plan.supervised:,} of them learned"
+             + (f", {plan.steps:,} steps" if plan.steps else " (of the stream's beginning)")]
+    if plan.steps_in_run:
+        lines.append(f"run      {plan.steps_in_run:,} steps, about {plan.tokens_in_run:,} tokens")
+    lines.append(f"work     {_flops(plan.flops_per_token)} a token"
+                 + (f", {_flops(plan.flops_in_run)} in all" if plan.flops_in_run else "")
+                 + f"  ({formula}; attention causal, recomputing left out)")
+    lines.append(f"disk     {_size(plan.checkpoint_bytes)} a checkpoint, {_size(plan.export_bytes)} the export; "
+                 f"{_size(plan.free_bytes)} are free")
+    lines += ["", f"memory of each of {setting.devices} device{'s' * (setting.devices > 1)}, for {setting.tokens:,} "
+                  f"tokens at once, {setting.precision}, gradient checkpointing: {setting.recompute}",
+              f"  {'':<16}{'weights':>10}{'gradients':>11}{'optimizer':>11}{'activations':>13}{'logits':>10}"
+              f"{'buckets':>10}{'in all':>11}"]
+    for stage, need in sorted(plan.memory.items()):
+        mark = "> " if stage == setting.stage else "  "
+        cells = [(need.weights, 10), (need.gradients, 11), (need.optimizer, 11), (need.activations, 13),
+                 (need.logits, 10), (need.buckets, 10), (need.total, 11)]
+        lines.append(f"{mark}{NAMES[stage]:<16}" + "".join(f"{_size(size):>{wide}}" for size, wide in cells)
+                     + ("" if need.total < plan.room else " !"))
+    lines += ["", *_verdict(plan)]
+    if plan.probe is not None:
+        took = f", the run about {_time(plan.probe.seconds)} without validation" if plan.probe.seconds else ""
+        lines += [f"measured {plan.probe.tokens_per_second:,.0f} tokens/s, {plan.probe.seconds_per_step:.3g} s a step"
+                  f"{took}",
+                  f"         peak {_size(plan.probe.peak_bytes)}, estimated {_size(plan.now.total)}"]
+    return "\n".join(lines)
+
+
+def _verdict(plan: Plan) -> list[str]:
+    room = f"{_size(plan.room)} of {plan.device}"
+    if plan.change == []:
+        return [f"fits     {_size(plan.now.total)} into {room}"]
+    lines = [f"does not fit: {_size(plan.now.total)} into {room}"]
+    if plan.change is None or plan.after is None:
+        return [*lines, "         no setting here would; take a smaller model, or more devices (trainer.devices)"]
+    changes = [f"           {line}" for line in plan.change]
+    return [*lines, f"         it would ({_size(plan.after.total)}) with", *changes]
+
+
+def _size(count: float) -> str:
+    """Bytes for people.
+
+    >>> _size(3 * 2**20), _size(5.26 * 2**30)
+    ('3.0 MiB', '5.3 GiB')
+    """
+    return f"{count / GIB:,.1f} GiB" if count >= GIB else f"{count / MIB:,.1f} MiB"
+
+
+def _flops(count: float) -> str:
+    """Work for people.
+
+    >>> _flops(33.2e9)
+    '33.2 GFLOP'
+    """
+    for size, name in ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G")):
+        if count >= size:
+            return f"{count / size:,.1f} {name}FLOP"
+    return f"{count / 1e6:,.1f} MFLOP"
+
+
+def _time(seconds: float) -> str:
+    """Seconds for people.
+
+    >>> _time(42.0), _time(5400.0)
+    ('42 s', '1.5 h')
+    """
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -1,0 +1,186 @@
+"""A run's config in, the same run for a few steps in processes of its own out; nothing of the run is touched.
+
+The children are the real command, `python -m lit_llm fit`, with a callback of this module that watches. Knows nothing
+of what is proved or planned with it.
+"""
+
+import copy
+import json
+import os
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import numpy as np
+import torch
+import yaml
+from lightning.pytorch.callbacks import Callback
+from torch import nn
+
+from lit_llm.errors import InputError
+
+KEEP = ("seed_everything", "model", "data", "trainer")
+OWN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "NODE_RANK", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT",
+       "TORCHELASTIC_RUN_ID", "SLURM_RESTART_COUNT")
+
+
+def fit(config: dict[str, Any] | None, folder: Path, watch: Callback, options: Sequence[str] = (),
+        more: Sequence[dict[str, Any]] = (), **changes: Any) -> None:
+    """Train for some steps, without validation, loggers or the callbacks of the user.
+
+    Args:
+        config: Of the run, with all its keys.
+        folder: The run folder of this trial.
+        watch: Of this module; is made anew in the child from its `args`.
+        options: More words of the command.
+        more: Other callbacks, by class_path.
+        changes: Keys of the config by dotted names, `__` for the dot: trainer__max_steps=4.
+
+    Raises:
+        InputError: It failed; it says what the child said last.
+    """
+    if config is None:
+        raise InputError("a trial needs the run's config", fix="python -m lit_llm VERB --config FILE")
+    config = {key: value for key, value in copy.deepcopy(config).items() if key in KEEP}
+    callbacks = [{"class_path": f"{type(watch).__module__}.{type(watch).__name__}", "init_args": vars(watch)["args"]}]
+    changes = {"trainer__max_epochs": -1, "trainer__max_time": None, "trainer__logger": None,
+               "trainer__limit_val_batches": 0, "trainer__num_sanity_val_steps": 0, "trainer__fast_dev_run": False,
+               "trainer__enable_progress_bar": False, "trainer__log_every_n_steps": 1,
+               "trainer__default_root_dir": str(folder)} | changes
+    for name, value in changes.items():
+        *path, key = name.split("__")
+        part = config
+        for step in path:
+            part = part[step]
+        part[key] = value
+    config["trainer"]["callbacks"] = [*callbacks, *more]
+    file = folder.with_suffix(".yaml")
+    file.write_text(yaml.safe_dump(config, allow_unicode=True), encoding="utf-8")
+    environ = {key: value for key, value in os.environ.items() if key not in OWN}
+    done = subprocess.run([sys.executable, "-m", "lit_llm", "fit", "--config", str(file), *options], env=environ,
+                          capture_output=True, text=True, check=False)
+    if done.returncode:
+        said = [line for line in done.stderr.splitlines() if line.strip()] or ["nothing"]
+        begin = next((at for at, line in enumerate(said) if line.startswith("error: ")), len(said) - 1)
+        raise InputError("\n".join(said[begin : begin + 3]).removeprefix("error: ")[:600],
+                         where=f"a trial of the run ended with exit code {done.returncode}")
+
+
+class Quiet(Callback):
+    """A trial whose model nobody wants."""
+
+    def __init__(self) -> None:
+        self.args: dict[str, Any] = {}
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Nothing is exported."""
+        trainer.exports = False  # type: ignore[attr-defined]
+
+
+class Clock(Quiet):
+    """Times steps, and takes the peak of memory; the first step, which allocates and compiles, is not timed.
+
+    Args:
+        file: Where rank 0 writes what it saw.
+    """
+
+    def __init__(self, file: str) -> None:
+        self.args, self.file = {"file": file}, Path(file)
+        self._begun, self._tokens, self._before = 0.0, 0, 0
+
+    def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        """Weights are there; libraries, too."""
+        weights = sum(weight.numel() * weight.element_size() for weight in module.parameters())
+        self._before = _peak(module.device) - weights if module.device.type == "cpu" else 0
+
+    def on_train_batch_start(self, trainer: L.Trainer, module: L.LightningModule, batch: Any, batch_idx: int) -> None:
+        """Begin with the second step."""
+        if trainer.global_step == 1 and not self._begun:
+            _wait(module.device)
+            self._begun = time.perf_counter()
+        if trainer.global_step >= 1:
+            self._tokens += int(batch["num_tokens"])
+
+    def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        """Write it."""
+        _wait(module.device)
+        seconds = time.perf_counter() - self._begun
+        if trainer.is_global_zero and self._begun:
+            seen = {"seconds": seconds / (trainer.global_step - 1), "tokens": self._tokens * trainer.world_size,
+                    "tokens_per_second": self._tokens * trainer.world_size / seconds,
+                    "peak_bytes": _peak(module.device) - self._before}
+            self.file.write_text(json.dumps(seen), encoding="utf-8")
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _peak(device: torch.device) -> int:
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+class Gradient(Quiet):
+    """Makes one step of the first `rows` training rows, however they are divided, and keeps its whole gradient.
+
+    Args:
+        file: Where rank 0 writes it.
+        rows: As the run packs them.
+        apart: Whether each of their documents and conversations gets a row of its own.
+    """
+
+    def __init__(self, file: str, rows: int, apart: bool = False) -> None:
+        self.args = {"file": file, "rows": rows, "apart": apart}
+        self.file, self.rows, self.apart = Path(file), rows, apart
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Leave these rows alone in the data, and let all their micro-batches be one step."""
+        super().setup(trainer, pl_module, stage)
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        plan = data.plans["train"]
+        rows = plan.rows.take(np.arange(min(self.rows, len(plan.rows))))
+        if self.apart:
+            rows = replace(rows, offsets=np.arange(len(rows.segments) + 1)).counted(rows.learned)
+        data.plans["train"] = replace(plan, rows=rows, draw=None)
+        trainer.accumulate_grad_batches = -(-len(rows) // (data.batch_size * trainer.world_size))
+
+    def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        """Dropout would draw differently for another division."""
+        for layer in module.modules():
+            if isinstance(layer, nn.Dropout):
+                layer.p = 0.0
+            elif isinstance(getattr(layer, "attention_dropout", None), float):
+                layer.attention_dropout = 0.0  # type: ignore[assignment]
+
+    def on_before_optimizer_step(self, trainer: L.Trainer, module: L.LightningModule, optimizer: Any) -> None:
+        """Before it is clipped."""
+        gradients = gathered_gradients(module)
+        if trainer.is_global_zero:
+            torch.save(gradients, self.file)
+
+
+def gathered_gradients(module: nn.Module) -> dict[str, torch.Tensor]:
+    """Whole gradients of a step, on the CPU, right before the optimizer reads them; a collective of all ranks."""
+    found = {}
+    for name, weight in module.named_parameters():
+        if not weight.requires_grad:
+            continue
+        if hasattr(weight, "ds_id") or hasattr(weight, "_hp_mapping"):
+            from deepspeed.utils import safe_get_full_grad
+
+            gradient: Any = safe_get_full_grad(weight)
+        else:
+            gradient = weight.grad
+        if gradient is not None:
+            gradient = gradient.full_tensor() if hasattr(gradient, "full_tensor") else gradient     # FSDP2's
+            found[name] = gradient.detach().to("cpu", copy=True)
+    return found
