@@ -132,9 +132,9 @@ def memory(counts: Counts, setting: Setting, config: Any) -> Memory:
 
 
 def activations(counts: Counts, setting: Setting, config: Any) -> int:
-    """Of the layers, and of the embedding and the last norm around them."""
+    """Of the layers, and of the last norm, where its weight learns."""
     size = HALF if setting.half else FLOAT
-    around = setting.tokens * counts.width * (2 * FLOAT + size)
+    around = 0 if counts.adapters else setting.tokens * counts.width * (2 * FLOAT + size)
     return around + activation_bytes(config, setting.tokens, half=setting.half, recompute=setting.recompute)
 
 

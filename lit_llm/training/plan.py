@@ -33,13 +33,15 @@ class Probe:
         seconds_per_step: Of an optimizer step.
         tokens_per_second: Of all devices.
         seconds: Of the whole run at that pace; null where its end is unknown. Validation is not in it.
-        peak_bytes: On the first device: what torch allocated on CUDA; on CPU what the process grew by.
+        peak_bytes: What torch allocated on the first device.
+        resident_bytes: All that the first process held in CPU memory, libraries too.
     """
 
     seconds_per_step: float
     tokens_per_second: float
     seconds: float | None
     peak_bytes: int
+    resident_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,11 +183,12 @@ def probed(plan: Plan, config: dict[str, Any] | None) -> Plan:
     """The plan with two steps measured, in a process of its own and in a temporary folder."""
     with tempfile.TemporaryDirectory(prefix="lit_llm-") as folder:
         file = Path(folder) / "seen.json"
-        trial.fit(config, Path(folder) / "probe", trial.Clock(str(file)), trainer__max_steps=3,
+        trial.fit(config, Path(folder) / "probe", trial.Clock(str(file)), trainer__max_steps=trial.Clock.STEPS,
                   trainer__enable_checkpointing=False)
         seen = json.loads(file.read_text(encoding="utf-8"))
     run = plan.steps_in_run * seen["seconds"] if plan.steps_in_run else None
-    return replace(plan, probe=Probe(seen["seconds"], seen["tokens_per_second"], run, seen["peak_bytes"]))
+    return replace(plan, probe=Probe(seen["seconds"], seen["tokens_per_second"], run, seen["peak_bytes"],
+                                     seen["resident_bytes"]))
 
 
 def as_values(plan: Plan) -> dict[str, Any]:
@@ -196,10 +199,10 @@ def as_values(plan: Plan) -> dict[str, Any]:
 # ---- for a terminal --------------------------------------------------------------------------------------------------
 
 def as_text(plan: Plan) -> str:
-    """Some thirty lines of at most 96 columns."""
+    """Some thirty lines of at most 100 columns."""
     counts, setting = plan.counts, plan.setting
     share = 100 * counts.trained / counts.total
-    formula = "4 N + 2 N_adapters + 6 d T" if counts.adapters else "6 N + 6 d T"
+    formula = f"{'4 N + 2 N_adapters' if counts.adapters else '6 N'} + 6 d T, causal"
     lines = [f"model    {counts.total:,} parameters, {counts.trained:,} of them learn ({share:.2f} %)",
              f"data     {plan.tokens:,} tokens an epoch, {plan.supervised:,} of them learned"
              + (f", {plan.steps:,} steps" if plan.steps else " (of the stream's beginning)")]
@@ -207,25 +210,27 @@ def as_text(plan: Plan) -> str:
         lines.append(f"run      {plan.steps_in_run:,} steps, about {plan.tokens_in_run:,} tokens")
     lines.append(f"work     {_flops(plan.flops_per_token)} a token"
                  + (f", {_flops(plan.flops_in_run)} in all" if plan.flops_in_run else "")
-                 + f"  ({formula}; attention causal, recomputing left out)")
+                 + f"  ({formula})")
     lines.append(f"disk     {_size(plan.checkpoint_bytes)} a checkpoint, {_size(plan.export_bytes)} the export; "
                  f"{_size(plan.free_bytes)} are free")
-    lines += ["", f"memory of each of {setting.devices} device{'s' * (setting.devices > 1)}, for {setting.tokens:,} "
-                  f"tokens at once, {setting.precision}, gradient checkpointing: {setting.recompute}",
-              f"  {'':<16}{'weights':>10}{'gradients':>11}{'optimizer':>11}{'activations':>13}{'logits':>10}"
-              f"{'buckets':>10}{'in all':>11}"]
+    lines += ["", f"memory of {'a' if setting.devices == 1 else f'each of {setting.devices}'} device"
+                  f"{'s' * (setting.devices > 1)}, {setting.tokens:,} tokens at once, {setting.precision}, "
+                  f"gradient checkpointing {setting.recompute}",
+              f"  {'':<14}{'weights':>11}{'gradients':>11}{'optimizer':>11}{'activations':>12}{'logits':>11}"
+              f"{'buckets':>11}{'in all':>11}"]
     for stage, need in sorted(plan.memory.items()):
         mark = "> " if stage == setting.stage else "  "
-        cells = [(need.weights, 10), (need.gradients, 11), (need.optimizer, 11), (need.activations, 13),
-                 (need.logits, 10), (need.buckets, 10), (need.total, 11)]
-        lines.append(f"{mark}{NAMES[stage]:<16}" + "".join(f"{_size(size):>{wide}}" for size, wide in cells)
+        cells = [(need.weights, 11), (need.gradients, 11), (need.optimizer, 11), (need.activations, 12),
+                 (need.logits, 11), (need.buckets, 11), (need.total, 11)]
+        lines.append(f"{mark}{NAMES[stage]:<14}" + "".join(f"{_size(size):>{wide}}" for size, wide in cells)
                      + ("" if need.total < plan.room else " !"))
     lines += ["", *_verdict(plan)]
     if plan.probe is not None:
         took = f", the run about {_time(plan.probe.seconds)} without validation" if plan.probe.seconds else ""
-        lines += [f"measured {plan.probe.tokens_per_second:,.0f} tokens/s, {plan.probe.seconds_per_step:.3g} s a step"
-                  f"{took}",
-                  f"         peak {_size(plan.probe.peak_bytes)}, estimated {_size(plan.now.total)}"]
+        seen = plan.probe
+        lines += [f"measured {seen.tokens_per_second:,.0f} tokens/s, {seen.seconds_per_step:.3g} s a step{took}",
+                  f"         peak {_size(seen.peak_bytes)}, estimated {_size(plan.now.total)}; "
+                  f"the process with its libraries {_size(seen.resident_bytes)}"]
     return "\n".join(lines)
 
 

@@ -191,7 +191,7 @@ class Trainer(L.Trainer):
             model: Only its settings are read.
             datamodule: The data; tokenized into the cache, as `prepare` does.
             memory: GiB of a device to plan for; null takes the devices of this machine.
-            probe: Also train three steps in a process of its own, and measure time and memory.
+            probe: Also train four steps in a process of its own, and measure time and memory.
             json: Also write all figures into this file.
         """
         from lit_llm.training import plan

@@ -5,6 +5,7 @@ of what is proved or planned with it.
 """
 
 import copy
+import gc
 import json
 import os
 import resource
@@ -13,6 +14,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -84,49 +86,75 @@ class Quiet(Callback):
 
 
 class Clock(Quiet):
-    """Times steps, and takes the peak of memory; the first step, which allocates and compiles, is not timed.
+    """Times the second and the third step, and measures the memory of the fourth; the first allocates and compiles.
 
     Args:
         file: Where rank 0 writes what it saw.
     """
 
+    STEPS = 4
+
     def __init__(self, file: str) -> None:
         self.args, self.file = {"file": file}, Path(file)
-        self._begun, self._tokens, self._before = 0.0, 0, 0
-
-    def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        """Weights are there; libraries, too."""
-        weights = sum(weight.numel() * weight.element_size() for weight in module.parameters())
-        self._before = _peak(module.device) - weights if module.device.type == "cpu" else 0
+        self._begun, self._seconds, self._tokens, self._held = 0.0, 0.0, 0, 0
+        self._profile: Any = None
 
     def on_train_batch_start(self, trainer: L.Trainer, module: L.LightningModule, batch: Any, batch_idx: int) -> None:
-        """Begin with the second step."""
-        if trainer.global_step == 1 and not self._begun:
-            _wait(module.device)
-            self._begun = time.perf_counter()
-        if trainer.global_step >= 1:
-            self._tokens += int(batch["num_tokens"])
+        """Begin with the second step; end before the fourth."""
+        step = trainer.global_step
+        if step == 1 and not self._begun:
+            self._begun = _now(module.device)
+        if step in (1, 2):
+            self._tokens += int(batch["num_tokens"]) * trainer.world_size
+        if step == self.STEPS - 1 and not self._seconds:
+            self._seconds = _now(module.device) - self._begun
+            if module.device.type == "cpu":
+                from torch.profiler import ProfilerActivity, profile
+
+                self._held = held_bytes()
+                self._profile = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
+                self._profile.__enter__()
 
     def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         """Write it."""
-        _wait(module.device)
-        seconds = time.perf_counter() - self._begun
-        if trainer.is_global_zero and self._begun:
-            seen = {"seconds": seconds / (trainer.global_step - 1), "tokens": self._tokens * trainer.world_size,
-                    "tokens_per_second": self._tokens * trainer.world_size / seconds,
-                    "peak_bytes": _peak(module.device) - self._before}
+        if not self._seconds:
+            return
+        if self._profile is not None:
+            self._profile.__exit__(None, None, None)
+            peak = self._held + _peak_bytes(self._profile)
+        else:
+            peak = torch.cuda.max_memory_allocated(module.device)
+        if trainer.is_global_zero:
+            resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+            seen = {"seconds": self._seconds / 2, "tokens_per_second": self._tokens / self._seconds,
+                    "peak_bytes": peak, "resident_bytes": resident}
             self.file.write_text(json.dumps(seen), encoding="utf-8")
 
 
-def _wait(device: torch.device) -> None:
+def _now(device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+    return time.perf_counter()
 
 
-def _peak(device: torch.device) -> int:
-    if device.type == "cuda":
-        return int(torch.cuda.max_memory_allocated(device))
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+def held_bytes() -> int:
+    """Of all tensors on the CPU that Python can see, each storage once."""
+    found: dict[int, int] = {}
+    for thing in gc.get_objects():
+        if issubclass(type(thing), torch.Tensor) and thing.device.type == "cpu" and type(thing) in (
+                torch.Tensor, nn.Parameter):
+            for tensor in (thing, thing.grad if thing.is_leaf else None):
+                if tensor is not None and tensor.layout == torch.strided:
+                    storage = tensor.untyped_storage()
+                    found[storage.data_ptr()] = storage.nbytes()
+    return sum(found.values())
+
+
+def _peak_bytes(profile: Any) -> int:
+    """The most that torch's allocator held beyond what it held at the beginning."""
+    events = profile.profiler.kineto_results.events()
+    changes = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
+    return max(accumulate((size for _, size in changes), initial=0))
 
 
 class Gradient(Quiet):

@@ -1,0 +1,78 @@
+"""If this breaks, the doctor calls a healthy run ill, or, worse, an ill one healthy.
+
+The real verbs and their real children; what the children left is then spoiled by hand and looked at again.
+"""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from test_cli import call, place  # noqa: F401
+
+from lit_llm.training import doctor, trial
+
+
+@pytest.fixture
+def tape(tmp_path_factory, monkeypatch):
+    """Keeps what each child leaves; `tape.replay(spoil)` gives it again, spoiled, without a child."""
+    real, folder, kept = trial.fit, tmp_path_factory.mktemp("tape"), []
+
+    def record(config, run, watch, *rest, **changes):
+        real(config, run, watch, *rest, **changes)
+        kept.append(folder / str(len(kept)))
+        shutil.copytree(run.parent, kept[-1])
+
+    def replay(spoil):
+        calls = iter(kept)
+
+        def again(config, run, watch, *rest, **changes):
+            shutil.copytree(next(calls), run.parent, dirs_exist_ok=True)
+            spoil(run, watch)
+
+        monkeypatch.setattr(trial, "fit", again)
+
+    monkeypatch.setattr(trial, "fit", record)
+    record.replay = replay
+    return record
+
+
+def test_verify_resume(place, tape, capsys):  # noqa: F811
+    code, out, err = call("verify-resume", "--config", "ok.yaml", "--steps", 2)
+    assert code == 0, err
+    assert (out.count("PASS"), out.count("FAIL")) == (4, 0)
+    assert not Path("run").exists()
+
+    def spoil(run, watch):
+        if run.name == "resumed":
+            file = next((run / "checkpoints" / "step_2").rglob("*.safetensors"))
+            data = bytearray(file.read_bytes())
+            data[-1] ^= 1                               # the last bit of a weight
+            file.write_bytes(data)
+
+    tape.replay(spoil)
+    assert not doctor.verify_resume(yaml.safe_load(Path("ok.yaml").read_text()), steps=2)
+    said = capsys.readouterr().out
+    assert (said.count("PASS"), said.count("FAIL  weights")) == (3, 1)
+
+
+def test_selftest(place, tape, capsys):  # noqa: F811
+    code, out, err = call("selftest", "--config", "ok.yaml")
+    assert code == 0, err
+    assert (out.count("PASS"), out.count("FAIL")) == (2, 0)
+    assert not Path("run").exists()
+
+    def spoil(run, watch):
+        if watch.args["apart"]:
+            gradient = torch.load(watch.file)
+            torch.save({name: part * 1.0001 for name, part in gradient.items()}, watch.file)
+
+    tape.replay(spoil)
+
+    class Data:
+        batch_size, packing = 2, "best_fit"
+
+    assert not doctor.selftest(yaml.safe_load(Path("ok.yaml").read_text()), Data(), devices=1, processes=1)
+    said = capsys.readouterr().out
+    assert (said.count("PASS"), said.count("FAIL")) == (1, 1)
