@@ -206,7 +206,7 @@ def test_own_data_and_own_model(shell, tiny_model):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("overlays", [("cpu", "full", "wandb"), ("zero3",), ("offload",)], ids="+".join)
+@pytest.mark.parametrize("overlays", [("cpu", "full", "wandb"), ("zero3",), ("offload",), ("fsdp2",)], ids="+".join)
 def test_overlays_train(overlays, shell, tiny_model):
     """Each overlay of the table trains for real."""
     words = " ".join(f"--config configs/with/{name}.yaml" for name in overlays)
