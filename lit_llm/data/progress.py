@@ -67,8 +67,8 @@ class Progress:
                   f"{report.tokens / spent:,.0f} tokens/s")
         stores, size = size_of(root)
         if size > MUCH:
-            self._say(f"the token cache {root} holds {stores} stores, {size / 1e9:,.1f} GB; delete it whenever you "
-                      "like")
+            self._say(f"the token cache {root} holds {stores} store{'s' * (stores > 1)}, {size / 1e9:,.1f} GB; delete "
+                      "it whenever you like")
 
     def _say(self, line: str, end: str = "\n") -> None:
         print(f"  {line}" + ("\x1b[K" if self._terminal else ""), end=end, file=sys.stderr, flush=True)
