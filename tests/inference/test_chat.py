@@ -106,11 +106,11 @@ class Terminal:
 
 
 def test_ctrl_c_stops_the_answer_and_ctrl_d_leaves(endless_model):
-    terminal = Terminal("--model", endless_model)
+    terminal = Terminal("--model", endless_model, "--max_tokens", "3000")
     try:
         terminal.until("you> ")
         terminal.type("Tell me all\n")
-        time.sleep(1.0)
+        time.sleep(0.5)
         terminal.type("\x03")
         assert "(stopped)" in terminal.until("you> ", 20)
         time.sleep(0.5)                             # CPython's input() misses a signal while it draws the prompt
