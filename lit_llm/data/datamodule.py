@@ -1,6 +1,6 @@
 """The data of a run, as Lightning asks for it: sources in, loaders of packed batches out.
 
-`__init__` only stores; `prepare_data` tokenizes (one process a machine), `setup` opens, splits and packs. Knows the
+`__init__` only stores; `prepare_data` tokenizes (a lone process), `setup` opens, splits and packs. Knows the
 trainer's number of processes and accumulation, and nothing of models.
 """
 
@@ -139,8 +139,13 @@ class TextDataModule(L.LightningDataModule):
     # ---- Lightning's hooks -------------------------------------------------------------------------------------------
 
     def prepare_data(self) -> None:
-        """Tokenize what is not in the cache; Lightning calls it on one process of each machine."""
+        """Tokenize what is not in the cache; Lightning calls it on one process of each machine.
+
+        Of several processes, `setup` does it while the others look at the disk: here they would wait in a collective.
+        """
         self._check()
+        if self.trainer and self.trainer.world_size > 1:
+            return
         kept = [] if self.streaming else self.sources
         for source in [*kept, *(self.val_sources or ()), *(self.test_sources or ())]:
             self._open(source, write=True)

@@ -262,3 +262,17 @@ def test_the_summary_says_all_that_was_left_out(module, jsonl, capsys):
                   "1 (25.0%) of them cut in an answer", "1 (25.0%) left out: no token is learned", "v.jsonl: 1 record, 1 kept",
                   "val: 1 sequence in 1 row of 64", "steps: 1 in an epoch, of 4 rows each, the last of 2"):
         assert words in said, said
+
+
+@pytest.mark.parametrize("devices", [1, 2])
+def test_several_processes_do_not_wait_in_a_collective_for_the_tokens(devices, jsonl, tokenizer_folder, tmp_path):
+    """Lightning holds all of them in a barrier around `prepare_data`; in `setup` they look at the disk."""
+    from lit_llm.training.trainer import Trainer
+
+    data = TextDataModule([Source(jsonl([talk(1), talk(2)]))], tokenizer=str(tokenizer_folder), cache_dir=str(tmp_path / "cache"))
+    data.trainer = Trainer(accelerator="cpu", devices=devices, strategy="ddp" if devices > 1 else "auto",
+                           default_root_dir=str(tmp_path / "run"))
+    data.prepare_data()
+    assert (tmp_path / "cache").exists() == (devices == 1)
+    data.setup("fit")
+    assert (tmp_path / "cache").exists()
