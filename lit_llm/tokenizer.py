@@ -216,10 +216,6 @@ class Tokenizer:
         """Text of token ids."""
         return self._backend.decode([int(id_) for id_ in ids], skip_special_tokens=skip_special_tokens)
 
-    def decode_stream(self) -> "TextStream":
-        """A decoder that is fed one id at a time."""
-        return TextStream(self._backend)
-
     @cached_property
     def token_bytes(self) -> np.ndarray:
         """(2, V) int64: UTF-8 bytes of text that each id stands for, 0 for control tokens; for bits per byte.
@@ -248,19 +244,6 @@ class Tokenizer:
     def save(self, folder: str | Path) -> None:
         """Write the tokenizer with its chat template where `AutoTokenizer.from_pretrained` finds both."""
         self.hf.save_pretrained(str(folder))
-
-
-class TextStream:
-    """Ids in one by one, text out as soon as it is whole: never half a character."""
-
-    def __init__(self, backend: Any) -> None:
-        from tokenizers.decoders import DecodeStream
-
-        self._backend, self._stream = backend, DecodeStream(skip_special_tokens=True)
-
-    def step(self, id_: int) -> str | None:
-        """The text that this id completes, or None while a character is still open."""
-        return self._stream.step(self._backend, int(id_))
 
 
 # ---- loading ---------------------------------------------------------------------------------------------------------

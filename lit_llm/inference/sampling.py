@@ -1,7 +1,7 @@
 """Logits in, the next token ids out.
 
 Pure functions and one frozen value. Knows nothing of models, caches or text; stop strings are only carried here, and
-applied where there is text (`engine.TextStream`). Suffixes: B requests, V vocabulary.
+applied where there is text (`completion.Detokenizer`). Suffixes: B requests, V vocabulary.
 """
 
 import math

@@ -234,11 +234,6 @@ class ZeroStrategy(DeepSpeedStrategy):
         norm = getattr(self.model, "get_global_grad_norm", lambda: None)()
         return None if norm is None else float(norm)
 
-    @property
-    def num_skipped_steps(self) -> int:
-        """Optimizer steps that DeepSpeed left out since a gradient was not finite."""
-        return int(getattr(self.model, "skipped_steps", 0))
-
     # ---- checkpoints
 
     def save_checkpoint(self, checkpoint: dict, filepath: str | Path, storage_options: Any = None) -> None:
