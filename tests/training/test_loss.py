@@ -318,8 +318,8 @@ def test_of_equal_logits_the_first_counts_as_argmax_has_it(monkeypatch, tile):
     torch.manual_seed(0)
     head = nn.Linear(4, 23, bias=False)
     with torch.no_grad():
-        head.weight.copy_(head.weight[torch.arange(23) % 4])            # each logit stands there five or six times
-        hidden, targets = torch.randn(50, 4), torch.randint(23, (50,))
+        head.weight.copy_(torch.randint(-3, 4, (4, 4))[torch.arange(23) % 4])      # each logit is there five or six times
+        hidden, targets = torch.randint(-3, 4, (50, 4)).float(), torch.randint(23, (50,))
         _, right = fused.measure(hidden, targets, fused.Head(head.weight))
         assert right.tolist() == (head(hidden).argmax(1) == targets).tolist()
         targets = torch.randint(4, (50,))
