@@ -108,7 +108,7 @@ class CausalLMModule(L.LightningModule):
         self.checkpoint: Path | None = None         # set by Trainer.validate and .test: weights of one checkpoint
         self.model: Any = None
         self.half_adapters = False
-        self.gradient_norm: Tensor | None = None    # of this step, where `FiniteGuard` has measured it
+        self.gradient_norm: Tensor | None = None    # of the last step, if `FiniteGuard` measures it
         self.step_skipped = False                   # whether the last step was left out: its gradient was not finite
         self.strict_loading = False                 # checkpoints of adapters hold adapters only
         self.perplexity = nn.ModuleDict({"val": Perplexity(), "test": Perplexity()})
@@ -241,6 +241,7 @@ class CausalLMModule(L.LightningModule):
         if self.trainer._logger_connector.should_update_logs:
             total = self.trainer.strategy.reduce(window, reduce_op="sum")
             self.log("train/loss", total.float(), prog_bar=True, rank_zero_only=True)
+            self.log("train/lr", self.trainer.optimizers[0].param_groups[0]["lr"], rank_zero_only=True)
 
     def validation_step(self, batch: "Batch", batch_idx: int) -> None:
         """Add a batch to `val/`."""
@@ -369,15 +370,14 @@ class CausalLMModule(L.LightningModule):
         """Clip by the norm of all gradients; under DeepSpeed the engine does it."""
         if gradient_clip_algorithm not in (None, "norm"):
             raise InputError("only clipping by norm is supported", where="trainer.gradient_clip_algorithm")
-        norm, self.gradient_norm = self.gradient_norm, None
         limit = 0.0 if isinstance(self.trainer.strategy, ZeroStrategy) else float(gradient_clip_val or 0.0)
         weights = [weight for group in optimizer.param_groups for weight in group["params"] if weight.grad is not None]
         if limit <= 0 or not weights:
             return
-        if norm is None or isinstance(self.trainer.strategy, Fsdp2Strategy):    # shards are scaled by a sharded norm
+        if self.gradient_norm is None or isinstance(self.trainer.strategy, Fsdp2Strategy):  # shards need a sharded norm
             nn.utils.clip_grad_norm_(weights, limit, foreach=True)
         else:
-            nn.utils.clip_grads_with_norm_(weights, limit, norm, foreach=True)
+            nn.utils.clip_grads_with_norm_(weights, limit, self.gradient_norm, foreach=True)
 
 
 def tokenizer_facts(tokenizer: Any) -> dict[str, Any]:
