@@ -1,4 +1,4 @@
-"""Counts of a model and what a step of it holds in, bytes and FLOPs out: plain arithmetic, nothing is built or measured.
+"""Counts of a model and what a step of it holds in, bytes and FLOPs out: arithmetic, nothing is built or measured.
 
 Exact for weights, gradients and optimizer states; what comes and goes in a step is `trace.py`'s. Knows nothing of
 configs, files or devices.

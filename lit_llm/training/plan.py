@@ -313,7 +313,7 @@ def as_text(plan: Plan) -> str:
                  + f"  ({formula})")
     lines.append(f"disk     {_size(plan.checkpoint_bytes)} a checkpoint, {_size(plan.export_bytes)} the export; "
                  f"{_size(plan.free_bytes)} are free")
-    parts = [("weights", 9), ("gradients", 11), ("optimizer", 11), ("activations", 13), ("logits", 8), ("buckets", 9),
+    parts = [("weights", 8), ("gradients", 10), ("optimizer", 10), ("activations", 12), ("logits", 8), ("buckets", 9),
              ("process", 9), ("holes", 7), ("export", 8)]
     lines += ["", f"memory in MiB of {'a' if setting.devices == 1 else f'each of {setting.devices}'} device"
                   f"{'s' * (setting.devices > 1)}, {setting.tokens:,} tokens at once, {setting.precision}, "
