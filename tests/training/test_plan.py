@@ -111,7 +111,8 @@ def test_the_nearest_change_is_the_least_that_fits():
     alone = estimate.Setting(0, 1, TOKENS, TOKENS, recompute="full", optimizer="adamw_8bit", cpu=False)
     room = estimate.memory(counts, alone, kinds[0].step(1, "full")).total
     assert "data.seq_len / 2" in estimate.nearest(kinds, alone, room, rows=1)[0][0]
-    lora = estimate.Kind(plan.count(*built("llama", True, meta=True)), lambda size, way: traced("llama", True).times(size), "LORA")
+    lora = estimate.Kind(plan.count(*built("llama", True, meta=True)),
+                         lambda size, way: traced("llama", True, recompute_=way).times(size), "LORA")
     assert estimate.nearest([*kinds, lora], alone, room, rows=1)[0] == ["LORA"]
     assert nearest(1000) is None
 
