@@ -154,13 +154,14 @@ def init_causal_lm(init: dict[str, Any], *, dtype: torch.dtype = torch.float32, 
 
 
 def skeleton(base: str | None, init: dict[str, Any] | None, *, dtype: torch.dtype = torch.float32,
-             **defaults: Any) -> "PreTrainedModel":
+             attention: str | None = None, **defaults: Any) -> "PreTrainedModel":
     """The same model without its weights, on the meta device: names, shapes and counts for the price of a config.
 
     Args:
         base: As in `load_causal_lm`; its config alone is read.
         init: As in `init_causal_lm`.
         dtype: Of the weights it would have.
+        attention: As in `load_causal_lm`.
         defaults: As in `init_causal_lm`.
 
     Raises:
@@ -168,13 +169,15 @@ def skeleton(base: str | None, init: dict[str, Any] | None, *, dtype: torch.dtyp
     """
     with torch.device("meta"):
         if init is not None:
-            return init_causal_lm(init, dtype=dtype, **defaults)
+            return init_causal_lm(init, dtype=dtype, attention=attention, **defaults)
         from transformers import AutoConfig, AutoModelForCausalLM
 
         path = str(Path(resolve(str(base))).expanduser())
         try:
             config = AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=hub.offline())
-            return AutoModelForCausalLM.from_config(config, dtype=dtype)
+            if attention == packed_attention.NAME:
+                packed_attention.register()
+            return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
         except Exception as error:                  # a stranger's file
             raise InputError(f"cannot read the architecture of {base}: {_reason(error)}", where="model.base") from None
 

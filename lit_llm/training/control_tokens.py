@@ -59,14 +59,19 @@ def to_train(tokenizer: "Tokenizer", embedding: Tensor, head: Tensor, *, every_t
         head: (V, D), the same where they are tied.
         every_token: Whether all tokens are targets of training, and not only answers with their stop token.
     """
+    ids = candidates(tokenizer)
+    said = [id_ for id_ in ids if every_token or id_ in tokenizer.stop_ids]
+    read = untrained(embedding, ids)
+    return read if head is embedding else sorted({*read, *untrained(head, said)})
+
+
+def candidates(tokenizer: "Tokenizer") -> list[int]:
+    """Control tokens that the chat template writes around turns."""
     try:
         written = tokenizer.encode_prompt(PROBE)
     except InputError:                              # a template that wants another conversation
         written = list(tokenizer.stop_ids[:1])
-    ids = sorted(set(written) & set(tokenizer.special_ids))
-    said = [id_ for id_ in ids if every_token or id_ in tokenizer.stop_ids]
-    read = untrained(embedding, ids)
-    return read if head is embedding else sorted({*read, *untrained(head, said)})
+    return sorted(set(written) & set(tokenizer.special_ids))
 
 
 def named(tokenizer: "Tokenizer", spellings: str | Sequence[str]) -> list[int]:

@@ -1,20 +1,23 @@
-"""Counts of a model and of its batches in, bytes and FLOPs out: plain arithmetic, nothing is built or measured.
+"""Counts of a model and what a step of it holds in, bytes and FLOPs out: arithmetic, nothing is built or measured.
 
-Exact for weights, gradients and optimizer states; activations are counted by what a layer keeps
-(`model.activation_bytes`). Knows nothing of configs, files or devices.
+Exact for weights, gradients and optimizer states; what comes and goes in a step is `trace.py`'s. Knows nothing of
+configs, files or devices.
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
-from lit_llm.model import activation_bytes
-from lit_llm.training.fused import slice_rows
 from lit_llm.training.recompute import Recompute
+from lit_llm.training.trace import Step
 
 FLOAT, HALF = 4, 2
 FOUR_BITS = 0.516                                   # bytes of a weight in 4 bits, its doubly quantized scales included
 STATES = {"adamw": 8, "adamw_8bit": 2, "muon": 8}   # bytes of optimizer state per trained number
 BUCKET = 200_000_000                                # numbers that ZeRO reduces at once, of those that are trained
+GATHERED = 1_000_000_000                            # weights that ZeRO-3 leaves gathered until it needs room for others
+KERNELS = 30 * 2**20                                # MKL's panels (4 MiB), code of kernels and of writing checkpoints
+ENGINE = 50 * 2**20                                 # DeepSpeed's engine and gloo: threads, buffers, objects of weights
+HOLES, HOLES_OF_GRADIENTS = 3.0, 0.4
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +65,9 @@ class Setting:
         precision: As `trainer.precision` says it.
         offload_optimizer: Optimizer states in CPU memory.
         offload_parameters: Weights too.
+        accumulate: Micro-batches of an optimizer step.
+        cpu: Whether the device is a CPU: then the process itself and what malloc cannot reuse lie there too.
+        exports: Whether a finished run writes its model.
     """
 
     stage: int
@@ -73,6 +79,9 @@ class Setting:
     precision: str = "32-true"
     offload_optimizer: bool = False
     offload_parameters: bool = False
+    accumulate: int = 1
+    cpu: bool = True
+    exports: bool = False
 
     @property
     def half(self) -> bool:
@@ -82,7 +91,19 @@ class Setting:
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """Bytes on one device at the height of a step."""
+    """Bytes on one device at the height of a step.
+
+    Args:
+        weights: Of the model, as the device holds them.
+        gradients: Of what learns.
+        optimizer: Averages, and the float32 masters of ZeRO.
+        activations: Of the layers, as far as they do not lie where gradients come later.
+        logits: Of the loss.
+        buckets: ZeRO's: gradients on their way, weights it leaves gathered.
+        process: Interpreter and libraries, or CUDA's context.
+        holes: Freed between blocks that live, and of no use for larger ones.
+        export: To read the finished model again, on the first process.
+    """
 
     weights: int
     gradients: int
@@ -90,27 +111,35 @@ class Memory:
     activations: int
     logits: int
     buckets: int
+    process: int
+    holes: int
+    export: int
 
     @property
     def total(self) -> int:
         """All of it."""
-        return self.weights + self.gradients + self.optimizer + self.activations + self.logits + self.buckets
+        return (self.weights + self.gradients + self.optimizer + self.activations + self.logits + self.buckets
+                + self.process + self.holes + self.export)
 
 
-def memory(counts: Counts, setting: Setting, config: Any) -> Memory:
-    """What a device holds when the backward pass begins: Lightning keeps the last step's gradients until then.
+def memory(counts: Counts, setting: Setting, step: Step, process: int = 0) -> Memory:
+    """What a device holds at the height of a step.
 
         bytes per trained weight    weights   gradient   optimizer        under ZeRO, over n devices
         float32, plain                 4         4          8
         float32, ZeRO                  4         4        4 + 8           optimizer / n from 1, gradient from 2,
         bf16, ZeRO                     2         4        4 + 8           weights from 3
 
+    The height is where the forward pass ends, or in the backward pass, or where ZeRO has a second, flat copy of its
+    gradients. Lightning keeps the last step's gradients until a forward pass is over, ZeRO only within a step.
+
     Args:
         counts: Of the model.
         setting: Of the run.
-        config: The model's.
+        step: Of a micro-batch.
+        process: Bytes of the process before it has a model.
     """
-    zero, share = setting.stage > 0, setting.devices
+    zero, share, full = setting.stage > 0, setting.devices, setting.stage == 3
     small = HALF if setting.half and (zero or setting.precision.endswith("true")) else FLOAT
     learns = small if zero else FLOAT               # plain runs train float32 alone
     frozen = counts.total - counts.trained - counts.quantized
@@ -118,33 +147,38 @@ def memory(counts: Counts, setting: Setting, config: Any) -> Memory:
     gradients: float = counts.trained * FLOAT
     states: float = counts.trained * (STATES[setting.optimizer] + (FLOAT if zero else 0))
     states -= counts.muon * FLOAT if setting.optimizer == "muon" else 0
-    buckets = min(BUCKET, counts.trained) * FLOAT if zero and setting.devices > 1 else 0
-    if zero:
-        states /= share
-    if setting.stage >= 2:
-        gradients /= share
-    if setting.stage == 3:
-        weights /= share
+    # a bucket of gradients as they come, and where that is half as much, as they are summed
+    reduced = min(BUCKET, counts.trained) * (learns + (FLOAT if setting.half and share > 1 else 0)) if zero else 0
+    gathered = min(GATHERED, counts.total) * small if full else 0
+    states /= share if zero else 1
+    gradients /= share if setting.stage >= 2 else 1
+    weights /= share if full else 1
     states *= not setting.offload_optimizer
     weights *= not setting.offload_parameters
-    return Memory(int(weights), int(gradients), int(states), activations(counts, setting, config),
-                  logits(counts, setting), int(buckets))
+    kept = gradients if not zero or full or setting.accumulate > 1 else 0
+    forward = step.layers + step.head + kept + gathered + (reduced if full else 0)
+    coming = step.bare + gradients if setting.accumulate > 1 or full else step.backward
+    backward = coming + reduced + gathered
+    top = max(forward, backward, gradients * (2 if zero else 1) + gathered)
+    logits = step.head if top == forward else 0
+    buckets = (reduced if top == backward or full else 0) + gathered
+    activations = max(0.0, top - gradients - logits - buckets)
+    # the finished model is read again, beside the trained one and in large blocks, which logits gave back
+    export = max(0.0, counts.total * FLOAT - logits) if setting.cpu and setting.exports else 0
+    return Memory(*map(int, (weights, gradients, states, activations, logits, buckets, process,
+                             holes(counts, setting, step) if setting.cpu else 0, export)))
 
 
-def activations(counts: Counts, setting: Setting, config: Any) -> int:
-    """Of the layers, and of the last norm, where its weight learns."""
-    size = HALF if setting.half else FLOAT
-    around = 0 if counts.adapters else setting.tokens * counts.width * (2 * FLOAT + size)
-    return around + activation_bytes(config, setting.tokens, half=setting.half, recompute=setting.recompute)
+def holes(counts: Counts, setting: Setting, step: Step) -> float:
+    """What malloc holds and cannot use: freed blocks between others that live, too small for what comes next.
 
-
-def logits(counts: Counts, setting: Setting) -> int:
-    """A slice of logits; hidden states and their gradient; of a head that learns, its gradient twice."""
-    size = HALF if setting.half else FLOAT
-    rows, few = slice_rows(counts.vocabulary, size, "cpu")
-    hidden = 2 * setting.supervised * counts.width * size
-    slices = (min(setting.supervised, rows) * size + few * FLOAT * setting.half) * counts.vocabulary
-    return hidden + slices + (2 * counts.head * FLOAT if counts.head_learns else 0)
+    An allowance, not a law. Blocks below 32 MiB lie in one heap, whose end only moves up; in real runs (mallinfo2,
+    glibc 2.36, a dozen of 6 to 100 million weights) it lay above the bytes that lived by two to six layers' work and a
+    part of the gradients, which come and go among it. The numbers here were fitted to those runs. Beside it stand what
+    kernels keep to themselves, and their code, which was not in memory before the first step.
+    """
+    work = HOLES * step.layer + HOLES_OF_GRADIENTS * FLOAT * counts.trained
+    return KERNELS + work + (ENGINE if setting.stage > 0 else 0)
 
 
 def flops_per_token(counts: Counts, reach: float) -> float:
@@ -168,43 +202,70 @@ def checkpoint_bytes(counts: Counts, *, zero: bool, half: bool) -> int:
 
 # ---- what would fit --------------------------------------------------------------------------------------------------
 
-def nearest(counts: Counts, setting: Setting, config: Any, room: int, *, rows: int, quantizable: int
-            ) -> tuple[list[str], Memory] | None:
-    """The smallest change that fits: first what costs time, then what costs a rebuild; null if nothing does.
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """A way to train the model: as configured, with adapters, or with adapters on a base in 4 bits.
 
     Args:
-        counts: Of the model.
+        counts: Of the model trained so.
+        step: Of a micro-batch of so many rows, recomputed so.
+        said: What to type for it; empty where it is as configured.
+    """
+
+    counts: Counts
+    step: Callable[[float, Recompute], Step]
+    said: str = ""
+
+
+def nearest(kinds: Sequence[Kind], setting: Setting, room: int, *, rows: int, process: int = 0
+            ) -> tuple[list[str], Memory] | None:
+    """The change of least harm that fits, or the fewest together; null if nothing does.
+
+    In this order: what costs time alone (computing again, smaller micro-batches), what changes how processes share
+    (a stage of ZeRO, offload), what trains less (adapters, 4 bits), what shortens rows.
+
+    Args:
+        kinds: Ways to train it, as configured first.
         setting: Of the run, which does not fit.
-        config: The model's.
         room: Bytes of a device.
         rows: Of a micro-batch.
-        quantizable: Frozen weights that could lie in 4 bits.
+        process: Bytes of the process before it has a model.
     """
     ways: list[Recompute] = ["none", "selective", "full"]
-    stages = [setting.stage, *range(max(2, setting.stage + 1), 4)] if setting.devices > 1 else [setting.stage]
-    offloads = [False] if setting.optimizer != "adamw" or counts.trained < counts.total // 4 else [False, True]
-    for offload in offloads:
-        for four_bits in (0, quantizable) if quantizable else (0,):
-            for stage in stages:
-                for size in [rows >> halved for halved in range(rows.bit_length())]:
-                    for way in ways[ways.index(setting.recompute):]:
-                        tried = replace(setting, stage=max(stage, 2) if offload else stage, recompute=way,
-                                        tokens=setting.tokens * size // rows, offload_optimizer=offload,
-                                        supervised=max(1, setting.supervised * size // rows))
-                        found = memory(replace(counts, quantized=counts.quantized + four_bits), tried, config)
-                        if found.total < room and not (four_bits and stage == 3):
-                            return _changes(setting, tried, rows // size, bool(four_bits)), found
+    ways = ways[ways.index(setting.recompute):]
+    for short in (1, 2, 4, 8):
+        for kind in kinds:
+            for stage, offload in _shares(setting, kind.counts):
+                # one row is the least before rows are shortened, so shorter ones come one by one
+                for size in [rows >> halved for halved in range(rows.bit_length())] if short == 1 else [1]:
+                    for way in ways:
+                        part = size / short / rows
+                        tried = replace(setting, stage=stage, recompute=way, offload_optimizer=offload,
+                                        tokens=int(setting.tokens * part),
+                                        supervised=max(1, int(setting.supervised * part)))
+                        found = memory(kind.counts, tried, kind.step(size / short, way), process)
+                        if found.total < room and not (kind.counts.quantized and stage == 3):
+                            return _changes(setting, tried, rows // size, kind.said, short), found
     return None
 
 
-def _changes(before: Setting, after: Setting, fewer: int, four_bits: bool) -> list[str]:
-    said = []
+def _shares(setting: Setting, counts: Counts) -> list[tuple[int, bool]]:
+    """Stages of ZeRO, then with the optimizer in CPU memory, which is no help where the device is the CPU."""
+    stages = [setting.stage, *range(max(2, setting.stage + 1), 4)] if setting.devices > 1 else [setting.stage]
+    ways = [(stage, setting.offload_optimizer) for stage in stages]
+    if not setting.cpu and setting.optimizer == "adamw" and counts.trained >= counts.total // 4:
+        ways += [(max(stage, 2), True) for stage in stages]
+    return list(dict.fromkeys(ways))
+
+
+def _changes(before: Setting, after: Setting, fewer: int, kind: str, short: int) -> list[str]:
+    said = [kind] if kind else []
     if after.recompute != before.recompute:
-        said.append("model.gradient_checkpointing: " + ("true" if after.recompute == "full" else after.recompute))
+        said.append("--model.gradient_checkpointing " + ("true" if after.recompute == "full" else after.recompute))
     if fewer > 1:
         said.append(f"data.batch_size / {fewer} and trainer.accumulate_grad_batches * {fewer} (the same step)")
-    if after.offload_optimizer:
-        said.append(f"trainer.strategy: deepspeed_stage_{after.stage}_offload")
+    if after.offload_optimizer and not before.offload_optimizer:
+        said.append(f"--trainer.strategy deepspeed_stage_{after.stage}_offload")
     elif after.stage != before.stage:
-        said.append(f"trainer.strategy: deepspeed_stage_{after.stage}")
-    return said + (["--config configs/with/qlora.yaml"] if four_bits else [])
+        said.append(f"--trainer.strategy deepspeed_stage_{after.stage}")
+    return said + ([f"data.seq_len / {short} (longer records are cut)"] if short > 1 else [])

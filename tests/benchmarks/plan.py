@@ -1,7 +1,7 @@
-"""Estimated and measured peak of memory of real training steps: `python tests/benchmarks/plan.py`.
+"""Planned and measured peak memory of the process of real runs: `python tests/benchmarks/plan.py` (Linux, CPU).
 
-Each case is the real command in a process of its own, `plan --probe true`; measured is what torch's
-allocator held at most in a step.
+Each case is `plan` and then `fit`, its export too, each in a process of its own; measured is the most that Linux saw
+resident in one process of the run (VmHWM).
 """
 
 import json
@@ -9,44 +9,82 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import yaml
 
 ROOT = Path(__file__).resolve().parents[2]
 LLAMA = {"model_type": "llama", "num_attention_heads": 8, "num_key_value_heads": 4, "max_position_embeddings": 8192}
-CASES = {
-    "llama 6M": LLAMA | {"hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 8},
+SMALL = {"hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 8}
+INITS = {
+    "llama 6M": LLAMA | SMALL,
     "llama 30M": LLAMA | {"hidden_size": 512, "intermediate_size": 1376, "num_hidden_layers": 10},
-    "qwen3 6M": LLAMA | {"model_type": "qwen3", "head_dim": 32, "hidden_size": 256, "intermediate_size": 688,
-                         "num_hidden_layers": 8},
-    "gpt2 7M": {"model_type": "gpt2", "n_embd": 256, "n_head": 8, "n_layer": 8, "n_positions": 2048,
-                "attn_pdrop": 0.0, "resid_pdrop": 0.0, "embd_pdrop": 0.0},
+    "llama 100M": LLAMA | {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 12, "vocab_size": 16000},
+    "qwen3 6M": LLAMA | SMALL | {"model_type": "qwen3", "head_dim": 32},
+    "gemma2 8M": LLAMA | SMALL | {"model_type": "gemma2", "intermediate_size": 1024, "head_dim": 32,
+                                  "attn_logit_softcapping": None},
+    "gpt2 7M": {"model_type": "gpt2", "n_embd": 256, "n_head": 8, "n_layer": 8, "n_positions": 2048},
 }
+CASES = [
+    ("llama 6M", {}), ("llama 6M", {"seq_len": 2048, "batch_size": 2}), ("llama 6M", {"precision": "bf16-mixed"}),
+    ("llama 6M", {"seq_len": 2048, "gradient_checkpointing": True}), ("qwen3 6M", {}), ("gemma2 8M", {}),
+    ("gpt2 7M", {}), ("llama 30M", {"gradient_checkpointing": "selective"}), ("llama 100M", {}),
+    ("llama 100M", {"seq_len": 2048, "gradient_checkpointing": True}), ("llama 6M", {"strategy": "deepspeed_stage_1"}),
+    ("llama 6M", {"strategy": "deepspeed_stage_2", "devices": 2, "precision": "bf16-mixed"}),
+    ("llama 6M", {"strategy": "deepspeed_stage_3", "devices": 2}),
+]
 
 
-def measure(folder, init, **keys):
-    config = {"model": {"init": init, "lr": 1e-4} | keys,
-              "data": {"sources": [{"path": "sample:documents.jsonl"}], "tokenizer": "sample:base", "packing": "concat",
-                       "seq_len": 2048, "batch_size": 1},
-              "trainer": {"accelerator": "cpu", "devices": 1, "precision": "32-true", "max_steps": 9,
-                          "default_root_dir": "run"}}
-    (folder / "run.yaml").write_text(yaml.safe_dump(config))
-    words = ["plan", "--config", "run.yaml", "--probe", "true", "--json", "plan.json"]
-    subprocess.run([sys.executable, "-m", "lit_llm", *words], cwd=folder, check=True, stdout=subprocess.DEVNULL,
-                   env=os.environ | {"PYTHONPATH": str(ROOT)})
-    return json.loads((folder / "plan.json").read_text())
+def config(init, keys):
+    """Each key where it belongs."""
+    data = {"sources": [{"path": "sample:documents.jsonl"}], "tokenizer": "sample:base", "packing": "concat",
+            "seq_len": 1024, "batch_size": 1}
+    trainer = {"accelerator": "cpu", "devices": 1, "precision": "32-true", "max_steps": 3, "default_root_dir": "run"}
+    model = {"init": init, "lr": 1e-4}
+    for key, value in keys.items():
+        (data if key in data else model if key == "gradient_checkpointing" else trainer)[key] = value
+    return {"model": model, "data": data, "trainer": trainer}
+
+
+def family(pid):
+    """A process and all below it."""
+    found = [pid]
+    for children in Path(f"/proc/{pid}/task").glob("*/children"):
+        for child in children.read_text().split():
+            found += family(int(child))
+    return found
+
+
+def peak(folder, *words):
+    """The most of one process."""
+    child = subprocess.Popen([sys.executable, "-m", "lit_llm", *words, "--config", "run.yaml"], cwd=folder,
+                             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                             env=os.environ | {"PYTHONPATH": str(ROOT)})
+    most = 0
+    while child.poll() is None:
+        try:
+            for pid in family(child.pid):
+                status = Path(f"/proc/{pid}/status").read_text()
+                most = max(most, int(status.partition("VmHWM:")[2].split()[0]) if "VmHWM" in status else 0)
+        except OSError:                             # it has just ended
+            pass
+        time.sleep(0.02)
+    assert child.returncode == 0, words
+    return most / 1024
 
 
 def main():
-    print(f"{'model':<12}{'recompute':<12}{'estimated MiB':>14}{'measured MiB':>14}{'ratio':>8}")
-    with tempfile.TemporaryDirectory() as folder:
-        for name, init in CASES.items():
-            for way in (False, "selective", True) if name == "llama 6M" else (False,):
-                plan = measure(Path(folder), init, gradient_checkpointing=way)
-                need = plan["memory"]["0"]
-                estimated, measured = sum(need.values()) / 2**20, plan["probe"]["peak_bytes"] / 2**20
-                print(f"{name:<12}{way!s:<12}{estimated:>14.1f}{measured:>14.1f}{estimated / measured:>8.2f}", flush=True)
+    print(f"{'model':<12}{'':<70}{'planned MiB':>12}{'measured MiB':>14}{'ratio':>8}")
+    for name, keys in CASES:
+        with tempfile.TemporaryDirectory() as folder:
+            (Path(folder) / "run.yaml").write_text(yaml.safe_dump(config(INITS[name], keys)))
+            measured = peak(folder, "fit")
+            peak(folder, "plan", "--json", "plan.json")
+            plan = json.loads((Path(folder) / "plan.json").read_text())
+            planned = sum(plan["memory"][str(plan["setting"]["stage"])].values()) / 2**20
+            said = " ".join(f"{key}={value}" for key, value in keys.items())
+            print(f"{name:<12}{said:<70}{planned:>12.0f}{measured:>14.0f}{planned / measured:>8.2f}", flush=True)
 
 
 if __name__ == "__main__":

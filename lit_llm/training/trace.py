@@ -1,0 +1,182 @@
+"""A model without weights and the borders of a micro-batch in, the bytes that its step holds at a time out.
+
+The step is the real one, module for module and kernel for kernel, on torch's fake tensors: they have shapes, lifetimes
+and gradients, but no numbers. So norms of queries, dropout of attention, tied heads, rows of tokens that learn beside
+adapters and whatever an architecture brings with it are counted, not known by name. Knows nothing of devices, files or
+optimizers.
+"""
+
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from lit_llm import attention, model
+from lit_llm.training import recompute
+from lit_llm.training.loss import nll_sum
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """Bytes that come and go in a step, beside weights and optimizer.
+
+    Args:
+        layers: What the backbone leaves for its backward pass.
+        head: The most that the loss takes beside it: a chunk of logits, gradients of hidden states and head.
+        backward: The most at once in the backward pass, gradients as they come among it.
+        bare: The same without gradients of weights.
+        layer: Of `layers`, what one layer holds while it is computed.
+    """
+
+    layers: float
+    head: float
+    backward: float
+    bare: float
+    layer: float
+
+    def towards(self, other: "Step", share: float) -> "Step":
+        """Between this step and another of more tokens: all of it grows with tokens in a straight line."""
+        def between(name: str) -> float:
+            return getattr(self, name) + share * (getattr(other, name) - getattr(self, name))
+
+        return Step(between("layers"), between("head"), between("backward"), between("bare"), between("layer"))
+
+    def times(self, share: float) -> "Step":
+        """Of so much shorter rows."""
+        return Step(*(share * getattr(self, name) for name in self.__slots__))
+
+
+class Borders(list[int]):
+    """`cu_seqlens` that the host knows: a fake tensor could not say where its documents end."""
+
+    def tolist(self) -> list[int]:
+        """As a tensor's."""
+        return list(self)
+
+
+class _Ledger(TorchDispatchMode):
+    """Counts storages while they live."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live = self.peak = self.bare = self.given = 0
+        self._held: dict[int, Any] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for value in tree_leaves(out):
+            if isinstance(value, Tensor):
+                self.enter(value)
+        return out
+
+    def enter(self, tensor: Tensor) -> None:
+        """From here on until its storage dies; a view of one that is known is nothing new."""
+        storage: Any = tensor.untyped_storage()
+        key, size = storage._cdata, storage.nbytes()
+        if key in self._held:
+            return
+
+        def leave(_: Any) -> None:
+            del self._held[key]
+            self.live -= size
+
+        self._held[key] = weakref.ref(storage, leave)
+        self.live += size
+        self.peak = max(self.peak, self.live)
+        self.bare = max(self.bare, self.live - self.given)
+
+    def restart(self) -> int:
+        """Forget the peaks; what lives now."""
+        self.peak = self.bare = self.live
+        return self.live
+
+
+def step(build: Callable[[], Any], borders: Sequence[int], *, supervised: int, recompute_: recompute.Recompute = "none",
+         half: bool = False, autocast: bool = False, cuda: bool = False) -> Step:
+    """What a step of one micro-batch holds.
+
+    Args:
+        build: Makes the model on the meta device, with its adapters and packed attention; its layers are changed.
+        borders: Of documents in the flattened micro-batch, from 0 to its tokens.
+        supervised: Tokens of it that are learned.
+        recompute_: What is computed again.
+        half: Whether frozen weights, and without `autocast` all weights, lie in two bytes.
+        autocast: Whether matrices are multiplied in bfloat16 whatever they lie in.
+        cuda: Leave out what CPU kernels alone keep: matrices of attention weights where they are dropped.
+    """
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    whole, ledger, fake, tokens = build(), _Ledger(), FakeTensorMode(allow_non_fake_inputs=True), borders[-1]
+    inner = model.causal_lm(whole)
+    inner.config.use_cache = False
+    recompute.apply(inner, recompute_)
+    whole.train()
+    with fake:
+        _embody(whole, frozen=torch.bfloat16 if half else torch.float32,
+                trained=torch.bfloat16 if half and not autocast else torch.float32)
+    if cuda:
+        _without_attention_dropout(whole)
+    try:
+        with fake, ledger:
+            for tensor in (*whole.parameters(), *whole.buffers()):
+                ledger.enter(tensor)
+            ids = torch.zeros(1, tokens, dtype=torch.int64)
+            labels, weights = ids[0].clone(), ledger.restart()
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                hidden = model.backbone(whole)(
+                    input_ids=ids, position_ids=ids, attention_mask=None, use_cache=False,
+                    cu_seqlens=Borders(borders), max_seqlen=tokens).last_hidden_state[0]
+                layers, top = ledger.live - weights, ledger.peak
+                factor, cap = model.logit_adjustment(whole)
+                loss = nll_sum(hidden, labels, model.head(whole), factor=factor, cap=cap, count=supervised).total
+            del hidden
+            forward = max(top, ledger.peak) - weights
+            _count_gradients(whole, ledger)
+            ledger.restart()
+            loss.backward()
+    finally:
+        attention._plan.cache_clear()               # its answers are fake too
+    depth = max(1, len(model.decoder_layers(whole)))
+    bare = ledger.bare - weights
+    layer = layers / depth if recompute_ == "none" else max(layers / depth, bare - layers)
+    return Step(layers, max(0, forward - layers), ledger.peak - weights, bare, layer)
+
+
+def _embody(whole: nn.Module, *, frozen: torch.dtype, trained: torch.dtype) -> None:
+    """Fake tensors of the CPU in the place of meta ones, tied ones tied."""
+    made: dict[int, Tensor] = {}
+    for part in whole.modules():
+        tables: tuple[dict[str, Any], ...] = (part._parameters, part._buffers)
+        for table in tables:
+            for name, tensor in table.items():
+                if tensor is not None and id(tensor) not in made:
+                    dtype = tensor.dtype
+                    if isinstance(tensor, nn.Parameter) and dtype.is_floating_point:
+                        dtype = trained if tensor.requires_grad else frozen
+                    own = torch.empty(tensor.shape, dtype=dtype, device="cpu")
+                    made[id(tensor)] = (nn.Parameter(own, requires_grad=tensor.requires_grad)
+                                        if isinstance(tensor, nn.Parameter) else own)
+                table[name] = None if tensor is None else made[id(tensor)]
+
+
+def _count_gradients(whole: nn.Module, ledger: _Ledger) -> None:
+    def arrived(weight: Tensor) -> None:
+        assert weight.grad is not None
+        ledger.given += weight.grad.untyped_storage().nbytes()
+
+    for weight in whole.parameters():
+        if weight.requires_grad:
+            weight.register_post_accumulate_grad_hook(arrived)
+
+
+def _without_attention_dropout(whole: nn.Module) -> None:
+    for name, part in whole.named_modules():
+        if isinstance(getattr(part, "attention_dropout", None), float):
+            part.attention_dropout = 0.0  # type: ignore[assignment]
+        if isinstance(part, nn.Dropout) and name.rpartition(".")[2].startswith("attn"):
+            part.p = 0.0
