@@ -5,6 +5,7 @@ Knows nothing of devices, data or losses; `model.activation_bytes` says what eac
 
 import os
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -63,7 +64,12 @@ def room(device: torch.device) -> int:
     """Bytes of a device that a run may fill."""
     if device.type == "cuda":
         return int(MARGIN * torch.cuda.get_device_properties(device).total_memory)
-    return int(MARGIN * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    have = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    try:                                            # a container may have less
+        have = min(have, int(Path("/sys/fs/cgroup/memory.max").read_text(encoding="ascii")))
+    except (OSError, ValueError):                   # no cgroup, or "max"
+        pass
+    return int(MARGIN * have)
 
 
 def _dear() -> list[Any]:
