@@ -8,6 +8,7 @@ import json
 import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -155,8 +156,14 @@ def trained_rows(layer: nn.Module) -> TrainedRows | None:
     if inner.merged or inner.disable_adapters or len(inner.active_adapters) != 1:
         return None
     name = inner.active_adapters[0]
-    index = torch.tensor(inner.token_indices[name], device=inner.base_layer.weight.device)
+    index = _on_device(tuple(inner.token_indices[name]), inner.base_layer.weight.device)
     return TrainedRows(inner.base_layer, index, inner.trainable_tokens_delta[name])
+
+
+@lru_cache(maxsize=8)
+def _on_device(ids: tuple[int, ...], device: torch.device) -> Tensor:
+    """Copied there once: each copy from pageable memory is a wait for the device."""
+    return torch.tensor(ids, device=device)
 
 
 def chooses_rows(model: "PreTrainedModel", spec: dict[str, Any]) -> bool:

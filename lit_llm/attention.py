@@ -87,9 +87,9 @@ def _on_cuda(query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, max_
     from torch.nn.attention.varlen import varlen_attn
 
     groups = query.shape[1] // key.shape[1]
-    if groups > 1:                                  # torch 2.11 has no enable_gqa here
-        key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
     flat_query, flat_key, flat_value = (states[0].transpose(0, 1).contiguous() for states in (query, key, value))
+    if groups > 1:                                  # torch 2.11 has no enable_gqa here
+        flat_key, flat_value = (states.repeat_interleave(groups, 1) for states in (flat_key, flat_value))
     left = -1 if sliding_window is None else sliding_window - 1
     out = varlen_attn(flat_query, flat_key, flat_value, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, scale=scaling,
                       window_size=(left, 0))

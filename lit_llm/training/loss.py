@@ -16,8 +16,10 @@ from torch.utils.checkpoint import checkpoint
 
 from lit_llm.adapter import TrainedRows, trained_rows
 from lit_llm.tokenizer import IGNORE_INDEX
+from lit_llm.training import softmax
 
 CHUNK_BYTES = 64 * 2**20                            # of float32 logits at a time
+CUDA_CHUNK_BYTES = 512 * 2**20                      # there a chunk must be worth a pass over the head's weight
 
 
 class Nll(NamedTuple):
@@ -153,10 +155,22 @@ def _evaluate(hidden_ND: Tensor, targets_N: Tensor, head: Any, factor: float, ca
 
 
 def _rows(head: Any) -> int:
-    """Rows whose float32 logits fit into CHUNK_BYTES."""
+    """Rows of a chunk for this head."""
     if isinstance(head, _Whole):
         return head.rows
     vocabulary = int(getattr(head, "out_features", 0) or getattr(head, "num_embeddings", 0) or 131072)
+    weight = getattr(getattr(head, "head", head), "weight", None)
+    return chunk_rows(vocabulary, weight.device.type if isinstance(weight, Tensor) else "cpu")
+
+
+def chunk_rows(vocabulary: int, device: str) -> int:
+    """Rows whose float32 logits fit into a chunk; on CUDA in whole tiles of the kernels that multiply matrices.
+
+    >>> chunk_rows(128256, "cpu"), chunk_rows(128256, "cuda")
+    (130, 1024)
+    """
+    if device == "cuda":
+        return max(128, CUDA_CHUNK_BYTES // (4 * vocabulary) // 128 * 128)
     return max(16, CHUNK_BYTES // (4 * vocabulary))
 
 
@@ -165,9 +179,6 @@ class _FusedNll(torch.autograd.Function):
 
     Saves the second matrix product that recomputing the logits would cost. A frozen head (LoRA) gets no gradient; rows
     that learn beside it (`rows_KD` in place of `weight_VD[index_K]`) get theirs from K columns alone.
-
-        z = factor * (hidden @ weight.T + bias)      logits = cap * tanh(z / cap), or z without a cap
-        d loss / dz = (softmax(logits) - onehot(target)) * (1 - tanh(z / cap) ** 2)
     """
 
     @staticmethod
@@ -184,40 +195,30 @@ class _FusedNll(torch.autograd.Function):
             own = None if rows_KD is None else rows_KD.to(dtype)
             grad_rows = None if own is None else torch.zeros_like(own, dtype=wide)
             total = torch.zeros((), dtype=wide, device=hidden.device)
-            rows = max(16, CHUNK_BYTES // (4 * weight.shape[0]))
+            rows = chunk_rows(weight.shape[0], device)
             for at in range(0, len(targets_N), rows):
                 chunk, targets = hidden[at : at + rows], targets_N[at : at + rows]
-                logits = (chunk @ weight.T).to(wide)
+                logits = softmax.product(chunk, weight.T, wide)
                 if own is not None and index_K is not None:
-                    logits.index_copy_(1, index_K, (chunk @ own.T).to(wide))
+                    logits.index_copy_(1, index_K, softmax.product(chunk, own.T, wide))
                 if bias_V is not None:
                     logits += bias_V
-                if cap is not None:
-                    logits = logits.mul_(factor / cap).tanh_()
-                    slope = 1 - logits * logits
-                    logits *= cap
-                elif factor != 1.0:
-                    logits *= factor
-                lse = logits.logsumexp(-1)
-                total += (lse - logits.gather(1, targets[:, None])[:, 0]).sum()
-                delta = logits.sub_(lse[:, None]).exp_()                # softmax, in the memory of the logits
-                delta.scatter_add_(1, targets[:, None], torch.full_like(delta[:, :1], -1.0))
-                if cap is not None:
-                    delta *= slope
-                if factor != 1.0:
-                    delta *= factor
+                losses, delta = softmax.losses_and_gradient(logits, targets, factor, cap,
+                                                            dtype if grad_bias is None else wide)
+                del logits                          # before the next chunk's are made
+                total += losses.sum()
                 if grad_bias is not None:
                     grad_bias += delta.sum(0)
-                delta = delta.to(dtype)
+                    delta = delta.to(dtype)
                 if own is not None and index_K is not None and grad_rows is not None:
                     # these columns are not the weight's
                     columns = delta[:, index_K]
                     delta.index_fill_(1, index_K, 0.0)
-                    grad_rows += columns.T @ chunk
+                    softmax.add_product(grad_rows, columns.T, chunk)
                     grad_hidden[at : at + rows] = columns @ own
                 grad_hidden[at : at + rows] += delta @ weight
                 if grad_weight is not None:
-                    grad_weight += delta.T @ chunk
+                    softmax.add_product(grad_weight, delta.T, chunk)
         ctx.save_for_backward(grad_hidden.to(hidden_ND.dtype), grad_weight, grad_bias, grad_rows)
         ctx.dtypes = [None if part is None else part.dtype for part in (weight_VD, bias_V, rows_KD)]
         return total.float() if dtype != torch.float64 else total
