@@ -72,6 +72,9 @@ def lit_varlen(
         raise InputError("this model does not hand the borders of documents to its attention, so documents packed into "
                          "one row could not be kept apart", where="model.base")
     dropout = dropout if module.training else 0.0
+    kind = query.device.type
+    if torch.is_autocast_enabled(kind):             # rotary positions have made float32 of queries and keys
+        query, key, value = (states.to(torch.get_autocast_dtype(kind)) for states in (query, key, value))
     if _flash(query, dropout):
         return _on_cuda(query, key, value, cu_seqlens, max_seqlen, scaling, sliding_window), None
     return _by_length(query, key, value, tuple(cu_seqlens.tolist()), scaling, dropout, sliding_window), None
