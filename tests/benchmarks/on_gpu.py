@@ -75,11 +75,11 @@ def card(size):
 
 def needs(shape, options, precision, rows, seq_len):
     """(FLOPs of a token by its reach, bytes at the height of a step), by the arithmetic of `plan`."""
+    import torch
+
     from lit_llm.adapter import LoRA, wrap_peft
     from lit_llm.model import skeleton
     from lit_llm.training import estimate, plan
-
-    import torch
 
     inner = skeleton(None, shape)
     with torch.device("meta"):
