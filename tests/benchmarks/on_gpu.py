@@ -92,7 +92,6 @@ def needs(shape, options, precision, rows, seq_len):
 
 def measure(name, smoke, seconds, rows):
     """One case: tokens/s through the Trainer and by hand, FLOPs of a token, peak bytes. Runs in a process of its own."""
-    import logging
     import tempfile
 
     import torch
@@ -106,7 +105,6 @@ def measure(name, smoke, seconds, rows):
     seq_len = shapes.SMALL["max_position_embeddings"] if smoke else SEQ_LEN
     counts, _, _ = needs(shape, options, precision, rows, seq_len)
     made = shapes.batches(shape["vocab_size"], rows=rows, seq_len=seq_len, count=4, mean=seq_len * MEAN / SEQ_LEN)
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     options = options | ({"lora": LoRA(**options["lora"])} if "lora" in options else {})
     torch.manual_seed(0)
     clock = stopwatch(made, seconds)

@@ -90,11 +90,10 @@ def test_the_optimizer_is_fused_and_its_step_is_adamw_s(tmp_path):
     _, trainer = train(tmp_path, TINY, 1, precision="32-true")
     (optimizer,) = trainer.optimizers
     assert all(group["fused"] for group in optimizer.param_groups)
-    weights = [torch.randn(300, 70, device=DEVICE, requires_grad=True) for _ in range(2)]
-    with torch.no_grad():
-        weights[1].copy_(weights[0])
+    start, gradient = torch.randn(2, 300, 70, device=DEVICE)
+    weights = [start.clone().requires_grad_() for _ in range(2)]
     for weight, fused in zip(weights, (True, False), strict=True):
-        weight.grad = weights[0].detach().sin()
+        weight.grad = gradient.clone()
         torch.optim.AdamW([weight], lr=1e-2, weight_decay=0.1, fused=fused).step()
     torch.testing.assert_close(weights[0], weights[1], rtol=1e-6, atol=1e-7)
 
