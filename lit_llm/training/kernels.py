@@ -23,9 +23,10 @@ def losses_and_gradient(logits_NV: Tensor, targets_N: Tensor, factor: float, cap
     count, columns = logits_NV.shape
     losses_N = torch.empty(count, dtype=torch.float32, device=logits_NV.device)
     delta_NV = torch.empty(count, columns, dtype=dtype, device=logits_NV.device)
-    _rows[(count,)](logits_NV, targets_N, losses_N, delta_NV, logits_NV.stride(0), delta_NV.stride(0), float(factor),
-                    0.0 if cap is None else float(cap), columns=columns, capped=cap is not None,
-                    size=min(BLOCK, triton.next_power_of_2(columns)), num_warps=WARPS)
+    with torch.cuda.device_of(logits_NV):           # Triton launches on whatever device is the current one
+        _rows[(count,)](logits_NV, targets_N, losses_N, delta_NV, logits_NV.stride(0), delta_NV.stride(0),
+                        float(factor), 0.0 if cap is None else float(cap), columns=columns, capped=cap is not None,
+                        size=min(BLOCK, triton.next_power_of_2(columns)), num_warps=WARPS)
     return losses_N, delta_NV
 
 
