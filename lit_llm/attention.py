@@ -8,7 +8,8 @@ model then builds no mask, hands our keyword arguments to every layer, and canno
     cu_seqlens  [0        4      7   8]        documents occupy [0, 4), [4, 7), [7, 8) of the flattened row
 """
 
-from functools import lru_cache
+from collections.abc import Callable
+from functools import lru_cache, partial
 from itertools import pairwise
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
+from lit_llm import blockwise
 from lit_llm.errors import InputError
 
 NAME = "lit_varlen"
@@ -103,29 +105,50 @@ def _on_cuda(query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, max_
 @torch.compiler.disable                             # documents are cut where the data says, which no graph can hold
 def _by_length(query: Tensor, key: Tensor, value: Tensor, borders: tuple[int, ...], scaling: float | None,
                dropout: float, sliding_window: int | None) -> Tensor:
-    """One SDPA call for documents of about equal length, stacked.
+    """One call for all documents of about equal length, stacked.
 
-    Cost: sum of squared lengths instead of T squared, and no mask, so the fast kernels apply.
+    Cost: sum of squared lengths instead of T squared, and no mask over a row.
     """
-    heads, groups = query.shape[1], query.shape[1] // key.shape[1]
-    if groups > 1:
-        key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    device = query.device.type
     order, back, stacks = _plan(borders)
     if order is not None and back is not None:
         order, back = order.to(query.device), back.to(query.device)
         query, key, value = (states.index_select(2, order) for states in (query, key, value))
     sizes = [count * length for count, length in stacks]
-    pieces = []
-    for (count, length), *parts in zip(stacks, *(states[0].split(sizes, dim=1) for states in (query, key, value)),
-                                       strict=True):
-        stack_query, stack_key, stack_value = (
-            part.reshape(heads, count, length, -1).transpose(0, 1) for part in parts)
-        mask = _band(length, sliding_window, query) if sliding_window is not None and length > sliding_window else None
-        out = sdpa(stack_query, stack_key, stack_value, attn_mask=mask, is_causal=mask is None, dropout_p=dropout,
-                   scale=scaling)
-        pieces.append(out.transpose(1, 2).reshape(count * length, heads, -1))
-    out = torch.cat(pieces)
-    return (out if back is None else out.index_select(0, back)).unsqueeze(0)
+    attend: Callable[..., Tensor] = partial(_blockwise, scale=scaling or query.shape[-1] ** -0.5, window=sliding_window)
+    if device != "cpu" or dropout:
+        attend = partial(_sdpa, scale=scaling, window=sliding_window, dropout=dropout)
+    with torch.autocast(device, enabled=False):
+        pieces = [attend(*parts, count) for (count, _), *parts in zip(
+            stacks, *(states[0].split(sizes, dim=1) for states in (query, key, value)), strict=True)]
+        out = torch.cat(pieces) if len(pieces) > 1 else pieces[0]
+        return (out if back is None else out.index_select(0, back)).unsqueeze(0)
+
+
+def _blockwise(query: Tensor, key: Tensor, value: Tensor, count: int, *, scale: float, window: int | None) -> Tensor:
+    """(H, count * length, D) and (K, count * length, D) in, (count * length, H, D) out; query heads share key heads."""
+    heads, tokens, width = query.shape
+    shared, length = key.shape[0], tokens // count
+    grouped = query.reshape(shared, heads // shared, count, length, width).transpose(1, 2)
+    out = blockwise.causal(grouped.reshape(shared * count, heads // shared, length, width),
+                           *(states.reshape(shared * count, length, width) for states in (key, value)),
+                           scale=scale, window=window)
+    return out.view(shared, count, heads // shared, length, width).permute(1, 3, 0, 2, 4).reshape(tokens, heads, width)
+
+
+def _sdpa(query: Tensor, key: Tensor, value: Tensor, count: int, *, scale: float | None, window: int | None,
+          dropout: float) -> Tensor:
+    """The same by torch, which drops attention weights, and runs anywhere."""
+    heads, tokens, _ = query.shape
+    length, groups = tokens // count, heads // len(key)
+    if groups > 1:
+        key, value = key.repeat_interleave(groups, 0), value.repeat_interleave(groups, 0)
+    stack_query, stack_key, stack_value = (
+        states.reshape(heads, count, length, -1).transpose(0, 1) for states in (query, key, value))
+    mask = _band(length, window, query) if window is not None and length > window else None
+    out = sdpa(stack_query, stack_key, stack_value, attn_mask=mask, is_causal=mask is None, dropout_p=dropout,
+               scale=scale)
+    return out.transpose(1, 2).reshape(tokens, heads, -1)
 
 
 @lru_cache(maxsize=64)

@@ -280,7 +280,7 @@ def activation_bytes(config: Any, tokens: int, *, half: bool, recompute: str = "
     """Memory that a forward pass over these tokens leaves for the backward pass, without head and logits.
 
     Counted by what each layer keeps: two norms (input and normed in float32, output), query, key and value as attention
-    reads them (key and value repeated for all heads), its output twice, gate, up and what becomes of them.
+    reads them, its output twice, gate, up and what becomes of them.
 
     Args:
         config: The model's.
@@ -289,10 +289,13 @@ def activation_bytes(config: Any, tokens: int, *, half: bool, recompute: str = "
         recompute: `none`, `selective` or `full`; what is computed again is there for one layer at a time.
     """
     width, size = config.hidden_size, 2 if half else 4
-    query = config.num_attention_heads * (getattr(config, "head_dim", None) or width // config.num_attention_heads)
+    head = getattr(config, "head_dim", None) or width // config.num_attention_heads
+    query = config.num_attention_heads * head
+    shared = (getattr(config, "num_key_value_heads", None) or config.num_attention_heads) * head
     inner = getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None) or 4 * width
-    layer = 16 * width + (2 * width + 5 * query + 4 * inner) * size
-    kept = {"none": layer, "selective": (3 * width + 4 * query + 2 * inner) * size, "full": width * size}[recompute]
+    layer = 16 * width + (2 * width + 3 * query + 2 * shared + 4 * inner) * size
+    products = (3 * width + 2 * query + 2 * shared + 2 * inner) * size
+    kept = {"none": layer, "selective": products, "full": width * size}[recompute]
     return tokens * ((config.num_hidden_layers - 1) * kept + layer)
 
 

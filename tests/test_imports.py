@@ -9,12 +9,14 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-NOUNS = {"conversation", "jinja", "rendering", "template", "encoder", "tokenizer", "adapter", "model", "attention"}
+NOUNS = {"conversation", "jinja", "rendering", "template", "encoder", "tokenizer", "adapter", "model", "attention",
+         "blockwise"}
 GROUND = {"disk", "errors", "hub", "samples"}
 RIM = {"cli", "runs", "ending", "parser", "__main__", "__init__"}       # they may import everything
 WINGS = {"data": set(), "training": {"data"}, "inference": set()}
 ARROWS = {("training.callbacks", "inference.completion"), ("training.callbacks", "inference.sampling")}
-NOUNS_FROM = {"conversation": set(), "attention": set(), "jinja": set(), "rendering": {"conversation"},
+NOUNS_FROM = {"conversation": set(), "attention": {"blockwise"}, "blockwise": set(), "jinja": set(),
+              "rendering": {"conversation"},
               "template": {"conversation", "rendering"}, "encoder": {"rendering"},
               "tokenizer": {"conversation", "jinja", "rendering", "template", "encoder"}, "adapter": set(), "model": {"attention", "adapter"}}
 HOMES = {

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from lit_llm.model import activation_bytes
-from lit_llm.training.loss import CHUNK_BYTES
+from lit_llm.training.fused import slice_rows
 from lit_llm.training.recompute import Recompute
 
 FLOAT, HALF = 4, 2
@@ -139,10 +139,12 @@ def activations(counts: Counts, setting: Setting, config: Any) -> int:
 
 
 def logits(counts: Counts, setting: Setting) -> int:
-    """A chunk of logits with a copy; hidden states and their gradient; of a head that learns, its gradient twice."""
-    rows = min(setting.supervised, max(16, CHUNK_BYTES // (FLOAT * counts.vocabulary)))
-    hidden = 2 * setting.supervised * counts.width * (HALF if setting.half else FLOAT)
-    return hidden + 2 * rows * counts.vocabulary * FLOAT + (2 * counts.head * FLOAT if counts.head_learns else 0)
+    """A slice of logits; hidden states and their gradient; of a head that learns, its gradient twice."""
+    size = HALF if setting.half else FLOAT
+    rows, few = slice_rows(counts.vocabulary, size, "cpu")
+    hidden = 2 * setting.supervised * counts.width * size
+    slices = (min(setting.supervised, rows) * size + few * FLOAT * setting.half) * counts.vocabulary
+    return hidden + slices + (2 * counts.head * FLOAT if counts.head_learns else 0)
 
 
 def flops_per_token(counts: Counts, reach: float) -> float:

@@ -1,7 +1,13 @@
 """Logits and their targets in, losses and the gradient of the logits out, in one pass of one Triton kernel.
 
-The home of triton, which torch's CUDA builds bring along. Imported only where it runs (`softmax.py` decides); the same
-code runs on CPU tensors under TRITON_INTERPRET=1, which is how it is tested without a GPU.
+The home of triton, which torch's CUDA builds bring along. Imported only where it runs (`fused.py` decides); the same
+code runs on CPU tensors under TRITON_INTERPRET=1, which is how it is tested without a GPU. Exact, and the same bits
+every time. That is why neither cut-cross-entropy nor Liger stands here, though both are quick:
+
+    cut-cross-entropy 25.1.1    sums gradients over the vocabulary in bfloat16, in the order in which its programs end,
+                                so a resumed run would differ; it is fast by leaving small gradients out
+    Liger 0.8.5                 rounds logits to bfloat16 and waits for the device twice a micro-batch; cuts a batch
+                                into V / D chunks, however narrow; cannot let single rows of a frozen head learn
 """
 
 import torch
@@ -12,22 +18,30 @@ from torch import Tensor
 BLOCK, WARPS = 8192, 16                             # logits in registers at a time, 16 to a thread
 
 
-def losses_and_gradient(logits_NV: Tensor, targets_N: Tensor, factor: float, cap: float | None,
-                        dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """What `softmax.losses_and_gradient` says; the logits stay as they are.
+def differentiate(logits_NV: Tensor, targets: Tensor, delta_NV: Tensor, factor: float, cap: float | None) -> Tensor:
+    """(N,) float32 losses of rows; the gradient of their sum goes into `delta_NV`.
+
+        z = cap * tanh(factor * logits / cap), or factor * logits without a cap
+        delta = (softmax(z) - onehot(target)) * (1 - tanh ** 2) * factor
 
     Torch's own operations read and write float32 logits some ten times, which costs more than the products of matrices
     around them; here they are read twice, and their gradient is written once, already rounded. One program to a row:
-    no atomics, so the same bits every time.
+    no atomics.
+
+    Args:
+        logits_NV: float32, as the head gives them; they stay as they are.
+        targets: (N,) or (N, 1) int64, each in [0, V).
+        delta_NV: Of any precision, and other memory.
+        factor: Multiplies logits.
+        cap: Squashes them softly.
     """
     count, columns = logits_NV.shape
     losses_N = torch.empty(count, dtype=torch.float32, device=logits_NV.device)
-    delta_NV = torch.empty(count, columns, dtype=dtype, device=logits_NV.device)
     with torch.cuda.device_of(logits_NV):           # Triton launches on whatever device is the current one
-        _rows[(count,)](logits_NV, targets_N, losses_N, delta_NV, logits_NV.stride(0), delta_NV.stride(0),
+        _rows[(count,)](logits_NV, targets.contiguous(), losses_N, delta_NV, logits_NV.stride(0), delta_NV.stride(0),
                         float(factor), 0.0 if cap is None else float(cap), columns=columns, capped=cap is not None,
                         size=min(BLOCK, triton.next_power_of_2(columns)), num_warps=WARPS)
-    return losses_N, delta_NV
+    return losses_N
 
 
 # What triton.jit compiles takes no types but its own.

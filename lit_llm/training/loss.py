@@ -16,10 +16,9 @@ from torch.utils.checkpoint import checkpoint
 
 from lit_llm.adapter import TrainedRows, trained_rows
 from lit_llm.tokenizer import IGNORE_INDEX
-from lit_llm.training import softmax
+from lit_llm.training import fused
 
 CHUNK_BYTES = 64 * 2**20                            # of float32 logits at a time
-CUDA_CHUNK_BYTES = 512 * 2**20                      # there a chunk must be worth a pass over the head's weight
 
 
 class Nll(NamedTuple):
@@ -120,16 +119,24 @@ class _WithRows:
 
 def _train(hidden_ND: Tensor, targets_N: Tensor, head: Any, factor: float, cap: float | None, per_token: bool) -> Nll:
     zero = torch.zeros((), dtype=torch.int64, device=hidden_ND.device)
-    inner = getattr(head, "head", head)
-    if type(inner) is nn.Linear and not per_token:  # no adapter on it
-        rows = (head.index_K, head.rows_KD) if isinstance(head, _WithRows) else (None, None)
-        return Nll(_FusedNll.apply(hidden_ND, inner.weight, inner.bias, targets_N, factor, cap, *rows), zero)
+    linear = _linear(head, factor, cap)
+    if linear is not None and not per_token:
+        return Nll(fused.nll(hidden_ND, targets_N, linear), zero)
     most = _rows(head)
     losses = [_chunk_nll(hidden, targets, head, factor, cap) if isinstance(head, _Whole) else
               checkpoint(_chunk_nll, hidden, targets, head, factor, cap, use_reentrant=False)
               for hidden, targets in zip(hidden_ND.split(most), targets_N.split(most), strict=True)]
     losses_N = torch.cat(losses)
     return Nll(losses_N if per_token else losses_N.sum(), zero)
+
+
+def _linear(head: Any, factor: float, cap: float | None) -> fused.Head | None:
+    """The head as plain matrices; null where there is an adapter on it."""
+    inner = getattr(head, "head", head)
+    if type(inner) is not nn.Linear:
+        return None
+    rows = (head.index_K, head.rows_KD) if isinstance(head, _WithRows) else (None, None)
+    return fused.Head(inner.weight, inner.bias, factor, cap, *rows)
 
 
 def _chunk_logits(hidden: Tensor, head: Any, factor: float, cap: float | None) -> Tensor:
@@ -144,6 +151,10 @@ def _chunk_nll(hidden: Tensor, targets: Tensor, head: Any, factor: float, cap: f
 
 def _evaluate(hidden_ND: Tensor, targets_N: Tensor, head: Any, factor: float, cap: float | None,
               per_token: bool) -> Nll:
+    linear = _linear(head, factor, cap)
+    if linear is not None:
+        losses_N, right_N = fused.measure(hidden_ND, targets_N, linear)
+        return Nll(losses_N if per_token else losses_N.sum(), right_N.sum())
     losses, correct = [], torch.zeros((), dtype=torch.int64, device=hidden_ND.device)
     rows = _rows(head)
     for hidden, targets in zip(hidden_ND.split(rows), targets_N.split(rows), strict=True):
@@ -155,77 +166,8 @@ def _evaluate(hidden_ND: Tensor, targets_N: Tensor, head: Any, factor: float, ca
 
 
 def _rows(head: Any) -> int:
-    """Rows of a chunk for this head."""
+    """Rows whose float32 logits fit into CHUNK_BYTES."""
     if isinstance(head, _Whole):
         return head.rows
     vocabulary = int(getattr(head, "out_features", 0) or getattr(head, "num_embeddings", 0) or 131072)
-    weight = getattr(getattr(head, "head", head), "weight", None)
-    return chunk_rows(vocabulary, weight.device.type if isinstance(weight, Tensor) else "cpu")
-
-
-def chunk_rows(vocabulary: int, device: str) -> int:
-    """Rows whose float32 logits fit into a chunk; on CUDA in whole tiles of the kernels that multiply matrices.
-
-    >>> chunk_rows(128256, "cpu"), chunk_rows(128256, "cuda")
-    (130, 1024)
-    """
-    if device == "cuda":
-        return max(128, CUDA_CHUNK_BYTES // (4 * vocabulary) // 128 * 128)
     return max(16, CHUNK_BYTES // (4 * vocabulary))
-
-
-class _FusedNll(torch.autograd.Function):
-    """Linear head and cross-entropy in one: gradients are made in the forward, while a chunk's logits are there.
-
-    Saves the second matrix product that recomputing the logits would cost. A frozen head (LoRA) gets no gradient; rows
-    that learn beside it (`rows_KD` in place of `weight_VD[index_K]`) get theirs from K columns alone.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, targets_N: Tensor,
-                factor: float, cap: float | None, index_K: Tensor | None, rows_KD: Tensor | None) -> Tensor:
-        device = hidden_ND.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden_ND.dtype
-        wide = torch.float64 if dtype == torch.float64 else torch.float32
-        with torch.autocast(device, enabled=False):
-            hidden, weight = hidden_ND.to(dtype), weight_VD.to(dtype)
-            grad_hidden = torch.zeros_like(hidden)
-            grad_weight = torch.zeros_like(weight_VD, dtype=wide) if ctx.needs_input_grad[1] else None
-            grad_bias = torch.zeros_like(weight_VD[:, 0], dtype=wide) if ctx.needs_input_grad[2] else None
-            own = None if rows_KD is None else rows_KD.to(dtype)
-            grad_rows = None if own is None else torch.zeros_like(own, dtype=wide)
-            total = torch.zeros((), dtype=wide, device=hidden.device)
-            rows = chunk_rows(weight.shape[0], device)
-            for at in range(0, len(targets_N), rows):
-                chunk, targets = hidden[at : at + rows], targets_N[at : at + rows]
-                logits = softmax.product(chunk, weight.T, wide)
-                if own is not None and index_K is not None:
-                    logits.index_copy_(1, index_K, softmax.product(chunk, own.T, wide))
-                if bias_V is not None:
-                    logits += bias_V
-                losses, delta = softmax.losses_and_gradient(logits, targets, factor, cap,
-                                                            dtype if grad_bias is None else wide)
-                del logits                          # before the next chunk's are made
-                total += losses.sum()
-                if grad_bias is not None:
-                    grad_bias += delta.sum(0)
-                    delta = delta.to(dtype)
-                if own is not None and index_K is not None and grad_rows is not None:
-                    # these columns are not the weight's
-                    columns = delta[:, index_K]
-                    delta.index_fill_(1, index_K, 0.0)
-                    softmax.add_product(grad_rows, columns.T, chunk)
-                    grad_hidden[at : at + rows] = columns @ own
-                grad_hidden[at : at + rows] += delta @ weight
-                if grad_weight is not None:
-                    softmax.add_product(grad_weight, delta.T, chunk)
-        ctx.save_for_backward(grad_hidden.to(hidden_ND.dtype), grad_weight, grad_bias, grad_rows)
-        ctx.dtypes = [None if part is None else part.dtype for part in (weight_VD, bias_V, rows_KD)]
-        return total.float() if dtype != torch.float64 else total
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        grad_hidden, *grad_head = ctx.saved_tensors
-        weight, bias, rows = (None if part is None else (part * grad).to(dtype)
-                              for part, dtype in zip(grad_head, ctx.dtypes, strict=True))
-        return grad_hidden * grad.to(grad_hidden.dtype), weight, bias, None, None, None, None, rows

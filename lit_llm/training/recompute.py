@@ -71,7 +71,8 @@ def _dear() -> list[Any]:
     from torch.nn.attention import varlen  # registers its operation
 
     aten = torch.ops.aten
-    kept = [aten.mm.default, aten.addmm.default, aten._scaled_dot_product_flash_attention_for_cpu.default,
+    kept = [aten.mm.default, aten.addmm.default, torch.ops.lit_llm.causal_attention.default,
+            aten._scaled_dot_product_flash_attention_for_cpu.default,
             aten._scaled_dot_product_flash_attention.default, aten._scaled_dot_product_efficient_attention.default,
             aten._scaled_dot_product_cudnn_attention.default]
     assert varlen

@@ -84,7 +84,7 @@ def step(our_loss):
 
 
 @torch.no_grad()
-def evaluate(our_metric):
+def evaluate(our_metric, half=False):
     from torchmetrics.text import Perplexity as Theirs
 
     from lit_llm.training.metrics import Perplexity as Ours
@@ -93,16 +93,18 @@ def evaluate(our_metric):
     inner.config.use_cache = False
     metric = Ours() if our_metric else Theirs(ignore_index=-100)
     times = []
+    models.backbone(inner)(input_ids=ids)               # its own buffers are there before, for both
     with Peak() as peak:
         for _ in range(5):
             began = time.perf_counter()
-            hidden = models.backbone(inner)(input_ids=ids).last_hidden_state
-            middle = time.perf_counter()                # the backbone's time is the same for both
-            if our_metric:
-                total, correct = nll_sum(hidden[0], labels[0], models.head(inner))
-                metric.update(total, int((labels[:, 1:] != -100).sum()), 0, correct)
-            else:
-                metric.update(models.head(inner)(hidden)[:, :-1], labels[:, 1:])
+            with torch.autocast("cpu", torch.bfloat16, enabled=half):
+                hidden = models.backbone(inner)(input_ids=ids).last_hidden_state
+                middle = time.perf_counter()            # the backbone's time is the same for both
+                if our_metric:
+                    total, correct = nll_sum(hidden[0], labels[0], models.head(inner))
+                    metric.update(total, int((labels[:, 1:] != -100).sum()), 0, correct)
+                else:
+                    metric.update(models.head(inner)(hidden)[:, :-1].float(), labels[:, 1:])
             times.append((time.perf_counter() - middle, middle - began))
     value = metric.report()["perplexity"] if our_metric else float(metric.compute())
     head, body = sorted(times)[2]
@@ -153,7 +155,8 @@ def overhead(lightning):
 
 
 PARTS = {"head": lambda: step(True), "full_logits": lambda: step(False), "perplexity": lambda: evaluate(True),
-         "torchmetrics": lambda: evaluate(False), "lightning": lambda: overhead(True), "loop": lambda: overhead(False)}
+         "torchmetrics": lambda: evaluate(False), "perplexity_bf16": lambda: evaluate(True, half=True),
+         "torchmetrics_bf16": lambda: evaluate(False, half=True), "lightning": lambda: overhead(True), "loop": lambda: overhead(False)}
 
 if __name__ == "__main__":
     print(json.dumps(PARTS[sys.argv[1]]()))

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from lit_llm.training import loss, softmax
+from lit_llm.training import fused
 from lit_llm.training.loss import nll_sum
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -16,7 +16,7 @@ KEYS = {"plain": {}, "bias": {"bias": True}, "scaled": {"factor": 0.25}, "capped
 
 @pytest.fixture(autouse=True)
 def _several_chunks(monkeypatch):
-    monkeypatch.setattr(loss, "CUDA_CHUNK_BYTES", 4 * VOCABULARY * 128)
+    monkeypatch.setitem(fused.SLICE_BYTES, "cuda", 2 * VOCABULARY * 128)
 
 
 def case(dtype, bias=False):
@@ -61,14 +61,18 @@ def test_loss_and_gradients_are_those_of_float64(keys, autocast, frozen, record_
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize(("factor", "cap"), [(1.0, None), (0.25, 5.0)])
-def test_the_kernel_is_used_and_is_torch_s_operations(factor, cap, dtype):
-    kernel = softmax._kernel(DEVICE)
+def test_the_kernel_works_and_is_cross_entropy(factor, cap, dtype):
+    kernel = fused._kernel(DEVICE)
     assert kernel is not None, "Triton does not work here; a warning says why, and the loss is slower"
     torch.manual_seed(0)
     logits = 5 * torch.randn(64, 32001, device=DEVICE)      # rows that are not aligned, and end within a block
     targets = torch.randint(32001, (64,), device=DEVICE)
-    losses, gradient = kernel(logits, targets, factor, cap, dtype)
-    want, wanted = softmax._by_torch(logits.double(), targets, factor, cap, torch.float64)
+    gradient = torch.empty(64, 32001, device=DEVICE, dtype=dtype)
+    losses = kernel(logits, targets[:, None], gradient, factor, cap)
+    leaf = logits.double().requires_grad_()
+    z = leaf * factor if cap is None else cap * torch.tanh(leaf * factor / cap)
+    want = F.cross_entropy(z, targets, reduction="none")
+    (wanted,) = torch.autograd.grad(want.sum(), leaf)
     assert (losses - want).abs().max() < 1e-4
     assert (gradient - wanted).norm() / wanted.norm() < (4e-3 if dtype == torch.bfloat16 else 1e-5)
 

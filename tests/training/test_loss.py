@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lit_llm import model as models
 from lit_llm.adapter import trained_rows
-from lit_llm.training import loss
+from lit_llm.training import fused, loss
 from lit_llm.training.loss import nll_sum, shift
 
 TOKENS, WIDTH, VOCABULARY = 90, 12, 37
@@ -41,7 +41,14 @@ def oracle(hidden, labels, head, factor=1.0, cap=None):
 @pytest.fixture(params=[None, 16 * 4 * VOCABULARY], ids=["one chunk", "chunks of 16 rows"])
 def chunks(request, monkeypatch):
     if request.param:
-        monkeypatch.setattr(loss, "CHUNK_BYTES", request.param)
+        chunks_of(monkeypatch, request.param)
+
+
+def chunks_of(monkeypatch, size):
+    """Bytes of float32 logits at a time."""
+    monkeypatch.setattr(loss, "CHUNK_BYTES", size)
+    monkeypatch.setitem(fused.SLICE_BYTES, "cpu", size)
+    monkeypatch.setitem(fused.WORK_BYTES, "cpu", size // 4)
 
 
 PATHS = {"fused": {}, "bias": {"bias": True}, "scaled": {"factor": 0.25}, "capped": {"cap": 0.8},
@@ -169,7 +176,7 @@ class Largest(TorchDispatchMode):
 @pytest.mark.parametrize("path", PATHS)
 def test_no_logits_of_a_whole_batch_exist_in_memory(monkeypatch, path, grad):
     tokens, vocabulary, rows = 512, 400, 16
-    monkeypatch.setattr(loss, "CHUNK_BYTES", rows * 4 * vocabulary)
+    chunks_of(monkeypatch, rows * 4 * vocabulary)
     shape, keys = split(path)
     head = (Adapted if shape.pop("adapted", False) else nn.Linear)(8, vocabulary, **shape)
     hidden = torch.randn(tokens, 8, requires_grad=grad)
