@@ -33,7 +33,7 @@ def test_the_benchmark_runs_as_it_does_on_a_gpu(monkeypatch, capsys):
 def test_flops_are_those_that_torch_counts(lora):
     """Its counter takes attention as whole squares; of frozen weights the first layer's three need no gradient at all."""
     shape, tokens = LLAMA | SMALL | {"num_hidden_layers": 6}, 96
-    counts, _, _ = on_gpu.needs(shape, {"lora": {"r": 4}} if lora else {}, "32-true", 1, tokens)
+    counts, _ = on_gpu.needs(shape, {"lora": {"r": 4}} if lora else {}, "32-true", 1, tokens)
     inner = init_causal_lm(shape, attention="eager")
     model = wrap_peft(inner, LoRA(r=4).as_peft()) if lora else inner
     ids = torch.randint(SMALL["vocab_size"], (1, tokens))

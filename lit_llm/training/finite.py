@@ -95,10 +95,8 @@ def all_finite(gradients: Iterable[Tensor]) -> bool:
     if not found:
         return True
     norms = torch._foreach_norm(found)
-    total = sum((norm.full_tensor() if hasattr(norm, "full_tensor") else norm).float().to(norms[0].device)
-                for norm in norms)
-    assert isinstance(total, Tensor)
-    return bool(total.isfinite())
+    whole = [norm.full_tensor() if hasattr(norm, "full_tensor") else norm for norm in norms]
+    return bool(torch.stack([norm.float().to(whole[0].device) for norm in whole]).isfinite().all())
 
 
 def _reason(trainer: L.Trainer, module: Any, window: list[tuple[int, Any]]) -> str:

@@ -2,8 +2,8 @@
 
 Models of true shape and random weights learn packed rows of random tokens: our attention, loss, optimizer, module and
 Trainer, each case in a process of its own; then the same steps by hand, for what Lightning and our callbacks cost. Needs
-a GPU, torch, transformers, peft and lightning; reads no file and no network. With `--smoke` tiny shapes go the same way
-on a CPU.
+a GPU, torch, transformers, peft and lightning; reads no file and no network. About a minute to a case, more where layers
+are compiled; with `--smoke` tiny shapes go the same way on a CPU.
 
 FLOPs of a token are those of the model, whatever is computed again: 6 N + 6 d T for all weights, 4 N + 6 N_adapters + 6 d T
 for adapters; attention is causal and ends at the borders of documents; N is without the embedding, with the head.
@@ -74,7 +74,7 @@ def card(size):
 
 
 def needs(shape, options, precision, rows, seq_len):
-    """(FLOPs of a token by its reach, bytes at the height of a step), by the arithmetic of `plan`."""
+    """(the model's counts, bytes at the height of a step), by the arithmetic of `plan`."""
     import torch
 
     from lit_llm.adapter import LoRA, wrap_peft
@@ -87,7 +87,7 @@ def needs(shape, options, precision, rows, seq_len):
     counts = plan.count(whole, inner)
     way = "full" if options.get("gradient_checkpointing") else "none"
     setting = estimate.Setting(0, 1, rows * seq_len, rows * seq_len, way, options.get("optimizer", "adamw"), precision)
-    return counts, setting, estimate.memory(counts, setting, inner.config).total
+    return counts, estimate.memory(counts, setting, inner.config).total
 
 
 def measure(name, smoke, seconds, rows):
@@ -103,7 +103,7 @@ def measure(name, smoke, seconds, rows):
 
     shape, options, precision, _ = case(name, smoke)
     seq_len = shapes.SMALL["max_position_embeddings"] if smoke else SEQ_LEN
-    counts, _, _ = needs(shape, options, precision, rows, seq_len)
+    counts, _ = needs(shape, options, precision, rows, seq_len)
     made = shapes.batches(shape["vocab_size"], rows=rows, seq_len=seq_len, count=4, mean=seq_len * MEAN / SEQ_LEN)
     options = options | ({"lora": LoRA(**options["lora"])} if "lora" in options else {})
     torch.manual_seed(0)
@@ -191,7 +191,7 @@ def fitting(name, smoke, free):
     """Rows of a micro-batch: the most whose estimate leaves a twentieth of the device free, and that estimate."""
     shape, options, precision, _ = case(name, smoke)
     for rows in (2,) if smoke else ROWS:
-        need = needs(shape, options, precision, rows, SEQ_LEN)[-1]
+        _, need = needs(shape, options, precision, rows, SEQ_LEN)
         if smoke or need < 0.95 * free:
             return rows, need
     return 0, need
