@@ -20,6 +20,7 @@ from lit_llm.training.processes import end_together
 from lit_llm.training.report import MetricsCSV, redact, write_json
 
 log = logging.getLogger(__name__)
+REFRESH = 0.2                                       # seconds between two looks of a bar
 
 
 class Progress(ProgressBar):
@@ -62,11 +63,13 @@ class Progress(ProgressBar):
         if self._bar is None or not moved:
             return
         now = time.monotonic()
+        self._bar.update(moved)
+        if now - self._said < (self.every_seconds if self._bar.disable else REFRESH):   # figures wait for the device
+            return
+        self._said = now
         shown = self._figures(trainer) | {"tok/s": f"{self._tokens / max(1e-9, now - self._since):,.0f}"}
         self._bar.set_postfix(shown, refresh=False)
-        self._bar.update(moved)
-        if self._bar.disable and now - self._said > self.every_seconds:
-            self._said = now
+        if self._bar.disable:
             total = int(trainer.estimated_stepping_batches)
             left = (now - self._since) / (self._seen - self._first) * (total - self._seen)
             facts = ", ".join(f"{name} {value}" for name, value in shown.items())
@@ -74,10 +77,10 @@ class Progress(ProgressBar):
 
     @staticmethod
     def _figures(trainer: L.Trainer) -> dict[str, str]:
+        known = trainer.callback_metrics
         keys = {"loss": ("train/loss", ".3f"), "val ppl": ("val/perplexity", ".3f"),
                 "skipped": ("train/skipped_steps", ".0f")}
-        return {name: format(float(trainer.callback_metrics[key]), form) for name, (key, form) in keys.items()
-                if key in trainer.callback_metrics}
+        return {name: format(float(known[key]), form) for name, (key, form) in keys.items() if key in known}
 
     def on_train_end(self, *_: Any) -> None:
         """Close it."""
@@ -118,7 +121,7 @@ def _bar(total: int, initial: int, name: str, unit: str = "step") -> Any:
     from tqdm import tqdm
 
     return tqdm(total=total, initial=initial, desc=name, unit=unit, dynamic_ncols=True, file=sys.stderr,
-                disable=not sys.stderr.isatty(), mininterval=0.2)
+                disable=not sys.stderr.isatty(), mininterval=REFRESH)
 
 
 class RunFolder(Callback):

@@ -53,8 +53,9 @@ class FiniteGuard(Callback):
         """Without gradients, the optimizer has nothing to do."""
         if isinstance(trainer.strategy, ZeroStrategy) or getattr(trainer.precision_plugin, "scaler", None) is not None:
             return                                  # both look for themselves, and tell the module
-        weights = [weight for weight in module.parameters() if weight.grad is not None]
-        module.step_skipped = not all_finite(weight.grad for weight in weights)
+        weights = [weight for group in optimizer.param_groups for weight in group["params"] if weight.grad is not None]
+        module.gradient_norm = norm(weight.grad for weight in weights)
+        module.step_skipped = not bool(module.gradient_norm.isfinite())         # here the device is waited for
         for weight in weights if module.step_skipped else ():
             weight.grad = None
 
@@ -86,17 +87,17 @@ class FiniteGuard(Callback):
             _warn(f"{self.skipped:,} of {trainer.global_step:,} steps were skipped, since they were not finite")
 
 
-def all_finite(gradients: Iterable[Tensor]) -> bool:
-    """Whether every number of every gradient is finite; the one place that waits for the device.
+def norm(gradients: Iterable[Tensor]) -> Tensor:
+    """() norm of all gradients together, of all ranks' shards where they are cut; 0 where there is none.
 
-    By the norm, which no infinity or NaN survives; one beyond 1e19, whose square float32 does not hold, is no better.
+    No infinity or NaN survives it unseen; a gradient beyond 1e19, whose square float32 does not hold, is no better.
     """
     found = list(gradients)
     if not found:
-        return True
+        return torch.zeros(())
     norms = torch._foreach_norm(found)
-    whole = [norm.full_tensor() if hasattr(norm, "full_tensor") else norm for norm in norms]
-    return bool(torch.stack([norm.float().to(whole[0].device) for norm in whole]).isfinite().all())
+    return torch.linalg.vector_norm(torch.stack([
+        (each.full_tensor() if hasattr(each, "full_tensor") else each).float().to(norms[0].device) for each in norms]))
 
 
 def _reason(trainer: L.Trainer, module: Any, window: list[tuple[int, Any]]) -> str:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 log = logging.getLogger(__name__)
 SLICE_BYTES = {"cpu": 32 * 2**20, "cuda": 256 * 2**20}      # of logits in the head's precision: one matrix product
-TILE = 128                                          # rows that a GPU multiplies at once
+TILE = {"cpu": (2048, 1024), "cuda": (4096, 16384)}         # tokens and words at a time where no gradient is asked for
 WORK_BYTES = {"cpu": 4 * 2**20, "cuda": 512 * 2**20}        # of float32 logits at a time: not beyond a CPU's cache
 
 
@@ -65,8 +65,8 @@ def slice_rows(vocabulary: int, size: int, device: str) -> tuple[int, int]:
     (524, 32)
     """
     rows = max(16, SLICE_BYTES.get(device, SLICE_BYTES["cuda"]) // (size * vocabulary))
-    if device != "cpu" and rows > TILE:
-        rows -= rows % TILE
+    if device != "cpu" and rows > 128:              # which a GPU multiplies at once
+        rows -= rows % 128
     return rows, max(1, min(rows, WORK_BYTES.get(device, WORK_BYTES["cuda"]) // (4 * vocabulary)))
 
 
@@ -136,43 +136,104 @@ def _adjust(logits: Tensor, head: Head) -> Tensor | None:
     return slope
 
 
-def _losses(logits: Tensor, targets: Tensor) -> Tensor:
-    """(n, 1) -log p of the targets; the logits turn into probabilities.
-
-    By torch's softmax, whose exponential takes half the time of torch.exp; the largest probability, 1 / sum, gives back
-    the sum, where the target's own might be too small for a float32.
-    """
-    wanted, largest = logits.gather(1, targets), logits.amax(1, keepdim=True)
-    likeliest = torch.softmax(logits, 1, out=logits).amax(1, keepdim=True)
-    return largest - likeliest.log() - wanted
-
+# ---- evaluation ------------------------------------------------------------------------------------------------------
 
 @torch.no_grad()
 def measure(hidden_ND: Tensor, targets_N: Tensor, head: Head) -> tuple[Tensor, Tensor]:
-    """(N,) losses in float64, and (N,) whether the target was the likeliest token."""
-    losses = torch.empty(len(targets_N), dtype=torch.float64, device=hidden_ND.device)
-    right = torch.empty(len(targets_N), dtype=torch.bool, device=hidden_ND.device)
-    dtype = computed_in(hidden_ND)
-    with torch.autocast(hidden_ND.device.type, enabled=False):
-        cast = head._replace(weight_VD=head.weight_VD.to(dtype),
-                             rows_KD=None if head.rows_KD is None else head.rows_KD.to(dtype))
-        for _, _, parts in _slices(hidden_ND.to(dtype), cast):
-            for tokens, logits, _ in parts:
-                _adjust(logits, head)
-                right[tokens] = _are_likeliest(logits, targets_N[tokens])
-                losses[tokens] = _losses(logits, targets_N[tokens, None])[:, 0].double()
-    return losses, right
+    """(N,) losses in float64, and (N,) whether the target is argmax's choice.
+
+    Without a gradient nobody needs a token's logits together: tiles of some tokens and some words, each about as
+    quick as a product of matrices can be, and what they say of the largest logit and of the sum is put together.
+    """
+    dtype, device = computed_in(hidden_ND), hidden_ND.device.type
+    wide = torch.promote_types(dtype, torch.float32)
+    rows, words = TILE.get(device, TILE["cuda"])
+    own = {} if head.index_K is None or head.rows_KD is None else dict(
+        zip(head.index_K.tolist(), head.rows_KD.to(dtype), strict=True))
+    found = [_Summary(targets) for targets in targets_N.split(rows)]
+    hidden_ND = hidden_ND.to(dtype)
+    direct = wide == dtype or _keeps_sums(hidden_ND)
+    room = min(rows, len(targets_N)) * words        # one buffer for all tiles: a CPU is slow to hand out fresh memory
+    product = torch.empty(0 if direct else room, dtype=dtype, device=hidden_ND.device)
+    work = torch.empty(room, dtype=wide, device=hidden_ND.device)
+    with torch.autocast(device, enabled=False):
+        for start in range(0, len(head.weight_VD), words):
+            tile = _columns(head, own, start, start + words, dtype)
+            for hidden, summary in zip(hidden_ND.split(rows), found, strict=True):
+                shape = len(hidden), len(tile.weight_VD)
+                logits = work[:shape[0] * shape[1]].view(shape)
+                if direct:
+                    _product(hidden, tile.weight_VD.T, logits)
+                else:
+                    logits.copy_(torch.mm(hidden, tile.weight_VD.T, out=product[:logits.numel()].view(shape)))
+                _adjust(logits, tile)
+                summary.add(logits, start)
+    return torch.cat([each.losses() for each in found]), torch.cat([each.hits() for each in found])
 
 
-def _are_likeliest(logits: Tensor, targets: Tensor) -> Tensor:
-    """(n,) whether argmax gives the target; on a CPU, where it is slow, it is asked only where it might."""
+def _columns(head: Head, own: dict[int, Tensor], start: int, stop: int, dtype: torch.dtype) -> Head:
+    """The part of a head that makes the logits of some words; of `own` are the rows that learn."""
+    weight = head.weight_VD[start:stop].to(dtype)
+    if here := [word for word in own if start <= word < stop]:
+        weight = weight.index_copy(0, torch.tensor(here, device=weight.device) - start,
+                                   torch.stack([own[word] for word in here]))
+    return Head(weight, None if head.bias_V is None else head.bias_V[start:stop], head.factor, head.cap)
+
+
+class _Summary:
+    """Of the logits of some tokens, what has been seen of the words so far.
+
+    Args:
+        targets: (n,).
+    """
+
+    def __init__(self, targets: Tensor) -> None:
+        self.targets = targets
+        self.largest = torch.full(targets.shape, float("-inf"), dtype=torch.float64, device=targets.device)
+        self.total = self.largest.clone()           # log of the sum of exponentials
+        self.wanted = torch.zeros_like(self.largest)
+        self.right = torch.zeros_like(targets, dtype=torch.bool)
+
+    def add(self, logits: Tensor, start: int) -> None:
+        """The logits of the next words, which are used up."""
+        at = self.targets - start
+        inside = (at >= 0) & (at < logits.shape[1])
+        at.clamp_(0, logits.shape[1] - 1)
+        wanted, largest = logits.gather(1, at[:, None])[:, 0], logits.amax(1)
+        # of equal logits argmax takes the first, so none before may be as large
+        self.right |= _is_first(logits, at, inside & (wanted == largest) & (self.largest < wanted))
+        self.wanted = torch.where(inside, wanted.double(), self.wanted)
+        self.largest = torch.maximum(self.largest, largest.double())
+        self.total = torch.logaddexp(self.total, _log_sum(logits, largest))
+
+    def losses(self) -> Tensor:
+        """(n,) -log p of the targets."""
+        return self.total - self.wanted
+
+    def hits(self) -> Tensor:
+        """(n,) whether the target is argmax's choice."""
+        return self.right & (self.largest <= self.wanted)
+
+
+def _is_first(logits: Tensor, at: Tensor, maybe: Tensor) -> Tensor:
+    """(n,) whether argmax gives `at` where that may be; a CPU, where argmax is slow, is asked only there."""
     if logits.device.type != "cpu":
-        return logits.argmax(1) == targets
-    right = logits.gather(1, targets[:, None])[:, 0] == logits.amax(1)
-    among = right.nonzero()[:, 0]                   # of equal logits the first one counts
-    right[among] = logits[among].argmax(1) == targets[among]
-    return right
+        return maybe & (logits.argmax(1) == at)
+    among = maybe.nonzero()[:, 0]
+    maybe[among] = logits[among].argmax(1) == at[among]
+    return maybe
 
+
+def _log_sum(logits: Tensor, largest: Tensor) -> Tensor:
+    """(n,) float64 log of the sum of exponentials; the logits turn into probabilities.
+
+    By torch's softmax, whose exponential takes half the time of torch.exp: the largest probability is 1 / sum.
+    """
+    likeliest = torch.softmax(logits, 1, out=logits).amax(1)
+    return largest.double() - likeliest.double().log()
+
+
+# ---- training --------------------------------------------------------------------------------------------------------
 
 def nll(hidden_ND: Tensor, targets_N: Tensor, head: Head) -> Tensor:
     """() sum of losses, float32 or wider, with gradients for hidden states and whatever of the head learns."""
@@ -232,8 +293,9 @@ def _differentiate(part: Part, targets: Tensor, head: Head, grad_bias: Tensor | 
             delta += head.bias_V
         return kernel(delta, targets, part.half, head.factor, head.cap).sum()
     slope = _adjust(delta, head)
-    losses = _losses(delta, targets)
-    delta.scatter_add_(1, targets, torch.full_like(losses, -1.0))
+    wanted, largest = delta.gather(1, targets), delta.amax(1)
+    losses = _log_sum(delta, largest)[:, None] - wanted     # not from the target's probability: it may be 0 in float32
+    delta.scatter_add_(1, targets, torch.full_like(wanted, -1.0))
     if slope is not None:
         delta *= slope
     if head.factor != 1.0:

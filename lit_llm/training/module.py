@@ -5,7 +5,6 @@ and normalises the loss exactly. Knows nothing of files, formats or checkpoints.
 """
 
 import logging
-from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 
 from lit_llm import adapter, attention, model
 from lit_llm.errors import InputError
-from lit_llm.training import compatible, control_tokens, optim, recompute, reshard
+from lit_llm.training import compatible, control_tokens, optim, prompts, recompute, reshard
 from lit_llm.training.fsdp import Fsdp2Strategy
 from lit_llm.training.loss import Nll, nll_sum
 from lit_llm.training.metrics import Perplexity
@@ -109,6 +108,7 @@ class CausalLMModule(L.LightningModule):
         self.checkpoint: Path | None = None         # set by Trainer.validate and .test: weights of one checkpoint
         self.model: Any = None
         self.half_adapters = False
+        self.gradient_norm: Tensor | None = None    # of this step, where `FiniteGuard` has measured it
         self.step_skipped = False                   # whether the last step was left out: its gradient was not finite
         self.strict_loading = False                 # checkpoints of adapters hold adapters only
         self.perplexity = nn.ModuleDict({"val": Perplexity(), "test": Perplexity()})
@@ -292,7 +292,7 @@ class CausalLMModule(L.LightningModule):
     def _sums(self, batch: "Batch") -> Nll:
         """The same where all weights are at hand: rows laid side by side, documents kept apart by attention."""
         if adapter.learns_prompt(self.model):
-            return self._nll_by_document(batch)
+            return prompts.nll_by_document(self.model, batch)
         hidden = model.backbone(self.model)(
             **self._input(batch), position_ids=batch["position_ids"].view(1, -1),
             attention_mask=None, use_cache=False, cu_seqlens=batch["cu_seqlens"],
@@ -308,22 +308,6 @@ class CausalLMModule(L.LightningModule):
             return {"input_ids": ids}
         embedded = model.causal_lm(self.model).get_input_embeddings()(ids)
         return {"inputs_embeds": noisy(embedded, batch["cu_seqlens"], self.neftune_alpha)}
-
-    def _nll_by_document(self, batch: "Batch") -> Nll:
-        """For methods that put virtual tokens before each conversation: one forward for each, as PEFT does it."""
-        ids, labels = batch["input_ids"].view(-1), batch["labels"].view(-1)
-        identity = nn.Identity()
-        total, correct = torch.zeros((), dtype=torch.float64, device=ids.device), torch.zeros_like(ids[0])
-        borders = batch["cu_seqlens"].tolist()
-        for start, stop in pairwise(borders):
-            if (labels[start:stop] == -100).all():
-                continue
-            logits = self.model(input_ids=ids[None, start:stop], use_cache=False).logits[0, start - stop:]
-            part = nll_sum(logits, labels[start:stop], identity)
-            total, correct = total + part.total, correct + part.correct
-        if torch.is_grad_enabled() and not total.requires_grad:
-            total = total + sum(weight.sum() * 0.0 for weight in self.model.parameters() if weight.requires_grad)
-        return Nll(total.float() if torch.is_grad_enabled() else total, correct)
 
     # ---- checkpoints -------------------------------------------------------------------------------------------------
 
@@ -385,10 +369,15 @@ class CausalLMModule(L.LightningModule):
         """Clip by the norm of all gradients; under DeepSpeed the engine does it."""
         if gradient_clip_algorithm not in (None, "norm"):
             raise InputError("only clipping by norm is supported", where="trainer.gradient_clip_algorithm")
-        limit = float(gradient_clip_val or 0.0)
-        weights = [weight for weight in self.parameters() if weight.grad is not None]
-        if limit > 0 and weights:
+        norm, self.gradient_norm = self.gradient_norm, None
+        limit = 0.0 if isinstance(self.trainer.strategy, ZeroStrategy) else float(gradient_clip_val or 0.0)
+        weights = [weight for group in optimizer.param_groups for weight in group["params"] if weight.grad is not None]
+        if limit <= 0 or not weights:
+            return
+        if norm is None or isinstance(self.trainer.strategy, Fsdp2Strategy):    # shards are scaled by a sharded norm
             nn.utils.clip_grad_norm_(weights, limit, foreach=True)
+        else:
+            nn.utils.clip_grads_with_norm_(weights, limit, norm, foreach=True)
 
 
 def tokenizer_facts(tokenizer: Any) -> dict[str, Any]:
