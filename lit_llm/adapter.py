@@ -8,11 +8,14 @@ import json
 import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
+from types import MethodType
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from lit_llm.errors import InputError, did_you_mean
 
@@ -87,7 +90,7 @@ def wrap_peft(model: "PreTrainedModel", spec: dict[str, Any], *, tokens: Sequenc
     if tokens:
         config.trainable_token_indices = {name: sorted(tokens) for name in _token_layers(model)}
     try:
-        return get_peft_model(model, config)
+        return _with_rows_alone(get_peft_model(model, config))
     except Exception as error:                      # forty methods, each with its own way to say no
         linears = sorted({name.rsplit(".", 1)[-1] for name, layer in model.named_modules() if _is_linear(layer)})
         raise InputError(f"{str(error).splitlines()[0][:160]}", where="model.peft",
@@ -155,8 +158,45 @@ def trained_rows(layer: nn.Module) -> TrainedRows | None:
     if inner.merged or inner.disable_adapters or len(inner.active_adapters) != 1:
         return None
     name = inner.active_adapters[0]
-    index = torch.tensor(inner.token_indices[name], device=inner.base_layer.weight.device)
+    index = _on_device(tuple(inner.token_indices[name]), inner.base_layer.weight.device)
     return TrainedRows(inner.base_layer, index, inner.trainable_tokens_delta[name])
+
+
+@lru_cache(maxsize=8)
+def _on_device(ids: tuple[int, ...], device: torch.device) -> Tensor:
+    """Copied there once: each copy from pageable memory is a wait for the device."""
+    return torch.tensor(ids, device=device)
+
+
+@lru_cache(maxsize=8)
+def _places(ids: tuple[int, ...], vocabulary: int, device: torch.device) -> Tensor:
+    """(V,) where each token of the vocabulary stands in `ids`; -1 where it does not."""
+    places = torch.full((vocabulary,), -1)
+    places[list(ids)] = torch.arange(len(ids))
+    return places.to(device)
+
+
+def _with_rows_alone(model: Any) -> Any:
+    """Embeddings look up the rows that learn; peft copies the matrix at each call, and makes its whole gradient."""
+    from peft.tuners.trainable_tokens import TrainableTokensLayer
+
+    for layer in model.modules():
+        if isinstance(layer, TrainableTokensLayer) and type(layer.base_layer) is nn.Embedding:
+            layer.forward = MethodType(_embed, layer)  # type: ignore[method-assign]
+    return model
+
+
+def _embed(layer: Any, ids: Tensor) -> Tensor:
+    """The same embeddings and the same gradient as peft's."""
+    base = layer.base_layer
+    if layer.merged or layer.disable_adapters or len(layer.active_adapters) != 1 or base.max_norm is not None:
+        return type(layer).forward(layer, ids)
+    name = layer.active_adapters[0]
+    trained = tuple(layer.token_indices[name])
+    place = _places(trained, base.num_embeddings, ids.device)[ids]
+    padding = trained.index(base.padding_idx) if base.padding_idx in trained else None
+    rows = F.embedding(place.clamp_min(0), layer.trainable_tokens_delta[name].to(base.weight.dtype), padding)
+    return torch.where((place >= 0)[..., None], rows, base(ids))
 
 
 def chooses_rows(model: "PreTrainedModel", spec: dict[str, Any]) -> bool:
@@ -203,7 +243,7 @@ def load_adapter(model: "PreTrainedModel", folder: str | Path, *, trainable: boo
     """The model with the adapter that lies in a folder in PEFT's format."""
     from peft import PeftModel
 
-    return PeftModel.from_pretrained(model, str(folder), is_trainable=trainable)
+    return _with_rows_alone(PeftModel.from_pretrained(model, str(folder), is_trainable=trainable))
 
 
 def merge(model: Any) -> "PreTrainedModel":

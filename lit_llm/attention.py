@@ -74,6 +74,9 @@ def lit_varlen(
         raise InputError("this model does not hand the borders of documents to its attention, so documents packed into "
                          "one row could not be kept apart", where="model.base")
     dropout = dropout if module.training else 0.0
+    kind = query.device.type
+    if torch.is_autocast_enabled(kind):             # rotary positions have made float32 of queries and keys
+        query, key, value = (states.to(torch.get_autocast_dtype(kind)) for states in (query, key, value))
     if _flash(query, dropout):
         return _on_cuda(query, key, value, cu_seqlens, max_seqlen, scaling, sliding_window), None
     return _by_length(query, key, value, tuple(cu_seqlens.tolist()), scaling, dropout, sliding_window), None
@@ -89,9 +92,9 @@ def _on_cuda(query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, max_
     from torch.nn.attention.varlen import varlen_attn
 
     groups = query.shape[1] // key.shape[1]
-    if groups > 1:                                  # torch 2.11 has no enable_gqa here
-        key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
     flat_query, flat_key, flat_value = (states[0].transpose(0, 1).contiguous() for states in (query, key, value))
+    if groups > 1:                                  # torch 2.11 has no enable_gqa here
+        flat_key, flat_value = (states.repeat_interleave(groups, 1) for states in (flat_key, flat_value))
     left = -1 if sliding_window is None else sliding_window - 1
     out = varlen_attn(flat_query, flat_key, flat_value, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, scale=scaling,
                       window_size=(left, 0))
@@ -107,9 +110,6 @@ def _by_length(query: Tensor, key: Tensor, value: Tensor, borders: tuple[int, ..
     Cost: sum of squared lengths instead of T squared, and no mask over a row.
     """
     device = query.device.type
-    if torch.is_autocast_enabled(device):           # before anything is copied
-        half = torch.get_autocast_dtype(device)
-        query, key, value = query.to(half), key.to(half), value.to(half)
     order, back, stacks = _plan(borders)
     if order is not None and back is not None:
         order, back = order.to(query.device), back.to(query.device)

@@ -2,7 +2,7 @@
 
 import os
 
-os.environ.update(HF_HUB_OFFLINE="1", WANDB_MODE="offline", TOKENIZERS_PARALLELISM="false", CUDA_VISIBLE_DEVICES="")
+os.environ.update(HF_HUB_OFFLINE="1", WANDB_MODE="offline", TOKENIZERS_PARALLELISM="false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")       # two test processes on two cores; threads that spin are slow
 
 import json
@@ -27,6 +27,12 @@ CORPUS = [
 
 LONGEST = ["test_readme", "test_strategy", "test_pipeline", "test_checkpoint", "test_survival", "test_lifecycle",
            "test_notebooks", "test_gradient", "test_perplexity", "test_chat"]
+
+
+def pytest_configure(config):
+    """On the CPU alone, before torch is imported; `pytest -m gpu tests/gpu` is for a GPU."""
+    if config.option.markexpr != "gpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
 def pytest_collection_modifyitems(items):

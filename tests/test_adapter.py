@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lit_llm import model as models
 from lit_llm.adapter import (
@@ -157,6 +158,42 @@ def test_rows_of_single_tokens_learn_beside_the_adapters(tiny_model, tmp_path, k
     others[[5, 9]] = False
     assert torch.equal(new[others], old[others])
     assert (new is loaded.get_input_embeddings().weight) == tied
+
+
+class Largest(TorchDispatchMode):
+    """Remembers the largest tensor that any operation makes."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        self.numel = max([self.numel, *(part.numel() for part in torch.utils._pytree.tree_leaves(out)
+                                        if isinstance(part, torch.Tensor) and not part._is_view())])
+        return out
+
+
+@pytest.mark.parametrize("tokens", [[9, 5], [31, 7, 200]])
+def test_embeddings_of_rows_that_learn_are_peft_s_without_a_copy_of_the_matrix(tiny_model, tokens):
+    """The same bits forward and backward; of a matrix of 128k rows the copy would cost more than a layer."""
+    base = load_causal_lm(tiny_model("llama"))
+    layer = wrap_peft(base, LoRA(r=4).as_peft(), tokens=tokens).get_input_embeddings().token_adapter
+    layer.base_layer.padding_idx = tokens[1]                    # padding is looked up, and does not learn
+    rows = layer.trainable_tokens_delta["default"]
+    with torch.no_grad():
+        rows += torch.randn_like(rows)
+    ids = torch.tensor([[5, 9, 200, 31, 31, 7, 300, 9]])
+    toward = torch.randn(1, 8, rows.shape[1])
+    ours, (wanted, theirs) = layer(ids), [type(layer).forward(layer, ids) for _ in range(2)]
+    assert torch.equal(ours, wanted)
+    got, want = (torch.autograd.grad((out * toward).sum(), rows)[0] for out in (ours, theirs))
+    assert torch.equal(got, want)
+    assert got.abs().sum() > 0
+    sizes = []
+    for call in (layer, lambda ids: type(layer).forward(layer, ids)):
+        with Largest() as largest:
+            call(ids).sum().backward()
+        sizes.append(largest.numel)
+    assert sizes[1] == layer.base_layer.weight.numel() > 20 * sizes[0]
 
 
 @pytest.mark.parametrize("keys", [

@@ -170,3 +170,19 @@ def test_what_cannot_be_kept_apart_is_refused(kind, keys):
     with pytest.raises(InputError, match=r"packed|documents"):
         init_causal_lm(spec | {"model_type": kind}, attention="lit_varlen", vocab_size=VOCABULARY)(
             **row_of(some_documents([4, 5])))
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3"])
+def test_under_autocast_attention_is_in_half_precision(kind, monkeypatch):
+    """Rotary positions make float32 of queries and keys; CUDA's kernel takes halves alone, and another would be taken."""
+    seen = set()
+    flash = attention._flash
+    monkeypatch.setattr(attention, "_flash", lambda query, dropout: seen.add(query.dtype) or flash(query, dropout))
+    packed, alone = pair(kind, "sdpa")
+    documents = some_documents([20, 9])
+    with torch.autocast("cpu", torch.bfloat16):
+        ours = packed_losses(packed, documents).float()
+        theirs = torch.cat([losses(alone(input_ids=document[None], use_cache=False).logits[0], document)
+                            for document in documents]).float()
+    assert seen == {torch.bfloat16}
+    torch.testing.assert_close(ours, theirs, atol=3e-2, rtol=3e-2)

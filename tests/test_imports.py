@@ -22,7 +22,7 @@ NOUNS_FROM = {"conversation": set(), "attention": {"blockwise"}, "blockwise": se
 HOMES = {
     "peft": {"adapter"}, "AutoModelForCausalLM": {"model"}, "AutoConfig": {"model", "inference.export"},
     "tokenizers": {"tokenizer", "samples.make"}, "AutoTokenizer": {"tokenizer"}, "datasets": {"data.sources", "data.readers"},
-    "torchmetrics": {"training.metrics"}, "deepspeed": {"training.strategy", "training.reshard", "training.trial"}, "litserve": set(),
+    "torchmetrics": {"training.metrics"}, "triton": {"training.kernels"}, "deepspeed": {"training.strategy", "training.reshard", "training.trial"}, "litserve": set(),
 }
 HEAVY = ["torch", "transformers", "peft", "deepspeed", "datasets", "lightning", "litserve"]
 

@@ -2,17 +2,21 @@
 
 Logits of a slice of tokens at a time, in one buffer for all slices: memory grows neither with tokens nor with the
 vocabulary times tokens. Gradients are made in the forward, while a slice's logits are there, which saves the product
-that recomputing them would cost. Knows nothing of labels, models or averages.
+that recomputing them would cost. On CUDA products leave in the float32 they were summed in, and a Triton kernel makes
+losses and gradients of them in one pass, where Triton works. Knows nothing of labels, models or averages.
 
     N tokens, V vocabulary, D hidden, K rows of the head that learn beside it
 """
 
-from collections.abc import Iterator
+import logging
+from collections.abc import Callable, Iterator
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+log = logging.getLogger(__name__)
 SLICE_BYTES = {"cpu": 32 * 2**20, "cuda": 256 * 2**20}      # of logits in the head's precision: one matrix product
 TILE = {"cpu": (2048, 1024), "cuda": (4096, 16384)}         # tokens and words at a time where no gradient is asked for
 WORK_BYTES = {"cpu": 4 * 2**20, "cuda": 512 * 2**20}        # of float32 logits at a time: not beyond a CPU's cache
@@ -61,6 +65,8 @@ def slice_rows(vocabulary: int, size: int, device: str) -> tuple[int, int]:
     (524, 32)
     """
     rows = max(16, SLICE_BYTES.get(device, SLICE_BYTES["cuda"]) // (size * vocabulary))
+    if device != "cpu" and rows > 128:              # which a GPU multiplies at once
+        rows -= rows % 128
     return rows, max(1, min(rows, WORK_BYTES.get(device, WORK_BYTES["cuda"]) // (4 * vocabulary)))
 
 
@@ -70,22 +76,50 @@ def _slices(hidden_ND: Tensor, head: Head) -> Iterator[tuple[slice, Tensor, Iter
     dtype, device = hidden_ND.dtype, hidden_ND.device
     wide = torch.promote_types(dtype, torch.float32)
     rows, few = (min(count, number) for number in slice_rows(vocabulary, dtype.itemsize, device.type))
-    buffer = torch.empty(rows, vocabulary, dtype=dtype, device=hidden_ND.device)
+    exact = _keeps_sums(hidden_ND)                  # then a slice is one part, whose logits were never rounded
+    few = rows if exact else few
+    buffer = torch.empty(rows, vocabulary, dtype=dtype, device=device)
     work = torch.empty(few, vocabulary, dtype=wide, device=device) if wide != dtype else None
 
     def parts(start: int, logits: Tensor) -> Iterator[Part]:
         for at in range(0, len(logits), few):
             half = logits[at:at + few]
             taken = slice(start + at, start + at + len(half))
-            yield Part(taken, half, None) if work is None else Part(taken, work[:len(half)].copy_(half), half)
+            if work is None:
+                yield Part(taken, half, None)
+            else:
+                yield Part(taken, work[:len(half)] if exact else work[:len(half)].copy_(half), half)
 
     for start in range(0, count, max(1, rows)):
         taken = slice(start, min(count, start + rows))
         logits = buffer[:taken.stop - start]
-        torch.mm(hidden_ND[taken], head.weight_VD.T, out=logits)
+        made = work[:len(logits)] if exact and work is not None else logits
+        _product(hidden_ND[taken], head.weight_VD.T, made)
         if head.rows_KD is not None and head.index_K is not None:
-            logits.index_copy_(1, head.index_K, hidden_ND[taken] @ head.rows_KD.T)
+            own = made.new_empty(len(made), len(head.rows_KD))
+            made.index_copy_(1, head.index_K, _product(hidden_ND[taken], head.rows_KD.T, own))
         yield taken, logits, parts(start, logits)
+
+
+def _keeps_sums(hidden: Tensor) -> bool:
+    """Whether products of halves can be had in float32: on Nvidia's GPUs since Ampere."""
+    return (hidden.is_cuda and hidden.dtype in (torch.float16, torch.bfloat16) and torch.version.hip is None
+            and torch.cuda.get_device_capability(hidden.device) >= (8, 0))
+
+
+def _product(left: Tensor, right: Tensor, out: Tensor) -> Tensor:
+    """`left @ right`, in the precision of `out` where that is another."""
+    if out.dtype != left.dtype:
+        return torch.mm(left, right, out_dtype=out.dtype, out=out)
+    return torch.mm(left, right, out=out)
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """`total += left @ right`, total being float32 or wider; on CUDA without a copy of the product."""
+    if _keeps_sums(left):
+        torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
+    else:
+        total += left @ right
 
 
 def _adjust(logits: Tensor, head: Head) -> Tensor | None:
@@ -117,17 +151,21 @@ def measure(hidden_ND: Tensor, targets_N: Tensor, head: Head) -> tuple[Tensor, T
     own = {} if head.index_K is None or head.rows_KD is None else dict(
         zip(head.index_K.tolist(), head.rows_KD.to(dtype), strict=True))
     found = [_Summary(targets) for targets in targets_N.split(rows)]
+    hidden_ND = hidden_ND.to(dtype)
+    direct = wide == dtype or _keeps_sums(hidden_ND)
     room = min(rows, len(targets_N)) * words        # one buffer for all tiles: a CPU is slow to hand out fresh memory
-    product = torch.empty(room, dtype=dtype, device=hidden_ND.device)
-    work = torch.empty(room, dtype=wide, device=hidden_ND.device) if wide != dtype else None
+    product = torch.empty(0 if direct else room, dtype=dtype, device=hidden_ND.device)
+    work = torch.empty(room, dtype=wide, device=hidden_ND.device)
     with torch.autocast(device, enabled=False):
         for start in range(0, len(head.weight_VD), words):
             tile = _columns(head, own, start, start + words, dtype)
-            for hidden, summary in zip(hidden_ND.to(dtype).split(rows), found, strict=True):
+            for hidden, summary in zip(hidden_ND.split(rows), found, strict=True):
                 shape = len(hidden), len(tile.weight_VD)
-                logits = product[:shape[0] * shape[1]].view(shape)
-                torch.mm(hidden, tile.weight_VD.T, out=logits)
-                logits = logits if work is None else work[:logits.numel()].view(shape).copy_(logits)
+                logits = work[:shape[0] * shape[1]].view(shape)
+                if direct:
+                    _product(hidden, tile.weight_VD.T, logits)
+                else:
+                    logits.copy_(torch.mm(hidden, tile.weight_VD.T, out=product[:logits.numel()].view(shape)))
                 _adjust(logits, tile)
                 summary.add(logits, start)
     return torch.cat([each.losses() for each in found]), torch.cat([each.hits() for each in found])
@@ -230,10 +268,10 @@ class _Nll(torch.autograd.Function):
                 else:
                     columns = delta[:, index_K]     # these are not the weight's
                     delta.index_fill_(1, index_K, 0.0)
-                    grad_rows += columns.T @ here
+                    _add_product(grad_rows, columns.T, here)
                     torch.addmm(columns @ own, delta, weight, out=grad_hidden[taken])
                 if grad_weight is not None:
-                    grad_weight += delta.T @ here
+                    _add_product(grad_weight, delta.T, here)
         ctx.save_for_backward(grad_hidden.to(hidden_ND.dtype), grad_weight, grad_bias, grad_rows)
         ctx.dtypes = [None if part is None else part.dtype for part in (weight_VD, bias_V, rows_KD)]
         return total
@@ -249,6 +287,11 @@ class _Nll(torch.autograd.Function):
 def _differentiate(part: Part, targets: Tensor, head: Head, grad_bias: Tensor | None) -> Tensor:
     """() the part's loss; its logits turn into d loss / d (hidden @ weight.T)."""
     delta = part.logits
+    kernel = _kernel(delta.device) if delta.is_cuda and part.half is not None and grad_bias is None else None
+    if kernel is not None and part.half is not None:
+        if head.bias_V is not None:
+            delta += head.bias_V
+        return kernel(delta, targets, part.half, head.factor, head.cap).sum()
     slope = _adjust(delta, head)
     wanted, largest = delta.gather(1, targets), delta.amax(1)
     losses = _log_sum(delta, largest)[:, None] - wanted     # not from the target's probability: it may be 0 in float32
@@ -262,3 +305,18 @@ def _differentiate(part: Part, targets: Tensor, head: Head, grad_bias: Tensor | 
     if part.half is not None:
         part.half.copy_(delta)
     return losses.sum()
+
+
+@cache
+def _kernel(device: torch.device) -> Callable[..., Tensor] | None:
+    """The Triton kernel, once it has done a row on this device: it is compiled there, which takes a C compiler."""
+    try:
+        from lit_llm.training import kernels
+
+        kernels.differentiate(torch.zeros(1, 8, device=device), torch.zeros(1, 1, dtype=torch.int64, device=device),
+                              torch.empty(1, 8, dtype=torch.bfloat16, device=device), 1.0, None)
+    except Exception as error:                      # not installed, no compiler, a GPU too old: each in its own way
+        log.warning("the loss is made by torch's operations, which are slower: Triton does not work here (%s)",
+                    " ".join(str(error).split())[:200])
+        return None
+    return kernels.differentiate

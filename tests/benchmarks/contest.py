@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
+PATHS = [place for place in [os.environ.get("PYTHONPATH")] if place]
 CALL = "import json, sys; from tests.benchmarks.{} import {} as call; print(json.dumps(call(*json.loads(sys.argv[1]))))"
 
 
@@ -25,7 +26,7 @@ def start(function: Callable[..., Any], *given: Any, python: str = sys.executabl
     """The function under way, in a session of its own; it leaves its result on the last line it prints."""
     code = CALL.format(Path(inspect.getfile(function)).stem, function.__name__)
     return subprocess.Popen([python, "-c", code, json.dumps(given)], cwd=ROOT, stdout=subprocess.PIPE, text=True,
-                            env={**os.environ, "PYTHONPATH": str(ROOT)}, start_new_session=True)
+                            env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *PATHS])}, start_new_session=True)
 
 
 def alone(function: Callable[..., Any], *given: Any, python: str = sys.executable) -> Any:

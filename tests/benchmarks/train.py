@@ -1,6 +1,7 @@
 """How fast weights learn, as ratios measured in one run on this machine.
 
     python tests/benchmarks/train.py --tokenizer FOLDER --chats A.json B.json --text FILE [--peer PYTHON]
+    python tests/benchmarks/train.py --device cuda [--only "8B, LoRA"]      no files are needed; see on_gpu.py
 
 A 6M-parameter Llama with random weights learns the conversations; each contestant runs in a process of its own, turn by
 turn, and the median of its turns counts. A contestant whose loss of the first step is another one is out: a faster
@@ -126,13 +127,24 @@ def report(entries, runs, ours):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--tokenizer", required=True)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--only", help="of the cases on a GPU, those whose name has this in it")
+    parser.add_argument("--smoke", action="store_true", help="the cases for a GPU with tiny shapes on the CPU")
+    parser.add_argument("--tokenizer")
     parser.add_argument("--chats", nargs="+", default=[])
     parser.add_argument("--text")
     parser.add_argument("--peer", help="an interpreter with trl")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=15, help="of each turn")
     given = parser.parse_args()
+    if given.device == "cuda" or given.smoke:
+        sys.path.insert(0, str(HERE.parents[1]))
+        from tests.benchmarks import on_gpu
+
+        on_gpu.run(given.only, smoke=given.smoke, seconds=given.seconds)
+        return
+    if given.tokenizer is None:
+        parser.error("--tokenizer is needed on a CPU")
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         tokenizer, parameters = build(folder / "model", given.tokenizer)

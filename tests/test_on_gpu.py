@@ -1,0 +1,47 @@
+"""If this breaks: whoever runs the training benchmark on a GPU gets a traceback after a minute, or a share of the peak that is not so.
+
+The very code that a GPU runs, with tiny shapes on the CPU; FLOPs against torch's own counter.
+"""
+
+import math
+import sys
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from lit_llm.adapter import LoRA, wrap_peft
+from lit_llm.model import init_causal_lm
+from lit_llm.training import estimate
+from tests.benchmarks import on_gpu, train
+from tests.shapes import LLAMA, SMALL
+
+
+def test_the_benchmark_runs_as_it_does_on_a_gpu(monkeypatch, capsys):
+    """All weights, and adapters; both lose at first what guessing loses."""
+    monkeypatch.setattr(on_gpu, "alone", lambda call, *given: call(*given))     # in this process, to be quick
+    monkeypatch.setattr(sys, "argv", ["train.py", "--device", "cuda", "--smoke", "--seconds", "0.01", "--only", "0.6B"])
+    train.main()
+    rows = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| Qwen3")]
+    assert [row[0] for row in rows] == ["Qwen3-0.6B, all weights", "Qwen3-0.6B, all weights, compiled", "Qwen3-0.6B, LoRA"]
+    assert "skipped" in rows[1][1]
+    for row in (rows[0], rows[2]):
+        assert float(row[-1]) == pytest.approx(math.log(SMALL["vocab_size"]), abs=0.15), row
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["all weights", "adapters"])
+def test_flops_are_those_that_torch_counts(lora):
+    """Its counter takes attention as whole squares; of frozen weights the first layer's three need no gradient at all."""
+    shape, tokens = LLAMA | SMALL | {"num_hidden_layers": 6}, 96
+    counts, _ = on_gpu.needs(shape, {"lora": {"r": 4}} if lora else {}, "32-true", 1, tokens)
+    inner = init_causal_lm(shape, attention="eager")
+    model = wrap_peft(inner, LoRA(r=4).as_peft()) if lora else inner
+    ids = torch.randint(SMALL["vocab_size"], (1, tokens))
+    counter = FlopCounterMode(display=False)
+    with counter:
+        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+    ours = tokens * (2 * estimate.flops_per_token(counts, tokens) - estimate.flops_per_token(counts, 0.0))
+    width, key = SMALL["hidden_size"], SMALL["hidden_size"] // 2
+    spared = 2 * tokens * (width * width + 2 * width * key) if lora else 0
+    spared += 2 * tokens * 3 * 4 * width if lora else 0         # nor do the inputs of their adapters
+    assert counter.get_total_flops() == pytest.approx(ours - spared, rel=1e-4)         # some releases rotate by a product
