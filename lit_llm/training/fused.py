@@ -103,8 +103,20 @@ def _slices(hidden_ND: Tensor, head: Head) -> Iterator[tuple[slice, Tensor, Iter
 
 def _keeps_sums(hidden: Tensor) -> bool:
     """Whether products of halves can be had in float32: on Nvidia's GPUs since Ampere."""
-    return (hidden.is_cuda and hidden.dtype in (torch.float16, torch.bfloat16) and torch.version.hip is None
-            and torch.cuda.get_device_capability(hidden.device) >= (8, 0))
+    return hidden.is_cuda and hidden.dtype in (torch.float16, torch.bfloat16) and _sums_leave(hidden.device)
+
+
+@cache
+def _sums_leave(device: torch.device) -> bool:
+    """Whether a device does it, by asking it once."""
+    try:
+        half, wide = torch.ones(16, 16, dtype=torch.bfloat16, device=device), torch.zeros(16, 16, device=device)
+        _product(half, half, wide)
+        torch.addmm(wide, half, half, out_dtype=wide.dtype, out=wide)
+        return bool((wide == 32).all())
+    except (RuntimeError, TypeError) as error:
+        log.info("products leave in half precision: %s", " ".join(str(error).split())[:200])
+        return False
 
 
 def _product(left: Tensor, right: Tensor, out: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ optimizers.
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from lit_llm import attention, model
+from lit_llm import adapter, attention, model
 from lit_llm.training import recompute
 from lit_llm.training.loss import nll_sum
 
@@ -128,9 +129,8 @@ def step(build: Callable[[], Any], borders: Sequence[int], *, supervised: int, r
             ids = torch.zeros(1, tokens, dtype=torch.int64)
             labels, weights = ids[0].clone(), ledger.restart()
             with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-                hidden = model.backbone(whole)(
-                    input_ids=ids, position_ids=ids, attention_mask=None, use_cache=False,
-                    cu_seqlens=Borders(borders), max_seqlen=tokens).last_hidden_state[0]
+                run = _by_document if adapter.learns_prompt(whole) else _packed
+                hidden = run(whole, ids, borders)
                 layers, top = ledger.live - weights, ledger.peak
                 factor, cap = model.logit_adjustment(whole)
                 loss = nll_sum(hidden, labels, model.head(whole), factor=factor, cap=cap, count=supervised).total
@@ -145,6 +145,28 @@ def step(build: Callable[[], Any], borders: Sequence[int], *, supervised: int, r
     bare = ledger.bare - weights
     layer = layers / depth if recompute_ == "none" else max(layers / depth, bare - layers)
     return Step(layers, max(0, forward - layers), ledger.peak - weights, bare, layer)
+
+
+def _packed(whole: Any, ids: Tensor, borders: Sequence[int]) -> Tensor:
+    """(T, D) hidden states of a packed row."""
+    out = model.backbone(whole)(input_ids=ids, position_ids=ids, attention_mask=None, use_cache=False,
+                                cu_seqlens=Borders(borders), max_seqlen=borders[-1])
+    return out.last_hidden_state[0]
+
+
+def _by_document(whole: Any, ids: Tensor, borders: Sequence[int]) -> Tensor:
+    """(T, D) the same where each document has a forward of its own, behind virtual tokens that learn."""
+    prompt = whole.get_prompt(batch_size=1)
+    keys: Any = {"past_key_values": prompt} if whole.active_peft_config.peft_type.value == "PREFIX_TUNING" else {}
+    parts = []
+    for start, stop in pairwise(borders):
+        embedded = whole.word_embeddings(ids[:, start:stop])
+        if not keys:
+            embedded = torch.cat([prompt, embedded], dim=1)
+        place = torch.arange(embedded.shape[1])[None]
+        parts.append(model.backbone(whole)(inputs_embeds=embedded, position_ids=place, use_cache=False, **keys)
+                     .last_hidden_state[0, start - stop:])
+    return torch.cat(parts)
 
 
 def _embody(whole: nn.Module, *, frozen: torch.dtype, trained: torch.dtype) -> None:
