@@ -125,9 +125,9 @@ def quiet() -> None:
     """Hide what libraries say to nobody: adverts, deprecations, hints that do not apply here."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    libraries = "lightning|torch|transformers|peft|deepspeed|jsonargparse|litserve"
+    libraries = "lightning|torch|transformers|peft|deepspeed|jsonargparse|litserve|bitsandbytes"
     warnings.filterwarnings("ignore", module=rf"({libraries})(\.|$)")
     logging.basicConfig(format="%(message)s", stream=sys.stderr)
     logging.getLogger("lit_llm").setLevel(logging.INFO)
-    for name in ("transformers", "DeepSpeed", "httpx", "huggingface_hub"):
+    for name in ("transformers", "DeepSpeed", "httpx", "huggingface_hub", "bitsandbytes"):
         logging.getLogger(name).setLevel(logging.ERROR)

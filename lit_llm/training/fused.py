@@ -70,6 +70,12 @@ def slice_rows(vocabulary: int, size: int, device: str) -> tuple[int, int]:
     return rows, max(1, min(rows, WORK_BYTES.get(device, WORK_BYTES["cuda"]) // (4 * vocabulary)))
 
 
+def slice_bytes(tokens: int, vocabulary: int, size: int, device: str) -> int:
+    """What a slice of logits takes while gradients are made."""
+    rows, few = (min(tokens, number) for number in slice_rows(vocabulary, size, device))
+    return vocabulary * (rows * size + (rows if device == "cuda" else few) * 4 * (size < 4))
+
+
 def _slices(hidden_ND: Tensor, head: Head) -> Iterator[tuple[slice, Tensor, Iterator[Part]]]:
     """Tokens of each slice, the buffer of its logits, and its parts, to be walked through before the next slice."""
     count, vocabulary = len(hidden_ND), len(head.weight_VD)

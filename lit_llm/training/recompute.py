@@ -4,6 +4,7 @@ Knows nothing of devices, data or losses; `model.activation_bytes` says what eac
 """
 
 import os
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -65,10 +66,8 @@ def room(device: torch.device) -> int:
     if device.type == "cuda":
         return int(MARGIN * torch.cuda.get_device_properties(device).total_memory)
     have = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    try:                                            # a container may have less
+    with suppress(OSError, ValueError):             # a container may have less; there is none, or it says "max"
         have = min(have, int(Path("/sys/fs/cgroup/memory.max").read_text(encoding="ascii")))
-    except (OSError, ValueError):                   # no cgroup, or "max"
-        pass
     return int(MARGIN * have)
 
 

@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves
 
 from lit_llm import adapter, attention, model
 from lit_llm.training import recompute
+from lit_llm.training.fused import slice_bytes
 from lit_llm.training.loss import nll_sum
 
 
@@ -108,7 +109,7 @@ def step(build: Callable[[], Any], borders: Sequence[int], *, supervised: int, r
         recompute_: What is computed again.
         half: Whether frozen weights, and without `autocast` all weights, lie in two bytes.
         autocast: Whether matrices are multiplied in bfloat16 whatever they lie in.
-        cuda: Leave out what CPU kernels alone keep: matrices of attention weights where they are dropped.
+        cuda: As there: larger slices of logits, no matrices of attention weights where they are dropped.
     """
     from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -143,8 +144,13 @@ def step(build: Callable[[], Any], borders: Sequence[int], *, supervised: int, r
         attention._plan.cache_clear()               # its answers are fake too
     depth = max(1, len(model.decoder_layers(whole)))
     bare = ledger.bare - weights
+    head = max(0, forward - layers)
+    if cuda:                                        # its slices are larger
+        out: Any = model.head(whole)
+        words, size = len(out.weight), 2 if half or autocast else 4
+        head += slice_bytes(supervised, words, size, "cuda") - slice_bytes(supervised, words, size, "cpu")
     layer = layers / depth if recompute_ == "none" else max(layers / depth, bare - layers)
-    return Step(layers, max(0, forward - layers), ledger.peak - weights, bare, layer)
+    return Step(layers, head, ledger.peak - weights, bare, layer)
 
 
 def _packed(whole: Any, ids: Tensor, borders: Sequence[int]) -> Tensor:
