@@ -20,7 +20,8 @@ NOUNS_FROM = {"conversation": set(), "attention": set(), "jinja": set(), "render
 HOMES = {
     "peft": {"adapter"}, "AutoModelForCausalLM": {"model"}, "AutoConfig": {"model", "inference.export"},
     "tokenizers": {"tokenizer", "samples.make"}, "AutoTokenizer": {"tokenizer"}, "datasets": {"data.sources", "data.readers"},
-    "torchmetrics": {"training.metrics"}, "deepspeed": {"training.strategy", "training.reshard", "training.trial"}, "litserve": set(),
+    "torchmetrics": {"training.metrics"}, "litserve": set(),
+    "deepspeed": {"training.strategy", "training.weights", "training.reshard", "training.trial"},
 }
 HEAVY = ["torch", "transformers", "peft", "deepspeed", "datasets", "lightning", "litserve"]
 
