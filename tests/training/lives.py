@@ -127,7 +127,7 @@ def differences(one, other, path=""):
 def assert_same_end(run, straight, step, but=()):
     """Metrics, weights, optimizer, schedule, generators, place in the data: all of the last checkpoint.
 
-    Only where a signal fell into the very last validation, the place in that one may differ.
+    Only where a signal fell into the very last validation, what is kept of that one may differ.
     """
     assert rows_of(run) == rows_of(straight)
     ours, theirs = (content(Path(folder) / "checkpoints" / f"step_{step}") for folder in (run, straight))
