@@ -48,6 +48,7 @@ class Preemption(Callback):
     def __init__(self) -> None:
         self.noted = 0                              # the signal this process got
         self._agreeing = False                      # from the first step on
+        self._met = False                           # whether the others have come there, too
         self._asked: tuple[Any, torch.Tensor] | None = None
         self.watch: Watch | None = None             # over the other processes
 
@@ -84,7 +85,7 @@ class Preemption(Callback):
         if threading.current_thread() is not threading.main_thread():
             yield                                   # Python gives signals to the main thread alone
             return
-        self.noted, self._agreeing, self._asked = 0, False, None
+        self.noted, self._agreeing, self._met, self._asked = 0, False, False, None
         owner = os.getpid()
 
         def note(number: int, _: Any) -> None:
@@ -102,7 +103,7 @@ class Preemption(Callback):
             with self._insisting(trainer):
                 yield
         except Exception:
-            if not self.noted or self._agreeing:
+            if not self.noted or self._met:
                 raise
             raise _at_once(self.noted, trainer) from None       # another rank was told to end, and did
         finally:
@@ -149,7 +150,9 @@ class Preemption(Callback):
         """From here on signals are a matter for all ranks."""
         self._agreeing = True
         self._agreed(trainer)
-        if signum := self._agreed(trainer):
+        signum = self._agreed(trainer)
+        self._met = True
+        if signum:
             self._end(trainer, signum)
 
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
