@@ -28,7 +28,7 @@ from lit_llm.training import manifest
 from lit_llm.training.manifest import step_of
 from lit_llm.training.processes import end_together
 from lit_llm.training.report import MetricsCSV
-from lit_llm.training.strategy import gathered_trainable_state
+from lit_llm.training.weights import gathered_trainable_state
 
 log = logging.getLogger(__name__)
 PREFIX = "model."                                   # the LightningModule's name for what it trains

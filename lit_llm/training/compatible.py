@@ -34,6 +34,7 @@ def check(module: "CausalLMModule", strategy: Any, world_size: int) -> None:
     """
     _check_prompts(module, strategy, world_size)
     _check_optimizer(module.optimizer, strategy)
+    _check_float16(module, strategy)
     by_layer = gathers_layers(strategy)
     if by_layer and module.quantize:
         raise InputError("4-bit weights cannot be cut into pieces for each layer", where="model.quantize",
@@ -56,6 +57,14 @@ def _check_prompts(module: "CausalLMModule", strategy: Any, world_size: int) -> 
     if world_size > 1 and gathers_layers(strategy):
         raise InputError("prompt and prefix tuning cannot be trained by processes that share each layer's weights",
                          where="trainer.strategy", fix="set --trainer.strategy deepspeed_stage_2")
+
+
+def _check_float16(module: "CausalLMModule", strategy: Any) -> None:
+    """Small gradients vanish in it, unless the loss is multiplied by a scale, which DeepSpeed and 16-mixed do."""
+    training = module.trainer.state.fn == "fit"
+    if training and str(module.trainer.precision) == "16-true" and not isinstance(strategy, ZeroStrategy):
+        raise InputError("small gradients would vanish in float16 without a loss scale", where="trainer.precision",
+                         fix="set it to 16-mixed or bf16-true; or --trainer.strategy deepspeed_stage_2, which has one")
 
 
 def _check_optimizer(optimizer: str, strategy: Any) -> None:

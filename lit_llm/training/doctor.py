@@ -68,6 +68,9 @@ def _content(folder: Path) -> dict[str, Any]:
         name = str(file.relative_to(folder))
         if file.suffix == ".safetensors":
             found["weights"][name] = file.read_bytes()
+        elif file.name == ".metadata":              # FSDP2's: the shards of all processes, put together
+            shards = _joined(file.parent)
+            found["weights"][name], found["optimizer"][name] = shards["model"], shards.get("optimizer", {})
         elif file.suffix == ".pt" or file.name == "state":
             state = torch.load(file, weights_only=False, map_location="cpu")    # DeepSpeed keeps objects there
             is_optimizer = "optim" in file.name
@@ -76,6 +79,16 @@ def _content(folder: Path) -> dict[str, Any]:
             if not is_optimizer:
                 found["schedule, generators, place in the data"][name] = state
     return {part: held for part, held in found.items() if held}
+
+
+def _joined(folder: Path) -> dict[str, Any]:
+    """All that torch's distributed checkpoint holds, whole."""
+    from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+
+    with tempfile.TemporaryDirectory(prefix="lit_llm-") as name:
+        dcp_to_torch_save(folder, file := Path(name) / "joined.pt")
+        held: dict[str, Any] = torch.load(file, weights_only=False)
+    return held
 
 
 def _same(part: str, one: Any, other: Any) -> bool:

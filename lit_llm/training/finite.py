@@ -23,14 +23,17 @@ from lit_llm.training.strategy import ZeroStrategy
 
 log = logging.getLogger(__name__)
 NAMED = 5                                           # records in one message
+LOWEST = 1.0                                        # loss scale below which float16 gains nothing
 
 
 class FiniteGuard(Callback):
     """Skips a step whose loss or gradient is not finite; stops after several in a row.
 
     Costs one pass over the gradients and one wait for the device a step, on every rank the same; DeepSpeed does that by
-    itself. Gradients are checked after they were summed over ranks, so all ranks see the same. float16 is left to its
-    loss scaler, to which skipping is daily work.
+    itself. Gradients are checked after they were summed over ranks, so all ranks see the same.
+
+    float16 multiplies the loss by a scale that grows until a gradient overflows, and then is lowered: such a step is
+    skipped, counted and named too, but is daily work and stops no run while there is something to lower.
 
     Args:
         max_skipped_steps: Steps in a row that may be skipped before the run stops.
@@ -49,10 +52,15 @@ class FiniteGuard(Callback):
         """Take them back."""
         self.skipped, self.in_a_row = state_dict["skipped"], state_dict["in_a_row"]
 
+    def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        """Fused optimizers would undo float16's loss scale in their step, after clipping and after this look."""
+        for optimizer in trainer.optimizers:
+            optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]
+
     def on_before_optimizer_step(self, trainer: L.Trainer, module: Any, optimizer: Any) -> None:
         """Without gradients, the optimizer has nothing to do."""
-        if isinstance(trainer.strategy, ZeroStrategy) or getattr(trainer.precision_plugin, "scaler", None) is not None:
-            return                                  # both look for themselves, and tell the module
+        if isinstance(trainer.strategy, ZeroStrategy):
+            return                                  # looks for itself, and tells the module
         weights = [weight for group in optimizer.param_groups for weight in group["params"] if weight.grad is not None]
         module.gradient_norm = norm(weight.grad for weight in weights)
         module.step_skipped = not bool(module.gradient_norm.isfinite())         # here the device is waited for
@@ -69,10 +77,19 @@ class FiniteGuard(Callback):
             self.in_a_row = 0
         else:
             self.skipped += 1
-            self.in_a_row += 1
-            _warn(f"step {trainer.global_step} is skipped: {_reason(trainer, module, window)}")
+            reason = _reason(trainer, module, window)
+            scale = _loss_scale(trainer) if reason is None else None
+            self.in_a_row += scale is None or scale <= LOWEST
+            _warn(f"step {trainer.global_step} is skipped: " + (
+                reason or ("its loss is finite, its gradient is not" if scale is None else
+                           f"its gradient overflowed float16; the loss scale is {scale:,.0f} now")))
         if self.skipped:
             module.log("train/skipped_steps", float(self.skipped), rank_zero_only=True)
+        if trainer._logger_connector.should_update_logs:
+            measured: Any = trainer.strategy if isinstance(trainer.strategy, ZeroStrategy) else module
+            before_clipping = measured.gradient_norm
+            if before_clipping is not None:
+                module.log("train/grad_norm", before_clipping, rank_zero_only=True)
         if self.in_a_row >= self.max_skipped_steps:
             end_together(trainer)
             raise InputError(
@@ -100,8 +117,16 @@ def norm(gradients: Iterable[Tensor]) -> Tensor:
         (each.full_tensor() if hasattr(each, "full_tensor") else each).float().to(norms[0].device) for each in norms]))
 
 
-def _reason(trainer: L.Trainer, module: Any, window: list[tuple[int, Any]]) -> str:
-    """What was not finite and whose records those are, on all ranks; a collective."""
+def _loss_scale(trainer: L.Trainer) -> float | None:
+    """What float16 multiplies the loss by, already lowered; None where there is nothing to lower."""
+    if isinstance(trainer.strategy, ZeroStrategy):
+        return trainer.strategy.float16_scale
+    scaler: Any = getattr(trainer.precision_plugin, "scaler", None)
+    return None if scaler is None else float(scaler.get_scale())
+
+
+def _reason(trainer: L.Trainer, module: Any, window: list[tuple[int, Any]]) -> str | None:
+    """Whose loss was not finite, on all ranks; None where that is the gradient alone. A collective."""
     losses = torch.stack([loss.float() for _, loss in window])
     bad = [number for (number, _), finite in zip(window, losses.isfinite().tolist(), strict=True) if not finite]
     places = _places(trainer, module, bad)
@@ -110,7 +135,7 @@ def _reason(trainer: L.Trainer, module: Any, window: list[tuple[int, Any]]) -> s
         found = [None] * trainer.world_size
         dist.all_gather_object(found, (len(bad), places))
     if not sum(count for count, _ in found):
-        return "its loss is finite, its gradient is not"
+        return None
     places = list(dict.fromkeys(place for _, some in found for place in some))
     more = f" and {len(places) - NAMED} more" if len(places) > NAMED else ""
     return "its loss is not finite" + (f", at {', '.join(places[:NAMED])}{more}" if places else "")

@@ -19,7 +19,8 @@ from lit_llm.training.fsdp import Fsdp2Strategy
 from lit_llm.training.loss import Nll, nll_sum
 from lit_llm.training.metrics import Perplexity
 from lit_llm.training.noise import noisy
-from lit_llm.training.strategy import ZeroStrategy, whole
+from lit_llm.training.strategy import ZeroStrategy
+from lit_llm.training.weights import whole
 
 if TYPE_CHECKING:
     from lit_llm.data.loader import Batch

@@ -13,8 +13,10 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Generator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +27,10 @@ from lightning.pytorch.callbacks import Callback
 
 from lit_llm.training import manifest
 from lit_llm.training.checkpoint import StepCheckpoint, validation_is_due
-from lit_llm.training.processes import end_together, is_started_by_another, kill_started
+from lit_llm.training.processes import Watch, end_together, kill_started, tell_parent
 
 log = logging.getLogger(__name__)
+PATIENCE = 5.0                                      # seconds
 SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGUSR1", "SIGTERM") if hasattr(signal, name)]
 
 
@@ -45,7 +48,31 @@ class Preemption(Callback):
     def __init__(self) -> None:
         self.noted = 0                              # the signal this process got
         self._agreeing = False                      # from the first step on
+        self._met = False                           # whether the others have come there, too
         self._asked: tuple[Any, torch.Tensor] | None = None
+        self.watch: Watch | None = None             # over the other processes
+
+    # ---- others that die ---------------------------------------------------------------------------------------------
+
+    def begin_watch(self, trainer: L.Trainer) -> None:
+        """As soon as all processes of this machine are there."""
+        def go_on() -> str:
+            if trainer.state.fn != "fit":
+                return "its last words are above, if it had any"
+            saved = any(manifest.folders(Path(trainer.default_root_dir)))
+            return f"go on with: {resume_command()}" if saved else "nothing was saved"
+
+        self.watch = Watch(trainer, go_on)
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """All is done."""
+        if self.watch is not None:
+            self.watch.stop()
+
+    def on_exception(self, trainer: L.Trainer, module: L.LightningModule, exception: BaseException) -> None:
+        """Its own, or what it is like when another process is gone."""
+        if self.watch is not None:
+            self.watch.explain(exception)
 
     # ---- noting ------------------------------------------------------------------------------------------------------
 
@@ -58,7 +85,7 @@ class Preemption(Callback):
         if threading.current_thread() is not threading.main_thread():
             yield                                   # Python gives signals to the main thread alone
             return
-        self.noted, self._agreeing, self._asked = 0, False, None
+        self.noted, self._agreeing, self._met, self._asked = 0, False, False, None
         owner = os.getpid()
 
         def note(number: int, _: Any) -> None:
@@ -73,9 +100,10 @@ class Preemption(Callback):
 
         before = {number: signal.signal(number, note) for number in SIGNALS}
         try:
-            yield
+            with self._insisting(trainer):
+                yield
         except Exception:
-            if not self.noted or self._agreeing:
+            if not self.noted or self._met:
                 raise
             raise _at_once(self.noted, trainer) from None       # another rank was told to end, and did
         finally:
@@ -87,9 +115,34 @@ class Preemption(Callback):
             if trainer.is_global_zero and self.noted == signal.SIGINT:
                 os.write(2, b"\nstopping after this step, with a checkpoint; Ctrl-C again stops at once\n")
             return
-        if is_started_by_another(trainer):          # which would wait for this one
-            os.kill(os.getppid(), self.noted)
+        tell_parent(trainer, self.noted)
         raise _at_once(self.noted, trainer)
+
+    @contextmanager
+    def _insisting(self, trainer: L.Trainer) -> Generator[None, None, None]:
+        """While torch waits for another process, Python handles no signal; before the first step that may be for ever.
+
+        So a thread hears of signals too, and ends this process where nobody has noted one after a while.
+        """
+        _deafen_children()
+        ear, mouth = os.pipe()
+        os.set_blocking(mouth, False)
+        before = signal.set_wakeup_fd(mouth, warn_on_full_buffer=False)
+
+        def hear() -> None:
+            while heard := os.read(ear, 1):
+                time.sleep(PATIENCE if heard[0] in SIGNALS else 0)
+                if heard[0] in SIGNALS and not self.noted and not self._agreeing:
+                    tell_parent(trainer, heard[0])
+                    os._exit(int(str(_at_once(heard[0], trainer).code)))
+            os.close(ear)
+
+        threading.Thread(target=hear, name="signals", daemon=True).start()
+        try:
+            yield
+        finally:
+            signal.set_wakeup_fd(before)
+            os.close(mouth)                         # which the thread hears, too
 
     # ---- agreeing ----------------------------------------------------------------------------------------------------
 
@@ -97,7 +150,9 @@ class Preemption(Callback):
         """From here on signals are a matter for all ranks."""
         self._agreeing = True
         self._agreed(trainer)
-        if signum := self._agreed(trainer):
+        signum = self._agreed(trainer)
+        self._met = True
+        if signum:
             self._end(trainer, signum)
 
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
@@ -149,6 +204,12 @@ class Preemption(Callback):
             if signum == getattr(signal, "SIGUSR1", None):
                 requeue()
         raise Stopped(_code(signum))
+
+
+@cache
+def _deafen_children() -> None:
+    """What ends a forked worker must not be heard here."""
+    os.register_at_fork(after_in_child=lambda: signal.set_wakeup_fd(-1))
 
 
 def _ask(noted: int, device: torch.device) -> tuple[Any, torch.Tensor]:

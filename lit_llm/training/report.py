@@ -59,7 +59,8 @@ class MetricsCSV(Logger):
             return
         with open(self.file, newline="", encoding="utf-8") as handle:
             rows = [row for row in csv.DictReader(handle) if int(row["step"]) < step]
-        self._rows = [{key: value for key, value in row.items() if value != ""} for row in rows]
+        self._rows = [{key: value for key, value in row.items() if value != ""} | {"step": int(row["step"])}
+                      for row in rows]
         self._columns = list(FIRST)
         self._write()
 
@@ -72,11 +73,10 @@ class MetricsCSV(Logger):
         row = {"step": step or 0, "epoch": int(metrics.get("epoch", 0)),
                "seconds": round(time.monotonic() - self._started, 3)}
         last = self._rows[-1] if self._rows else {}
-        if last.get("step") == row["step"] and all(str(last.get(key)) == str(value) for key, value in figures.items()):
-            return                                  # a checkpoint had it written before Lightning did
-        if self._rows and int(self._rows[-1]["step"]) == row["step"] and not figures.keys() & self._rows[-1].keys():
-            self._rows[-1].update(figures)
-            self._write()
+        if last.get("step") == row["step"]:         # written for a checkpoint before Lightning did, or measured again
+            if any(str(last.get(key)) != str(value) for key, value in figures.items()):
+                last.update(figures)
+                self._write()
             return
         self._rows.append(row | figures)
         if set(figures) - set(self._columns):

@@ -1,9 +1,9 @@
 """A LightningModule in, the same module trained by DeepSpeed's ZeRO stage 1, 2 or 3 out: on CUDA, and on CPU with gloo.
 
 Owns everything that is DeepSpeed's: the process group, the sharding of weights while they are loaded, where an
-optimizer step ends, clipping, shards on disk, and full weights gathered back. The gradient that reaches the optimizer
-is exactly that of the loss the module returned: Lightning divides it by the accumulated micro-batches, ZeRO averages it
-over processes, and nobody divides twice. Knows nothing of data, models, losses or what a checkpoint means.
+optimizer step ends, clipping, and shards on disk. The gradient that reaches the optimizer is exactly that of the loss
+the module returned: Lightning divides it by the accumulated micro-batches, ZeRO averages it over processes, and nobody
+divides twice. Knows nothing of data, models, losses or what a checkpoint means.
 """
 
 import atexit
@@ -101,6 +101,7 @@ class ZeroStrategy(DeepSpeedStrategy):
         """Check what DeepSpeed cannot do, then join the other processes."""
         self._refuse_unsupported()
         _select_device(self.root_device.type)
+        self._refuse_float16()
         DDPStrategy.setup_environment(self)         # the parent's own refuses anything but CUDA
 
     def setup_distributed(self) -> None:
@@ -128,6 +129,13 @@ class ZeroStrategy(DeepSpeedStrategy):
             os.environ.pop(key, None)
             if value is not None:
                 os.environ[key] = value
+
+    def _refuse_float16(self) -> None:
+        from deepspeed.accelerator import get_accelerator
+
+        if str(self.precision_plugin.precision).startswith("16") and not get_accelerator().is_fp16_supported():
+            raise InputError("DeepSpeed does no float16 on this processor", where="trainer.precision",
+                             fix="set it to bf16-mixed or 32-true")
 
     def _refuse_unsupported(self) -> None:
         module = self.lightning_module
@@ -178,10 +186,13 @@ class ZeroStrategy(DeepSpeedStrategy):
     def setup(self, trainer: "Trainer") -> None:
         """Start the engine on the configured module."""
         self._init_config_if_needed()
+        self._halve_what_was_added()
         self._fit_buckets()
         with warnings.catch_warnings():             # that the engine clips, not the module's hook, is meant so
             warnings.filterwarnings("ignore", message=".*handles gradient clipping internally.*")
             super().setup(trainer)
+        if self.float16_scale is not None:             # FiniteGuard ends such a run, with a message
+            self.deepspeed_engine.optimizer.loss_scaler.raise_error_at_min_scale = False
 
     def _format_config(self) -> None:
         super()._format_config()
@@ -190,8 +201,21 @@ class ZeroStrategy(DeepSpeedStrategy):
         config.setdefault("zero_allow_untested_optimizer", True)
         config.setdefault("zero_force_ds_cpu_optimizer", False)     # offload steps with our AdamW, nothing is compiled
         config.setdefault("communication_data_type", "fp32")
-        if config.get("bf16", {}).get("enabled"):
+        if any(config.get(kind, {}).get("enabled") for kind in ("bf16", "fp16")):
             config.setdefault("data_types", {}).setdefault("grad_accum_dtype", "fp32")
+
+    def _halve_what_was_added(self) -> None:
+        """Adapters to 16 bits under stage 3, as the engine does it under 1 and 2; masters are float32 all the same.
+
+        It takes the type of what is trained for the model's: with float32 it would scale no loss in float16.
+        """
+        assert isinstance(self.config, dict)
+        assert self.model is not None
+        for kind, dtype in (("fp16", torch.float16), ("bf16", torch.bfloat16)):
+            if self.zero_stage_3 and self.config.get(kind, {}).get("enabled"):
+                for weight in self.model.parameters():
+                    if weight.requires_grad and not hasattr(weight, "ds_id"):
+                        weight.data = weight.data.to(dtype)
 
     def _fit_buckets(self) -> None:
         """Shrink the reduce bucket to what is trained: it is allocated whole, 800 MB and more for a small adapter."""
@@ -227,6 +251,12 @@ class ZeroStrategy(DeepSpeedStrategy):
         module: Any = self.lightning_module
         module.step_skipped = bool(getattr(self.deepspeed_engine.optimizer, "overflow", False))
         return done
+
+    @property
+    def float16_scale(self) -> float | None:
+        """What float16 multiplies the loss by and lowers when a gradient overflows; None where nothing is lowered."""
+        optimizer: Any = getattr(self.model, "optimizer", None)
+        return float(optimizer.loss_scale) if getattr(optimizer, "dynamic_loss_scale", False) else None
 
     @property
     def gradient_norm(self) -> float | None:
@@ -318,46 +348,6 @@ class _EnginePrecision(DeepSpeedPrecision):
         return module                               # the engine casts parameters, and only them
 
 
-def gathered_trainable_state(module: nn.Module) -> dict[str, Tensor] | None:
-    """All trained weights, whole, on the CPU of rank 0; None elsewhere.
-
-    A collective under every strategy: all ranks call it, at the same place. Float32 masters where DeepSpeed has them,
-    since bfloat16 weights hold less than was learned. One weight at a time is gathered on the device.
-
-    Args:
-        module: The LightningModule or any part of it; its parameter names are the keys. Tied weights appear once.
-
-    Returns:
-        Copies that later steps do not touch: name -> contiguous tensor.
-    """
-    import torch.distributed as dist
-
-    keep = not dist.is_available() or not dist.is_initialized() or dist.get_rank() == 0
-    state = {}
-    for name, weight in module.named_parameters():
-        if weight.requires_grad:
-            gathered = whole(weight)
-            if keep:
-                state[name] = gathered.detach().to("cpu", copy=True).contiguous()
-    return state if keep else None
-
-
-def whole(weight: nn.Parameter) -> Tensor:
-    """The full tensor behind a parameter that ZeRO or FSDP2 may have cut or cast; a collective where it is cut."""
-    if hasattr(weight, "full_tensor"):              # FSDP2's DTensor
-        return weight.full_tensor()
-    if hasattr(weight, "ds_id") and not hasattr(weight, "_z3_optimizer"):      # stage 3 without an optimizer
-        from deepspeed.runtime.zero import GatheredParameters
-
-        with GatheredParameters([weight]):
-            return weight.detach().clone()
-    if hasattr(weight, "ds_id") or hasattr(weight, "_hp_mapping"):
-        from deepspeed.utils import safe_get_full_fp32_param
-
-        return safe_get_full_fp32_param(weight)
-    return weight
-
-
 def _full_numel(weight: nn.Parameter) -> int:
     return int(getattr(weight, "ds_numel", weight.numel()))
 
@@ -387,7 +377,8 @@ def _select_device(kind: str) -> None:
         os.environ["DS_ACCELERATOR"] = "cpu"
         set_accelerator(CPU_Accelerator())
     if kind == "cpu":
-        # else the first run compiles C++ and one killed meanwhile leaves a lock that hangs all later ones
+        # else the first run compiles C++, and one killed meanwhile leaves a lock that hangs all later ones; nothing
+        # else keeps full ZeRO-3 of two gloo ranks from training, under Lightning's strategy either (DeepSpeed 0.19.8)
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 

@@ -232,6 +232,10 @@ class Trainer(L.Trainer):
         if not selftest(self.run.config, datamodule, devices=self.world_size, processes=processes):
             raise SystemExit(1)
 
+    def _run(self, *args: Any, **kwargs: Any) -> Any:
+        self.preemption.begin_watch(self)
+        return super()._run(*args, **kwargs)
+
     def _run_stage(self) -> Any:
         result = super()._run_stage()
         if self.state.fn == "fit":

@@ -5,10 +5,12 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import torch
 import yaml
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 ROOT = Path(__file__).resolve().parents[2]
 PROBE = Path(__file__).with_name("survival_probe.py")
@@ -62,6 +64,19 @@ def config_of(base, data, *, ranks=1, strategy="auto", lora=True, save_every=2, 
                                    "init_args": {"every_n_steps": save_every, "keep_last": keep_last}}]} | trainer}
 
 
+def float16(strategy, power=18):
+    """Keys of a run in float16 that begins with a loss scale of 2**power, too much for some steps, and raises it again
+    after two good ones. Lightning would take bfloat16 on a CPU, where the scaler is the same one."""
+    if strategy.startswith("deepspeed"):
+        settings = {"stage": int(strategy[-1]), "initial_scale_power": power, "loss_scale_window": 2, "hysteresis": 1}
+        return {"precision": "16-mixed",
+                "strategy": {"class_path": "lit_llm.training.strategy.ZeroStrategy", "init_args": settings}}
+    scaler = {"device": "cpu", "init_scale": 2.0**power, "growth_interval": 2}
+    return {"strategy": strategy, "plugins": [{"class_path": "lightning.pytorch.plugins.MixedPrecision", "init_args": {
+        "precision": "16-mixed", "device": "cpu",
+        "scaler": {"class_path": "torch.amp.GradScaler", "init_args": scaler}}}]}
+
+
 def write_config(folder, config):
     (Path(folder) / "run.yaml").write_text(yaml.safe_dump(config))
     return ("fit", "--config", "run.yaml", "--trainer.default_root_dir")
@@ -82,7 +97,16 @@ def content(folder):
             found[name] = file.read_bytes()
         elif file.suffix == ".pt" or file.name == "state":
             found[name] = torch.load(file, weights_only=False, map_location="cpu")
+        elif file.name == ".metadata":                  # FSDP2's shards, of all ranks
+            found[name] = torch.load(joined(file.parent), weights_only=False)
     return found
+
+
+def joined(folder):
+    """One file of all of torch's shards in a folder."""
+    file = Path(tempfile.mkdtemp()) / "joined.pt"
+    dcp_to_torch_save(folder, file)
+    return file
 
 
 def differences(one, other, path=""):
@@ -100,9 +124,12 @@ def differences(one, other, path=""):
     return [] if one == other else [f"{path}: {str(one)[:60]} and {str(other)[:60]}"]
 
 
-def assert_same_end(run, straight, step):
-    """Metrics, weights, optimizer, schedule, generators, place in the data: all of the last checkpoint."""
+def assert_same_end(run, straight, step, but=()):
+    """Metrics, weights, optimizer, schedule, generators, place in the data: all of the last checkpoint.
+
+    Only where a signal fell into the very last validation, what is kept of that one may differ.
+    """
     assert rows_of(run) == rows_of(straight)
     ours, theirs = (content(Path(folder) / "checkpoints" / f"step_{step}") for folder in (run, straight))
     assert ours
-    assert differences(ours, theirs) == []
+    assert [line for line in differences(ours, theirs) if not any(word in line for word in but)] == []

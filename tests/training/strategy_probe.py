@@ -16,8 +16,8 @@ import torch
 
 from lit_llm.adapter import LoRA
 from lit_llm.training.module import CausalLMModule
-from lit_llm.training.strategy import gathered_trainable_state
 from lit_llm.training.trainer import Trainer
+from lit_llm.training.weights import gathered_trainable_state
 
 CLIP, LR, DECAY, RANK = 0.5, 1e-2, 0.1, 4
 

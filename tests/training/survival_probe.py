@@ -3,7 +3,8 @@
 Started by `lives.py`; reads one JSON order a line and answers with one. An order: {"args": [...], "ranks": 1, "cwd",
 "env", "strike": {"ranks": [0], "signals": [9], and "point": "...", "turn": 1, or "after": seconds}}. Points are named
 below; a process strikes itself there, in the product's own code, which knows nothing of it. After a kill -9 every rank
-is killed, as when the machine dies, unless it says "one": true.
+is killed, as when the machine dies, unless it says "one": true. "agent": true tells the others to end where one ended
+with an error, as torchrun does.
 """
 
 import functools
@@ -103,6 +104,7 @@ def obey(order):
             live(order, rank, port)
         pids.append(pid)
     strike, codes, begun = order.get("strike", {}), {}, time.monotonic()
+    told = None
     due = begun + strike["after"] if "after" in strike else None
     while len(codes) < len(pids):
         for pid in pids:
@@ -119,6 +121,12 @@ def obey(order):
         if (-signal.SIGKILL in codes.values() and not order.get("one")) or now - begun > order.get("limit", 90):
             for pid in alive:
                 os.kill(pid, signal.SIGKILL)
+        if order.get("agent") and alive and any(codes.values()):
+            told = told or now
+            if now - told > 0.1:
+                for pid in alive:
+                    os.kill(pid, signal.SIGKILL if now - told > 30 else signal.SIGTERM)
+                told += 5
         time.sleep(0.01)
     said = [{name: Path(order["cwd"], f"{name}{rank}.txt").read_text() for name in ("out", "err")}
             for rank in range(order["ranks"])]
@@ -130,12 +138,14 @@ def main():
     import peft  # noqa: F401
     import torch
     import transformers.models.llama.modeling_llama  # noqa: F401
+    from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
 
     import lit_llm.inference.export
     import lit_llm.runs
     import lit_llm.training.trainer  # noqa: F401
 
     torch.set_num_threads(1)
+    CPU_Accelerator.is_fp16_supported = lambda self: True       # it wants a CPU that is quick at it; all can do it
     for line in sys.stdin:
         print("answer " + json.dumps(obey(json.loads(line))), flush=True)
 

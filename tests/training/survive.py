@@ -4,6 +4,7 @@
     python tests/training/survive.py --kills 30 --ranks 2 --strategy ddp
     python tests/training/survive.py --points                                     at each named point of saving
     python tests/training/survive.py --every-step --ranks 2 --strategy deepspeed_stage_2 --full
+    python tests/training/survive.py --every-step --strategy auto --float16         with a loss scale that overflows
 
 A model of 43,000 parameters, 2 epochs of 5 steps, a checkpoint every 2. It needs the tests' tiny model: `--base FOLDER`.
 """
@@ -15,7 +16,7 @@ import signal
 import tempfile
 from pathlib import Path
 
-from lives import Lives, assert_same_end, config_of, write_config, write_data
+from lives import Lives, assert_same_end, config_of, float16, rows_of, write_config, write_data
 
 STEPS, EVERY = 10, 2
 POINTS = [("state", 1), ("weights", 1), ("manifest", 1), ("rename", 1), ("pointer", 1), ("prune", 1), ("save", 2),
@@ -69,6 +70,49 @@ def at_random(lives, words, ranks, kills, seed, longest):
     return count, runs
 
 
+def signalled(lives, words, ranks, count, seed, longest):
+    """Signals to any ranks at random moments, one or two of them: one end for all, and the way on is the same run."""
+    draw, done, ends = random.Random(seed), 0, {}
+    while done < count:
+        shutil.rmtree(lives.folder / "killed", ignore_errors=True)
+        for _ in range(min(6, count - done)):
+            before = newest(lives.folder / "killed")
+            struck = draw.sample(range(ranks), draw.randint(1, ranks))
+            signals = draw.choices([signal.SIGTERM, signal.SIGINT, signal.SIGUSR1], k=draw.choice([1, 1, 2]))
+            if signals.count(signal.SIGINT) == 2:                   # which means: at once
+                signals.pop()
+            blow = {"ranks": struck, "signals": [int(number) for number in signals]}
+            if draw.random() < 0.5:
+                blow["point"], blow["turn"] = draw.choice(
+                    [("setup", 1), ("step", 1), ("step", 3), ("backward", 2), ("data", 3), ("validation", 1), ("validation", 4),
+                     ("save", 1), ("state", 1), ("save", 2), ("row", 2)])
+            else:
+                blow["after"] = draw.uniform(0.1, longest)
+            life = lives.live(*words, "killed", "--ckpt_path", "auto", ranks=ranks, strike=blow, one=True, agent=True, limit=150)
+            after, said = newest(lives.folder / "killed"), life["said"][0]["err"]
+            agreed = 130 if set(signals) == {signal.SIGINT} else 143
+            if set(life["codes"]) == {0}:
+                end = "it came to its end"
+            elif "stopped after step" in said:
+                end = f"a stop after step {after}"
+                assert f"stopped after step {after}," in said, said
+                assert "go on with" in said
+                assert set(life["codes"]) <= {agreed, 143, 130}, (life["codes"], said)
+                assert len(set(life["codes"])) == 1
+            else:
+                end = "a stop before the first step"
+                assert set(life["codes"]) <= {143, 130, -signal.SIGTERM, -signal.SIGUSR1} | ({0} if before == STEPS else set()), (blow, life["codes"], [one["err"][-1500:] for one in life["said"]])
+                assert before == after
+            done += 1
+            ends[end.rstrip("0123456789 ")] = ends.get(end.rstrip("0123456789 "), 0) + 1
+            print(f"{done}: {blow} -> {life['codes']}, {end}, {life['seconds']:.1f} s", flush=True)
+            if set(life["codes"]) == {0}:
+                break
+        finish(lives, words, ranks)
+        assert_same_end(lives.folder / "killed", lives.folder / "straight", STEPS, ("val_loop", "unfinished", "RunFolder"))
+    return ends
+
+
 def every_step(lives, words, ranks, steps=STEPS):
     """Resume from each step's checkpoint in a folder of its own."""
     for step in range(1, steps):
@@ -89,26 +133,33 @@ def main():
     parser.add_argument("--base", required=True)
     parser.add_argument("--kills", type=int, default=0)
     parser.add_argument("--points", action="store_true")
+    parser.add_argument("--signals", type=int, default=0)
     parser.add_argument("--every-step", action="store_true")
     parser.add_argument("--ranks", type=int, default=1)
     parser.add_argument("--strategy", default="auto")
     parser.add_argument("--full", action="store_true")
+    parser.add_argument("--float16", action="store_true")
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
     folder = Path(tempfile.mkdtemp())
     lives = Lives(folder)
-    config = config_of(given.base, write_data(folder), ranks=given.ranks, strategy=given.strategy, lora=not given.full,
+    how = float16(given.strategy) if given.float16 else {"strategy": given.strategy}
+    config = config_of(given.base, write_data(folder), ranks=given.ranks, lora=not given.full, **how,
                        save_every=1 if given.every_step else EVERY, keep_last=99 if given.every_step else 1)
     words = write_config(folder, config)
     straight = lives.live(*words, "straight", ranks=given.ranks, limit=200)
     assert straight["codes"] == [0] * given.ranks, straight["said"][0]["err"][-3000:]
     print(f"{given.strategy}, {given.ranks} ranks: a life takes {straight['seconds']:.1f} s", flush=True)
+    if given.float16:
+        print(f"{rows_of(folder / 'straight')[-1]['train/skipped_steps']} of {STEPS} steps overflowed")
     if given.points:
         reached = at_points(lives, words, given.ranks)
         assert_same_end(folder / "killed", folder / "straight", STEPS)
         print(f"killed at {len(reached)} points, {', '.join(reached)}: the same end")
     if given.every_step:
         every_step(lives, words, given.ranks)
+    if given.signals:
+        print(signalled(lives, words, given.ranks, given.signals, given.seed, straight["seconds"]))
     if given.kills:
         kills, runs = at_random(lives, words, given.ranks, given.kills, given.seed, straight["seconds"])
         print(f"{kills} kills in {runs} runs: the same end each time")

@@ -225,6 +225,12 @@ def test_a_foreign_checkpoint_is_named(fit, tmp_path, tiny_model):
         stream.write("{{ '' }}")
     with pytest.raises(InputError, match=r"another base .*another template"):
         fit("run", resume="last", base=str(other), max_steps=4)
+    facts = json.loads((other / "tokenizer.json").read_text())
+    facts["model"]["merges"].pop()
+    shutil.copy(tmp_path / "moved" / "chat_template.jinja", other)
+    (other / "tokenizer.json").write_text(json.dumps(facts))
+    with pytest.raises(InputError, match=r"another base .*another tokenizer"):
+        fit("run", resume="last", base=str(other), max_steps=4)
     with pytest.raises(InputError, match="written under SingleDeviceStrategy"):
         fit("run", resume="last", strategy="deepspeed_stage_1")
     fit("run", resume="last", base=str(moved), max_steps=3)

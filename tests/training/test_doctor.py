@@ -57,6 +57,21 @@ def test_verify_resume(place, tape, capsys):  # noqa: F811
     assert (said.count("PASS"), said.count("FAIL  weights")) == (3, 1)
 
 
+def test_shards_of_fsdp2_are_looked_into(tmp_path):
+    """They are in no format of one process; a last bit in the optimizer, on any rank, is told by its name."""
+    from torch.distributed.checkpoint import save
+
+    for name, bit in (("one", 0.0), ("other", 2.0**-24)):
+        state = {"model": {"w": torch.ones(5)}, "optimizer": {"state": {"w": {"exp_avg": torch.tensor([0.25, 0.5 + bit])}}}}
+        save(state, checkpoint_id=tmp_path / name / "state", no_dist=True)
+        torch.save({"loops": 3}, tmp_path / name / "state" / "rest.pt")
+    one, other = (doctor._content(tmp_path / name) for name in ("one", "other"))
+    assert [len(part) for part in one.values()] == [1, 2, 1]
+    apart = [line for part in one for line in doctor._differences(one[part], other[part])]
+    assert len(apart) == 1
+    assert apart[0].endswith("/w/exp_avg")
+
+
 def test_selftest(place, tape, capsys):  # noqa: F811
     code, out, err = call("selftest", "--config", "ok.yaml")
     assert code == 0, err

@@ -13,13 +13,26 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
-from lives import ROOT, Lives, assert_same_end, config_of, content, differences, rows_of, write_config, write_data
+from lives import (
+    ROOT,
+    Lives,
+    assert_same_end,
+    config_of,
+    content,
+    differences,
+    float16,
+    rows_of,
+    write_config,
+    write_data,
+)
 from survive import STEPS, at_points, finish, strike
 
 from lit_llm.training.preemption import resume_command
+from lit_llm.training.report import MetricsCSV
 
 TWO = 2
 
@@ -102,26 +115,57 @@ def test_a_signal_before_the_first_step_ends_at_once(lives, run):
     assert not list((lives.folder / "killed").glob("checkpoints/step_*"))
 
 
-def test_a_signal_to_a_rank_that_lightning_started(lives, tiny_model):
-    """The real command, which starts its second rank itself; the first one must not take the end for a crash."""
-    words = write_config(lives.folder, config_of(tiny_model("llama"), write_data(lives.folder), ranks=TWO, strategy="ddp",
-                                                 max_epochs=400, save_every=50))
+@contextmanager
+def launched(lives, tiny_model, strategy="ddp"):
+    """The real command, which has started its second rank itself and saved once: (it, that rank's pid, its words)."""
+    words = write_config(lives.folder, config_of(tiny_model("llama"), write_data(lives.folder), ranks=TWO,
+                                                 strategy=strategy, max_epochs=400, save_every=50))
     environ = os.environ | {"PYTHONPATH": str(ROOT), "LIT_LLM_CACHE": str(lives.folder / "cache")}
+    shutil.rmtree(lives.folder / "two", ignore_errors=True)
     with subprocess.Popen([sys.executable, "-m", "lit_llm", *words, "two"], cwd=lives.folder, env=environ, text=True,
                           stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, start_new_session=True) as process:
-        while process.poll() is None and not list((lives.folder / "two").glob("checkpoints/step_*/manifest.json")):
-            time.sleep(0.05)
-        (child,) = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-        os.kill(int(child), signal.SIGTERM)
-        told = process.communicate(timeout=60)[1]
-    assert process.returncode == 143, told[-2000:]
-    assert f"python -m lit_llm {' '.join(words)} two --ckpt_path last" in told
-    stat = Path(f"/proc/{child}/stat")
+        try:
+            while process.poll() is None and not list((lives.folder / "two").glob("checkpoints/step_*/manifest.json")):
+                time.sleep(0.05)
+            (child,) = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+            yield process, int(child), words
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+
+
+def assert_ends(pid):
+    stat = Path(f"/proc/{pid}/stat")
     for _ in range(200):
         if not stat.exists() or stat.read_text().rpartition(")")[2].split()[0] == "Z":      # ended, nobody asked yet
             return
         time.sleep(0.05)
-    pytest.fail("the second rank is still there")
+    pytest.fail("a rank is still there")
+
+
+def test_a_signal_to_a_rank_that_lightning_started(lives, tiny_model):
+    """The first rank must not take the end for a crash."""
+    with launched(lives, tiny_model) as (process, child, words):
+        os.kill(child, signal.SIGTERM)
+        told = process.communicate(timeout=60)[1]
+        assert process.returncode == 143, told[-2000:]
+        assert f"python -m lit_llm {' '.join(words)} two --ckpt_path last" in told
+        assert_ends(child)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_dies_does_not_leave_the_other_waiting(rank, lives, tiny_model):
+    """As where memory runs out: the other one ends too, says which died and how to go on, and nothing else."""
+    with launched(lives, tiny_model) as (process, child, words):
+        os.kill([process.pid, child][rank], signal.SIGKILL)
+        told = process.communicate(timeout=30)[1]               # until no rank holds the pipe any more
+        assert_ends(child)
+    assert process.returncode == [-signal.SIGKILL, 1][rank]
+    died = ["rank 0 is gone", "rank 1 was ended by SIGKILL"][rank]
+    assert told[told.index("error: "):].splitlines() == [
+        f"error: the process of {died}, and with it the run",
+        f"  go on with: python -m lit_llm {' '.join(words)} two --ckpt_path last"], told[-3000:]
+    assert "Traceback" not in told
 
 
 def test_the_command_to_go_on_is_the_command(monkeypatch):
@@ -132,6 +176,19 @@ def test_the_command_to_go_on_is_the_command(monkeypatch):
     assert resume_command() == "python -m lit_llm fit --config 'my run.yaml' --trainer.max_steps=9 --ckpt_path last"
     monkeypatch.setattr(sys, "argv", ["x", "fit", "--ckpt_path=auto"])
     assert resume_command() == "python -m lit_llm fit --ckpt_path last"
+
+
+def test_a_step_that_is_measured_again_stands_once(tmp_path):
+    """A run was stopped in its last validation and goes on with all of it, of which a row stands already."""
+    first = MetricsCSV(tmp_path)
+    first.log_metrics({"train/loss": 1.5, "epoch": 0}, 3)
+    first.log_metrics({"val/nll": 2.5, "epoch": 0}, 3)
+    for nll in (2.5, 2.25):
+        again = MetricsCSV(tmp_path)
+        again.resume(4)
+        again.log_metrics({"val/nll": nll, "epoch": 0}, 3)
+        (row,) = rows_of(tmp_path)
+        assert (float(row["train/loss"]), float(row["val/nll"])) == (1.5, nll)
 
 
 # ---- not finite ------------------------------------------------------------------------------------------------------
@@ -181,6 +238,47 @@ def test_a_step_that_is_not_finite_is_left_out(ranks, lives, poisoned):
         assert differences(before["state"][part], after["state"][part]) == []
     moved = content(folders / f"step_{second + 1}") if second < STEPS else content(folders / f"step_{second - 2}")
     assert differences(after["state"]["state_dict"], moved["state"]["state_dict"])
+
+
+@pytest.mark.parametrize(("strategy", "power"), [("auto", 20), ("deepspeed_stage_2", 18)])
+def test_float16_that_overflows(strategy, power, lives, tiny_model):
+    """Each such step is told with its loss scale and moves nothing, nor the schedule; however many, they stop no run;
+    and a resumed run goes on with the same scale."""
+    keys = float16(strategy, power)
+    config = config_of(tiny_model("llama"), write_data(lives.folder), save_every=1, keep_last=99, limit_val_batches=0,
+                       max_skipped_steps=1, gradient_clip_val=1.0, lora=False, **keys)
+    words = write_config(lives.folder, config)
+    for name in ("straight", "killed"):
+        shutil.rmtree(lives.folder / name, ignore_errors=True)
+    told = lives.live(*words, "straight")
+    assert told["codes"] == [0], told["said"][0]["err"][-3000:]
+    lines = [line for line in told["said"][0]["err"].splitlines() if "float16" in line]
+    steps = [int(line.split()[1]) for line in lines]
+    assert lines[0] == f"step 1 is skipped: its gradient overflowed float16; the loss scale is {2 ** (power - 1):,} now"
+    assert len(steps) < steps[-1] < STEPS               # it was raised and overflowed again
+    rows = rows_of(lives.folder / "straight")
+    counted = {int(row["step"]) + 1: float(row["train/skipped_steps"]) for row in rows}
+    assert counted == {step: float(sum(other <= step for other in steps)) for step in range(1, STEPS + 1)}
+    folders = lives.folder / "straight" / "checkpoints"
+    for step in range(2, STEPS + 1):
+        before, after = (content(folders / f"step_{number}") for number in (step - 1, step))
+        same = before["model/model.safetensors"] == after["model/model.safetensors"]
+        assert same == (step in steps)
+        schedule = after.get("state") or after["state/checkpoint/mp_rank_00_model_states.pt"]
+        assert schedule["lr_schedulers"][0]["last_epoch"] == step - sum(other <= step for other in steps)
+    middle = steps[-1] - 1                              # the next one overflows, if the scale is the same
+    shutil.copytree(lives.folder / "straight", lives.folder / "killed")
+    for step in range(middle + 1, STEPS + 1):
+        shutil.rmtree(lives.folder / "killed" / "checkpoints" / f"step_{step}")
+    finish(lives, words, 1)
+    assert_same_end(lives.folder / "killed", lives.folder / "straight", STEPS)
+
+
+def test_float16_without_a_loss_scale_is_refused(lives, tiny_model):
+    words = write_config(lives.folder, config_of(tiny_model("llama"), write_data(lives.folder), precision="16-true"))
+    told = lives.live(*words, "killed")
+    assert told["codes"] == [2]
+    assert told["said"][0]["err"].count("set it to 16-mixed") == 1
 
 
 def test_many_in_a_row_stop_the_run(lives, poisoned, tiny_model):
