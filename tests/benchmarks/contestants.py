@@ -97,7 +97,7 @@ def trl(spec, rows, seconds):
             losses.append(logs.get("loss", losses[-1] if losses else 0))
 
     args = SFTConfig(
-        output_dir=spec["scratch"], per_device_train_batch_size=8 if seconds == 0 else spec["rows"], bf16=spec["bf16"],
+        output_dir=spec["scratch"], per_device_train_batch_size=spec.get("gate_rows", 4) if seconds == 0 else spec["rows"], bf16=spec["bf16"],
         packing=True, packing_strategy="bfd", max_length=spec["seq_len"], gradient_checkpointing=False,
         learning_rate=spec["lr"], num_train_epochs=1000, logging_steps=1 if seconds == 0 else 10, save_strategy="no",
         report_to=[], disable_tqdm=True, use_cpu=True, max_steps=1 if seconds == 0 else -1, seed=0,
@@ -144,7 +144,7 @@ def ours(spec, rows, seconds):
 
     file = spec["gate"] if seconds == 0 else spec["data"]
     data = TextDataModule([Source(file, **spec.get("source", {}))], tokenizer=spec["model"], seq_len=spec["seq_len"],
-                          batch_size=8 if seconds == 0 else spec["rows"], packing=spec.get("packing", "best_fit"),
+                          batch_size=spec.get("gate_rows", 4) if seconds == 0 else spec["rows"], packing=spec.get("packing", "best_fit"),
                           cache_dir=spec["scratch"] + "/cache")
     trainer = Trainer(strategy=spec["strategy"], precision="bf16-mixed" if spec["bf16"] else "32-true", accelerator="cpu",
                       devices=1, max_epochs=1000, default_root_dir=spec["scratch"] + "/run", callbacks=[Watch()],
