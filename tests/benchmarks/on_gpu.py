@@ -77,17 +77,23 @@ def needs(shape, options, precision, rows, seq_len):
     """(the model's counts, bytes at the height of a step), by the arithmetic of `plan`."""
     import torch
 
+    from lit_llm import attention
     from lit_llm.adapter import LoRA, wrap_peft
     from lit_llm.model import skeleton
-    from lit_llm.training import estimate, plan
+    from lit_llm.training import estimate, plan, trace
 
-    inner = skeleton(None, shape)
-    with torch.device("meta"):
-        whole = wrap_peft(inner, LoRA(**options["lora"]).as_peft()) if "lora" in options else inner
-    counts = plan.count(whole, inner)
+    def build():
+        with torch.device("meta"):
+            inner = skeleton(None, shape, attention=attention.NAME)
+            return wrap_peft(inner, LoRA(**options["lora"]).as_peft()) if "lora" in options else inner
+
+    whole, tokens, half = build(), rows * seq_len, precision.startswith("bf16")
+    counts = plan.count(whole, whole.get_base_model() if "lora" in options else whole)
     way = "full" if options.get("gradient_checkpointing") else "none"
-    setting = estimate.Setting(0, 1, rows * seq_len, rows * seq_len, way, options.get("optimizer", "adamw"), precision)
-    return counts, estimate.memory(counts, setting, inner.config).total
+    setting = estimate.Setting(0, 1, tokens, tokens, way, options.get("optimizer", "adamw"), precision, cpu=False)
+    step = trace.step(build, list(range(0, tokens + 1, seq_len)), supervised=tokens, recompute_=way,
+                      half=half and precision.endswith("true"), autocast=half, cuda=True)
+    return counts, estimate.memory(counts, setting, step).total
 
 
 def measure(name, smoke, seconds, rows):

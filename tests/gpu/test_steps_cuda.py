@@ -4,10 +4,9 @@ import pytest
 import torch
 
 from lit_llm import LoRA, Source, TextDataModule, Trainer
-from lit_llm.adapter import wrap_peft
-from lit_llm.model import backbone, init_causal_lm, skeleton
-from lit_llm.training import estimate, plan
+from lit_llm.model import backbone, init_causal_lm
 from lit_llm.training.module import CausalLMModule
+from tests.benchmarks import on_gpu
 from tests.shapes import LLAMA, QWEN3, SMALL, Rounds, Shaped, batches
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -121,13 +120,9 @@ def test_the_plan_s_estimate_is_within_15_percent_of_the_peak(lora, tmp_path, re
 
     peak = Peak()
     train(tmp_path, shape, 3, precision=precision, rows=rows, seq_len=seq_len, mean=1000, lora=lora, callbacks=[peak])
-    inner = skeleton(None, shape)
-    with torch.device("meta"):
-        whole = wrap_peft(inner, LoRA(r=8).as_peft()) if lora else inner
-    setting = estimate.Setting(0, 1, rows * seq_len, rows * seq_len, precision=precision)
-    need = estimate.memory(plan.count(whole, inner), setting, inner.config)
-    record_property("estimate_over_peak", need.total / peak.seen)
-    assert need.total == pytest.approx(peak.seen, rel=0.15), f"{need}, measured {peak.seen:,}"
+    need = on_gpu.needs(shape, {"lora": {"r": 8}} if lora else {}, precision, rows, seq_len)[1]
+    record_property("estimate_over_peak", need / peak.seen)
+    assert need == pytest.approx(peak.seen, rel=0.15)
 
 
 def test_four_bits(tmp_path):
