@@ -11,8 +11,10 @@ import json
 import os
 import re
 import resource
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -336,3 +338,24 @@ def test_help_lists_the_verbs(capsys):
     text = capsys.readouterr().out
     for verb in ("fit", "validate", "test", "prepare", "inspect", "plan", "verify-resume", "selftest", "export", "chat"):
         assert f"\n    {verb} " in text
+
+
+@pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGTERM", 143), ("SIGUSR1", 143)])
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="asks Linux when a signal is heard")
+def test_a_signal_while_libraries_are_imported_ends_in_one_line(place, name, code):
+    """Torch's import turned Ctrl-C into a crash of C++; SIGUSR1 of a batch system was nobody's."""
+    number = getattr(signal, name)
+    for wait in (0.0, 0.3, 0.7):
+        process = subprocess.Popen([sys.executable, "-m", "lit_llm", "fit", "--config", "ok.yaml"], stderr=subprocess.PIPE,
+                                   stdout=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+        while not (heard(process.pid, signal.SIGUSR1) or process.poll() is not None):       # the last that is asked for
+            time.sleep(0.01)
+        time.sleep(wait)
+        process.send_signal(number)
+        assert (process.communicate(timeout=60)[1], process.returncode) == ("error: stopped\n", code)
+
+
+def heard(pid, number):
+    """Whether a process has a handler for a signal."""
+    (line,) = [line for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith("SigCgt")]
+    return int(line.split()[1], 16) >> (number - 1) & 1
