@@ -223,6 +223,9 @@ def one_rank(rank, meeting, tokenizer, paths, bad, results):
     """A real process of two, which tokenizes only its share."""
     import torch.distributed as dist
 
+    from lit_llm.data import stream
+
+    stream.BLOCK_RECORDS = 4
     dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=2)
     batches = loader(tokenizer, *paths, rank=rank, world=2, accumulate=2, share=Exchange(), buffer=900, steps=8)
     own = list(map(everything, batches))
@@ -234,11 +237,12 @@ def one_rank(rank, meeting, tokenizer, paths, bad, results):
 
 
 def test_two_processes_share_the_work_and_stop_together(tokenizer, files, tmp_path, monkeypatch):
+    """New processes, not forks: a test before may have left a process group in this one."""
     monkeypatch.setattr("lit_llm.data.stream.BLOCK_RECORDS", 4)
     bad = tmp_path / "bad.jsonl"
     bad.write_text('{"text": "fine"}\n' * 5 + "{broken\n" + '{"text": "fine"}\n' * 5)
     paths = [files / "*.jsonl", files / "text.txt"]
-    context = multiprocessing.get_context("fork")
+    context = multiprocessing.get_context("spawn")
     results = context.Queue()
     ranks = [context.Process(target=one_rank, args=(rank, tmp_path / "meeting", tokenizer, paths, bad, results))
              for rank in range(2)]
