@@ -329,8 +329,9 @@ def as_text(plan: Plan) -> str:
         took = f", the run about {_time(plan.probe.seconds)} without validation" if plan.probe.seconds else ""
         seen = plan.probe
         lines += [f"measured {seen.tokens_per_second:,.0f} tokens/s, {seen.seconds_per_step:.3g} s a step{took}",
-                  f"         peak {_size(seen.peak_bytes)}, estimated {_size(plan.now.total)}; "
-                  f"the process with its libraries {_size(seen.resident_bytes)}"]
+                  f"         the process held {_size(seen.resident_bytes)} at most, {_size(plan.now.total)} are planned"
+                  if setting.cpu else f"         {_size(seen.peak_bytes)} were allocated at most, "
+                  f"{_size(plan.now.total - plan.now.process)} are planned"]
     return "\n".join(lines)
 
 
