@@ -224,8 +224,9 @@ def one_rank(rank, meeting, tokenizer, paths, bad, results):
     import torch.distributed as dist
 
     from lit_llm.data import stream
+    from lit_llm.tokenizer import Tokenizer
 
-    stream.BLOCK_RECORDS = 4
+    stream.BLOCK_RECORDS, tokenizer = 4, Tokenizer.load(tokenizer)
     dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=2)
     batches = loader(tokenizer, *paths, rank=rank, world=2, accumulate=2, share=Exchange(), buffer=900, steps=8)
     own = list(map(everything, batches))
@@ -242,9 +243,11 @@ def test_two_processes_share_the_work_and_stop_together(tokenizer, files, tmp_pa
     bad = tmp_path / "bad.jsonl"
     bad.write_text('{"text": "fine"}\n' * 5 + "{broken\n" + '{"text": "fine"}\n' * 5)
     paths = [files / "*.jsonl", files / "text.txt"]
+    folder = str(tmp_path / "tokenizer")
+    tokenizer.save(folder)
     context = multiprocessing.get_context("spawn")
     results = context.Queue()
-    ranks = [context.Process(target=one_rank, args=(rank, tmp_path / "meeting", tokenizer, paths, bad, results))
+    ranks = [context.Process(target=one_rank, args=(rank, tmp_path / "meeting", folder, paths, bad, results))
              for rank in range(2)]
     for rank in ranks:
         rank.start()
