@@ -80,9 +80,11 @@ def documents(tokenizer, file, folder):
     text = Path(file).read_text(encoding="utf-8")
     ids = tokenizer.encode_document(Document(text)).input_ids.tolist()
     blocks = [ids[at:at + 512] for at in range(0, len(ids) - 512, 512)]
+    gate = tokenizer.decode(ids[:500])
+    blocks[0] = tokenizer.encode_document(Document(gate)).input_ids.tolist()       # the first step is of the very same ids
     write(folder / "blocks.jsonl", [{"input_ids": block, "labels": block} for block in blocks])
     write(folder / "text.jsonl", [{"text": text}])
-    write(folder / "text_gate.jsonl", [{"text": tokenizer.decode(ids[:500])}])
+    write(folder / "text_gate.jsonl", [{"text": gate}])
     return {"rows_file": str(folder / "blocks.jsonl"), "data": str(folder / "text.jsonl"),
             "gate": str(folder / "text_gate.jsonl"), "gate_size": 1, "seq_len": 512}
 
