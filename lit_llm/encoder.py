@@ -209,7 +209,7 @@ class Encoder:
             while found := self._cut(held):
                 cut, count = found
                 yield Piece(before, held[:cut], skip), first, False
-                before, skip, held, first = held[cut - CONTEXT:cut], count, held[cut:], False
+                before, skip, held, first = held[max(0, cut - CONTEXT):cut], count, held[cut:], False
         yield Piece(before, held, skip), first, True
 
     def _cut(self, text: str) -> tuple[int, int] | None:
@@ -218,8 +218,8 @@ class Encoder:
             return None
         for tries, found in enumerate(BETWEEN.finditer(text, PIECE, len(text) - CONTEXT)):
             at = found.end()
-            left, right = text[at - CONTEXT:at], text[at:at + CONTEXT]
-            backend = self._plain if self._added.search(text, at - CONTEXT, at + CONTEXT) else self._backend
+            left, right = text[max(0, at - CONTEXT):at], text[at:at + CONTEXT]
+            backend = self._plain if self._added.search(left + right) else self._backend
             alone, both = _run(backend, left).ids, _run(backend, left + right)
             count = len(alone)
             if both.ids[:count] == alone and both.begun(len(left)) == both.ended(len(left)) == count:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from lit_llm import encoder
@@ -88,6 +88,7 @@ def test_a_long_document_is_the_tokens_of_the_whole(kind, name, load, shared_dat
 @settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
 @given(words=st.lists(st.sampled_from(["kite", "的", " ", "\n", "\n\n", "  ", "<|im_end|>", "🙂", "é", "1", "'s", "\t"]), max_size=80),
        kind=st.sampled_from(["tiny", "stories", "qwen2"]), size=st.integers(1, 30))
+@example(words=["kite"] * 5 + [" "] + ["kite"] * 8, kind="stories", size=1)       # a cut nearer to the start than the context
 def test_pieces_are_read_as_their_document(words, kind, size, load):
     tokenizer, text = load(kind), "".join(words)
     before = encoder.PIECE, encoder.CONTEXT
