@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from lit_llm.data.corpus import Corpus
@@ -82,10 +82,12 @@ def begun(rows, corpus):
 @settings(max_examples=60, deadline=None)
 @given(weights=st.tuples(*[st.sampled_from([0.25, 0.3, 1, 1.5, 2, 2.3])] * 3), seed=st.integers(0, 5),
        packing=st.sampled_from(["best_fit", "none"]))
+@example(weights=(0.3, 0.25, 1), seed=0, packing="best_fit")
 def test_a_weight_is_so_many_copies_and_a_part_that_moves_on(stores, weights, seed, packing):
     mixture = mixed(stores, weights, seed=seed, packing=packing)
     every = begun(mixed(stores, [1, 1, 1]).first, mixture.corpus)
-    total, epochs = Counter(), 12
+    # packed anew, a part may fill a row more than there is room for: what stays out then comes in another epoch
+    total, epochs = Counter(), 12 if packing == "none" else 60
     for epoch in range(epochs):
         rows = mixture.rows(epoch)
         assert len(rows) == len(mixture.first)
