@@ -87,7 +87,7 @@ def test_a_weight_is_so_many_copies_and_a_part_that_moves_on(stores, weights, se
     mixture = mixed(stores, weights, seed=seed, packing=packing)
     every = begun(mixed(stores, [1, 1, 1]).first, mixture.corpus)
     # packed anew, a part may fill a row more than there is room for: what stays out then comes in another epoch
-    total, epochs = Counter(), 12 if packing == "none" else 60
+    total, epochs = Counter(), 12 if packing == "none" else 13
     for epoch in range(epochs):
         rows = mixture.rows(epoch)
         assert len(rows) == len(mixture.first)
