@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 from lit_llm import blockwise
@@ -54,7 +55,7 @@ def lit_varlen(
         module: The attention layer; only its training flag is read.
         query: (1, H, T, D).
         key: (1, K, T, D); K divides H (grouped-query attention).
-        value: (1, K, T, D).
+        value: (1, K, T, E); E is D but in latent attention (DeepSeek).
         attention_mask: Always None; a mask would mean that somebody else isolates documents.
         cu_seqlens: (documents + 1,) int32, from 0 to T.
         max_seqlen: Tokens of the longest document, known on the host.
@@ -65,7 +66,7 @@ def lit_varlen(
         s_aux: GPT-OSS's attention sinks; not supported here.
 
     Returns:
-        (1, T, H, D) and None for the weights.
+        (1, T, H, E) and None for the weights.
     """
     if softcap is not None or s_aux is not None:
         raise InputError("this model's attention caps its scores or uses sinks, which packed attention cannot do",
@@ -83,8 +84,10 @@ def lit_varlen(
 
 
 def _flash(query: Tensor, dropout: float) -> bool:
-    """Torch's own variable-length kernel: CUDA, half precision, no dropout."""
-    return query.is_cuda and query.dtype in (torch.float16, torch.bfloat16) and dropout == 0.0
+    """Torch's own variable-length kernel: CUDA, half precision, no dropout, heads of up to 256 numbers."""
+    width = query.shape[-1]
+    return (query.is_cuda and query.dtype in (torch.float16, torch.bfloat16) and dropout == 0.0
+            and width <= 256 and width % 8 == 0)
 
 
 def _on_cuda(query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, max_seqlen: int,
@@ -95,11 +98,14 @@ def _on_cuda(query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, max_
     flat_query, flat_key, flat_value = (states[0].transpose(0, 1).contiguous() for states in (query, key, value))
     if groups > 1:                                  # torch 2.11 has no enable_gqa here
         flat_key, flat_value = (states.repeat_interleave(groups, 1) for states in (flat_key, flat_value))
+    width, missing = value.shape[-1], query.shape[-1] - value.shape[-1]
+    if missing:                                     # latent attention's values; the kernel knows one width
+        flat_value = pad(flat_value, (0, missing))
     left = -1 if sliding_window is None else sliding_window - 1
     out = varlen_attn(flat_query, flat_key, flat_value, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, scale=scaling,
                       window_size=(left, 0))
     assert isinstance(out, Tensor)
-    return out.unsqueeze(0)
+    return out[..., :width].unsqueeze(0)
 
 
 @torch.compiler.disable                             # documents are cut where the data says, which no graph can hold
@@ -126,14 +132,15 @@ def _by_length(query: Tensor, key: Tensor, value: Tensor, borders: tuple[int, ..
 
 
 def _blockwise(query: Tensor, key: Tensor, value: Tensor, count: int, *, scale: float, window: int | None) -> Tensor:
-    """(H, count * length, D) and (K, count * length, D) in, (count * length, H, D) out; query heads share key heads."""
+    """(H, count * length, D) and (K, count * length, D or E) in, (count * length, H, E) out; query heads share keys."""
     heads, tokens, width = query.shape
     shared, length = key.shape[0], tokens // count
     grouped = query.reshape(shared, heads // shared, count, length, width).transpose(1, 2)
     out = blockwise.causal(grouped.reshape(shared * count, heads // shared, length, width),
-                           *(states.reshape(shared * count, length, width) for states in (key, value)),
+                           *(states.reshape(shared * count, length, states.shape[-1]) for states in (key, value)),
                            scale=scale, window=window)
-    return out.view(shared, count, heads // shared, length, width).permute(1, 3, 0, 2, 4).reshape(tokens, heads, width)
+    apart = out.view(shared, count, heads // shared, length, out.shape[-1])
+    return apart.permute(1, 3, 0, 2, 4).reshape(tokens, heads, out.shape[-1])
 
 
 def _sdpa(query: Tensor, key: Tensor, value: Tensor, count: int, *, scale: float | None, window: int | None,

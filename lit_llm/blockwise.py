@@ -6,7 +6,7 @@ to six times as long there. The backward pass computes probabilities again, so m
 length. In bfloat16 scores leave their product rounded, as in transformers' eager attention, and what comes out is a
 little closer to the exact result than its; float32 and float64 lose nothing. Knows nothing of borders, models or masks.
 
-    N documents times key heads, G query heads that share a key head, L tokens, D per head
+    N documents times key heads, G query heads that share a key head, L tokens, D per head of queries and keys, E of values
 """
 
 from collections.abc import Iterator
@@ -19,22 +19,22 @@ from torch import Tensor
 BLOCK = 64                                          # queries
 
 
-def causal(query_NGLD: Tensor, key_NLD: Tensor, value_NLD: Tensor, *, scale: float,
+def causal(query_NGLD: Tensor, key_NLD: Tensor, value_NLE: Tensor, *, scale: float,
            window: int | None = None) -> Tensor:
     """softmax(scale * query @ key.T) @ value, each query over the keys up to its own place.
 
     Args:
         query_NGLD: (N, G, L, D).
         key_NLD: (N, L, D), of the same type.
-        value_NLD: (N, L, D).
+        value_NLE: (N, L, E).
         scale: Of the scores.
         window: Keys that a query sees, itself included; null sees all before it.
 
     Returns:
-        (N, G, L, D).
+        (N, G, L, E).
     """
     length = key_NLD.shape[1]
-    out = _attend(query_NGLD, key_NLD, value_NLD, scale, min(window or length, length))
+    out = _attend(query_NGLD, key_NLD, value_NLE, scale, min(window or length, length))
     assert isinstance(out, Tensor)
     return out
 
@@ -43,7 +43,7 @@ def causal(query_NGLD: Tensor, key_NLD: Tensor, value_NLD: Tensor, *, scale: flo
 
 @torch.library.custom_op("lit_llm::causal_attention", mutates_args=())
 def _attend(query: Tensor, key: Tensor, value: Tensor, scale: float, window: int) -> Tensor:
-    out = torch.empty(query.shape, dtype=query.dtype)
+    out = query.new_empty(*query.shape[:3], value.shape[2])
     for first, start, stop in _blocks(query.shape[2], window):
         shares = _shares(query, key, first, start, stop, scale, window)
         out[:, :, start:stop] = torch.bmm(shares, value[:, first:stop]).view(*query.shape[:2], stop - start, -1)
@@ -84,7 +84,7 @@ def _derive(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, scale: floa
     count, groups, length, width = query.shape
     wide = torch.promote_types(query.dtype, torch.float32)
     grad_query = torch.empty(query.shape, dtype=query.dtype)
-    grad_key, grad_value = (torch.zeros(key.shape, dtype=wide) for _ in range(2))
+    grad_key, grad_value = (torch.zeros(states.shape, dtype=wide) for states in (key, value))
     for first, start, stop in _blocks(length, window):
         shares, above = _shares(query, key, first, start, stop, scale, window), _rows(grad, start, stop)
         grad_value[:, first:stop] += torch.bmm(shares.transpose(1, 2), above)
@@ -97,7 +97,7 @@ def _derive(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, scale: floa
 
 @_attend.register_fake
 def _(query: Tensor, key: Tensor, value: Tensor, scale: float, window: int) -> Tensor:
-    return query.new_empty(query.shape)
+    return query.new_empty(*query.shape[:3], value.shape[2])
 
 
 @_derive.register_fake

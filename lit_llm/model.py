@@ -136,8 +136,10 @@ def init_causal_lm(init: dict[str, Any], *, dtype: torch.dtype = torch.float32, 
     if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         raise InputError(f"unknown model_type '{kind}'; it is the architecture's name in transformers, such as llama."
                          f"{did_you_mean(kind, list(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES))}", where="model.init")
-    known = set(AutoConfig.for_model(kind).to_dict())
+    plain = AutoConfig.for_model(kind)
+    known = {*plain.to_dict(), *plain.attribute_map}            # other names of the same keys
     known |= {"rope_theta", "rope_scaling"} if "rope_parameters" in known else set()    # as older configs spell it
+    known |= {"head_dim"} if "num_key_value_heads" in known else set()      # Qwen3-MoE reads it, and names it nowhere
     if unknown := sorted(set(keys) - known):
         raise InputError(f"{kind} has no key '{unknown[0]}'.{did_you_mean(unknown[0], sorted(known))}",
                          where="model.init")

@@ -19,6 +19,12 @@ KINDS = {
     "mistral": SHAPES["llama"] | {"model_type": "mistral", "sliding_window": 5},       # smaller than most documents
     "qwen2": SHAPES["llama"] | {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 4,
                                 "max_window_layers": 1},                               # one layer full, one sliding
+    "qwen3_moe": SHAPES["qwen3"] | {"model_type": "qwen3_moe", "num_experts": 4, "num_experts_per_tok": 2,
+                                    "moe_intermediate_size": 32},
+    "deepseek_v3": SHAPES["llama"] | {"model_type": "deepseek_v3", "num_key_value_heads": 4, "q_lora_rank": 16,
+                                      "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 12,
+                                      "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1,
+                                      "first_k_dense_replace": 1, "moe_intermediate_size": 32},     # narrower values
 }
 LENGTHS = [[7, 12, 7, 1, 30, 7, 12], [3, 9, 5], [40], [6, 6, 6]]
 VOCABULARY = 61
