@@ -6,7 +6,8 @@ to six times as long there. The backward pass computes probabilities again, so m
 length. In bfloat16 scores leave their product rounded, as in transformers' eager attention, and what comes out is a
 little closer to the exact result than its; float32 and float64 lose nothing. Knows nothing of borders, models or masks.
 
-    N documents times key heads, G query heads that share a key head, L tokens, D per head of queries and keys, E of values
+    N documents times key heads, G query heads that share a key head, L tokens
+    D numbers per head of queries and keys, E of values
 """
 
 from collections.abc import Iterator
