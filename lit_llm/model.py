@@ -184,6 +184,12 @@ def skeleton(base: str | None, init: dict[str, Any] | None, *, dtype: torch.dtyp
             raise InputError(f"cannot read the architecture of {base}: {_reason(error)}", where="model.base") from None
 
 
+def tokenizer_facts(tokenizer: Any) -> dict[str, Any]:
+    """What a new model's config takes from a tokenizer."""
+    return {"vocab_size": tokenizer.vocab_size, "bos_token_id": tokenizer.bos_id,
+            "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
+
+
 def _quiet_bars() -> None:
     """Progress bars of loading and saving belong into a terminal, not into a log."""
     import sys
@@ -279,29 +285,6 @@ def count_parameters(model: nn.Module) -> ParameterCount:
 def _full_size(weight: Any) -> int:
     packed = getattr(weight, "quant_state", None)   # two numbers in a byte
     return int(packed.shape.numel() if packed is not None else getattr(weight, "ds_numel", weight.numel()))
-
-
-def activation_bytes(config: Any, tokens: int, *, half: bool, recompute: str = "none") -> int:
-    """Memory that a forward pass over these tokens leaves for the backward pass, without head and logits.
-
-    Counted by what each layer keeps: two norms (input and normed in float32, output), query, key and value as attention
-    reads them, its output twice, gate, up and what becomes of them.
-
-    Args:
-        config: The model's.
-        tokens: Of a micro-batch on one device.
-        half: Whether matrices are multiplied in two bytes.
-        recompute: `none`, `selective` or `full`; what is computed again is there for one layer at a time.
-    """
-    width, size = config.hidden_size, 2 if half else 4
-    head = getattr(config, "head_dim", None) or width // config.num_attention_heads
-    query = config.num_attention_heads * head
-    shared = (getattr(config, "num_key_value_heads", None) or config.num_attention_heads) * head
-    inner = getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None) or 4 * width
-    layer = 16 * width + (2 * width + 3 * query + 2 * shared + 4 * inner) * size
-    products = (3 * width + 2 * query + 2 * shared + 2 * inner) * size
-    kept = {"none": layer, "selective": products, "full": width * size}[recompute]
-    return tokens * ((config.num_hidden_layers - 1) * kept + layer)
 
 
 # ---- save ------------------------------------------------------------------------------------------------------------

@@ -27,7 +27,8 @@ class Counts:
     Args:
         total: Parameters, tied ones once.
         trained: Those that learn.
-        matrices: Those of linear layers and the head, which every token is multiplied with; without the embedding.
+        matrices: Those of linear layers and the head, which every token is multiplied with; without the embedding; of
+            experts, as many as a token sees.
         adapters: Those of `matrices` that learn beside a frozen base; 0 where all weights learn.
         quantized: Those that lie in 4 bits.
         muon: Those of which Muon keeps one number, not two.

@@ -9,7 +9,8 @@ losses and gradients of them in one pass, where Triton works. Knows nothing of l
 """
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -70,10 +71,18 @@ def slice_rows(vocabulary: int, size: int, device: str) -> tuple[int, int]:
     return rows, max(1, min(rows, WORK_BYTES.get(device, WORK_BYTES["cuda"]) // (4 * vocabulary)))
 
 
-def slice_bytes(tokens: int, vocabulary: int, size: int, device: str) -> int:
-    """What a slice of logits takes while gradients are made."""
-    rows, few = (min(tokens, number) for number in slice_rows(vocabulary, size, device))
-    return vocabulary * (rows * size + (rows if device == "cuda" else few) * 4 * (size < 4))
+_traced_for: str | None = None
+
+
+@contextmanager
+def sliced_as_on(device: str) -> Generator[None, None, None]:
+    """Slices as large as on another device, for who traces a step that will run there."""
+    global _traced_for
+    before, _traced_for = _traced_for, device
+    try:
+        yield
+    finally:
+        _traced_for = before
 
 
 def _slices(hidden_ND: Tensor, head: Head) -> Iterator[tuple[slice, Tensor, Iterator[Part]]]:
@@ -81,7 +90,7 @@ def _slices(hidden_ND: Tensor, head: Head) -> Iterator[tuple[slice, Tensor, Iter
     count, vocabulary = len(hidden_ND), len(head.weight_VD)
     dtype, device = hidden_ND.dtype, hidden_ND.device
     wide = torch.promote_types(dtype, torch.float32)
-    rows, few = (min(count, number) for number in slice_rows(vocabulary, dtype.itemsize, device.type))
+    rows, few = (min(count, number) for number in slice_rows(vocabulary, dtype.itemsize, _traced_for or device.type))
     exact = _keeps_sums(hidden_ND)                  # then a slice is one part, whose logits were never rounded
     few = rows if exact else few
     buffer = torch.empty(rows, vocabulary, dtype=dtype, device=device)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lit_llm import adapter, attention, model
 from lit_llm.errors import InputError
-from lit_llm.training import compatible, control_tokens, optim, prompts, recompute, reshard
+from lit_llm.training import compatible, control_tokens, footprint, optim, prompts, recompute, reshard
 from lit_llm.training.fsdp import Fsdp2Strategy
 from lit_llm.training.loss import Nll, nll_sum
 from lit_llm.training.metrics import Perplexity
@@ -55,7 +55,7 @@ class CausalLMModule(L.LightningModule):
             answer at more length. Null is none.
         gradient_checkpointing: Compute activations again in the backward pass. true: all of them, a tenth of the memory
             and a fifth slower or more; selective: all but products of matrices and attention, about half of the memory;
-            auto: the cheapest way that fits into the device, by an estimate.
+            auto: the cheapest way that fits into the device, by what `plan` says.
         compile: Compile each decoder layer with torch (a minute at the start; a C++ compiler on CPU). Pays on CUDA for
             long runs; on CPU in bfloat16 it gains little. Not where layers are gathered one by one (ZeRO-3, FSDP2).
     """
@@ -105,6 +105,8 @@ class CausalLMModule(L.LightningModule):
         self.cooldown, self.optimizer = cooldown, optimizer
         self.weight_decay, self.betas, self.eps = weight_decay, betas, eps
         self.gradient_checkpointing, self.neftune_alpha = gradient_checkpointing, neftune_alpha
+        self.recompute: recompute.Recompute = recompute.of_config(
+            False if gradient_checkpointing == "auto" else gradient_checkpointing)
         self.compile_layers = compile               # nn.Module.compile is a method
         self.checkpoint: Path | None = None         # set by Trainer.validate and .test: weights of one checkpoint
         self.model: Any = None
@@ -116,6 +118,22 @@ class CausalLMModule(L.LightningModule):
         self._window = torch.zeros((), dtype=torch.float64)
 
     # ---- building ----------------------------------------------------------------------------------------------------
+
+    def setup(self, stage: str) -> None:
+        """Choose what is computed again, where that is left to us: of all ranks, what the narrowest one needs."""
+        if self.gradient_checkpointing != "auto" or stage != "fit" or self.model is not None:
+            return
+        try:
+            way = footprint.of(self.trainer, self, self.trainer.datamodule,  # type: ignore[attr-defined]
+                               footprint.room(self.trainer)).setting.recompute
+        except InputError as error:
+            log.warning("gradient checkpointing: full, for nobody knows what a step holds: %s", error)
+            way = "full"
+        strategy = self.trainer.strategy
+        place = torch.tensor(recompute.WAYS.index(way), device=strategy.root_device)
+        self.recompute = recompute.WAYS[int(strategy.reduce(place, reduce_op="max"))]
+        if self.trainer.is_global_zero:
+            log.info("gradient checkpointing: %s", self.recompute)
 
     def configure_model(self) -> None:
         """Load or build the model and wrap it; Lightning calls this at every verb, so it does so once."""
@@ -139,7 +157,7 @@ class CausalLMModule(L.LightningModule):
         self.half_adapters = self._autocasts()
         if self.half_adapters:
             adapter.spare_copies(self.model)
-        recompute.apply(inner, self._recompute())
+        recompute.apply(inner, self.recompute)
         self.model.train()
         for layer in model.decoder_layers(self.model) if self.compile_layers else ():
             layer.compile()                         # in place: names of weights stay
@@ -150,19 +168,6 @@ class CausalLMModule(L.LightningModule):
             self.trainer.strategy.shard(self.model, model.decoder_layers(self.model), dtype=half)
         if self.trainer.is_global_zero and self.trainer.training:
             log.info(str(model.count_parameters(self.model)))
-
-    def _recompute(self) -> recompute.Recompute:
-        """What `gradient_checkpointing` means here."""
-        if self.gradient_checkpointing != "auto":
-            ways: dict[Any, recompute.Recompute] = {False: "none", True: "full", "selective": "selective"}
-            return ways[self.gradient_checkpointing]
-        data = self.trainer.datamodule  # type: ignore[attr-defined]
-        device = self.trainer.strategy.root_device
-        way = recompute.cheapest(self.model, data.seq_len * data.batch_size, room=recompute.room(device),
-                                 half=str(self.trainer.precision).startswith("bf16"))
-        if self.trainer.is_global_zero and self.trainer.training:
-            log.info("gradient checkpointing: %s", way)
-        return way
 
     def _pretrained(self) -> str | None:
         """Where whole weights come from: a checkpoint of a run that trained them all, else the base."""
@@ -205,7 +210,7 @@ class CausalLMModule(L.LightningModule):
 
     def _tokenizer_facts(self) -> dict[str, Any]:
         """What a new model's config takes from the tokenizer."""
-        return tokenizer_facts(self.trainer.datamodule.tokenizer)  # type: ignore[attr-defined]
+        return model.tokenizer_facts(self.trainer.datamodule.tokenizer)  # type: ignore[attr-defined]
 
     def _check_fit(self, inner: Any) -> None:
         """The tokenizer's ids and the rows must fit the model, or the first step would die in an index error."""
@@ -379,9 +384,3 @@ class CausalLMModule(L.LightningModule):
             nn.utils.clip_grad_norm_(weights, limit, foreach=True)
         else:
             nn.utils.clip_grads_with_norm_(weights, limit, self.gradient_norm, foreach=True)
-
-
-def tokenizer_facts(tokenizer: Any) -> dict[str, Any]:
-    """What a new model's config takes from a tokenizer."""
-    return {"vocab_size": tokenizer.vocab_size, "bos_token_id": tokenizer.bos_id,
-            "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}

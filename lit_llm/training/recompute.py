@@ -1,20 +1,21 @@
 """A model in, the same model with less memory in its forward pass out: activations are computed again when needed.
 
-Knows nothing of devices, data or losses; `model.activation_bytes` says what each way keeps.
+Knows nothing of devices, data or losses.
 """
 
-import os
-from contextlib import suppress
+from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
-from lit_llm.model import activation_bytes, causal_lm
-
-MARGIN = 0.85                                       # of a device's memory; fragments, buffers and others have the rest
 Recompute = Literal["none", "selective", "full"]
+WAYS: tuple[Recompute, ...] = ("none", "selective", "full")        # what costs least time first
+
+
+def of_config(value: bool | Literal["selective"]) -> Recompute:
+    """What `gradient_checkpointing` means, but for `auto`."""
+    return "selective" if value == "selective" else "full" if value else "none"
 
 
 def apply(model: Any, recompute: Recompute) -> None:
@@ -34,51 +35,35 @@ def apply(model: Any, recompute: Recompute) -> None:
     if recompute == "selective":
         from torch.utils.checkpoint import create_selective_checkpoint_contexts
 
-        settings["context_fn"] = partial(create_selective_checkpoint_contexts, _dear())
+        settings["context_fn"] = partial(create_selective_checkpoint_contexts, _kept())
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=settings)
     if any(hasattr(model, name) for name in ("_require_grads_hook", "_require_grads_hooks")):
         model.disable_input_require_grads()         # for reentry alone; here a frozen embedding needs no gradient
 
 
-def cheapest(model: Any, tokens: int, *, room: int, half: bool) -> Recompute:
-    """The way that computes least again and still fits.
+def _kept() -> Callable[..., Any]:
+    """Of operations within a layer, those whose results stay: products of matrices, and attention on CPU and CUDA.
 
-    Weights and what learning them needs (gradient, two averages, a master) are counted whole, as if nothing were
-    split over devices.
-
-    Args:
-        model: With its adapters, if any.
-        tokens: Of a micro-batch on one device.
-        room: Bytes of the device.
-        half: Whether matrices are multiplied in two bytes.
+    Not the second product of an adapter, which makes many numbers of few: it costs little and gives as much as the
+    layer itself.
     """
-    fixed = sum(getattr(weight, "ds_numel", weight.numel()) * (16 if weight.requires_grad else weight.element_size())
-                for weight in model.parameters())
-    ways: list[Recompute] = ["none", "selective"]
-    for way in ways:
-        if fixed + activation_bytes(causal_lm(model).config, tokens, half=half, recompute=way) < room:
-            return way
-    return "full"
-
-
-def room(device: torch.device) -> int:
-    """Bytes of a device that a run may fill."""
-    if device.type == "cuda":
-        return int(MARGIN * torch.cuda.get_device_properties(device).total_memory)
-    have = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    with suppress(OSError, ValueError):             # a container may have less; there is none, or it says "max"
-        have = min(have, int(Path("/sys/fs/cgroup/memory.max").read_text(encoding="ascii")))
-    return int(MARGIN * have)
-
-
-def _dear() -> list[Any]:
-    """Operations whose results are kept: matrix products, and attention as CPU and CUDA have it."""
     from torch.nn.attention import varlen  # registers its operation
+    from torch.utils.checkpoint import CheckpointPolicy
 
-    aten = torch.ops.aten
-    kept = [aten.mm.default, aten.addmm.default, torch.ops.lit_llm.causal_attention.default,
-            aten._scaled_dot_product_flash_attention_for_cpu.default,
-            aten._scaled_dot_product_flash_attention.default, aten._scaled_dot_product_efficient_attention.default,
-            aten._scaled_dot_product_cudnn_attention.default]
     assert varlen
-    return [*kept, torch.ops.torch_attn._varlen_attn.default]
+    aten = torch.ops.aten
+    products = {aten.mm.default: 0, aten.addmm.default: 1}      # the place of the left matrix among its arguments
+    attentions = {torch.ops.lit_llm.causal_attention.default, torch.ops.torch_attn._varlen_attn.default,
+                  aten._scaled_dot_product_flash_attention_for_cpu.default,
+                  aten._scaled_dot_product_flash_attention.default,
+                  aten._scaled_dot_product_efficient_attention.default,
+                  aten._scaled_dot_product_cudnn_attention.default}
+
+    def policy(_: Any, function: Any, *args: Any, **__: Any) -> CheckpointPolicy:
+        keep = function in attentions
+        if function in products:
+            left, right = args[products[function]:][:2]
+            keep = 8 * left.shape[1] >= right.shape[1]
+        return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
+
+    return policy

@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 
 from lit_llm import adapter, attention, model
 from lit_llm.training import recompute
-from lit_llm.training.fused import slice_bytes
+from lit_llm.training.fused import sliced_as_on
 from lit_llm.training.loss import nll_sum
 
 
@@ -70,7 +70,7 @@ class _Ledger(TorchDispatchMode):
         self._held: dict[int, Any] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
+        out = _as_here(func, args, kwargs or {})
         for value in tree_leaves(out):
             if isinstance(value, Tensor):
                 self.enter(value)
@@ -124,7 +124,7 @@ def step(build: Callable[[], Any], borders: Sequence[int], *, supervised: int, r
     if cuda:
         _without_attention_dropout(whole)
     try:
-        with fake, ledger:
+        with fake, ledger, sliced_as_on("cuda" if cuda else "cpu"):
             for tensor in (*whole.parameters(), *whole.buffers()):
                 ledger.enter(tensor)
             ids = torch.zeros(1, tokens, dtype=torch.int64)
@@ -145,12 +145,16 @@ def step(build: Callable[[], Any], borders: Sequence[int], *, supervised: int, r
     depth = max(1, len(model.decoder_layers(whole)))
     bare = ledger.bare - weights
     head = max(0, forward - layers)
-    if cuda:                                        # its slices are larger
-        out: Any = model.head(whole)
-        words, size = len(out.weight), 2 if half or autocast else 4
-        head += slice_bytes(supervised, words, size, "cuda") - slice_bytes(supervised, words, size, "cpu")
     layer = layers / depth if recompute_ == "none" else max(layers / depth, bare - layers)
     return Step(layers, head, ledger.peak - weights, bare, layer)
+
+
+def _as_here(func: Any, args: Any, kwargs: Any) -> Any:
+    """What an operation gives; of experts' products torch's fake tensors know bfloat16 alone."""
+    if func is torch.ops.aten._grouped_mm.default and args[0].dtype != torch.bfloat16:
+        return func(*(value.bfloat16() if isinstance(value, Tensor) and value.is_floating_point() else value
+                      for value in args), **kwargs).to(args[0].dtype)
+    return func(*args, **kwargs)
 
 
 def _packed(whole: Any, ids: Tensor, borders: Sequence[int]) -> Tensor:

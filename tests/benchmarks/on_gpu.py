@@ -80,7 +80,7 @@ def needs(shape, options, precision, rows, seq_len):
     from lit_llm import attention
     from lit_llm.adapter import LoRA, wrap_peft
     from lit_llm.model import skeleton
-    from lit_llm.training import estimate, plan, trace
+    from lit_llm.training import estimate, footprint, trace
 
     def build():
         with torch.device("meta"):
@@ -88,7 +88,7 @@ def needs(shape, options, precision, rows, seq_len):
             return wrap_peft(inner, LoRA(**options["lora"]).as_peft()) if "lora" in options else inner
 
     whole, tokens, half = build(), rows * seq_len, precision.startswith("bf16")
-    counts = plan.count(whole, whole.get_base_model() if "lora" in options else whole)
+    counts = footprint.count(whole, whole.get_base_model() if "lora" in options else whole)
     way = "full" if options.get("gradient_checkpointing") else "none"
     setting = estimate.Setting(0, 1, tokens, tokens, way, options.get("optimizer", "adamw"), precision, cpu=False)
     step = trace.step(build, list(range(0, tokens + 1, seq_len)), supervised=tokens, recompute_=way,

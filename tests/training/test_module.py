@@ -1,13 +1,21 @@
 """Options of a run that change how it computes must not change what it computes, and no option may train nothing."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from transformers import AutoTokenizer
 
 from lit_llm import CausalLMModule, InputError, LoRA, Source, TextDataModule, Trainer
+from lit_llm.training import footprint, recompute
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture
@@ -67,6 +75,45 @@ def test_gradient_checkpointing_changes_nothing(kind, tiny_model, chats, tmp_pat
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
     assert losses[0] == pytest.approx(losses[2], rel=1e-6)
     assert losses[0][-1] != losses[0][0]
+
+
+@pytest.mark.parametrize("way", recompute.WAYS)
+def test_auto_computes_as_little_again_as_fits(way, tiny_model, chats, tmp_path, monkeypatch):
+    sizes = {}
+
+    def room(trainer):
+        run = footprint.of(trainer, trainer.lightning_module, trainer.datamodule, 0)
+        sizes.update({each: run.memory(recompute=each).total for each in recompute.WAYS})
+        return {"none": max(sizes.values()) + 1, "selective": sizes[way] + 1, "full": min(sizes.values())}[way]
+
+    monkeypatch.setattr(footprint, "resident_bytes", lambda: 0)         # which grows from one look to the next
+    monkeypatch.setattr(footprint, "room", room)
+    module, losses = fit(tiny_model("llama"), chats, tmp_path, gradient_checkpointing="auto", lora=LoRA(r=2))
+    assert sizes["selective"] < sizes["none"]
+    assert module.recompute == way
+    assert module.model.get_base_model().is_gradient_checkpointing == (way != "none")
+    assert losses == fit(tiny_model("llama"), chats, tmp_path, name="plain", lora=LoRA(r=2))[1]
+
+
+def test_all_ranks_compute_again_what_the_narrowest_must(tiny_model, chats, tmp_path):
+    """Else some would gather layers for a second time and wait for the others forever."""
+    config = {"model": {"base": tiny_model("llama"), "gradient_checkpointing": "auto"},
+              "data": {"sources": [{"path": str(chats)}], "seq_len": 64},
+              "trainer": {"accelerator": "cpu", "devices": 2, "strategy": "ddp", "max_steps": 1, "default_root_dir": "run"}}
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(config))
+    (tmp_path / "narrow.py").write_text("""
+import os
+from lit_llm.cli import main
+from lit_llm.training import footprint
+if os.environ.get("LOCAL_RANK") == "1":
+    footprint.room = lambda trainer: 1
+if __name__ == "__main__":
+    main()
+""")
+    done = subprocess.run([sys.executable, "narrow.py", "fit", "--config", "run.yaml"], cwd=tmp_path, capture_output=True,
+                          text=True, timeout=200, env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    assert "gradient checkpointing: full" in done.stderr
 
 
 @pytest.mark.slow

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -21,12 +22,14 @@ from test_cli import call, place  # noqa: F401
 from lit_llm import attention
 from lit_llm.adapter import LoRA, wrap_peft
 from lit_llm.model import backbone, init_causal_lm, load_causal_lm, skeleton
-from lit_llm.training import estimate, plan, trace
+from lit_llm.training import estimate, footprint, trace
 
 SHAPE = dict(hidden_size=64, intermediate_size=192, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
              vocab_size=300)
 INITS = {"llama": SHAPE | {"model_type": "llama"}, "qwen3": SHAPE | {"model_type": "qwen3", "head_dim": 16},
          "gpt2": dict(model_type="gpt2", n_embd=64, n_layer=4, n_head=4, vocab_size=300),
+         "qwen3_moe": SHAPE | {"model_type": "qwen3_moe", "head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2,
+                               "moe_intermediate_size": 64},
          "gemma2": SHAPE | {"model_type": "gemma2", "head_dim": 16, "attn_logit_softcapping": None}}
 TOKENS = 192
 
@@ -38,6 +41,7 @@ def built(kind, lora, *, meta):
         return (wrap_peft(inner, LoRA(r=4).as_peft()) if lora else inner), inner
 
 
+@cache
 def traced(kind, lora=False, **more):
     return trace.step(lambda: built(kind, lora, meta=True)[0], [0, TOKENS], supervised=TOKENS - 1, **more)
 
@@ -46,7 +50,7 @@ def traced(kind, lora=False, **more):
 @pytest.mark.parametrize("lora", [False, True])
 def test_memory_of_a_step(kind, lora):
     """Weights, gradients and optimizer to the byte; activations within 2 % of what autograd keeps, dropout, too."""
-    counts = plan.count(*built(kind, lora, meta=True))
+    counts = footprint.count(*built(kind, lora, meta=True))
     model, inner = built(kind, lora, meta=False)
     weights = list({id(weight): weight for weight in model.parameters()}.values())
     known, kept, alive = {weight.untyped_storage().data_ptr() for weight in weights}, {}, []
@@ -77,11 +81,13 @@ def test_memory_of_a_step(kind, lora):
 
 def test_flops_and_shares_of_devices():
     """By hand: 4 layers of llama; ZeRO splits one part more with each stage."""
-    counts = plan.count(*built("llama", False, meta=True))
+    counts = footprint.count(*built("llama", False, meta=True))
     matrices = 4 * (64 * (64 + 32 + 32) + 64 * 64 + 3 * 64 * 192) + 300 * 64
     assert counts.matrices == matrices
     assert estimate.flops_per_token(counts, 100.0) == 6 * matrices + 6 * 4 * 64 * 100
-    lora = plan.count(*built("llama", True, meta=True))
+    experts = 4 * (64 * (64 + 32 + 32) + 64 * 64 + 2 * 3 * 64 * 64) + 300 * 64      # two of four
+    assert footprint.count(*built("qwen3_moe", False, meta=True)).matrices == experts
+    lora = footprint.count(*built("llama", True, meta=True))
     assert estimate.flops_per_token(lora, 0.0) == 4 * matrices + 6 * lora.trained
     setting = estimate.Setting(0, 4, TOKENS, TOKENS)
     parts = [estimate.memory(counts, replace(setting, stage=stage), traced("llama")) for stage in range(4)]
@@ -92,7 +98,7 @@ def test_flops_and_shares_of_devices():
 
 
 def test_the_nearest_change_is_the_least_that_fits():
-    counts, rows = plan.count(*built("llama", False, meta=True)), 4
+    counts, rows = footprint.count(*built("llama", False, meta=True)), 4
     setting = estimate.Setting(0, 2, rows * TOKENS, rows * TOKENS, cpu=False)
     kinds = [estimate.Kind(counts, lambda size, way: traced("llama", recompute_=way).times(size))]
 
@@ -111,7 +117,7 @@ def test_the_nearest_change_is_the_least_that_fits():
     alone = estimate.Setting(0, 1, TOKENS, TOKENS, recompute="full", optimizer="adamw_8bit", cpu=False)
     room = estimate.memory(counts, alone, kinds[0].step(1, "full")).total
     assert "data.seq_len / 2" in estimate.nearest(kinds, alone, room, rows=1)[0][0]
-    lora = estimate.Kind(plan.count(*built("llama", True, meta=True)),
+    lora = estimate.Kind(footprint.count(*built("llama", True, meta=True)),
                          lambda size, way: traced("llama", True, recompute_=way).times(size), "LORA")
     assert estimate.nearest([*kinds, lora], alone, room, rows=1)[0] == ["LORA"]
     assert nearest(1000) is None

@@ -2,12 +2,11 @@
 
 import pytest
 import torch
-from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lit_llm import attention
 from lit_llm.adapter import LoRA, wrap_peft
-from lit_llm.model import activation_bytes, backbone, init_causal_lm
+from lit_llm.model import backbone, init_causal_lm
 from lit_llm.training import recompute
 
 WIDE = dict(vocab_size=100, hidden_size=64, intermediate_size=192, num_attention_heads=4, num_key_value_heads=2)
@@ -55,45 +54,10 @@ def test_gradients_are_the_same_and_only_the_cheap_is_computed_again(lora):
         assert grads[way].keys() == grads["none"].keys()
         assert all(torch.equal(grads[way][name], gradient) for name, gradient in grads["none"].items())
     products, activation = "aten.mm.default", "aten.silu.default"
-    assert calls["selective"][products] == calls["none"][products] < calls["full"][products]
+    again = calls["selective"][products] - calls["none"][products]
+    assert again == (12 if lora else 0)             # second products of adapters, but for the last of each layer
+    assert calls["full"][products] - calls["none"][products] > (20 if lora else 10)
     assert calls["selective"][activation] == calls["full"][activation] == 2 * calls["none"][activation]
     attention_calls = [{name: many for name, many in calls[way].items() if "attention" in name and "backward" not in name}
                        for way in calls]
     assert attention_calls[0] == attention_calls[1] != attention_calls[2]
-
-
-@pytest.mark.parametrize(("kind", "more", "half"), [
-    ("llama", {}, False), ("llama", {"num_key_value_heads": 4}, False), ("qwen3", {"head_dim": 16}, False),
-    ("llama", {}, True)])
-def test_activations_are_as_many_as_the_estimate_says(kind, more, half):
-    """Against the storages that autograd keeps; two layers more or less, so that embedding and last norm fall out."""
-    def kept(layers):
-        model, alive, sizes = tiny(kind, layers, **more), [], {}
-        weights = {weight.untyped_storage().data_ptr() for weight in model.parameters()}
-
-        def pack(tensor):
-            storage = tensor.untyped_storage()
-            if storage.data_ptr() not in weights and tuple(tensor.shape) not in shapes:
-                sizes[storage.data_ptr()] = storage.nbytes()
-                alive.append(tensor)
-            return tensor
-
-        shapes = {tuple(weight.shape) for weight in model.parameters() if weight.ndim == 2}    # bf16 copies of autocast
-        shapes |= {shape[::-1] for shape in shapes}
-        with saved_tensors_hooks(pack, lambda tensor: tensor), torch.autocast("cpu", torch.bfloat16, enabled=half):
-            forward(model, 320, torch.tensor([0, 320]))
-        return sum(sizes.values()), activation_bytes(model.config, 320, half=half)
-
-    (few, small), (many, large) = kept(1), kept(3)
-    assert large - small == pytest.approx(many - few, rel=0.15)
-
-
-def test_auto_takes_the_cheapest_way_that_fits():
-    model = tiny()
-    room = {way: sum(16 * weight.numel() for weight in model.parameters())
-            + activation_bytes(model.config, 512, half=False, recompute=way) for way in ("none", "selective", "full")}
-    assert room["full"] < room["selective"] < room["none"]
-    for way, size in room.items():
-        assert recompute.cheapest(model, 512, room=size + 1, half=False) == way
-    assert recompute.cheapest(model, 512, room=1, half=False) == "full"
-    assert recompute.room(torch.device("cpu")) > 2**28
