@@ -123,8 +123,8 @@ def count(whole: Any, inner: Any, *, quantized: bool = False, muon: bool = False
     heads = config.num_attention_heads * (getattr(config, "head_dim", None) or
                                           config.hidden_size // config.num_attention_heads)
     learns = [weight for weight in whole.parameters() if weight.requires_grad]
-    experts = [weight for weight in inner.parameters() if weight.ndim == 3]     # (experts, out, in); a token sees a few
-    seen = sum(weight.numel() // len(weight) for weight in experts) * (getattr(config, "num_experts_per_tok", None) or 1)
+    one = sum(weight.numel() // len(weight) for weight in inner.parameters() if weight.ndim == 3)   # of all experts
+    seen = one * (getattr(config, "num_experts_per_tok", None) or 1)
     return Counts(sizes.total, sizes.trainable, sum(weight.numel() for weight in weights.values()) + seen,
                   sizes.trainable if whole is not inner else 0,
                   sum(weight.numel() for weight in frozen) if quantized else 0,
