@@ -84,10 +84,16 @@ def lit_varlen(
 
 
 def _flash(query: Tensor, dropout: float) -> bool:
-    """Torch's own variable-length kernel: CUDA, half precision, no dropout, heads of up to 256 numbers."""
+    """Torch's own variable-length kernel: half precision, no dropout, heads of up to 256 numbers, Ampere or later."""
     width = query.shape[-1]
     return (query.is_cuda and query.dtype in (torch.float16, torch.bfloat16) and dropout == 0.0
-            and width <= 256 and width % 8 == 0)
+            and width <= 256 and width % 8 == 0 and _generation(query.device) >= 8)
+
+
+@torch.compiler.assume_constant_result              # else a compiled layer would fall apart here
+def _generation(device: torch.device) -> int:
+    """Of a GPU: 7 is Volta and Turing (T4), 8 Ampere, 9 Hopper."""
+    return torch.cuda.get_device_capability(device)[0]
 
 
 def _on_cuda(query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, max_seqlen: int,
