@@ -120,8 +120,6 @@ def count(whole: Any, inner: Any, *, quantized: bool = False, muon: bool = False
     weights = {id(layer.weight): layer.weight for layer in linears} | {id(head_weight): head_weight}
     tables = {id(weight) for weight in model.embeddings(whole)}
     frozen = [weight for key, weight in weights.items() if not weight.requires_grad and key != id(head_weight)]
-    heads = config.num_attention_heads * (getattr(config, "head_dim", None) or
-                                          config.hidden_size // config.num_attention_heads)
     learns = [weight for weight in whole.parameters() if weight.requires_grad]
     one = sum(weight.numel() // len(weight) for weight in inner.parameters() if weight.ndim == 3)   # of all experts
     seen = one * (getattr(config, "num_experts_per_tok", None) or 1)
@@ -130,7 +128,14 @@ def count(whole: Any, inner: Any, *, quantized: bool = False, muon: bool = False
                   sum(weight.numel() for weight in frozen) if quantized else 0,
                   sum(weight.numel() for weight in learns if weight.ndim == 2 and id(weight) not in tables) if muon
                   else 0, head_weight.numel(), head_weight.requires_grad, head_weight.shape[0], config.hidden_size,
-                  heads * config.num_hidden_layers)
+                  config.num_attention_heads * _head_width(config) * config.num_hidden_layers)
+
+
+def _head_width(config: Any) -> int:
+    """Numbers of a query, and of a value; their mean in latent attention (DeepSeek), which has both."""
+    if getattr(config, "kv_lora_rank", None):
+        return int(config.qk_nope_head_dim + config.qk_rope_head_dim + config.v_head_dim) // 2
+    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
 
 def heaviest(data: Any) -> tuple[list[int], int]:
@@ -208,8 +213,7 @@ def _steps(build: Callable[[], Any], borders: list[int], setting: Setting, data:
             raise
         except Exception as error:                  # a forward pass that asks its numbers, each in its own way
             raise InputError(f"what a step of this architecture holds cannot be said without its weights "
-                             f"({type(error).__name__}: {' '.join(str(error).split())[:120]})",
-                             where="model", fix="train it with --model.gradient_checkpointing true") from None
+                             f"({type(error).__name__}: {' '.join(str(error).split())[:120]})", where="model") from None
 
     def step(rows: float, way: Recompute) -> Step:
         if rows == whole:

@@ -30,6 +30,10 @@ INITS = {"llama": SHAPE | {"model_type": "llama"}, "qwen3": SHAPE | {"model_type
          "gpt2": dict(model_type="gpt2", n_embd=64, n_layer=4, n_head=4, vocab_size=300),
          "qwen3_moe": SHAPE | {"model_type": "qwen3_moe", "head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2,
                                "moe_intermediate_size": 64},
+         "deepseek_v3": SHAPE | {"model_type": "deepseek_v3", "num_key_value_heads": 4, "q_lora_rank": 16, "kv_lora_rank": 16,
+                                 "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 12, "n_routed_experts": 4,
+                                 "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1,
+                                 "moe_intermediate_size": 32},
          "gemma2": SHAPE | {"model_type": "gemma2", "head_dim": 16, "attn_logit_softcapping": None}}
 TOKENS = 192
 
@@ -87,6 +91,7 @@ def test_flops_and_shares_of_devices():
     assert estimate.flops_per_token(counts, 100.0) == 6 * matrices + 6 * 4 * 64 * 100
     experts = 4 * (64 * (64 + 32 + 32) + 64 * 64 + 2 * 3 * 64 * 64) + 300 * 64      # two of four
     assert footprint.count(*built("qwen3_moe", False, meta=True)).matrices == experts
+    assert footprint.count(*built("deepseek_v3", False, meta=True)).attention == 4 * 4 * (8 + 8 + 12) // 2
     lora = footprint.count(*built("llama", True, meta=True))
     assert estimate.flops_per_token(lora, 0.0) == 4 * matrices + 6 * lora.trained
     setting = estimate.Setting(0, 4, TOKENS, TOKENS)
