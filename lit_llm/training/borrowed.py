@@ -1,24 +1,24 @@
 """What `fused.nll` does, done by others: the home of cut-cross-entropy and of Liger, for who chooses one of them.
 
-Neither is imported before `model.cross_entropy` names it. Both run Triton on CUDA, and neither is as exact as ours.
-Against float64, in Triton's interpreter on a CPU: 256 tokens of bf16, width 64, 8,192 words; |error| / |gradient|
-of hidden states and of the head, and the loss:
+Neither is imported before `model.cross_entropy` names it. Both run Triton on CUDA; their speed and memory there are not
+measured here. How exact they are is, in Triton's interpreter on a CPU: |error| / |gradient| of hidden states and of the
+head against float64; 256 tokens in bfloat16, width 64, logits of standard deviation 1.2.
 
-    fused (torch, CPU)          1.6e-3   1.6e-3   8e-6      rounds the loss here; on CUDA logits are float32
-    liger-kernel 0.8.5          1.6e-3   1.8e-3   8e-6
-    cut-cross-entropy 25.1.1    1.6e-2   2.7e-3   3e-5
-    cut-cross-entropy's git     1.5e-3   1.6e-3   5e-8      d42911f; not on the package index
+    vocabulary                              8,192               32,768              131,072
+    fused, on a CPU                     1.6e-3   1.6e-3     9.0e-4   6.4e-4     4.8e-4   1.9e-4
+    liger-kernel 0.8.5                  1.6e-3   1.6e-3     9.0e-4   6.4e-4     4.8e-4   1.9e-4
+    cut-cross-entropy 25.1.1            1.6e-2   2.7e-3     5.8e-2   1.2e-3     8.5e-2   1.9e-4
+    cut-cross-entropy, git d42911f      1.6e-3   1.6e-3     8.6e-4   6.3e-4     not measured
 
-What each costs besides. Their speed and memory on a GPU are not measured here.
-
-    liger               Logits are rounded to the precision of hidden states. The head's gradient is summed in float32
-                        and rounded once. The host waits for the device once a micro-batch: Liger counts the targets.
-    cut_cross_entropy   No logits in memory at all. 25.1.1 adds gradients up in bf16, a block of 128 words or tokens
-                        after another, so the error grows with the vocabulary. In any version blocks add in the order
-                        in which they end, so a resumed run is not the same to the last bit. Small gradients are kept
-                        (`filter_eps`), which takes its time: by default blocks of them are left out, at a run's start
-                        nearly all. It counts the words that fill the last block of 128 as logits of -cap, which tells
-                        where a cap is small.
+    liger               Rounds logits to the precision of hidden states, as ours does on a CPU, but not on CUDA. Sums
+                        the head's gradient in float32 and rounds it once. Makes the host wait for the device once a
+                        micro-batch, to count targets.
+    cut_cross_entropy   Has no logits in memory at all. 25.1.1, the last release, adds a hidden state's gradient up in
+                        bfloat16, 128 words after another; its repository can in float32, which is asked for where it
+                        is known. Blocks add in the order in which they end, so a resumed run is not the same to the
+                        last bit. Small gradients are kept (`filter_eps`), though leaving out blocks of them is what
+                        makes it quick: at a run's start that would be nearly all. It counts the words missing in the
+                        last block of 128 as logits of -cap, which matters only where a cap is small.
 
 A factor is multiplied into hidden states: exact where it is a power of two, else rounded once more.
 """

@@ -58,10 +58,10 @@ class CausalLMModule(L.LightningModule):
             auto: the cheapest way that fits into the device, by an estimate.
         compile: Compile each decoder layer with torch (a minute at the start; a C++ compiler on CPU). Pays on CUDA for
             long runs; on CPU in bfloat16 it gains little. Not where layers are gathered one by one (ZeRO-3, FSDP2).
-        cross_entropy: Whose kernels make the loss of training from hidden states and head, without logits of a batch:
-            fused (ours); cut_cross_entropy (arXiv:2411.09009) or liger (arXiv:2410.10989), which are less exact, need
-            CUDA and `pip install 'lit_llm[kernels]'`. With cut_cross_entropy a resumed run is not the same to the last
-            bit. Perplexity is measured by ours. It may be another when a run is resumed.
+        cross_entropy: Whose kernels make the loss of training from hidden states and head, without a batch's logits:
+            fused (ours); liger (arXiv:2410.10989); cut_cross_entropy (arXiv:2411.09009), whose release 25.1.1 errs by
+            some percent in gradients of large vocabularies and never resumes to the last bit. These two need CUDA and
+            `pip install 'lit_llm[kernels]'`. Perplexity is always ours. May change when a run is resumed.
     """
 
     def __init__(

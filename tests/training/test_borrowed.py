@@ -99,7 +99,6 @@ def gradients(name):
     for label, keys in KEYS.items():
         if label == "biased" and cut and not borrowed._takes_bias(module):
             continue
-        keys = keys | ({"cap": 20.0} if label == "capped" and cut else {})
         for dtype in (torch.bfloat16, torch.float16, *([torch.float32] if whole else [])):
             for frozen in (False, True):
                 check(name, dtype, keys, frozen=frozen)
