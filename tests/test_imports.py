@@ -22,7 +22,8 @@ NOUNS_FROM = {"conversation": set(), "attention": {"blockwise"}, "blockwise": se
 HOMES = {
     "peft": {"adapter"}, "AutoModelForCausalLM": {"model"}, "AutoConfig": {"model", "inference.export"},
     "tokenizers": {"tokenizer", "samples.make"}, "AutoTokenizer": {"tokenizer"}, "datasets": {"data.sources", "data.readers"},
-    "torchmetrics": {"training.metrics"}, "triton": {"training.kernels"}, "litserve": set(),
+    "torchmetrics": {"training.metrics"}, "triton": {"training.kernels"}, "cut_cross_entropy": {"training.borrowed"},
+    "liger_kernel": {"training.borrowed"}, "litserve": set(),
     "deepspeed": {"training.strategy", "training.weights", "training.reshard", "training.trial"},
 }
 HEAVY = ["torch", "transformers", "peft", "deepspeed", "datasets", "lightning", "litserve"]

@@ -13,20 +13,26 @@ from torch.utils.flop_counter import FlopCounterMode
 from lit_llm.adapter import LoRA, wrap_peft
 from lit_llm.model import init_causal_lm
 from lit_llm.training import estimate
-from tests.benchmarks import on_gpu, train
+from tests.benchmarks import cross_entropy, on_gpu, train
 from tests.shapes import LLAMA, SMALL
 
 
 def test_the_benchmark_runs_as_it_does_on_a_gpu(monkeypatch, capsys):
     """All weights, and adapters; both lose at first what guessing loses."""
-    monkeypatch.setattr(on_gpu, "alone", lambda call, *given: call(*given))     # in this process, to be quick
+    for each in (on_gpu, cross_entropy):
+        monkeypatch.setattr(each, "alone", lambda call, *given: call(*given))       # in this process, to be quick
     monkeypatch.setattr(sys, "argv", ["train.py", "--device", "cuda", "--smoke", "--seconds", "0.01", "--only", "0.6B"])
     train.main()
-    rows = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| Qwen3")]
-    assert [row[0] for row in rows] == ["Qwen3-0.6B, all weights", "Qwen3-0.6B, all weights, compiled", "Qwen3-0.6B, LoRA"]
-    assert "skipped" in rows[1][1]
-    for row in (rows[0], rows[2]):
-        assert float(row[-1]) == pytest.approx(math.log(SMALL["vocab_size"]), abs=0.15), row
+    rows = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    whole = {row[0]: row for row in rows if row[0].startswith("Qwen3")}
+    assert len(whole) == 5
+    assert [name for name, row in whole.items() if "skipped" not in row[1]] == ["Qwen3-0.6B, all weights", "Qwen3-0.6B, LoRA"]
+    for name in ("Qwen3-0.6B, all weights", "Qwen3-0.6B, LoRA"):
+        assert float(whole[name][-1]) == pytest.approx(math.log(SMALL["vocab_size"]), abs=0.15), whole[name]
+    alone = {row[0]: row for row in rows if row[0].startswith("loss")}
+    assert [name for name, row in alone.items() if "skipped" not in row[1]] == [
+        "loss, Qwen3-0.6B, head learns, fused", "loss, Qwen3-0.6B, frozen head, fused"]
+    assert all(float(figure) < 1e-2 for figure in alone["loss, Qwen3-0.6B, head learns, fused"][3:])
 
 
 @pytest.mark.parametrize("lora", [False, True], ids=["all weights", "adapters"])

@@ -5,9 +5,10 @@ Each of these would otherwise hang, fail deep inside a library, or train somethi
 
 from typing import TYPE_CHECKING, Any
 
-from lit_llm import adapter
+from lit_llm import adapter, model
 from lit_llm.errors import InputError
 from lit_llm.training.fsdp import Fsdp2Strategy
+from lit_llm.training.loss import as_matrices
 from lit_llm.training.strategy import ZeroStrategy
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ def check(module: "CausalLMModule", strategy: Any, world_size: int) -> None:
     _check_prompts(module, strategy, world_size)
     _check_optimizer(module.optimizer, strategy)
     _check_float16(module, strategy)
+    _check_cross_entropy(module, strategy)
     by_layer = gathers_layers(strategy)
     if by_layer and module.quantize:
         raise InputError("4-bit weights cannot be cut into pieces for each layer", where="model.quantize",
@@ -65,6 +67,30 @@ def _check_float16(module: "CausalLMModule", strategy: Any) -> None:
     if training and str(module.trainer.precision) == "16-true" and not isinstance(strategy, ZeroStrategy):
         raise InputError("small gradients would vanish in float16 without a loss scale", where="trainer.precision",
                          fix="set it to 16-mixed or bf16-true; or --trainer.strategy deepspeed_stage_2, which has one")
+
+
+def _check_cross_entropy(module: "CausalLMModule", strategy: Any) -> None:
+    """Other people's kernels have needs of their own, in training."""
+    if module.cross_entropy == "fused" or module.trainer.state.fn != "fit":
+        return
+    from lit_llm.training import borrowed
+
+    if adapter.learns_prompt_by(module.peft_spec):
+        raise InputError("prompt and prefix tuning make logits, and no head is left for other kernels",
+                         where="model.cross_entropy", fix="set --model.cross_entropy fused")
+    borrowed.check(module.cross_entropy, strategy.root_device, str(module.trainer.precision))
+
+
+def check_head(module: "CausalLMModule") -> None:
+    """Refuse an output head that the chosen cross-entropy cannot do, once the model is built.
+
+    Raises:
+        InputError: It names the key and what to set instead.
+    """
+    if module.cross_entropy != "fused" and module.trainer.state.fn == "fit":
+        from lit_llm.training import borrowed
+
+        borrowed.check_head(module.cross_entropy, as_matrices(model.head(module.model)))
 
 
 def _check_optimizer(optimizer: str, strategy: Any) -> None:

@@ -2,12 +2,7 @@
 
 The home of triton, which torch's CUDA builds bring along. Imported only where it runs (`fused.py` decides); the same
 code runs on CPU tensors under TRITON_INTERPRET=1, which is how it is tested without a GPU. Exact, and the same bits
-every time. That is why neither cut-cross-entropy nor Liger stands here, though both are quick:
-
-    cut-cross-entropy 25.1.1    sums gradients over the vocabulary in bfloat16, in the order in which its programs end,
-                                so a resumed run would differ; it is fast by leaving small gradients out
-    Liger 0.8.5                 rounds logits to bfloat16 and waits for the device twice a micro-batch; cuts a batch
-                                into V / D chunks, however narrow; cannot let single rows of a frozen head learn
+every time. What cut-cross-entropy and Liger lack of that, and how to have them nevertheless, stands in `borrowed.py`.
 """
 
 import torch

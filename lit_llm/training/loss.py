@@ -7,7 +7,7 @@ who wants a mean divides by a count he knows.
 """
 
 import sys
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from lit_llm.tokenizer import IGNORE_INDEX
 from lit_llm.training import fused
 
 CHUNK_BYTES = 64 * 2**20                            # of float32 logits at a time
+CrossEntropy = Literal["fused", "cut_cross_entropy", "liger"]
 
 
 class Nll(NamedTuple):
@@ -46,7 +47,7 @@ def shift(labels_T: Tensor) -> Tensor:
 
 
 def nll_sum(hidden_TD: Tensor, labels_T: Tensor, head: nn.Module, *, factor: float = 1.0, cap: float | None = None,
-            per_token: bool = False, count: int | None = None) -> Nll:
+            per_token: bool = False, count: int | None = None, by: CrossEntropy = "fused") -> Nll:
     """Sum of -log p(token) over the supervised tokens.
 
     Args:
@@ -58,12 +59,13 @@ def nll_sum(hidden_TD: Tensor, labels_T: Tensor, head: nn.Module, *, factor: flo
         cap: Squashes them softly.
         per_token: Give (N,) losses instead of their sum; for tests and reports.
         count: N, where the host knows it: a CUDA device would otherwise be waited for, to learn it.
+        by: Whose kernels train (see `borrowed.py`); evaluation is always ours.
     """
     targets_T = shift(labels_T)
     supervised_T = targets_T != IGNORE_INDEX
     index_N = supervised_T.nonzero_static(size=count)[:, 0] if count is not None else supervised_T.nonzero()[:, 0]
     hidden_ND, targets_N = hidden_TD.index_select(0, index_N), targets_T.index_select(0, index_N)
-    settings = (factor, cap, per_token)
+    settings = (factor, cap, per_token, by)
     if any(hasattr(weight, "ds_id") for weight in head.parameters()):
         return _in_one_call(hidden_ND, targets_N, head, *settings)
     rows = trained_rows(head)
@@ -117,9 +119,14 @@ class _WithRows:
         return self.head(hidden).index_copy(-1, self.index_K, F.linear(hidden, self.rows_KD.to(hidden.dtype), bias))
 
 
-def _train(hidden_ND: Tensor, targets_N: Tensor, head: Any, factor: float, cap: float | None, per_token: bool) -> Nll:
+def _train(hidden_ND: Tensor, targets_N: Tensor, head: Any, factor: float, cap: float | None, per_token: bool,
+           by: CrossEntropy) -> Nll:
     zero = torch.zeros((), dtype=torch.int64, device=hidden_ND.device)
     linear = _linear(head, factor, cap)
+    if by != "fused" and not per_token:
+        from lit_llm.training import borrowed
+
+        return Nll(borrowed.nll(by, hidden_ND, targets_N, linear), zero)
     if linear is not None and not per_token:
         return Nll(fused.nll(hidden_ND, targets_N, linear), zero)
     most = _rows(head)
@@ -130,8 +137,13 @@ def _train(hidden_ND: Tensor, targets_N: Tensor, head: Any, factor: float, cap: 
     return Nll(losses_N if per_token else losses_N.sum(), zero)
 
 
+def as_matrices(head: nn.Module) -> fused.Head | None:
+    """A head as plain matrices; null where there is an adapter on it."""
+    rows = trained_rows(head)
+    return _linear(_WithRows(rows) if rows else head, 1.0, None)
+
+
 def _linear(head: Any, factor: float, cap: float | None) -> fused.Head | None:
-    """The head as plain matrices; null where there is an adapter on it."""
     inner = getattr(head, "head", head)
     if type(inner) is not nn.Linear:
         return None
@@ -150,7 +162,7 @@ def _chunk_nll(hidden: Tensor, targets: Tensor, head: Any, factor: float, cap: f
 
 
 def _evaluate(hidden_ND: Tensor, targets_N: Tensor, head: Any, factor: float, cap: float | None,
-              per_token: bool) -> Nll:
+              per_token: bool, by: CrossEntropy) -> Nll:
     linear = _linear(head, factor, cap)
     if linear is not None:
         losses_N, right_N = fused.measure(hidden_ND, targets_N, linear)

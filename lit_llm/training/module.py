@@ -16,7 +16,7 @@ from lit_llm import adapter, attention, model
 from lit_llm.errors import InputError
 from lit_llm.training import compatible, control_tokens, footprint, optim, prompts, recompute, reshard
 from lit_llm.training.fsdp import Fsdp2Strategy
-from lit_llm.training.loss import Nll, nll_sum
+from lit_llm.training.loss import CrossEntropy, Nll, nll_sum
 from lit_llm.training.metrics import Perplexity
 from lit_llm.training.noise import noisy
 from lit_llm.training.strategy import ZeroStrategy
@@ -58,6 +58,10 @@ class CausalLMModule(L.LightningModule):
             auto: the cheapest way that fits into the device, by what `plan` says.
         compile: Compile each decoder layer with torch (a minute at the start; a C++ compiler on CPU). Pays on CUDA for
             long runs; on CPU in bfloat16 it gains little. Not where layers are gathered one by one (ZeRO-3, FSDP2).
+        cross_entropy: Whose kernels make the loss of training from hidden states and head, without a batch's logits:
+            fused (ours); liger (arXiv:2410.10989); cut_cross_entropy (arXiv:2411.09009), whose release 25.1.1 errs by
+            some percent in gradients of large vocabularies and never resumes to the last bit. These two need CUDA and
+            `pip install 'lit_llm[kernels]'`. Perplexity is always ours. May change when a run is resumed.
     """
 
     def __init__(
@@ -79,6 +83,7 @@ class CausalLMModule(L.LightningModule):
         neftune_alpha: float | None = None,
         gradient_checkpointing: bool | Literal["selective", "auto"] = False,
         compile: bool = False,
+        cross_entropy: CrossEntropy = "fused",
     ) -> None:
         super().__init__()
         if (base is None) == (init is None):
@@ -108,6 +113,7 @@ class CausalLMModule(L.LightningModule):
         self.recompute: recompute.Recompute = recompute.of_config(
             False if gradient_checkpointing == "auto" else gradient_checkpointing)
         self.compile_layers = compile               # nn.Module.compile is a method
+        self.cross_entropy = cross_entropy
         self.checkpoint: Path | None = None         # set by Trainer.validate and .test: weights of one checkpoint
         self.model: Any = None
         self.half_adapters = False
@@ -154,6 +160,7 @@ class CausalLMModule(L.LightningModule):
         self._check_fit(inner)
         inner.config.use_cache = False
         self.model = self._adapted(inner)
+        compatible.check_head(self)
         self.half_adapters = self._autocasts()
         if self.half_adapters:
             adapter.spare_copies(self.model)
@@ -306,7 +313,7 @@ class CausalLMModule(L.LightningModule):
             max_seqlen=batch["max_seqlen"]).last_hidden_state[0]
         factor, cap = model.logit_adjustment(self.model)
         return nll_sum(hidden, batch["labels"].view(-1), model.head(self.model), factor=factor, cap=cap,
-                       count=batch["num_supervised"])
+                       count=batch["num_supervised"], by=self.cross_entropy)
 
     def _input(self, batch: "Batch") -> dict[str, Tensor]:
         """Token ids; with NEFTune, in training, their embeddings with noise on them."""

@@ -2,8 +2,8 @@
 
 The step is the real one, module for module and kernel for kernel, on torch's fake tensors: they have shapes, lifetimes
 and gradients, but no numbers. So norms of queries, dropout of attention, tied heads, rows of tokens that learn beside
-adapters and whatever an architecture brings with it are counted, not known by name. Knows nothing of devices, files or
-optimizers.
+adapters and whatever an architecture brings with it are counted, not known by name. The loss is `fused.py`'s, whatever
+`model.cross_entropy` says: others' kernels do not run without numbers. Knows nothing of devices, files or optimizers.
 """
 
 import weakref

@@ -23,9 +23,15 @@ FULL, ADAPTERS = {"lr": 1e-5}, {"lr": 1e-4, "lora": {"r": 16}}
 CASES = {
     "Qwen3-0.6B, all weights": ("QWEN3_06B", FULL, "bf16-mixed", 0.50),
     "Qwen3-0.6B, all weights, compiled": ("QWEN3_06B", FULL | {"compile": True}, "bf16-mixed", 0.50),
+    "Qwen3-0.6B, all weights, loss by cut_cross_entropy": (
+        "QWEN3_06B", FULL | {"cross_entropy": "cut_cross_entropy"}, "bf16-mixed", None),
+    "Qwen3-0.6B, all weights, loss by liger": ("QWEN3_06B", FULL | {"cross_entropy": "liger"}, "bf16-mixed", None),
     "Qwen3-0.6B, LoRA": ("QWEN3_06B", ADAPTERS, "bf16-true", None),
     "Llama-3-8B, LoRA": ("LLAMA3_8B", ADAPTERS, "bf16-true", 0.60),
     "Llama-3-8B, LoRA, compiled": ("LLAMA3_8B", ADAPTERS | {"compile": True}, "bf16-true", 0.60),
+    "Llama-3-8B, LoRA, loss by cut_cross_entropy": (
+        "LLAMA3_8B", ADAPTERS | {"cross_entropy": "cut_cross_entropy"}, "bf16-true", None),
+    "Llama-3-8B, LoRA, loss by liger": ("LLAMA3_8B", ADAPTERS | {"cross_entropy": "liger"}, "bf16-true", None),
     "Llama-3-8B, all weights": ("LLAMA3_8B", FULL | {"gradient_checkpointing": True}, "bf16-mixed", None),
     "Llama-3-8B, all weights, 8-bit AdamW": (
         "LLAMA3_8B", FULL | {"gradient_checkpointing": True, "optimizer": "adamw_8bit"}, "bf16-mixed", None),
@@ -207,8 +213,12 @@ def obstacle(name, smoke):
     """Why a case cannot run here, but for its size."""
     from importlib.util import find_spec
 
+    from tests.benchmarks import cross_entropy
+
     if CASES[name][1].get("optimizer") == "adamw_8bit" and find_spec("bitsandbytes") is None:
         return "bitsandbytes is not installed"
+    if why := cross_entropy.obstacle(CASES[name][1].get("cross_entropy", "fused"), smoke):
+        return why
     return "tiny layers are not worth compiling" if smoke and CASES[name][1].get("compile") else None
 
 

@@ -2,6 +2,7 @@
 
     python tests/benchmarks/train.py --tokenizer FOLDER --chats A.json B.json --text FILE [--peer PYTHON]
     python tests/benchmarks/train.py --device cuda [--only "8B, LoRA"]      no files are needed; see on_gpu.py
+    python tests/benchmarks/train.py --device cuda --only loss      ours, cut-cross-entropy and Liger; see cross_entropy.py
 
 A 6M-parameter Llama with random weights learns the conversations; each contestant runs in a process of its own, turn by
 turn, and the median of its turns counts. A contestant whose loss of the first step is another one is out: a faster
@@ -141,9 +142,10 @@ def main():
     given = parser.parse_args()
     if given.device == "cuda" or given.smoke:
         sys.path.insert(0, str(HERE.parents[1]))
-        from tests.benchmarks import on_gpu
+        from tests.benchmarks import cross_entropy, on_gpu
 
         on_gpu.run(given.only, smoke=given.smoke, seconds=given.seconds)
+        cross_entropy.run(given.only, smoke=given.smoke)
         return
     if given.tokenizer is None:
         parser.error("--tokenizer is needed on a CPU")

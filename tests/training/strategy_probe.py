@@ -124,7 +124,7 @@ def run(case, plan, out):
     lora = LoRA(r=RANK, alpha=4 * RANK) if case["lora"] else None
     source = {"init": case["init"]} if "init" in case else {"base": plan["model"]}
     module = Module(**source, lora=lora, lr=LR, weight_decay=DECAY, warmup=0, schedule="constant", optimizer=case.get("optimizer", "adamw"),
-                    gradient_checkpointing=case.get("checkpointing", False))
+                    gradient_checkpointing=case.get("checkpointing", False), cross_entropy=case.get("cross_entropy", "fused"))
     module.tokens = case.get("tokens", [])
     trainer = Trainer(
         accelerator="cpu", devices=plan["devices"], strategy=case["strategy"], precision=case.get("precision", "32-true"),
