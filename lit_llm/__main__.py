@@ -16,7 +16,8 @@ def _whole_heap() -> None:
     the caches the same runs hold 11 to 30 % less at their height, and take as long (README, Measured).
     """
     training = "fit" in sys.argv[1:] and not os.path.exists("/dev/nvidiactl")
-    if training and "GLIBC_TUNABLES" not in os.environ and "CS_GNU_LIBC_VERSION" in getattr(os, "confstr_names", ()):
+    known = "CS_GNU_LIBC_VERSION" in getattr(os, "confstr_names", ()) and "GLIBC_TUNABLES" not in os.environ
+    if training and known and sys.executable:
         os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**os.environ, "GLIBC_TUNABLES": HEAP})
 
 

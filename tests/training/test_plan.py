@@ -149,12 +149,14 @@ def test_the_peak_of_a_real_run(tmp_path, init, model, data, trainer):
         child = subprocess.Popen([sys.executable, "-m", "lit_llm", *words, "--config", "run.yaml"], cwd=tmp_path,
                                  env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL,
                                  stderr=subprocess.PIPE, text=True)
-        most = 0
+        most, tunables = 0, b""
         while child.poll() is None:
             status = Path(f"/proc/{child.pid}/status").read_text()
+            tunables = Path(f"/proc/{child.pid}/environ").read_bytes() or tunables
             most = int(status.partition("VmHWM:")[2].split()[0]) if "VmHWM" in status else most
             time.sleep(0.01)
         assert child.returncode == 0, child.communicate()[1]
+        assert (b"tcache_count=0" in tunables) == ("fit" in words)      # splinters would take more memory than planned
         return 1024 * most
 
     measured = peak("fit")
