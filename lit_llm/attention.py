@@ -25,6 +25,10 @@ NAME = "lit_varlen"
 STEP = 16                                           # tokens; a call costs about as much as this much padding
 
 
+class PackingError(InputError):
+    """Documents in one row could not be kept apart."""
+
+
 def register() -> str:
     """Make `lit_varlen` known to transformers; returns the name for `attn_implementation`."""
     from transformers import AttentionInterface
@@ -69,11 +73,11 @@ def lit_varlen(
         (1, T, H, E) and None for the weights.
     """
     if softcap is not None or s_aux is not None:
-        raise InputError("this model's attention caps its scores or uses sinks, which packed attention cannot do",
-                         where="model.base")
+        raise PackingError("this model's attention caps its scores or uses sinks, which packed attention cannot do",
+                           where="model.base")
     if attention_mask is not None or cu_seqlens is None:    # it makes a mask itself, or keeps our keywords to itself
-        raise InputError("this model does not hand the borders of documents to its attention, so documents packed into "
-                         "one row could not be kept apart", where="model.base")
+        raise PackingError("this model does not hand the borders of documents to its attention, so documents packed "
+                           "into one row could not be kept apart", where="model.base")
     dropout = dropout if module.training else 0.0
     kind = query.device.type
     if torch.is_autocast_enabled(kind):             # rotary positions have made float32 of queries and keys

@@ -5,6 +5,7 @@ The home of `AutoModelForCausalLM`. Knows nothing of data, losses or Lightning.
 
 import copy
 import json
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -181,7 +182,31 @@ def skeleton(base: str | None, init: dict[str, Any] | None, *, dtype: torch.dtyp
                 packed_attention.register()
             return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
         except Exception as error:                  # a stranger's file
+            _check_interface(error, str(base))
             raise InputError(f"cannot read the architecture of {base}: {_reason(error)}", where="model.base") from None
+
+
+def why_alone(base: str | None, init: dict[str, Any] | None, **defaults: Any) -> str:
+    """Why documents of this architecture cannot share a row, or nothing: asked of the model without its weights.
+
+    Args:
+        base: As in `skeleton`.
+        init: There too.
+        defaults: There too.
+
+    Raises:
+        InputError: No such base, or no such architecture.
+    """
+    ids = torch.zeros(1, 2, dtype=torch.int64, device="meta")
+    try:
+        inner = skeleton(base, init, attention=packed_attention.NAME, **defaults)
+        _check_packable(inner, packed_attention.NAME)
+        with torch.no_grad(), suppress(RuntimeError, NotImplementedError):      # a layer beyond the first attention
+            backbone(inner)(input_ids=ids, position_ids=ids, attention_mask=None, use_cache=False,
+                            cu_seqlens=torch.tensor([0, 1, 2], dtype=torch.int32), max_seqlen=1)
+    except packed_attention.PackingError as error:
+        return error.what
+    return ""
 
 
 def tokenizer_facts(tokenizer: Any) -> dict[str, Any]:
@@ -210,8 +235,8 @@ def _reason(error: Exception) -> str:
 def _check_interface(error: Exception, what: str) -> None:
     """Old architectures look their attention up in a table of their own."""
     if isinstance(error, KeyError) and error.args == (packed_attention.NAME,):
-        raise InputError(f"{what} has attention of its own, so documents packed into one row could not be kept apart",
-                         where="model") from None
+        raise packed_attention.PackingError(f"{what} has attention of its own, so documents packed into one row could "
+                                            "not be kept apart", where="model") from None
 
 
 def _check_packable(model: "PreTrainedModel", attention: str | None) -> None:
@@ -219,8 +244,8 @@ def _check_packable(model: "PreTrainedModel", attention: str | None) -> None:
         return
     kinds = set(getattr(model.config, "layer_types", None) or ["full_attention"])
     if not model._supports_attention_backend or not kinds <= {"full_attention", "sliding_attention"}:
-        raise InputError(f"{type(model).__name__} does not mix tokens by plain attention alone, so documents packed "
-                         "into one row could not be kept apart", where="model.base")
+        raise packed_attention.PackingError(f"{type(model).__name__} does not mix tokens by plain attention alone, so "
+                                            "documents packed into one row could not be kept apart", where="model.base")
 
 
 # ---- anatomy ---------------------------------------------------------------------------------------------------------

@@ -38,6 +38,10 @@ def check(module: "CausalLMModule", strategy: Any, world_size: int) -> None:
     _check_float16(module, strategy)
     _check_cross_entropy(module, strategy)
     by_layer = gathers_layers(strategy)
+    if by_layer and world_size > 1 and module.why_alone:
+        raise InputError(f"{module.why_alone}; one by one, ranks have different numbers of them, and processes that "
+                         "share each layer's weights would wait for each other forever", where="trainer.strategy",
+                         fix="set --trainer.strategy deepspeed_stage_2")
     if by_layer and module.quantize:
         raise InputError("4-bit weights cannot be cut into pieces for each layer", where="model.quantize",
                          fix="set --trainer.strategy deepspeed_stage_2 (or auto, ddp), or --model.quantize null")
@@ -47,6 +51,28 @@ def check(module: "CausalLMModule", strategy: Any, world_size: int) -> None:
     if module.compile_layers and module.gradient_checkpointing in ("selective", "auto"):
         raise InputError("a compiled layer is one operation, of which nothing can be kept",
                          where="model.gradient_checkpointing", fix="set it to true or false")
+
+
+def check_data(inner: Any, data: Any) -> None:
+    """Refuse ids and rows that do not fit the model: the first step would die in an index error.
+
+    Args:
+        inner: The transformers model.
+        data: Of the run; null where it has none of ours.
+
+    Raises:
+        InputError: It names the key and what to set instead.
+    """
+    if data is None:
+        return
+    rows, tokens = inner.get_input_embeddings().num_embeddings, data.tokenizer.vocab_size
+    if tokens > rows:
+        raise InputError(f"the tokenizer has {tokens} tokens, the model's embedding {rows} rows",
+                         where="data.tokenizer", fix="use the model's own tokenizer (data.tokenizer: null)")
+    room = getattr(inner.config, "max_position_embeddings", None)
+    if room is not None and data.seq_len > room:
+        raise InputError(f"rows of {data.seq_len} tokens are longer than the model's {room} positions",
+                         where="data.seq_len", fix=f"set --data.seq_len {room} or less")
 
 
 def _check_prompts(module: "CausalLMModule", strategy: Any, world_size: int) -> None:

@@ -4,6 +4,7 @@ The model is built without weights, anew for each way of recomputing and of trai
 their sum is `estimate.py`'s. Knows nothing of reports, files or what becomes of the answer.
 """
 
+import logging
 import os
 import resource
 import sys
@@ -19,7 +20,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from lit_llm import adapter, attention, model
+from lit_llm import adapter, model
 from lit_llm.errors import InputError
 from lit_llm.training import control_tokens, estimate, trace
 from lit_llm.training.estimate import Counts, Kind, Memory, Setting
@@ -27,6 +28,7 @@ from lit_llm.training.fsdp import Fsdp2Strategy
 from lit_llm.training.recompute import WAYS, Recompute, of_config
 from lit_llm.training.trace import Step
 
+log = logging.getLogger(__name__)
 MARGIN = 0.85                                       # of a device's memory; fragments, buffers and others have the rest
 CONTEXT = 512 * 2**20                               # of CUDA in a process; what others report, not measured here
 
@@ -83,6 +85,23 @@ def cheapest(footprint: Footprint, room: int) -> Recompute:
         if footprint.memory(recompute=way).total < room:
             return way
     return "full"
+
+
+def agreed(trainer: Any, module: Any, data: Any) -> Recompute:
+    """What all ranks compute again: what the narrowest must, or some would gather layers twice and wait for the others.
+
+    A collective: every rank calls it.
+    """
+    try:
+        way = of(trainer, module, data, room(trainer)).setting.recompute
+    except InputError as error:
+        log.warning("gradient checkpointing: full, for nobody knows what a step holds: %s", error)
+        way = "full"
+    place = torch.tensor(WAYS.index(way), device=trainer.strategy.root_device)
+    way = WAYS[int(trainer.strategy.reduce(place, reduce_op="max"))]
+    if trainer.is_global_zero:
+        log.info("gradient checkpointing: %s", way)
+    return way
 
 
 def room(trainer: Any, memory: float | None = None) -> int:
@@ -175,8 +194,8 @@ def kinds(now: Footprint, module: Any, data: Any) -> list[Kind]:
 def _builder(module: Any, data: Any) -> Callable[[dict[str, Any] | None], tuple[Any, Any]]:
     """What makes the model anew without weights, with adapters of a spec and without, for who changes its layers."""
     def build(spec: dict[str, Any] | None) -> tuple[Any, Any]:
-        packed = None if adapter.learns_prompt_by(spec) else attention.NAME
-        inner = model.skeleton(module.base, module.init, attention=packed, **model.tokenizer_facts(data.tokenizer))
+        facts = model.tokenizer_facts(data.tokenizer)
+        inner = model.skeleton(module.base, module.init, attention=module.choose_attention(facts), **facts)
         with torch.device("meta"):
             whole = adapter.wrap_peft(inner, spec, tokens=_trained_tokens(module, data, inner)) if spec else inner
         return whole, inner

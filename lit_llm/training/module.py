@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lit_llm import adapter, attention, model
 from lit_llm.errors import InputError
-from lit_llm.training import compatible, control_tokens, footprint, optim, prompts, recompute, reshard
+from lit_llm.training import compatible, control_tokens, documents, footprint, optim, recompute, reshard
 from lit_llm.training.fsdp import Fsdp2Strategy
 from lit_llm.training.loss import CrossEntropy, Nll, nll_sum
 from lit_llm.training.metrics import Perplexity
@@ -116,6 +116,7 @@ class CausalLMModule(L.LightningModule):
         self.cross_entropy = cross_entropy
         self.checkpoint: Path | None = None         # set by Trainer.validate and .test: weights of one checkpoint
         self.model: Any = None
+        self.why_alone: str | None = None           # why each document has a forward of its own; empty where none has
         self.half_adapters = False
         self.gradient_norm: Tensor | None = None    # of the last step, if `FiniteGuard` measures it
         self.step_skipped = False                   # whether the last step was left out: its gradient was not finite
@@ -126,27 +127,33 @@ class CausalLMModule(L.LightningModule):
     # ---- building ----------------------------------------------------------------------------------------------------
 
     def setup(self, stage: str) -> None:
-        """Choose what is computed again, where that is left to us: of all ranks, what the narrowest one needs."""
-        if self.gradient_checkpointing != "auto" or stage != "fit" or self.model is not None:
-            return
-        try:
-            way = footprint.of(self.trainer, self, self.trainer.datamodule,  # type: ignore[attr-defined]
-                               footprint.room(self.trainer)).setting.recompute
-        except InputError as error:
-            log.warning("gradient checkpointing: full, for nobody knows what a step holds: %s", error)
-            way = "full"
-        strategy = self.trainer.strategy
-        place = torch.tensor(recompute.WAYS.index(way), device=strategy.root_device)
-        self.recompute = recompute.WAYS[int(strategy.reduce(place, reduce_op="max"))]
-        if self.trainer.is_global_zero:
-            log.info("gradient checkpointing: %s", self.recompute)
+        """Ask the model what can be asked without weights, before a strategy cuts them up."""
+        if self.model is None:
+            self.choose_attention(self._tokenizer_facts() if self.init else {})
+            if self.why_alone and stage == "fit" and self.trainer.is_global_zero:
+                log.warning("documents go through the model one by one, which is slower: %s", self.why_alone)
+            if self.gradient_checkpointing == "auto" and stage == "fit":
+                self.recompute = footprint.agreed(self.trainer, self,
+                                                  self.trainer.datamodule)  # type: ignore[attr-defined]
+
+    def choose_attention(self, facts: dict[str, Any]) -> str | None:
+        """How layers attend: to packed documents, or to one as transformers does it; null is its choice.
+
+        Args:
+            facts: What a new model's config takes from the tokenizer.
+        """
+        if adapter.learns_prompt_by(self.peft_spec):
+            return None
+        if self.why_alone is None:                  # a model is asked once
+            self.why_alone = model.why_alone(self._pretrained(), self.init, **facts)
+        return "eager" if self.why_alone else attention.NAME
 
     def configure_model(self) -> None:
         """Load or build the model and wrap it; Lightning calls this at every verb, so it does so once."""
         if self.model is not None:
             return
         dtype = DTYPES.get(str(self.trainer.precision), torch.float32)
-        kind = None if adapter.learns_prompt_by(self.peft_spec) else attention.NAME
+        kind = self.choose_attention(self._tokenizer_facts() if self.init else {})
         compatible.check(self, self.trainer.strategy, self.trainer.world_size)
         if path := self._pretrained():
             inner = model.load_causal_lm(path, dtype=dtype, attention=kind, quantize=self.quantize,
@@ -157,7 +164,7 @@ class CausalLMModule(L.LightningModule):
             inner = model.init_causal_lm(self.init, dtype=dtype, attention=kind, **self._tokenizer_facts())
         if dtype.itemsize < 4:                      # Lightning would cast buffers too, and positions would be wrong
             self.trainer.precision_plugin.convert_module = lambda module: module  # type: ignore[method-assign]
-        self._check_fit(inner)
+        compatible.check_data(inner, getattr(self.trainer, "datamodule", None))
         inner.config.use_cache = False
         self.model = self._adapted(inner)
         compatible.check_head(self)
@@ -218,20 +225,6 @@ class CausalLMModule(L.LightningModule):
     def _tokenizer_facts(self) -> dict[str, Any]:
         """What a new model's config takes from the tokenizer."""
         return model.tokenizer_facts(self.trainer.datamodule.tokenizer)  # type: ignore[attr-defined]
-
-    def _check_fit(self, inner: Any) -> None:
-        """The tokenizer's ids and the rows must fit the model, or the first step would die in an index error."""
-        data = getattr(self.trainer, "datamodule", None)
-        if data is None:
-            return
-        rows, tokens = inner.get_input_embeddings().num_embeddings, data.tokenizer.vocab_size
-        if tokens > rows:
-            raise InputError(f"the tokenizer has {tokens} tokens, the model's embedding {rows} rows",
-                             where="data.tokenizer", fix="use the model's own tokenizer (data.tokenizer: null)")
-        room = getattr(inner.config, "max_position_embeddings", None)
-        if room is not None and data.seq_len > room:
-            raise InputError(f"rows of {data.seq_len} tokens are longer than the model's {room} positions",
-                             where="data.seq_len", fix=f"set --data.seq_len {room} or less")
 
     # ---- steps -------------------------------------------------------------------------------------------------------
 
@@ -306,14 +299,18 @@ class CausalLMModule(L.LightningModule):
     def _sums(self, batch: "Batch") -> Nll:
         """The same where all weights are at hand: rows laid side by side, documents kept apart by attention."""
         if adapter.learns_prompt(self.model):
-            return prompts.nll_by_document(self.model, batch)
-        hidden = model.backbone(self.model)(
-            **self._input(batch), position_ids=batch["position_ids"].view(1, -1),
-            attention_mask=None, use_cache=False, cu_seqlens=batch["cu_seqlens"],
-            max_seqlen=batch["max_seqlen"]).last_hidden_state[0]
+            return documents.nll_by_document(self.model, batch)
+        if self.why_alone:
+            hidden, labels = documents.hidden_by_document(self.model, self._input(batch), batch)
+        else:
+            labels = batch["labels"].view(-1)
+            hidden = model.backbone(self.model)(
+                **self._input(batch), position_ids=batch["position_ids"].view(1, -1),
+                attention_mask=None, use_cache=False, cu_seqlens=batch["cu_seqlens"],
+                max_seqlen=batch["max_seqlen"]).last_hidden_state[0]
         factor, cap = model.logit_adjustment(self.model)
-        return nll_sum(hidden, batch["labels"].view(-1), model.head(self.model), factor=factor, cap=cap,
-                       count=batch["num_supervised"], by=self.cross_entropy)
+        return nll_sum(hidden, labels, model.head(self.model), factor=factor, cap=cap, count=batch["num_supervised"],
+                       by=self.cross_entropy)
 
     def _input(self, batch: "Batch") -> dict[str, Tensor]:
         """Token ids; with NEFTune, in training, their embeddings with noise on them."""

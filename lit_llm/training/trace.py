@@ -130,8 +130,7 @@ def step(build: Callable[[], Any], borders: Sequence[int], *, supervised: int, r
             ids = torch.zeros(1, tokens, dtype=torch.int64)
             labels, weights = ids[0].clone(), ledger.restart()
             with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-                run = _by_document if adapter.learns_prompt(whole) else _packed
-                hidden = run(whole, ids, borders)
+                hidden = _hidden(whole, ids, borders)
                 layers, top = ledger.live - weights, ledger.peak
                 factor, cap = model.logit_adjustment(whole)
                 loss = nll_sum(hidden, labels, model.head(whole), factor=factor, cap=cap, count=supervised).total
@@ -157,15 +156,20 @@ def _as_here(func: Any, args: Any, kwargs: Any) -> Any:
     return func(*args, **kwargs)
 
 
-def _packed(whole: Any, ids: Tensor, borders: Sequence[int]) -> Tensor:
-    """(T, D) hidden states of a packed row."""
+def _hidden(whole: Any, ids: Tensor, borders: Sequence[int]) -> Tensor:
+    """(T, D) hidden states of a packed row, or of one document after the other, as it is in training."""
+    if adapter.learns_prompt(whole):
+        return _behind_prompts(whole, ids, borders)
+    if model.causal_lm(whole).config._attn_implementation != attention.NAME:
+        return torch.cat([model.backbone(whole)(input_ids=ids[:, start:stop], use_cache=False).last_hidden_state[0]
+                          for start, stop in pairwise(borders)])
     out = model.backbone(whole)(input_ids=ids, position_ids=ids, attention_mask=None, use_cache=False,
                                 cu_seqlens=Borders(borders), max_seqlen=borders[-1])
     return out.last_hidden_state[0]
 
 
-def _by_document(whole: Any, ids: Tensor, borders: Sequence[int]) -> Tensor:
-    """(T, D) the same where each document has a forward of its own, behind virtual tokens that learn."""
+def _behind_prompts(whole: Any, ids: Tensor, borders: Sequence[int]) -> Tensor:
+    """(T, D) the same behind virtual tokens that learn."""
     prompt = whole.get_prompt(batch_size=1)
     keys: Any = {"past_key_values": prompt} if whole.active_peft_config.peft_type.value == "PREFIX_TUNING" else {}
     parts = []
