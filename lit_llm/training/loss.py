@@ -80,8 +80,9 @@ def nll_sum(hidden_TD: Tensor, labels_T: Tensor, head: nn.Module, *, factor: flo
 def _in_one_call(hidden_ND: Tensor, targets_N: Tensor, head: nn.Module, *settings: Any) -> Nll:
     """All chunks within a single call of a head that ZeRO-3 has cut into shards.
 
-    ZeRO-3 gathers weights around each call of a module, so all ranks must make the same calls in the same order; but
-    they have different numbers of tokens, so of chunks. A rank that calls more often waits for the others forever.
+    ZeRO-3 gathers weights around each call of a module, in backward too, so all ranks must make the same calls in the
+    same order; but they have different numbers of tokens, so of chunks. A rank that calls more often waits for the
+    others forever, or takes what they send for something else, and gloo aborts: the sizes do not match.
     """
     run = _train if torch.is_grad_enabled() else _evaluate
     whole = _Whole(head)

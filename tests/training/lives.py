@@ -89,38 +89,45 @@ def rows_of(run):
 
 
 def content(folder):
-    """All that a checkpoint folder holds, with tensors as they are; not the wall clock, not what was counted by it."""
+    """All that a checkpoint folder holds, with tensors as they are, those of FSDP2's ranks put together; not the wall
+    clock, not what was counted by it."""
     found = {}
     for file in sorted(path for path in Path(folder).rglob("*") if path.is_file() and path.name != "manifest.json"):
         name = str(file.relative_to(folder))
-        if file.suffix == ".safetensors":
-            found[name] = file.read_bytes()
-        elif file.suffix == ".pt" or file.name == "state":
+        if file.suffix == ".pt" or file.name == "state":
             found[name] = torch.load(file, weights_only=False, map_location="cpu")
-        elif file.name == ".metadata":                  # FSDP2's shards, of all ranks
-            found[name] = torch.load(joined(file.parent), weights_only=False)
+        elif file.name == ".metadata":
+            found[name] = joined(file.parent)
+            assert {"model", "optimizer"} <= found[name].keys()
+        elif file.suffix != ".distcp":                  # whose tensors `.metadata` leads to
+            found[name] = file.read_bytes()
     return found
 
 
 def joined(folder):
-    """One file of all of torch's shards in a folder."""
-    file = Path(tempfile.mkdtemp()) / "joined.pt"
-    dcp_to_torch_save(folder, file)
-    return file
+    """The weights and the optimizer of all of torch's shards in a folder."""
+    with tempfile.TemporaryDirectory() as place:
+        dcp_to_torch_save(folder, Path(place, "joined.pt"))
+        return torch.load(Path(place, "joined.pt"), weights_only=False)
+
+
+def bits(tensor):
+    """(bytes,) of a tensor: -0.0 is not 0.0, and a NaN is itself."""
+    return tensor.contiguous().reshape(-1).view(torch.uint8)
 
 
 def differences(one, other, path=""):
     """Where two nested structures differ, down to the last bit."""
     if isinstance(one, torch.Tensor) or isinstance(other, torch.Tensor):
-        same = type(one) is type(other) and one.dtype == other.dtype and torch.equal(one, other)
-        return [] if same else [path]
+        same = type(one) is type(other) and (one.dtype, one.shape) == (other.dtype, other.shape)
+        return [] if same and torch.equal(bits(one), bits(other)) else [path]
     if isinstance(one, dict) and isinstance(other, dict):
         found = [f"{path}/{key} is in one only" for key in one.keys() ^ other.keys()]
         return found + [line for key in one.keys() & other.keys() for line in differences(one[key], other[key], f"{path}/{key}")]
     if isinstance(one, list | tuple) and isinstance(other, list | tuple) and len(one) == len(other):
         return [line for at, pair in enumerate(zip(one, other, strict=True)) for line in differences(*pair, f"{path}/{at}")]
-    if type(one).__module__.startswith(("deepspeed", "torch")):
-        return differences(vars(one), vars(other), path) if hasattr(one, "__dict__") else []
+    if type(one) is type(other) and type(one).__module__.startswith(("deepspeed", "torch")) and hasattr(one, "__dict__"):
+        return differences(vars(one), vars(other), path)
     return [] if one == other else [f"{path}: {str(one)[:60]} and {str(other)[:60]}"]
 
 

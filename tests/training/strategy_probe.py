@@ -15,11 +15,13 @@ import lightning as L
 import torch
 
 from lit_llm.adapter import LoRA
+from lit_llm.training import fused, loss
 from lit_llm.training.module import CausalLMModule
 from lit_llm.training.trainer import Trainer
 from lit_llm.training.weights import gathered_trainable_state
 
 CLIP, LR, DECAY, RANK = 0.5, 1e-2, 0.1, 4
+WHOLE = loss.CHUNK_BYTES, fused.SLICE_BYTES["cpu"]
 
 
 class Module(CausalLMModule):
@@ -121,7 +123,8 @@ class Watch(L.Callback):
 
 def run(case, plan, out):
     watch = Watch(out)
-    lora = LoRA(r=RANK, alpha=4 * RANK) if case["lora"] else None
+    lora = LoRA(r=RANK, alpha=4 * RANK, target_modules=case.get("targets", "all-linear")) if case["lora"] else None
+    loss.CHUNK_BYTES, fused.SLICE_BYTES["cpu"] = (1, 1) if case.get("slices") else WHOLE      # 16 rows each
     source = {"init": case["init"]} if "init" in case else {"base": plan["model"]}
     module = Module(**source, lora=lora, lr=LR, weight_decay=DECAY, warmup=0, schedule="constant", optimizer=case.get("optimizer", "adamw"),
                     gradient_checkpointing=case.get("checkpointing", False), cross_entropy=case.get("cross_entropy", "fused"))

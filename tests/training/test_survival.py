@@ -232,7 +232,7 @@ def test_a_step_that_is_not_finite_is_left_out(ranks, lives, poisoned):
         "2 of 10 steps were skipped, since they were not finite"]
     folders = lives.folder / "killed" / "checkpoints"
     before, after = (content(folders / f"step_{step}") for step in (second - 1, second))
-    assert before.keys() == after.keys() == {"state", "adapter/adapter_model.safetensors"}
+    assert before.keys() == after.keys() >= {"state", "adapter/adapter_model.safetensors"}
     assert before["adapter/adapter_model.safetensors"] == after["adapter/adapter_model.safetensors"]
     for part in ("state_dict", "optimizer_states", "lr_schedulers"):
         assert differences(before["state"][part], after["state"][part]) == []
