@@ -19,6 +19,16 @@ KINDS = {
     "mistral": SHAPES["llama"] | {"model_type": "mistral", "sliding_window": 5},       # smaller than most documents
     "qwen2": SHAPES["llama"] | {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 4,
                                 "max_window_layers": 1},                               # one layer full, one sliding
+    "gemma3_text": SHAPES["llama"] | {"model_type": "gemma3_text", "head_dim": 8, "sliding_window": 5,
+                                      "layer_types": ["sliding_attention", "full_attention"]},
+    "phi3": SHAPES["llama"] | {"model_type": "phi3", "pad_token_id": 0},
+    "glm4": SHAPES["llama"] | {"model_type": "glm4", "head_dim": 8, "pad_token_id": 0},
+    "olmo2": SHAPES["llama"] | {"model_type": "olmo2"},
+    "granite": SHAPES["llama"] | {"model_type": "granite", "residual_multiplier": 0.3, "attention_multiplier": 0.4},
+    "smollm3": SHAPES["llama"] | {"model_type": "smollm3", "no_rope_layers": [1, 0], "pad_token_id": 0},
+    "cohere2": SHAPES["llama"] | {"model_type": "cohere2", "sliding_window": 4, "logit_scale": 0.5,
+                                  "layer_types": ["sliding_attention", "full_attention"]},
+    "mixtral": SHAPES["llama"] | {"model_type": "mixtral", "num_local_experts": 4},
     "qwen3_moe": SHAPES["qwen3"] | {"model_type": "qwen3_moe", "num_experts": 4, "num_experts_per_tok": 2,
                                     "moe_intermediate_size": 32},
     "deepseek_v3": SHAPES["llama"] | {"model_type": "deepseek_v3", "num_key_value_heads": 4, "q_lora_rank": 16,

@@ -377,8 +377,7 @@ def _select_device(kind: str) -> None:
         os.environ["DS_ACCELERATOR"] = "cpu"
         set_accelerator(CPU_Accelerator())
     if kind == "cpu":
-        # else the first run compiles C++, and one killed meanwhile leaves a lock that hangs all later ones; nothing
-        # else keeps full ZeRO-3 of two gloo ranks from training, under Lightning's strategy either (DeepSpeed 0.19.8)
+        # else the first run compiles C++, and one killed meanwhile leaves a lock that hangs all later ones
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
