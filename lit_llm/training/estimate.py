@@ -17,7 +17,7 @@ BUCKET = 200_000_000                                # numbers that ZeRO reduces 
 GATHERED = 1_000_000_000                            # weights that ZeRO-3 leaves gathered until it needs room for others
 KERNELS = 30 * 2**20                                # MKL's panels (4 MiB), code of kernels and of writing checkpoints
 ENGINE = 50 * 2**20                                 # DeepSpeed's engine and gloo: threads, buffers, objects of weights
-HOLES, HOLES_OF_GRADIENTS = 3.0, 0.4
+HOLES, HOLES_OF_GRADIENTS = 1.2, 0.45
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,10 +173,10 @@ def memory(counts: Counts, setting: Setting, step: Step, process: int = 0) -> Me
 def holes(counts: Counts, setting: Setting, step: Step) -> float:
     """What malloc holds and cannot use: freed blocks between others that live, too small for what comes next.
 
-    An allowance, not a law. Blocks below 32 MiB lie in one heap, whose end only moves up; in real runs (mallinfo2,
-    glibc 2.36, a dozen of 6 to 100 million weights) it lay above the bytes that lived by two to six layers' work and a
-    part of the gradients, which come and go among it. The numbers here were fitted to those runs. Beside it stand what
-    kernels keep to themselves, and their code, which was not in memory before the first step.
+    An allowance, not a law. Blocks below 32 MiB lie in one heap, whose end only moves up; in real runs (glibc 2.36 as
+    `__main__.py` sets it, 26 of 0.3 to 100 million weights) it lay above the bytes that lived by about a layer's work
+    and a part of the gradients, which come and go among it. The numbers here were fitted to those runs. Beside it stand
+    what kernels keep to themselves, and their code, which was not in memory before the first step.
     """
     work = HOLES * step.layer + HOLES_OF_GRADIENTS * FLOAT * counts.trained
     return KERNELS + work + (ENGINE if setting.stage > 0 else 0)

@@ -1,7 +1,7 @@
 """Planned and measured peak memory of the process of real runs: `python tests/benchmarks/plan.py` (Linux, CPU).
 
 Each case is `plan` and then `fit`, its export too, each in a process of its own; measured is the most that Linux saw
-resident in one process of the run (VmHWM).
+resident in one process of the run (VmHWM). Adapters learn chats on a base with random weights, all else learns text.
 """
 
 import json
@@ -20,12 +20,14 @@ SMALL = {"hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 8}
 INITS = {
     "llama 6M": LLAMA | SMALL,
     "llama 30M": LLAMA | {"hidden_size": 512, "intermediate_size": 1376, "num_hidden_layers": 10},
+    "llama 60M": LLAMA | {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 14},
     "llama 100M": LLAMA | {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 12, "vocab_size": 16000},
     "qwen3 6M": LLAMA | SMALL | {"model_type": "qwen3", "head_dim": 32},
     "gemma2 8M": LLAMA | SMALL | {"model_type": "gemma2", "intermediate_size": 1024, "head_dim": 32,
                                   "attn_logit_softcapping": None},
     "gpt2 7M": {"model_type": "gpt2", "n_embd": 256, "n_head": 8, "n_layer": 8, "n_positions": 2048},
 }
+MODEL = ("gradient_checkpointing", "lora", "optimizer")
 CASES = [
     ("llama 6M", {}), ("llama 6M", {"seq_len": 2048, "batch_size": 2}), ("llama 6M", {"precision": "bf16-mixed"}),
     ("llama 6M", {"seq_len": 2048, "gradient_checkpointing": True}), ("qwen3 6M", {}), ("gemma2 8M", {}),
@@ -33,6 +35,11 @@ CASES = [
     ("llama 100M", {"seq_len": 2048, "gradient_checkpointing": True}), ("llama 6M", {"strategy": "deepspeed_stage_1"}),
     ("llama 6M", {"strategy": "deepspeed_stage_2", "devices": 2, "precision": "bf16-mixed"}),
     ("llama 6M", {"strategy": "deepspeed_stage_3", "devices": 2}),
+    ("llama 60M", {"lora": {"r": 8}, "batch_size": 4}),
+    ("llama 60M", {"lora": {"r": 16}, "seq_len": 2048, "batch_size": 2, "precision": "bf16-true"}),
+    ("llama 60M", {"lora": {"r": 8}, "batch_size": 2, "gradient_checkpointing": "selective", "precision": "bf16-mixed"}),
+    ("llama 60M", {"lora": {"r": 8}, "strategy": "deepspeed_stage_2", "devices": 2, "precision": "bf16-mixed"}),
+    ("llama 30M", {"strategy": "fsdp2", "devices": 2}), ("llama 30M", {"optimizer": "muon", "batch_size": 2}),
 ]
 
 
@@ -43,8 +50,25 @@ def config(init, keys):
     trainer = {"accelerator": "cpu", "devices": 1, "precision": "32-true", "max_steps": 3, "default_root_dir": "run"}
     model = {"init": init, "lr": 1e-4}
     for key, value in keys.items():
-        (data if key in data else model if key == "gradient_checkpointing" else trainer)[key] = value
+        (data if key in data else model if key in MODEL else trainer)[key] = value
+    if "lora" in keys:
+        del model["init"]
+        model["base"] = base(init)
+        data |= {"sources": [{"path": "sample:conversations.jsonl"}], "packing": "best_fit"}
     return {"model": model, "data": data, "trainer": trainer}
+
+
+def base(init):
+    """A folder with a model of random weights."""
+    from lit_llm.model import init_causal_lm, save_causal_lm
+    from lit_llm.samples import resolve
+    from lit_llm.tokenizer import Tokenizer
+
+    folder, tokenizer = tempfile.mkdtemp(prefix="base-"), Tokenizer.load(resolve("sample:base"))
+    save_causal_lm(init_causal_lm(init, vocab_size=tokenizer.vocab_size, pad_token_id=tokenizer.pad_id), folder,
+                   stop_ids=tokenizer.stop_ids, pad_id=tokenizer.pad_id)
+    tokenizer.save(folder)
+    return folder
 
 
 def family(pid):
