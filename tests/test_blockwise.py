@@ -79,6 +79,24 @@ def test_no_scores_of_a_whole_document_exist():
     assert largest.numel <= blockwise.BLOCK * 2048
 
 
+def test_what_is_kept_does_not_grow_with_the_square_of_a_length():
+    """Masks stay for the next call: for a length and all shorter ones, a few times one block's scores."""
+    import gc
+
+    def held():
+        gc.collect()
+        found = {each.untyped_storage().data_ptr(): each.untyped_storage().nbytes()
+                 for each in gc.get_objects() if issubclass(type(each), torch.Tensor)}
+        return sum(found.values())
+
+    before = held()
+    for length in (4096, 3000, 1111):
+        query, key, value = states(1, 2, length, 4, torch.bfloat16)
+        blockwise.causal(query, key, value, scale=0.5)
+    del query, key, value
+    assert held() - before < 6 * 2 * blockwise.BLOCK * 4096 * 2     # numbers of two bytes
+
+
 def test_torch_can_trace_it():
     query, key, value = states(2, 2, 130, 8, torch.float32)
     torch.library.opcheck(torch.ops.lit_llm.causal_attention.default, (query, key, value, 0.5, 130),
