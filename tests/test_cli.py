@@ -187,6 +187,15 @@ def test_an_earlier_run_keeps_its_name_when_the_next_one_fails(place):
     assert (earlier / "config.yaml").read_text() == "{}"
 
 
+@pytest.mark.parametrize("verb", ["fit", "validate"])
+def test_an_earlier_run_is_whole_when_the_next_one_fails_before_it_begins(verb, place):
+    for file in ("config.yaml", "metrics.csv", "data.json", "tokenizer/tokenizer.json", "checkpoints/step_2/state"):
+        Path("run", file).parent.mkdir(parents=True, exist_ok=True)
+        Path("run", file).write_text("earlier")
+    refused(verb, "--config", "ok.yaml", "--model.base", "/no/such/folder", "--data.tokenizer", "sample:base",
+            says="model.base")
+
+
 def test_the_command_itself_says_so_too(place):
     """In a process of its own: exit code 2 and six lines, when the memory is gone and when a key is wrong."""
     command = [sys.executable, "-m", "lit_llm", "fit", "--config", "ok.yaml"]

@@ -137,7 +137,7 @@ class RunFolder(Callback):
         self.after: dict[str, float] = {}
         self.resumed_from: Path | None = None       # a checkpoint
         self._validated = -1                        # optimizer step of the last validation
-        self._ending = self._started = False
+        self._ending = self._started = self._made = False
         self._aside: Path | None = None             # where the earlier run of this name is now
 
     @property
@@ -171,6 +171,7 @@ class RunFolder(Callback):
         folder = Path(trainer.default_root_dir)
         if not self.resumed:
             self._aside = _set_aside(folder)
+        self._made = True                           # what is in it from here on is this run's
         folder.mkdir(parents=True, exist_ok=True)
         if self.config is not None:
             text = yaml.safe_dump(redact(self.config), sort_keys=False, allow_unicode=True)
@@ -237,7 +238,7 @@ class RunFolder(Callback):
         folder = Path(trainer.default_root_dir)
         if trainer.global_step and trainer.state.fn == "fit":
             self._keep_data(trainer)
-        if self.resumed or trainer.global_step or not trainer.is_global_zero or not folder.is_dir():
+        if self.resumed or trainer.global_step or not self._made or not folder.is_dir():
             return
         for name in ("config.yaml", "data.json", "metrics.csv", "metrics.json"):
             (folder / name).unlink(missing_ok=True)
