@@ -78,7 +78,7 @@ def _mask(groups: int, queries: int, before: int, window: int, dtype: torch.dtyp
 
 @lru_cache(maxsize=64)
 def _wide_mask(groups: int, before: int, window: int | None, dtype: torch.dtype) -> Tensor:
-    """(G, BLOCK, before + BLOCK): kept for the blocks of all lengths, which are cut out of it; one each would be too much."""
+    """(G, BLOCK, before + BLOCK): all blocks and lengths cut their masks out of it, which are too many to keep."""
     back = before + torch.arange(BLOCK)[:, None] - torch.arange(before + BLOCK)     # how far back the key lies
     hidden = back < 0 if window is None else (back < 0) | (back >= window)
     return torch.zeros(hidden.shape, dtype=dtype).masked_fill(hidden, float("-inf")).repeat(groups, 1, 1)

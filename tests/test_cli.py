@@ -23,6 +23,7 @@ import yaml
 from lit_llm.cli import main
 
 ROOT = Path(__file__).resolve().parents[1]
+RANDOM = ["--model.base", "null", "--model.lora", "null", "--data.tokenizer", "sample:base", "--model.init"]
 ROWS = [{"prompt": f"say {number}", "completion": f"one two {number}"} for number in range(8)]
 
 
@@ -102,6 +103,25 @@ def source(name, **more):
     (["--model.lora.target_modules", "[c_attn]"], ["c_attn", "q_proj"]),
     (["--ckpt_path", "last"], "run has no last checkpoint"),
     (["--trainer.default_root_dir", "good.jsonl"], "good.jsonl"),
+    (["--model.betas", "[0.9, 1.5]"], "model.betas"),
+    (["--model.eps", "-1"], "model.eps"),
+    (["--model.weight_decay", "-0.1"], "model.weight_decay"),
+    (["--model.min_lr_share", "-1"], "model.min_lr_share"),
+    (["--model.neftune_alpha", "-5"], "model.neftune_alpha"),
+    ([*RANDOM, "{model_type: llama, hidden_size: 32, num_attention_heads: 4, num_key_value_heads: 3}"],
+     ["model.init", "3 key and value heads"]),
+    (["--trainer.max_steps", "0"], "trainer.max_steps"),
+    (["--trainer.max_epochs", "0"], "trainer.max_epochs"),
+    (["--trainer.limit_train_batches", "0"], "trainer.limit_train_batches"),
+    (["--trainer.accumulate_grad_batches", "0"], "trainer.accumulate_grad_batches"),
+    (["--trainer.gradient_clip_val", "-1"], "trainer.gradient_clip_val"),
+    (["--trainer.gradient_clip_algorithm", "value"], ["trainer.gradient_clip_algorithm", "norm"]),
+    (["--trainer.check_val_every_n_epoch", "0"], "trainer.check_val_every_n_epoch"),
+    (["--trainer.val_check_interval", "0"], "trainer.val_check_interval"),
+    (["--trainer.max_skipped_steps", "0"], "trainer.max_skipped_steps"),
+    (["--trainer.overfit_batches", "1"], "trainer.overfit_batches"),
+    (["--trainer.reload_dataloaders_every_n_epochs", "1"], "trainer.reload_dataloaders_every_n_epochs"),
+    (["--trainer.limit_train_batches", "1", "--trainer.accumulate_grad_batches", "2"], "set it to 2"),
 ])
 def test_a_wrong_option(words, says, place):
     refused("fit", "--config", "ok.yaml", *words, says=says)
@@ -112,9 +132,30 @@ def test_a_wrong_option(words, says, place):
     ({"class_path": "lightning.pytorch.callbacks.EarlyStopping", "init_args": {"monitr": "val/nll"}}, "'monitor'"),
     ({"class_path": "lightning.pytorch.callbacks.EarlyStopping", "init_args": {"monitor": "val_nll"}}, "'val/nll'"),
     ({"class_path": "lightning.pytorch.callbacks.EarlyStopping"}, "monitor"),
+    ({"class_path": "lightning.pytorch.callbacks.EarlyStopping", "init_args": {"monitor": "nll"}}, "'val/nll'"),
+    ({"class_path": "lit_llm.training.checkpoint.StepCheckpoint", "init_args": {"monitor": "perplexity"}},
+     "'val/perplexity'"),
+    ({"class_path": "lightning.pytorch.callbacks.EMAWeightAveraging"}, "averaged weights"),
+    ({"class_path": "lightning.pytorch.callbacks.GradientAccumulationScheduler", "init_args": {"scheduling": {"0": 2}}},
+     "trainer.accumulate_grad_batches"),
+    ({"class_path": "lightning.pytorch.callbacks.OnExceptionCheckpoint", "init_args": {"dirpath": "x"}}, "leave it out"),
 ])
 def test_a_wrong_callback(callback, says, place):
     refused("fit", "--config", "ok.yaml", "--trainer.callbacks", json.dumps([callback]), says=says)
+
+
+def test_the_folder_one_stands_in_is_not_moved_aside(place):
+    (place / "config.yaml").write_text("mine: true\n")
+    refused("fit", "--config", "ok.yaml", "--trainer.default_root_dir", ".", says="trainer.default_root_dir")
+    assert (place / "config.yaml").read_text() == "mine: true\n"
+
+
+def test_lightnings_own_checkpoints_do_not_replace_ours(place):
+    other = {"class_path": "lightning.pytorch.callbacks.ModelCheckpoint", "init_args": {"dirpath": "theirs"}}
+    code, _, err = call("fit", "--config", "ok.yaml", "--trainer.callbacks", json.dumps([other]))
+    assert code == 0, err
+    assert (place / "run" / "checkpoints" / "step_2" / "manifest.json").is_file()
+    assert list((place / "theirs").iterdir())
 
 
 def test_early_stopping_without_validation(place):

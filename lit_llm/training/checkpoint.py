@@ -216,6 +216,7 @@ class _StateFile(TorchCheckpointIO):
     """One file, written in place: the folder around it is complete or not there."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)    # of Lightning's own callbacks
         torch.save(checkpoint, path)
 
 
