@@ -103,6 +103,17 @@ def source(name, **more):
     (["--model.lora.target_modules", "[c_attn]"], ["c_attn", "q_proj"]),
     (["--ckpt_path", "last"], "run has no last checkpoint"),
     (["--trainer.default_root_dir", "good.jsonl"], "good.jsonl"),
+    (["--data.sources", "[{path:good.jsonl}]"], "a space after the colon: path: good.jsonl"),
+    (["--data.sources", "good.jsonl"], ["data.sources", "[{path: FILE}]"]),
+    (["--data.sources", "5"], ["data.sources", "[{path: FILE}]"]),
+    ([source("good.jsonl", weight="heavy")], "data.sources.weight: 'heavy' is not a number"),
+    (["--model.lora.alpha", "x"], "model.lora.alpha: 'x' is not a number"),
+    (["--model.lora", "4"], ["model.lora: '4'", "LoRA", "null"]),
+    (["--model.neftune_alpha", "lots"], "model.neftune_alpha: 'lots' is none of a number, null"),
+    (["--model.gradient_checkpointing", "ful"], ["selective", "auto", "true or false"]),
+    (["--model.quantize", "nf5"], ["nf4, fp4, null", "Did you mean 'nf4'?"]),
+    (["--trainer.max_epochs", "1.5"], "trainer.max_epochs: '1.5' is none of a whole number, null"),
+    (["other.yaml"], "--config other.yaml"),
     (["--model.betas", "[0.9, 1.5]"], "model.betas"),
     (["--model.eps", "-1"], "model.eps"),
     (["--model.weight_decay", "-0.1"], "model.weight_decay"),
@@ -118,6 +129,9 @@ def source(name, **more):
     (["--trainer.gradient_clip_algorithm", "value"], ["trainer.gradient_clip_algorithm", "norm"]),
     (["--trainer.check_val_every_n_epoch", "0"], "trainer.check_val_every_n_epoch"),
     (["--trainer.val_check_interval", "0"], "trainer.val_check_interval"),
+    (["--trainer.val_check_interval", "100000"], ["trainer", "val_check_interval", "100000"]),
+    (["--trainer.accelerator", "tpu"], ["trainer", "torch_xla"]),
+    (["--seed_everything", "-1"], "seed_everything"),
     (["--trainer.max_skipped_steps", "0"], "trainer.max_skipped_steps"),
     (["--trainer.overfit_batches", "1"], "trainer.overfit_batches"),
     (["--trainer.reload_dataloaders_every_n_epochs", "1"], "trainer.reload_dataloaders_every_n_epochs"),
@@ -174,6 +188,7 @@ def test_nothing_to_validate_on(place):
     ("- a\n- b\n", "other.yaml"),
     ("", "other.yaml"),
     ("modle: {lr: 1}\n", "Did you mean 'model.lr'?"),
+    ("model: {base:there}\n", "a space after the colon: base: there"),
     ("model: {lora: {rank: 1}}\n", "Did you mean 'model.lora.r'?"),
 ])
 def test_a_wrong_config_file(text, says, place):
@@ -325,6 +340,16 @@ def test_what_validate_prints_after_fit(place):
     assert code == 0, err
     printed = dict(line.split() for line in out.splitlines())
     assert float(printed["val/nll"]) == pytest.approx(best, rel=1e-6)
+
+
+def test_a_run_whose_adapters_cannot_be_merged_ends_well(place):
+    spec = {"class_path": "PromptTuningConfig", "init_args": {"num_virtual_tokens": 2}}
+    code, out, err = call("fit", "--config", "ok.yaml", "--model.lora", "null", "--model.peft", json.dumps(spec))
+    assert code == 0, err
+    assert "not exported" in out
+    assert "validation perplexity" in out
+    assert (place / "run" / "checkpoints" / "step_2" / "adapter" / "adapter_model.safetensors").is_file()
+    refused("export", "--run", "run", says="cannot be merged")
 
 
 def test_a_run_tells_what_it_drew(place):

@@ -85,7 +85,8 @@ def check_windows(trainer: Any) -> None:
         InputError: The last one would be a part of a step, and the next epoch begin with its rest.
     """
     count, accumulate = trainer.num_training_batches, trainer.accumulate_grad_batches
-    if trainer.limit_train_batches != 1.0 and count % accumulate and not trainer.fast_dev_run:
+    limit = trainer.limit_train_batches             # 1 is a batch, 1.0 is all of them
+    if (isinstance(limit, int) or limit < 1.0) and count % accumulate and not trainer.fast_dev_run:
         end_together(trainer)
         raise InputError(f"{count} micro-batches are no whole steps of {accumulate}",
                          where="trainer.limit_train_batches", fix=f"set it to {-(-count // accumulate) * accumulate}")
