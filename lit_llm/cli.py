@@ -129,15 +129,18 @@ def _speaks_for_all() -> bool:
     distributed: Any = sys.modules.get("torch.distributed")
     if distributed is None or not distributed.is_available() or not distributed.is_initialized():
         return int(os.environ.get("LOCAL_RANK", 0)) == 0
-    rank, store = distributed.get_rank(), distributed.distributed_c10d._get_default_store()
+    store = distributed.distributed_c10d._get_default_store()
     try:
-        for _ in range(20 if rank else 0):
+        if distributed.get_rank() == 0:
+            store.set("lit_llm refused", "")
+            return not store.check(["lit_llm told"])
+        for _ in range(20):                         # rank 0 may be about to say the same
             if store.check(["lit_llm refused"]):
-                break
+                return False
             time.sleep(0.1)
-        return bool(store.add("lit_llm refused", 1) == 1)
+        return bool(store.add("lit_llm told", 1) == 1)
     except RuntimeError:                            # rank 0, which keeps the store, is gone
-        return bool(rank == 0)
+        return False
 
 
 def quiet() -> None:

@@ -77,6 +77,18 @@ def source(name, **more):
     return "--data.sources=" + json.dumps([{"path": name} | more])
 
 
+def test_each_mistake_in_a_process_of_its_own_group_is_told(place):
+    """As in a notebook, after a run under DeepSpeed."""
+    from torch import distributed
+
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    try:
+        for _ in range(2):
+            refused("fit", "--config", "nope.yaml", says="nope.yaml")
+    finally:
+        distributed.destroy_process_group()
+
+
 # ---- what was typed --------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize(("words", "says"), [
@@ -199,6 +211,15 @@ def test_a_wrong_config_file(text, says, place):
 def test_no_config_file(place):
     refused("fit", "--config", "nope.yaml", says="nope.yaml")
     refused("fit", says="data.sources")
+
+
+def test_a_wrong_option_of_a_verb(place):
+    refused("plan", "--config", "ok.yaml", "--memory", "0", says="memory")
+    (place / "folder").mkdir()
+    code, _, err = call("inspect", "--config", "ok.yaml", "--html", "folder")
+    assert code == 2
+    assert "folder: Is a directory" in err
+    assert not list(place.glob("*.partial"))
 
 
 def test_no_verb(place):

@@ -200,6 +200,8 @@ class Trainer(L.Trainer):
         """
         from lit_llm.training import plan
 
+        if memory is not None and not memory > 0:
+            raise InputError(f"{memory:g} GiB hold nothing; use a number above 0", where="memory")
         datamodule.quiet = True  # type: ignore[attr-defined]
         self.prepare(model, datamodule)
         made = plan.make(self, model, datamodule, memory)
