@@ -251,13 +251,19 @@ def merge(model: Any) -> "PreTrainedModel":
     if not is_peft(model):
         return model
     if not hasattr(model, "merge_and_unload"):
-        raise InputError("this PEFT method cannot be merged into the base", where="model.peft",
-                         fix="its adapter folder loads with peft.PeftModel.from_pretrained")
+        raise UnmergeableError()
     try:
         return model.merge_and_unload()
     except (ValueError, NotImplementedError) as error:
-        raise InputError(f"this PEFT method cannot be merged into the base: {error}", where="model.peft",
-                         fix="its adapter folder loads with peft.PeftModel.from_pretrained") from None
+        raise UnmergeableError(f": {error}") from None
+
+
+class UnmergeableError(InputError):
+    """Adapters of a method that cannot become part of the base's weights."""
+
+    def __init__(self, why: str = "") -> None:
+        super().__init__(f"this PEFT method cannot be merged into the base{why}", where="model.peft",
+                         fix="the adapter folder of a checkpoint loads with peft.PeftModel.from_pretrained")
 
 
 def spare_copies(model: Any) -> None:

@@ -70,12 +70,19 @@ def _rows(states: Tensor, start: int, stop: int) -> Tensor:
     return states[:, :, start:stop].reshape(count, groups * (stop - start), width)
 
 
-@lru_cache(maxsize=256)
 def _mask(groups: int, queries: int, before: int, window: int, dtype: torch.dtype) -> Tensor:
     """(G * queries, before + queries): 0 where a query sees a key, -inf elsewhere."""
-    back = before + torch.arange(queries)[:, None] - torch.arange(before + queries)     # how far back the key lies
-    hidden = (back < 0) | (back >= window)
-    return torch.zeros(hidden.shape, dtype=dtype).masked_fill(hidden, float("-inf")).repeat(groups, 1)
+    wide = 1 << before.bit_length()                 # keys before a block, of this one and of others about as far back
+    mask = _wide_mask(groups, wide, window if window < before + queries else None, dtype)
+    return mask[:, :queries, wide - before:wide + queries].reshape(groups * queries, before + queries)
+
+
+@lru_cache(maxsize=64)
+def _wide_mask(groups: int, before: int, window: int | None, dtype: torch.dtype) -> Tensor:
+    """(G, BLOCK, before + BLOCK): all blocks and lengths cut their masks out of it, which are too many to keep."""
+    back = before + torch.arange(BLOCK)[:, None] - torch.arange(before + BLOCK)     # how far back the key lies
+    hidden = back < 0 if window is None else (back < 0) | (back >= window)
+    return torch.zeros(hidden.shape, dtype=dtype).masked_fill(hidden, float("-inf")).repeat(groups, 1, 1)
 
 
 @torch.library.custom_op("lit_llm::causal_attention_backward", mutates_args=())

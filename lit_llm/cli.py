@@ -8,10 +8,11 @@ import errno
 import logging
 import os
 import sys
+import time
 import warnings
 from collections.abc import Sequence
 from importlib import import_module
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from lit_llm.errors import InputError, did_you_mean
 from lit_llm.parser import ALLOWED_IMPORTS, ToolParser, check_configs, verb_first
@@ -45,7 +46,8 @@ NOT_ENOUGH_MEMORY = ("out of memory", "can't allocate memory", "not enough memor
 MEMORY = """there is not enough memory for the batch
   halve data.batch_size and double trainer.accumulate_grad_batches (the same step), lower data.seq_len,
   set model.gradient_checkpointing: true, or split the model with trainer.strategy: deepspeed_stage_3"""
-DISK = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR)
+DISK = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR,
+        errno.EISDIR)
 
 
 def main(args: list[str] | None = None) -> None:
@@ -67,7 +69,8 @@ def main(args: list[str] | None = None) -> None:
     except OSError as error:
         if error.errno not in DISK or not error.filename:
             raise
-        _refuse(f"{error.filename}: {error.strerror}\n  make room, or write elsewhere: --trainer.default_root_dir")
+        _refuse(f"{error.filename2 or error.filename}: {error.strerror}\n"
+                "  make room, or write elsewhere: --trainer.default_root_dir")
     except Exception as error:
         if not type(error).__module__.startswith("wandb."):
             raise
@@ -115,10 +118,29 @@ def _table(verbs: dict[str, str]) -> str:
 
 
 def _refuse(message: str, code: int = 2) -> NoReturn:
-    if int(os.environ.get("LOCAL_RANK", 0)) == 0:   # one process speaks for all
+    if _speaks_for_all():
         lines = message.splitlines()[:6]
         print("error: " + "\n".join(lines), file=sys.stderr, flush=True)
     raise SystemExit(code)
+
+
+def _speaks_for_all() -> bool:
+    """Whether this is the process that tells of an error: rank 0, or the first of others where that has none."""
+    distributed: Any = sys.modules.get("torch.distributed")
+    if distributed is None or not distributed.is_available() or not distributed.is_initialized():
+        return int(os.environ.get("LOCAL_RANK", 0)) == 0
+    store = distributed.distributed_c10d._get_default_store()
+    try:
+        if distributed.get_rank() == 0:
+            store.set("lit_llm refused", "")
+            return not store.check(["lit_llm told"])
+        for _ in range(20):                         # rank 0 may be about to say the same
+            if store.check(["lit_llm refused"]):
+                return False
+            time.sleep(0.1)
+        return bool(store.add("lit_llm told", 1) == 1)
+    except RuntimeError:                            # rank 0, which keeps the store, is gone
+        return False
 
 
 def quiet() -> None:

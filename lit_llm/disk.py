@@ -18,10 +18,14 @@ def replace_text(file: Path, text: str) -> None:
     """Write a file in one move: a reader sees the old text or the new, never a part. Its folder is made if absent."""
     file.parent.mkdir(parents=True, exist_ok=True)
     fresh = file.with_name(f"{file.name}.partial")
-    with open(fresh, "w", encoding="utf-8", newline="") as stream:
-        stream.write(text)
-    sync(fresh)
-    os.replace(fresh, file)
+    try:
+        with open(fresh, "w", encoding="utf-8", newline="") as stream:
+            stream.write(text)
+        sync(fresh)
+        os.replace(fresh, file)
+    except OSError:
+        fresh.unlink(missing_ok=True)
+        raise
 
 
 def replace_folder(fresh: Path, folder: Path) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from lit_llm.adapter import UnmergeableError
 from lit_llm.data.terminal import ledger
 from lit_llm.inference.completion import TextEngine
 from lit_llm.inference.export import export
@@ -32,8 +33,12 @@ def finish(run: Path, *, base: str | None, before: dict[str, float], after: dict
         prompts: Token ids of held-out prompts.
         configs: The config files of this run, for the commands.
     """
-    folder = export(str(run))
-    print(f"\nexported to {folder}")
+    folder = None
+    try:
+        folder = export(str(run))
+        print(f"\nexported to {folder}")
+    except UnmergeableError as error:                    # what was trained is in the checkpoints all the same
+        print(f"\nnot exported: {error.what}\n  {error.fix}")
     if after:
         tokens = f"{after['val/tokens']:,.0f} held-out tokens"
         if before:
@@ -45,6 +50,8 @@ def finish(run: Path, *, base: str | None, before: dict[str, float], after: dict
         print(f"bits per byte {after['val/bits_per_byte']:.3f}, token accuracy {after['val/token_accuracy']:.1%}")
     if (file := run / "data.json").exists() and (drawn := json.loads(file.read_text(encoding="utf-8"))["ledger"]):
         print("\n".join(ledger(drawn, "drawn in training")))
+    if folder is None:
+        return
     if prompts:
         _compare(resolve(base) if base else None, folder, prompts)
     _next(run, folder, configs)

@@ -35,6 +35,8 @@ ALIASES = {
 UNKNOWN = (r"[Uu]nrecognized arguments: --([\w.+-]+)", r"Key ['\"]([\w.]+)['\"] is not expected",
            r"Option ['\"]([\w.]+)['\"] is not accepted", r"does not accept option ['\"]([\w.]+)['\"]",
            r"No action for key ['\"]([\w.]+)['\"]")
+WORDS = {"int": "a whole number", "float": "a number", "bool": "true or false", "NoneType": "null", "str": "a text",
+         "list": "a list", "dict": "a mapping such as {key: value}"}
 ALLOWED_IMPORTS = ["lightning", "lit_llm", "torch", "peft", "wandb"]
 
 
@@ -72,8 +74,16 @@ def explain(message: str, known: list[str]) -> str:
     """
     place = re.search(r"[Pp]arser key ['\"]([\w.]+)['\"]", message)
     where = f"{place[1]}: " if place else ""
-    if found := re.search(r"unknown key '[^\n]*", message):        # said already, for a nested option
+    if found := re.search(r"(?:unknown key '|write a space after)[^\n]*", message):    # said for a nested option
         return where + found[0]
+    if place and (found := re.search(r"- (\w+: '[^\n]*' is no[^\n]*)", message)):
+        return f"{place[1]}.{found[1]}"
+    if found := re.search(r"ption '([\w.]+):(.+?)'(?: is not accepted|$)", message):
+        return f"{where}write a space after the colon: {found[1].rpartition('.')[2]}: {found[2]}"
+    if found := re.search(r"arguments are required: (?:\w+\.)??(\w+(?:\.\w+)?)(?:,|$)", message):
+        return f"{found[1]} is not given; set it with --{found[1]}, or in a file that --config names"
+    if found := re.search(r"[Uu]nrecognized arguments: (\S+\.ya?ml)\b", message):
+        return f"unknown argument '{found[1]}'. Did you mean '--config {found[1]}'?"
     for pattern in UNKNOWN:
         if found := re.search(pattern, message):
             return _unknown(found[1].rstrip("+"), where, known)
@@ -87,11 +97,16 @@ def explain(message: str, known: list[str]) -> str:
     if found := re.search(r"Literal\[([^\]]*)\]\. Got value: (.*)", message):
         choices = [choice.strip("'\" ") for choice in found[1].split(",")]
         return f"{where}'{found[2]}' is none of {', '.join(choices)}.{did_you_mean(found[2], choices)}"
-    given = r"(?:.|\n)*Given value: (.*)"
-    if found := re.search(rf"Literal\[(.*)\]\]{given}|Literal\[(.*)\]{given}", message):
-        choices = re.findall(r"'([^']+)'", found[1] or found[3])
-        value = found[2] or found[4]
-        return f"{where}'{value}' is none of {', '.join(dict.fromkeys(choices))}.{did_you_mean(value, choices)}"
+    if found := re.search(r"Expected a (?:<class ')?(\w+)(?:'>)?\. Got value: (.*)", message):
+        example = ", such as [{path: FILE}]" if where.endswith("sources: ") else ""
+        return f"{where}'{found[2]}' is not {WORDS.get(found[1], found[1])}{example}"
+    if found := re.search(r"Subtypes: \[(.*)\]\n(?:.|\n)*Given value: (.*)", message):
+        kinds = re.findall(r"<class '(?:\w+\.)*(\w+)'>", found[1])
+        choices = re.findall(r"'([^']+)'", re.sub(r"<class '.*?'>", "", found[1]))
+        fits = dict.fromkeys([*choices, *(WORDS.get(kind, kind) for kind in kinds)])
+        return f"{where}'{found[2]}' is none of {', '.join(fits)}.{did_you_mean(found[2], choices)}"
+    if where.endswith("sources: "):                 # a file's name alone, which was read as if it were a config
+        return f"{where}it is not a list of files, such as [{{path: FILE}}]"
     lines = [re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", line.strip(" -")) for line in message.splitlines()]
     noise = r"[Pp]arser key ['\"][\w.]+['\"]:$|Errors:|Subtypes:|usage:"
     lines = [line for line in lines if line and not re.match(noise, line)]

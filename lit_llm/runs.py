@@ -41,6 +41,12 @@ class LitLLMCLI(LightningCLI):
     def _parse_ckpt_path(self) -> None:
         """What is typed and what stands in the file wins over what a checkpoint remembers."""
 
+    def _set_seed(self) -> None:
+        try:
+            super()._set_seed()
+        except ValueError as error:
+            raise InputError(str(error), where="seed_everything") from None
+
     def before_instantiate_classes(self) -> None:
         """The tokenizer is the model's unless another is named."""
         assert self.subcommand is not None
@@ -109,5 +115,15 @@ def run(args: list[str]) -> None:
                   save_config_callback=None, seed_everything_default=42, auto_configure_optimizers=False,
                   load_from_checkpoint_support=False, args=args,
                   parser_kwargs={"allow_abbrev": False, "prog": "python -m lit_llm"})
-    except MisconfigurationException as error:
-        raise InputError(str(error).splitlines()[0][:300], where="trainer") from None
+    except (MisconfigurationException, ValueError, RuntimeError, ImportError) as error:
+        if not (isinstance(error, MisconfigurationException) or _is_lightnings(error)):
+            raise
+        raise InputError(str(error).strip().splitlines()[0][:300], where="trainer") from None
+
+
+def _is_lightnings(error: BaseException) -> bool:
+    """Whether Lightning itself raised it, which it does where its options do not fit each other or the data."""
+    place = error.__traceback__
+    while place is not None and place.tb_next is not None:
+        place = place.tb_next
+    return place is not None and str(place.tb_frame.f_globals.get("__name__")).startswith("lightning.")

@@ -172,9 +172,9 @@ def test_a_mask_or_no_borders_is_refused():
 
 @pytest.mark.parametrize(("kind", "keys"), [
     ("gemma2", {"head_dim": 8, "num_key_value_heads": 2}),                              # caps its scores
-    ("gpt_oss", {"head_dim": 8, "num_local_experts": 2, "num_experts_per_tok": 1}),     # attention sinks
+    ("gpt_oss", {"head_dim": 8, "num_key_value_heads": 2, "num_local_experts": 2, "num_experts_per_tok": 1}),  # sinks
     ("lfm2", {"num_key_value_heads": 2, "layer_types": ["conv", "full_attention"]}),    # convolutions
-    ("llama4_text", {"head_dim": 8, "num_local_experts": 1}),                           # chunks
+    ("llama4_text", {"head_dim": 8, "num_key_value_heads": 2, "num_local_experts": 1}), # chunks
     ("nemotron", {"num_key_value_heads": 2}),                                           # keeps our keywords to itself
     ("doge", {"num_key_value_heads": 2}),                                               # makes a mask of its own
     ("mamba", {}), ("bloom", {}), ("falcon", {}), ("gptj", {"n_embd": 32, "n_head": 4, "n_layer": 2, "rotary_dim": 4}),

@@ -79,6 +79,24 @@ def test_no_scores_of_a_whole_document_exist():
     assert largest.numel <= blockwise.BLOCK * 2048
 
 
+def test_what_is_kept_does_not_grow_with_the_square_of_a_length():
+    """Masks stay for the next call: for a length and all shorter ones, a few times one block's scores."""
+    import gc
+
+    def tensors():
+        gc.collect()
+        return [each for each in gc.get_objects() if type(each) is torch.Tensor]
+
+    before = tensors()
+    for length in (4096, 3000, 1111):
+        query, key, value = states(1, 2, length, 4, torch.bfloat16)
+        blockwise.causal(query, key, value, scale=0.5)
+    del query, key, value
+    old = {id(each) for each in before}
+    kept = [each for each in tensors() if id(each) not in old and each.dtype == torch.bfloat16]
+    assert sum(each.numel() for each in kept) < 6 * 2 * blockwise.BLOCK * 4096
+
+
 def test_torch_can_trace_it():
     query, key, value = states(2, 2, 130, 8, torch.float32)
     value = value.detach()[..., :5].clone().requires_grad_()        # values of latent attention are narrower than keys

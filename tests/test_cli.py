@@ -23,6 +23,7 @@ import yaml
 from lit_llm.cli import main
 
 ROOT = Path(__file__).resolve().parents[1]
+RANDOM = ["--model.base", "null", "--model.lora", "null", "--data.tokenizer", "sample:base", "--model.init"]
 ROWS = [{"prompt": f"say {number}", "completion": f"one two {number}"} for number in range(8)]
 
 
@@ -76,6 +77,18 @@ def source(name, **more):
     return "--data.sources=" + json.dumps([{"path": name} | more])
 
 
+def test_each_mistake_in_a_process_of_its_own_group_is_told(place):
+    """As in a notebook, after a run under DeepSpeed."""
+    from torch import distributed
+
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    try:
+        for _ in range(2):
+            refused("fit", "--config", "nope.yaml", says="nope.yaml")
+    finally:
+        distributed.destroy_process_group()
+
+
 # ---- what was typed --------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize(("words", "says"), [
@@ -102,6 +115,39 @@ def source(name, **more):
     (["--model.lora.target_modules", "[c_attn]"], ["c_attn", "q_proj"]),
     (["--ckpt_path", "last"], "run has no last checkpoint"),
     (["--trainer.default_root_dir", "good.jsonl"], "good.jsonl"),
+    (["--data.sources", "[{path:good.jsonl}]"], "a space after the colon: path: good.jsonl"),
+    (["--data.sources", "good.jsonl"], ["data.sources", "[{path: FILE}]"]),
+    (["--data.sources", "5"], ["data.sources", "[{path: FILE}]"]),
+    ([source("good.jsonl", weight="heavy")], "data.sources.weight: 'heavy' is not a number"),
+    (["--model.lora.alpha", "x"], "model.lora.alpha: 'x' is not a number"),
+    (["--model.lora", "4"], ["model.lora: '4'", "LoRA", "null"]),
+    (["--model.neftune_alpha", "lots"], "model.neftune_alpha: 'lots' is none of a number, null"),
+    (["--model.gradient_checkpointing", "ful"], ["selective", "auto", "true or false"]),
+    (["--model.quantize", "nf5"], ["nf4, fp4, null", "Did you mean 'nf4'?"]),
+    (["--trainer.max_epochs", "1.5"], "trainer.max_epochs: '1.5' is none of a whole number, null"),
+    (["other.yaml"], "--config other.yaml"),
+    (["--model.betas", "[0.9, 1.5]"], "model.betas"),
+    (["--model.eps", "-1"], "model.eps"),
+    (["--model.weight_decay", "-0.1"], "model.weight_decay"),
+    (["--model.min_lr_share", "-1"], "model.min_lr_share"),
+    (["--model.neftune_alpha", "-5"], "model.neftune_alpha"),
+    ([*RANDOM, "{model_type: llama, hidden_size: 32, num_attention_heads: 4, num_key_value_heads: 3}"],
+     ["model.init", "3 key and value heads"]),
+    (["--trainer.max_steps", "0"], "trainer.max_steps"),
+    (["--trainer.max_epochs", "0"], "trainer.max_epochs"),
+    (["--trainer.limit_train_batches", "0"], "trainer.limit_train_batches"),
+    (["--trainer.accumulate_grad_batches", "0"], "trainer.accumulate_grad_batches"),
+    (["--trainer.gradient_clip_val", "-1"], "trainer.gradient_clip_val"),
+    (["--trainer.gradient_clip_algorithm", "value"], ["trainer.gradient_clip_algorithm", "norm"]),
+    (["--trainer.check_val_every_n_epoch", "0"], "trainer.check_val_every_n_epoch"),
+    (["--trainer.val_check_interval", "0"], "trainer.val_check_interval"),
+    (["--trainer.val_check_interval", "100000"], ["trainer", "val_check_interval", "100000"]),
+    (["--trainer.accelerator", "tpu"], ["trainer", "torch_xla"]),
+    (["--seed_everything", "-1"], "seed_everything"),
+    (["--trainer.max_skipped_steps", "0"], "trainer.max_skipped_steps"),
+    (["--trainer.overfit_batches", "1"], "trainer.overfit_batches"),
+    (["--trainer.reload_dataloaders_every_n_epochs", "1"], "trainer.reload_dataloaders_every_n_epochs"),
+    (["--trainer.limit_train_batches", "1", "--trainer.accumulate_grad_batches", "2"], "set it to 2"),
 ])
 def test_a_wrong_option(words, says, place):
     refused("fit", "--config", "ok.yaml", *words, says=says)
@@ -112,9 +158,30 @@ def test_a_wrong_option(words, says, place):
     ({"class_path": "lightning.pytorch.callbacks.EarlyStopping", "init_args": {"monitr": "val/nll"}}, "'monitor'"),
     ({"class_path": "lightning.pytorch.callbacks.EarlyStopping", "init_args": {"monitor": "val_nll"}}, "'val/nll'"),
     ({"class_path": "lightning.pytorch.callbacks.EarlyStopping"}, "monitor"),
+    ({"class_path": "lightning.pytorch.callbacks.EarlyStopping", "init_args": {"monitor": "nll"}}, "'val/nll'"),
+    ({"class_path": "lit_llm.training.checkpoint.StepCheckpoint", "init_args": {"monitor": "perplexity"}},
+     "'val/perplexity'"),
+    ({"class_path": "lightning.pytorch.callbacks.EMAWeightAveraging"}, "averaged weights"),
+    ({"class_path": "lightning.pytorch.callbacks.GradientAccumulationScheduler", "init_args": {"scheduling": {"0": 2}}},
+     "trainer.accumulate_grad_batches"),
+    ({"class_path": "lightning.pytorch.callbacks.OnExceptionCheckpoint", "init_args": {"dirpath": "x"}}, "leave it out"),
 ])
 def test_a_wrong_callback(callback, says, place):
     refused("fit", "--config", "ok.yaml", "--trainer.callbacks", json.dumps([callback]), says=says)
+
+
+def test_the_folder_one_stands_in_is_not_moved_aside(place):
+    (place / "config.yaml").write_text("mine: true\n")
+    refused("fit", "--config", "ok.yaml", "--trainer.default_root_dir", ".", says="trainer.default_root_dir")
+    assert (place / "config.yaml").read_text() == "mine: true\n"
+
+
+def test_lightnings_own_checkpoints_do_not_replace_ours(place):
+    other = {"class_path": "lightning.pytorch.callbacks.ModelCheckpoint", "init_args": {"dirpath": "theirs"}}
+    code, _, err = call("fit", "--config", "ok.yaml", "--trainer.callbacks", json.dumps([other]))
+    assert code == 0, err
+    assert (place / "run" / "checkpoints" / "step_2" / "manifest.json").is_file()
+    assert list((place / "theirs").iterdir())
 
 
 def test_early_stopping_without_validation(place):
@@ -133,6 +200,7 @@ def test_nothing_to_validate_on(place):
     ("- a\n- b\n", "other.yaml"),
     ("", "other.yaml"),
     ("modle: {lr: 1}\n", "Did you mean 'model.lr'?"),
+    ("model: {base:there}\n", "a space after the colon: base: there"),
     ("model: {lora: {rank: 1}}\n", "Did you mean 'model.lora.r'?"),
 ])
 def test_a_wrong_config_file(text, says, place):
@@ -143,6 +211,15 @@ def test_a_wrong_config_file(text, says, place):
 def test_no_config_file(place):
     refused("fit", "--config", "nope.yaml", says="nope.yaml")
     refused("fit", says="data.sources")
+
+
+def test_a_wrong_option_of_a_verb(place):
+    refused("plan", "--config", "ok.yaml", "--memory", "0", says="memory")
+    (place / "folder").mkdir()
+    code, _, err = call("inspect", "--config", "ok.yaml", "--html", "folder")
+    assert code == 2
+    assert "folder: Is a directory" in err
+    assert not list(place.glob("*.partial"))
 
 
 def test_no_verb(place):
@@ -185,6 +262,15 @@ def test_an_earlier_run_keeps_its_name_when_the_next_one_fails(place):
     finally:
         resource.setrlimit(resource.RLIMIT_AS, limits)
     assert (earlier / "config.yaml").read_text() == "{}"
+
+
+@pytest.mark.parametrize("verb", ["fit", "validate"])
+def test_an_earlier_run_is_whole_when_the_next_one_fails_before_it_begins(verb, place):
+    for file in ("config.yaml", "metrics.csv", "data.json", "tokenizer/tokenizer.json", "checkpoints/step_2/state"):
+        Path("run", file).parent.mkdir(parents=True, exist_ok=True)
+        Path("run", file).write_text("earlier")
+    refused(verb, "--config", "ok.yaml", "--model.base", "/no/such/folder", "--data.tokenizer", "sample:base",
+            says="model.base")
 
 
 def test_the_command_itself_says_so_too(place):
@@ -275,6 +361,16 @@ def test_what_validate_prints_after_fit(place):
     assert code == 0, err
     printed = dict(line.split() for line in out.splitlines())
     assert float(printed["val/nll"]) == pytest.approx(best, rel=1e-6)
+
+
+def test_a_run_whose_adapters_cannot_be_merged_ends_well(place):
+    spec = {"class_path": "PromptTuningConfig", "init_args": {"num_virtual_tokens": 2}}
+    code, out, err = call("fit", "--config", "ok.yaml", "--model.lora", "null", "--model.peft", json.dumps(spec))
+    assert code == 0, err
+    assert "not exported" in out
+    assert "validation perplexity" in out
+    assert (place / "run" / "checkpoints" / "step_2" / "adapter" / "adapter_model.safetensors").is_file()
+    refused("export", "--run", "run", says="cannot be merged")
 
 
 def test_a_run_tells_what_it_drew(place):

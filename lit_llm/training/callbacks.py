@@ -137,7 +137,7 @@ class RunFolder(Callback):
         self.after: dict[str, float] = {}
         self.resumed_from: Path | None = None       # a checkpoint
         self._validated = -1                        # optimizer step of the last validation
-        self._ending = self._started = False
+        self._ending = self._started = self._made = False
         self._aside: Path | None = None             # where the earlier run of this name is now
 
     @property
@@ -146,7 +146,9 @@ class RunFolder(Callback):
         return self.resumed_from is not None
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """The checkpoint must be of this model and method: before anything is read from it."""
+        """The checkpoint must be of this model and method: before anything is read from it; a new run needs a place."""
+        if self.resumed_from is None and stage == "fit":
+            _check_place(Path(trainer.default_root_dir))
         if self.resumed_from is not None and stage == "fit":
             try:
                 manifest.check_same(self.resumed_from, trainer, self.accept_changes)
@@ -171,6 +173,7 @@ class RunFolder(Callback):
         folder = Path(trainer.default_root_dir)
         if not self.resumed:
             self._aside = _set_aside(folder)
+        self._made = True                           # what is in it from here on is this run's
         folder.mkdir(parents=True, exist_ok=True)
         if self.config is not None:
             text = yaml.safe_dump(redact(self.config), sort_keys=False, allow_unicode=True)
@@ -237,7 +240,7 @@ class RunFolder(Callback):
         folder = Path(trainer.default_root_dir)
         if trainer.global_step and trainer.state.fn == "fit":
             self._keep_data(trainer)
-        if self.resumed or trainer.global_step or not trainer.is_global_zero or not folder.is_dir():
+        if self.resumed or trainer.global_step or not self._made or not folder.is_dir():
             return
         for name in ("config.yaml", "data.json", "metrics.csv", "metrics.json"):
             (folder / name).unlink(missing_ok=True)
@@ -274,12 +277,13 @@ def _figures(trainer: L.Trainer, prefix: str) -> dict[str, float]:
 def _check_monitors(trainer: L.Trainer) -> None:
     """A misspelled metric would otherwise stop the run at its first validation."""
     known = ["train/loss", *(f"val/{name}" for name in ("nll", "perplexity", "bits_per_byte", "token_accuracy"))]
+    bare = {name.partition("/")[2] for name in known}
     data: Any = trainer.datamodule  # type: ignore[attr-defined]
     measured = data is None or bool(data.val_dataloader())
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         name = str(getattr(callback, "monitor", None) or "")
         where = f"{type(callback).__name__}.monitor"
-        if name.startswith(("val", "train")) and name not in known:
+        if (name.startswith(("val", "train")) or name in bare) and name not in known:
             raise InputError(f"nothing is called '{name}'; there are {', '.join(known)}.{did_you_mean(name, known)}",
                              where=where)
         if name.startswith("val/") and isinstance(callback, EarlyStopping) and not measured:
@@ -287,9 +291,20 @@ def _check_monitors(trainer: L.Trainer) -> None:
                              fix="set data.val_sources or data.val_fraction")
 
 
+def _is_run(folder: Path) -> bool:
+    return (folder / "config.yaml").exists() or (folder / "checkpoints").exists()
+
+
+def _check_place(folder: Path) -> None:
+    """An earlier run there would be moved aside, which must not be the very folder that somebody works in."""
+    if _is_run(folder) and Path.cwd().is_relative_to(folder.resolve()):
+        raise InputError(f"{folder.resolve()} holds an earlier run, and you stand in it",
+                         where="trainer.default_root_dir", fix="give a new folder, or go on with --ckpt_path last")
+
+
 def _set_aside(folder: Path) -> Path | None:
     """Move an earlier run of this name to `<name>-1`, `-2`, ... The first free one; null if there was none."""
-    if not (folder / "config.yaml").exists() and not (folder / "checkpoints").exists():
+    if not _is_run(folder):
         return None
     number = 1
     while (aside := folder.with_name(f"{folder.name}-{number}")).exists():

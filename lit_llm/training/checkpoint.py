@@ -107,14 +107,6 @@ class StepCheckpoint(Checkpoint):
         """That step lies on disk."""
         self._saved, self._unfinished = state_dict["step"], state_dict["unfinished"]
 
-    def on_save_checkpoint(self, trainer: L.Trainer, module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Leave out what is frozen: the base would fill the disk."""
-        weights = dict(module.named_parameters())
-        if not all(weight.requires_grad for weight in weights.values()):
-            kept = {name for name, weight in weights.items() if weight.requires_grad}
-            kept |= {name for name, _ in module.named_buffers()}
-            checkpoint["state_dict"] = {name: value for name, value in checkpoint["state_dict"].items() if name in kept}
-
     def save_step(self, trainer: L.Trainer) -> None:
         """Save at the end of a training step, whose figures reach `metrics.csv` first; Lightning logs them later."""
         connector = trainer._logger_connector
@@ -216,6 +208,7 @@ class _StateFile(TorchCheckpointIO):
     """One file, written in place: the folder around it is complete or not there."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)    # of Lightning's own callbacks
         torch.save(checkpoint, path)
 
 

@@ -9,12 +9,21 @@ from lit_llm import adapter, model
 from lit_llm.errors import InputError
 from lit_llm.training.fsdp import Fsdp2Strategy
 from lit_llm.training.loss import as_matrices
+from lit_llm.training.processes import end_together
 from lit_llm.training.strategy import ZeroStrategy
 
 if TYPE_CHECKING:
     from lit_llm.training.module import CausalLMModule
 
 WHOLE = "set --trainer.strategy ddp (or auto), or --model.optimizer adamw"
+CALLBACKS = {                                       # Lightning's that would do something else here than they say
+    "WeightAveraging": "measures averaged weights, while checkpoints and the export would hold the others",
+    "StochasticWeightAveraging": "measures averaged weights, while checkpoints and the export would hold the others",
+    "GradientAccumulationScheduler": "divides steps into other micro-batches than the loader made, so gradients would "
+                                     "be too large; set trainer.accumulate_grad_batches",
+    "OnExceptionCheckpoint": "makes the next run go on from its file unasked; --ckpt_path last goes on from the newest "
+                             "checkpoint",
+}
 
 
 def is_stage_3(strategy: Any) -> bool:
@@ -73,6 +82,42 @@ def check_data(inner: Any, data: Any) -> None:
     if room is not None and data.seq_len > room:
         raise InputError(f"rows of {data.seq_len} tokens are longer than the model's {room} positions",
                          where="data.seq_len", fix=f"set --data.seq_len {room} or less")
+
+
+def check_trainer(trainer: Any) -> None:
+    """Options of Lightning's that checkpoints or the loader, which never begins again, would not follow.
+
+    Raises:
+        InputError: It names the key.
+    """
+    for callback in trainer.callbacks:
+        for kind in type(callback).__mro__:
+            if kind.__name__ in CALLBACKS:
+                raise InputError(f"{type(callback).__name__} {CALLBACKS[kind.__name__]}", where="trainer.callbacks",
+                                 fix="leave it out")
+    if trainer.overfit_batches:
+        raise InputError("an epoch here is never the same rows again", where="trainer.overfit_batches",
+                         fix="give a file of a few records as data.sources, and set trainer.max_epochs")
+    if trainer.reload_dataloaders_every_n_epochs:
+        raise InputError("a loader made anew would begin with the first epoch's rows again", fix="leave it out",
+                         where="trainer.reload_dataloaders_every_n_epochs")
+    if trainer.gradient_clip_algorithm not in (None, "norm"):
+        raise InputError("only clipping by norm is supported", where="trainer.gradient_clip_algorithm",
+                         fix="set it to norm")
+
+
+def check_windows(trainer: Any) -> None:
+    """An epoch that a limit cuts must be whole steps, for whose tokens the loader gives the count.
+
+    Raises:
+        InputError: The last one would be a part of a step, and the next epoch begin with its rest.
+    """
+    count, accumulate = trainer.num_training_batches, trainer.accumulate_grad_batches
+    limit = trainer.limit_train_batches             # 1 is a batch, 1.0 is all of them
+    if (isinstance(limit, int) or limit < 1.0) and count % accumulate and not trainer.fast_dev_run:
+        end_together(trainer)
+        raise InputError(f"{count} micro-batches are no whole steps of {accumulate}",
+                         where="trainer.limit_train_batches", fix=f"set it to {-(-count // accumulate) * accumulate}")
 
 
 def _check_prompts(module: "CausalLMModule", strategy: Any, world_size: int) -> None:

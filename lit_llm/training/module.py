@@ -95,6 +95,13 @@ class CausalLMModule(L.LightningModule):
             raise InputError(f"warmup must be a share below 1 or a number of steps, not {warmup}", where="model.warmup")
         if not 0 <= cooldown <= 1:
             raise InputError(f"the cool-down is a share of the run, not {cooldown}", where="model.cooldown")
+        for name, value, fits, right in (
+                ("min_lr_share", min_lr_share, 0 <= min_lr_share <= 1, "a share of the peak, from 0 to 1"),
+                ("betas", betas, all(0 <= beta < 1 for beta in betas), "two numbers from 0 to below 1"),
+                ("eps", eps, eps >= 0, "0 or more"), ("weight_decay", weight_decay, weight_decay >= 0, "0 or more"),
+                ("neftune_alpha", neftune_alpha, (neftune_alpha or 0) >= 0, "0 or more, or null")):
+            if not fits:
+                raise InputError(f"{value} is not {right}", where=f"model.{name}")
         self.base, self.init = base, init
         self.peft_spec = adapter.spec_of(peft, lora)
         self.train_tokens = lora.train_tokens if lora is not None else "auto"
@@ -227,6 +234,10 @@ class CausalLMModule(L.LightningModule):
         return model.tokenizer_facts(self.trainer.datamodule.tokenizer)  # type: ignore[attr-defined]
 
     # ---- steps -------------------------------------------------------------------------------------------------------
+
+    def on_train_start(self) -> None:
+        """How long an epoch is, is known."""
+        compatible.check_windows(self.trainer)
 
     def training_step(self, batch: "Batch", batch_idx: int) -> Tensor:
         """The step's share of its loss: sum of NLL over all supervised tokens of the step, divided by their number.
@@ -378,8 +389,6 @@ class CausalLMModule(L.LightningModule):
     def configure_gradient_clipping(self, optimizer: Any, gradient_clip_val: float | None = None,
                                     gradient_clip_algorithm: str | None = None) -> None:
         """Clip by the norm of all gradients; under DeepSpeed the engine does it."""
-        if gradient_clip_algorithm not in (None, "norm"):
-            raise InputError("only clipping by norm is supported", where="trainer.gradient_clip_algorithm")
         limit = 0.0 if isinstance(self.trainer.strategy, ZeroStrategy) else float(gradient_clip_val or 0.0)
         weights = [weight for group in optimizer.param_groups for weight in group["params"] if weight.grad is not None]
         if limit <= 0 or not weights:

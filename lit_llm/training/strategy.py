@@ -141,13 +141,15 @@ class ZeroStrategy(DeepSpeedStrategy):
         module = self.lightning_module
         assert module is not None
         assert isinstance(self.config, dict)
+        stage = self.config.get("zero_optimization", {}).get("stage")
+        if stage not in (1, 2, 3):                  # DeepSpeed overlooks a misspelt key, and nobody could resume
+            raise InputError(f"the DeepSpeed config names stage {stage}, not 1, 2 or 3", where="trainer.strategy",
+                             fix="Give it zero_optimization: {stage: 2}")
+        for key in ("optimizer", "scheduler"):
+            if key in self.config:
+                raise InputError(f"'{key}' of the DeepSpeed config would replace what model.optimizer, model.lr and "
+                                 "model.schedule say", where="trainer.strategy", fix="Remove it")
         clip = module.trainer.gradient_clip_val
-        if clip and module.trainer.gradient_clip_algorithm == "value":
-            raise InputError(
-                "DeepSpeed clips by norm only, not by value",
-                where="trainer.gradient_clip_algorithm",
-                fix="Set it to norm, or train with --trainer.strategy ddp",
-            )
         if clip and not self._config_initialized and "gradient_clipping" in self.config:
             raise InputError(
                 "clipping is set twice: here and as gradient_clipping in the DeepSpeed config",

@@ -11,14 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.callbacks import ProgressBar as AnyProgressBar
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies import StrategyRegistry
 
 from lit_llm import disk
 from lit_llm.errors import InputError, did_you_mean
-from lit_llm.training import manifest
+from lit_llm.training import compatible, manifest
 from lit_llm.training.callbacks import Progress, RunFolder
 from lit_llm.training.checkpoint import StepCheckpoint
 from lit_llm.training.finite import FiniteGuard
@@ -26,6 +25,9 @@ from lit_llm.training.preemption import Preemption, is_requeued
 from lit_llm.training.report import MetricsCSV, write_json
 from lit_llm.training.rng import RngState
 
+LEAST: dict[str, float] = {"accumulate_grad_batches": 1, "check_val_every_n_epoch": 1, "max_skipped_steps": 1,
+                           "gradient_clip_val": 0}
+NOTHING = ("max_steps", "max_epochs", "limit_train_batches", "val_check_interval")     # what 0 makes of a run
 RENDEZVOUS = ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "RANK", "LOCAL_RANK", "WORLD_SIZE")
 
 
@@ -69,13 +71,14 @@ class Trainer(L.Trainer):
         accept_changes: list[manifest.Change] | None = None,
         **kwargs: Any,
     ) -> None:
+        _check_numbers(locals() | kwargs)
         self.run = RunFolder(accept_changes or [])
         self.preemption = Preemption()
         self.exports = True                         # whether a finished fit leaves an export/ behind
         callbacks = [] if callbacks is None else callbacks if isinstance(callbacks, list) else [callbacks]
         callbacks = [*callbacks, RngState(), FiniteGuard(max_skipped_steps), self.run, self.preemption]
         for switch, kind, default in (("enable_progress_bar", AnyProgressBar, Progress),
-                                      ("enable_checkpointing", Checkpoint, StepCheckpoint)):
+                                      ("enable_checkpointing", StepCheckpoint, StepCheckpoint)):
             if kwargs.get(switch) is not False and not any(isinstance(callback, kind) for callback in callbacks):
                 callbacks.append(default())
         loggers = [] if logger in (None, True, False) else logger if isinstance(logger, list) else [logger]
@@ -92,6 +95,7 @@ class Trainer(L.Trainer):
             enable_model_summary=enable_model_summary,
             **kwargs,
         )
+        compatible.check_trainer(self)
 
     def fit(  # type: ignore[override]
             self, model: L.LightningModule, train_dataloaders: Any = None, val_dataloaders: Any = None,
@@ -196,6 +200,8 @@ class Trainer(L.Trainer):
         """
         from lit_llm.training import plan
 
+        if memory is not None and not memory > 0:
+            raise InputError(f"{memory:g} GiB hold nothing; use a number above 0", where="memory")
         datamodule.quiet = True  # type: ignore[attr-defined]
         self.prepare(model, datamodule)
         made = plan.make(self, model, datamodule, memory)
@@ -267,6 +273,17 @@ class Trainer(L.Trainer):
         return figures
 
 
+def _check_numbers(options: dict[str, Any]) -> None:
+    """What Lightning takes, and then divides by or does nothing with."""
+    for name, least in LEAST.items():
+        if (value := options.get(name)) is not None and value < least:
+            raise InputError(f"{value} is too small; use {least} or more", where=f"trainer.{name}")
+    for name in NOTHING:
+        if options.get(name) == 0:
+            raise InputError("0 would train, or measure, nothing", where=f"trainer.{name}", fix="leave it out, or set "
+                             "it to 1 or more; validate and export read a model without training")
+
+
 def _strategy(strategy: Any) -> Any:
     """DeepSpeed by name is ours: it runs on CPU too, and its gradients are exact."""
     if isinstance(strategy, dict):                  # what the command line could not build
@@ -275,6 +292,9 @@ def _strategy(strategy: Any) -> Any:
         from lit_llm.training.strategy import ZeroStrategy
 
         strategy = ZeroStrategy.from_name(strategy)
+    elif isinstance(strategy, str) and strategy.endswith("spawn"):
+        raise InputError("processes that are spawned cannot be stopped together", where="trainer.strategy",
+                         fix="set it to ddp, which starts the command once for each")
     elif strategy == "fsdp2":
         from lit_llm.training.fsdp import Fsdp2Strategy
 

@@ -3,7 +3,7 @@
 Started by `lives.py`; reads one JSON order a line and answers with one. An order: {"args": [...], "ranks": 1, "cwd",
 "env", "strike": {"ranks": [0], "signals": [9], and "point": "...", "turn": 1, or "after": seconds}}. Points are named
 below; a process strikes itself there, in the product's own code, which knows nothing of it. After a kill -9 every rank
-is killed, as when the machine dies, unless it says "one": true. "agent": true tells the others to end where one ended
+is killed, as when the machine dies, unless it says "one": true. With "says" the process refuses its input there. "agent": true tells the others to end where one ended
 with an error, as torchrun does.
 """
 
@@ -49,8 +49,12 @@ def arm(strike):
     def now():
         seen[0] += 1
         if seen[0] == strike.get("turn", 1):
-            for number in strike["signals"]:
+            for number in strike.get("signals", ()):
                 os.kill(os.getpid(), number)
+            if "says" in strike:
+                from lit_llm.errors import InputError
+
+                raise InputError(strike["says"])
 
     @functools.wraps(inner)
     def struck(*args, **kwargs):

@@ -398,14 +398,23 @@ def test_rows_of_tokens_under_stage_3_are_refused(folder, tmp_path):
             CausalLMModule(base=folder, lora=LoRA(r=RANK, train_tokens=["</s>"])), datamodule=Data(STEPS, 1))
 
 
-def test_clipping_by_value_is_refused(folder, tmp_path):
+def test_clipping_by_value_is_refused(tmp_path):
+    with pytest.raises(InputError, match="by norm"):
+        trainer("deepspeed", tmp_path, gradient_clip_val=1.0, gradient_clip_algorithm="value")
+
+
+@pytest.mark.parametrize(("config", "says"), [
+    ({"zero_optimizaton": {"stage": 1}}, "stage None, not 1, 2 or 3"),
+    ({"zero_optimization": {"stage": 1}, "optimizer": {"type": "Adam"}}, "model.optimizer")])
+def test_a_deepspeed_config_that_does_something_else(config, says, folder, tmp_path):
+    """Without a stage nothing that it saves could be resumed; an optimizer of its own would have no schedule."""
     from strategy_probe import Data
 
     from lit_llm.training.module import CausalLMModule
+    from lit_llm.training.strategy import ZeroStrategy
 
-    runner = trainer("deepspeed", tmp_path, gradient_clip_val=1.0, gradient_clip_algorithm="value")
-    with pytest.raises(InputError, match="by norm only"):
-        runner.fit(CausalLMModule(base=folder), datamodule=Data(STEPS, 1))
+    with pytest.raises(InputError, match=says):
+        trainer(ZeroStrategy(config=config), tmp_path).fit(CausalLMModule(base=folder), datamodule=Data(STEPS, 1))
 
 
 def test_names_and_stages():

@@ -168,6 +168,16 @@ def test_a_rank_that_dies_does_not_leave_the_other_waiting(rank, lives, tiny_mod
     assert "Traceback" not in told
 
 
+@pytest.mark.parametrize("ranks", [[1], [0, 1]])
+def test_what_any_rank_refuses_is_said_once(ranks, lives, tiny_model):
+    words = write_config(lives.folder, config_of(tiny_model("llama"), write_data(lives.folder), ranks=TWO))
+    ended = lives.live(*words, f"refused_{len(ranks)}", ranks=TWO, strike={
+        "ranks": ranks, "point": "step", "turn": 2, "says": "a file that only some see"})
+    assert [ended["codes"][rank] for rank in ranks] == [2] * len(ranks)
+    said = [each["err"].count("error: a file that only some see") for each in ended["said"]]
+    assert said == ([0, 1] if ranks == [1] else [1, 0])
+
+
 def test_the_command_to_go_on_is_the_command(monkeypatch):
     from types import SimpleNamespace
 
