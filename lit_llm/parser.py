@@ -146,7 +146,7 @@ def check_configs(args: Sequence[str]) -> None:
     """Read each config file once, because what the parser says about bad YAML names no file.
 
     Raises:
-        InputError: A file that is not YAML, with its line, or no mapping of keys.
+        InputError: A file that is not YAML, with its line, or no mapping of keys, or a key twice in one mapping.
     """
     for place, word in enumerate(args):
         name, _, value = word.partition("=")
@@ -156,7 +156,8 @@ def check_configs(args: Sequence[str]) -> None:
         if not file.is_file():
             continue                                # the parser says so
         try:
-            content = yaml.safe_load(file.read_text(encoding="utf-8"))
+            text = file.read_text(encoding="utf-8")
+            content = yaml.safe_load(text)
         except yaml.YAMLError as error:
             mark = getattr(error, "problem_mark", None)
             where = f"{file}:{mark.line + 1}" if mark else str(file)
@@ -166,3 +167,24 @@ def check_configs(args: Sequence[str]) -> None:
             raise InputError("not text in UTF-8", where=str(file)) from None
         if not isinstance(content, dict):
             raise InputError("a config is a mapping such as `model: {base: gpt2}`", where=str(file))
+        _check_twice(yaml.compose(text, Loader=yaml.SafeLoader), file)
+
+
+def _check_twice(root: yaml.Node | None, file: Path) -> None:
+    """YAML takes the last of two equal keys and drops the first in silence, a whole block at times."""
+    left, seen = [root], set()                      # an alias may lead back to where it stands
+    while left:
+        node = left.pop()
+        if not isinstance(node, yaml.CollectionNode) or id(node) in seen:
+            continue
+        seen.add(id(node))
+        if isinstance(node, yaml.SequenceNode):
+            left += node.value
+            continue
+        first: dict[str, Any] = {}
+        for key, value in node.value:
+            left.append(value)
+            earlier = first.setdefault(str(key.value), key)
+            if earlier is not key:
+                raise InputError(f"'{key.value}' stands here and in line {earlier.start_mark.line + 1}, which would be "
+                                 "dropped", where=f"{file}:{key.start_mark.line + 1}", fix="put both under one of them")

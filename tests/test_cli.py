@@ -197,6 +197,8 @@ def test_nothing_to_validate_on(place):
 @pytest.mark.parametrize(("text", "says"), [
     ("model: {base: [\n  - x\n", "other.yaml:2: not YAML"),
     ("model:\n\tbase: x\n", "other.yaml:2: not YAML"),
+    ("model:\n  lr: 1e-3\ndata:\n  seq_len: 64\nmodel:\n  warmup: 0\n", "other.yaml:5: 'model' stands here and in line 1"),
+    ("data: {sources: [{path: a, path: b}]}\n", "'path' stands here"),
     ("- a\n- b\n", "other.yaml"),
     ("", "other.yaml"),
     ("modle: {lr: 1}\n", "Did you mean 'model.lr'?"),

@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -152,7 +153,8 @@ def test_the_peak_of_a_real_run(tmp_path, init, model, data, trainer):
         most, tunables = 0, b""
         while child.poll() is None:
             status = Path(f"/proc/{child.pid}/status").read_text()
-            tunables = Path(f"/proc/{child.pid}/environ").read_bytes() or tunables
+            with suppress(ProcessLookupError):          # it has just ended
+                tunables = Path(f"/proc/{child.pid}/environ").read_bytes() or tunables
             most = int(status.partition("VmHWM:")[2].split()[0]) if "VmHWM" in status else most
             time.sleep(0.01)
         assert child.returncode == 0, child.communicate()[1]
