@@ -72,6 +72,9 @@ def load_causal_lm(path: str, *, dtype: torch.dtype = torch.float32, attention: 
     if report["missing_keys"]:
         raise InputError(f"the weights in {path} lack {len(report['missing_keys'])} tensors, "
                          f"e.g. {sorted(report['missing_keys'])[0]}", where="model.base")
+    if quantize is not None:                        # what stayed whole lies in the mapped file and would hold it all
+        for weight in model.parameters():
+            weight.data = weight.data.clone()
     _check_packable(model, attention)
     return model
 

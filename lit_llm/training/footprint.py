@@ -224,10 +224,11 @@ def _steps(build: Callable[[], Any], borders: list[int], setting: Setting, data:
     @cache
     def traced(rows: int, way: Recompute) -> Step:
         part = [border for border in borders if border <= rows * one]
-        half = setting.half and (not autocast or setting.precision.endswith("true") or counts.quantized > 0)
+        half = setting.half and (not autocast or setting.precision.endswith("true"))
         try:
             return trace.step(build, part, supervised=max(1, setting.supervised * rows // whole), recompute_=way,
-                              half=half, autocast=autocast, cuda=not setting.cpu)
+                              half=half, autocast=autocast, quantized=setting.half and counts.quantized > 0,
+                              cuda=not setting.cpu)
         except InputError:
             raise
         except Exception as error:                  # a forward pass that asks its numbers, each in its own way

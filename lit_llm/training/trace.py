@@ -99,7 +99,7 @@ class _Ledger(TorchDispatchMode):
 
 
 def step(build: Callable[[], Any], borders: Sequence[int], *, supervised: int, recompute_: recompute.Recompute = "none",
-         half: bool = False, autocast: bool = False, cuda: bool = False) -> Step:
+         half: bool = False, autocast: bool = False, quantized: bool = False, cuda: bool = False) -> Step:
     """What a step of one micro-batch holds.
 
     Args:
@@ -109,6 +109,7 @@ def step(build: Callable[[], Any], borders: Sequence[int], *, supervised: int, r
         recompute_: What is computed again.
         half: Whether frozen weights, and without `autocast` all weights, lie in two bytes.
         autocast: Whether matrices are multiplied in bfloat16 whatever they lie in.
+        quantized: Whether frozen linear layers lie in 4 bits, which are made two bytes for a product and dropped again.
         cuda: As there: larger slices of logits, no matrices of attention weights where they are dropped.
     """
     from torch._subclasses.fake_tensor import FakeTensorMode
@@ -120,7 +121,8 @@ def step(build: Callable[[], Any], borders: Sequence[int], *, supervised: int, r
     whole.train()
     with fake:
         _embody(whole, frozen=torch.bfloat16 if half else torch.float32,
-                trained=torch.bfloat16 if half and not autocast else torch.float32)
+                trained=torch.bfloat16 if half and not autocast else torch.float32,
+                halved=_linears(inner) if quantized else set())
     if cuda:
         _without_attention_dropout(whole)
     try:
@@ -183,8 +185,14 @@ def _behind_prompts(whole: Any, ids: Tensor, borders: Sequence[int]) -> Tensor:
     return torch.cat(parts)
 
 
-def _embody(whole: nn.Module, *, frozen: torch.dtype, trained: torch.dtype) -> None:
-    """Fake tensors of the CPU in the place of meta ones, tied ones tied."""
+def _linears(inner: Any) -> set[int]:
+    """Weights of linear layers but the head."""
+    out = inner.get_output_embeddings()
+    return {id(part.weight) for part in inner.modules() if isinstance(part, nn.Linear) and part is not out}
+
+
+def _embody(whole: nn.Module, *, frozen: torch.dtype, trained: torch.dtype, halved: set[int]) -> None:
+    """Fake tensors of the CPU in the place of meta ones, tied ones tied; frozen ones of `halved` in bfloat16."""
     made: dict[int, Tensor] = {}
     for part in whole.modules():
         tables: tuple[dict[str, Any], ...] = (part._parameters, part._buffers)
@@ -193,7 +201,7 @@ def _embody(whole: nn.Module, *, frozen: torch.dtype, trained: torch.dtype) -> N
                 if tensor is not None and id(tensor) not in made:
                     dtype = tensor.dtype
                     if isinstance(tensor, nn.Parameter) and dtype.is_floating_point:
-                        dtype = trained if tensor.requires_grad else frozen
+                        dtype = trained if tensor.requires_grad else torch.bfloat16 if id(tensor) in halved else frozen
                     own = torch.empty(tensor.shape, dtype=dtype, device="cpu")
                     made[id(tensor)] = (nn.Parameter(own, requires_grad=tensor.requires_grad)
                                         if isinstance(tensor, nn.Parameter) else own)
