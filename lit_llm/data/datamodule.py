@@ -18,7 +18,7 @@ import numpy as np
 
 from lit_llm.data import stream_loader
 from lit_llm.data.corpus import Corpus
-from lit_llm.data.loader import RowLoader
+from lit_llm.data.loader import Batch, RowLoader
 from lit_llm.data.mixture import Mixture, Stage, repeats, side
 from lit_llm.data.packing import Overlong, Packing, Rows
 from lit_llm.data.prepare import OnBadRecord, prepare, wait_for
@@ -183,6 +183,12 @@ class TextDataModule(L.LightningDataModule):
     def test_dataloader(self) -> RowLoader | list[Any]:
         """As `val_dataloader`, of `test_sources`."""
         return self._loader("test") if "test" in self.plans else []
+
+    def on_before_batch_transfer(self, batch: Batch, dataloader_idx: int) -> dict[str, Any]:
+        """For a GPU, page-locked memory: it copies from there while the host goes on, and from other memory not."""
+        if self.trainer is None or self.trainer.strategy.root_device.type != "cuda":
+            return {**batch}
+        return {name: value.pin_memory() if hasattr(value, "pin_memory") else value for name, value in batch.items()}
 
     def teardown(self, stage: str) -> None:
         """Say what a stream really held."""

@@ -239,12 +239,6 @@ class CausalLMModule(L.LightningModule):
         """How long an epoch is, is known."""
         compatible.check_windows(self.trainer)
 
-    def on_before_batch_transfer(self, batch: "Batch", dataloader_idx: int) -> dict[str, Any]:
-        """For a GPU, page-locked memory: it copies from there while the host goes on, and from other memory not."""
-        if self.trainer.strategy.root_device.type != "cuda":
-            return {**batch}
-        return {name: value.pin_memory() if isinstance(value, Tensor) else value for name, value in batch.items()}
-
     def training_step(self, batch: "Batch", batch_idx: int) -> Tensor:
         """The step's share of its loss: sum of NLL over all supervised tokens of the step, divided by their number.
 
