@@ -270,11 +270,14 @@ def test_an_earlier_run_keeps_its_name_when_the_next_one_fails(place):
 
 @pytest.mark.parametrize("verb", ["fit", "validate"])
 def test_an_earlier_run_is_whole_when_the_next_one_fails_before_it_begins(verb, place):
-    for file in ("config.yaml", "metrics.csv", "data.json", "tokenizer/tokenizer.json", "checkpoints/step_2/state"):
-        Path("run", file).parent.mkdir(parents=True, exist_ok=True)
-        Path("run", file).write_text("earlier")
+    files = [Path("run", name) for name in ("config.yaml", "metrics.csv", "data.json", "tokenizer/tokenizer.json",
+                                            "checkpoints/step_2/state")]
+    for file in files:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("earlier")
     refused(verb, "--config", "ok.yaml", "--model.base", "/no/such/folder", "--data.tokenizer", "sample:base",
             says="model.base")
+    assert [file.read_text() for file in files] == ["earlier"] * len(files)
 
 
 def test_the_command_itself_says_so_too(place):
