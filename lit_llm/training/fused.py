@@ -3,8 +3,8 @@
 Logits of a slice of tokens at a time, in one buffer for all slices: memory grows neither with tokens nor with the
 vocabulary times tokens. Gradients are made in the forward, while a slice's logits are there, which saves the product
 that recomputing them would cost. On CUDA products leave in the float32 they were summed in, and a Triton kernel makes
-losses and gradients of them in one pass, where Triton works. Others' ways are in `borrowed.py`. Knows nothing of
-labels, models or averages.
+losses and gradients of them in one pass, where Triton works. Where nobody asks for gradients `tiles.py` does it;
+others' ways are in `borrowed.py`. Knows nothing of labels, models or averages.
 
     N tokens, V vocabulary, D hidden, K rows of the head that learn beside it
 """
@@ -20,7 +20,6 @@ from torch import Tensor
 
 log = logging.getLogger(__name__)
 SLICE_BYTES = {"cpu": 32 * 2**20, "cuda": 256 * 2**20}      # of logits in the head's precision: one matrix product
-TILE = {"cpu": (2048, 1024), "cuda": (4096, 16384)}         # tokens and words at a time where no gradient is asked for
 WORK_BYTES = {"cpu": 4 * 2**20, "cuda": 512 * 2**20}        # of float32 logits at a time: not beyond a CPU's cache
 
 
@@ -92,7 +91,7 @@ def _slices(hidden_ND: Tensor, head: Head) -> Iterator[tuple[slice, Tensor, Iter
     dtype, device = hidden_ND.dtype, hidden_ND.device
     wide = torch.promote_types(dtype, torch.float32)
     rows, few = (min(count, number) for number in slice_rows(vocabulary, dtype.itemsize, _traced_for or device.type))
-    exact = _keeps_sums(hidden_ND)                  # then a slice is one part, whose logits were never rounded
+    exact = keeps_sums(hidden_ND)                  # then a slice is one part, whose logits were never rounded
     few = rows if exact else few
     buffer = torch.empty(rows, vocabulary, dtype=dtype, device=device)
     work = torch.empty(few, vocabulary, dtype=wide, device=device) if wide != dtype else None
@@ -110,14 +109,14 @@ def _slices(hidden_ND: Tensor, head: Head) -> Iterator[tuple[slice, Tensor, Iter
         taken = slice(start, min(count, start + rows))
         logits = buffer[:taken.stop - start]
         made = work[:len(logits)] if exact and work is not None else logits
-        _product(hidden_ND[taken], head.weight_VD.T, made)
+        multiply(hidden_ND[taken], head.weight_VD.T, made)
         if head.rows_KD is not None and head.index_K is not None:
             own = made.new_empty(len(made), len(head.rows_KD))
-            made.index_copy_(1, head.index_K, _product(hidden_ND[taken], head.rows_KD.T, own))
+            made.index_copy_(1, head.index_K, multiply(hidden_ND[taken], head.rows_KD.T, own))
         yield taken, logits, parts(start, logits)
 
 
-def _keeps_sums(hidden: Tensor) -> bool:
+def keeps_sums(hidden: Tensor) -> bool:
     """Whether products of halves can be had in float32: on Nvidia's GPUs since Ampere."""
     return hidden.is_cuda and hidden.dtype in (torch.float16, torch.bfloat16) and _sums_leave(hidden.device)
 
@@ -127,7 +126,7 @@ def _sums_leave(device: torch.device) -> bool:
     """Whether a device does it, by asking it once."""
     try:
         half, wide = torch.ones(16, 16, dtype=torch.bfloat16, device=device), torch.zeros(16, 16, device=device)
-        _product(half, half, wide)
+        multiply(half, half, wide)
         torch.addmm(wide, half, half, out_dtype=wide.dtype, out=wide)
         return bool((wide == 32).all())
     except (RuntimeError, TypeError) as error:
@@ -135,7 +134,7 @@ def _sums_leave(device: torch.device) -> bool:
         return False
 
 
-def _product(left: Tensor, right: Tensor, out: Tensor) -> Tensor:
+def multiply(left: Tensor, right: Tensor, out: Tensor) -> Tensor:
     """`left @ right`, in the precision of `out` where that is another."""
     if out.dtype != left.dtype:
         return torch.mm(left, right, out_dtype=out.dtype, out=out)
@@ -144,13 +143,13 @@ def _product(left: Tensor, right: Tensor, out: Tensor) -> Tensor:
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
     """`total += left @ right`, total being float32 or wider; on CUDA without a copy of the product."""
-    if _keeps_sums(left):
+    if keeps_sums(left):
         torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
     else:
         total += left @ right
 
 
-def _adjust(logits: Tensor, head: Head) -> Tensor | None:
+def adjust(logits: Tensor, head: Head) -> Tensor | None:
     """Bias, factor and cap, in place; d logits / d z where there is a cap."""
     if head.bias_V is not None:
         logits += head.bias_V
@@ -163,105 +162,6 @@ def _adjust(logits: Tensor, head: Head) -> Tensor | None:
     logits *= head.cap
     return slope
 
-
-# ---- evaluation ------------------------------------------------------------------------------------------------------
-
-@torch.no_grad()
-def measure(hidden_ND: Tensor, targets_N: Tensor, head: Head) -> tuple[Tensor, Tensor]:
-    """(N,) losses in float64, and (N,) whether the target is argmax's choice.
-
-    Without a gradient nobody needs a token's logits together: tiles of some tokens and some words, each about as
-    quick as a product of matrices can be, and what they say of the largest logit and of the sum is put together.
-    """
-    dtype, device = computed_in(hidden_ND), hidden_ND.device.type
-    wide = torch.promote_types(dtype, torch.float32)
-    rows, words = TILE.get(device, TILE["cuda"])
-    own = {} if head.index_K is None or head.rows_KD is None else dict(
-        zip(head.index_K.tolist(), head.rows_KD.to(dtype), strict=True))
-    found = [_Summary(targets) for targets in targets_N.split(rows)]
-    hidden_ND = hidden_ND.to(dtype)
-    direct = wide == dtype or _keeps_sums(hidden_ND)
-    room = min(rows, len(targets_N)) * words        # one buffer for all tiles: a CPU is slow to hand out fresh memory
-    product = torch.empty(0 if direct else room, dtype=dtype, device=hidden_ND.device)
-    work = torch.empty(room, dtype=wide, device=hidden_ND.device)
-    with torch.autocast(device, enabled=False):
-        for start in range(0, len(head.weight_VD), words):
-            tile = _columns(head, own, start, start + words, dtype)
-            for hidden, summary in zip(hidden_ND.split(rows), found, strict=True):
-                shape = len(hidden), len(tile.weight_VD)
-                logits = work[:shape[0] * shape[1]].view(shape)
-                if direct:
-                    _product(hidden, tile.weight_VD.T, logits)
-                else:
-                    logits.copy_(torch.mm(hidden, tile.weight_VD.T, out=product[:logits.numel()].view(shape)))
-                _adjust(logits, tile)
-                summary.add(logits, start)
-    return torch.cat([each.losses() for each in found]), torch.cat([each.hits() for each in found])
-
-
-def _columns(head: Head, own: dict[int, Tensor], start: int, stop: int, dtype: torch.dtype) -> Head:
-    """The part of a head that makes the logits of some words; of `own` are the rows that learn."""
-    weight = head.weight_VD[start:stop].to(dtype)
-    if here := [word for word in own if start <= word < stop]:
-        weight = weight.index_copy(0, torch.tensor(here, device=weight.device) - start,
-                                   torch.stack([own[word] for word in here]))
-    return Head(weight, None if head.bias_V is None else head.bias_V[start:stop], head.factor, head.cap)
-
-
-class _Summary:
-    """Of the logits of some tokens, what has been seen of the words so far.
-
-    Args:
-        targets: (n,).
-    """
-
-    def __init__(self, targets: Tensor) -> None:
-        self.targets = targets
-        self.largest = torch.full(targets.shape, float("-inf"), dtype=torch.float64, device=targets.device)
-        self.total = self.largest.clone()           # log of the sum of exponentials
-        self.wanted = torch.zeros_like(self.largest)
-        self.right = torch.zeros_like(targets, dtype=torch.bool)
-
-    def add(self, logits: Tensor, start: int) -> None:
-        """The logits of the next words, which are used up."""
-        at = self.targets - start
-        inside = (at >= 0) & (at < logits.shape[1])
-        at.clamp_(0, logits.shape[1] - 1)
-        wanted, largest = logits.gather(1, at[:, None])[:, 0], logits.amax(1)
-        # of equal logits argmax takes the first, so none before may be as large
-        self.right |= _is_first(logits, at, inside & (wanted == largest) & (self.largest < wanted))
-        self.wanted = torch.where(inside, wanted.double(), self.wanted)
-        self.largest = torch.maximum(self.largest, largest.double())
-        self.total = torch.logaddexp(self.total, _log_sum(logits, largest))
-
-    def losses(self) -> Tensor:
-        """(n,) -log p of the targets."""
-        return self.total - self.wanted
-
-    def hits(self) -> Tensor:
-        """(n,) whether the target is argmax's choice."""
-        return self.right & (self.largest <= self.wanted)
-
-
-def _is_first(logits: Tensor, at: Tensor, maybe: Tensor) -> Tensor:
-    """(n,) whether argmax gives `at` where that may be; a CPU, where argmax is slow, is asked only there."""
-    if logits.device.type != "cpu":
-        return maybe & (logits.argmax(1) == at)
-    among = maybe.nonzero()[:, 0]
-    maybe[among] = logits[among].argmax(1) == at[among]
-    return maybe
-
-
-def _log_sum(logits: Tensor, largest: Tensor) -> Tensor:
-    """(n,) float64 log of the sum of exponentials; the logits turn into probabilities.
-
-    By torch's softmax, whose exponential takes half the time of torch.exp: the largest probability is 1 / sum.
-    """
-    likeliest = torch.softmax(logits, 1, out=logits).amax(1)
-    return largest.double() - likeliest.double().log()
-
-
-# ---- training --------------------------------------------------------------------------------------------------------
 
 def nll(hidden_ND: Tensor, targets_N: Tensor, head: Head) -> Tensor:
     """() sum of losses, float32 or wider, with gradients for hidden states and whatever of the head learns."""
@@ -320,7 +220,7 @@ def _differentiate(part: Part, targets: Tensor, head: Head, grad_bias: Tensor | 
         if head.bias_V is not None:
             delta += head.bias_V
         return kernel(delta, targets, part.half, head.factor, head.cap).sum()
-    slope = _adjust(delta, head)
+    slope = adjust(delta, head)
     wanted, largest = delta.gather(1, targets), delta.amax(1)
     losses = _log_sum(delta, largest)[:, None] - wanted     # not from the target's probability: it may be 0 in float32
     delta.scatter_add_(1, targets, torch.full_like(wanted, -1.0))
@@ -333,6 +233,15 @@ def _differentiate(part: Part, targets: Tensor, head: Head, grad_bias: Tensor | 
     if part.half is not None:
         part.half.copy_(delta)
     return losses.sum()
+
+
+def _log_sum(logits: Tensor, largest: Tensor) -> Tensor:
+    """(n,) float64 log of the sum of exponentials; the logits turn into probabilities.
+
+    By torch's softmax, whose exponential takes half the time of torch.exp: the largest probability is 1 / sum.
+    """
+    likeliest = torch.softmax(logits, 1, out=logits).amax(1)
+    return largest.double() - likeliest.double().log()
 
 
 @cache

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lit_llm.adapter import TrainedRows, trained_rows
 from lit_llm.tokenizer import IGNORE_INDEX
-from lit_llm.training import fused
+from lit_llm.training import fused, tiles
 
 CHUNK_BYTES = 64 * 2**20                            # of float32 logits at a time
 CrossEntropy = Literal["fused", "cut_cross_entropy", "liger"]
@@ -166,7 +166,7 @@ def _evaluate(hidden_ND: Tensor, targets_N: Tensor, head: Any, factor: float, ca
               per_token: bool, by: CrossEntropy) -> Nll:
     linear = _linear(head, factor, cap)
     if linear is not None:
-        losses_N, right_N = fused.measure(hidden_ND, targets_N, linear)
+        losses_N, right_N = tiles.measure(hidden_ND, targets_N, linear)
         return Nll(losses_N if per_token else losses_N.sum(), right_N.sum())
     losses, correct = [], torch.zeros((), dtype=torch.int64, device=hidden_ND.device)
     rows = _rows(head)

@@ -1,8 +1,7 @@
 """One part of training, alone in a process: `python parts.py NAME`; what it measured is printed as JSON.
 
-`head` and `full_logits`: a step of a small model with 131,072 words, our loss against logits of all tokens. `perplexity`
-and `torchmetrics`: the same validation rows, our metric against torchmetrics' on logits. `lightning` and `loop`: what a
-micro-batch costs beyond the model's own work on the same rows. Started by `train.py`.
+`head` and `full_logits`: a step of a small model with 131,072 words, our loss against logits of all tokens. `lightning`
+and `loop`: what a micro-batch costs beyond the model's own work on the same rows.
 """
 
 import itertools
@@ -84,34 +83,6 @@ def step(our_loss):
     return {"loss": float(loss), "seconds": took, "mb": peak.mb}
 
 
-@torch.no_grad()
-def evaluate(our_metric, half=False):
-    from torchmetrics.text import Perplexity as Theirs
-
-    from lit_llm.training.metrics import Perplexity as Ours
-
-    inner, (ids, labels) = llama(32000).eval(), batch(32000)
-    inner.config.use_cache = False
-    metric = Ours() if our_metric else Theirs(ignore_index=-100)
-    times = []
-    models.backbone(inner)(input_ids=ids)               # its own buffers are there before, for both
-    with Peak() as peak:
-        for _ in range(5):
-            began = time.perf_counter()
-            with torch.autocast("cpu", torch.bfloat16, enabled=half):
-                hidden = models.backbone(inner)(input_ids=ids).last_hidden_state
-                middle = time.perf_counter()            # the backbone's time is the same for both
-                if our_metric:
-                    total, correct = nll_sum(hidden[0], labels[0], models.head(inner))
-                    metric.update(total, int((labels[:, 1:] != -100).sum()), 0, correct)
-                else:
-                    metric.update(models.head(inner)(hidden)[:, :-1].float(), labels[:, 1:])
-            times.append((time.perf_counter() - middle, middle - began))
-    value = metric.report()["perplexity"] if our_metric else float(metric.compute())
-    head, body = sorted(times)[2]
-    return {"perplexity": value, "seconds": head, "with_backbone": head + body, "mb": peak.mb}
-
-
 def overhead(lightning):
     """Milliseconds of a micro-batch of a model that costs next to nothing, on the same rows in a bare loop."""
     import lightning as L
@@ -148,9 +119,8 @@ def overhead(lightning):
     return {"ms": 1000 * took[len(took) // 2], "mean_ms": 1000 * sum(took) / len(took), "steps": len(took)}
 
 
-PARTS = {"head": lambda: step(True), "full_logits": lambda: step(False), "perplexity": lambda: evaluate(True),
-         "torchmetrics": lambda: evaluate(False), "perplexity_bf16": lambda: evaluate(True, half=True),
-         "torchmetrics_bf16": lambda: evaluate(False, half=True), "lightning": lambda: overhead(True), "loop": lambda: overhead(False)}
+PARTS = {"head": lambda: step(True), "full_logits": lambda: step(False), "lightning": lambda: overhead(True),
+         "loop": lambda: overhead(False)}
 
 if __name__ == "__main__":
     print(json.dumps(PARTS[sys.argv[1]]()))

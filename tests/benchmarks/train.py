@@ -38,8 +38,8 @@ TEXT = {
 }
 
 
-def build(folder, tokenizer_folder):
-    """The model that all start from, with its tokenizer."""
+def build(folder, tokenizer_folder, words=0):
+    """The model that all start from, with its tokenizer; with more words than that has where asked for."""
     import torch
 
     from lit_llm import model
@@ -47,7 +47,7 @@ def build(folder, tokenizer_folder):
 
     torch.manual_seed(0)
     tokenizer = Tokenizer.load(tokenizer_folder)
-    built = model.init_causal_lm(LLAMA, vocab_size=tokenizer.vocab_size, bos_token_id=tokenizer.bos_id,
+    built = model.init_causal_lm(LLAMA, vocab_size=max(words, tokenizer.vocab_size), bos_token_id=tokenizer.bos_id,
                                  eos_token_id=tokenizer.eos_id, pad_token_id=tokenizer.pad_id)
     model.save_causal_lm(built, folder, stop_ids=tokenizer.stop_ids, pad_id=tokenizer.pad_id)
     tokenizer.save(folder)

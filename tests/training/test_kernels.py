@@ -78,8 +78,8 @@ def test_the_kernel(call, tmp_path):
 @pytest.mark.parametrize("keys", [{}, {"bias": True}, {"factor": 2.0, "cap": 1.5}], ids=["plain", "bias", "capped"])
 def test_logits_that_are_not_rounded(keys, monkeypatch):
     """CUDA's way through a slice, its products made by hand: the loss of bf16 states is then exact to float32."""
-    monkeypatch.setattr(fused, "_keeps_sums", lambda left: left.dtype == torch.bfloat16)
-    monkeypatch.setattr(fused, "_product", lambda left, right, out: out.copy_(left.to(out.dtype) @ right.to(out.dtype)))
+    monkeypatch.setattr(fused, "keeps_sums", lambda left: left.dtype == torch.bfloat16)
+    monkeypatch.setattr(fused, "multiply", lambda left, right, out: out.copy_(left.to(out.dtype) @ right.to(out.dtype)))
     monkeypatch.setattr(fused, "_add_product", lambda total, left, right: total.add_(left.float() @ right.float()))
     monkeypatch.setitem(fused.SLICE_BYTES, "cpu", 2 * 37 * 16)
     torch.manual_seed(0)

@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lit_llm import model as models
 from lit_llm.adapter import trained_rows
-from lit_llm.training import fused, loss
+from lit_llm.training import fused, loss, tiles
 from lit_llm.training.loss import nll_sum, shift
 
 TOKENS, WIDTH, VOCABULARY = 90, 12, 37
@@ -49,7 +49,7 @@ def chunks_of(monkeypatch, size):
     monkeypatch.setattr(loss, "CHUNK_BYTES", size)
     monkeypatch.setitem(fused.SLICE_BYTES, "cpu", size)
     monkeypatch.setitem(fused.WORK_BYTES, "cpu", size // 4)
-    monkeypatch.setitem(fused.TILE, "cpu", (16, 10))
+    monkeypatch.setitem(tiles.TILE, "cpu", (16, 10))
 
 
 PATHS = {"fused": {}, "bias": {"bias": True}, "scaled": {"factor": 0.25}, "capped": {"cap": 0.8},
@@ -314,16 +314,16 @@ def test_a_count_from_the_host_spares_asking_the_device():
 @pytest.mark.parametrize("tile", [(2048, 1024), (16, 5)])
 def test_of_equal_logits_the_first_counts_as_argmax_has_it(monkeypatch, tile):
     """Half precision rounds many logits to the same number; a tie that counted as right would flatter a model."""
-    monkeypatch.setitem(fused.TILE, "cpu", tile)
+    monkeypatch.setitem(tiles.TILE, "cpu", tile)
     torch.manual_seed(0)
     head = nn.Linear(4, 23, bias=False)
     with torch.no_grad():
         head.weight.copy_(torch.randint(-3, 4, (4, 4))[torch.arange(23) % 4])      # each logit is there five or six times
         hidden, targets = torch.randint(-3, 4, (50, 4)).float(), torch.randint(23, (50,))
-        _, right = fused.measure(hidden, targets, fused.Head(head.weight))
+        _, right = tiles.measure(hidden, targets, fused.Head(head.weight))
         assert right.tolist() == (head(hidden).argmax(1) == targets).tolist()
         targets = torch.randint(4, (50,))
-        _, right = fused.measure(hidden, targets, fused.Head(head.weight))
+        _, right = tiles.measure(hidden, targets, fused.Head(head.weight))
         assert right.tolist() == (head(hidden).argmax(1) == targets).tolist()
     assert right.any()
     assert not right.all()

@@ -1,0 +1,181 @@
+"""Perplexity of a validation, ours against torchmetrics' on logits: time and extra memory.
+
+    python tests/benchmarks/perplexity.py --tokenizer FOLDER --chats A.json B.json [--words 32000] [--bf16]
+
+The 6M-parameter Llama of `train.py` and the conversations, with random weights, in two races.
+
+The head alone: rows of 2,048 tokens, packed as `validate` packs them and spread evenly over all of them; the last hidden
+states of a row go to both in turn, and time is that of all rows, the median over turns. Memory is looked at in turns of
+its own, for who looks slows down what he looks at. With more than about nine of ten tokens supervised the product of
+hidden states and words bounds both.
+
+The whole: `validate` over all conversations against transformers' model on batches of 16, padded to their longest, whose
+logits torchmetrics takes. `--words` gives the model a larger vocabulary than the tokenizer has.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+os.environ.update(TRANSFORMERS_VERBOSITY="error", HF_HUB_OFFLINE="1")
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import torch
+from torchmetrics.text import Perplexity as TheirPerplexity
+
+from lit_llm import model as models
+from lit_llm.cli import quiet
+from lit_llm.data.datamodule import TextDataModule
+from lit_llm.data.sources import Source
+from lit_llm.training.loss import nll_sum
+from lit_llm.training.metrics import Perplexity
+from lit_llm.training.module import CausalLMModule
+from lit_llm.training.trainer import Trainer
+from tests.benchmarks.parts import Peak
+from tests.benchmarks.train import SEQ_LEN, build, conversations
+
+
+def validation(tokenizer, files, count):
+    """Rows of what `validate` would read, spread evenly over all of them."""
+    with tempfile.TemporaryDirectory() as folder:
+        sources = [Source(file) for file in files]
+        data = TextDataModule(sources, sources, tokenizer=tokenizer, seq_len=SEQ_LEN, batch_size=1, cache_dir=folder)
+        data.prepare_data()
+        data.setup("validate")
+        rows = list(data.val_dataloader())
+        return rows[len(rows) // count // 2::len(rows) // count][:count]
+
+
+class Ours:
+    def __init__(self, head):
+        self.head, self.metric = head, Perplexity()
+
+    def __call__(self, hidden, row):
+        total, correct = nll_sum(hidden[0], row["labels"][0], self.head, count=row["num_supervised"])
+        self.metric.update(total, row["num_supervised"], 0, correct)
+
+    def value(self):
+        return self.metric.report()["perplexity"]
+
+
+class Theirs:
+    def __init__(self, head):
+        self.head, self.metric = head, TheirPerplexity(ignore_index=-100)
+
+    def __call__(self, hidden, row):
+        self.metric.update(self.head(hidden)[:, :-1].float(), row["labels"][:, 1:])
+
+    def value(self):
+        return float(self.metric.compute())
+
+
+def race(contestants, rows, turns):
+    """Seconds of each for all rows, of every turn but the first; row by row one after the other."""
+    times = []
+    for _ in range(turns + 1):
+        took = [0.0] * len(contestants)
+        for hidden, row in rows:
+            for place, contestant in enumerate(contestants):
+                began = time.perf_counter()
+                contestant(hidden, row)
+                took[place] += time.perf_counter() - began
+        times.append(took)
+    return times[1:]
+
+
+def most_memory(contestant, rows):
+    with Peak() as peak:
+        for hidden, row in rows:
+            contestant(hidden, row)
+    return peak.mb
+
+
+def head_alone(given, folder):
+    rows = validation(given.tokenizer, given.chats, given.rows)
+    inner = models.load_causal_lm(str(folder)).eval()
+    backbone, head = models.backbone(inner), models.head(inner)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=given.bf16):
+        seen = [(backbone(input_ids=row["input_ids"], position_ids=row["position_ids"]).last_hidden_state, row) for row in rows]
+        contestants = Ours(head), Theirs(head)
+        memory = [most_memory(contestant, seen[:1]) for contestant in contestants]      # before memory lies about for reuse
+        times = race(contestants, seen, given.turns)
+    share = sum(row["num_supervised"] for row in rows) / sum(row["labels"].numel() for row in rows)
+    return f"the head alone, {len(rows)} rows, {share:.0%} supervised", times, memory, [one.value() for one in contestants]
+
+
+def padded_batches(file):
+    rows = [json.loads(line) for line in Path(file).read_text().splitlines()]
+    for start in range(0, len(rows), 16):
+        batch = rows[start:start + 16]
+        longest = max(len(row["input_ids"]) for row in batch)
+        yield {key: torch.tensor([row[key] + [fill] * (longest - len(row[key])) for row in batch])
+               for key, fill in (("input_ids", 0), ("labels", -100))} | {
+            "attention_mask": torch.tensor([[1] * len(row["input_ids"]) + [0] * (longest - len(row["input_ids"])) for row in batch])}
+
+
+def the_whole(given, folder, tokenizer):
+    from transformers import AutoModelForCausalLM
+
+    shared = conversations(tokenizer, given.chats, folder.parent)
+    inner = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="sdpa").eval()
+    batches = list(padded_batches(shared["rows_file"]))
+    records = len(Path(shared["data"]).read_text().splitlines())
+    source = [Source(shared["data"])]
+    data = TextDataModule(source, source, tokenizer=str(folder), seq_len=SEQ_LEN, batch_size=1, cache_dir=str(folder / "cache"))
+    module = CausalLMModule(base=str(folder))
+    trainer = Trainer(accelerator="cpu", devices=1, precision="bf16-mixed" if given.bf16 else "32-true", logger=False,
+                      default_root_dir=str(folder / "run"), enable_progress_bar=False, enable_checkpointing=False)
+
+    def ours():
+        return trainer.validate(module, datamodule=data, verbose=False)[0]["val/perplexity"]
+
+    @torch.no_grad()
+    def theirs():
+        metric = TheirPerplexity(ignore_index=-100)
+        with torch.autocast("cpu", torch.bfloat16, enabled=given.bf16):
+            for batch in batches:
+                logits = inner(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+                metric.update(logits[:, :-1].float(), batch["labels"][:, 1:])
+        return float(metric.compute())
+
+    contestants, times, memory, values = (ours, theirs), [], [], []
+    for contestant in contestants:                  # the first pass of ours also reads the data
+        with Peak() as peak:
+            values.append(contestant())
+        memory.append(peak.mb)
+    for _ in range(2):
+        times.append([])
+        for contestant in contestants:
+            began = time.perf_counter()
+            contestant()
+            times[-1].append(time.perf_counter() - began)
+    return f"the whole, {records:,} conversations", times, memory, values
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--tokenizer", required=True)
+    parser.add_argument("--chats", nargs="+", required=True)
+    parser.add_argument("--words", type=int, default=0)
+    parser.add_argument("--rows", type=int, default=16)
+    parser.add_argument("--turns", type=int, default=5)
+    parser.add_argument("--bf16", action="store_true")
+    given = parser.parse_args()
+    quiet()
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place) / "model"
+        tokenizer, _ = build(folder, given.tokenizer, given.words)
+        for name, times, memory, values in (head_alone(given, folder), the_whole(given, folder, tokenizer)):
+            print(f"{name}, {max(tokenizer.vocab_size, given.words):,} words, {'bf16' if given.bf16 else 'float32'}")
+            for who, took, mb, value in zip(("ours", "torchmetrics"), zip(*times, strict=True), memory, values, strict=True):
+                print(f"  {who}: perplexity {value:.6f}, {1000 * statistics.median(took):,.0f} ms, {mb:.0f} MB more")
+            print(f"  time {statistics.median(slow / quick for quick, slow in times):.2f}, memory {memory[1] / memory[0]:.1f}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
