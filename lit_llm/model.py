@@ -75,6 +75,7 @@ def load_causal_lm(path: str, *, dtype: torch.dtype = torch.float32, attention: 
     if quantize is not None:                        # what stayed whole lies in the mapped file and would hold it all
         for weight in model.parameters():
             weight.data = weight.data.clone()
+        _answer_in_half(model)
     _check_packable(model, attention)
     return model
 
@@ -85,6 +86,21 @@ def _quantization(quantize: Quantize, half: bool) -> Any:
     bitsandbytes()
     return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type=quantize, bnb_4bit_use_double_quant=True,
                               bnb_4bit_compute_dtype=torch.bfloat16 if half else torch.float32)
+
+
+def _answer_in_half(model: nn.Module) -> None:
+    """Let layers in 4 bits give what other linear layers give under autocast.
+
+    They multiply in half precision, but give what they were given: behind a norm, which keeps float32, all that is left
+    for the backward pass is twice as large.
+    """
+    def cast(layer: nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...]:
+        device = given[0].device.type
+        return (given[0].to(torch.get_autocast_dtype(device)), *given[1:]) if torch.is_autocast_enabled(device) else given
+
+    for layer in model.modules():
+        if isinstance(layer, bitsandbytes().nn.Linear4bit):
+            layer.register_forward_pre_hook(cast)
 
 
 def bitsandbytes() -> Any:

@@ -1,5 +1,6 @@
-"""Planned and measured peak memory of the process of real runs: `python tests/benchmarks/plan.py` (Linux, CPU).
+"""Planned and measured peak memory of the process of real runs: `python tests/benchmarks/plan.py [WORD]` (Linux, CPU).
 
+With a word only cases that have it: "60M", "nf4".
 Each case is `plan` and then `fit`, its export too, each in a process of its own; measured is the most that Linux saw
 resident in one process of the run (VmHWM). Adapters learn chats on a base with random weights, all else learns text.
 """
@@ -27,7 +28,7 @@ INITS = {
                                   "attn_logit_softcapping": None},
     "gpt2 7M": {"model_type": "gpt2", "n_embd": 256, "n_head": 8, "n_layer": 8, "n_positions": 2048},
 }
-MODEL = ("gradient_checkpointing", "lora", "optimizer")
+MODEL = ("gradient_checkpointing", "lora", "optimizer", "quantize")
 CASES = [
     ("llama 6M", {}), ("llama 6M", {"seq_len": 2048, "batch_size": 2}), ("llama 6M", {"precision": "bf16-mixed"}),
     ("llama 6M", {"seq_len": 2048, "gradient_checkpointing": True}), ("qwen3 6M", {}), ("gemma2 8M", {}),
@@ -39,6 +40,9 @@ CASES = [
     ("llama 60M", {"lora": {"r": 16}, "seq_len": 2048, "batch_size": 2, "precision": "bf16-true"}),
     ("llama 60M", {"lora": {"r": 8}, "batch_size": 2, "gradient_checkpointing": "selective", "precision": "bf16-mixed"}),
     ("llama 60M", {"lora": {"r": 8}, "strategy": "deepspeed_stage_2", "devices": 2, "precision": "bf16-mixed"}),
+    ("llama 60M", {"lora": {"r": 8}, "quantize": "nf4", "precision": "bf16-mixed"}),
+    ("llama 60M", {"lora": {"r": 8}, "quantize": "nf4", "seq_len": 2048, "batch_size": 2}),
+    ("llama 100M", {"lora": {"r": 8}, "quantize": "nf4", "precision": "bf16-mixed", "gradient_checkpointing": True}),
     ("llama 30M", {"strategy": "fsdp2", "devices": 2}), ("llama 30M", {"optimizer": "muon", "batch_size": 2}),
 ]
 
@@ -100,7 +104,7 @@ def peak(folder, *words):
 
 def main():
     print(f"{'model':<12}{'':<70}{'planned MiB':>12}{'measured MiB':>14}{'ratio':>8}")
-    for name, keys in CASES:
+    for name, keys in [case for case in CASES if all(word in str(case) for word in sys.argv[1:])]:
         with tempfile.TemporaryDirectory() as folder:
             (Path(folder) / "run.yaml").write_text(yaml.safe_dump(config(INITS[name], keys)))
             measured = peak(folder, "fit")

@@ -267,6 +267,35 @@ def test_qlora_learns_on_four_bits_and_merges_into_the_exact_base(tiny_model, ch
     assert quantization_drift(load_causal_lm(base), "nf4") == pytest.approx((apart / norm).sqrt().item(), rel=0.05)
 
 
+@pytest.mark.parametrize("targets", [None, ["q_proj", "v_proj"]], ids=["adapters everywhere", "on some layers"])
+def test_four_bits_leave_no_more_for_the_backward_pass_than_whole_weights(tiny_model, targets):
+    """bitsandbytes answers in float32 behind a norm, which would double what all layers keep."""
+    pytest.importorskip("bitsandbytes", reason="pip install bitsandbytes")
+    from lit_llm.adapter import spare_copies, wrap_peft
+    from lit_llm.model import load_causal_lm
+
+    def kept(quantize):
+        inner = load_causal_lm(tiny_model("llama"), quantize=quantize, half=True)
+        spec = LoRA(r=4, target_modules=targets) if targets else LoRA(r=4)
+        model, sizes = wrap_peft(inner, spec.as_peft()).train(), {}
+        spare_copies(model)
+        weights = {weight.untyped_storage().data_ptr() for weight in model.parameters()}
+
+        def pack(tensor):
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in weights:
+                sizes[storage.data_ptr()] = storage.nbytes()
+            held.append(tensor)
+            return tensor
+
+        held = []
+        with torch.autocast("cpu", torch.bfloat16), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            model(input_ids=torch.arange(128)[None]).logits.sum()
+        return sum(sizes.values())
+
+    assert kept("nf4") <= 1.02 * kept(None)
+
+
 def test_four_bits_without_adapters_are_refused():
     with pytest.raises(InputError, match="4-bit") as caught:
         CausalLMModule(base="sample:base", quantize="nf4")
