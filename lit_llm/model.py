@@ -96,7 +96,9 @@ def _answer_in_half(model: nn.Module) -> None:
     """
     def cast(layer: nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...]:
         device = given[0].device.type
-        return (given[0].to(torch.get_autocast_dtype(device)), *given[1:]) if torch.is_autocast_enabled(device) else given
+        if not torch.is_autocast_enabled(device):
+            return given
+        return given[0].to(torch.get_autocast_dtype(device)), *given[1:]
 
     for layer in model.modules():
         if isinstance(layer, bitsandbytes().nn.Linear4bit):
