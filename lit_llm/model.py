@@ -76,8 +76,30 @@ def load_causal_lm(path: str, *, dtype: torch.dtype = torch.float32, attention: 
         for weight in model.parameters():
             weight.data = weight.data.clone()
         _answer_in_half(model)
+    _check_causal(model)
     _check_packable(model, attention)
     return model
+
+
+def stored_dtype(path: str) -> torch.dtype:
+    """What the weights of a pretrained model lie in, as its config says; float32 where it says nothing.
+
+    Raises:
+        InputError: There is no config, or none that transformers reads.
+    """
+    from transformers import AutoConfig
+
+    path = resolve(path)
+    folder = Path(path).expanduser()
+    try:
+        config = AutoConfig.from_pretrained(str(folder) if folder.is_dir() else path, trust_remote_code=False,
+                                            local_files_only=not folder.is_dir() and hub.offline())
+    except Exception as error:                      # a stranger's files
+        if folder.is_dir():
+            raise InputError(f"cannot read the config.json in {path}: {_reason(error)}", where="model") from None
+        raise hub.unreachable(path, where="model") from None
+    dtype = getattr(config, "dtype", None)
+    return dtype if isinstance(dtype, torch.dtype) else torch.float32
 
 
 def _quantization(quantize: Quantize, half: bool) -> Any:
@@ -176,6 +198,7 @@ def init_causal_lm(init: dict[str, Any], *, dtype: torch.dtype = torch.float32, 
     except Exception as error:                      # each architecture refuses in its own way
         _check_interface(error, kind)
         raise InputError(f"no {kind} can be built so: {_reason(error)}", where="model.init") from None
+    _check_causal(model)
     _check_packable(model, attention)
     return model
 
@@ -261,6 +284,14 @@ def _check_interface(error: Exception, what: str) -> None:
     if isinstance(error, KeyError) and error.args == (packed_attention.NAME,):
         raise packed_attention.PackingError(f"{what} has attention of its own, so documents packed into one row could "
                                             "not be kept apart", where="model") from None
+
+
+def _check_causal(model: "PreTrainedModel") -> None:
+    """Encoders get a head for words too, and would see the words that they shall predict."""
+    if {part.is_causal for part in model.modules() if isinstance(getattr(part, "is_causal", None), bool)} == {False}:
+        raise InputError(f"{type(model).__name__} is an encoder here: each token sees those that follow it",
+                         where="model", fix="take a causal model, like Llama or Qwen; of BERT's kin those with "
+                         "is_decoder: true are")
 
 
 def _check_packable(model: "PreTrainedModel", attention: str | None) -> None:

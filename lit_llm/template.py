@@ -72,7 +72,7 @@ class ChatTemplate(Renderer):
         for place, span in found:
             (words if conversation.messages[place].role == "assistant" else literals).append(span)
         for place, message in enumerate(conversation.messages):
-            if message.role == "assistant":
+            if message.role == "assistant" and not generation_prompt:       # it would take a prompt for each
                 answer = self._answer(conversation, place, text, found, whole)
                 if answer:
                     answers.append((place, *answer))

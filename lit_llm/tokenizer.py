@@ -256,9 +256,9 @@ def _from_pretrained(path: str) -> Any:
     try:
         hf = AutoTokenizer.from_pretrained(
             path, trust_remote_code=False, local_files_only=not Path(path).is_dir() and hub.offline())
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except Exception as error:                      # a stranger's files: transformers has no one error for them
         if Path(path).is_dir():
-            raise InputError(f"no tokenizer can be read from the folder {path}: {str(error).splitlines()[0][:160]}",
+            raise InputError(f"no tokenizer can be read from the folder {path}: {' '.join(str(error).split())[:160]}",
                              where="tokenizer", fix="it needs tokenizer.json, or set --data.tokenizer") from None
         raise hub.unreachable(path, where="tokenizer") from None
     if not getattr(hf, "is_fast", False):

@@ -8,7 +8,8 @@ import os
 import signal
 import time
 import uuid
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Generator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,6 +50,7 @@ class EngineLine:
         self.orders: Any = None                     # LitServe's request queue, set before the fork
         self.queues_pid = 0                         # of the process that holds the queues
         self._inboxes: dict[str, asyncio.Queue[Event]] = {}
+        self._arriving = 0                          # requests on their way here
         self._beat: Beat | None = None
         self._beat_at = 0.0
 
@@ -73,8 +75,22 @@ class EngineLine:
 
     @property
     def in_flight(self) -> int:
-        """Requests that somebody waits for."""
-        return len(self._inboxes)
+        """Requests that somebody waits for, those that are still tokenized among them."""
+        return len(self._inboxes) + self._arriving
+
+    @contextmanager
+    def arriving(self) -> Generator[None, None, None]:
+        """A request takes its place before it is tokenized, which takes its time too.
+
+        Raises:
+            ApiError: 503 without an engine, 429 when the queue is full.
+        """
+        self.admit()
+        self._arriving += 1
+        try:
+            yield
+        finally:
+            self._arriving -= 1
 
     def admit(self) -> None:
         """Refuse early what would only wait.
@@ -101,7 +117,9 @@ class EngineLine:
             self.orders.put(Add(request_id, prompt_ids, params))
             while running:
                 event = await inbox.get()
-                running = not (event.finish_reason or event.error)
+                # one that was lost with a worker may lie in the queue for the next, which nobody would read
+                lost = isinstance(event.error, ConnectionError)
+                running = lost or not (event.finish_reason or event.error)
                 if event.error:
                     raise _as_api_error(event.error)
                 yield event

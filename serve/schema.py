@@ -15,6 +15,7 @@ from lit_llm.errors import InputError, did_you_mean
 from lit_llm.inference.completion import Completion
 from lit_llm.inference.sampling import SamplingParams
 
+MOST = 2**31 - 1                                    # new tokens; longer numbers have no use
 # Accepted and without effect: they are bookkeeping of OpenAI's own service.
 IGNORED = frozenset({"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key",
                      "parallel_tool_calls"})
@@ -95,7 +96,7 @@ class Sampling(Body):
     """The fields that chat and plain completions share."""
 
     model: str | None = Field(None, max_length=512)
-    max_tokens: int | None = Field(None, ge=1)
+    max_tokens: int | None = Field(None, ge=1, le=MOST)
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, gt=0, le=1)
     top_k: int | None = Field(None, ge=0)
@@ -132,7 +133,7 @@ class ChatCompletionBody(Sampling):
     """POST /v1/chat/completions."""
 
     messages: list[dict[str, Any]] = Field(min_length=1, max_length=2048)
-    max_completion_tokens: int | None = Field(None, ge=1)
+    max_completion_tokens: int | None = Field(None, ge=1, le=MOST)
 
     @model_validator(mode="after")
     def _one_limit(self) -> "ChatCompletionBody":
@@ -145,7 +146,7 @@ class CompletionBody(Sampling):
     """POST /v1/completions: text, or token ids, to go on from."""
 
     prompt: str | list[int] | list[str] | list[list[int]]
-    max_tokens: int | None = Field(16, ge=1)        # OpenAI's default
+    max_tokens: int | None = Field(16, ge=1, le=MOST)        # OpenAI's default
 
     @field_validator("prompt")
     @classmethod
@@ -167,7 +168,7 @@ class ChatBody(Body):
     """
 
     message: str = Field(min_length=1)
-    max_length: int = Field(100, ge=1)
+    max_length: int = Field(100, ge=1, le=MOST)
     temperature: float = Field(0.7, ge=0, le=2)
 
 

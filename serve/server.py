@@ -96,7 +96,7 @@ def build(settings: Settings) -> Server:
     """
     folder = model_folder(settings.model)
     _check_port(settings.host, settings.port)
-    tokenizer = Tokenizer.load(tokenizer_folder(folder))
+    tokenizer = Tokenizer.load(tokenizer_folder(folder, settings.engine.get("adapter")))
     name = settings.name or _name(folder)
     routes = Routes(tokenizer, tuple(dict.fromkeys([name, settings.model])), settings.limits, settings.keys)
     options = {"max_running": settings.limits.max_running, "stop_ids": tokenizer.stop_ids, **settings.engine}

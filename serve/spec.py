@@ -95,7 +95,7 @@ class Routes(LitSpec):
     async def chat(self, body: ChatBody, request: Request) -> Response:
         """The simple door: one message in, one answer out."""
         ids = await self._encode(lambda: self._tokenizer.encode_prompt(Conversation((Message("user", body.message),))),
-                                 "message")
+                                 "message", request)
         room = budget_or_400(ids, SamplingParams(), self.line.beat.context_length, "message")
         params = SamplingParams(max_tokens=min(body.max_length, room), temperature=body.temperature)
         text, _ = await unless_gone(request, whole(self._pieces(ids, params)))
@@ -115,7 +115,7 @@ class Routes(LitSpec):
     async def _serve(self, body: Sampling, request: Request, encode: Callable[[], list[int]], field: str) -> Response:
         self._check_model(body.model)
         params = body.params()
-        ids = await self._encode(encode, field)
+        ids = await self._encode(encode, field, request)
         context_length, vocab_size = self.line.beat.context_length, self.line.beat.vocab_size
         if not ids or not 0 <= min(ids) <= max(ids) < vocab_size:
             raise ApiError(400, f"{field}: at least one token, with ids from 0 to {vocab_size - 1}", param=field)
@@ -129,10 +129,11 @@ class Routes(LitSpec):
         with_usage = body.stream_options is not None and body.stream_options.include_usage
         return EventStream(events(shape, first, pieces, with_usage=with_usage))
 
-    async def _encode(self, encode: Callable[[], list[int]], field: str) -> list[int]:
-        self.line.admit()                           # before the work, and again when the engine is asked
+    async def _encode(self, encode: Callable[[], list[int]], field: str, request: Request) -> list[int]:
         try:
-            return await asyncio.get_running_loop().run_in_executor(self._encoding, encode)
+            with self.line.arriving():
+                work = asyncio.get_running_loop().run_in_executor(self._encoding, encode)
+                return await unless_gone(request, work)
         except InputError as error:
             raise bad_request(InputError(error.what, where=field)) from None
 

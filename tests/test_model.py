@@ -164,3 +164,11 @@ def test_tied_weights_are_counted_once(tiny_model):
     model = load_causal_lm(tiny_model("qwen3"))
     assert models.head(model).weight is model.get_input_embeddings().weight
     assert models.count_parameters(model).total == sum({id(w): w.numel() for w in model.parameters()}.values())
+
+
+def test_encoders_are_refused():
+    """Their loss would fall to nothing: what is to be predicted is in view."""
+    tiny = {"hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 2, "num_hidden_layers": 1}
+    with pytest.raises(InputError, match="encoder"):
+        init_causal_lm({"model_type": "bert"} | tiny, vocab_size=64)
+    init_causal_lm({"model_type": "bert", "is_decoder": True} | tiny, vocab_size=64)

@@ -318,3 +318,17 @@ def test_a_broken_or_hostile_template_is_a_user_error_in_bounded_time(tiny_token
 def test_a_template_that_writes_no_talk_is_refused(tiny_tokenizer, tmp_path, template):
     with pytest.raises(InputError, match="chat template"):
         with_template(tiny_tokenizer, tmp_path, template).encode_conversation(chat("Who?", "Tom."))
+
+
+def test_a_long_chat_is_rendered_a_few_times_however_long_it_is(tiny_tokenizer, monkeypatch):
+    """A prompt for each turn of it, which nobody needs to answer, would take a server seconds."""
+    tokenizer, counted = Tokenizer.load(tiny_tokenizer), []
+    kind = type(tokenizer.template)
+    plain = kind.text
+    monkeypatch.setattr(kind, "text", lambda self, *args, **keys: counted.append(1) or plain(self, *args, **keys))
+    turns = [Message("user", "x"), *[Message("assistant", "y"), Message("user", "z")] * 40]
+    ids = tokenizer.encode_prompt(Conversation(tuple(turns)))
+    assert len(counted) < 6
+    text = tokenizer.hf.apply_chat_template([{"role": turn.role, "content": turn.content} for turn in turns],
+                                            add_generation_prompt=True, tokenize=False)
+    assert ids == tokenizer.hf(text, add_special_tokens=False).input_ids

@@ -25,7 +25,7 @@ from lit_llm.data.prepare import OnBadRecord, prepare, wait_for
 from lit_llm.data.sources import Source
 from lit_llm.data.store import Report, TokenStore
 from lit_llm.data.stream_loader import StreamLoader
-from lit_llm.errors import InputError
+from lit_llm.errors import InputError, at_least
 from lit_llm.tokenizer import Tokenizer, TrainOn
 
 
@@ -210,8 +210,8 @@ class TextDataModule(L.LightningDataModule):
             raise InputError(f"{self.bad_record_limit} is not a share from 0 to 1", where="data.bad_record_limit")
         if self.seq_len < 2:
             raise InputError(f"{self.seq_len} leaves nothing to predict; use 2 or more", where="data.seq_len")
-        if self.batch_size < 1:
-            raise InputError(f"{self.batch_size} is no number of rows", where="data.batch_size")
+        at_least(1, {"data.batch_size": self.batch_size, "data.num_proc": self.num_proc,
+                     "data.stream_buffer": self.stream_buffer})
         for source in self.sources:
             if not 0 < source.weight < math.inf:
                 raise InputError(f"weight {source.weight} draws nothing; use a number above 0", where=source.path)

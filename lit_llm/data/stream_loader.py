@@ -214,8 +214,6 @@ def check(data: "TextDataModule") -> None:
     if data.dedup:
         raise InputError("a stream does not remember what it has read", where="data.dedup",
                          fix="Remove duplicates before, or set data.streaming to false.")
-    if data.stream_buffer < 1:
-        raise InputError(f"{data.stream_buffer} is no number of characters", where="data.stream_buffer")
     if data.trainer is not None and trains(data) and data.trainer.max_steps < 1:
         raise InputError("a stream has no end", where="trainer.max_steps",
                          fix="Set --trainer.max_steps N; a run of N steps reads N * accumulate_grad_batches * "

@@ -112,7 +112,7 @@ class TextEngine:
         """Model and tokenizer of a folder; arguments and errors are `Engine.load`'s."""
         from lit_llm.tokenizer import Tokenizer
 
-        tokenizer = Tokenizer.load(tokenizer_folder(str(folder)))   # before the weights, which take longer
+        tokenizer = Tokenizer.load(tokenizer_folder(str(folder), adapter))   # before the weights, which take longer
         return cls(Engine.load(folder, device=device, dtype=dtype, adapter=adapter), tokenizer)
 
     def encode(self, prompt: Prompt) -> list[int]:

@@ -213,12 +213,26 @@ def _adapter_base(folder: str) -> str | None:
     file = Path(folder, "adapter_config.json")
     if not file.is_file() or Path(folder, "config.json").is_file():
         return None
-    return str(json.loads(file.read_text(encoding="utf-8")).get("base_model_name_or_path"))
+    try:
+        facts = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"it is no JSON: {str(error)[:120]}", where=str(file)) from None
+    base = facts.get("base_model_name_or_path") if isinstance(facts, dict) else None
+    if not base or not isinstance(base, str):
+        raise InputError("it names no base", where=str(file), fix="set base_model_name_or_path, or give the base as "
+                         "--model and this folder as --adapter")
+    return base
 
 
-def tokenizer_folder(folder: str) -> str:
-    """Where the tokenizer of a model lies: with it, or with an adapter's base."""
-    return folder if Path(folder, "tokenizer.json").is_file() else _adapter_base(folder) or folder
+def tokenizer_folder(folder: str, adapter: str | Path | None = None) -> str:
+    """Where the tokenizer of a model lies: with the adapter or in the run that made it, with the model, or its base."""
+    for place in (adapter, folder):
+        trained = Path(place).resolve().parents[:3][-1] / "tokenizer" if place else Path()      # run/checkpoints/step/adapter
+        if place and Path(place, "tokenizer.json").is_file():
+            return str(place)
+        if place and Path(place, "adapter_config.json").is_file() and (trained / "tokenizer.json").is_file():
+            return str(trained)
+    return _adapter_base(folder) or folder
 
 
 def _load(folder: str, device: str, dtype: str, adapter: str | Path | None) -> Any:
@@ -227,17 +241,19 @@ def _load(folder: str, device: str, dtype: str, adapter: str | Path | None) -> A
     from safetensors import SafetensorError
 
     from lit_llm.adapter import load_adapter, merge
-    from lit_llm.model import load_causal_lm
+    from lit_llm.model import load_causal_lm, stored_dtype
 
     if base := _adapter_base(folder):
-        folder, adapter = base, folder
+        folder, adapter = resolve(base), folder
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    if dtype == "auto":
-        file = Path(folder, "config.json")
-        config = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-        dtype = config.get("dtype") or config.get("torch_dtype") or "float32"
-    if not isinstance(kind := getattr(torch, dtype, None), torch.dtype):
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"{device} cannot be used: {str(error).splitlines()[0][:160]}", where="device",
+                         fix="leave it out: auto takes what is there") from None
+    kind = stored_dtype(folder) if dtype == "auto" else getattr(torch, dtype, None)
+    if not isinstance(kind, torch.dtype):
         raise InputError(f"unknown dtype '{dtype}'; use auto, float32 or bfloat16", where="dtype")
     try:
         model: Any = load_causal_lm(folder, dtype=kind)

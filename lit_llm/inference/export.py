@@ -28,7 +28,7 @@ def export(run: str, checkpoint: str = "best", out: str | None = None, dtype: Dt
         run: The run folder, e.g. runs/sft.
         checkpoint: `best` by the monitored metric (the newest where none was measured), `last`, or a folder's name such
             as step_40.
-        out: Where to write; null is `export` in the run folder. It is replaced as a whole.
+        out: Where to write; null is `export` in the run folder. A model's folder that is there is replaced as a whole.
         dtype: Of the written weights; `auto` keeps the base's for adapters, the trained ones' otherwise.
 
     Returns:
@@ -38,12 +38,12 @@ def export(run: str, checkpoint: str = "best", out: str | None = None, dtype: Dt
 
     from lit_llm import adapter, model
 
-    folder = _checkpoint(Path(run), checkpoint)
+    folder, target = _checkpoint(Path(run), checkpoint), _target(Path(run), out)
     facts = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
     tokenizer = Tokenizer.load(str(Path(run) / "tokenizer"))
     if (folder / "adapter").is_dir():
         base = resolve(str(facts["base"]))
-        stored = _stored_dtype(base)
+        stored = model.stored_dtype(base)
         exact = model.load_causal_lm(base)
         if quantize := (_read(Path(run) / "config.yaml").get("model") or {}).get("quantize"):
             drift = model.quantization_drift(exact, quantize)
@@ -54,7 +54,6 @@ def export(run: str, checkpoint: str = "best", out: str | None = None, dtype: Dt
         base, stored = "", None
         merged = model.load_causal_lm(str(folder / "model"))
     wanted = stored if dtype == "auto" else getattr(torch, dtype)
-    target = Path(out) if out else Path(run) / "export"
     partial = target.with_name(target.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -62,6 +61,18 @@ def export(run: str, checkpoint: str = "best", out: str | None = None, dtype: Dt
     tokenizer.save(partial)
     (partial / "README.md").write_text(_card(Path(run), facts, folder.name), encoding="utf-8")
     disk.replace_folder(partial, target)
+    return target
+
+
+def _target(run: Path, out: str | None) -> Path:
+    """Where to write: a new folder, an empty one, or one that holds a model and no run."""
+    target = (Path(out).expanduser() if out else run / "export").resolve()
+    model = (target / "config.json").is_file() and not (target / "checkpoints").exists()
+    if target in (run.resolve(), *run.resolve().parents) or (target.is_dir() and any(target.iterdir()) and not model):
+        raise InputError(f"{target} holds something else than a model, and would be replaced", where="out",
+                         fix="name a new folder")
+    if target.exists() and not target.is_dir():
+        raise InputError(f"{target} is a file", where="out", fix="name a new folder")
     return target
 
 
@@ -82,13 +93,6 @@ def _checkpoint(run: Path, wanted: str) -> Path:
         has = ", ".join(sorted(path.name for path in folders.glob("step_*"))) or "none"
         raise InputError(f"{run} has no complete checkpoint '{name}' (it has: {has})", where="checkpoint")
     return folders / name
-
-
-def _stored_dtype(base: str) -> Any:
-    """The dtype of a base's weights as they lie on disk."""
-    from transformers import AutoConfig
-
-    return getattr(AutoConfig.from_pretrained(base, trust_remote_code=False), "dtype", None)
 
 
 def _card(run: Path, facts: dict[str, Any], name: str) -> str:

@@ -39,7 +39,7 @@ class SamplingParams:
     seed: int | None = None
 
     def __post_init__(self) -> None:
-        _integer("max_tokens", self.max_tokens, least=1)
+        _integer("max_tokens", self.max_tokens, least=1, most=2**31 - 1)
         _integer("top_k", self.top_k, least=0)
         _integer("seed", self.seed, least=-(2**63), most=2**63 - 1)
         _number("temperature", self.temperature, low=0.0, high=2.0)
@@ -53,8 +53,8 @@ class SamplingParams:
 
     @property
     def greedy(self) -> bool:
-        """Whether chance plays no part."""
-        return self.temperature == 0
+        """Whether chance plays no part: below this temperature logits over it are infinite, or as good as."""
+        return self.temperature < 1e-5
 
 
 def next_ids(

@@ -23,7 +23,7 @@ from lightning.pytorch.loops.evaluation_loop import RestartStage
 from lightning.pytorch.trainer.connectors.logger_connector.result import convert_tensors_to_scalars
 
 from lit_llm import adapter, disk, model
-from lit_llm.errors import InputError
+from lit_llm.errors import InputError, at_least
 from lit_llm.training import manifest
 from lit_llm.training.manifest import step_of
 from lit_llm.training.processes import end_together
@@ -51,7 +51,7 @@ class StepCheckpoint(Checkpoint):
     def __init__(self, every_n_steps: int | None = None, monitor: str = "val/nll", mode: Literal["min", "max"] = "min",
                  keep_best: int = 1, keep_last: int = 1, keep_every_n_steps: int | None = None) -> None:
         self.every_n_steps, self.monitor, self.mode = every_n_steps, monitor, mode
-        self.keep_best, self.keep_last, self.keep_every_n_steps = keep_best, max(1, keep_last), keep_every_n_steps
+        self.keep_best, self.keep_last, self.keep_every_n_steps = keep_best, keep_last, keep_every_n_steps
         self.scores: dict[str, float] = {}          # folder name -> monitored value
         self._saved = -1
         self._unfinished = False                    # whether what is saved stands inside a validation
@@ -59,7 +59,14 @@ class StepCheckpoint(Checkpoint):
     # ---- when --------------------------------------------------------------------------------------------------------
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """States go straight to their file: Lightning would hold them in memory, then in /tmp, a second time."""
+        """States go straight to their file: Lightning would hold them in memory, then in /tmp, a second time.
+
+        Raises:
+            InputError: A number is too small; said here, for the command line knows no reasons of constructors.
+        """
+        at_least(1, {f"StepCheckpoint.{name}": getattr(self, name)
+                     for name in ("every_n_steps", "keep_last", "keep_every_n_steps")})
+        at_least(0, {"StepCheckpoint.keep_best": self.keep_best})
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             trainer.strategy.checkpoint_io = _StateFile()
 

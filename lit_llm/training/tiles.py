@@ -7,6 +7,7 @@ No token's logits are ever together, so memory grows neither with tokens nor wit
 
 from functools import cache
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -72,7 +73,7 @@ def _has_onednn() -> bool:
     size it keeps, which is never written to; otherwise it may give memory back after each tile, and the system fills
     what comes in its place with zeros, a fifth of the time of all.
     """
-    bytearray(2**25 - 2**16)
+    np.empty(2**25 - 2**16, np.uint8)
     return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 

@@ -16,7 +16,7 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies import StrategyRegistry
 
 from lit_llm import disk
-from lit_llm.errors import InputError, did_you_mean
+from lit_llm.errors import InputError, at_least, did_you_mean
 from lit_llm.training import compatible, manifest
 from lit_llm.training.callbacks import Progress, RunFolder
 from lit_llm.training.checkpoint import StepCheckpoint
@@ -180,6 +180,7 @@ class Trainer(L.Trainer):
         from lit_llm.data.page import as_page
         from lit_llm.data.terminal import as_text
 
+        at_least(0, {"rows": rows, "characters": characters})
         datamodule.quiet = True  # type: ignore[attr-defined]      # the same follows at length
         self.prepare(model, datamodule)
         seen = examine(datamodule, rows)  # type: ignore[arg-type]
@@ -234,6 +235,7 @@ class Trainer(L.Trainer):
         """
         from lit_llm.training.doctor import selftest
 
+        at_least(1, {"processes": processes})
         processes = self.world_size if processes is None else processes
         if not selftest(self.run.config, datamodule, devices=self.world_size, processes=processes):
             raise SystemExit(1)
@@ -276,8 +278,7 @@ class Trainer(L.Trainer):
 def _check_numbers(options: dict[str, Any]) -> None:
     """What Lightning takes, and then divides by or does nothing with."""
     for name, least in LEAST.items():
-        if (value := options.get(name)) is not None and value < least:
-            raise InputError(f"{value} is too small; use {least} or more", where=f"trainer.{name}")
+        at_least(least, {f"trainer.{name}": options.get(name)})
     for name in NOTHING:
         if options.get(name) == 0:
             raise InputError("0 would train, or measure, nothing", where=f"trainer.{name}", fix="leave it out, or set "

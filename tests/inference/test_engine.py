@@ -262,3 +262,52 @@ def test_dtype_auto_is_the_checkpoints_own(tiny_model, tmp_path):
     assert Engine.load(tmp_path, dtype="float32").model.dtype == torch.float32
     with pytest.raises(InputError, match="dtype"):
         Engine.load(tmp_path, dtype="float33")
+
+
+def test_dtype_auto_of_a_hub_model_is_its_own(tiny_model, tmp_path, monkeypatch):
+    """In the hub's cache, where no folder has its name."""
+    snapshot = tmp_path / "models--someone--tiny" / "snapshots" / "1"
+    AutoModelForCausalLM.from_pretrained(tiny_model("llama"), dtype=torch.bfloat16).save_pretrained(snapshot)
+    (tmp_path / "models--someone--tiny" / "refs").mkdir()
+    (tmp_path / "models--someone--tiny" / "refs" / "main").write_text("1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("transformers.utils.hub.constants.HF_HUB_CACHE", str(tmp_path), raising=False)
+    assert Engine.load("someone/tiny").model.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(("file", "text"), [
+    ("adapter_config.json", "{bad"), ("adapter_config.json", "[]"), ("adapter_config.json", "{}"),
+    ("adapter_config.json", '{"base_model_name_or_path": null}'), ("config.json", "[]"), ("config.json", "{bad"),
+    ("config.json", {"dtype": ["a"]}), ("config.json", {"dtype": "unheard-of"})])
+def test_a_strange_config_is_said_in_one_message(file, text, tiny_model, tmp_path):
+    shutil.copytree(tiny_model("llama"), tmp_path / "odd")
+    if file == "adapter_config.json":
+        (tmp_path / "odd" / "config.json").unlink()
+        (tmp_path / "odd" / "tokenizer.json").unlink()
+    if isinstance(text, dict):
+        text = json.dumps(json.loads((tmp_path / "odd" / file).read_text()) | text)
+    (tmp_path / "odd" / file).write_text(text)
+    with pytest.raises(InputError):
+        TextEngine.load(tmp_path / "odd")
+
+
+@pytest.mark.parametrize("device", ["foo", "cuda:99"])
+def test_a_device_that_is_not_there_is_named(device, tiny_model):
+    with pytest.raises(InputError) as caught:
+        Engine.load(tiny_model("llama"), device=device)
+    assert caught.value.where == "device"
+
+
+@pytest.mark.parametrize("beside", [True, False], ids=["adapter folder", "--adapter"])
+def test_an_adapter_of_a_run_is_asked_with_the_template_of_its_run(beside, tiny_model, tmp_path):
+    from peft import LoraConfig, get_peft_model
+
+    base, folder = tiny_model("llama"), tmp_path / "run" / "checkpoints" / "step_1" / "adapter"
+    get_peft_model(AutoModelForCausalLM.from_pretrained(base), LoraConfig(r=2)).save_pretrained(folder)
+    config = folder / "adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"base_model_name_or_path": base}))
+    own = Tokenizer.load(base)
+    own.hf.chat_template = own.hf.chat_template.replace("<|im_start|>", "<|im_start|>~")
+    own.save(tmp_path / "run" / "tokenizer")
+    engine = TextEngine.load(base, adapter=folder) if beside else TextEngine.load(folder)
+    assert engine.tokenizer.hf.chat_template == own.hf.chat_template

@@ -59,10 +59,17 @@ def test_draws_follow_the_distribution():
     assert float(((counts - expected) ** 2 / expected).sum()) < 33.4        # chi-square, 4 degrees, p = 1e-6
 
 
+@pytest.mark.parametrize("temperature", [1e-6, 1e-38, 5e-324])
+def test_next_to_no_temperature_is_none(temperature):
+    """Logits divided by it would be infinite, and no distribution."""
+    logits = torch.tensor([[1.0, 3.0, 2.0]]) * 50
+    assert next_ids(logits, [SamplingParams(temperature=temperature)], [None]).tolist() == [1]
+
+
 @pytest.mark.parametrize("wrong", [
     {"temperature": -0.1}, {"temperature": 2.1}, {"temperature": math.nan}, {"temperature": math.inf},
     {"temperature": "hot"}, {"temperature": True}, {"top_p": 0}, {"top_p": 1.01}, {"top_k": -1}, {"top_k": 1.5},
-    {"max_tokens": 0}, {"max_tokens": 2.0}, {"seed": 2**63}, {"seed": "x"}, {"stop": ("",)}, {"stop": ["a"]},
+    {"max_tokens": 0}, {"max_tokens": 2**31}, {"max_tokens": 10**4299}, {"max_tokens": 2.0}, {"seed": 2**63}, {"seed": "x"}, {"stop": ("",)}, {"stop": ["a"]},
     {"stop": ("x",) * 17}, {"stop": ("x" * 257,)},
 ])
 def test_a_wrong_setting_is_named(wrong):

@@ -2,8 +2,10 @@
 processes stay behind, or strangers get in without a key.
 """
 
+import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -30,6 +32,22 @@ def test_hanging_up_frees_the_slot(server):
     start = time.monotonic()                        # the engine is free too, not only the count
     assert server.http.post("/chat", json={"message": "Hi", "max_length": 3}).status_code == 200
     assert time.monotonic() - start < 5
+
+
+def test_hanging_up_frees_the_tokenizer_too(server):
+    """Before the engine is asked: a chat that is still tokenized is in flight, and nobody's when its client is gone."""
+    server.until(lambda: server.health() == (200, 0))
+    long = {"messages": [{"role": "user", "content": "ab " * 330_000}], "max_tokens": 1}
+    body = json.dumps(long).encode()
+    seen = []
+    for _ in range(4):
+        with socket.create_connection(("127.0.0.1", server.port)) as client:
+            client.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+                           b"Content-Length: %d\r\n\r\n" % len(body) + body)
+            time.sleep(0.15)
+            seen.append(server.health()[1])
+    assert max(seen) >= 1
+    server.until(lambda: server.health() == (200, 0), 5)
 
 
 def test_the_page_needs_nothing_from_elsewhere(server):

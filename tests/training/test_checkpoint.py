@@ -366,6 +366,21 @@ def test_early_stopping(fit):
 
 # ---- what comes out --------------------------------------------------------------------------------------------------
 
+@pytest.mark.parametrize("out", ["run", ".", "other", "run/checkpoints"])
+def test_an_export_replaces_no_run_and_nothing_else_of_the_users(out, fit, monkeypatch, tmp_path):
+    run = fit("run", lora=True)
+    (run.parent / "other").mkdir()
+    (run.parent / "other" / "thesis.txt").write_text("years of work")
+    monkeypatch.chdir(run.parent)
+    with pytest.raises(InputError) as caught:
+        export(run.name, "last", out=out.replace("run", run.name))
+    assert caught.value.where == "out"
+    assert (run / "checkpoints" / "step_6" / "manifest.json").is_file()
+    assert (run.parent / "other" / "thesis.txt").is_file()
+    export(run.name, "last", out="new")
+    export(run.name, "last", out="new")             # an older export is what it may replace
+
+
 @pytest.mark.parametrize("lora", [True, False])
 def test_the_export_is_the_trained_model(lora, fit, tiny_model):
     """Its logits equal those of base plus adapter under peft, or of the trained weights under transformers."""
