@@ -185,7 +185,7 @@ class Encoder:
         out: dict[int, np.ndarray | InputError] = {}
         for plain in (False, True):
             mine = [number for number in range(len(pieces)) if spelled[number] == plain]
-            backend = self._plain if plain and mine else self._backend
+            backend = self._bare if plain and mine else self._backend
             out |= zip(mine, _batch(backend.encode_batch_fast, [pieces[number] for number in mine]), strict=True)
         arrays = [ids for ids in out.values() if isinstance(ids, np.ndarray)]
         if arrays and np.isin(np.concatenate(arrays), self._specials).any():        # one look, since it is never so
@@ -219,7 +219,7 @@ class Encoder:
         for tries, found in enumerate(BETWEEN.finditer(text, PIECE, len(text) - CONTEXT)):
             at = found.end()
             left, right = text[max(0, at - CONTEXT):at], text[at:at + CONTEXT]
-            backend = self._plain if self._added.search(left + right) else self._backend
+            backend = self._bare if self._added.search(left + right) else self._backend
             alone, both = _run(backend, left).ids, _run(backend, left + right)
             count = len(alone)
             if both.ids[:count] == alone and both.begun(len(left)) == both.ended(len(left)) == count:
@@ -238,11 +238,16 @@ class Encoder:
         return reading.ids[skip:], [(shift + a, shift + b) for a, b in reading.spans[skip:]]
 
     @cached_property
-    def _plain(self) -> Any:
+    def _bare(self) -> Any:
         """The same vocabulary and rules without added tokens, made when some text first spells one."""
         rules = json.loads(self._backend.to_str())
         rules["added_tokens"] = [token for token in rules["added_tokens"] if not token["content"].strip()]
-        plain = type(self._backend).from_str(json.dumps(rules))
+        return type(self._backend).from_str(json.dumps(rules))
+
+    @cached_property
+    def _plain(self) -> Any:
+        """With the anchor, whose id the model does not have: for sections that are cut at every anchor they spell."""
+        plain = type(self._backend).from_str(self._bare.to_str())
         plain.add_special_tokens([ANCHOR])
         return plain
 

@@ -95,8 +95,9 @@ class Tokenizer:
 
     @cached_property
     def fingerprint(self) -> str:
-        """sha256 over vocabulary, rules and chat template: equal ids for equal text."""
-        text = self._backend.to_str() + json.dumps(self.hf.chat_template)
+        """sha256 over vocabulary, rules, chat template and special tokens: equal ids for equal text."""
+        own = [self.hf.chat_template, self.eos_id, self.bos_id, self.hf.special_tokens_map]
+        text = self._backend.to_str() + json.dumps(own, sort_keys=True, default=str)
         return hashlib.sha256(text.encode()).hexdigest()
 
     @cached_property
@@ -276,9 +277,13 @@ def _choose_template(hf: Any, path: str, wanted: str | None) -> tuple[str, str]:
     if wanted is not None:
         if wanted in named:
             return named[wanted], ""
-        file = Path(wanted).expanduser()
-        if file.is_file():
-            return file.read_text(encoding="utf-8"), ""
+        try:
+            file = Path(wanted).expanduser()
+            if file.is_file():
+                return file.read_text(encoding="utf-8"), ""
+        except (OSError, UnicodeDecodeError, RuntimeError) as error:
+            raise InputError(f"the template file cannot be read: {str(error)[:120]}", where="data.chat_template",
+                             fix="give the path of a .jinja file in UTF-8, not the template itself") from None
         has = ", ".join(named) or "none"
         raise InputError(f"there is no template file {wanted}, and the tokenizer of {path} has no template of that "
                          f"name (it has: {has})", where="data.chat_template", fix="give a .jinja file, or null")

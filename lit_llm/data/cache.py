@@ -176,10 +176,13 @@ def _locked(path: Path, *, wait: bool = True) -> Iterator[IO[str]]:
 
 
 def _sweep(mine: Path) -> None:
-    """Remove half-written stores that nobody writes any more; the caller holds the lock of its own."""
+    """Remove half-written stores that nobody writes any more; the caller holds the lock of its own.
+
+    One whose lock is held, or another user's, is left alone.
+    """
     for debris in mine.parent.glob("*.tmp-*"):
         owner = mine.parent / debris.name.split(".")[0]
-        with contextlib.suppress(BlockingIOError), \
+        with contextlib.suppress(OSError), \
                 contextlib.nullcontext() if owner == mine else _locked(owner.with_suffix(".lock"), wait=False):
             shutil.rmtree(debris, ignore_errors=True)
 

@@ -212,6 +212,7 @@ class TextDataModule(L.LightningDataModule):
             raise InputError(f"{self.seq_len} leaves nothing to predict; use 2 or more", where="data.seq_len")
         at_least(1, {"data.batch_size": self.batch_size, "data.num_proc": self.num_proc,
                      "data.stream_buffer": self.stream_buffer})
+        at_least(0, {"data.seed": self.seed})
         for source in self.sources:
             if not 0 < source.weight < math.inf:
                 raise InputError(f"weight {source.weight} draws nothing; use a number above 0", where=source.path)

@@ -15,15 +15,13 @@ from lit_llm.data.corpus import Corpus, Tally
 from lit_llm.data.formats import OPEN_NOTE
 from lit_llm.data.loader import EMPTY, RowLoader
 from lit_llm.data.packing import Rows
-from lit_llm.data.store import Report, TokenStore
+from lit_llm.data.store import CONTROLS, Report, TokenStore
 from lit_llm.tokenizer import SPEAKERS, Tokenizer
 
 if TYPE_CHECKING:
     from lit_llm.data.datamodule import Plan, TextDataModule
 
 BINS = 12
-CONTROLS = {code: "\ufffd" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
-CONTROLS |= {code: "\ufffd" for code in (*range(0x202A, 0x202F), *range(0x2066, 0x206A))}   # they reorder what is read
 NOTES = {                                               # of `Plan.notes`, in words
     "duplicates": "records that say exactly what an earlier one says",
     "duplicates_left_out": "left out: they say exactly what an earlier one says",

@@ -134,7 +134,7 @@ def repeats(corpus: Corpus) -> np.ndarray:
 
     A record may be several sequences, which say the same and stay together.
     """
-    keys = np.stack([corpus.store_of, *(corpus.column(name) for name in ("file", "number"))])
+    keys = np.stack([corpus.store_of, corpus.column("record")])
     record = np.cumsum((np.diff(keys, axis=1, prepend=-1) != 0).any(axis=0))
     _, first, said = np.unique(corpus.column("content"), return_index=True, return_inverse=True)
     return record != record[first][said]

@@ -188,7 +188,11 @@ def _document(piece: Piece, ids: Any, record: Any, tokenizer: Tokenizer) -> Enco
 
 
 def _conversation(said: Conversation, tokenizer: Tokenizer, train_on: TrainOn) -> Encoded:
-    content = _hash(json.dumps([said.to_openai(), list(said.tools)], sort_keys=True, ensure_ascii=False))
+    try:
+        text = json.dumps([said.to_openai(), list(said.tools)], sort_keys=True, ensure_ascii=False)
+    except (TypeError, ValueError, RecursionError) as error:        # of a table, whose values may be dates or bytes
+        raise InputError(f"tools or calls of tools hold what JSON has no word for: {error}") from None
+    content = _hash(text)
     encoded = tokenizer.encode_conversation(said, train_on=train_on)
     if not all((sequence.labels[1:] != IGNORE_INDEX).any() for sequence in encoded):
         raise InputError("nothing to learn from: no token of this conversation is supervised")

@@ -21,7 +21,8 @@ from lit_llm.errors import InputError, did_you_mean
 
 DOCUMENT_CHOICES = ("auto", "file", "paragraph", "line")
 SPLITS = {"train": ("training",), "validation": ("valid", "val", "dev"), "test": ("testing",)}     # as the hub has it
-_ABOUT = re.compile(r"(?i)(readme|licen[sc]e|changelog|notice|contributing)\b|(dataset_infos?|state|config)\.json$")
+_ABOUT = re.compile(r"(?i)(readme|licen[sc]e)(?![a-z])|(changelog|notice|contributing)(\.\w+)*$|"
+                    r"(dataset_infos?|state|config)\.json$")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
@@ -145,7 +146,12 @@ def locate(path: str) -> Path:
         import lit_llm.samples
 
         return Path(str(lit_llm.samples.__file__)).parent / path.removeprefix("sample:")
-    return Path(path).expanduser()
+    try:
+        found = Path(path).expanduser()
+        found.exists()
+    except (OSError, RuntimeError, ValueError) as error:
+        raise InputError(f"{path[:80]} is no path: {str(error)[:80]}", where="data.sources") from None
+    return found
 
 
 def is_hub(path: str) -> bool:

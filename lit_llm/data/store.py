@@ -27,8 +27,12 @@ DOCUMENTS = np.array([SPEAKERS.index("document")], dtype=np.uint8)
 SEQUENCE = np.dtype([
     ("offset", "<i8"), ("length", "<i4"), ("supervised", "<i4"),    # supervised: beyond the first token
     ("kind", "u1"), ("ended", "u1"),                                # ended: its last token is the end-of-text token
-    ("file", "<i4"), ("number", "<i8"), ("content", "<u8")])        # content: a hash, equal for equal records
+    ("file", "<i4"), ("number", "<i8"),                             # where its record stands, for people
+    ("content", "<u8"), ("record", "<i8")])                         # content: a hash, equal for equal records
 
+MANY = 100                                              # reasons and notes that are told apart
+CONTROLS = {code: "\ufffd" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
+CONTROLS |= {code: "\ufffd" for code in (*range(0x202A, 0x202F), *range(0x2066, 0x206A))}   # they reorder what is read
 LONGEST = int(np.iinfo("<i4").max)                      # tokens of a sequence
 
 
@@ -52,7 +56,10 @@ class Report:
     mended: dict[str, int] = field(default_factory=dict)        # what was mended -> files
 
     def drop(self, reason: str, place: str) -> None:
-        """Count one more."""
+        """Count one more; a reason quotes its record, so a bad file may have one of its own for each."""
+        reason = reason.translate(CONTROLS)
+        if reason not in self.dropped and len(self.dropped) >= MANY:
+            reason = "other reasons"
         count, first = self.dropped.get(reason, (0, place))
         self.dropped[reason] = (count + 1, first)
 
@@ -183,7 +190,7 @@ def block(encoded: Sequence[Encoded | InputError], tokenizer: Tokenizer, *, clea
             continue
         for sequence in record.sequences:
             ended = record.kind == DOCUMENT and record.last and sequence.input_ids[-1] == tokenizer.eos_id
-            rows.append((offset, len(sequence), 0, record.kind, ended, 0, number, record.content))
+            rows.append((offset, len(sequence), 0, record.kind, ended, 0, number, record.content, 0))
             ids.append(sequence.input_ids)
             labels.append(sequence.labels)
             speakers.append(DOCUMENTS.repeat(len(sequence)) if sequence.speakers is None else sequence.speakers)
@@ -242,6 +249,7 @@ class Writer:
         files = [self.files.setdefault(place.path, len(self.files)) for _, place in items]
         numbers = [place.number for _, place in items]
         at = rows["number"]
+        rows["record"] = self.report.read + np.cumsum(begins)[at]
         rows["file"], rows["number"] = np.take(files, at), np.take(numbers, at)
         self.report.read += sum(begins)
         self.report.kept += sum(begins) - len(new.faults)
@@ -306,7 +314,8 @@ class Writer:
 
 def _count(into: dict[str, int], more: dict[str, int]) -> None:
     for name, count in more.items():
-        if name in into or len(into) < 100:             # a hostile file may have a key of its own in each record
+        name = name.translate(CONTROLS)
+        if name in into or len(into) < MANY:            # a hostile file may have a key of its own in each record
             into[name] = into.get(name, 0) + count
 
 

@@ -225,13 +225,12 @@ def _adapter_base(folder: str) -> str | None:
 
 
 def tokenizer_folder(folder: str, adapter: str | Path | None = None) -> str:
-    """Where the tokenizer of a model lies: with the adapter or in the run that made it, with the model, or its base."""
-    for place in (adapter, folder):
-        trained = Path(place).resolve().parents[:3][-1] / "tokenizer" if place else Path()      # run/checkpoints/step/adapter
-        if place and Path(place, "tokenizer.json").is_file():
-            return str(place)
-        if place and Path(place, "adapter_config.json").is_file() and (trained / "tokenizer.json").is_file():
-            return str(trained)
+    """Where a model's tokenizer lies: with the adapter, in the run that made it, with the model, or with its base."""
+    for place in [Path(given).resolve() for given in (adapter, folder) if given]:
+        run = place.parent.parent.parent            # of RUN/checkpoints/step_N/adapter
+        trained = [run / "tokenizer"] if (place / "adapter_config.json").is_file() else []
+        if found := next((home for home in [place, *trained] if (home / "tokenizer.json").is_file()), None):
+            return str(found)
     return _adapter_base(folder) or folder
 
 
