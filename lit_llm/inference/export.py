@@ -38,8 +38,9 @@ def export(run: str, checkpoint: str = "best", out: str | None = None, dtype: Dt
 
     from lit_llm import adapter, model
 
-    folder, target = _checkpoint(Path(run), checkpoint), _target(Path(run), out)
+    folder = _checkpoint(Path(run), checkpoint)
     facts = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    target = _target(Path(run), out, str(facts["base"])) if out else Path(run) / "export"
     tokenizer = Tokenizer.load(str(Path(run) / "tokenizer"))
     if (folder / "adapter").is_dir():
         base = resolve(str(facts["base"]))
@@ -64,15 +65,15 @@ def export(run: str, checkpoint: str = "best", out: str | None = None, dtype: Dt
     return target
 
 
-def _target(run: Path, out: str | None) -> Path:
-    """Where to write: a new folder, an empty one, or one that holds a model and no run."""
-    target = (Path(out).expanduser() if out else run / "export").resolve()
+def _target(run: Path, out: str, base: str) -> Path:
+    """Where a user wants it: a new folder, an empty one, or one that holds a model, but neither a run nor the base."""
+    target = Path(out).expanduser().resolve()
+    empty = not target.exists() or (target.is_dir() and not any(target.iterdir()))
     model = (target / "config.json").is_file() and not (target / "checkpoints").exists()
-    if target in (run.resolve(), *run.resolve().parents) or (target.is_dir() and any(target.iterdir()) and not model):
-        raise InputError(f"{target} holds something else than a model, and would be replaced", where="out",
+    needed = (run.resolve(), *run.resolve().parents, Path(resolve(base)).expanduser().resolve())
+    if target in needed or not (empty or model):
+        raise InputError(f"{target} holds something else than an export, and would be replaced", where="out",
                          fix="name a new folder")
-    if target.exists() and not target.is_dir():
-        raise InputError(f"{target} is a file", where="out", fix="name a new folder")
     return target
 
 

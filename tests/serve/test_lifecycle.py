@@ -4,6 +4,7 @@ processes stay behind, or strangers get in without a key.
 
 import json
 import os
+import queue
 import signal
 import socket
 import subprocess
@@ -162,3 +163,36 @@ def test_a_mistake_takes_a_few_lines_and_code_2(words, said, server, endless_mod
     assert "Traceback" not in error
     if words:
         assert len(error.strip().splitlines()) <= 6
+
+
+def test_a_request_that_was_lost_with_a_worker_is_not_left_to_the_next():
+    """It was told 503 and comes again; the new worker finds it in the queue, and would draw it to its end for nobody."""
+    import asyncio
+
+    from lit_llm.inference.sampling import SamplingParams
+    from serve.line import EngineLine, Limits
+    from serve.schema import ApiError
+    from serve.worker import Add, Beat, Cancel
+
+    class Beats:
+        """The worker's end: beats of two boots."""
+
+        boots = iter(["first", "second"])
+
+        async def areceive(self, consumer):
+            await asyncio.sleep(0.05)
+            return Beat(boot, 0.0, 99, 99, None) if (boot := next(self.boots, None)) else await asyncio.sleep(60)
+
+    async def run():
+        line = EngineLine(Limits())
+        line.orders = queue.SimpleQueue()
+        listening = asyncio.create_task(line.listen(Beats()))
+        while line._beat is None:
+            await asyncio.sleep(0.01)
+        with pytest.raises(ApiError, match="restarted"):
+            async for _ in line.ask([1, 2], SamplingParams()):
+                pass
+        listening.cancel()
+        return [type(line.orders.get_nowait()) for _ in range(line.orders.qsize())], line.in_flight
+
+    assert asyncio.run(run()) == ([Add, Cancel], 0)

@@ -366,14 +366,14 @@ def test_early_stopping(fit):
 
 # ---- what comes out --------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("out", ["run", ".", "other", "run/checkpoints"])
-def test_an_export_replaces_no_run_and_nothing_else_of_the_users(out, fit, monkeypatch, tmp_path):
+@pytest.mark.parametrize("out", ["run", ".", "other", "other/thesis.txt", "run/checkpoints", "base"])
+def test_an_export_replaces_no_run_and_nothing_else_of_the_users(out, fit, monkeypatch, tiny_model):
     run = fit("run", lora=True)
     (run.parent / "other").mkdir()
     (run.parent / "other" / "thesis.txt").write_text("years of work")
     monkeypatch.chdir(run.parent)
     with pytest.raises(InputError) as caught:
-        export(run.name, "last", out=out.replace("run", run.name))
+        export(run.name, "last", out=tiny_model("llama") if out == "base" else out.replace("run", run.name))
     assert caught.value.where == "out"
     assert (run / "checkpoints" / "step_6" / "manifest.json").is_file()
     assert (run.parent / "other" / "thesis.txt").is_file()
