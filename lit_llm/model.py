@@ -122,8 +122,9 @@ def _answer_in_half(model: nn.Module) -> None:
             return given
         return given[0].to(torch.get_autocast_dtype(device)), *given[1:]
 
+    four_bits = bitsandbytes().nn.Linear4bit
     for layer in model.modules():
-        if isinstance(layer, bitsandbytes().nn.Linear4bit):
+        if isinstance(layer, four_bits):
             layer.register_forward_pre_hook(cast)
 
 

@@ -25,13 +25,14 @@ def measure(hidden_ND: Tensor, targets_N: Tensor, head: Head) -> tuple[Tensor, T
     quick as a product of matrices can be, and what they say of the largest logit and of the sum is put together.
     """
     dtype, device = fused.computed_in(hidden_ND), hidden_ND.device
+    hidden_ND = hidden_ND.to(dtype)                 # once, not for each tile of words
     wide = torch.promote_types(dtype, torch.float32)
     rows, words = TILE.get(device.type, TILE["cuda"])
     if head.index_K is not None and head.rows_KD is not None:
         head = head._replace(index_K=head.index_K.cpu(), rows_KD=head.rows_KD.to(dtype))
     room = min(rows, len(targets_N)) * min(words, len(head.weight_VD))
     work = torch.empty(room, dtype=wide, device=device)     # for all tiles: a CPU is slow to hand out fresh memory
-    product = work if wide == dtype or fused.keeps_sums(hidden_ND.to(dtype)) else torch.empty_like(work, dtype=dtype)
+    product = work if wide == dtype or fused.keeps_sums(hidden_ND) else torch.empty_like(work, dtype=dtype)
     losses, hits = [], []
     with torch.autocast(device.type, enabled=False):
         for hidden, targets in zip(hidden_ND.split(8 * rows), targets_N.split(8 * rows), strict=True):
@@ -39,7 +40,7 @@ def measure(hidden_ND: Tensor, targets_N: Tensor, head: Head) -> tuple[Tensor, T
             for number, start in enumerate(range(0, len(head.weight_VD), words)):
                 tile = _columns(head, start, start + words, dtype)
                 for at in range(0, len(hidden), rows):
-                    summary.add(_tile(hidden[at:at + rows].to(dtype), tile, work, product), number, at)
+                    summary.add(_tile(hidden[at:at + rows], tile, work, product), number, at)
             losses.append(summary.losses())
             hits.append(summary.hits())
     return torch.cat(losses), torch.cat(hits)
