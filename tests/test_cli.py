@@ -213,6 +213,17 @@ def test_a_wrong_config_file(text, says, place):
     refused("fit", "--config", "ok.yaml", "--config", "other.yaml", says=says)
 
 
+def test_float16_on_a_cpu_is_said_to_be_bfloat16(place, caplog):
+    """Lightning trains in another precision than asked for, and its word of it is among those nobody sees."""
+    code, _, err = call("fit", "--config", "ok.yaml", "--trainer.precision", "16-mixed")
+    assert code == 0, err
+    assert "bf16-mixed is used instead" in caplog.text
+    caplog.clear()
+    code, _, err = call("validate", "--config", "ok.yaml", "--trainer.precision", "bf16-mixed")
+    assert code == 0, err
+    assert "instead" not in caplog.text
+
+
 def test_no_config_file(place):
     refused("fit", "--config", "nope.yaml", says="nope.yaml")
     refused("fit", says="data.sources")

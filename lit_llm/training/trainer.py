@@ -3,6 +3,7 @@
 Knows nothing of what is trained.
 """
 
+import logging
 import os
 import sys
 from collections.abc import Callable, Generator
@@ -25,6 +26,7 @@ from lit_llm.training.preemption import Preemption, is_requeued
 from lit_llm.training.report import MetricsCSV, write_json
 from lit_llm.training.rng import RngState
 
+log = logging.getLogger(__name__)
 LEAST: dict[str, float] = {"accumulate_grad_batches": 1, "check_val_every_n_epoch": 1, "max_skipped_steps": 1,
                            "gradient_clip_val": 0}
 NOTHING = ("max_steps", "max_epochs", "limit_train_batches", "val_check_interval")     # what 0 makes of a run
@@ -96,6 +98,8 @@ class Trainer(L.Trainer):
             **kwargs,
         )
         compatible.check_trainer(self)
+        if str(kwargs.get("precision")) in ("16", "16-mixed") and self.precision == "bf16-mixed":
+            log.warning("trainer.precision: a CPU has no float16 with a loss scale, bf16-mixed is used instead")
 
     def fit(  # type: ignore[override]
             self, model: L.LightningModule, train_dataloaders: Any = None, val_dataloaders: Any = None,
