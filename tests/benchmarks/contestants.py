@@ -1,7 +1,8 @@
-"""One trainer in one process: `python contestants.py '{"who": ..., ...}'`; what it measured is the last line, as JSON.
+"""One trainer in one process: `python contestants.py '{"who": ..., ...}'`, started by `train.py`.
 
 All read the same weights and the same token ids with the same labels. Each first takes one step on a few conversations,
-so that losses can be compared, then as many steps as fit into the time given. Started by `train.py`.
+so that losses can be compared. Then it runs whenever a line comes in, for as long as a turn takes, and waits between two
+steps, so that all can live at once and take turns of seconds. What it measured are the lines that begin with MARK.
 """
 
 import json
@@ -13,33 +14,36 @@ from pathlib import Path
 
 os.environ.update(TRANSFORMERS_VERBOSITY="error", HF_HUB_OFFLINE="1", DS_ACCELERATOR="cpu", WANDB_MODE="disabled")
 WARM_UP = 3                                             # steps that no time is taken of
+MARK = "measured "
+
+
+def say(**figures):
+    print(MARK + json.dumps(figures), flush=True)
 
 
 class Clock:
-    """Seconds and real tokens of the steps behind the warm-up; says when the time is over."""
+    """Seconds and real tokens of the steps of a turn; without seconds a single step is all."""
 
     def __init__(self, seconds):
-        self.seconds, self.steps, self.tokens, self.now = seconds, 0, 0, 0.0
-        self.began = self.cpu = 0.0
+        self.seconds, self.steps, self.tokens, self.began = seconds, 0, 0, 0.0
 
     def step(self, tokens):
-        self.steps += 1
-        if self.steps <= WARM_UP:
-            self.began, self.cpu = time.perf_counter(), time.process_time()
-        else:
-            self.tokens += tokens
-        self.now = time.perf_counter()
-        return self.steps > WARM_UP and self.now - self.began > self.seconds
-
-    def result(self):
-        took = self.now - self.began
-        return {"tokens_per_s": self.tokens / took, "ms_per_step": 1000 * took / (self.steps - WARM_UP)}
+        """Whether it was the last one. Waits for the next turn where one is over, as behind the warm-up."""
+        self.steps, self.tokens = self.steps + 1, self.tokens + tokens
+        took = time.perf_counter() - self.began
+        if not self.seconds or self.steps < WARM_UP or (self.steps > WARM_UP and took < self.seconds):
+            return not self.seconds
+        say(tokens_per_s=self.tokens / took)
+        if not sys.stdin.readline():
+            return True
+        self.tokens, self.began = 0, time.perf_counter()
+        return False
 
 
 # ---- Hugging Face's Trainer and TRL ----------------------------------------------------------------------------------
 
 def hugging_face(spec, rows, seconds):
-    """(first loss, clock) of transformers' Trainer: rows padded to 512, or to the longest of a batch of like lengths."""
+    """First loss of transformers' Trainer: rows padded to 512, or to the longest of a batch of like lengths."""
     import torch
     from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
@@ -77,11 +81,11 @@ def hugging_face(spec, rows, seconds):
     model = AutoModelForCausalLM.from_pretrained(spec["model"], dtype=torch.float32)
     Trainer(model=model, args=args, train_dataset=Dataset.from_list(rows), data_collator=collate,
             callbacks=[Watch()]).train()
-    return losses[0], clock
+    return losses[0]
 
 
 def trl(spec, rows, seconds):
-    """(first loss, clock) of TRL's SFTTrainer with best-fit packing, which isolates documents by a mask under sdpa."""
+    """First loss of TRL's SFTTrainer with best-fit packing, which isolates documents by a mask under sdpa."""
     import torch
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
@@ -113,13 +117,13 @@ def trl(spec, rows, seconds):
 
     trainer.data_collator = counted
     trainer.train()
-    return losses[0], clock
+    return losses[0]
 
 
 # ---- ours ------------------------------------------------------------------------------------------------------------
 
 def ours(spec, rows, seconds):
-    """(first loss, clock) of `fit` as the command line runs it: Lightning, callbacks, loader, optimizer."""
+    """First loss of `fit` as the command line runs it: Lightning, callbacks, loader, optimizer."""
     import lightning as L
 
     from lit_llm.cli import quiet
@@ -139,7 +143,7 @@ def ours(spec, rows, seconds):
             if batch["last_in_step"]:
                 if seconds == 0:
                     losses.append(float(trainer.callback_metrics["train/loss"]))
-                trainer.should_stop = clock.step(self.tokens) or seconds == 0
+                trainer.should_stop = clock.step(self.tokens)
                 self.tokens = 0
 
     file = spec["gate"] if seconds == 0 else spec["data"]
@@ -150,17 +154,16 @@ def ours(spec, rows, seconds):
                       devices=1, max_epochs=1000, default_root_dir=spec["scratch"] + "/run", callbacks=[Watch()],
                       enable_checkpointing=False, gradient_clip_val=1.0, log_every_n_steps=1 if seconds == 0 else 10)
     trainer.fit(CausalLMModule(base=spec["model"], lr=spec["lr"], schedule="constant", warmup=0), datamodule=data)
-    return losses[0] if losses else 0.0, clock
+    return losses[0] if losses else 0.0
 
 
 def main():
     spec = json.loads(sys.argv[1])
     run = {"hf": hugging_face, "trl": trl, "ours": ours}[spec["who"]]
     rows = [json.loads(line) for line in Path(spec["rows_file"]).read_text().splitlines()] if spec["who"] != "ours" else []
-    loss, _ = run(spec, rows[:spec["gate_size"]], 0)
-    _, clock = run(spec, rows, spec["seconds"])
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    print(json.dumps(clock.result() | {"first_loss": loss, "peak_mb": peak}))
+    say(first_loss=run(spec, rows[:spec["gate_size"]], 0))
+    run(spec, rows, spec["seconds"])
+    say(peak_mb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
 
 
 if __name__ == "__main__":

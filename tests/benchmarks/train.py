@@ -4,9 +4,10 @@
     python tests/benchmarks/train.py --device cuda [--only "8B, LoRA"]      no files are needed; see on_gpu.py
     python tests/benchmarks/train.py --device cuda --only loss      ours, cut-cross-entropy and Liger; see cross_entropy.py
 
-A 6M-parameter Llama with random weights learns the conversations; each contestant runs in a process of its own, turn by
-turn, and the median of the ratios of a round counts. A contestant whose loss of the first step is another one is out: a faster
-wrong loss is no record. `--peer` is an interpreter with `trl`; without it that row is left out.
+A 6M-parameter Llama with random weights learns the conversations. Each contestant has a process of its own; all are there at
+once and one at a time runs, some seconds, while the others wait: a machine drifts by a third within minutes, and the median
+over the rounds is of ratios within one. A contestant whose loss of the first step is another one is out: a faster wrong
+loss is no record. `--peer` is an interpreter with `trl`; without it that row is left out.
 """
 
 import argparse
@@ -21,6 +22,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from lit_llm.__main__ import HEAP
+from tests.benchmarks.contestants import MARK
 
 HERE = Path(__file__).resolve().parent
 PAD_TO, SEQ_LEN, GATE = 512, 2048, 16
@@ -98,40 +100,68 @@ def write(path, records):
     path.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), encoding="utf-8")
 
 
-def turn(python, spec):
-    """One process; its thread count is what torch takes by itself."""
-    env = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
-    env["PYTHONPATH"] = str(HERE.parents[1])
-    if spec["who"] == "ours":
-        env["GLIBC_TUNABLES"] = HEAP                # as `python -m lit_llm fit` starts itself
-    done = subprocess.run([python, str(HERE / "contestants.py"), json.dumps(spec)], capture_output=True, text=True, env=env)
-    if done.returncode:
-        raise SystemExit(f"{spec['who']} failed:\n{done.stderr[-3000:]}")
-    return json.loads(done.stdout.splitlines()[-1])
+class Contestant:
+    """A process that trains while it is its turn; its thread count is what torch takes by itself."""
+
+    def __init__(self, python, spec, scratch):
+        env = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+        env["PYTHONPATH"] = str(HERE.parents[1])
+        if spec["who"] == "ours":
+            env["GLIBC_TUNABLES"] = HEAP            # as `python -m lit_llm fit` starts itself
+        self.who, self.errors = spec["who"], (scratch / "errors").open("w+")
+        self.process = subprocess.Popen([python, str(HERE / "contestants.py"), json.dumps(spec | {"scratch": str(scratch)})],
+                                        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors, text=True, env=env)
+        self.first_loss = self._hear("first_loss")
+        self._hear("tokens_per_s")                  # of its warm-up
+
+    def turn(self):
+        """Real tokens a second."""
+        self.process.stdin.write("go\n")
+        self.process.stdin.flush()
+        return self._hear("tokens_per_s")
+
+    def end(self):
+        """Megabytes at its height."""
+        self.process.stdin.close()
+        return self._hear("peak_mb")
+
+    def _hear(self, name):
+        for line in self.process.stdout:
+            if line.startswith(MARK):
+                return json.loads(line.removeprefix(MARK))[name]
+        self.errors.seek(0)
+        raise SystemExit(f"{self.who} failed:\n{self.errors.read()[-3000:]}")
 
 
 def race(entries, shared, rounds, peer):
-    """Figures of each turn of each; every round gives each a turn."""
-    runs = {name: [] for name, (spec, _) in entries.items() if spec["who"] != "trl" or peer}
-    for _ in range(rounds):
-        for name, done in runs.items():
-            spec = shared | entries[name][0] | {"lr": 1e-4}
-            with tempfile.TemporaryDirectory() as scratch:
-                done.append(turn(peer if spec["who"] == "trl" else sys.executable, spec | {"scratch": scratch}))
-            print(f"  {name}: {done[-1]['tokens_per_s']:,.0f} tokens/s, first loss {done[-1]['first_loss']:.4f}",
+    """Figures of each: of every turn, for every round gives each one, and of the whole."""
+    with tempfile.TemporaryDirectory() as place:
+        running = {}
+        for number, (name, (spec, _)) in enumerate(entries.items()):
+            if spec["who"] != "trl" or peer:
+                (scratch := Path(place) / str(number)).mkdir()
+                print(f"  {name} starts", file=sys.stderr, flush=True)
+                running[name] = Contestant(peer if spec["who"] == "trl" else sys.executable, shared | spec | {"lr": 1e-4}, scratch)
+        runs = {name: {"speed": [], "first_loss": one.first_loss} for name, one in running.items()}
+        for number in range(rounds):
+            for name, one in running.items():
+                runs[name]["speed"].append(one.turn())
+            print(f"  round {number + 1} of {rounds}: " + ", ".join(f"{run['speed'][-1]:,.0f}" for run in runs.values()),
                   file=sys.stderr, flush=True)
+        for name, one in running.items():
+            runs[name]["peak_mb"] = one.end()
     return runs
 
 
 def report(entries, runs, ours):
-    """Medians over the rounds; of ratios too, each of one round, for the machine is another one a minute later."""
+    """Medians over the rounds, and the quarter of them on either side."""
     print(f"\n| contestant | real tokens/s | {ours} is faster by | to reach | first loss | peak MB |\n|---|---|---|---|---|---|")
-    for name, turns in runs.items():
-        run = {key: statistics.median(turn[key] for turn in turns) for key in turns[0]}
-        ratios = sorted(base["tokens_per_s"] / turn["tokens_per_s"] for base, turn in zip(runs[ours], turns, strict=True))
-        print(f"| {name} | {run['tokens_per_s']:,.0f} | {statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f}) | "
+    for name, run in runs.items():
+        low, ratio, high = statistics.quantiles(
+            [base / speed for base, speed in zip(runs[ours]["speed"], run["speed"], strict=True)], n=4, method="inclusive")
+        print(f"| {name} | {statistics.median(run['speed']):,.0f} | {ratio:.2f} ({low:.2f} to {high:.2f}) | "
               f"{entries[name][1] or ''} | {run['first_loss']:.4f} | {run['peak_mb']:,.0f} |")
-        if abs(run["first_loss"] - runs[ours][0]["first_loss"]) > 0.02:
+        if abs(run["first_loss"] - runs[ours]["first_loss"]) > 0.02:
             print(f"  OUT: {name} does not compute the same loss")
 
 
@@ -144,8 +174,8 @@ def main():
     parser.add_argument("--chats", nargs="+", default=[])
     parser.add_argument("--text")
     parser.add_argument("--peer", help="an interpreter with trl")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--seconds", type=float, default=15, help="of each turn")
+    parser.add_argument("--rounds", type=int, default=12)
+    parser.add_argument("--seconds", type=float, default=3, help="of each turn, or a step where one takes longer")
     given = parser.parse_args()
     if given.device == "cuda" or given.smoke:
         from tests.benchmarks import cross_entropy, on_gpu
