@@ -8,9 +8,6 @@ model then builds no mask, hands our keyword arguments to every layer, and canno
     cu_seqlens  [0        4      7   8]        documents occupy [0, 4), [4, 7), [7, 8) of the flattened row
 """
 
-from collections.abc import Callable
-from functools import lru_cache, partial
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -22,7 +19,6 @@ from lit_llm import blockwise
 from lit_llm.errors import InputError
 
 NAME = "lit_varlen"
-STEP = 16                                           # tokens; a call costs about as much as this much padding
 
 
 class PackingError(InputError):
@@ -126,36 +122,27 @@ def _by_length(query: Tensor, key: Tensor, value: Tensor, borders: tuple[int, ..
     Cost: sum of squared lengths instead of T squared, and no mask over a row.
     """
     device = query.device.type
-    order, back, stacks = _plan(borders)
-    if order is not None and back is not None:
-        order, back = order.to(query.device), back.to(query.device)
-        query, key, value = (states.index_select(2, order) for states in (query, key, value))
-    sizes = [count * length for count, length in stacks]
-    attend: Callable[..., Tensor] = partial(_blockwise, scale=scaling or query.shape[-1] ** -0.5, window=sliding_window)
-    if device != "cpu" or dropout:
-        attend = partial(_sdpa, scale=scaling, window=sliding_window, dropout=dropout)
     with torch.autocast(device, enabled=False):
-        pieces = [attend(*parts, count) for (count, _), *parts in zip(
-            stacks, *(states[0].split(sizes, dim=1) for states in (query, key, value)), strict=True)]
-        out = torch.cat(pieces) if len(pieces) > 1 else pieces[0]
+        if device == "cpu" and not dropout:
+            return blockwise.causal(query[0], key[0], value[0], borders, scale=scaling or query.shape[-1] ** -0.5,
+                                    window=sliding_window).unsqueeze(0)
+        order, back, _, stacks = blockwise.stacks(borders)
+        if order is not None and back is not None:
+            order, back = order.to(query.device), back.to(query.device)
+            query, key, value = (states.index_select(2, order) for states in (query, key, value))
+        sizes = [count * length for count, length in stacks]
+        parts = (states[0].split(sizes, dim=1) for states in (query, key, value))
+        out = torch.cat([_sdpa(asked, seen, said, count, scale=scaling, window=sliding_window, dropout=dropout)
+                         for (count, _), asked, seen, said in zip(stacks, *parts, strict=True)])
         return (out if back is None else out.index_select(0, back)).unsqueeze(0)
-
-
-def _blockwise(query: Tensor, key: Tensor, value: Tensor, count: int, *, scale: float, window: int | None) -> Tensor:
-    """(H, count * length, D) and (K, count * length, D or E) in, (count * length, H, E) out; query heads share keys."""
-    heads, tokens, width = query.shape
-    shared, length = key.shape[0], tokens // count
-    grouped = query.reshape(shared, heads // shared, count, length, width).transpose(1, 2)
-    out = blockwise.causal(grouped.reshape(shared * count, heads // shared, length, width),
-                           *(states.reshape(shared * count, length, states.shape[-1]) for states in (key, value)),
-                           scale=scale, window=window)
-    apart = out.view(shared, count, heads // shared, length, out.shape[-1])
-    return apart.permute(1, 3, 0, 2, 4).reshape(tokens, heads, out.shape[-1])
 
 
 def _sdpa(query: Tensor, key: Tensor, value: Tensor, count: int, *, scale: float | None, window: int | None,
           dropout: float) -> Tensor:
-    """The same by torch, which drops attention weights, and runs anywhere."""
+    """(H, count * length, D) and (K, count * length, D or E) in, (count * length, H, E) out, by torch.
+
+    It drops attention weights, and runs anywhere.
+    """
     heads, tokens, _ = query.shape
     length, groups = tokens // count, heads // len(key)
     if groups > 1:
@@ -166,36 +153,6 @@ def _sdpa(query: Tensor, key: Tensor, value: Tensor, count: int, *, scale: float
     out = sdpa(stack_query, stack_key, stack_value, attn_mask=mask, is_causal=mask is None, dropout_p=dropout,
                scale=scale)
     return out.transpose(1, 2).reshape(tokens, heads, -1)
-
-
-@lru_cache(maxsize=64)
-def _plan(borders: tuple[int, ...]) -> tuple[Tensor | None, Tensor | None, list[tuple[int, int]]]:
-    """Token order that puts documents of about equal length side by side, and the way back.
-
-    Lengths are rounded up to a multiple of STEP: a short document repeats its last token behind its end, where causal
-    attention hides it from the others, and what it says there is thrown away. Every layer of a step asks with the same
-    borders, so the answer is kept.
-
-    Returns:
-        Positions to gather, positions of the T tokens in what was gathered (both None where nothing moves), and
-        (documents, tokens of each) of every stack.
-    """
-    documents = [(start, stop - start) for start, stop in pairwise(borders) if stop > start]
-    by_length: dict[int, list[tuple[int, int]]] = {}
-    for start, length in documents:
-        by_length.setdefault(-(-length // STEP), []).append((start, length))
-    if all(len(alike) == 1 for alike in by_length.values()):
-        return None, None, [(1, length) for _, length in documents]
-    order, back, stacks = [], torch.empty(borders[-1], dtype=torch.int64), []
-    at = 0
-    for alike in by_length.values():
-        longest = max(length for _, length in alike)
-        stacks.append((len(alike), longest))
-        for start, length in alike:
-            order.append(torch.arange(start, start + longest).clamp_(max=start + length - 1))
-            back[start:start + length] = torch.arange(at, at + length)
-            at += longest
-    return torch.cat(order), back, stacks
 
 
 def _band(length: int, window: int, like: Tensor) -> Tensor:

@@ -1,41 +1,83 @@
-"""Causal attention of equally long documents on a CPU, in blocks of queries.
+"""Causal attention of documents that lie side by side, on a CPU, in blocks of queries.
 
-Queries, keys and values flow in, what each query has read flows out. A block is two batched products of matrices and a
-softmax over the keys up to its end, which a machine's libraries do well in bfloat16; torch's own CPU kernel takes two
-to six times as long there. The backward pass computes probabilities again, so memory does not grow with the square of a
-length. In bfloat16 scores leave their product rounded, as in transformers' eager attention, and what comes out is a
-little closer to the exact result than its; float32 and float64 lose nothing. Knows nothing of borders, models or masks.
+Queries, keys and values of a row flow in, what each query has read in its own document flows out. Documents of about
+equal length are stacked; a block is then two batched products of matrices and a softmax over the keys up to its end,
+which a machine's libraries do well in bfloat16; torch's own CPU kernel takes two to six times as long there. The
+backward pass computes probabilities again, so memory does not grow with the square of a length. In bfloat16 scores
+leave their product rounded, as in transformers' eager attention, and what comes out is a little closer to the exact
+result than its; float32 and float64 lose nothing. Knows nothing of models.
 
-    N documents times key heads, G query heads that share a key head, L tokens
-    D numbers per head of queries and keys, E of values
+    T tokens of a row, H heads of queries, K of keys and values, D numbers per head of queries and keys, E of values
+    N documents of a stack times K, G query heads that share a key head, L tokens of the longest of the stack
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
-from typing import Any
+from itertools import pairwise
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 BLOCK = 64                                          # queries
+STEP = 16                                           # tokens; a stack costs about as much as this much padding
 
 
-def causal(query_NGLD: Tensor, key_NLD: Tensor, value_NLE: Tensor, *, scale: float,
+class Stacks(NamedTuple):
+    """Where tokens go so that documents of about equal length lie one behind the other; null where nothing moves."""
+
+    order: Tensor | None                            # the token at each place; a short document repeats its last one
+    back: Tensor | None                             # (T,) the place of each token
+    repeated: Tensor | None                         # places of what is there once more
+    shapes: list[tuple[int, int]]                   # (documents, tokens of each) of every stack
+
+
+@lru_cache(maxsize=64)
+def stacks(borders: tuple[int, ...]) -> Stacks:
+    """How documents between these borders are stacked; every layer of a step asks with the same, so answers are kept.
+
+    Lengths are rounded up to a multiple of STEP. What stands behind a document's end is hidden from it by causality,
+    and what is said there is thrown away.
+
+    >>> stacks((0, 3, 10, 12)).order.tolist()[:9], stacks((0, 3, 10, 12)).shapes
+    ([0, 1, 2, 2, 2, 2, 2, 3, 4], [(3, 7)])
+    """
+    by_length: dict[int, list[tuple[int, int]]] = {}
+    for start, stop in pairwise(borders):
+        if stop > start:
+            by_length.setdefault(-(-(stop - start) // STEP), []).append((start, stop - start))
+    if all(len(alike) == 1 for alike in by_length.values()):
+        return Stacks(None, None, None, [(1, length) for alike in by_length.values() for _, length in alike])
+    moved, order, back, repeated, shapes = False, [], torch.empty(borders[-1], dtype=torch.int64), [], []
+    at = 0
+    for alike in by_length.values():
+        longest = max(length for _, length in alike)
+        shapes.append((len(alike), longest))
+        for start, length in alike:
+            order.append(torch.arange(start, start + longest).clamp_(max=start + length - 1))
+            back[start:start + length] = torch.arange(at, at + length)
+            repeated.append(torch.arange(at + length, at + longest))
+            moved |= start != at or length != longest
+            at += longest
+    return Stacks(torch.cat(order), back, torch.cat(repeated), shapes) if moved else Stacks(None, None, None, shapes)
+
+
+def causal(query_HTD: Tensor, key_KTD: Tensor, value_KTE: Tensor, borders: Sequence[int], *, scale: float,
            window: int | None = None) -> Tensor:
-    """softmax(scale * query @ key.T) @ value, each query over the keys up to its own place.
+    """softmax(scale * query @ key.T) @ value, each query over the keys of its document up to its own place.
 
     Args:
-        query_NGLD: (N, G, L, D).
-        key_NLD: (N, L, D), of the same type.
-        value_NLE: (N, L, E).
+        query_HTD: (H, T, D).
+        key_KTD: (K, T, D), of the same type; K divides H.
+        value_KTE: (K, T, E).
+        borders: Of documents, from 0 to T.
         scale: Of the scores.
         window: Keys that a query sees, itself included; null sees all before it.
 
     Returns:
-        (N, G, L, E).
+        (T, H, E).
     """
-    length = key_NLD.shape[1]
-    out = _attend(query_NGLD, key_NLD, value_NLE, scale, min(window or length, length))
+    out = _attend(query_HTD, key_KTD, value_KTE, borders, scale, window or query_HTD.shape[1])
     assert isinstance(out, Tensor)
     return out
 
@@ -43,13 +85,99 @@ def causal(query_NGLD: Tensor, key_NLD: Tensor, value_NLE: Tensor, *, scale: flo
 # One operation to whoever looks on, so that selective recomputing can keep what it gives.
 
 @torch.library.custom_op("lit_llm::causal_attention", mutates_args=())
-def _attend(query: Tensor, key: Tensor, value: Tensor, scale: float, window: int) -> Tensor:
-    out = query.new_empty(*query.shape[:3], value.shape[2])
-    for first, start, stop in _blocks(query.shape[2], window):
-        shares = _shares(query, key, first, start, stop, scale, window)
-        out[:, :, start:stop] = torch.bmm(shares, value[:, first:stop]).view(*query.shape[:2], stop - start, -1)
-    return out
+def _attend(query: Tensor, key: Tensor, value: Tensor, borders: Sequence[int], scale: float, window: int) -> Tensor:
+    layout, shared = stacks(tuple(borders)), len(key)
+    out = _room(layout, query.shape[1], len(query), value)
+    for queries, keys, values, target in zip(*(_stacked(states.transpose(0, 1), layout, shared) for states in (
+            query, key, value)), _cut(out, layout, shared), strict=True):
+        buffer = _buffer(queries)
+        for first, start, stop in _blocks(queries.shape[2], window):
+            shares = _shares(queries, keys[:, 0], first, start, stop, scale, window, buffer)
+            _put(target, start, stop, torch.bmm(shares, values[:, 0, first:stop]))
+    return _restored(out, layout)
 
+
+@torch.library.custom_op("lit_llm::causal_attention_backward", mutates_args=())
+def _derive(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, borders: Sequence[int], scale: float, window: int
+            ) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of queries, keys and values; sums over blocks are float32 or wider."""
+    layout, shared, wide = stacks(tuple(borders)), len(key), torch.promote_types(query.dtype, torch.float32)
+    states = query, key, value
+    grads = [_room(layout, query.shape[1], len(each), each) for each in states]
+    for above, queries, keys, values, grad_query, *targets in zip(
+            _stacked(grad, layout, shared, silent=True),
+            *(_stacked(each.transpose(0, 1), layout, shared) for each in states),
+            *(_cut(each, layout, shared) for each in grads), strict=True):
+        keys, values, buffer, other = keys[:, 0], values[:, 0], _buffer(queries), _buffer(queries)
+        grad_key, grad_value = (torch.zeros(each.shape, dtype=wide) for each in (keys, values))
+        for first, start, stop in _blocks(queries.shape[2], window):
+            shares = _shares(queries, keys, first, start, stop, scale, window, buffer)
+            told, scores = _rows(above, start, stop), other[:shares.numel()].view(shares.shape)
+            grad_value[:, first:stop] += torch.bmm(shares.transpose(1, 2), told)
+            torch.bmm(told, values[:, first:stop].transpose(1, 2), out=scores)
+            torch._softmax_backward_data(scores, shares, -1, query.dtype, grad_input=scores)
+            _put(grad_query, start, stop, _scaled(scores, keys[:, first:stop], scale))
+            grad_key[:, first:stop] += _scaled(scores.transpose(1, 2), _rows(queries, start, stop), scale)
+        for target, total in zip(targets, (grad_key, grad_value), strict=True):
+            _put(target, 0, total.shape[1], total)
+    grad_query, grad_key, grad_value = (_restored(each, layout).transpose(0, 1) for each in grads)
+    return grad_query, grad_key, grad_value
+
+
+@_attend.register_fake
+def _(query: Tensor, key: Tensor, value: Tensor, borders: Sequence[int], scale: float, window: int) -> Tensor:
+    return query.new_empty(query.shape[1], len(query), value.shape[2])
+
+
+@_derive.register_fake
+def _(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, borders: Sequence[int], scale: float, window: int
+      ) -> tuple[Tensor, Tensor, Tensor]:
+    one, two, three = (each.new_empty(each.shape[1], len(each), each.shape[2]).transpose(0, 1)
+                       for each in (query, key, value))
+    return one, two, three
+
+
+def _remember(ctx: Any, inputs: Any, output: Any) -> None:
+    *states, ctx.borders, ctx.scale, ctx.window = inputs
+    ctx.save_for_backward(*states)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    return (*_derive(grad, *ctx.saved_tensors, ctx.borders, ctx.scale, ctx.window), None, None, None)
+
+
+_attend.register_autograd(_backward, setup_context=_remember)
+
+
+# ---- stacks ----------------------------------------------------------------------------------------------------------
+
+def _room(layout: Stacks, tokens: int, heads: int, like: Tensor) -> Tensor:
+    """(places, heads, width) for results in the order of stacks."""
+    return like.new_empty(tokens if layout.order is None else len(layout.order), heads, like.shape[-1])
+
+
+def _cut(places: Tensor, layout: Stacks, shared: int) -> list[Tensor]:
+    """(documents, K, G, L, width) of each stack: views of (places, heads, width)."""
+    parts = places.split([count * length for count, length in layout.shapes])
+    return [part.unflatten(0, shape).unflatten(2, (shared, -1)).permute(0, 2, 3, 1, 4)
+            for part, shape in zip(parts, layout.shapes, strict=True)]
+
+
+def _stacked(states: Tensor, layout: Stacks, shared: int, silent: bool = False) -> list[Tensor]:
+    """(N, G, L, width) of each stack, contiguous, of (T, heads, width); silent: nothing where tokens are repeated."""
+    if layout.order is not None and layout.repeated is not None:
+        states = states.index_select(0, layout.order)
+        if silent:
+            states.index_fill_(0, layout.repeated, 0.0)
+    return [part.contiguous().flatten(0, 1) for part in _cut(states, layout, shared)]
+
+
+def _restored(places: Tensor, layout: Stacks) -> Tensor:
+    """(T, heads, width): what stands at each token's place."""
+    return places if layout.back is None else places.index_select(0, layout.back)
+
+
+# ---- blocks ----------------------------------------------------------------------------------------------------------
 
 def _blocks(length: int, window: int) -> Iterator[tuple[int, int, int]]:
     """(first key, first query, end of both) of each block."""
@@ -57,70 +185,44 @@ def _blocks(length: int, window: int) -> Iterator[tuple[int, int, int]]:
         yield max(0, start - window + 1), start, min(start + BLOCK, length)
 
 
-def _shares(query: Tensor, key: Tensor, first: int, start: int, stop: int, scale: float, window: int) -> Tensor:
-    """(N, G * queries, keys) probabilities of a block; the mask and the scale cost no pass of their own."""
-    mask = _mask(query.shape[1], stop - start, start - first, window, query.dtype)
-    scores = torch.baddbmm(mask, _rows(query, start, stop), key[:, first:stop].transpose(1, 2), alpha=scale)
-    return torch.softmax(scores, -1)
+def _buffer(query: Tensor) -> Tensor:
+    """Memory for the scores of any block."""
+    count, groups, length, _ = query.shape
+    return query.new_empty(count * groups * min(BLOCK, length) * length)
+
+
+def _shares(query: Tensor, key: Tensor, first: int, start: int, stop: int, scale: float, window: int,
+            buffer: Tensor) -> Tensor:
+    """(N, G * queries, keys) probabilities of a block, in the buffer."""
+    (count, groups), queries, keys = query.shape[:2], stop - start, stop - first
+    scores = buffer[:count * groups * queries * keys].view(count, groups * queries, keys)
+    scores.baddbmm_(_rows(query, start, stop), key[:, first:stop].transpose(1, 2), beta=0, alpha=scale)
+    apart = scores.view(count, groups, queries, keys)
+    if stop - first > window:                       # the last query does not see the first key
+        apart += _mask(queries, start - first, window, query.dtype)
+    else:
+        apart[..., start - first:] += _mask(queries, 0, queries, query.dtype)
+    return torch.softmax(scores, -1, out=scores)
 
 
 def _rows(states: Tensor, start: int, stop: int) -> Tensor:
     """(N, G * queries, D): a block's queries of all heads of a group, one head below the other."""
-    count, groups, _, width = states.shape
-    return states[:, :, start:stop].reshape(count, groups * (stop - start), width)
+    return states[:, :, start:stop].flatten(1, 2)
 
 
-def _mask(groups: int, queries: int, before: int, window: int, dtype: torch.dtype) -> Tensor:
-    """(G * queries, before + queries): 0 where a query sees a key, -inf elsewhere."""
-    wide = 1 << before.bit_length()                 # keys before a block, of this one and of others about as far back
-    mask = _wide_mask(groups, wide, window if window < before + queries else None, dtype)
-    return mask[:, :queries, wide - before:wide + queries].reshape(groups * queries, before + queries)
+def _put(target: Tensor, start: int, stop: int, rows: Tensor) -> None:
+    """The same back into (documents, K, G, L, width)."""
+    block = target[..., start:stop, :]
+    block.copy_(rows.view(block.shape))
+
+
+def _scaled(left: Tensor, right: Tensor, scale: float) -> Tensor:
+    """Left @ right times a factor, rounded once."""
+    return left.new_empty(len(left), left.shape[1], right.shape[2]).baddbmm_(left, right, beta=0, alpha=scale)
 
 
 @lru_cache(maxsize=64)
-def _wide_mask(groups: int, before: int, window: int | None, dtype: torch.dtype) -> Tensor:
-    """(G, BLOCK, before + BLOCK): all blocks and lengths cut their masks out of it, which are too many to keep."""
-    back = before + torch.arange(BLOCK)[:, None] - torch.arange(before + BLOCK)     # how far back the key lies
-    hidden = back < 0 if window is None else (back < 0) | (back >= window)
-    return torch.zeros(hidden.shape, dtype=dtype).masked_fill(hidden, float("-inf")).repeat(groups, 1, 1)
-
-
-@torch.library.custom_op("lit_llm::causal_attention_backward", mutates_args=())
-def _derive(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int
-            ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of queries, keys and values; sums over blocks are float32 or wider."""
-    count, groups, length, width = query.shape
-    wide = torch.promote_types(query.dtype, torch.float32)
-    grad_query = torch.empty(query.shape, dtype=query.dtype)
-    grad_key, grad_value = (torch.zeros(states.shape, dtype=wide) for states in (key, value))
-    for first, start, stop in _blocks(length, window):
-        shares, above = _shares(query, key, first, start, stop, scale, window), _rows(grad, start, stop)
-        grad_value[:, first:stop] += torch.bmm(shares.transpose(1, 2), above)
-        scores = torch.bmm(above, value[:, first:stop].transpose(1, 2))
-        scores = torch._softmax_backward_data(scores, shares, -1, query.dtype)
-        grad_query[:, :, start:stop] = torch.bmm(scores, key[:, first:stop]).view(count, groups, stop - start, width)
-        grad_key[:, first:stop] += torch.bmm(scores.transpose(1, 2), _rows(query, start, stop))
-    return grad_query.mul_(scale), grad_key.mul_(scale).to(key.dtype), grad_value.to(value.dtype)
-
-
-@_attend.register_fake
-def _(query: Tensor, key: Tensor, value: Tensor, scale: float, window: int) -> Tensor:
-    return query.new_empty(*query.shape[:3], value.shape[2])
-
-
-@_derive.register_fake
-def _(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int
-      ) -> tuple[Tensor, Tensor, Tensor]:
-    return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
-
-
-def _remember(ctx: Any, inputs: Any, output: Any) -> None:
-    *states, ctx.scale, ctx.window = inputs
-    ctx.save_for_backward(*states)
-
-
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    return (*_derive(grad, *ctx.saved_tensors, ctx.scale, ctx.window), None, None)
-
-
-_attend.register_autograd(_backward, setup_context=_remember)
+def _mask(queries: int, before: int, window: int, dtype: torch.dtype) -> Tensor:
+    """(queries, before + queries): 0 where a query sees a key, -inf elsewhere."""
+    back = before + torch.arange(queries)[:, None] - torch.arange(before + queries)     # how far back the key lies
+    return torch.zeros(back.shape, dtype=dtype).masked_fill((back < 0) | (back >= window), float("-inf"))

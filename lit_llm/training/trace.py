@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from lit_llm import adapter, attention, model
+from lit_llm import adapter, attention, blockwise, model
 from lit_llm.training import recompute
 from lit_llm.training.fused import sliced_as_on
 from lit_llm.training.loss import nll_sum
@@ -142,7 +142,7 @@ def step(build: Callable[[], Any], borders: Sequence[int], *, supervised: int, r
             ledger.restart()
             loss.backward()
     finally:
-        attention._plan.cache_clear()               # its answers are fake too
+        blockwise.stacks.cache_clear()              # its answers are fake too
     depth = max(1, len(model.decoder_layers(whole)))
     bare = ledger.bare - weights
     head = max(0, forward - layers)
