@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lit_llm import adapter, attention, model
 from lit_llm.errors import InputError
-from lit_llm.training import compatible, control_tokens, documents, footprint, optim, recompute, reshard
+from lit_llm.training import compatible, control_tokens, documents, footprint, optim, recompute, reshard, rmsnorm
 from lit_llm.training.fsdp import Fsdp2Strategy
 from lit_llm.training.loss import CrossEntropy, Nll, nll_sum
 from lit_llm.training.metrics import Perplexity
@@ -180,8 +180,11 @@ class CausalLMModule(L.LightningModule):
             adapter.spare_copies(self.model)
         recompute.apply(inner, self.recompute)
         self.model.train()
-        for layer in model.decoder_layers(self.model) if self.compile_layers else ():
-            layer.compile()                         # in place: names of weights stay
+        if self.compile_layers:
+            for layer in model.decoder_layers(self.model):
+                layer.compile()                     # in place: names of weights stay
+        else:
+            rmsnorm.quicken(self.model)             # which compiled layers have fused
         if isinstance(self.trainer.strategy, Fsdp2Strategy):
             if self.trainer.state.fn == "fit":
                 self._keep_masters()                # FSDP2 would not see it later

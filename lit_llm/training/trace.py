@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from lit_llm import adapter, attention, blockwise, model
-from lit_llm.training import recompute
+from lit_llm.training import recompute, rmsnorm
 from lit_llm.training.fused import sliced_as_on
 from lit_llm.training.loss import nll_sum
 
@@ -125,6 +125,8 @@ def step(build: Callable[[], Any], borders: Sequence[int], *, supervised: int, r
                 halved=_linears(inner) if quantized else set())
     if cuda:
         _without_attention_dropout(whole)
+    else:
+        rmsnorm.quicken(whole)
     try:
         with fake, ledger, sliced_as_on("cuda" if cuda else "cpu"):
             for tensor in (*whole.parameters(), *whole.buffers()):

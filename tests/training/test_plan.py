@@ -23,7 +23,7 @@ from test_cli import call, place  # noqa: F401
 from lit_llm import attention
 from lit_llm.adapter import LoRA, wrap_peft
 from lit_llm.model import backbone, init_causal_lm, load_causal_lm, skeleton
-from lit_llm.training import estimate, footprint, trace
+from lit_llm.training import estimate, footprint, rmsnorm, trace
 
 SHAPE = dict(hidden_size=64, intermediate_size=192, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
              vocab_size=300)
@@ -57,6 +57,7 @@ def test_memory_of_a_step(kind, lora):
     """Weights, gradients and optimizer to the byte; activations within 2 % of what autograd keeps, dropout, too."""
     counts = footprint.count(*built(kind, lora, meta=True))
     model, inner = built(kind, lora, meta=False)
+    rmsnorm.quicken(model)
     weights = list({id(weight): weight for weight in model.parameters()}.values())
     known, kept, alive = {weight.untyped_storage().data_ptr() for weight in weights}, {}, []
 

@@ -1,0 +1,87 @@
+"""RMS norms on a CPU, with their backward pass in one operation of torch's.
+
+Transformers writes a norm in five operations, which autograd turns into some ten passes over memory; layer norm has a
+kernel of its own, and its gradient is that of an RMS norm but for a term that is added back. Takes a fifth of the time.
+Knows nothing of architectures: a layer that calls itself an RMS norm is asked whether it is this one.
+
+    y = x * r * weight      r = 1 / sqrt(mean(x^2) + eps)                   arXiv:1910.07467, equation 4
+"""
+
+from collections.abc import Callable
+from functools import cache, partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def quicken(model: nn.Module) -> int:
+    """Let a model's RMS norms run so wherever they meet tensors of a CPU; weights and names stay. Says how many do."""
+    count = 0
+    for layer in model.modules():
+        kind: Any = type(layer)
+        if kind.__name__.endswith("RMSNorm") and _is_plain(kind):
+            layer.forward = partial(_forward, layer)
+            count += 1
+    return count
+
+
+@cache
+def _is_plain(kind: Callable[..., Any]) -> bool:
+    """Whether layers of a class compute the formula above, their weight in their `weight`: by trying a small one."""
+    try:
+        layer: Any = kind(6, eps=0.5)
+        x = torch.arange(12.0).view(2, 6).cos()
+        with torch.no_grad():
+            layer.weight.copy_(torch.arange(6.0).sin())
+            return _eps(layer) == 0.5 and torch.allclose(layer(x), norm(x, layer.weight, 0.5), atol=1e-6)
+    except Exception:                               # another constructor, no weight, no eps: whatever it is
+        return False
+
+
+def _eps(layer: Any) -> float:
+    return float(layer.variance_epsilon if hasattr(layer, "variance_epsilon") else layer.eps)
+
+
+def _forward(layer: Any, hidden_states: Tensor, *more: Any, **by_name: Any) -> Any:
+    if more or by_name or hidden_states.device.type != "cpu" or hidden_states.dtype != layer.weight.dtype:
+        return type(layer).forward(layer, hidden_states, *more, **by_name)
+    return norm(hidden_states, layer.weight, _eps(layer))
+
+
+def norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """(..., D) like x; half precision is left for the sums and rounded to before the weight, as in transformers' Llama.
+
+    Args:
+        x: (..., D).
+        weight: (D,), of the same type.
+        eps: Added to the mean of squares.
+    """
+    out = _Norm.apply(x, weight, eps)
+    assert isinstance(out, Tensor)
+    return out
+
+
+class _Norm(torch.autograd.Function):
+    """The gradient of layer norm at mean 0 is r * (g - mean(g) - x * r * mean(g * x * r)) with g = grad * weight.
+
+    Here no mean is subtracted, so r * mean(g) is added back.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        norms = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
+        inverse = norms.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        ctx.save_for_backward(x, weight, inverse)
+        return (wide * inverse).to(x.dtype).mul_(weight)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, inverse = ctx.saved_tensors
+        size, learns = x.shape[-1], ctx.needs_input_grad[1]
+        grad, wide, factors = (each.to(inverse.dtype) for each in (grad, x, weight))
+        grad_x, grad_weight, _ = torch.ops.aten.native_layer_norm_backward(
+            grad, wide, [size], torch.zeros_like(inverse), inverse, factors, None, [True, learns, False])
+        grad_x += torch.mv(grad.reshape(-1, size), factors).view_as(inverse).mul_(inverse).div_(size)
+        return grad_x.to(x.dtype), grad_weight.to(weight.dtype) if learns else None, None
