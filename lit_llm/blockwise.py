@@ -88,12 +88,9 @@ def causal(query_HTD: Tensor, key_KTD: Tensor, value_KTE: Tensor, borders: Seque
 def _attend(query: Tensor, key: Tensor, value: Tensor, borders: Sequence[int], scale: float, window: int) -> Tensor:
     layout, shared = stacks(tuple(borders)), len(key)
     out = _room(layout, query.shape[1], len(query), value)
-    for queries, keys, values, target in zip(*(_stacked(states.transpose(0, 1), layout, shared) for states in (
-            query, key, value)), _cut(out, layout, shared), strict=True):
-        buffer = _buffer(queries)
-        for first, start, stop in _blocks(queries.shape[2], window):
-            shares = _shares(queries, keys[:, 0], first, start, stop, scale, window, buffer)
-            _put(target, start, stop, torch.bmm(shares, values[:, 0, first:stop]))
+    inputs = (_stacked(each.transpose(0, 1), layout, shared) for each in (query, key, value))
+    for queries, keys, values, target in zip(*inputs, _cut(out, layout, shared), strict=True):
+        _attend_stack(queries, keys[:, 0], values[:, 0], target, scale, window)
     return _restored(out, layout)
 
 
@@ -101,25 +98,12 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, borders: Sequence[int], s
 def _derive(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, borders: Sequence[int], scale: float, window: int
             ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of queries, keys and values; sums over blocks are float32 or wider."""
-    layout, shared, wide = stacks(tuple(borders)), len(key), torch.promote_types(query.dtype, torch.float32)
-    states = query, key, value
+    layout, shared, states = stacks(tuple(borders)), len(key), (query, key, value)
     grads = [_room(layout, query.shape[1], len(each), each) for each in states]
-    for above, queries, keys, values, grad_query, *targets in zip(
-            _stacked(grad, layout, shared, silent=True),
-            *(_stacked(each.transpose(0, 1), layout, shared) for each in states),
-            *(_cut(each, layout, shared) for each in grads), strict=True):
-        keys, values, buffer, other = keys[:, 0], values[:, 0], _buffer(queries), _buffer(queries)
-        grad_key, grad_value = (torch.zeros(each.shape, dtype=wide) for each in (keys, values))
-        for first, start, stop in _blocks(queries.shape[2], window):
-            shares = _shares(queries, keys, first, start, stop, scale, window, buffer)
-            told, scores = _rows(above, start, stop), other[:shares.numel()].view(shares.shape)
-            grad_value[:, first:stop] += torch.bmm(shares.transpose(1, 2), told)
-            torch.bmm(told, values[:, first:stop].transpose(1, 2), out=scores)
-            torch._softmax_backward_data(scores, shares, -1, query.dtype, grad_input=scores)
-            _put(grad_query, start, stop, _scaled(scores, keys[:, first:stop], scale))
-            grad_key[:, first:stop] += _scaled(scores.transpose(1, 2), _rows(queries, start, stop), scale)
-        for target, total in zip(targets, (grad_key, grad_value), strict=True):
-            _put(target, 0, total.shape[1], total)
+    inputs = (_stacked(each.transpose(0, 1), layout, shared) for each in states)
+    for above, queries, keys, values, *targets in zip(_stacked(grad, layout, shared, silent=True), *inputs,
+                                                      *(_cut(each, layout, shared) for each in grads), strict=True):
+        _derive_stack(above, queries, keys[:, 0], values[:, 0], targets, scale, window)
     grad_query, grad_key, grad_value = (_restored(each, layout).transpose(0, 1) for each in grads)
     return grad_query, grad_key, grad_value
 
@@ -177,7 +161,33 @@ def _restored(places: Tensor, layout: Stacks) -> Tensor:
     return places if layout.back is None else places.index_select(0, layout.back)
 
 
-# ---- blocks ----------------------------------------------------------------------------------------------------------
+# ---- a stack ---------------------------------------------------------------------------------------------------------
+
+def _attend_stack(queries: Tensor, keys: Tensor, values: Tensor, target: Tensor, scale: float, window: int) -> None:
+    """(N, G, L, D), (N, L, D) and (N, L, E) in; what was read goes into the target."""
+    buffer = _buffer(queries)
+    for first, start, stop in _blocks(queries.shape[2], window):
+        shares = _shares(queries, keys, first, start, stop, scale, window, buffer)
+        _put(target, start, stop, torch.bmm(shares, values[:, first:stop]))
+
+
+def _derive_stack(above: Tensor, queries: Tensor, keys: Tensor, values: Tensor, targets: Sequence[Tensor],
+                  scale: float, window: int) -> None:
+    """The same with the gradient (N, G, L, E) of what was read; gradients of the three go into the targets."""
+    buffer, other = _buffer(queries), _buffer(queries)
+    wide = torch.promote_types(queries.dtype, torch.float32)
+    grad_keys, grad_values = (torch.zeros(each.shape, dtype=wide) for each in (keys, values))
+    for first, start, stop in _blocks(queries.shape[2], window):
+        shares = _shares(queries, keys, first, start, stop, scale, window, buffer)
+        told, scores = _rows(above, start, stop), other[:shares.numel()].view(shares.shape)
+        grad_values[:, first:stop] += torch.bmm(shares.transpose(1, 2), told)
+        torch.bmm(told, values[:, first:stop].transpose(1, 2), out=scores)
+        torch._softmax_backward_data(scores, shares, -1, queries.dtype, grad_input=scores)
+        _put(targets[0], start, stop, _scaled(scores, keys[:, first:stop], scale))
+        grad_keys[:, first:stop] += _scaled(scores.transpose(1, 2), _rows(queries, start, stop), scale)
+    _put(targets[1], 0, keys.shape[1], grad_keys)
+    _put(targets[2], 0, values.shape[1], grad_values)
+
 
 def _blocks(length: int, window: int) -> Iterator[tuple[int, int, int]]:
     """(first key, first query, end of both) of each block."""
