@@ -9,9 +9,10 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from typing import Any
 
 from lit_llm.errors import InputError
@@ -37,7 +38,8 @@ class Workers:
         if self._pool is None:
             return lambda: self.work(what)
         try:
-            future = self._pool.submit(_do, what)
+            with _ctrl_c_later():
+                future = self._pool.submit(_do, what)
         except BrokenProcessPool:
             raise _killed() from None
         return lambda: _result(future)
@@ -51,6 +53,22 @@ class Workers:
 def _pool(work: Callable[[Any], Any], count: int) -> ProcessPoolExecutor:
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
     return ProcessPoolExecutor(count, mp_context=context, initializer=_begin, initargs=(work, os.getpid()))
+
+
+@contextmanager
+def _ctrl_c_later() -> Generator[None, None, None]:
+    """Hear Ctrl-C behind the block: the first work forks, and what is raised in a hook of fork is lost."""
+    if threading.current_thread() is not threading.main_thread() or not callable(signal.getsignal(signal.SIGINT)):
+        yield
+        return
+    heard: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, _: heard.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if heard:
+        signal.raise_signal(signal.SIGINT)
 
 
 _work: Any = None                                       # in a process of the pool: what it does
