@@ -5,15 +5,13 @@ Reads what the run left on disk, so it works after any strategy, also on another
 
 import json
 import logging
-import re
 import shutil
 from pathlib import Path
-from typing import Any, Literal
-
-import yaml
+from typing import Literal
 
 from lit_llm import disk
 from lit_llm.errors import InputError
+from lit_llm.inference.card import card, read_values
 from lit_llm.samples import resolve
 from lit_llm.tokenizer import Tokenizer
 
@@ -46,7 +44,7 @@ def export(run: str, checkpoint: str = "best", out: str | None = None, dtype: Dt
         base = resolve(str(facts["base"]))
         stored = model.stored_dtype(base)
         exact = model.load_causal_lm(base)
-        if quantize := (_read(Path(run) / "config.yaml").get("model") or {}).get("quantize"):
+        if quantize := (read_values(Path(run) / "config.yaml").get("model") or {}).get("quantize"):
             drift = model.quantization_drift(exact, quantize)
             log.warning("trained on a base in 4 bits, merged into the exact one: linear weights differ by %.1f %% of "
                         "their norm; measure the export anew", 100 * drift)
@@ -60,7 +58,7 @@ def export(run: str, checkpoint: str = "best", out: str | None = None, dtype: Dt
     partial.mkdir(parents=True)
     model.save_causal_lm(merged, partial, stop_ids=tokenizer.stop_ids, pad_id=tokenizer.pad_id, dtype=wanted)
     tokenizer.save(partial)
-    (partial / "README.md").write_text(_card(Path(run), facts, folder.name), encoding="utf-8")
+    (partial / "README.md").write_text(card(Path(run), facts, folder.name), encoding="utf-8")
     disk.replace_folder(partial, target)
     return target
 
@@ -94,36 +92,3 @@ def _checkpoint(run: Path, wanted: str) -> Path:
         has = ", ".join(sorted(path.name for path in folders.glob("step_*"))) or "none"
         raise InputError(f"{run} has no complete checkpoint '{name}' (it has: {has})", where="checkpoint")
     return folders / name
-
-
-def _card(run: Path, facts: dict[str, Any], name: str) -> str:
-    """The model card: where it comes from, what it was trained on, what was measured, how to use it."""
-    config, metrics = _read(run / "config.yaml"), _read(run / "metrics.json")
-    base = facts.get("base")
-    method = (facts.get("peft") or {}).get("class_path") or "all weights"
-    sources = [_plain(source.get("path")) for source in (config.get("data") or {}).get("sources") or []]
-    head = {"library_name": "transformers", "pipeline_tag": "text-generation"}
-    if base and "/" in str(base) and not Path(str(base)).exists():
-        head["base_model"] = str(base)
-    figures = [f"| {_plain(key)} | {value:.6g} |" for key, value in metrics.items() if isinstance(value, int | float)]
-    return "\n".join([
-        "---", yaml.safe_dump(head).strip(), "---", "", f"# {_plain(run.name)}", "",
-        f"Trained from {_plain(base) if base else 'random weights'} ({_plain(method)}), checkpoint {name}, "
-        f"step {facts['step']}.", "",
-        "## Data", "", *(f"- {source}" for source in sources), "",
-        "## Measured on its validation data", "", "| metric | value |", "|---|---|", *figures, "",
-        "## Use", "", "```python", "from transformers import AutoModelForCausalLM, AutoTokenizer", "",
-        'tokenizer = AutoTokenizer.from_pretrained("this folder")',
-        'model = AutoModelForCausalLM.from_pretrained("this folder")',
-        "```", ""])
-
-
-def _read(file: Path) -> dict[str, Any]:
-    if not file.is_file():
-        return {}
-    return yaml.safe_load(file.read_text(encoding="utf-8")) or {}     # JSON is YAML
-
-
-def _plain(text: Any) -> str:
-    """Config text in Markdown: no markup of its own."""
-    return re.sub(r"([\\`*_\[\]<>|])", r"\\\1", str(text)).replace("\n", " ")
