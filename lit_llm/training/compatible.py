@@ -36,6 +36,37 @@ def gathers_layers(strategy: Any) -> bool:
     return isinstance(strategy, Fsdp2Strategy) or is_stage_3(strategy)
 
 
+def check_options(module: "CausalLMModule") -> None:
+    """Refuse values of a module that mean nothing, alone or together; it is not built, and no trainer is known.
+
+    Raises:
+        InputError: It names the key and what to set instead.
+    """
+    if (module.base is None) == (module.init is None):
+        raise InputError("give model.base (a folder or hub id) or model.init (an architecture), one of the two",
+                         where="model")
+    if not module.lr > 0:
+        raise InputError(f"the learning rate must be above 0, not {module.lr}", where="model.lr")
+    if not module.warmup >= 0:
+        raise InputError(f"warmup must be a share below 1 or a number of steps, not {module.warmup}",
+                         where="model.warmup")
+    if not 0 <= module.cooldown <= 1:
+        raise InputError(f"the cool-down is a share of the run, not {module.cooldown}", where="model.cooldown")
+    for name, fits, right in (
+            ("min_lr_share", 0 <= module.min_lr_share <= 1, "a share of the peak, from 0 to 1"),
+            ("betas", all(0 <= beta < 1 for beta in module.betas), "two numbers from 0 to below 1"),
+            ("eps", module.eps >= 0, "0 or more"), ("weight_decay", module.weight_decay >= 0, "0 or more"),
+            ("neftune_alpha", (module.neftune_alpha or 0) >= 0, "0 or more, or null")):
+        if not fits:
+            raise InputError(f"{getattr(module, name)} is not {right}", where=f"model.{name}")
+    if module.init is not None and module.peft_spec is not None:
+        raise InputError("adapters on random weights would learn nothing that could be merged or loaded again",
+                         where="model.init", fix="set --model.lora null to train every weight, or give model.base")
+    if module.quantize is not None and module.peft_spec is None:
+        raise InputError("4-bit weights cannot learn; adapters on them can", where="model.quantize",
+                         fix="set model.lora (see configs/with/qlora.yaml), or --model.quantize null")
+
+
 def check(module: "CausalLMModule", strategy: Any, world_size: int) -> None:
     """Refuse what cannot go together, before the model is built.
 

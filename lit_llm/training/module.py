@@ -14,11 +14,10 @@ from torch import Tensor, nn
 
 from lit_llm import adapter, attention, model
 from lit_llm.errors import InputError
-from lit_llm.training import compatible, control_tokens, documents, footprint, optim, recompute, reshard, rmsnorm
+from lit_llm.training import compatible, control_tokens, footprint, forward, optim, recompute, reshard, rmsnorm
 from lit_llm.training.fsdp import Fsdp2Strategy
-from lit_llm.training.loss import CrossEntropy, Nll, nll_sum
+from lit_llm.training.loss import CrossEntropy, Nll
 from lit_llm.training.metrics import Perplexity
-from lit_llm.training.noise import noisy
 from lit_llm.training.strategy import ZeroStrategy
 from lit_llm.training.weights import whole
 
@@ -86,33 +85,11 @@ class CausalLMModule(L.LightningModule):
         cross_entropy: CrossEntropy = "fused",
     ) -> None:
         super().__init__()
-        if (base is None) == (init is None):
-            raise InputError("give model.base (a folder or hub id) or model.init (an architecture), one of the two",
-                             where="model")
-        if not lr > 0:
-            raise InputError(f"the learning rate must be above 0, not {lr}", where="model.lr")
-        if not warmup >= 0:
-            raise InputError(f"warmup must be a share below 1 or a number of steps, not {warmup}", where="model.warmup")
-        if not 0 <= cooldown <= 1:
-            raise InputError(f"the cool-down is a share of the run, not {cooldown}", where="model.cooldown")
-        for name, value, fits, right in (
-                ("min_lr_share", min_lr_share, 0 <= min_lr_share <= 1, "a share of the peak, from 0 to 1"),
-                ("betas", betas, all(0 <= beta < 1 for beta in betas), "two numbers from 0 to below 1"),
-                ("eps", eps, eps >= 0, "0 or more"), ("weight_decay", weight_decay, weight_decay >= 0, "0 or more"),
-                ("neftune_alpha", neftune_alpha, (neftune_alpha or 0) >= 0, "0 or more, or null")):
-            if not fits:
-                raise InputError(f"{value} is not {right}", where=f"model.{name}")
         self.base, self.init = base, init
         self.peft_spec = adapter.spec_of(peft, lora)
         self.train_tokens = lora.train_tokens if lora is not None else "auto"
         self.trained_ids: list[int] = []            # tokens whose rows learn beside the adapters
-        if init is not None and self.peft_spec is not None:
-            raise InputError("adapters on random weights would learn nothing that could be merged or loaded again",
-                             where="model.init", fix="set --model.lora null to train every weight, or give model.base")
         self.quantize = quantize
-        if quantize is not None and self.peft_spec is None:
-            raise InputError("4-bit weights cannot learn; adapters on them can", where="model.quantize",
-                             fix="set model.lora (see configs/with/qlora.yaml), or --model.quantize null")
         self.lr, self.warmup, self.schedule, self.min_lr_share = lr, warmup, schedule, min_lr_share
         self.cooldown, self.optimizer = cooldown, optimizer
         self.weight_decay, self.betas, self.eps = weight_decay, betas, eps
@@ -121,6 +98,7 @@ class CausalLMModule(L.LightningModule):
             False if gradient_checkpointing == "auto" else gradient_checkpointing)
         self.compile_layers = compile               # nn.Module.compile is a method
         self.cross_entropy = cross_entropy
+        compatible.check_options(self)
         self.checkpoint: Path | None = None         # set by Trainer.validate and .test: weights of one checkpoint
         self.model: Any = None
         self.why_alone: str | None = None           # why each document has a forward of its own; empty where none has
@@ -281,58 +259,44 @@ class CausalLMModule(L.LightningModule):
 
     def _evaluate(self, batch: "Batch", split: str) -> None:
         nll, correct = self._nll(batch)
-        self._metric(split).update(nll, batch["num_supervised"], batch["num_bytes"], correct)
-
-    def _metric(self, split: str) -> Perplexity:
-        metric = self.perplexity[split]
-        assert isinstance(metric, Perplexity)
-        return metric
+        metric: Any = self.perplexity[split]
+        metric.update(nll, batch["num_supervised"], batch["num_bytes"], correct)
 
     def _report(self, split: str) -> None:
-        metric = self._metric(split)
+        metric: Any = self.perplexity[split]
         figures = metric.report()
         metric.reset()
         self.log_dict({f"{split}/{name}": torch.tensor(value, dtype=torch.float64) for name, value in figures.items()},
                       rank_zero_only=False, sync_dist=False)
 
     def _nll(self, batch: "Batch") -> Nll:
-        """Sums over one micro-batch."""
+        """Sums over one micro-batch, in the surroundings that the strategy and the precision ask for."""
         strategy = self.trainer.strategy
         if isinstance(strategy, Fsdp2Strategy):
-            return strategy.gathered(self.model, lambda: self._sums(batch))
+            return strategy.gathered(self.model, lambda: self.sums(batch))
         if self.half_adapters:                      # float32 masters of adapters among bf16 weights
             with torch.autocast(batch["input_ids"].device.type, torch.bfloat16):
-                return self._sums(batch)
-        return self._sums(batch)
+                return self.sums(batch)
+        return self.sums(batch)
+
+    def sums(self, batch: "Batch") -> Nll:
+        """What a micro-batch adds to the loss and to the metrics: the one method to override for another loss.
+
+        Called in training and in evaluation (`self.training` tells which), under every strategy and precision, with all
+        weights at hand. A term that is added to `total` here is divided, like the rest, by the number of supervised
+        tokens of the step, and would be part of `val/nll` in evaluation.
+
+        Args:
+            batch: Rows of this rank; `num_supervised` are its supervised tokens.
+        """
+        return forward.nll(self.model, batch, forward.Choices(
+            alone=bool(self.why_alone), noise=self.neftune_alpha if self.training else None,
+            cross_entropy=self.cross_entropy))
 
     def _autocasts(self) -> bool:
         """Whether adapters are float32 in a forward pass in bfloat16; DeepSpeed and FSDP2 make them bfloat16 for it."""
         return (str(self.trainer.precision).startswith("bf16") and self.peft_spec is not None
                 and not isinstance(self.trainer.strategy, ZeroStrategy | Fsdp2Strategy))
-
-    def _sums(self, batch: "Batch") -> Nll:
-        """The same where all weights are at hand: rows laid side by side, documents kept apart by attention."""
-        if adapter.learns_prompt(self.model):
-            return documents.nll_by_document(self.model, batch)
-        if self.why_alone:
-            hidden, labels = documents.hidden_by_document(self.model, self._input(batch), batch)
-        else:
-            labels = batch["labels"].view(-1)
-            hidden = model.backbone(self.model)(
-                **self._input(batch), position_ids=batch["position_ids"].view(1, -1),
-                attention_mask=None, use_cache=False, cu_seqlens=batch["cu_seqlens"],
-                max_seqlen=batch["max_seqlen"]).last_hidden_state[0]
-        factor, cap = model.logit_adjustment(self.model)
-        return nll_sum(hidden, labels, model.head(self.model), factor=factor, cap=cap, count=batch["num_supervised"],
-                       by=self.cross_entropy)
-
-    def _input(self, batch: "Batch") -> dict[str, Tensor]:
-        """Token ids; with NEFTune, in training, their embeddings with noise on them."""
-        ids = batch["input_ids"].view(1, -1)
-        if not self.neftune_alpha or not self.training:
-            return {"input_ids": ids}
-        embedded = model.causal_lm(self.model).get_input_embeddings()(ids)
-        return {"inputs_embeds": noisy(embedded, batch["cu_seqlens"], self.neftune_alpha)}
 
     # ---- checkpoints -------------------------------------------------------------------------------------------------
 
@@ -381,22 +345,13 @@ class CausalLMModule(L.LightningModule):
         """What learns is float32: half precision would lose small updates. DeepSpeed keeps masters of its own."""
         if isinstance(self.trainer.strategy, ZeroStrategy):
             return
-        halves = [weight for weight in self.parameters() if weight.requires_grad and weight.element_size() < 4]
-        if halves and not adapter.is_peft(self.model):
-            raise InputError(f"{self.trainer.precision} would train half-precision weights without a float32 copy, and "
-                             "small updates would be lost", where="trainer.precision",
-                             fix="set bf16-mixed, or a deepspeed strategy, which keeps float32 masters")
-        for weight in halves:
-            weight.data = weight.data.float()
+        optim.keep_masters(self, str(self.trainer.precision), whole=not adapter.is_peft(self.model))
 
     def configure_gradient_clipping(self, optimizer: Any, gradient_clip_val: float | None = None,
                                     gradient_clip_algorithm: str | None = None) -> None:
         """Clip by the norm of all gradients; under DeepSpeed the engine does it."""
         limit = 0.0 if isinstance(self.trainer.strategy, ZeroStrategy) else float(gradient_clip_val or 0.0)
         weights = [weight for group in optimizer.param_groups for weight in group["params"] if weight.grad is not None]
-        if limit <= 0 or not weights:
-            return
-        if self.gradient_norm is None or isinstance(self.trainer.strategy, Fsdp2Strategy):  # shards need a sharded norm
-            nn.utils.clip_grad_norm_(weights, limit, foreach=True)
-        else:
-            nn.utils.clip_grads_with_norm_(weights, limit, self.gradient_norm, foreach=True)
+        if limit > 0 and weights:                   # shards need a norm of all of them
+            sharded = isinstance(self.trainer.strategy, Fsdp2Strategy)
+            optim.clip(weights, limit, None if sharded else self.gradient_norm)

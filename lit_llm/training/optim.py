@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -156,3 +156,37 @@ def scheduler(optimizer: Optimizer, schedule: Schedule, *, warmup: float, total:
     """The schedule on an optimizer, to be stepped after every optimizer step."""
     steps = warmup_steps(warmup, total)
     return LambdaLR(optimizer, shape(schedule, warmup=steps, total=total, floor=floor, cooldown=cooldown))
+
+
+def keep_masters(module: nn.Module, precision: str, *, whole: bool) -> None:
+    """Make float32 of what learns: half precision would lose small updates.
+
+    Args:
+        module: Its weights that require gradients are converted in place.
+        precision: `trainer.precision`, for the message.
+        whole: Whether every weight learns, and not only adapters, which are small.
+
+    Raises:
+        InputError: Weights of a whole model lie in half precision.
+    """
+    halves = [weight for weight in module.parameters() if weight.requires_grad and weight.element_size() < 4]
+    if halves and whole:
+        raise InputError(f"{precision} would train half-precision weights without a float32 copy, and small updates "
+                         "would be lost", where="trainer.precision",
+                         fix="set bf16-mixed, or a deepspeed strategy, which keeps float32 masters")
+    for weight in halves:
+        weight.data = weight.data.float()
+
+
+def clip(weights: list[nn.Parameter], limit: float, norm: Tensor | None) -> None:
+    """Scale gradients so that the norm of all of them is at most `limit`.
+
+    Args:
+        weights: Those that have a gradient.
+        limit: Of the norm.
+        norm: What it is, where somebody has measured it; null measures.
+    """
+    if norm is None:
+        nn.utils.clip_grad_norm_(weights, limit, foreach=True)
+    else:
+        nn.utils.clip_grads_with_norm_(weights, limit, norm, foreach=True)

@@ -7,12 +7,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
 from transformers import AutoTokenizer
 
 from lit_llm import CausalLMModule, InputError, LoRA, Source, TextDataModule, Trainer
+from lit_llm.data.loader import lay
 from lit_llm.training import footprint, recompute
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -150,9 +152,11 @@ def test_neftune_shakes_training_alone(tiny_model, chats, tmp_path):
     losses = [losses for _, losses in runs]
     assert losses[0] == losses[1] != losses[2] == losses[3]
     assert losses[2][0] == pytest.approx(losses[0][0], rel=0.1)
-    shaken = runs[3][0].eval()
-    ids = torch.tensor([[5, 9, 31]])
-    assert shaken._input({"input_ids": ids}).keys() == {"input_ids"}
+    shaken, ids = runs[3][0].eval(), np.array([5, 9, 31, 7])
+    batch = lay([[(ids, ids > 0)]], seq_len=4, pad_id=0, token_bytes=np.ones((2, 320), np.int64))
+    with torch.no_grad():
+        first, second = (float(shaken.sums(batch).total) for _ in range(2))
+    assert first == second > 0
 
 
 def test_bf16_mixed_moves_weights_by_small_steps(tiny_model, chats, tmp_path):

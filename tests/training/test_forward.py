@@ -5,7 +5,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from lit_llm.training.noise import noisy
+from lit_llm.training.forward import noisy
 
 
 def test_each_document_is_shaken_by_its_own_length():
