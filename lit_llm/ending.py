@@ -4,13 +4,10 @@ Runs on rank 0, from what the run left on disk.
 """
 
 import json
-import os
-import shlex
-import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from lit_llm import command
 from lit_llm.adapter import UnmergeableError
 from lit_llm.data.terminal import ledger
 from lit_llm.inference.completion import TextEngine
@@ -21,8 +18,8 @@ from lit_llm.samples import resolve
 PROMPTS, ANSWER_TOKENS = 3, 48
 
 
-def finish(run: Path, *, base: str | None, before: dict[str, float], after: dict[str, float], prompts: list[list[int]],
-           configs: Sequence[str]) -> None:
+def finish(run: Path, *, base: str | None, before: dict[str, float], after: dict[str, float],
+           prompts: list[list[int]]) -> None:
     """Export the best checkpoint and print the summary of the run on stdout.
 
     Args:
@@ -31,7 +28,6 @@ def finish(run: Path, *, base: str | None, before: dict[str, float], after: dict
         before: Validation figures before the first step; empty if there was no validation.
         after: The last ones.
         prompts: Token ids of held-out prompts.
-        configs: The config files of this run, for the commands.
     """
     folder = None
     try:
@@ -54,7 +50,7 @@ def finish(run: Path, *, base: str | None, before: dict[str, float], after: dict
         return
     if prompts:
         _compare(resolve(base) if base else None, folder, prompts)
-    _next(run, folder, configs)
+    _next(run, folder)
 
 
 def _compare(base: str | None, folder: Path, prompts: list[list[int]]) -> None:
@@ -82,14 +78,13 @@ def _short(text: str, most: int) -> str:
     return line if len(line) <= most else line[: most - 3] + "..."
 
 
-def _next(run: Path, folder: Path, configs: Sequence[str]) -> None:
-    python = shlex.quote(Path(sys.executable).name if os.environ.get("VIRTUAL_ENV") else "python")
-    given = " ".join(f"--config {shlex.quote(config)}" for config in configs) or f"--config {run / 'config.yaml'}"
-    place, root = shlex.quote(str(folder)), shlex.quote(str(run))
+def _next(run: Path, folder: Path) -> None:
+    """Commands that work from any directory: paths are absolute, and the run's own config holds what was typed."""
+    place, config = folder.absolute(), run.absolute() / "config.yaml"
     print("\nnext:")
-    print(f"  {python} -m lit_llm chat --model {place}")
-    print(f"  {python} -m lit_llm validate {given} --trainer.default_root_dir {root} --ckpt_path best")
-    print(f"  {python} -m serve --model {place}", flush=True)
+    print(f"  {command.line('lit_llm', 'chat', '--model', place)}")
+    print(f"  {command.line('lit_llm', 'validate', '--config', config, '--ckpt_path', 'best')}")
+    print(f"  {command.line('serve', '--model', place)}", flush=True)
 
 
 def held_out_prompts(datamodule: Any) -> list[list[int]]:

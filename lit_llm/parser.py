@@ -114,6 +114,8 @@ def explain(message: str, known: list[str]) -> str:
 
 
 def _unknown(key: str, where: str, known: list[str]) -> str:
+    if key in known:
+        return f"{where}this verb takes no '{key}'; other verbs do"
     elsewhere = get_close_matches(key.rsplit(".", 1)[-1], ALIASES, n=1, cutoff=0.9)     # misspelt there, too
     if elsewhere and ALIASES[elsewhere[0]] != key:
         return f"{where}unknown key '{key}'. Did you mean '{ALIASES[elsewhere[0]]}'?"

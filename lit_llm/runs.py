@@ -11,6 +11,7 @@ import torch
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from lit_llm import runconfig
 from lit_llm.data.datamodule import TextDataModule
 from lit_llm.ending import finish, held_out_prompts
 from lit_llm.errors import InputError
@@ -69,19 +70,15 @@ class LitLLMCLI(LightningCLI):
         text = self.parser.dump(self.config, skip_none=False, skip_link_targets=False)
         import yaml
 
-        config = yaml.safe_load(text)[self.subcommand]
-        config.pop("config", None)
-        config.pop("ckpt_path", None)
-        self.trainer.run.config = config
+        self.trainer.run.config = runconfig.kept(yaml.safe_load(text)[self.subcommand])
 
     def after_fit(self) -> None:
         """Export, compare, and say what to type next; on one process."""
         trainer = self.trainer
         if not (trainer.is_global_zero and trainer.exports and trainer.checkpoint_callbacks):  # fast_dev_run has none
             return
-        files = [str(path) for path in self.config["fit"].get("config") or []]
         finish(Path(self.trainer.default_root_dir), base=self.model.base, before=self.trainer.run.before,
-               after=self.trainer.run.after, prompts=held_out_prompts(self.datamodule), configs=files)
+               after=self.trainer.run.after, prompts=held_out_prompts(self.datamodule))
 
     def after_validate(self) -> None:
         """The figures on stdout."""
@@ -113,7 +110,7 @@ def run(args: list[str]) -> None:
     try:
         LitLLMCLI(CausalLMModule, TextDataModule, trainer_class=Trainer, parser_class=RunParser,
                   save_config_callback=None, seed_everything_default=42, auto_configure_optimizers=False,
-                  load_from_checkpoint_support=False, args=args,
+                  load_from_checkpoint_support=False, args=runconfig.located(args),
                   parser_kwargs={"allow_abbrev": False, "prog": "python -m lit_llm"})
     except (MisconfigurationException, ValueError, RuntimeError, ImportError) as error:
         if not (isinstance(error, MisconfigurationException) or _is_lightnings(error)):

@@ -159,7 +159,9 @@ def test_the_next_commands(first, shell):
 
     assert math.log(said) == pytest.approx(best["score"], rel=1e-5)
     printed = first.stdout.split("next:")[1]
-    assert all(command in printed for command in ("chat --model runs/sft/export", "-m serve --model runs/sft/export"))
+    export, config = shell.folder / "runs/sft/export", shell.folder / "runs/sft/config.yaml"
+    assert all(command in printed for command in (
+        f"chat --model {export}", f"-m serve --model {export}", f"validate --config {config} --ckpt_path best"))
     process = shell.start(serve)
     try:
         answer = _ask_until_up(

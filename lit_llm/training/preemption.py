@@ -8,7 +8,6 @@ Knows nothing of what is saved.
 import logging
 import os
 import re
-import shlex
 import signal
 import subprocess
 import sys
@@ -25,6 +24,7 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch.callbacks import Callback
 
+from lit_llm import command
 from lit_llm.training import manifest
 from lit_llm.training.checkpoint import StepCheckpoint, validation_is_due
 from lit_llm.training.processes import Watch, end_together, kill_started, tell_parent
@@ -253,7 +253,7 @@ def resume_command() -> str:
             next(words, None)
         elif not word.startswith("--ckpt_path="):
             kept.append(word)
-    return shlex.join(["python", "-m", "lit_llm", *kept, "--ckpt_path", "last"])
+    return command.line("lit_llm", *kept, "--ckpt_path", "last")
 
 
 def requeue() -> None:

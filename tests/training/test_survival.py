@@ -31,6 +31,7 @@ from lives import (
 )
 from survive import STEPS, at_points, finish, strike
 
+from lit_llm.command import python
 from lit_llm.training.preemption import resume_command
 from lit_llm.training.report import MetricsCSV
 
@@ -149,7 +150,7 @@ def test_a_signal_to_a_rank_that_lightning_started(lives, tiny_model):
         os.kill(child, signal.SIGTERM)
         told = process.communicate(timeout=60)[1]
         assert process.returncode == 143, told[-2000:]
-        assert f"python -m lit_llm {' '.join(words)} two --ckpt_path last" in told
+        assert f"{python()} -m lit_llm {' '.join(words)} two --ckpt_path last" in told
         assert_ends(child)
 
 
@@ -164,7 +165,7 @@ def test_a_rank_that_dies_does_not_leave_the_other_waiting(rank, lives, tiny_mod
     died = ["rank 0 is gone", "rank 1 was ended by SIGKILL"][rank]
     assert told[told.index("error: "):].splitlines() == [
         f"error: the process of {died}, and with it the run",
-        f"  go on with: python -m lit_llm {' '.join(words)} two --ckpt_path last"], told[-3000:]
+        f"  go on with: {python()} -m lit_llm {' '.join(words)} two --ckpt_path last"], told[-3000:]
     assert "Traceback" not in told
 
 
@@ -183,9 +184,9 @@ def test_the_command_to_go_on_is_the_command(monkeypatch):
 
     monkeypatch.setattr(sys.modules["__main__"], "__spec__", SimpleNamespace(name="lit_llm.__main__"))
     monkeypatch.setattr(sys, "argv", ["x", "fit", "--config", "my run.yaml", "--ckpt_path", "best", "--trainer.max_steps=9"])
-    assert resume_command() == "python -m lit_llm fit --config 'my run.yaml' --trainer.max_steps=9 --ckpt_path last"
+    assert resume_command() == f"{python()} -m lit_llm fit --config 'my run.yaml' --trainer.max_steps=9 --ckpt_path last"
     monkeypatch.setattr(sys, "argv", ["x", "fit", "--ckpt_path=auto"])
-    assert resume_command() == "python -m lit_llm fit --ckpt_path last"
+    assert resume_command() == f"{python()} -m lit_llm fit --ckpt_path last"
 
 
 def test_a_step_that_is_measured_again_stands_once(tmp_path):
