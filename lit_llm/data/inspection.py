@@ -13,7 +13,7 @@ import numpy as np
 
 from lit_llm.data.corpus import Corpus, Tally
 from lit_llm.data.formats import OPEN_NOTE
-from lit_llm.data.loader import EMPTY, RowLoader
+from lit_llm.data.loader import RowLoader
 from lit_llm.data.packing import Rows
 from lit_llm.data.store import CONTROLS, Report, TokenStore
 from lit_llm.tokenizer import SPEAKERS, Tokenizer
@@ -151,8 +151,7 @@ def examine(data: "TextDataModule", rows: int = 0) -> Inspection:
     stages = [_stage(name, plan, data.seq_len) for name, plan in data.plans.items()]
     train = data.plans.get("train")
     order = _first(data, rows) if train and rows else []
-    shown = [_row(train.corpus, train.rows, number, data.tokenizer)
-             for number in order if number != EMPTY] if train else []
+    shown = [_row(train.corpus, train.rows, number, data.tokenizer) for number in order] if train else []
     pace = _pace(len(train.rows), data.batch_size, data.trainer) if train and not data.streaming else None
     stores = [store for plan in data.plans.values() for store in plan.stores]
     talks = any(not plan.corpus.is_document.all() for plan in data.plans.values())

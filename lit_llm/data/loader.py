@@ -8,7 +8,7 @@ devices.
 import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
-from typing import Any, TypedDict
+from typing import Any, NamedTuple, NotRequired, TypedDict
 
 import numpy as np
 import torch
@@ -18,11 +18,12 @@ from lit_llm.data.packing import Rows
 from lit_llm.errors import InputError
 from lit_llm.tokenizer import IGNORE_INDEX
 
-EMPTY = -1                                              # a row of padding alone
-
 
 class Batch(TypedDict):
     """One micro-batch of one rank, on the CPU; B rows, T tokens.
+
+    B is at most `batch_size`: rows that do not exist are not made. A rank that has no row while others have some gets
+    one row of two padding tokens, so that all ranks can make the same collective calls.
 
     Two rows of five, `a b | x y z` and `p q` with padding `_`:
 
@@ -42,21 +43,60 @@ class Batch(TypedDict):
     last_in_step: bool                                  # whether the optimizer steps after this one
     num_bytes: int                                      # UTF-8 bytes that the supervised tokens stand for
     num_tokens: int                                     # tokens that are not padding
+    num_tokens_in_step: int                             # the same over all micro-batches and ranks of the step
+    idle: NotRequired[bool]                             # no rank has a supervised token here: no forward is needed
+
+
+class Share(NamedTuple):
+    """Which of a step's rows a rank computes in one micro-batch: rows `start` to `stop` of the step.
+
+    Args:
+        start: Of the rank's rows.
+        stop: Behind them; equal to `start` where the rank has none.
+        done: Rows of the step that all ranks have computed before this micro-batch.
+        idle: Whether no rank has a row here.
+    """
+
+    start: int
+    stop: int
+    done: int
+    idle: bool
+
+
+def deal(rows: int, micro: int, *, rank: int, world: int, accumulate: int, batch_size: int) -> Share:
+    """Deal the rows of a step to its micro-batches and ranks.
+
+    Micro-batches that get no row come first: gradients are reduced over ranks in a step's last micro-batch, which must
+    therefore have some. Seven rows, `batch_size` 2, two ranks, `accumulate` 4:
+
+        micro-batch   0       1       2       3
+        rank 0        idle    idle    0 1     4 5
+        rank 1        idle    idle    2 3     6
+    """
+    each = world * batch_size
+    turn = micro - accumulate + math.ceil(rows / each)  # among the micro-batches that have rows
+    if turn < 0:
+        return Share(0, 0, 0, True)
+    start = min(rows, turn * each + rank * batch_size)
+    return Share(start, min(rows, start + batch_size), turn * each, not rows)
 
 
 def collate(corpus: Corpus, rows: Rows, numbers: Sequence[int], *, seq_len: int, pad_id: int,
             token_bytes: np.ndarray) -> Batch:
-    """The rows of these numbers as a batch; `EMPTY` is a row of padding."""
-    return lay([[corpus.read(*segment) for segment in rows.row(number)] if number != EMPTY else []
-                for number in numbers], seq_len=seq_len, pad_id=pad_id, token_bytes=token_bytes)
+    """The rows of these numbers as a batch."""
+    return lay([[corpus.read(*segment) for segment in rows.row(number)] for number in numbers], seq_len=seq_len,
+               pad_id=pad_id, token_bytes=token_bytes)
 
 
 def lay(rows: Sequence[Sequence[tuple[np.ndarray, np.ndarray]]], *, seq_len: int, pad_id: int,
         token_bytes: np.ndarray) -> Batch:
     """Rows side by side, padded to `seq_len`; of each, its segments' tokens and whether each is supervised.
 
-    The step's totals are this batch's own until a loader that knows the step sets them.
+    No rows at all become one row of two padding tokens. The step's totals are this batch's own until a loader that
+    knows the step sets them.
     """
+    if not rows:
+        rows, seq_len = [[]], 2
     shape = (len(rows), seq_len)
     input_ids, position_ids = np.full(shape, pad_id, np.int64), np.empty(shape, np.int64)
     labels = np.full(shape, IGNORE_INDEX, np.int64)
@@ -82,7 +122,8 @@ def lay(rows: Sequence[Sequence[tuple[np.ndarray, np.ndarray]]], *, seq_len: int
         input_ids=torch.from_numpy(input_ids), labels=torch.from_numpy(labels),
         position_ids=torch.from_numpy(position_ids), cu_seqlens=torch.from_numpy(cu_seqlens),
         max_seqlen=int(np.diff(cu_seqlens).max()), num_supervised=len(learned), num_supervised_in_step=len(learned),
-        last_in_step=True, num_bytes=_bytes(input_ids, labels, position_ids, token_bytes), num_tokens=num_tokens)
+        last_in_step=True, num_bytes=_bytes(input_ids, labels, position_ids, token_bytes), num_tokens=num_tokens,
+        num_tokens_in_step=num_tokens, idle=not len(learned))
 
 
 def _bytes(input_ids: np.ndarray, labels: np.ndarray, position_ids: np.ndarray, token_bytes: np.ndarray) -> int:
@@ -96,11 +137,12 @@ def _bytes(input_ids: np.ndarray, labels: np.ndarray, position_ids: np.ndarray, 
 class RowLoader:
     """Batches of one rank, whole accumulation windows only.
 
-    An epoch is the rows in shuffled order, cut into windows of `G = world * accumulate * batch_size`; in a window,
-    micro-batch m of rank r takes `batch_size` rows from `(m * world + r) * batch_size`. So 1, 2 or 4 processes see the
-    same rows in the same step while G is the same. The last window is filled with empty rows: nothing is dropped, no
-    rank ever has one micro-batch less, and `num_supervised_in_step` counts what is really there. So an epoch is whole
-    steps for Lightning and for DeepSpeed alike, which count a part of a window differently, and no tail is lost.
+    An epoch is the rows in shuffled order, cut into windows of `G = world * accumulate * batch_size`, each of them a
+    step whose rows `deal` hands out. So 1, 2 or 4 processes see the same rows in the same step while G is the same. The
+    last window has the rows that are left: nothing is dropped, no rank ever has one micro-batch less, and
+    `num_supervised_in_step` counts what is really there. So an epoch is whole steps for Lightning and for DeepSpeed
+    alike, which count a part of a window differently. Rows without a supervised token belong to their step, but are not
+    made: they have no gradient and no share in any metric.
 
     An iteration yields `len(self)` batches from where the state stands, over the end of the epoch if it must;
     without `shuffle` (evaluation) it always begins at the beginning and has no state to keep.
@@ -149,46 +191,50 @@ class RowLoader:
     def batch(self, number: int) -> Batch:
         """Micro-batch `number`, counted from the first epoch: a pure function of the arguments."""
         rows, lengths, _ = self._epoch(number // len(self))
-        window, mine = self._share(number)
-        real = mine[mine != EMPTY]
-        width = max(int(lengths[real].max(initial=0)), 2) if self.trim else self.seq_len
+        window, share = self._share(number)
+        mine = window[share.start:share.stop]
+        width = max(int(lengths[mine].max(initial=0)), 2) if self.trim else self.seq_len
         batch = collate(self.corpus, rows, mine.tolist(), seq_len=width, pad_id=self.pad_id,
                         token_bytes=self.token_bytes)
-        assert batch["num_supervised"] == int(rows.supervised[real].sum())
-        batch["num_supervised_in_step"] = int(rows.supervised[window[window != EMPTY]].sum())
+        assert batch["num_supervised"] == int(rows.supervised[mine].sum())
+        batch["num_supervised_in_step"] = int(rows.supervised[window].sum())
+        batch["num_tokens_in_step"] = int(lengths[window].sum())
         batch["last_in_step"] = number % self.accumulate == self.accumulate - 1
+        batch["idle"] = share.idle
         return batch
 
     def alone(self, number: int) -> Iterator[tuple[str, Batch]]:
         """Each segment of a micro-batch as a batch of its own, with the place of its record."""
         rows, _, _ = self._epoch(number // len(self))
-        _, mine = self._share(number)
-        for row in mine[mine != EMPTY].tolist():
+        window, share = self._share(number)
+        for row in window[share.start:share.stop].tolist():
             for segment in range(int(rows.offsets[row]), int(rows.offsets[row + 1])):
                 one = rows.segments[np.array([segment])]
                 yield self.corpus.place(int(one.sequence[0])), collate(
                     self.corpus, Rows(one, np.array([0, 1]), np.zeros(1, np.int64), np.zeros(1, np.int64)), [0],
                     seq_len=max(2, int(one.lengths[0])), pad_id=self.pad_id, token_bytes=self.token_bytes)
 
-    def _share(self, number: int) -> tuple[np.ndarray, np.ndarray]:
-        """Row numbers of the whole step that a micro-batch is part of, and those that are this rank's in it."""
+    def _share(self, number: int) -> tuple[np.ndarray, Share]:
+        """Numbers of the rows of the whole step that a micro-batch is part of, and this rank's share of them."""
         epoch, within = divmod(number, len(self))
         step, micro = divmod(within, self.accumulate)
-        window = self.order(epoch)[step * self.rows_per_step:(step + 1) * self.rows_per_step]
-        at = (micro * self.world + self.rank) * self.batch_size
-        return window, window[at:at + self.batch_size]
+        rows, _, order = self._epoch(epoch)
+        window = order[step * self.rows_per_step:(step + 1) * self.rows_per_step]
+        window = window[rows.supervised[window] > 0]
+        return window, deal(len(window), micro, rank=self.rank, world=self.world, accumulate=self.accumulate,
+                            batch_size=self.batch_size)
 
     def order(self, epoch: int) -> np.ndarray:
-        """Row numbers of an epoch as they are drawn, `EMPTY` at its end where it is filled to whole windows."""
+        """Row numbers of an epoch as they are drawn."""
         return self._epoch(epoch)[2]
 
     def _ordered(self, epoch: int) -> tuple[Rows, np.ndarray, np.ndarray]:
-        """An epoch's rows, their lengths, and their numbers in order, filled to whole windows; equal on all ranks."""
+        """An epoch's rows, their lengths, and their numbers in order; equal on all ranks."""
         rows = self._draw(epoch) if self._draw else self.rows
         count = len(rows)
         assert count == len(self.rows), "the epochs of a run have equally many rows"
         order = np.random.default_rng([self.seed, epoch]).permutation(count) if self.shuffle else np.arange(count)
-        return rows, rows.lengths, np.concatenate([order, np.full(-count % self.rows_per_step, EMPTY, order.dtype)])
+        return rows, rows.lengths, order
 
     # ---- what was drawn ----------------------------------------------------------------------------------------------
 
@@ -200,8 +246,7 @@ class RowLoader:
     def drawn(self, batches: int) -> Tally:
         """What all ranks draw of each source in so many micro-batches of each since the first epoch.
 
-        Together they are a prefix of the epoch's order, so it is a function of their number alone: right after a
-        resume, and the same on every rank.
+        A function of their number alone: right after a resume, and the same on every rank.
         """
         epoch, within = divmod(batches, len(self))
         if self._draw:
@@ -209,8 +254,9 @@ class RowLoader:
         else:
             total = epoch * self.corpus.tally(self.rows)
         rows, _, order = self._epoch(epoch)
-        begun = order[:within * self.world * self.batch_size]
-        return self.corpus.named(total + self.corpus.tally(rows.take(begun[begun != EMPTY])))
+        window, share = self._share(batches)
+        begun = order[:within // self.accumulate * self.rows_per_step]
+        return self.corpus.named(total + self.corpus.tally(rows.take(np.append(begun, window[:share.done]))))
 
     @property
     def position(self) -> int:

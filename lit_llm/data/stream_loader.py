@@ -15,7 +15,7 @@ import numpy as np
 
 from lit_llm.data import sources
 from lit_llm.data.feed import Cursor, identity
-from lit_llm.data.loader import Batch, lay
+from lit_llm.data.loader import Batch, deal, lay
 from lit_llm.data.memory import Memory
 from lit_llm.data.prepare import ALONE, cache_root
 from lit_llm.data.store import SEQUENCE
@@ -48,9 +48,8 @@ class StreamLoader:
     """Batches of one rank, `steps` whole accumulation windows of them: an epoch is what the trainer makes of it.
 
     Rows come in one order, a function of the stream alone, and a step takes the next
-    `G = world * accumulate * batch_size` of them: micro-batch m of rank r has `batch_size` rows from
-    `(m * world + r) * batch_size`, as `RowLoader` deals them. Each rank sees all rows pass, so what is supervised in a
-    step is known without asking the others.
+    `G = world * accumulate * batch_size` of them, dealt as `RowLoader` deals them. Each rank sees all rows pass, so
+    what is supervised in a step is known without asking the others.
 
     Args:
         stream: The rows.
@@ -104,13 +103,17 @@ class StreamLoader:
                 yield _row(chunk, number), (chunk.begin, at)
 
     def _batch(self, window: list[Row], micro: int) -> Batch:
-        at = (micro * self.world + self.rank) * self.batch_size
-        mine = window[at:at + self.batch_size]
-        width = max(2, *(row.length for row in mine)) if self.trim else self.stream.seq_len
+        learned = [row for row in window if row.counts[:, 3].any()]
+        share = deal(len(learned), micro, rank=self.rank, world=self.world, accumulate=self.accumulate,
+                     batch_size=self.batch_size)
+        mine = learned[share.start:share.stop]
+        width = max(2, *(row.length for row in mine)) if self.trim and mine else self.stream.seq_len
         batch = lay([row.segments for row in mine], seq_len=width, pad_id=self.pad_id, token_bytes=self.token_bytes)
         assert batch["num_supervised"] == sum(int(row.counts[:, 3].sum()) for row in mine)
-        batch["num_supervised_in_step"] = sum(int(row.counts[:, 3].sum()) for row in window)
+        batch["num_supervised_in_step"] = sum(int(row.counts[:, 3].sum()) for row in learned)
+        batch["num_tokens_in_step"] = sum(row.length for row in learned)
         batch["last_in_step"] = micro == self.accumulate - 1
+        batch["idle"] = share.idle
         return batch
 
     def _counted(self, window: list[Row]) -> np.ndarray:

@@ -226,12 +226,19 @@ class CausalLMModule(L.LightningModule):
         A step is all micro-batches of all ranks until the weights move; the loader knows its count. Lightning divides
         what is returned here by the micro-batches, data parallelism averages it over ranks: both are multiplied back.
         """
+        if self.is_skipped(batch):
+            return torch.zeros((), device=self.device, requires_grad=True)      # for Lightning to go backward from
         nll = self._nll(batch).total
         count = batch["num_supervised_in_step"]
         self._window = self._window.to(nll.device) + nll.detach().double() / max(1, count)
         if batch["last_in_step"]:
             self._log_loss()
         return nll * (self.trainer.accumulate_grad_batches * self.trainer.world_size / max(1, count))
+
+    @staticmethod
+    def is_skipped(batch: "Batch") -> bool:
+        """Whether training makes no forward: no rank has a supervised token, and gradients are not reduced here."""
+        return bool(batch.get("idle")) and not batch["last_in_step"]
 
     def _log_loss(self) -> None:
         """Mean NLL of the whole step, over all ranks; reduced only on steps that are logged."""
@@ -258,6 +265,8 @@ class CausalLMModule(L.LightningModule):
         self._report("test")
 
     def _evaluate(self, batch: "Batch", split: str) -> None:
+        if batch.get("idle"):                       # on all ranks
+            return
         nll, correct = self._nll(batch)
         metric: Any = self.perplexity[split]
         metric.update(nll, batch["num_supervised"], batch["num_bytes"], correct)

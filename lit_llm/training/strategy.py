@@ -72,6 +72,7 @@ class ZeroStrategy(DeepSpeedStrategy):
         )
         self._environ: dict[str, str | None] = {}
         self._hf_config: object | None = None       # transformers keeps only a weak reference to it
+        self._skipped = False                       # whether the micro-batch at hand has no forward
 
     @classmethod
     def from_name(cls, name: str) -> "ZeroStrategy":
@@ -239,8 +240,16 @@ class ZeroStrategy(DeepSpeedStrategy):
         """Nothing to block: the engine itself reduces at the end of a step only."""
         return nullcontext()
 
+    def training_step(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
+        """Of a micro-batch; one that the module skips on all ranks does not enter the engine."""
+        module: Any = self.lightning_module
+        self._skipped = hasattr(module, "is_skipped") and module.is_skipped(batch)
+        return module.training_step(batch, *args) if self._skipped else super().training_step(batch, *args, **kwargs)
+
     def backward(self, closure_loss: Tensor, optimizer: Any, *args: Any, **kwargs: Any) -> Tensor:
         """Backward of one micro-batch; gradients are reduced for the step in its last one."""
+        if self._skipped:
+            return closure_loss
         assert self.lightning_module is not None
         last = not self.lightning_module.trainer.fit_loop._should_accumulate()
         self.deepspeed_engine.set_gradient_accumulation_boundary(last)

@@ -9,7 +9,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from lit_llm.data.loader import EMPTY, Corpus, RowLoader, collate
+from lit_llm.data.loader import Corpus, RowLoader, collate
 from lit_llm.data.packing import pack, split
 from lit_llm.data.prepare import prepare
 from lit_llm.data.sources import Source
@@ -41,9 +41,9 @@ def loader(data, **settings):
 
 
 def rows_of(batch):
-    """What each row says, as hashable values."""
+    """What each row says, as hashable values; not the padding of a rank that has none."""
     return [(tuple(ids), tuple(labels)) for ids, labels in
-            zip(batch["input_ids"].tolist(), batch["labels"].tolist(), strict=True)]
+            zip(batch["input_ids"].tolist(), batch["labels"].tolist(), strict=True) if batch["num_tokens"]]
 
 
 # ---- one batch -------------------------------------------------------------------------------------------------------
@@ -54,7 +54,7 @@ def slow_collate(corpus, rows, numbers, seq_len, token_bytes):
     bounds, count, size = [], 0, 0
     for number in numbers:
         ids, labels, positions = [], [], []
-        for sequence, start, stop in rows.row(number) if number != EMPTY else []:
+        for sequence, start, stop in rows.row(number):
             bounds.append(len(out["input_ids"]) + len(ids))
             row = corpus.stores[0].sequences[sequence]
             for place in range(start, stop):
@@ -77,7 +77,7 @@ def slow_collate(corpus, rows, numbers, seq_len, token_bytes):
 @given(st.data())
 def test_collate_is_the_slow_way(data, draw):
     corpus, rows, token_bytes = data
-    numbers = draw.draw(st.lists(st.integers(EMPTY, len(rows) - 1), min_size=1, max_size=5))
+    numbers = draw.draw(st.lists(st.integers(0, len(rows) - 1), min_size=1, max_size=5))
     batch = collate(corpus, rows, numbers, seq_len=SEQ_LEN, pad_id=PAD, token_bytes=token_bytes)
     slow, bounds, count, size = slow_collate(corpus, rows, numbers, SEQ_LEN, token_bytes)
     for key, values in slow.items():
@@ -113,7 +113,12 @@ def steps(data, world, accumulate, batch_size, epochs=2):
         epoch = [list(rank) for rank in ranks]
         for step in range(0, len(epoch[0]), accumulate):
             micros = [rank[step + micro] for micro in range(accumulate) for rank in epoch]
-            assert {batch["num_supervised_in_step"] for batch in micros} == {sum(b["num_supervised"] for b in micros)}
+            for name in ("num_supervised", "num_tokens"):
+                assert {batch[f"{name}_in_step"] for batch in micros} == {sum(batch[name] for batch in micros)}
+            idle = [[micros[at + rank]["idle"] for rank in range(world)] for at in range(0, len(micros), world)]
+            assert idle == [[not any(b["num_supervised"] for b in micros[at:at + world])] * world
+                            for at in range(0, len(micros), world)]
+            assert idle == sorted(idle, reverse=True)       # the last one has rows: gradients are reduced there
             assert [rank[step + micro]["last_in_step"] for micro in range(accumulate) for rank in epoch[:1]] == [
                 False] * (accumulate - 1) + [True]
             out.append([row for batch in micros for row in rows_of(batch)])
@@ -140,22 +145,39 @@ def test_any_division_resumed_anywhere_goes_on_with_the_next_rows(data, world, a
     got = [row for micro in zip(*resumed, strict=True) for batch in micro for row in rows_of(batch)]
     whole = loader(data, batch_size=world * accumulate * batch_size, seed=seed)
     stream = [row for _ in range(4) for batch in whole for row in rows_of(batch)]
-    begin = stopped * world * batch_size
+    begin = sum(len(rows_of(loader(data, rank=rank, **division).batch(number))) for number in range(stopped)
+                for rank in range(world))
     assert got == stream[begin:begin + len(got)]
-    assert len(got) == len(stream) // 4
+    if stopped % accumulate == 0:
+        assert len(got) == len(stream) // 4
     assert [batch["last_in_step"] for batch in resumed[0]] == [
         number % accumulate == accumulate - 1 for number in range(stopped, stopped + len(resumed[0]))]
 
 
-def test_an_epoch_is_every_row_once_and_empty_rows_at_its_end(data):
+def test_an_epoch_is_every_row_once_and_nothing_else(data):
     corpus, rows, token_bytes = data
     every = collate(corpus, rows, range(len(rows)), seq_len=SEQ_LEN, pad_id=PAD, token_bytes=token_bytes)
     flat = [row for step in steps(data, 4, 2, 3, epochs=1) for row in step]
-    empty = ((PAD,) * SEQ_LEN, (-100,) * SEQ_LEN)
-    assert len(flat) % 24 == 0
-    assert sorted(row for row in flat if row != empty) == sorted(rows_of(every))
-    first, second = (steps(data, 1, 1, 8)[at:at + len(flat) // 8] for at in (0, len(flat) // 8))
-    assert first != second
+    assert sorted(flat) == sorted(rows_of(every))
+    both = steps(data, 1, 1, 8)
+    assert both[:len(both) // 2] != both[len(both) // 2:]
+
+
+def test_what_does_not_exist_takes_neither_time_nor_memory(data):
+    """A micro-batch is as large as its rows are, whatever `batch_size` says; rows that teach nothing are not made."""
+    corpus, rows, token_bytes = data
+    batch, = loader(data, batch_size=10**12, world=2, rank=0)
+    assert len(batch["input_ids"]) == len(rows)
+    batch, = loader(data, batch_size=10**12, world=2, rank=1)
+    assert (batch["input_ids"].shape, batch["num_supervised"], batch["idle"]) == ((1, 2), 0, False)
+    apart = pack(split(corpus.lengths, corpus.is_document, seq_len=2).segments, seq_len=2, packing="none")
+    apart = apart.counted(corpus.count(apart.segments))
+    learned = np.flatnonzero(apart.supervised)
+    assert 0 < len(learned) < len(apart)
+    mixed = RowLoader(corpus, apart, token_bytes=token_bytes, batch_size=1, accumulate=4, seq_len=2, pad_id=PAD)
+    shown = [row for batch in mixed for row in rows_of(batch)]
+    every = collate(corpus, apart, learned, seq_len=2, pad_id=PAD, token_bytes=token_bytes)
+    assert sorted(shown) == sorted(rows_of(every))
 
 
 # ---- resuming --------------------------------------------------------------------------------------------------------

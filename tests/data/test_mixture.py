@@ -174,7 +174,7 @@ def test_moving_parts_are_the_same_whoever_works(stores, tokenizer, world, accum
         ranks = loaders(mixed(stores, (0.25, 1, 2.5)), tokenizer, world, accumulate=accumulate, batch_size=batch_size)
         out = []
         for number in range(3 * len(ranks[0])):
-            out += [batch["input_ids"].tolist() for batch in (rank.batch(number) for rank in ranks)]
+            out += [batch["input_ids"].tolist() for batch in (rank.batch(number) for rank in ranks) if batch["num_tokens"]]
         return [row for batch in out for row in batch]
 
     assert steps(world, accumulate, batch_size) == steps(1, 1, 8)

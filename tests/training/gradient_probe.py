@@ -27,6 +27,8 @@ class Watch(L.Callback):
         self.steps, self.talks = [], []
 
     def on_train_start(self, trainer, module):
+        self.forwards = 0
+        module.model.get_input_embeddings().register_forward_hook(self.count)
         if trainer.gradient_clip_val:
             trainer.optimizers[0].register_step_post_hook(lambda *_: self.steps[-1].update(clipped=gradients(module)))
 
@@ -38,9 +40,12 @@ class Watch(L.Callback):
             if learned:                                 # padding and line ends do not matter
                 self.talks.append(ids[start : learned[-1] + 1])
 
+    def count(self, *_):
+        self.forwards += torch.is_grad_enabled()
+
     def on_before_optimizer_step(self, trainer, module, optimizer):
-        self.steps.append({"grads": gradients(module), "talks": self.talks})
-        self.talks = []
+        self.steps.append({"grads": gradients(module), "talks": self.talks, "forwards": self.forwards})
+        self.talks, self.forwards = [], 0
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
         if batch["last_in_step"]:
@@ -57,7 +62,7 @@ def gradient(weight):
         from deepspeed.utils import safe_get_full_grad
 
         return safe_get_full_grad(weight).clone()
-    return weight.grad.clone()
+    return (weight.grad.full_tensor() if hasattr(weight.grad, "full_tensor") else weight.grad).clone()
 
 
 def run(case, folder):

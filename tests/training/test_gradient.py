@@ -124,6 +124,23 @@ def test_micro_batches_of_one_process(kind, packing, tiny_model, talks, data, tm
         record(max(distance(step["grads"], other["grads"]) for step, other in zip(steps, first, strict=True)))
 
 
+def few(talks, data, folder):
+    """A file of seven conversations, and what the oracle is to make of them."""
+    file = folder / "seven.jsonl"
+    file.write_text("".join(line + "\n" for line in Path(data).read_text(encoding="utf-8").splitlines()[:7]), encoding="utf-8")
+    return str(file), talks[:7]
+
+
+@pytest.mark.parametrize(("batch_size", "accumulate", "forwards"), [(1, 32, 7), (4, 32, 2), (10**6, 1, 1), (10**6, 3, 1)])
+def test_micro_batches_without_rows_are_not_computed(batch_size, accumulate, forwards, tiny_model, talks, data, tmp_path):
+    """Seven rows have seven rows' gradient and cost, whatever a step has room for."""
+    base = tiny_model("llama")
+    file, seven = few(talks, data, tmp_path)
+    steps, _ = run(dict(base=base, data=file, seq_len=256, batch_size=batch_size, accumulate=accumulate, packing="none"), tmp_path)
+    assert [step["forwards"] for step in steps] == [forwards]
+    record(Oracle(base, seven).check(steps))
+
+
 def test_micro_batches_of_two_processes(tiny_model, talks, data, tmp_path):
     """The same with 2 processes that share each window, under DDP and under ZeRO.
 
@@ -136,6 +153,11 @@ def test_micro_batches_of_two_processes(tiny_model, talks, data, tmp_path):
                  ("ddp", "none", 1, "llama"), ("ddp", "none", 2, "llama"), ("ddp", "best_fit", 2, "llama"),
                  ("ddp", "best_fit", 4, "llama"), ("deepspeed_stage_1", "none", 2, "llama"),
                  ("deepspeed_stage_2", "best_fit", 1, "llama"), ("deepspeed_stage_3", "best_fit", 2, "gemma2")]]
+    file, seven = few(talks, data, tmp_path)            # in micro-batches of 3 and 3, then of 1 and none
+    shorts = [dict(name=f"short-{strategy}", base=tiny_model("llama"), data=file, seq_len=256, batch_size=3, accumulate=5,
+                   packing="none", strategy=strategy, devices=2)
+              for strategy in ("ddp", "deepspeed_stage_1", "deepspeed_stage_2", "deepspeed_stage_3", "fsdp2")]
+    cases += shorts
     plan = tmp_path / "plan.json"
     plan.write_text(json.dumps(cases))
     done = subprocess.run([sys.executable, str(PROBE), str(plan)], capture_output=True, text=True, timeout=280,
@@ -146,7 +168,11 @@ def test_micro_batches_of_two_processes(tiny_model, talks, data, tmp_path):
         ranks = [torch.load(tmp_path / f"{case['name']}.rank{rank}", weights_only=True) for rank in (0, 1)]
         steps = [dict(one, talks=one["talks"] + other["talks"]) for one, other in zip(*ranks, strict=True)]
         print(case["name"], end=": ")
-        record(oracles[case["base"]].check(steps))
+        if case in shorts:
+            assert [[step["forwards"] for step in rank] for rank in ranks] == [[2], [2]]
+            record(Oracle(case["base"], seven).check(steps))
+        else:
+            record(oracles[case["base"]].check(steps))
         for one, other in zip(*ranks, strict=True):     # all ranks step alike
             assert distance(other["grads"], one["grads"]) == 0.0
 
