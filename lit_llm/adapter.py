@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lit_llm.class_paths import refuse_within
 from lit_llm.errors import InputError, did_you_mean
 
 if TYPE_CHECKING:
@@ -63,8 +64,9 @@ def spec_of(peft: dict[str, Any] | None, lora: LoRA | None) -> dict[str, Any] | 
     """The one PEFT spec of a config that may give the long form, the short form, or none.
 
     Raises:
-        InputError: Both are given.
+        InputError: Both are given, or a class below `init_args`.
     """
+    refuse_within((peft or {}).get("init_args"), "model.peft.init_args")
     if peft is not None and lora is not None:
         raise InputError("model.peft and model.lora are two ways to say one thing; keep one", where="model")
     return peft if peft is not None else (lora.as_peft() if lora is not None else None)

@@ -14,8 +14,9 @@ from collections.abc import Sequence
 from importlib import import_module
 from typing import Any, NoReturn
 
+from lit_llm import class_paths
 from lit_llm.errors import InputError, did_you_mean
-from lit_llm.parser import ALLOWED_IMPORTS, ToolParser, check_configs, verb_first
+from lit_llm.parser import ToolParser, check_configs, verb_first
 
 RUNS = {
     "fit": "Train, evaluate and export: pretraining, all weights, or adapters.",
@@ -41,7 +42,8 @@ verbs that read a run config (python -m lit_llm fit --config configs/sft.yaml):
 verbs that read a folder:
 {tools}
 
-python -m lit_llm VERB --help is the manual of a verb; python -m serve --help that of the server."""
+python -m lit_llm VERB --help is the manual of a verb; python -m serve --help that of the server.
+fit --trust-checkpoint (typed only) also resumes from a checkpoint that holds more than data; it can run any program."""
 NOT_ENOUGH_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "bad_alloc")
 MEMORY = """there is not enough memory for the batch
   halve data.batch_size and double trainer.accumulate_grad_batches (the same step), lower data.seq_len,
@@ -89,14 +91,26 @@ def _dispatch(args: Sequence[str]) -> None:
                          fix="python -m lit_llm --help says what they do")
     import jsonargparse
 
-    jsonargparse.set_parsing_settings(import_path_denylist=["*"], import_path_allowlist=ALLOWED_IMPORTS)
+    class_paths.restrict(jsonargparse, [])          # `runs.py` allows those of a run
     check_configs(options)
     if verb in TOOLS:
         _tool(verb, options)
     else:
         from lit_llm.runs import run
 
-        run([verb.replace("-", "_"), *options])
+        run([verb.replace("-", "_"), *_trusting(options)])
+
+
+def _trusting(options: list[str]) -> list[str]:
+    """Options without `--trust-checkpoint`, which is typed and never read from a file."""
+    from lit_llm.training import safe_load
+
+    os.environ.pop(safe_load.TRUST, None)
+    if safe_load.OPTION in options:
+        os.environ[safe_load.TRUST] = "1"
+        print(f"{safe_load.OPTION}: the checkpoint's files are loaded with pickle and can run any program with your "
+              "rights", file=sys.stderr)
+    return [option for option in options if option != safe_load.OPTION]
 
 
 def _tool(verb: str, options: list[str]) -> None:

@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 import yaml
 from jsonargparse import ArgumentParser
 
+from lit_llm import class_paths
 from lit_llm.errors import InputError, did_you_mean
 
 # What the same thing is called elsewhere.
@@ -37,7 +38,6 @@ UNKNOWN = (r"[Uu]nrecognized arguments: --([\w.+-]+)", r"Key ['\"]([\w.]+)['\"] 
            r"No action for key ['\"]([\w.]+)['\"]")
 WORDS = {"int": "a whole number", "float": "a number", "bool": "true or false", "NoneType": "null", "str": "a text",
          "list": "a list", "dict": "a mapping such as {key: value}"}
-ALLOWED_IMPORTS = ["lightning", "lit_llm", "torch", "peft", "wandb"]
 
 
 class ShortErrors:
@@ -88,7 +88,10 @@ def explain(message: str, known: list[str]) -> str:
         if found := re.search(pattern, message):
             return _unknown(found[1].rstrip("+"), where, known)
     if found := re.search(r"Importing '([^']+)' is not allowed", message):
-        return f"{where}'{found[1]}' is not imported; a class_path may name a class of {', '.join(ALLOWED_IMPORTS)}"
+        names = [name for exported in class_paths.EXPORTS.values() for name in exported]
+        return (f"{where}'{found[1]}' is not imported; a class_path may name Lightning's callbacks, loggers, "
+                "strategies, plugins and profilers, and those of lit_llm.training."
+                f"{did_you_mean(found[1].rpartition('.')[2], names)}")
     if found := re.search(r"module '([\w.]+)' has no attribute '(\w+)'", message):
         has = [name for name in dir(sys.modules.get(found[1])) if name[0] != "_"]
         return f"{where}{found[1]} has no '{found[2]}'.{did_you_mean(found[2], has)}"

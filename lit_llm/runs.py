@@ -7,11 +7,12 @@ import logging
 import os
 from pathlib import Path
 
+import jsonargparse
 import torch
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from lit_llm import runconfig
+from lit_llm import class_paths, runconfig
 from lit_llm.data.datamodule import TextDataModule
 from lit_llm.ending import finish, held_out_prompts
 from lit_llm.errors import InputError
@@ -105,6 +106,7 @@ def run(args: list[str]) -> None:
     """
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else a warning on stdout, whoever imports deepspeed first
+    class_paths.restrict(jsonargparse, class_paths.allowed())
     for name in ("lightning", "lightning.pytorch", "lightning.fabric"):     # which set their own level when imported
         logging.getLogger(name).setLevel(logging.ERROR)
     try:

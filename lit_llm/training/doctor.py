@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from lit_llm.errors import InputError
-from lit_llm.training import manifest, trial
+from lit_llm.training import manifest, safe_load, trial
 
 EXACT = 1e-5                                        # relative, of a gradient in float32: the order of sums
 ROUGH = 3e-2                                        # of one in 16 bits: their rounding
@@ -72,7 +72,8 @@ def _content(folder: Path) -> dict[str, Any]:
             shards = _joined(file.parent)
             found["weights"][name], found["optimizer"][name] = shards["model"], shards.get("optimizer", {})
         elif file.suffix == ".pt" or file.name == "state":
-            state = torch.load(file, weights_only=False, map_location="cpu")    # DeepSpeed keeps objects there
+            with safe_load.data_only():
+                state = torch.load(file, weights_only=False, map_location="cpu")    # DeepSpeed keeps objects there
             is_optimizer = "optim" in file.name
             part = {key: state.pop(key) for key in ("optimizer_states", "optimizer") if key in state}
             found["optimizer"][name] = state if is_optimizer else part
@@ -85,9 +86,9 @@ def _joined(folder: Path) -> dict[str, Any]:
     """All that torch's distributed checkpoint holds, whole."""
     from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
-    with tempfile.TemporaryDirectory(prefix="lit_llm-") as name:
+    with tempfile.TemporaryDirectory(prefix="lit_llm-") as name, safe_load.data_only():
         dcp_to_torch_save(folder, file := Path(name) / "joined.pt")
-        held: dict[str, Any] = torch.load(file, weights_only=False)
+        held: dict[str, Any] = torch.load(file)
     return held
 
 

@@ -12,6 +12,8 @@ import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import nn
 
+from lit_llm.training import safe_load
+
 T = TypeVar("T")
 REST = "rest.pt"                                    # what is no tensor of weights or optimizer: loops, schedule
 
@@ -108,13 +110,30 @@ class Fsdp2Strategy(ModelParallelStrategy):
         path = Path(self.broadcast(checkpoint_path))
         assert self.model is not None
         tensors = {"model": self.lightning_module_state_dict(), "optimizer": self.optimizer_state(self.optimizers[0])}
-        load(tensors, checkpoint_id=path)
+        with safe_load.data_only():
+            load(tensors, storage_reader=_reader(path))
         set_state_dict(self.model, self.optimizers[0], model_state_dict=tensors["model"],
                        optim_state_dict=tensors["optimizer"], options=_options())
-        return torch.load(path / REST, map_location="cpu", weights_only=bool(weights_only))
+        with safe_load.data_only():
+            return torch.load(path / REST, map_location="cpu", weights_only=bool(weights_only))
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         """Nothing to do: `load_checkpoint` did it."""
+
+
+def _reader(path: Path) -> Any:
+    """Torch's reader of a distributed checkpoint, whose index is unpickled from known classes only."""
+    from torch.distributed.checkpoint import FileSystemReader
+    from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
+
+    class DataReader(FileSystemReader):
+        def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+            index: Metadata = safe_load.read_index(path / ".metadata")
+            index.storage_meta = index.storage_meta or StorageMeta()
+            index.storage_meta.load_id = self.load_id
+            return index
+
+    return DataReader(path)
 
 
 def _options() -> Any:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_llm import adapter, attention, model
+from lit_llm.class_paths import refuse_within
 from lit_llm.errors import InputError
 from lit_llm.training import compatible, control_tokens, footprint, forward, optim, recompute, reshard, rmsnorm
 from lit_llm.training.fsdp import Fsdp2Strategy
@@ -85,6 +86,7 @@ class CausalLMModule(L.LightningModule):
         cross_entropy: CrossEntropy = "fused",
     ) -> None:
         super().__init__()
+        refuse_within(init, "model.init")
         self.base, self.init = base, init
         self.peft_spec = adapter.spec_of(peft, lora)
         self.train_tokens = lora.train_tokens if lora is not None else "auto"

@@ -21,7 +21,7 @@ from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, Strateg
 from torch import Tensor, nn
 
 from lit_llm.errors import InputError, did_you_mean
-from lit_llm.training import reshard
+from lit_llm.training import reshard, safe_load
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
@@ -297,10 +297,11 @@ class ZeroStrategy(DeepSpeedStrategy):
         writers = self._check_shards(Path(checkpoint_path), fitting)
         strict, module.strict_loading = module.strict_loading, not self._has_frozen_weights()
         try:
-            if fitting and writers != self.world_size:
-                state = self._load_resharded(Path(checkpoint_path))
-            else:
-                state = super().load_checkpoint(checkpoint_path, weights_only)
+            with safe_load.data_only():             # DeepSpeed itself asks for pickle
+                if fitting and writers != self.world_size:
+                    state = self._load_resharded(Path(checkpoint_path))
+                else:
+                    state = super().load_checkpoint(checkpoint_path, weights_only)
         finally:
             module.strict_loading = strict
         if fitting:

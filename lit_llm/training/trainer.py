@@ -14,11 +14,11 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.callbacks import ProgressBar as AnyProgressBar
 from lightning.pytorch.loggers import Logger
-from lightning.pytorch.strategies import StrategyRegistry
+from lightning.pytorch.strategies import Strategy, StrategyRegistry
 
 from lit_llm import disk
 from lit_llm.errors import InputError, at_least, did_you_mean
-from lit_llm.training import compatible, manifest
+from lit_llm.training import compatible, manifest, safe_load
 from lit_llm.training.callbacks import Progress, RunFolder
 from lit_llm.training.checkpoint import StepCheckpoint
 from lit_llm.training.finite import FiniteGuard
@@ -59,7 +59,7 @@ class Trainer(L.Trainer):
     def __init__(
         self,
         *,
-        strategy: Any = "auto",
+        strategy: str | Strategy = "auto",
         default_root_dir: str = "runs/run",
         logger: Logger | list[Logger] | bool | None = None,
         callbacks: list[L.Callback] | L.Callback | None = None,
@@ -122,7 +122,8 @@ class Trainer(L.Trainer):
         if ckpt_path is not None:
             self.run.resumed_from = manifest.find(Path(self.default_root_dir), str(ckpt_path))
             state = self.run.resumed_from / "state"
-            kwargs.setdefault("weights_only", True)     # a checkpoint is data, it runs no code
+            safe_load.check(state)
+            kwargs["weights_only"] = not safe_load.is_trusted()     # a file may not decide it
         with self.preemption.listening(self), self._own_environment():
             super().fit(model, train_dataloaders, val_dataloaders, datamodule, ckpt_path=state, **kwargs)
 

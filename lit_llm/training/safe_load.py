@@ -1,0 +1,137 @@
+"""Loading of a checkpoint's state without running code that the files may contain.
+
+DeepSpeed and torch's distributed checkpoints load their files with pickle, which calls whatever a file names. A
+checkpoint folder may come from somebody else, and the hashes in its manifest can be rewritten, so every such load is
+forced to torch's `weights_only` reader, which knows tensors, numbers and containers, plus the few classes listed here.
+"""
+
+import os
+import pickle
+from collections.abc import Generator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from lit_llm.errors import InputError
+
+FORCE = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"             # torch.load obeys it even where its caller says weights_only=False
+TRUST = "LIT_LLM_TRUST_CHECKPOINT"                  # set by the typed option --trust-checkpoint, inherited by all ranks
+OPTION = "--trust-checkpoint"
+
+# Classes of which DeepSpeed keeps objects beside its tensors. None of them does anything when it is built.
+DEEPSPEED = (
+    ("deepspeed.runtime.fp16.loss_scaler", "LossScaler"),
+    ("deepspeed.runtime.fp16.loss_scaler", "DynamicLossScaler"),
+    ("deepspeed.utils.tensor_fragment", "fragment_address"),
+    ("deepspeed.runtime.zero.config", "ZeroStageEnum"),
+)
+# What the index of a distributed checkpoint of torch is made of.
+INDEX = {
+    "torch.distributed.checkpoint.metadata": {
+        "Metadata", "TensorStorageMetadata", "BytesStorageMetadata", "ChunkStorageMetadata", "TensorProperties",
+        "MetadataIndex", "StorageMeta", "_MEM_FORMAT_ENCODING"},
+    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
+    "torch.serialization": {"_get_layout"},
+    "torch": {"Size", "float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool"},
+    "pathlib": {"PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath"},
+    "pathlib._local": {"PosixPath", "WindowsPath"},     # Python 3.13 writes this module
+}
+
+
+def is_trusted() -> bool:
+    """Whether the user typed `--trust-checkpoint`: files are then loaded as the libraries do it, and can run code."""
+    return os.environ.get(TRUST) == "1"
+
+
+@contextmanager
+def data_only() -> Generator[None, None, None]:
+    """Within this context torch loads data only, whoever calls `torch.load` and with whatever arguments."""
+    if is_trusted():
+        yield
+        return
+    from torch.serialization import safe_globals
+
+    before = os.environ.get(FORCE)
+    os.environ[FORCE] = "1"
+    try:
+        with safe_globals(_deepspeed_classes()):
+            yield
+    finally:
+        os.environ.pop(FORCE) if before is None else os.environ.update({FORCE: before})
+
+
+def _deepspeed_classes() -> list[Any]:
+    import sys
+
+    return [getattr(sys.modules[module], name) for module, name in DEEPSPEED if module in sys.modules]
+
+
+def check(state: Path) -> None:
+    """Refuse a checkpoint's state that could not be loaded as data; every rank comes to the same verdict.
+
+    Args:
+        state: A checkpoint's `state`: a file, or the folder that DeepSpeed or FSDP2 wrote.
+
+    Raises:
+        InputError: It names the file and what is in it.
+    """
+    if is_trusted():
+        return
+    for file in sorted(state.rglob("*.pt")) if state.is_dir() else [state]:
+        _check_file(file)
+    for file in state.rglob(".metadata"):           # pieces of tensors beside it are read within `data_only`
+        read_index(file)
+
+
+def _check_file(file: Path) -> None:
+    from torch.serialization import get_unsafe_globals_in_checkpoint
+
+    allowed = {f"{module}.{name}" for module, name in DEEPSPEED}
+    try:
+        foreign = sorted(set(get_unsafe_globals_in_checkpoint(str(file))) - allowed)
+    except Exception as error:                      # a stranger's file: torch has no one error for them
+        raise InputError(f"not a file that torch wrote: {_line(error)}", where=str(file),
+                         fix="use another checkpoint of the run") from None
+    if foreign:
+        raise _refusal(file, foreign[0])
+
+
+def read_index(file: Path) -> Any:
+    """The index of a distributed checkpoint (`.metadata`), from nothing but the classes that it is made of.
+
+    Raises:
+        InputError: It names something else, or a file outside the folder, or it is damaged.
+    """
+    try:
+        with open(file, "rb") as handle:
+            index = (pickle.Unpickler if is_trusted() else _IndexReader)(handle).load()
+        names = {Path(info.relative_path) for info in index.storage_data.values()}
+    except _ForeignError as error:
+        raise _refusal(file, str(error)) from None
+    except Exception as error:                      # damaged bytes raise anything
+        raise InputError(f"not an index that torch wrote: {_line(error)}", where=str(file),
+                         fix="use another checkpoint of the run") from None
+    if outside := [name for name in names if len(name.parts) != 1 or name.is_absolute()]:
+        raise InputError(f"it names {outside[0]}, which is outside of the checkpoint", where=str(file),
+                         fix="use another checkpoint of the run")
+    return index
+
+
+class _ForeignError(Exception):
+    """A pickle names something that an index does not consist of."""
+
+
+class _IndexReader(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if name not in INDEX.get(module, ()):
+            raise _ForeignError(f"{module}.{name}")
+        return super().find_class(module, name)
+
+
+def _refusal(file: Path, name: str) -> InputError:
+    return InputError(f"it holds {name[:100]}, which is no data, so loading it could run any program", where=str(file),
+                      fix=f"use a checkpoint of your own; if you know who wrote it, {OPTION} loads it all the same")
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:160] or type(error).__name__
