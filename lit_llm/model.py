@@ -5,7 +5,6 @@ The home of `AutoModelForCausalLM`. Knows nothing of data, losses or Lightning.
 
 import copy
 import json
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -77,7 +76,8 @@ def load_causal_lm(path: str, *, dtype: torch.dtype = torch.float32, attention: 
             weight.data = weight.data.clone()
         _answer_in_half(model)
     _check_causal(model)
-    _check_packable(model, attention)
+    if attention == packed_attention.NAME:
+        check_packable(model)
     return model
 
 
@@ -200,7 +200,8 @@ def init_causal_lm(init: dict[str, Any], *, dtype: torch.dtype = torch.float32, 
         _check_interface(error, kind)
         raise InputError(f"no {kind} can be built so: {_reason(error)}", where="model.init") from None
     _check_causal(model)
-    _check_packable(model, attention)
+    if attention == packed_attention.NAME:
+        check_packable(model)
     return model
 
 
@@ -234,27 +235,11 @@ def skeleton(base: str | None, init: dict[str, Any] | None, *, dtype: torch.dtyp
             raise InputError(f"cannot read the architecture of {base}: {_reason(error)}", where="model.base") from None
 
 
-def why_alone(base: str | None, init: dict[str, Any] | None, **defaults: Any) -> str:
-    """Why documents of this architecture cannot share a row, or nothing: asked of the model without its weights.
-
-    Args:
-        base: As in `skeleton`.
-        init: There too.
-        defaults: There too.
-
-    Raises:
-        InputError: No such base, or no such architecture.
-    """
-    ids = torch.zeros(1, 2, dtype=torch.int64, device="meta")
-    try:
-        inner = skeleton(base, init, attention=packed_attention.NAME, **defaults)
-        _check_packable(inner, packed_attention.NAME)
-        with torch.no_grad(), suppress(RuntimeError, NotImplementedError):      # a layer beyond the first attention
-            backbone(inner)(input_ids=ids, position_ids=ids, attention_mask=None, use_cache=False,
-                            cu_seqlens=torch.tensor([0, 1, 2], dtype=torch.int32), max_seqlen=1)
-    except packed_attention.PackingError as error:
-        return error.what
-    return ""
+def like(model: "PreTrainedModel", config: Any, attention: str | None) -> Any:
+    """A model of the same class with random float32 weights and this config; what transformers raises is raised."""
+    if attention == packed_attention.NAME:
+        packed_attention.register()
+    return type(model)._from_config(copy.deepcopy(config), dtype=torch.float32, attn_implementation=attention)
 
 
 def tokenizer_facts(tokenizer: Any) -> dict[str, Any]:
@@ -295,9 +280,12 @@ def _check_causal(model: "PreTrainedModel") -> None:
                          "is_decoder: true are")
 
 
-def _check_packable(model: "PreTrainedModel", attention: str | None) -> None:
-    if attention != packed_attention.NAME:
-        return
+def check_packable(model: "PreTrainedModel") -> None:
+    """Refuse what can be told without computing: not all architectures let another attention in.
+
+    Raises:
+        PackingError: It says why.
+    """
     kinds = set(getattr(model.config, "layer_types", None) or ["full_attention"])
     if not model._supports_attention_backend or not kinds <= {"full_attention", "sliding_attention"}:
         raise packed_attention.PackingError(f"{type(model).__name__} does not mix tokens by plain attention alone, so "
@@ -314,7 +302,8 @@ def causal_lm(model: Any) -> "PreTrainedModel":
 def backbone(model: Any) -> nn.Module:
     """What turns token ids into hidden states: the model without its head."""
     inner = causal_lm(model)
-    return getattr(inner, inner.base_model_prefix)
+    named = [getattr(inner, name, None) for name in (inner.base_model_prefix, "model", "transformer")]
+    return next(part for part in (*named, inner.get_decoder()) if isinstance(part, nn.Module))
 
 
 def head(model: Any) -> nn.Module:
@@ -325,13 +314,14 @@ def head(model: Any) -> nn.Module:
 def embeddings(model: Any) -> list[nn.Parameter]:
     """Tables with a row for each token or place, and the head, which is one too."""
     tables = [layer for layer in causal_lm(model).modules() if isinstance(layer, nn.Embedding)]
-    return [weight for layer in (*tables, head(model)) for weight in layer.parameters()]
+    out = head(model)
+    return [weight for layer in (*tables, *([out] if out is not None else [])) for weight in layer.parameters()]
 
 
 def decoder_layers(model: Any) -> list[nn.Module]:
     """The blocks that a backbone stacks, in their order: what sharding, recomputing and compiling work by."""
     kinds = set(causal_lm(model)._no_split_modules or ())
-    return [layer for layer in backbone(model).modules() if type(layer).__name__ in kinds]
+    return [layer for layer in causal_lm(model).modules() if type(layer).__name__ in kinds]
 
 
 def logit_adjustment(model: Any) -> tuple[float, float | None]:

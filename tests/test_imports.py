@@ -10,12 +10,12 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 NOUNS = {"conversation", "jinja", "rendering", "template", "encoder", "tokenizer", "adapter", "model", "attention",
-         "blockwise"}
+         "blockwise", "miniature"}
 GROUND = {"class_paths", "command", "disk", "errors", "hub", "samples"}
 RIM = {"cli", "runs", "ending", "parser", "runconfig", "__main__", "__init__"}       # they may import everything
 WINGS = {"data": set(), "training": {"data"}, "inference": set()}
 ARROWS = {("training.callbacks", "inference.completion"), ("training.callbacks", "inference.sampling")}
-NOUNS_FROM = {"conversation": set(), "attention": {"blockwise"}, "blockwise": set(), "jinja": set(),
+NOUNS_FROM = {"conversation": set(), "miniature": set(), "attention": {"blockwise"}, "blockwise": set(), "jinja": set(),
               "rendering": {"conversation"},
               "template": {"conversation", "rendering"}, "encoder": {"rendering"},
               "tokenizer": {"conversation", "jinja", "rendering", "template", "encoder"}, "adapter": set(), "model": {"attention", "adapter"}}

@@ -177,6 +177,9 @@ def _check_cross_entropy(module: "CausalLMModule", strategy: Any) -> None:
         return
     from lit_llm.training import borrowed
 
+    if module.way is not None and module.way.own_logits:
+        raise InputError(f"the model makes its logits itself: {module.way.why_own_logits}",
+                         where="model.cross_entropy", fix="set --model.cross_entropy fused")
     if adapter.learns_prompt_by(module.peft_spec):
         raise InputError("prompt and prefix tuning make logits, and no head is left for other kernels",
                          where="model.cross_entropy", fix="set --model.cross_entropy fused")

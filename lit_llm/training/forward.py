@@ -5,7 +5,11 @@ convolutions, states) would mix documents too, so their documents go through the
 prompt and prefix tuning, which put tokens in front that are not in the row. Knows nothing of steps or ranks.
 """
 
-from dataclasses import dataclass
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from inspect import Parameter, signature
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -15,10 +19,46 @@ from torch import Tensor, nn
 from lit_llm import adapter
 from lit_llm import model as anatomy
 from lit_llm.tokenizer import IGNORE_INDEX
-from lit_llm.training.loss import CrossEntropy, Nll, nll_sum
+from lit_llm.training.loss import CrossEntropy, Nll, nll_sum, of_logits, supervised
 
 if TYPE_CHECKING:
     from lit_llm.data.loader import Batch
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Way:
+    """What of our own code computes a model's loss, and what is left to transformers; `proof.py` finds it.
+
+    Args:
+        packed: Documents share a row, kept apart by our attention; otherwise each has a forward pass of its own.
+        own_logits: The model's whole forward pass makes the logits; otherwise its backbone makes hidden states, and our
+            loss multiplies them by the output matrix, without logits of a whole batch in memory.
+        factor: What the model multiplies the product of hidden states and output matrix by.
+        cap: Where it squashes logits softly.
+        keep: The model's forward pass can be asked for the logits of some positions alone.
+        fast_norms: RMS norms on a CPU may run as `rmsnorm.py` has them.
+        why_alone: Why documents do not share a row; empty where they do.
+        why_own_logits: Why the loss is not computed from hidden states; empty where it is.
+    """
+
+    packed: bool = True
+    own_logits: bool = False
+    factor: float = 1.0
+    cap: float | None = None
+    keep: bool = False
+    fast_norms: bool = True
+    why_alone: str = ""
+    why_own_logits: str = ""
+
+
+def announce(way: Way) -> None:
+    """Say in a line each what is not as fast as it could be, and why."""
+    if way.why_alone:
+        log.warning("documents go through the model one by one, which is slower: %s", way.why_alone)
+    if way.why_own_logits:
+        log.warning("the loss is computed from the model's own logits, which takes more memory: %s", way.why_own_logits)
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,12 +66,12 @@ class Choices:
     """How a run sends a batch through its model.
 
     Args:
-        alone: Each document has a forward pass of its own.
+        way: What of the forward pass is ours.
         noise: NEFTune's alpha; null where there is none, and in evaluation.
         cross_entropy: Whose kernels train (see `loss.nll_sum`).
     """
 
-    alone: bool = False
+    way: Way = field(default_factory=Way)
     noise: float | None = None
     cross_entropy: CrossEntropy = "fused"
 
@@ -46,28 +86,92 @@ def nll(model: Any, batch: "Batch", choices: Choices) -> Nll:
         choices: Of the run.
     """
     if adapter.learns_prompt(model):
-        return _nll_by_document(model, batch)
-    if choices.alone:
-        hidden, labels = _hidden_by_document(model, _given(model, batch, choices.noise), batch)
+        return _nll_behind_prompts(model, batch)
+    way, ids, labels = choices.way, batch["input_ids"].view(1, -1), batch["labels"].view(-1)
+    if way.packed:
+        borders: dict[str, Any] = {"position_ids": batch["position_ids"].view(1, -1), "attention_mask": None,
+                                   "cu_seqlens": batch["cu_seqlens"], "max_seqlen": batch["max_seqlen"]}
+        parts = [_Part(ids, labels, batch["cu_seqlens"], borders, batch["num_supervised"])]
     else:
-        labels = batch["labels"].view(-1)
-        hidden = anatomy.backbone(model)(
-            **_given(model, batch, choices.noise), position_ids=batch["position_ids"].view(1, -1), attention_mask=None,
-            use_cache=False, cu_seqlens=batch["cu_seqlens"], max_seqlen=batch["max_seqlen"]).last_hidden_state[0]
-    factor, cap = anatomy.logit_adjustment(model)
-    return nll_sum(hidden, labels, anatomy.head(model), factor=factor, cap=cap, count=batch["num_supervised"],
-                   by=choices.cross_entropy)
+        places = [slice(*ends) for ends in pairwise(batch["cu_seqlens"].tolist())]
+        places = [place for place in places if (labels[place] != IGNORE_INDEX).any()] or places[:1]
+        parts = [_Part(ids[:, place], labels[place]) for place in places]
+    if way.own_logits:
+        return _sum([_nll_of_logits(model, part, choices) for part in parts])
+    hidden = [_called(anatomy.backbone(model), model, part, choices.noise).last_hidden_state[0] for part in parts]
+    return nll_sum(torch.cat(hidden), torch.cat([part.labels for part in parts]), anatomy.head(model),
+                   factor=way.factor, cap=way.cap, count=batch["num_supervised"], by=choices.cross_entropy)
 
 
-# ---- what the model is given -----------------------------------------------------------------------------------------
+# ---- one call of the model -------------------------------------------------------------------------------------------
 
-def _given(model: Any, batch: "Batch", noise: float | None) -> dict[str, Tensor]:
-    """(1, T) token ids; with NEFTune their (1, T, D) embeddings with noise on them."""
-    ids = batch["input_ids"].view(1, -1)
-    if not noise:
-        return {"input_ids": ids}
-    embedded = anatomy.causal_lm(model).get_input_embeddings()(ids)
-    return {"inputs_embeds": noisy(embedded, batch["cu_seqlens"], noise)}
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """What one call of the model is about: a packed batch, or one document.
+
+    Args:
+        ids: (1, T).
+        labels: (T,) unshifted.
+        cu_seqlens: Borders of documents; null where there is one.
+        more: Keyword arguments of the call.
+        count: Supervised tokens, where they are known without looking.
+    """
+
+    ids: Tensor
+    labels: Tensor
+    cu_seqlens: Tensor | None = None
+    more: dict[str, Any] = field(default_factory=dict)
+    count: int | None = None
+
+
+def _called(callee: Any, model: Any, part: _Part, noise: float | None, **more: Any) -> Any:
+    """What a model, or its backbone, says of the tokens of a part."""
+    if accepts(callee, "use_cache"):
+        more["use_cache"] = False
+    with _shaken(model, part, noise):
+        return callee(input_ids=part.ids, **part.more, **more)
+
+
+def _nll_of_logits(model: Any, part: _Part, choices: Choices) -> Nll:
+    """Sums by the logits that the whole model makes of supervised positions, or of all where it makes all."""
+    index, targets = supervised(part.labels, part.count)
+    asked = index if len(index) else torch.zeros_like(part.labels[:1])  # a graph for every rank to walk
+    more = {"logits_to_keep": asked} if choices.way.keep else {}
+    logits = _called(anatomy.causal_lm(model), model, part, choices.noise, **more).logits[0]
+    if not choices.way.keep:
+        logits = logits.index_select(0, asked)
+    if not len(index):
+        return Nll(logits.float().sum() * 0.0, torch.zeros_like(index.sum()))
+    return of_logits(logits, targets)
+
+
+def _sum(parts: list[Nll]) -> Nll:
+    return Nll(torch.stack([part.total for part in parts]).sum(), torch.stack([part.correct for part in parts]).sum())
+
+
+def accepts(callee: nn.Module, name: str) -> bool:
+    """Whether a forward pass has such an argument, or hands on those that it does not know."""
+    arguments = signature(callee.forward).parameters
+    return name in arguments or any(each.kind is Parameter.VAR_KEYWORD for each in arguments.values())
+
+
+# ---- noise -----------------------------------------------------------------------------------------------------------
+
+@contextmanager
+def _shaken(model: Any, part: _Part, alpha: float | None) -> Iterator[None]:
+    """Noise on what the token embedding gives (NEFTune); the model still has the ids, which some read twice."""
+    if not alpha:
+        yield
+        return
+    borders = part.cu_seqlens
+    if borders is None:
+        borders = torch.tensor([0, part.ids.shape[1]], device=part.ids.device)
+    table = anatomy.causal_lm(model).get_input_embeddings()
+    hook = table.register_forward_hook(lambda _, __, embedded: noisy(embedded, borders, alpha))
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def noisy(embedded: Tensor, cu_seqlens: Tensor, alpha: float) -> Tensor:
@@ -89,19 +193,9 @@ def noisy(embedded: Tensor, cu_seqlens: Tensor, alpha: float) -> Tensor:
     return embedded + (noise * bound[None, :, None]).to(embedded.dtype)
 
 
-# ---- document by document --------------------------------------------------------------------------------------------
+# ---- prompts that learn ----------------------------------------------------------------------------------------------
 
-def _hidden_by_document(model: Any, given: dict[str, Tensor], batch: "Batch") -> tuple[Tensor, Tensor]:
-    """(T, D) hidden states and (T,) labels of documents with supervised tokens, or of the first if none has any."""
-    labels = batch["labels"].view(-1)
-    places = [slice(*ends) for ends in pairwise(batch["cu_seqlens"].tolist())]
-    places = [place for place in places if (labels[place] != IGNORE_INDEX).any()] or places[:1]
-    hidden = [anatomy.backbone(model)(**{name: states[:, place] for name, states in given.items()}, use_cache=False)
-              .last_hidden_state[0] for place in places]
-    return torch.cat(hidden), torch.cat([labels[place] for place in places])
-
-
-def _nll_by_document(model: Any, batch: "Batch") -> Nll:
+def _nll_behind_prompts(model: Any, batch: "Batch") -> Nll:
     """Sums by the logits of a PEFT model of prompt, prefix or p-tuning."""
     ids, labels = batch["input_ids"].view(-1), batch["labels"].view(-1)
     identity = nn.Identity()

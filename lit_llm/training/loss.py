@@ -61,10 +61,8 @@ def nll_sum(hidden_TD: Tensor, labels_T: Tensor, head: nn.Module, *, factor: flo
         count: N, where the host knows it: a CUDA device would otherwise be waited for, to learn it.
         by: Whose kernels train (see `borrowed.py`); evaluation is always ours.
     """
-    targets_T = shift(labels_T)
-    supervised_T = targets_T != IGNORE_INDEX
-    index_N = supervised_T.nonzero_static(size=count)[:, 0] if count is not None else supervised_T.nonzero()[:, 0]
-    hidden_ND, targets_N = hidden_TD.index_select(0, index_N), targets_T.index_select(0, index_N)
+    index_N, targets_N = supervised(labels_T, count)
+    hidden_ND = hidden_TD.index_select(0, index_N)
     settings = (factor, cap, per_token, by)
     if any(hasattr(weight, "ds_id") for weight in head.parameters()):
         return _in_one_call(hidden_ND, targets_N, head, *settings)
@@ -75,6 +73,25 @@ def nll_sum(hidden_TD: Tensor, labels_T: Tensor, head: nn.Module, *, factor: flo
     if not len(index_N):                            # a row of padding: no loss, but a graph for every rank to walk
         return Nll(caller(hidden_TD[:1]).float().sum() * 0.0, torch.zeros_like(index_N.sum()))
     return _train(hidden_ND, targets_N, caller, *settings)
+
+
+def supervised(labels_T: Tensor, count: int | None = None) -> tuple[Tensor, Tensor]:
+    """(N,) positions whose next token is supervised, and (N,) these tokens.
+
+    Args:
+        labels_T: (T,) int64, unshifted.
+        count: N, where the host knows it.
+    """
+    targets_T = shift(labels_T)
+    which_T = targets_T != IGNORE_INDEX
+    index_N = which_T.nonzero_static(size=count)[:, 0] if count is not None else which_T.nonzero()[:, 0]
+    return index_N, targets_T.index_select(0, index_N)
+
+
+def of_logits(logits_NV: Tensor, targets_N: Tensor) -> Nll:
+    """Sum of -log p(token) by logits that the model has made itself."""
+    run = _train if torch.is_grad_enabled() else _evaluate
+    return run(logits_NV, targets_N, nn.Identity(), 1.0, None, False, "fused")
 
 
 def _in_one_call(hidden_ND: Tensor, targets_N: Tensor, head: nn.Module, *settings: Any) -> Nll:

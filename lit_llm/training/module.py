@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from lit_llm import adapter, attention, model
 from lit_llm.class_paths import refuse_within
 from lit_llm.errors import InputError
-from lit_llm.training import compatible, control_tokens, footprint, forward, optim, recompute, reshard, rmsnorm
+from lit_llm.training import compatible, control_tokens, footprint, forward, optim, proof, recompute, reshard, rmsnorm
 from lit_llm.training.fsdp import Fsdp2Strategy
 from lit_llm.training.loss import CrossEntropy, Nll
 from lit_llm.training.metrics import Perplexity
@@ -103,7 +103,7 @@ class CausalLMModule(L.LightningModule):
         compatible.check_options(self)
         self.checkpoint: Path | None = None         # set by Trainer.validate and .test: weights of one checkpoint
         self.model: Any = None
-        self.why_alone: str | None = None           # why each document has a forward of its own; empty where none has
+        self.way: forward.Way | None = None         # what of the forward pass is ours; null before the model was asked
         self.half_adapters = False
         self.gradient_norm: Tensor | None = None    # of the last step, if `FiniteGuard` measures it
         self.step_skipped = False                   # whether the last step was left out: its gradient was not finite
@@ -117,11 +117,11 @@ class CausalLMModule(L.LightningModule):
         """Ask the model what can be asked without weights, before a strategy cuts them up."""
         if self.model is None:
             self.choose_attention(self._tokenizer_facts() if self.init else {})
-            if self.why_alone and stage == "fit" and self.trainer.is_global_zero:
-                log.warning("documents go through the model one by one, which is slower: %s", self.why_alone)
+            if self.trainer.is_global_zero:
+                forward.announce(self.way or forward.Way())
             if self.gradient_checkpointing == "auto" and stage == "fit":
-                self.recompute = footprint.agreed(self.trainer, self,
-                                                  self.trainer.datamodule)  # type: ignore[attr-defined]
+                data: Any = self.trainer.datamodule     # type: ignore[attr-defined]
+                self.recompute = footprint.agreed(self.trainer, self, data)
 
     def choose_attention(self, facts: dict[str, Any]) -> str | None:
         """How layers attend: to packed documents, or to one as transformers does it; null is its choice.
@@ -131,9 +131,13 @@ class CausalLMModule(L.LightningModule):
         """
         if adapter.learns_prompt_by(self.peft_spec):
             return None
-        if self.why_alone is None:                  # a model is asked once
-            self.why_alone = model.why_alone(self._pretrained(), self.init, **facts)
-        return "eager" if self.why_alone else attention.NAME
+        self.way = self.way or proof.way_of(self._pretrained(), self.init, **facts)
+        return attention.NAME if self.way.packed else "eager"
+
+    @property
+    def why_alone(self) -> str:
+        """Why each document has a forward pass of its own; empty where none has, and before the model was asked."""
+        return self.way.why_alone if self.way is not None else ""
 
     def configure_model(self) -> None:
         """Load or build the model and wrap it; Lightning calls this at every verb, so it does so once."""
@@ -163,7 +167,7 @@ class CausalLMModule(L.LightningModule):
         if self.compile_layers:
             for layer in model.decoder_layers(self.model):
                 layer.compile()                     # in place: names of weights stay
-        else:
+        elif self.way is None or self.way.fast_norms:
             rmsnorm.quicken(self.model)             # which compiled layers have fused
         if isinstance(self.trainer.strategy, Fsdp2Strategy):
             if self.trainer.state.fn == "fit":
@@ -300,9 +304,8 @@ class CausalLMModule(L.LightningModule):
         Args:
             batch: Rows of this rank; `num_supervised` are its supervised tokens.
         """
-        return forward.nll(self.model, batch, forward.Choices(
-            alone=bool(self.why_alone), noise=self.neftune_alpha if self.training else None,
-            cross_entropy=self.cross_entropy))
+        noise = self.neftune_alpha if self.training else None
+        return forward.nll(self.model, batch, forward.Choices(self.way or forward.Way(), noise, self.cross_entropy))
 
     def _autocasts(self) -> bool:
         """Whether adapters are float32 in a forward pass in bfloat16; DeepSpeed and FSDP2 make them bfloat16 for it."""

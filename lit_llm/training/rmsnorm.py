@@ -20,10 +20,20 @@ def quicken(model: nn.Module) -> int:
     count = 0
     for layer in model.modules():
         kind: Any = type(layer)
-        if kind.__name__.endswith("RMSNorm") and _is_plain(kind):
+        weight = getattr(layer, "weight", None)     # some layers of a class have none
+        if (kind.__name__.endswith("RMSNorm") and isinstance(weight, nn.Parameter) and weight.dim() == 1
+                and _is_plain(kind)):
             layer.forward = partial(_forward, layer)
             count += 1
     return count
+
+
+def slow(model: nn.Module) -> None:
+    """Undo `quicken`."""
+    for layer in model.modules():
+        own = vars(layer).get("forward")
+        if isinstance(own, partial) and own.func is _forward:
+            del layer.forward
 
 
 @cache

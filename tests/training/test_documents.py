@@ -8,8 +8,8 @@ from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from lit_llm import CausalLMModule, InputError, LoRA, Source, TextDataModule, Trainer
-from lit_llm.model import why_alone
 from lit_llm.tokenizer import Tokenizer
+from lit_llm.training.proof import way_of
 from tests.conftest import SHAPES
 
 WIDTHS = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64,
@@ -104,4 +104,5 @@ def test_processes_that_share_layers_are_refused(base, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("kind", ["llama", "qwen3", "gpt2"])
 def test_who_can_share_a_row_does(kind):
-    assert why_alone(None, SHAPES[kind], vocab_size=64) == ""
+    way = way_of(None, SHAPES[kind], vocab_size=64)
+    assert (way.packed, way.own_logits, way.why_alone) == (True, False, "")

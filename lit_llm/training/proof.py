@@ -1,0 +1,348 @@
+"""A config in, what of our forward pass may compute its loss out: found by computing, not by a list of architectures.
+
+A small model of the same config with random weights is given a few short documents. What plain transformers says of
+them one by one, the loss and the gradient of every weight, is the standard. Ways of ours are tried from the fastest to
+the plainest, and the first that gives the same is taken; the plainest is transformers' own forward pass of each
+document, so no architecture is refused and none is computed differently.
+
+    1  packed, our attention and our loss from hidden states     4  one by one, the model's own logits
+    2  packed, our attention and the model's own logits
+    3  one by one, our loss from hidden states
+
+Answers are kept by the small config, in the process and on disk. Knows nothing of runs.
+"""
+
+import hashlib
+import json
+import logging
+import math
+from contextlib import suppress
+from dataclasses import asdict, replace
+from functools import lru_cache
+from itertools import pairwise, product
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lit_llm import attention, disk, miniature
+from lit_llm import model as anatomy
+from lit_llm.data.cache import cache_root
+from lit_llm.data.loader import Batch, lay
+from lit_llm.errors import InputError
+from lit_llm.tokenizer import IGNORE_INDEX
+from lit_llm.training import forward, rmsnorm
+from lit_llm.training.forward import Choices, Way
+
+log = logging.getLogger(__name__)
+FORMAT = 1                                          # of answers on disk; raised whenever this file's judgement changes
+LENGTHS = (21, 12, 7, 2)                            # tokens of documents, most of them above miniature.WINDOW
+PADDING = 6
+SMALL, LARGE = 3_000_000, 40_000_000                # parameters: small enough as it is; too many to be tried
+TOLERANCE = {torch.float64: (1e-6, 1e-5), torch.float32: (2e-5, 2e-3)}      # relative: of the loss, of gradients
+PLAIN = Way(packed=False, own_logits=True, fast_norms=False)
+
+
+def way_of(base: str | None, init: dict[str, Any] | None, **defaults: Any) -> Way:
+    """How a model's loss may be computed.
+
+    Args:
+        base: As in `model.skeleton`: the config alone is read.
+        init: There too.
+        defaults: There too.
+
+    Raises:
+        InputError: No such base or architecture, it sees the tokens that follow, or it cannot be run with tokens alone.
+    """
+    skeleton = anatomy.skeleton(base, init, **defaults)
+    small = sum(weight.numel() for weight in skeleton.parameters()) <= SMALL
+    obstacle = ""
+    for config in miniature.candidates(skeleton.config, whole=small):
+        facts = json.dumps(config.to_dict(), sort_keys=True, default=str)
+        try:
+            return _answered(facts, lambda config=config: prove(skeleton, config))
+        except _NotBuiltError as error:
+            obstacle = str(error)
+    because = f"no small model of this config could be built to compare with ({obstacle})"
+    return replace(PLAIN, why_alone=because, why_own_logits=because)
+
+
+class _NotBuiltError(Exception):
+    """This config makes no model, or one too large to be tried."""
+
+
+# ---- answers that are kept -------------------------------------------------------------------------------------------
+
+@lru_cache(maxsize=64)
+def _in_memory(key: str) -> list[Way]:
+    """Of a key: nothing yet, or the answer."""
+    return []
+
+
+def _answered(facts: str, find: Any) -> Way:
+    """An answer given before for the same config by the same libraries, or a new one. A damaged file is no answer."""
+    import transformers
+
+    key = hashlib.sha256(f"{FORMAT} {torch.__version__} {transformers.__version__} {facts}".encode()).hexdigest()
+    known = _in_memory(key)
+    file = cache_root(None) / "proofs" / f"{key[:32]}.json"
+    if not known:
+        with suppress(OSError, ValueError, TypeError, KeyError, AttributeError):
+            known.append(_read(json.loads(file.read_text(encoding="utf-8")), key))
+    if not known:
+        known.append(find())
+        with suppress(OSError):                     # a cache that cannot be written costs a second next time
+            disk.replace_text(file, json.dumps({"key": key, "way": asdict(known[0])}) + "\n")
+    return known[0]
+
+
+def _read(entry: dict[str, Any], key: str) -> Way:
+    """An entry whose every value is of the kind that was written.
+
+    Raises:
+        ValueError: It is not.
+    """
+    way = Way(**entry["way"])
+    for name, value in asdict(Way()).items():
+        kinds: tuple[type, ...] = (float, type(None)) if name == "cap" else (type(value),)
+        if type(getattr(way, name)) not in kinds:
+            raise ValueError(name)
+    if entry["key"] != key or not math.isfinite(way.factor):
+        raise ValueError("another key")
+    return way
+
+
+# ---- the proof -------------------------------------------------------------------------------------------------------
+
+def prove(like: Any, config: Any, *, seed: int = 0) -> Way:
+    """The best way that gives what transformers gives, for a model of this config.
+
+    Args:
+        like: A model of the class, without weights.
+        config: Small; a model of it is built.
+        seed: Of weights and documents.
+
+    Raises:
+        InputError: The model sees tokens that follow, or cannot be run with tokens alone.
+    """
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+        torch.manual_seed(seed)
+        plain = _built(like, config, "eager")
+        perturb(plain)
+        batch = documents(plain, seed)
+        for dtype in TOLERANCE:
+            try:
+                plain = plain.to(dtype)
+                standard = _standard(plain, batch)
+                break
+            except Exception as error:              # parts that are written for float32 alone
+                failure = _line(error)
+        else:
+            raise _NotBuiltError(f"transformers cannot run it with tokens alone: {failure}")
+        _check_causal(plain, batch)
+        return _best(plain, batch, standard)
+
+
+def _best(plain: Any, batch: Batch, standard: "_Sums") -> Way:
+    """Walks down from the fastest way."""
+    keep = _keeps(plain, batch)
+    adjusted = _adjustment(plain, batch)
+    alone = own = ""
+    for fast_norms in (True, False):
+        alone = own = ""
+        packed, alone = _packing(plain)
+        for is_packed, own_logits in product((True, False), (False, True)):
+            model = packed if is_packed else plain
+            if model is None or (not own_logits and adjusted is None):
+                own = own or "what it does to hidden states or logits around its output matrix is its own"
+                own = "" if model is None and adjusted is not None else own
+                continue
+            factor, cap = (1.0, None) if own_logits or adjusted is None else adjusted
+            way = Way(is_packed, own_logits, factor, cap, keep, fast_norms, "" if is_packed else alone,
+                      own if own_logits else "")
+            reason = _differs(model, batch, way, standard)
+            if not reason:
+                return way
+            if is_packed and own_logits:
+                alone = reason
+            elif not own_logits:
+                own = reason
+    return replace(PLAIN, keep=False, why_alone=alone or "it differs", why_own_logits=own or "it differs")
+
+
+def _packing(plain: Any) -> tuple[Any, str]:
+    """The same model with packed attention, or none and why there is none."""
+    try:
+        anatomy.check_packable(plain)
+        packed = _built(plain, plain.config, attention.NAME)
+        packed.load_state_dict(plain.state_dict())
+        return packed.to(plain.dtype), ""
+    except Exception as error:                      # an attention of its own, which knows no other
+        return None, error.what if isinstance(error, InputError) else _line(error)
+
+
+class _Sums:
+    """Loss in training and in evaluation, and gradients in training."""
+
+    def __init__(self, model: Any, sums: Any) -> None:
+        self.model = model
+        model.zero_grad()
+        model.train()
+        total = sums()
+        total.backward()
+        self.training = float(total.detach())
+        self.gradients = {name: weight.grad.clone() if weight.grad is not None else torch.zeros_like(weight)
+                          for name, weight in model.named_parameters()}
+        model.zero_grad()
+        model.eval()
+        with torch.no_grad():
+            self.evaluation = float(sums())
+
+
+def _standard(plain: Any, batch: Batch) -> _Sums:
+    """By transformers alone, document by document."""
+    def sums() -> Tensor:
+        ids, labels = batch["input_ids"].view(-1), batch["labels"].view(-1)
+        totals = []
+        for start, stop in pairwise(batch["cu_seqlens"].tolist()):
+            if (labels[start:stop] != IGNORE_INDEX).any():
+                logits = plain(input_ids=ids[None, start:stop]).logits[0, :-1]
+                totals.append(F.cross_entropy(logits, labels[start + 1:stop], ignore_index=IGNORE_INDEX,
+                                              reduction="sum"))
+        return torch.stack(totals).sum()
+
+    found = _Sums(plain, sums)
+    if not math.isfinite(found.training):
+        raise FloatingPointError("its loss is no number")
+    return found
+
+
+def _differs(model: Any, batch: Batch, way: Way, standard: _Sums) -> str:
+    """How what a way computes differs from the standard; empty where it does not."""
+    touched = rmsnorm.quicken(model) if way.fast_norms else 0
+    try:
+        ours = _Sums(model, lambda: forward.nll(model, batch, Choices(way)).total)
+    except Exception as error:                      # a forward pass that wants other arguments, or meets other shapes
+        return error.what if isinstance(error, InputError) else _line(error)
+    finally:
+        if touched:
+            rmsnorm.slow(model)
+    dtype = next(model.parameters()).dtype
+    loss, gradient = TOLERANCE[dtype]
+    for name in ("training", "evaluation"):
+        given, right = getattr(ours, name), getattr(standard, name)
+        if not abs(given - right) <= loss * abs(right):
+            return f"its loss would be {given:.6g} instead of {right:.6g}"
+    scale = float(torch.stack([each.norm() for each in standard.gradients.values()]).norm())
+    for name, right in standard.gradients.items():
+        if not float((ours.gradients[name] - right).norm()) <= gradient * (float(right.norm()) + 1e-3 * scale):
+            return f"the gradient of {name} would be another one"
+    return ""
+
+
+# ---- what stands around the output matrix ----------------------------------------------------------------------------
+
+def _adjustment(plain: Any, batch: Batch) -> tuple[float, float | None] | None:
+    """(factor, cap) that turn hidden states times the output matrix into the model's logits; null where none does.
+
+    Only values of the config that speak of logits are tried, because another factor might depend on the model's width.
+    """
+    ids = batch["input_ids"][:, :LENGTHS[0]]
+    plain.eval()
+    try:
+        with torch.no_grad():
+            logits = plain(input_ids=ids).logits[0]
+            multiplied = anatomy.head(plain)(anatomy.backbone(plain)(input_ids=ids).last_hidden_state[0])
+    except Exception:                               # no backbone, no head, other outputs
+        return None
+    if multiplied.shape != logits.shape:
+        return None
+    facts = plain.config.get_text_config(decoder=True).to_dict()
+    numbers = {key: float(value) for key, value in facts.items() if isinstance(value, int | float) and value and
+               not isinstance(value, bool) and ("logit" in key or "lm_head" in key)}
+    caps = [None, *(value for key, value in numbers.items() if "cap" in key)]
+    scales = [value for key, value in numbers.items() if "cap" not in key]
+    factors = [1.0, *scales, *(1 / value for value in scales)]
+    factors += [left * right for left, right in product(factors[1:], repeat=2)]
+    tolerance = TOLERANCE[plain.dtype][0] * float(logits.abs().max())
+    for factor, cap in product(factors, caps):
+        ours = multiplied * factor
+        ours = torch.tanh(ours / cap) * cap if cap else ours
+        if float((ours - logits).abs().max()) <= tolerance:
+            return factor, cap
+    return None
+
+
+def _keeps(plain: Any, batch: Batch) -> bool:
+    """Whether the model can be asked for the logits of some positions alone."""
+    ids, places = batch["input_ids"][:, :LENGTHS[0]], torch.tensor([1, 4, 5])
+    if not forward.accepts(plain, "logits_to_keep"):
+        return False
+    plain.eval()
+    try:
+        with torch.no_grad():
+            some, whole = (plain(input_ids=ids, **more).logits[0] for more in ({"logits_to_keep": places}, {}))
+    except Exception:                               # it knows a number of positions, but not which ones
+        return False
+    return some.shape == whole[places].shape and torch.allclose(some, whole[places], rtol=1e-5, atol=1e-7)
+
+
+def _check_causal(plain: Any, batch: Batch) -> None:
+    """Encoders get a head for words too, and would see the words that they shall predict."""
+    ids = batch["input_ids"][:, :LENGTHS[0]].clone()
+    with torch.no_grad():
+        before = plain(input_ids=ids).logits[0, :-1]
+        ids[0, -1] = ids[0, -2]
+        after = plain(input_ids=ids).logits[0, :-1]
+    if float((after - before).abs().max()) > 1e-5 * float(before.abs().max()):
+        raise InputError(f"{type(plain).__name__} is an encoder here: each token sees those that follow it",
+                         where="model", fix="take a causal model, like Llama or Qwen; of BERT's kin those with "
+                         "is_decoder: true are")
+
+
+# ---- a model and documents -------------------------------------------------------------------------------------------
+
+def _built(like: Any, config: Any, kind: str) -> Any:
+    """A model with random weights.
+
+    Raises:
+        _NotBuiltError: There is none of this config, or it has too many weights.
+    """
+    try:
+        with torch.device("meta"):
+            size = sum(weight.numel() for weight in anatomy.like(like, config, kind).parameters())
+        if size <= LARGE:
+            return anatomy.like(like, config, kind)
+    except Exception as error:                      # each architecture refuses in its own way
+        raise _NotBuiltError(_line(error)) from None
+    raise _NotBuiltError(f"the smallest one has {size:,} parameters")
+
+
+def perturb(model: nn.Module) -> None:
+    """Noise on every weight, so that norms are not 1, biases not 0, and no transform is the identity."""
+    for weight in model.parameters():
+        if weight.is_floating_point():
+            with torch.no_grad():
+                scale = 0.1 if weight.dim() < 2 else 0.5 / max(1, weight.shape[-1]) ** 0.5
+                weight.nan_to_num_(0.0).add_(torch.randn(weight.shape, dtype=weight.dtype), alpha=scale)
+
+
+def documents(model: Any, seed: int) -> Batch:
+    """A row of random documents, some tokens of which are unsupervised, with padding at its end."""
+    draw = np.random.default_rng(seed)
+    rows = model.get_input_embeddings().weight.shape[0]
+    special = {value for key, value in model.config.to_dict().items() if isinstance(value, int)
+               and key.endswith(("_token_id", "_token_index")) and not key.startswith(("bos", "eos", "pad"))}
+    words = np.array([word for word in range(rows) if word not in special])
+    segments = []
+    for number, length in enumerate(LENGTHS):
+        ids = draw.choice(words, length)
+        segments.append((ids, np.arange(length) >= number % 3))
+    return lay([segments], seq_len=sum(LENGTHS) + PADDING, pad_id=int(words[0]),
+               token_bytes=np.ones((2, rows), np.int64))
+
+
+def _line(error: BaseException) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:160]
