@@ -40,9 +40,10 @@ class LoRA:
             output head; adapting all of them learns most (arXiv:2305.14314 section 4).
         dora: Train direction and magnitude apart (arXiv:2402.09353).
         rslora: Scale by alpha / sqrt(r) (arXiv:2312.03732); for ranks above 32.
-        train_tokens: Tokens whose rows of the embedding and the output head learn too. `auto`: of the chat template's
-            control tokens those that the base was never trained on, since adapters alone cannot make such a token
-            likely; or spellings, e.g. [<|im_end|>]; null trains none.
+        train_tokens: Tokens whose rows of the embedding and the output head learn too. `auto`: of the tokens in the
+            training data and of the chat template's control tokens those that the base was never trained on, since
+            adapters alone cannot make such a token likely; at most 4,096, the most frequent. Or spellings, e.g.
+            [<|im_end|>]; null trains none.
     """
 
     r: int = 16
@@ -226,6 +227,13 @@ def row_obstacle(model: "PreTrainedModel", spec: dict[str, Any]) -> str | None:
     if getattr(model.get_output_embeddings(), "bias", None) is not None:
         return "PEFT would lose the bias of this output head"
     return None
+
+
+def stored_tokens(folder: Path) -> list[int]:
+    """Ids whose rows learned with the adapter that lies in a folder in PEFT's format."""
+    chosen = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")).get("trainable_token_indices")
+    lists = chosen.values() if isinstance(chosen, dict) else [chosen or []]
+    return sorted({int(id_) for ids in lists for id_ in ids})
 
 
 def _token_layers(model: "PreTrainedModel") -> list[str]:

@@ -5,6 +5,7 @@ rows' order, of batches or ranks.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
@@ -15,6 +16,23 @@ from lit_llm.tokenizer import SPEAKERS
 
 Tally = dict[str, dict[str, int]]                       # source -> {sequences, tokens, supervised}
 ANSWER = SPEAKERS.index("assistant") << 1 | 1           # the mark of a learned token that the assistant says
+COUNTED = 2**28                                         # tokens that `occurrences` looks at, some seconds' worth
+BLOCK = 2**24
+
+
+@dataclass(frozen=True, slots=True)
+class Occurrences:
+    """How often each token of a vocabulary stands in a corpus.
+
+    Args:
+        read: (V,) anywhere.
+        supervised: (V,) where it is learned.
+        whole: Whether all of the corpus was counted.
+    """
+
+    read: np.ndarray
+    supervised: np.ndarray
+    whole: bool = True
 
 
 class Store(Protocol):
@@ -95,6 +113,33 @@ class Corpus:
                 return False
             answers = answers or bool((marks == ANSWER).any())
         return answers
+
+    def occurrences(self, vocabulary: int) -> Occurrences:
+        """How often each token is read and learned; of a huge corpus, in an equal part of each store.
+
+        Args:
+            vocabulary: V; ids are below it.
+        """
+        read, learned = np.zeros(vocabulary, np.int64), np.zeros(vocabulary, np.int64)
+        most = max(1, COUNTED // max(1, len(self.stores)))
+        whole = True
+        for number, store in enumerate(self.stores):
+            wanted = np.zeros(len(store.sequences), bool)
+            wanted[self.index[self.store_of == number]] = True
+            ends = np.cumsum(store.sequences["length"], dtype=np.int64)
+            whole &= not len(ends) or int(ends[-1]) <= most
+            first = 0
+            while first < len(ends) and (begun := int(ends[first - 1]) if first else 0) < most:
+                last = max(first + 1, int(np.searchsorted(ends, begun + BLOCK, side="right")))
+                place = int(store.sequences["offset"][first])
+                part = slice(place, place + int(ends[last - 1]) - begun)
+                kept = np.repeat(wanted[first:last], store.sequences["length"][first:last])
+                tokens = store.tokens[part][kept]
+                read += np.bincount(tokens, minlength=vocabulary)[:vocabulary]
+                marks = (store.marks[part][kept] & 1).view(bool)
+                learned += np.bincount(tokens[marks], minlength=vocabulary)[:vocabulary]
+                first = last
+        return Occurrences(read, learned, whole)
 
     def column(self, name: str) -> np.ndarray:
         """(N,) what the stores know of each sequence, such as its `content`."""

@@ -9,15 +9,14 @@ import json
 import math
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import closing
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import lightning as L
 import numpy as np
 
 from lit_llm.data import stream_loader
-from lit_llm.data.corpus import Corpus
+from lit_llm.data.corpus import Corpus, Occurrences
 from lit_llm.data.loader import Batch, RowLoader
 from lit_llm.data.mixture import Mixture, Stage, repeats, side
 from lit_llm.data.packing import Overlong, Packing, Rows
@@ -309,10 +308,21 @@ class TextDataModule(L.LightningDataModule):
     def _open_stream(self) -> None:
         """Where the data are only looked at, the stream's first chunk stands for all of it."""
         if not stream_loader.trains(self):
-            stream = stream_loader.open_loader(self).stream
-            with closing(stream.chunks(stream.beginning)) as chunks:
-                chunk = next(chunks)
+            stream, chunk = stream_loader.first_chunk(self)
             self.plans["train"] = Plan(chunk.corpus, chunk.rows, stream.notes, stream.fingerprint)
+
+    def occurrences(self) -> Occurrences | None:
+        """How often each token stands in the training data, of a stream in its beginning; null without any.
+
+        The same on all processes, and no collective.
+        """
+        if "train" in self.plans:
+            found = self.plans["train"].corpus.occurrences(self.tokenizer.vocab_size)
+            return replace(found, whole=found.whole and not self.streaming)
+        if not self.streaming or not stream_loader.trains(self):
+            return None
+        _, chunk = stream_loader.first_chunk(self)
+        return replace(chunk.corpus.occurrences(self.tokenizer.vocab_size), whole=False)
 
     # ---- what the user sees ------------------------------------------------------------------------------------------
 

@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -241,6 +242,14 @@ def open_loader(data: "TextDataModule") -> StreamLoader:
     return StreamLoader(stream, steps=trainer.max_steps if trainer else 1, batch_size=data.batch_size, pad_id=pad_id,
                         token_bytes=tokenizer.token_bytes, rank=rank, world=world, accumulate=accumulate,
                         trim=data.packing == "none", identity=known)
+
+
+def first_chunk(data: "TextDataModule") -> tuple[Stream, Chunk]:
+    """The stream's beginning, read by each process for itself."""
+    stream = open_loader(data).stream
+    stream.share, stream.rank, stream.world, stream.is_first = None, 0, 1, False
+    with closing(stream.chunks(stream.beginning)) as chunks:
+        return stream, next(chunks)
 
 
 def _identity(data: "TextDataModule") -> dict[str, Any]:

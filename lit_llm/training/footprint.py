@@ -22,7 +22,7 @@ from torch import nn
 
 from lit_llm import adapter, model
 from lit_llm.errors import InputError
-from lit_llm.training import control_tokens, estimate, trace
+from lit_llm.training import estimate, learned_tokens, trace
 from lit_llm.training.estimate import Counts, Kind, Memory, Setting
 from lit_llm.training.fsdp import Fsdp2Strategy
 from lit_llm.training.recompute import WAYS, Recompute, of_config
@@ -208,11 +208,11 @@ def _trained_tokens(module: Any, data: Any, inner: Any) -> list[int]:
     if module.peft_spec is None or module.train_tokens is None or adapter.row_obstacle(inner, module.peft_spec):
         return []
     if module.train_tokens != "auto":
-        return control_tokens.named(data.tokenizer, module.train_tokens)
+        return learned_tokens.named(data.tokenizer, module.train_tokens)
     chats = any(not plan.corpus.is_document.all() for plan in data.plans.values())
     if not chats or adapter.chooses_rows(inner, module.peft_spec):
         return []
-    return control_tokens.candidates(data.tokenizer)
+    return learned_tokens.candidates(data.tokenizer)
 
 
 def _steps(build: Callable[[], Any], borders: list[int], setting: Setting, data: Any, counts: Counts

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from lit_llm import adapter, attention, model
 from lit_llm.class_paths import refuse_within
 from lit_llm.errors import InputError
-from lit_llm.training import compatible, control_tokens, footprint, forward, optim, proof, recompute, reshard, rmsnorm
+from lit_llm.training import compatible, footprint, forward, learned_tokens, optim, proof, recompute, reshard, rmsnorm
 from lit_llm.training.fsdp import Fsdp2Strategy
 from lit_llm.training.loss import CrossEntropy, Nll
 from lit_llm.training.metrics import Perplexity
@@ -192,7 +192,7 @@ class CausalLMModule(L.LightningModule):
         return adapter.wrap_peft(inner, self.peft_spec, tokens=self.trained_ids)
 
     def _choose_tokens(self, inner: Any) -> list[int]:
-        """Ids of `lora.train_tokens`: those named, or control tokens of chats that the base was never trained on."""
+        """Ids of `lora.train_tokens`: those named, or tokens of the data that the base was never trained on."""
         data: Any = getattr(self.trainer, "datamodule", None)
         assert self.peft_spec is not None
         if self.train_tokens is None or data is None:
@@ -204,17 +204,21 @@ class CausalLMModule(L.LightningModule):
             if obstacle is not None:
                 raise InputError(f"no rows of tokens can be trained: {obstacle}", where="model.lora.train_tokens",
                                  fix="set it to null")
-            return control_tokens.named(data.tokenizer, self.train_tokens)
-        chats = any(not plan.corpus.is_document.all() for plan in getattr(data, "plans", {}).values())
-        if not chats or adapter.chooses_rows(inner, self.peft_spec):
+            return learned_tokens.named(data.tokenizer, self.train_tokens)
+        if adapter.chooses_rows(inner, self.peft_spec):
             return []
+        before = getattr(getattr(self.trainer, "run", None), "resumed_from", None)
+        if before is not None and (before / "adapter").is_dir():        # what was chosen stays chosen
+            return adapter.stored_tokens(before / "adapter")
         embedding, head = inner.get_input_embeddings().weight, inner.get_output_embeddings().weight
         matrix = whole(embedding)
-        ids = control_tokens.to_train(data.tokenizer, matrix, matrix if head is embedding else whole(head),
-                                      every_token=data.train_on == "all")
-        if ids and self.trainer.is_global_zero and self.trainer.training:
-            control_tokens.say(data.tokenizer, ids, obstacle)
-        return ids if obstacle is None else []
+        choice = learned_tokens.choose(
+            data.tokenizer, matrix, matrix if head is embedding else whole(head), data.occurrences(),
+            every_token=data.train_on == "all",
+            chats=any(not plan.corpus.is_document.all() for plan in getattr(data, "plans", {}).values()))
+        if choice.ids and self.trainer.is_global_zero and self.trainer.training:
+            learned_tokens.say(data.tokenizer, choice, obstacle)
+        return choice.ids if obstacle is None else []
 
     def _tokenizer_facts(self) -> dict[str, Any]:
         """What a new model's config takes from the tokenizer."""

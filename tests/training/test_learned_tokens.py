@@ -1,6 +1,7 @@
 """If this breaks: a tuned model knows when to stop and does not, or rows are trained that nobody asked for."""
 
 import json
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -15,8 +16,8 @@ from lit_llm.inference.export import export
 from lit_llm.model import load_causal_lm
 from lit_llm.samples import resolve
 from lit_llm.template import chatml
-from lit_llm.training import control_tokens
-from lit_llm.training.control_tokens import untrained
+from lit_llm.training import learned_tokens
+from lit_llm.training.untrained import untrained
 
 START, END = "<|im_start|>", "<|im_end|>"           # in the sample tokenizer, and never in its base's corpus
 ANIMALS = ["cat", "dog", "fox", "hen", "owl", "cow", "pig", "bee", "ant", "bat", "elk", "ram"]
@@ -27,22 +28,50 @@ def embedding():
     return load_causal_lm("sample:base").get_input_embeddings().weight.detach()
 
 
-def test_rows_that_no_corpus_moved_are_found(embedding):
-    """In the sample's real base: control tokens and bytes that UTF-8 has not, but nothing that its corpus often says."""
-    tokenizer = Tokenizer.load("sample:base")
-    lines = Path(resolve("sample:documents.jsonl")).read_text(encoding="utf-8").splitlines()[:300]
-    said = Counter(id_ for line in lines for id_ in tokenizer.encode_text(json.loads(line)["text"]))
-    never = tokenizer.hf.convert_tokens_to_ids([START, END, "À", "õ", "þ", "ÿ"])        # bytes C0, F5, FE, FF
-    often = [tokenizer.eos_id, *(id_ for id_, count in said.items() if count > 20)]
-    assert len(often) > 50
-    assert untrained(embedding, [*often, *never]) == never
-    assert untrained(embedding.bfloat16(), [*often, *never]) == never
+@pytest.fixture(scope="module")
+def said():
+    """How often each token stands in the documents that the sample's base was trained on."""
+    from tokenizers import Tokenizer as Plain
+
+    plain = Plain.from_file(resolve("sample:base/tokenizer.json"))
+    lines = Path(resolve("sample:documents.jsonl")).read_text(encoding="utf-8").splitlines()
+    texts = [json.loads(line)["text"] for line in lines]
+    return Counter(id_ for read in plain.encode_batch(texts, add_special_tokens=False) for id_ in (*read.ids, 0))
+
+
+def test_rows_that_no_corpus_moved_are_found(embedding, said):
+    """In the sample's real base, of which it is known what it has read: all of them, and none besides."""
+    never = [id_ for id_ in range(len(embedding)) if not said[id_]]
+    assert 300 < len(never) < 1000
+    assert untrained(embedding, range(len(embedding))) == never
+    assert untrained(embedding.bfloat16(), range(len(embedding))) == never
     assert untrained(embedding, []) == []
 
 
-def test_a_second_real_model(stories):
+def test_a_second_real_model(stories, shared_data):
+    """<unk> and </s>, but not <s>; and of the tokens that its corpus is full of, none."""
     weight = load_causal_lm(stories).get_output_embeddings().weight
-    assert untrained(weight, [0, 1, 2]) == [0, 2]                                        # <unk> </s>, but not <s>
+    assert untrained(weight, [0, 1, 2]) == [0, 2]
+    text = (shared_data / "pretrain/tinystories.txt").read_text(encoding="utf-8")[:300_000]
+    tokenizer = Tokenizer.load(stories)                  # characters of other scripts are broken in this text
+    often = [id_ for id_, count in Counter(tokenizer.encode_text(text)).items()
+             if count > 100 and re.fullmatch("▁?[A-Za-z]+", tokenizer.hf.convert_ids_to_tokens(id_))]
+    assert len(often) > 100
+    assert untrained(weight, often) == []
+
+
+def test_a_heap_among_many_rows_is_found_without_all_distances():
+    """Beside an exact search in float64: a large vocabulary, wide rows, heaps of two and of many."""
+    generator = torch.Generator().manual_seed(3)
+    rows = torch.randn(6000, 300, generator=generator)
+    rows[100:130] = rows[100] + 0.02 * torch.randn(30, 300, generator=generator)
+    rows[4000] = rows[17] + 0.01
+    away = torch.cdist(rows.double(), rows.double(), compute_mode="donot_use_mm_for_euclid_dist")
+    usual = away.quantile(0.99, dim=1)
+    away.fill_diagonal_(torch.inf)
+    expected = (away.amin(1) < 0.1 * usual).nonzero()[:, 0].tolist()
+    assert expected == sorted([17, 4000, *range(100, 130)])
+    assert untrained(rows, range(len(rows))) == expected
 
 
 def test_rows_added_to_a_trained_model_are_found(embedding):
@@ -103,7 +132,8 @@ def test_a_stop_token_that_was_never_trained_is_learned(chats, caplog):
         for name, tokens in (("auto", "auto"), ("frozen", None)):
             fit(chats, name=name, steps=40, lr=8e-3, lora=LoRA(r=8, train_tokens=tokens))
             ends[name] = at_the_end(export(str(chats / name)))
-    assert caplog.text.count(f"{START} and {END} were never trained in this base: their rows are trained") == 1
+    assert len(re.findall(rf"{re.escape(START)}, {re.escape(END)}, .* other kinds of tokens \(\d+\.\d% of the supervised "
+                          r"tokens\) were never trained in this base: their rows are trained", caplog.text)) == 1
     assert ends["auto"] > (0.9, True)
     assert ends["frozen"][0] < 0.1
     folder = chats / "auto" / "export"
@@ -137,16 +167,24 @@ def rows_of(module):
     return sorted({id_ for ids in indices.values() for id_ in ids})
 
 
-def test_what_learns_is_what_was_asked_for(chats, caplog):
-    """Spelled tokens, none, the long form's own; nothing for documents, nor where the method cannot; and resume."""
+def held(folder, said):
+    """Tokens of the rendered chats that the base's documents never held, by plain transformers."""
+    hf = Tokenizer.load("sample:base", chat_template=str(folder / "chatml.jinja")).hf
+    chats = [json.loads(line)["messages"] for line in (folder / "chats.jsonl").read_text().splitlines()]
+    read = {id_ for chat in chats for id_ in hf.apply_chat_template(chat, return_dict=True)["input_ids"]}
+    return sorted(id_ for id_ in read if not said[id_])
+
+
+def test_what_learns_is_what_was_asked_for(chats, caplog, said):
+    """Spelled tokens, none, the long form's own; nothing for documents of known words, nor where the method cannot."""
     lora = {"class_path": "peft.LoraConfig", "init_args": {"r": 4}}
     assert rows_of(fit(chats, lora=LoRA(r=4, train_tokens=[END, "a"]), name="1")) == sorted(
         Tokenizer.load("sample:base").hf.convert_tokens_to_ids([END, "a"]))
-    assert rows_of(fit(chats, peft=lora, name="2")) == [1, 2]
+    assert rows_of(fit(chats, peft=lora, name="2")) == held(chats, said)
     own = lora | {"init_args": {"r": 4, "trainable_token_indices": [5]}}
     module = fit(chats, peft=own, name="3")
     assert module.model.active_peft_config.trainable_token_indices == [5]
-    (chats / "text.jsonl").write_text(json.dumps({"text": "Tom has a red kite. " * 9}))
+    (chats / "text.jsonl").write_text(json.dumps({"text": "Mia has a red kite. " * 9}))
     assert rows_of(fit(chats, lora=LoRA(r=4), name="4", source="text.jsonl")) == []
     caplog.clear()
     fit(chats, peft={"class_path": "LoHaConfig", "init_args": {"r": 4}}, name="5")
@@ -178,13 +216,40 @@ def test_a_tokenizer_without_a_template_says_so(stories, chats, capsys):
     assert "LoRA trains their rows too" in said
 
 
+def test_of_too_many_the_most_frequent_learn(chats, caplog, monkeypatch, said):
+    """Control tokens first, then by how often they are learned; and it is said how many are left."""
+    monkeypatch.setattr(learned_tokens, "MOST", 5)
+    with caplog.at_level("INFO", logger="lit_llm"):
+        rows = rows_of(fit(chats, lora=LoRA(r=4)))
+    everything = held(chats, said)
+    assert len(rows) == 5 < len(everything)
+    assert {1, 2} < set(rows) < set(everything)
+    answers = [turn["content"] for line in (chats / "chats.jsonl").read_text().splitlines()
+               for turn in json.loads(line)["messages"] if turn["role"] == "assistant"]
+    times = Counter(id_ for text in answers for id_ in Tokenizer.load("sample:base").encode_text(text))
+    assert min(times[id_] for id_ in set(rows) - {1, 2}) >= max(times[id_] for id_ in set(everything) - set(rows))
+    assert f"{len(everything) - 5} rarer kinds are left as they are, since at most 5 rows learn" in caplog.text
+
+
+def test_of_a_stream_its_beginning_is_counted(chats, caplog, said):
+    """The same tokens as of the file, where it is short."""
+    data = TextDataModule(sources=[Source(str(chats / "chats.jsonl"))], tokenizer="sample:base", streaming=True,
+                          chat_template=str(chats / "chatml.jinja"), seq_len=64, batch_size=2)
+    module = CausalLMModule(base="sample:base", lora=LoRA(r=4))
+    with caplog.at_level("INFO", logger="lit_llm"):
+        Trainer(default_root_dir=str(chats / "stream"), max_steps=1, max_epochs=-1, accelerator="cpu", devices=1,
+                enable_progress_bar=False).fit(module, datamodule=data)
+    assert rows_of(module) == held(chats, said)
+    assert "not all data were" in caplog.text
+
+
 def test_what_is_said_must_be_learnable_and_what_is_read_known():
     """Apart matrices: the head matters for what is a target, the embedding for all that is read."""
     tokenizer = Tokenizer.load("sample:base")           # its own template: <|im_start|> before, <|endoftext|> behind
     known = torch.randn(len(tokenizer.hf), 64, generator=torch.Generator().manual_seed(1))
     heap = known.clone()
     heap[:2] = heap[2]                                   # <|endoftext|> and <|im_start|> like <|im_end|>
-    assert control_tokens.to_train(tokenizer, known, known) == []
-    assert control_tokens.to_train(tokenizer, known, heap) == [0]
-    assert control_tokens.to_train(tokenizer, known, heap, every_token=True) == [0, 1]
-    assert control_tokens.to_train(tokenizer, heap, known) == [0, 1]
+    assert learned_tokens.choose(tokenizer, known, known, None).ids == []
+    assert learned_tokens.choose(tokenizer, known, heap, None).ids == [0]
+    assert learned_tokens.choose(tokenizer, known, heap, None, every_token=True).ids == [0, 1]
+    assert learned_tokens.choose(tokenizer, heap, known, None).ids == [0, 1]

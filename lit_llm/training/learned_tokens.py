@@ -1,0 +1,136 @@
+"""A base, the tokenizer and the training data in, the tokens whose rows of embedding and head must learn out.
+
+A base never saw the chat template, and perhaps not each word of the answers either; the rows of such tokens lie where
+training left all that it never used (`untrained.py`). Knows nothing of PEFT.
+"""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+from torch import Tensor
+
+from lit_llm.conversation import Conversation, Message
+from lit_llm.errors import InputError, did_you_mean
+from lit_llm.training.untrained import untrained
+
+if TYPE_CHECKING:
+    from lit_llm.data.corpus import Occurrences
+    from lit_llm.tokenizer import Tokenizer
+
+log = logging.getLogger(__name__)
+MOST = 4096                                         # rows that learn: 268 MB in training where they are 4,096 wide
+NAMED = 3                                           # tokens that a message names
+PROBE = Conversation((Message("user", "x"), Message("assistant", "y"), Message("user", "z")))
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """Tokens whose rows learn.
+
+    Args:
+        ids: In their order.
+        left: Kinds of untrained tokens beyond the limit, whose rows stay frozen.
+        share: Of the supervised tokens that are of these kinds.
+        whole: Whether all training data were counted.
+    """
+
+    ids: list[int]
+    left: int = 0
+    share: float = 0.0
+    whole: bool = True
+
+
+def choose(tokenizer: "Tokenizer", embedding: Tensor, head: Tensor, seen: "Occurrences | None", *,
+           every_token: bool = False, chats: bool = True) -> Choice:
+    """Tokens of the training data and of chats that the base was never trained on.
+
+    A token must be known where it is read, so of all tokens of the data the rows of the embedding are looked at; and
+    it must not be lost among twins where it is said, so of the supervised ones those of the head.
+
+    Args:
+        tokenizer: With the chat template in use.
+        embedding: (V, D) of the base.
+        head: (V, D), the same where they are tied.
+        seen: What the training data hold; null where there are none.
+        every_token: Whether all tokens are targets of training, and not only answers with their stop token.
+        chats: Whether there are conversations, whose control tokens are wanted even where no record holds them.
+    """
+    control = candidates(tokenizer) if chats else []
+    size = min(len(embedding), len(head))
+    read, said = (np.zeros(size, np.int64) for _ in range(2)) if seen is None else (seen.read, seen.supervised)
+    read_ids = [int(id_) for id_ in sorted({*control, *np.flatnonzero(read[:size]).tolist()})]
+    said_ids = {*np.flatnonzero(said[:size]).tolist(),
+                *(id_ for id_ in control if every_token or id_ in tokenizer.stop_ids)}
+    lost = set(untrained(embedding, read_ids))
+    if head is not embedding:
+        lost |= set(untrained(head, sorted(said_ids)))
+    ranked = sorted(lost, key=lambda id_: (id_ not in control, -int(said[id_]), -int(read[id_]), id_))
+    ids = sorted(ranked[:MOST])
+    total = max(1, int(said.sum()))
+    return Choice(ids, len(ranked) - len(ids), float(said[ids].sum()) / total if ids else 0.0,
+                  seen is None or seen.whole)
+
+
+def candidates(tokenizer: "Tokenizer") -> list[int]:
+    """Control tokens that the chat template writes around turns."""
+    try:
+        written = tokenizer.encode_prompt(PROBE)
+    except InputError:                              # a template that wants another conversation
+        written = list(tokenizer.stop_ids[:1])
+    return sorted(set(written) & set(tokenizer.special_ids))
+
+
+def named(tokenizer: "Tokenizer", spellings: str | Sequence[str]) -> list[int]:
+    """Ids of tokens by their spelling.
+
+    Raises:
+        InputError: The tokenizer has no such token.
+    """
+    vocabulary = tokenizer.hf.get_vocab()
+    spellings = [spellings] if isinstance(spellings, str) else spellings
+    for spelling in spellings:
+        if spelling not in vocabulary:
+            known = [tokenizer.hf.convert_ids_to_tokens(id_) for id_ in sorted(tokenizer.special_ids)]
+            raise InputError(f"the tokenizer has no token '{spelling}'.{did_you_mean(spelling, known)}",
+                             where="model.lora.train_tokens", fix="auto chooses by itself, null trains none")
+    return sorted({vocabulary[spelling] for spelling in spellings})
+
+
+def say(tokenizer: "Tokenizer", choice: Choice, obstacle: str | None = None) -> None:
+    """One line on tokens that the base was never trained on: that their rows learn now, or why they do not."""
+    ids = choice.ids
+    names = _names(tokenizer, ids)
+    were, are = ("were", "their rows are") if len(ids) > 1 else ("was", "its row is")
+    share = f" ({choice.share:.1%} of the supervised tokens)" if choice.share else ""
+    if not choice.whole:
+        share = f" ({choice.share:.1%} of the supervised tokens that were counted, not all data were)"
+    if obstacle is None:
+        left = (f"; {choice.left:,} rarer kinds are left as they are, since at most {MOST:,} rows learn"
+                if choice.left else "")
+        log.info("%s%s %s never trained in this base: %s trained with the adapters%s", names, share, were, are, left)
+    else:
+        log.warning("%s%s %s never trained in this base, and %s frozen, since %s: answers may not end, and these "
+                    "tokens can hardly be learned", names, share, were, are, obstacle)
+
+
+def _names(tokenizer: "Tokenizer", ids: Sequence[int]) -> str:
+    """Some of them by name, control tokens first, and how many more there are."""
+    control = [id_ for id_ in ids if id_ in tokenizer.special_ids]
+    ordered = control + [id_ for id_ in ids if id_ not in tokenizer.special_ids]
+    shown = ordered if len(ordered) <= NAMED + 1 else ordered[:NAMED]
+    names = [_spelled(tokenizer, id_) for id_ in shown]
+    if rest := len(ordered) - len(shown):
+        return f"{', '.join(names)} and {rest:,} other kinds of tokens"
+    return f"{', '.join(names[:-1])} and {names[-1]}" if len(names) > 1 else names[0]
+
+
+def _spelled(tokenizer: "Tokenizer", id_: int) -> str:
+    """A control token as it is; a word as its text, in quotes; a part of a character as its token."""
+    token = str(tokenizer.hf.convert_ids_to_tokens(id_))
+    if id_ in tokenizer.special_ids:
+        return token
+    text = tokenizer.decode([id_])
+    return repr(text) if text.strip() and text.isprintable() and "\ufffd" not in text else token
