@@ -1,12 +1,13 @@
-"""A causal LM and a PEFT method in, the model with its adapters out: wrapped, loaded, merged, saved.
+"""A causal LM and a PEFT method in, the model with its adapters out: wrapped, loaded, saved.
 
-The home of peft. A method is data (`class_path`, `init_args`), as it stands in a config. Knows nothing of where
-models come from, of training or of Lightning.
+The home of peft; `merging.py` makes a plain model of it again. A method is data (`class_path`, `init_args`), as it
+stands in a config. Knows nothing of where models come from, of training or of Lightning.
 """
 
 import json
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lit_llm import tying
 from lit_llm.class_paths import refuse_within
 from lit_llm.errors import InputError, did_you_mean
 
@@ -93,7 +95,8 @@ def wrap_peft(model: "PreTrainedModel", spec: dict[str, Any], *, tokens: Sequenc
     if tokens:
         config.trainable_token_indices = {name: sorted(tokens) for name in _token_layers(model)}
     try:
-        return _with_rows_alone(get_peft_model(model, config))
+        with _steady_start(config), tying.explained(model, config):
+            return _as_trained_here(get_peft_model(model, config))
     except Exception as error:                      # forty methods, each with its own way to say no
         linears = sorted({name.rsplit(".", 1)[-1] for name, layer in model.named_modules() if _is_linear(layer)})
         raise InputError(f"{str(error).splitlines()[0][:160]}", where="model.peft",
@@ -128,6 +131,17 @@ def _peft_config(spec: dict[str, Any]) -> Any:
             return kind(**args)
     except (ValueError, TypeError, ImportError) as error:
         raise InputError(f"{name}: {str(error).splitlines()[0][:160]}", where="model.peft") from None
+
+
+@contextmanager
+def _steady_start(config: Any) -> Iterator[None]:
+    """Fast PiSSA draws a part of the base by random numbers: the same in training and whenever it is loaded."""
+    if not str(getattr(config, "init_lora_weights", "")).startswith("pissa_niter"):
+        yield
+        return
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        yield
 
 
 def learns_prompt_by(spec: dict[str, Any] | None) -> bool:
@@ -179,14 +193,30 @@ def _places(ids: tuple[int, ...], vocabulary: int, device: torch.device) -> Tens
     return places.to(device)
 
 
-def _with_rows_alone(model: Any) -> Any:
-    """Embeddings look up the rows that learn; peft copies the matrix at each call, and makes its whole gradient."""
+def _as_trained_here(model: Any) -> Any:
+    """PEFT's model, its embeddings without a copy of the matrix, its heads with their bias, tied adapters as one."""
     from peft.tuners.trainable_tokens import TrainableTokensLayer
+    from peft.tuners.tuners_utils import BaseTunerLayer
 
-    for layer in model.modules():
-        if isinstance(layer, TrainableTokensLayer) and type(layer.base_layer) is nn.Embedding:
-            layer.forward = MethodType(_embed, layer)  # type: ignore[method-assign]
+    for name, layer in model.named_modules():
+        below, dora = getattr(layer, "base_layer", None), any(getattr(layer, "use_dora", {}).values())
+        if isinstance(below, BaseTunerLayer) or (dora and hasattr(below, "token_adapter")):
+            raise ValueError(f"{name.removeprefix('base_model.model.')} would be adapted twice: it and the embedding "
+                             "are one matrix; name only one of the two")
+        if isinstance(layer, TrainableTokensLayer):
+            if type(layer.base_layer) is nn.Embedding:
+                layer.forward = MethodType(_embed, layer)  # type: ignore[method-assign]
+            elif isinstance(layer.base_layer, nn.Linear) and layer.base_layer.bias is not None:
+                layer.forward = MethodType(_with_bias, layer)  # type: ignore[method-assign]
+    tying.tie(model)
     return model
+
+
+def _with_bias(layer: Any, hidden: Tensor) -> Tensor:
+    """A head's logits, its bias included wherever peft replaces the rows of its matrix."""
+    own: Tensor = type(layer).forward(layer, hidden)
+    replaced = not (layer.merged or layer.disable_adapters or not layer.active_adapters)
+    return own + layer.base_layer.bias if replaced else own
 
 
 def _embed(layer: Any, ids: Tensor) -> Tensor:
@@ -247,33 +277,26 @@ def _name(model: nn.Module, layer: nn.Module) -> str:
     return next(name for name, module in model.named_modules() if module is layer)
 
 
-# ---- load, merge, save -----------------------------------------------------------------------------------------------
+# ---- load and save ---------------------------------------------------------------------------------------------------
 
 def load_adapter(model: "PreTrainedModel", folder: str | Path, *, trainable: bool = False) -> Any:
-    """The model with the adapter that lies in a folder in PEFT's format."""
-    from peft import PeftModel
+    """The model with the adapter that lies in a folder in PEFT's format.
 
-    return _with_rows_alone(PeftModel.from_pretrained(model, str(folder), is_trainable=trainable))
+    Raises:
+        InputError: The folder holds no weights for some of the adapters that its config names.
+    """
+    import warnings
 
+    from peft import PeftConfig, PeftModel
 
-def merge(model: Any) -> "PreTrainedModel":
-    """Adapter weights folded into the base; a model without adapters comes back as it is."""
-    if not is_peft(model):
-        return model
-    if not hasattr(model, "merge_and_unload"):
-        raise UnmergeableError()
-    try:
-        return model.merge_and_unload()
-    except (ValueError, NotImplementedError) as error:
-        raise UnmergeableError(f": {error}") from None
-
-
-class UnmergeableError(InputError):
-    """Adapters of a method that cannot become part of the base's weights."""
-
-    def __init__(self, why: str = "") -> None:
-        super().__init__(f"this PEFT method cannot be merged into the base{why}", where="model.peft",
-                         fix="the adapter folder of a checkpoint loads with peft.PeftModel.from_pretrained")
+    config = PeftConfig.from_pretrained(str(folder))
+    with _steady_start(config), tying.explained(model, config), warnings.catch_warnings():
+        warnings.filterwarnings("error", message="Found missing adapter keys")
+        try:
+            return _as_trained_here(PeftModel.from_pretrained(model, str(folder), is_trainable=trainable))
+        except UserWarning as error:
+            raise InputError(f"it lacks weights that its config names: {str(error).partition(': ')[2][:160]}",
+                             where=str(folder), fix="copy the adapter's folder again, or train it again") from None
 
 
 def spare_copies(model: Any) -> None:
@@ -308,24 +331,39 @@ def save_adapter(model: Any, folder: str | Path, state: dict[str, Tensor], base:
         state: Trainable weights by their name in `model`, on CPU.
         base: Where the base came from, kept in the config so that others find it.
     """
+    import warnings
+
     from peft.utils.save_and_load import get_peft_model_state_dict
     from safetensors.torch import save_file
 
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    adapter = get_peft_model_state_dict(model, state_dict=_under_all_names(model, state))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Setting `save_embedding_layers`")    # the state holds no base weight
+        adapter = get_peft_model_state_dict(model, state_dict=_under_all_names(model, state))
     save_file({name: weight.clone().contiguous() for name, weight in adapter.items()},
               folder / "adapter_model.safetensors")
     config = model.active_peft_config.to_dict() | {"base_model_name_or_path": base, "inference_mode": True}
+    if not isinstance(config.get("target_modules"), str | None):        # peft takes tied heads out of it
+        tied = getattr(model.active_peft_config, "target_modules_to_tie", None) or ()
+        config["target_modules"] = {*config["target_modules"], *tied}
     text = json.dumps(config, indent=2, sort_keys=True,
                       default=lambda value: sorted(value) if isinstance(value, set) else str(value))
     (folder / "adapter_config.json").write_text(text + "\n", encoding="utf-8")
 
 
-def _under_all_names(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Weights under each of their names (VB-LoRA shares one bank) with the frozen buffers beside them (VeRA's)."""
+def _under_all_names(model: Any, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Weights under each of their names (VB-LoRA shares one bank) with the frozen parts beside them.
+
+    Frozen are VeRA's buffers, and one of MiCA's two matrices.
+    """
     named = list(model.named_parameters(remove_duplicate=False))
     known = {id(weight): state[name] for name, weight in named if name in state}
-    buffers = {name for name, _ in model.named_buffers(remove_duplicate=False)}
-    frozen = {name: value.cpu() for name, value in model.state_dict().items() if name in buffers}
+    prefix = getattr(model.base_model, "prefix", None)
+    kept = {name for name, _ in model.named_buffers(remove_duplicate=False)}
+    kept |= {name for name, weight in named if prefix and prefix in name and not weight.requires_grad}
+    frozen = {name: value.cpu() for name, value in model.state_dict().items() if name in kept}
+    for name, matrix in tying.matrices(model):
+        owner = next(key for key, weight in named if weight is matrix.source[0][matrix.source[1]])
+        frozen[f"{name}.weight"] = state[owner].t()
     return frozen | state | {name: known[id(weight)] for name, weight in named if id(weight) in known}

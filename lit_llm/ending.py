@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from lit_llm import command
-from lit_llm.adapter import UnmergeableError
 from lit_llm.data.terminal import ledger
 from lit_llm.inference.completion import TextEngine
 from lit_llm.inference.export import export
 from lit_llm.inference.sampling import SamplingParams
+from lit_llm.merging import UnmergeableError
 from lit_llm.samples import resolve
 
 PROMPTS, ANSWER_TOKENS = 3, 48

@@ -15,13 +15,13 @@ from lit_llm.adapter import (
     learns_prompt,
     learns_prompt_by,
     load_adapter,
-    merge,
     row_obstacle,
     save_adapter,
     spec_of,
     wrap_peft,
 )
 from lit_llm.errors import InputError
+from lit_llm.merging import merge
 from lit_llm.model import load_causal_lm, save_causal_lm
 from tests.models import IDS, KINDS, disturb, logits
 

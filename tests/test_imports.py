@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-NOUNS = {"conversation", "jinja", "rendering", "template", "encoder", "tokenizer", "adapter", "model", "attention",
-         "blockwise", "miniature"}
+NOUNS = {"conversation", "jinja", "rendering", "template", "encoder", "tokenizer", "tying", "adapter", "merging", "model",
+         "attention", "blockwise", "miniature"}
 GROUND = {"class_paths", "command", "disk", "errors", "hub", "samples"}
 RIM = {"cli", "runs", "ending", "parser", "runconfig", "__main__", "__init__"}       # they may import everything
 WINGS = {"data": set(), "training": {"data"}, "inference": set()}
@@ -18,7 +18,8 @@ ARROWS = {("training.callbacks", "inference.completion"), ("training.callbacks",
 NOUNS_FROM = {"conversation": set(), "miniature": set(), "attention": {"blockwise"}, "blockwise": set(), "jinja": set(),
               "rendering": {"conversation"},
               "template": {"conversation", "rendering"}, "encoder": {"rendering"},
-              "tokenizer": {"conversation", "jinja", "rendering", "template", "encoder"}, "adapter": set(), "model": {"attention", "adapter"}}
+              "tokenizer": {"conversation", "jinja", "rendering", "template", "encoder"}, "tying": set(),
+              "adapter": {"tying"}, "merging": {"adapter"}, "model": {"attention", "adapter"}}
 HOMES = {
     "peft": {"adapter"}, "AutoModelForCausalLM": {"model"}, "AutoConfig": {"model", "inference.export"},
     "tokenizers": {"tokenizer", "samples.make"}, "AutoTokenizer": {"tokenizer"}, "datasets": {"data.sources", "data.readers"},

@@ -239,7 +239,8 @@ def _load(folder: str, device: str, dtype: str, adapter: str | Path | None) -> A
     import torch
     from safetensors import SafetensorError
 
-    from lit_llm.adapter import load_adapter, merge
+    from lit_llm.adapter import load_adapter
+    from lit_llm.merging import merge
     from lit_llm.model import load_causal_lm, stored_dtype
 
     if base := _adapter_base(folder):

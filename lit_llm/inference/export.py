@@ -35,6 +35,7 @@ def export(run: str, checkpoint: str = "best", out: str | None = None, dtype: Dt
     import torch
 
     from lit_llm import adapter, model
+    from lit_llm.merging import merge
 
     folder = _checkpoint(Path(run), checkpoint)
     facts = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
@@ -48,7 +49,7 @@ def export(run: str, checkpoint: str = "best", out: str | None = None, dtype: Dt
             drift = model.quantization_drift(exact, quantize)
             log.warning("trained on a base in 4 bits, merged into the exact one: linear weights differ by %.1f %% of "
                         "their norm; measure the export anew", 100 * drift)
-        merged = adapter.merge(adapter.load_adapter(exact, folder / "adapter"))
+        merged = merge(adapter.load_adapter(exact, folder / "adapter"))
     else:
         base, stored = "", None
         merged = model.load_causal_lm(str(folder / "model"))
