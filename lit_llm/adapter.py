@@ -290,7 +290,7 @@ def load_adapter(model: "PreTrainedModel", folder: str | Path, *, trainable: boo
     from peft import PeftConfig, PeftModel
 
     config = PeftConfig.from_pretrained(str(folder))
-    with _steady_start(config), tying.explained(model, config), warnings.catch_warnings():
+    with _steady_start(config), tying.explained(model, config, say=False), warnings.catch_warnings():
         warnings.filterwarnings("error", message="Found missing adapter keys")
         try:
             return _as_trained_here(PeftModel.from_pretrained(model, str(folder), is_trainable=trainable))

@@ -57,16 +57,17 @@ def matrices(model: nn.Module) -> list[tuple[str, Transposed]]:
 
 
 @contextmanager
-def explained(model: "PreTrainedModel", config: Any) -> Iterator[None]:
+def explained(model: "PreTrainedModel", config: Any, *, say: bool = True) -> Iterator[None]:
     """Say what an adapter on a tied matrix means here, in place of peft's warning that merging it may go wrong."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Model has `tie_word_embeddings=True` and a tied layer is part")
         yield
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    adapted = [layer is not None and hasattr(layer, "base_layer") for layer in (embedding, head)]
-    if any(adapted) and getattr(model.config.get_text_config(), "tie_word_embeddings", False):
+    adapted = [hasattr(layer, "base_layer") and not hasattr(layer, "token_adapter")
+               and not hasattr(layer, "trainable_tokens_delta") for layer in (embedding, head)]    # rows stay tied
+    if say and any(adapted) and getattr(model.config.get_text_config(), "tie_word_embeddings", False):
         which = "both" if all(adapted) else "the embedding" if adapted[0] else "the output head"
-        tied = getattr(config, "ensure_weight_tying", False)
+        tied = getattr(config, "ensure_weight_tying", False) and not getattr(config, "use_dora", False)
         log.info("embedding and output head are one matrix in this base; adapters are on %s: %s", which,
                  "they are one adapter too, and the export stays tied" if tied and all(adapted) else
                  "the export will hold two matrices, and tie_word_embeddings: false")

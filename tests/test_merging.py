@@ -175,7 +175,10 @@ def test_adapters_on_a_tied_matrix_are_explained(bases, caplog):
         warnings.filterwarnings("error", message=".*tie_word_embeddings")
         model, _ = trained(bases["tied"], spec_of("LoraConfig", bases["tied"], "embedding"))
         merge(model)
-    assert "adapters are on the embedding: the export will hold two matrices" in caplog.text
+        assert "adapters are on the embedding: the export will hold two matrices" in caplog.text
+        caplog.clear()
+        trained(bases["tied"], spec_of("LoraConfig", bases["tied"], "layers", trainable_token_indices=[3, 7]))
+    assert not caplog.text
 
 
 def test_an_adapter_s_file_must_hold_what_its_config_names(bases, tmp_path):
