@@ -5,21 +5,17 @@ Runs on rank 0, from what the run left on disk.
 
 import json
 from pathlib import Path
-from typing import Any
 
-from lit_llm import command
+from lit_llm import command, examples
 from lit_llm.data.terminal import ledger
-from lit_llm.inference.completion import TextEngine
 from lit_llm.inference.export import export
-from lit_llm.inference.sampling import SamplingParams
 from lit_llm.merging import UnmergeableError
 from lit_llm.samples import resolve
-
-PROMPTS, ANSWER_TOKENS = 3, 48
+from lit_llm.training import verdict
 
 
 def finish(run: Path, *, base: str | None, before: dict[str, float], after: dict[str, float],
-           prompts: list[list[int]]) -> None:
+           shown: list[examples.Example]) -> None:
     """Export the best checkpoint and print the summary of the run on stdout.
 
     Args:
@@ -27,7 +23,7 @@ def finish(run: Path, *, base: str | None, before: dict[str, float], after: dict
         base: What training started from; null if from random weights.
         before: Validation figures before the first step; empty if there was no validation.
         after: The last ones.
-        prompts: Token ids of held-out prompts.
+        shown: Prompts to answer, held out and trained on.
     """
     folder = None
     try:
@@ -46,36 +42,13 @@ def finish(run: Path, *, base: str | None, before: dict[str, float], after: dict
         print(f"bits per byte {after['val/bits_per_byte']:.3f}, token accuracy {after['val/token_accuracy']:.1%}")
     if (file := run / "data.json").exists() and (drawn := json.loads(file.read_text(encoding="utf-8"))["ledger"]):
         print("\n".join(ledger(drawn, "drawn in training")))
+    for words in verdict.warnings(verdict.course_of(run, before.get("val/nll"))):
+        print(f"warning: {words}")
     if folder is None:
         return
-    if prompts:
-        _compare(resolve(base) if base else None, folder, prompts)
+    if shown:
+        examples.compare(resolve(base) if base else None, folder, shown)
     _next(run, folder)
-
-
-def _compare(base: str | None, folder: Path, prompts: list[list[int]]) -> None:
-    """Greedy answers to the same prompts, base beside tuned."""
-    params = SamplingParams(max_tokens=ANSWER_TOKENS, temperature=0.0)
-    rows: list[tuple[str, list[str]]] = [("tuned", [])]
-    tuned = TextEngine.load(folder)
-    room = tuned.engine.context_length - ANSWER_TOKENS
-    prompts = [ids for ids in prompts if len(ids) <= room]
-    rows[0] = ("tuned", [tuned.generate(ids, params).text for ids in prompts])
-    texts = [tuned.tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in prompts]
-    del tuned
-    if base is not None:
-        engine = TextEngine.load(base)
-        rows.insert(0, ("base", [engine.generate(ids, params).text for ids in prompts]))
-    for place, text in enumerate(texts):
-        print(f"\n  prompt   {_short(text, 200)}")
-        for name, answers in rows:
-            print(f"  {name:<8} {_short(answers[place], 200)}")
-
-
-def _short(text: str, most: int) -> str:
-    line = " / ".join(part for part in (line.strip() for line in text.splitlines()) if part)
-    line = "".join(char for char in line if char.isprintable())     # a model's escape codes stay out of the terminal
-    return line if len(line) <= most else line[: most - 3] + "..."
 
 
 def _next(run: Path, folder: Path) -> None:
@@ -85,21 +58,3 @@ def _next(run: Path, folder: Path) -> None:
     print(f"  {command.line('lit_llm', 'chat', '--model', place)}")
     print(f"  {command.line('lit_llm', 'validate', '--config', config, '--ckpt_path', 'best')}")
     print(f"  {command.line('serve', '--model', place)}", flush=True)
-
-
-def held_out_prompts(datamodule: Any) -> list[list[int]]:
-    """Prompts of the first held-out sequences: what stands before an answer, or a document's beginning."""
-    try:
-        corpus = datamodule.plans["val"].corpus
-    except KeyError:
-        return []
-    prompts: list[list[int]] = []
-    step = max(1, len(corpus) // PROMPTS)
-    for sequence in range(0, min(len(corpus), step * PROMPTS), step):
-        ids, supervised = corpus.read(sequence, 0, int(corpus.lengths[sequence]))
-        learned = supervised.nonzero()[0]
-        cut = int(learned[0]) if len(learned) and learned[0] > 1 else min(16, max(1, len(ids) // 2))
-        prompts.append([int(id_) for id_ in ids[:cut]])
-    return prompts
-
-

@@ -12,9 +12,9 @@ import torch
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from lit_llm import class_paths, runconfig
+from lit_llm import class_paths, examples, runconfig
 from lit_llm.data.datamodule import TextDataModule
-from lit_llm.ending import finish, held_out_prompts
+from lit_llm.ending import finish
 from lit_llm.errors import InputError
 from lit_llm.parser import ShortErrors
 from lit_llm.training.module import CausalLMModule
@@ -79,7 +79,7 @@ class LitLLMCLI(LightningCLI):
         if not (trainer.is_global_zero and trainer.exports and trainer.checkpoint_callbacks):  # fast_dev_run has none
             return
         finish(Path(self.trainer.default_root_dir), base=self.model.base, before=self.trainer.run.before,
-               after=self.trainer.run.after, prompts=held_out_prompts(self.datamodule))
+               after=self.trainer.run.after, shown=examples.choose(self.datamodule))
 
     def after_validate(self) -> None:
         """The figures on stdout."""

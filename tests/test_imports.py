@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[1]
 NOUNS = {"conversation", "jinja", "rendering", "template", "encoder", "tokenizer", "tying", "adapter", "merging", "model",
          "attention", "blockwise", "miniature"}
 GROUND = {"class_paths", "command", "disk", "errors", "hub", "samples"}
-RIM = {"cli", "runs", "ending", "parser", "runconfig", "__main__", "__init__"}       # they may import everything
+RIM = {"cli", "runs", "ending", "examples", "parser", "runconfig", "__main__", "__init__"}       # they may import everything
 WINGS = {"data": set(), "training": {"data"}, "inference": set()}
 ARROWS = {("training.callbacks", "inference.completion"), ("training.callbacks", "inference.sampling")}
 NOUNS_FROM = {"conversation": set(), "miniature": set(), "attention": {"blockwise"}, "blockwise": set(), "jinja": set(),

@@ -1,0 +1,84 @@
+"""A run's data and two models in, printed answers out: what was trained and what was held out, base beside tuned."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from lit_llm.inference.completion import TextEngine
+from lit_llm.inference.sampling import SamplingParams
+
+Kind = Literal["trained", "held out"]
+HELD_OUT, TRAINED = 3, 2                            # examples of each kind
+ANSWER_TOKENS = 48
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """A sequence of the data, cut where its first answer begins; a document near its beginning.
+
+    Args:
+        kind: Whether training saw it.
+        prompt: Token ids before the answer.
+        expected: Token ids of the answer, of a document what follows.
+    """
+
+    kind: Kind
+    prompt: list[int]
+    expected: list[int]
+
+
+def choose(datamodule: Any) -> list[Example]:
+    """Some of what was held out, and some of what was trained on; none of a stream, which is not kept."""
+    return [*_of(datamodule, "val", "held out", HELD_OUT), *_of(datamodule, "train", "trained", TRAINED)]
+
+
+def _of(datamodule: Any, stage: str, kind: Kind, count: int) -> list[Example]:
+    if stage not in datamodule.plans:
+        return []
+    corpus = datamodule.plans[stage].corpus
+    step = max(1, len(corpus) // count)
+    found = []
+    for sequence in range(0, min(len(corpus), step * count), step):
+        ids, supervised = corpus.read(sequence, 0, int(corpus.lengths[sequence]))
+        learned = supervised.nonzero()[0]
+        talk = len(learned) > 0 and learned[0] > 1
+        first = int(learned[0]) if talk else min(16, max(1, len(ids) // 2))
+        rest = (~supervised[first:]).nonzero()[0]
+        last = first + int(rest[0]) if talk and len(rest) else len(ids)
+        found.append(Example(kind, [int(id_) for id_ in ids[:first]],
+                             [int(id_) for id_ in ids[first:last][:ANSWER_TOKENS]]))
+    return found
+
+
+def compare(base: str | None, folder: Path, examples: list[Example]) -> None:
+    """Print greedy answers to the same prompts, base beside tuned, and what the data say.
+
+    Args:
+        base: What training started from; null if from random weights.
+        folder: The export.
+        examples: Of `choose`; those that leave no room for an answer are passed over.
+    """
+    params = SamplingParams(max_tokens=ANSWER_TOKENS, temperature=0.0)
+    tuned = TextEngine.load(folder)
+    room = tuned.engine.context_length - ANSWER_TOKENS
+    examples = [example for example in examples if len(example.prompt) <= room]
+    texts = {name: [tuned.tokenizer.decode(getattr(example, name), skip_special_tokens=True).strip()
+                    for example in examples] for name in ("prompt", "expected")}
+    answers = {"tuned": [tuned.generate(example.prompt, params).text for example in examples]}
+    del tuned
+    if base is not None:
+        engine = TextEngine.load(base)
+        vocabulary = engine.engine.vocab_size               # a base whose vocabulary has grown does not know all ids
+        answers = {"base": [engine.generate(example.prompt, params).text if max(example.prompt) < vocabulary else
+                            "(it has no row for a token of this prompt)" for example in examples]} | answers
+    for place, example in enumerate(examples):
+        print(f"\n  prompt   {_short(texts['prompt'][place], 200)}" + ("  (trained)" * (example.kind == "trained")))
+        print(f"  expected {_short(texts['expected'][place], 200)}")
+        for name, said in answers.items():
+            print(f"  {name:<8} {_short(said[place], 200)}")
+
+
+def _short(text: str, most: int) -> str:
+    line = " / ".join(part for part in (line.strip() for line in text.splitlines()) if part)
+    line = "".join(char for char in line if char.isprintable())     # a model's escape codes stay out of the terminal
+    return line if len(line) <= most else line[: most - 3] + "..."
