@@ -8,21 +8,20 @@ from pathlib import Path
 
 from lit_llm import command, examples
 from lit_llm.data.terminal import ledger
-from lit_llm.inference.export import export
+from lit_llm.inference.export import checkpoint_folder, export
 from lit_llm.merging import UnmergeableError
 from lit_llm.samples import resolve
-from lit_llm.training import verdict
+from lit_llm.training import evaluation, manifest, verdict
+from lit_llm.training.report import last_logged
 
 
-def finish(run: Path, *, base: str | None, before: dict[str, float], after: dict[str, float],
-           shown: list[examples.Example]) -> None:
+def finish(run: Path, *, base: str | None, before: dict[str, float], shown: list[examples.Example]) -> None:
     """Export the best checkpoint and print the summary of the run on stdout.
 
     Args:
         run: The run folder.
         base: What training started from; null if from random weights.
         before: Validation figures before the first step; empty if there was no validation.
-        after: The last ones.
         shown: Prompts to answer, held out and trained on.
     """
     folder = None
@@ -31,15 +30,9 @@ def finish(run: Path, *, base: str | None, before: dict[str, float], after: dict
         print(f"\nexported to {folder}")
     except UnmergeableError as error:                    # what was trained is in the checkpoints all the same
         print(f"\nnot exported: {error.what}\n  {error.fix}")
-    if after:
-        tokens = f"{after['val/tokens']:,.0f} held-out tokens"
-        if before:
-            factor = before["val/perplexity"] / after["val/perplexity"]
-            print(f"validation perplexity on {tokens}: {before['val/perplexity']:.3f} before, "
-                  f"{after['val/perplexity']:.3f} after ({factor:.1f} times lower)")
-        else:
-            print(f"validation perplexity on {tokens}: {after['val/perplexity']:.3f}")
-        print(f"bits per byte {after['val/bits_per_byte']:.3f}, token accuracy {after['val/token_accuracy']:.1%}")
+    if logged := last_logged(run, "train/loss"):
+        print(f"training loss at step {logged[0]:,}: {logged[1]:.3f}")
+    _say_figures(run, before)
     if (file := run / "data.json").exists() and (drawn := json.loads(file.read_text(encoding="utf-8"))["ledger"]):
         print("\n".join(ledger(drawn, "drawn in training")))
     for words in verdict.warnings(verdict.course_of(run, before.get("val/nll"))):
@@ -49,6 +42,32 @@ def finish(run: Path, *, base: str | None, before: dict[str, float], after: dict
     if shown:
         examples.compare(resolve(base) if base else None, folder, shown)
     _next(run, folder)
+
+
+def _say_figures(run: Path, before: dict[str, float]) -> None:
+    """What was measured of the exported checkpoint, and of the last one where that is another.
+
+    `metrics.json` then has the figures of the exported one, too.
+    """
+    best, last = (manifest.read(checkpoint_folder(run, wanted)) for wanted in ("best", "last"))
+    after, newest = best.get("figures") or {}, last.get("figures") or {}
+    if not after:
+        return
+    apart = best["step"] != last["step"]
+    tokens = f"{after['val/tokens']:,.0f} held-out tokens"
+    which = f" (the best checkpoint, step {best['step']:,}, which is exported)" if apart else ""
+    if before:
+        factor = before["val/perplexity"] / after["val/perplexity"]
+        print(f"validation perplexity on {tokens}: {before['val/perplexity']:.3f} before, "
+              f"{after['val/perplexity']:.3f} after ({factor:.1f} times lower){which}")
+    else:
+        print(f"validation perplexity on {tokens}: {after['val/perplexity']:.3f}{which}")
+    print(f"bits per byte {after['val/bits_per_byte']:.3f}, token accuracy {after['val/token_accuracy']:.1%}")
+    if apart and newest:
+        print(f"the last checkpoint, step {last['step']:,}, has perplexity {newest['val/perplexity']:.3f}; to export "
+              f"it: {command.line('lit_llm', 'export', '--run', run.absolute(), '--checkpoint', 'last')}")
+    more = {"last/step": last["step"], **{f"last/{name}": value for name, value in newest.items()}} if apart else {}
+    evaluation.write_metrics(run, best["step"], after, before, more)
 
 
 def _next(run: Path, folder: Path) -> None:

@@ -3,6 +3,7 @@
 import os
 import socket
 from functools import cache
+from pathlib import Path
 from urllib.parse import urlsplit
 
 from lit_llm.errors import InputError
@@ -27,6 +28,17 @@ def offline() -> bool:
     except OSError:
         return True
     return False
+
+
+def cached(name: str) -> Path | None:
+    """The folder of a model in the hub's local cache, or null; nothing is downloaded."""
+    from huggingface_hub import try_to_load_from_cache
+
+    try:
+        file = try_to_load_from_cache(name, "config.json")
+    except ValueError:                              # no hub id
+        return None
+    return Path(file).parent if isinstance(file, str) else None
 
 
 def unreachable(name: str, *, where: str = "") -> InputError:

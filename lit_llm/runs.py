@@ -79,7 +79,7 @@ class LitLLMCLI(LightningCLI):
         if not (trainer.is_global_zero and trainer.exports and trainer.checkpoint_callbacks):  # fast_dev_run has none
             return
         finish(Path(self.trainer.default_root_dir), base=self.model.base, before=self.trainer.run.before,
-               after=self.trainer.run.after, shown=examples.choose(self.datamodule))
+               shown=examples.choose(self.datamodule))
 
     def after_validate(self) -> None:
         """The figures on stdout."""

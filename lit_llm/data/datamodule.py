@@ -4,8 +4,6 @@
 trainer's number of processes and accumulation, and nothing of models.
 """
 
-import hashlib
-import json
 import math
 import sys
 from collections.abc import Callable, Sequence
@@ -15,7 +13,7 @@ from typing import Any
 import lightning as L
 import numpy as np
 
-from lit_llm.data import stream_loader
+from lit_llm.data import identity, stream_loader
 from lit_llm.data.corpus import Corpus, Occurrences
 from lit_llm.data.loader import Batch, RowLoader
 from lit_llm.data.mixture import Mixture, Stage, repeats, side
@@ -36,7 +34,7 @@ class Plan:
         corpus: The sequences there are.
         rows: How they lie in rows, in the first epoch.
         notes: How many were cut, dropped, said before.
-        fingerprint: Of data and settings.
+        fingerprint: What the rows are made of, by names (`identity.py`).
         stores: Of each source, where its tokens lie, and what became of its records.
         draw: The rows of an epoch, where they differ.
     """
@@ -44,7 +42,7 @@ class Plan:
     corpus: Corpus
     rows: Rows
     notes: dict[str, int]
-    fingerprint: str
+    fingerprint: dict[str, Any]
     stores: Sequence[TokenStore] = ()
     draw: Callable[[int], Rows] | None = None
 
@@ -264,10 +262,13 @@ class TextDataModule(L.LightningDataModule):
                              fix=f"Name data.{'val' if stage == 'train' else stage}_sources, or cut text files into "
                                  "more documents (document: paragraph).")
         mixture = self._mixture(corpus, stage, [source.weight for source in listed])
-        keys = [[store.key for store in stores], stage, wanted, shares, [source.weight for source in listed],
-                self.seq_len, self.packing, self.overlong, self.seed, self.dedup]
-        return Plan(corpus, mixture.first, notes | mixture.notes,
-                    hashlib.sha256(json.dumps(keys).encode()).hexdigest()[:16], stores,
+        made_of: dict[str, Any] = {
+            "data.sources": [identity.of_store(store, name) for store, name in zip(stores, names, strict=True)],
+            "weights": [source.weight for source in listed], "tokenizer": self.tokenizer.fingerprint[:16],
+            **{f"data.{name}": share for name, share in shares.items() if wanted},
+            **{f"data.{name}": getattr(self, name)
+               for name in ("train_on", "seq_len", "packing", "overlong", "seed", "dedup")}}
+        return Plan(corpus, mixture.first, notes | mixture.notes, made_of, stores,
                     mixture.rows if mixture.moves else None)
 
     def _note_leaks(self, stage: Stage) -> None:
@@ -309,7 +310,7 @@ class TextDataModule(L.LightningDataModule):
         """Where the data are only looked at, the stream's first chunk stands for all of it."""
         if not stream_loader.trains(self):
             stream, chunk = stream_loader.first_chunk(self)
-            self.plans["train"] = Plan(chunk.corpus, chunk.rows, stream.notes, stream.fingerprint)
+            self.plans["train"] = Plan(chunk.corpus, chunk.rows, stream.notes, {"stream": stream.fingerprint})
 
     def occurrences(self) -> Occurrences | None:
         """How often each token stands in the training data, of a stream in its beginning; null without any.

@@ -110,14 +110,17 @@ class Feed:
 
 
 def identity(source: Source) -> str:
-    """What a source is made of, without reading all of it: sizes of its files, and a hash of their names and ends."""
+    """What a source is made of, without reading all of it: sizes of its files, and a hash of their ends.
+
+    Where the files lie and how they are called is no part of it, but for what tells how they are read.
+    """
     if sources.is_hub(source.path):
         return f"{len(sources.parts(source))} shards of {source.subset or 'the default subset'}, {source.split}"
     files, digest, total = sources.files(source), sha256(), 0
     for path in files:
         size = path.stat().st_size
         total += size
-        digest.update(f"{path.name} {size} ".encode())
+        digest.update(f"{''.join(path.suffixes)} {size} ".encode())
         with path.open("rb") as stream:
             digest.update(stream.read(SAMPLE))
             stream.seek(max(0, size - SAMPLE))

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from lit_llm.data.corpus import Corpus, Tally
+from lit_llm.data.identity import differences
 from lit_llm.data.packing import Rows
 from lit_llm.errors import InputError
 from lit_llm.tokenizer import IGNORE_INDEX
@@ -160,13 +161,13 @@ class RowLoader:
         accumulate: Micro-batches of a step.
         shuffle: Whether an epoch has an order of its own.
         trim: Pad to the longest row of the batch, not to `seq_len`.
-        fingerprint: Of data and plan; a checkpoint of another one is refused.
+        fingerprint: What the rows are made of; a checkpoint of others is refused, by the names of the parts.
         draw: The rows of an epoch, where they differ from one to the next: as many as `rows`, which is the first's.
     """
 
     def __init__(self, corpus: Corpus, rows: Rows, *, batch_size: int, seq_len: int, pad_id: int,
                  token_bytes: np.ndarray, seed: int = 0, rank: int = 0, world: int = 1, accumulate: int = 1,
-                 shuffle: bool = True, trim: bool = False, fingerprint: str = "",
+                 shuffle: bool = True, trim: bool = False, fingerprint: Any = "",
                  draw: Callable[[int], Rows] | None = None) -> None:
         self.corpus, self.rows, self._draw = corpus, rows, draw
         self.batch_size, self.seq_len, self.pad_id, self.token_bytes = batch_size, seq_len, pad_id, token_bytes
@@ -282,7 +283,8 @@ class RowLoader:
         steps, within = divmod(int(state.get("batches", 0)), saved)
         known = self._identity() | ({"accumulate_grad_batches": self.accumulate} if within else {})
         differs = [f"{key} was {state.get(key)} and is {value}" for key, value in known.items()
-                   if state.get(key) != value]
+                   if key != "data" and state.get(key) != value]
+        differs = differences(state.get("data"), self.fingerprint) + differs
         if differs:
             raise InputError("the checkpoint cannot continue on these batches: " + "; ".join(differs), where="data",
                              fix="Give the same data and settings, or start a new run from its weights; rows_per_step "

@@ -258,8 +258,8 @@ def _identity(data: "TextDataModule") -> dict[str, Any]:
     known = {name: getattr(data, name) for name in names} | {"tokenizer": data.tokenizer.fingerprint[:16]}
     for number, source in enumerate(data.sources):
         settings = {key: value for key, value in asdict(source).items() if key != "path"}
-        known |= {f"sources[{number}]": source.path, f"the data of {source.path}": identity(source),
-                  f"the settings of {source.path}": json.dumps(settings, sort_keys=True)}
+        known |= {f"the data of sources[{number}]": identity(source),
+                  f"the settings of sources[{number}]": json.dumps(settings, sort_keys=True)}
     return known
 
 

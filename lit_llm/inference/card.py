@@ -8,25 +8,57 @@ import yaml
 
 
 def card(run: Path, facts: dict[str, Any], name: str) -> str:
-    """The model card: where it comes from, what it was trained on, what was measured, how to use it."""
-    config, metrics = read_values(run / "config.yaml"), read_values(run / "metrics.json")
+    """The model card of one checkpoint's model.
+
+    Args:
+        run: The run folder.
+        facts: The checkpoint's manifest, with the figures that were measured of it.
+        name: The checkpoint's folder.
+    """
+    config = read_values(run / "config.yaml")
     base = facts.get("base")
     method = (facts.get("peft") or {}).get("class_path") or "all weights"
-    sources = [_plain(source.get("path")) for source in (config.get("data") or {}).get("sources") or []]
+    sources = [_plain(_public(source.get("path"))) for source in (config.get("data") or {}).get("sources") or []]
     head = {"library_name": "transformers", "pipeline_tag": "text-generation"}
     if base and "/" in str(base) and not Path(str(base)).exists():
         head["base_model"] = str(base)
-    figures = [f"| {_plain(key)} | {value:.6g} |" for key, value in metrics.items() if isinstance(value, int | float)]
+    figures = [f"| {_plain(key)} | {value:.6g} |" for key, value in measured(run, facts).items()]
     return "\n".join([
         "---", yaml.safe_dump(head).strip(), "---", "", f"# {_plain(run.name)}", "",
-        f"Trained from {_plain(base) if base else 'random weights'} ({_plain(method)}), checkpoint {name}, "
+        f"Trained from {_plain(_public(base)) if base else 'random weights'} ({_plain(method)}), checkpoint {name}, "
         f"step {facts['step']}.", "",
         "## Data", "", *(f"- {source}" for source in sources), "",
-        "## Measured on its validation data", "", "| metric | value |", "|---|---|", *figures, "",
+        *_table(figures, name),
         "## Use", "", "```python", "from transformers import AutoModelForCausalLM, AutoTokenizer", "",
         'tokenizer = AutoTokenizer.from_pretrained("this folder")',
         'model = AutoModelForCausalLM.from_pretrained("this folder")',
         "```", ""])
+
+
+def measured(run: Path, facts: dict[str, Any]) -> dict[str, float]:
+    """Figures of a checkpoint on its run's own data, and of the model before training; empty if none were measured.
+
+    Args:
+        run: The run folder.
+        facts: The checkpoint's manifest.
+    """
+    record = read_values(run / "metrics.json")
+    same = record.get("checkpoint") == f"step_{facts['step']}"
+    tested = {key: value for key, value in record.items() if key.startswith("test/") and same}
+    before = {key: value for key, value in record.items() if key.startswith("before/")}
+    figures = {**(facts.get("figures") or {}), **tested, **before}
+    return {key: float(value) for key, value in figures.items() if isinstance(value, int | float)}
+
+
+def _table(figures: list[str], name: str) -> list[str]:
+    if not figures:
+        return ["This checkpoint was not measured.", ""]
+    return [f"## Measured of {name}", "", "| metric | value |", "|---|---|", *figures, ""]
+
+
+def _public(path: Any) -> str:
+    """A path as it is told to others: of this machine's folders the last name only."""
+    return Path(str(path)).name if Path(str(path)).is_absolute() else str(path)
 
 
 def read_values(file: Path) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from lit_llm import origin
 from lit_llm.errors import InputError
 from lit_llm.inference.sampling import SamplingParams, next_ids
 from lit_llm.samples import resolve
@@ -224,6 +225,15 @@ def _adapter_base(folder: str) -> str | None:
     return base
 
 
+def _trained_on(adapter: str | Path) -> dict[str, Any]:
+    """What the manifest beside a checkpoint's adapter says of it; empty where there is none."""
+    try:
+        facts = json.loads((Path(adapter).absolute().parent / "manifest.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return facts if isinstance(facts, dict) else {}
+
+
 def tokenizer_folder(folder: str, adapter: str | Path | None = None) -> str:
     """Where a model's tokenizer lies: with the adapter, in the run that made it, with the model, or with its base."""
     for place in [Path(given).resolve() for given in (adapter, folder) if given]:
@@ -243,8 +253,12 @@ def _load(folder: str, device: str, dtype: str, adapter: str | Path | None) -> A
     from lit_llm.merging import merge
     from lit_llm.model import load_causal_lm, stored_dtype
 
+    facts = _trained_on(adapter or folder) if adapter or _adapter_base(folder) else {}
     if base := _adapter_base(folder):
-        folder, adapter = resolve(base), folder
+        folder, adapter = resolve(origin.found(base, facts.get("base_hash"), Path(folder))), folder
+    elif (wanted := facts.get("base_hash")) and origin.content_hash(folder) not in (None, wanted):
+        raise InputError(f"the adapter {adapter} was trained on another base, {facts.get('base')}", where="adapter",
+                         fix=f"give --model {facts.get('base')}, or the folder where that base lies now")
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:

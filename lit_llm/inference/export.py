@@ -9,7 +9,7 @@ import shutil
 from pathlib import Path
 from typing import Literal
 
-from lit_llm import disk
+from lit_llm import disk, origin
 from lit_llm.errors import InputError
 from lit_llm.inference.card import card, read_values
 from lit_llm.samples import resolve
@@ -19,7 +19,8 @@ log = logging.getLogger(__name__)
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 
-def export(run: str, checkpoint: str = "best", out: str | None = None, dtype: Dtype = "auto") -> Path:
+def export(run: str, checkpoint: str = "best", out: str | None = None, dtype: Dtype = "auto",
+           base: str | None = None) -> Path:
     """Write a run's model as a folder that transformers loads as it stands.
 
     Args:
@@ -28,6 +29,7 @@ def export(run: str, checkpoint: str = "best", out: str | None = None, dtype: Dt
             as step_40.
         out: Where to write; null is `export` in the run folder. A model's folder that is there is replaced as a whole.
         dtype: Of the written weights; `auto` keeps the base's for adapters, the trained ones' otherwise.
+        base: Where the base of adapters lies now, if it was moved; another base than the run's is refused.
 
     Returns:
         The folder.
@@ -37,12 +39,15 @@ def export(run: str, checkpoint: str = "best", out: str | None = None, dtype: Dt
     from lit_llm import adapter, model
     from lit_llm.merging import merge
 
-    folder = _checkpoint(Path(run), checkpoint)
+    folder = checkpoint_folder(Path(run), checkpoint)
     facts = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-    target = _target(Path(run), out, str(facts["base"])) if out else Path(run) / "export"
+    if (folder / "adapter").is_dir():
+        base = origin.found(str(facts["base"]), facts.get("base_hash"), Path(run), base)
+    target = _target(Path(run), out, base) if out else Path(run) / "export"
     tokenizer = Tokenizer.load(str(Path(run) / "tokenizer"))
     if (folder / "adapter").is_dir():
-        base = resolve(str(facts["base"]))
+        assert base is not None
+        base = resolve(base)
         stored = model.stored_dtype(base)
         exact = model.load_causal_lm(base)
         if quantize := (read_values(Path(run) / "config.yaml").get("model") or {}).get("quantize"):
@@ -51,7 +56,7 @@ def export(run: str, checkpoint: str = "best", out: str | None = None, dtype: Dt
                         "their norm; measure the export anew", 100 * drift)
         merged = merge(adapter.load_adapter(exact, folder / "adapter"))
     else:
-        base, stored = "", None
+        stored = None
         merged = model.load_causal_lm(str(folder / "model"))
     wanted = stored if dtype == "auto" else getattr(torch, dtype)
     partial = target.with_name(target.name + ".partial")
@@ -64,20 +69,30 @@ def export(run: str, checkpoint: str = "best", out: str | None = None, dtype: Dt
     return target
 
 
-def _target(run: Path, out: str, base: str) -> Path:
+def _target(run: Path, out: str, base: str | None) -> Path:
     """Where a user wants it: a new folder, an empty one, or one that holds a model, but neither a run nor the base."""
     target = Path(out).expanduser().resolve()
     empty = not target.exists() or (target.is_dir() and not any(target.iterdir()))
     model = (target / "config.json").is_file() and not (target / "checkpoints").exists()
-    needed = (run.resolve(), *run.resolve().parents, Path(resolve(base)).expanduser().resolve())
+    needed = [run.resolve(), *run.resolve().parents]
+    if base is not None:
+        needed.append(Path(resolve(base)).expanduser().resolve())
     if target in needed or not (empty or model):
         raise InputError(f"{target} holds something else than an export, and would be replaced", where="out",
                          fix="name a new folder")
     return target
 
 
-def _checkpoint(run: Path, wanted: str) -> Path:
-    """A complete checkpoint folder of the run."""
+def checkpoint_folder(run: Path, wanted: str) -> Path:
+    """A complete checkpoint folder of the run.
+
+    Args:
+        run: The run folder.
+        wanted: `best`, `last`, or the folder's name.
+
+    Raises:
+        InputError: There is none; it names those that there are.
+    """
     folders = run / "checkpoints"
     if not folders.is_dir():
         raise InputError(f"{run} has no checkpoints folder, so it is no run", where="run",

@@ -20,14 +20,13 @@ import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.loops.evaluation_loop import RestartStage
-from lightning.pytorch.trainer.connectors.logger_connector.result import convert_tensors_to_scalars
 
-from lit_llm import adapter, disk, model
+from lit_llm import adapter, disk, model, origin
 from lit_llm.errors import InputError, at_least
 from lit_llm.training import manifest
+from lit_llm.training.evaluation import figures_of
 from lit_llm.training.manifest import step_of
 from lit_llm.training.processes import end_together
-from lit_llm.training.report import MetricsCSV
 from lit_llm.training.weights import gathered_trainable_state
 
 log = logging.getLogger(__name__)
@@ -92,13 +91,13 @@ class StepCheckpoint(Checkpoint):
         step = trainer.global_step
         due = any(every and step % every == 0 for every in (self.every_n_steps, self.keep_every_n_steps))
         if (due or trainer.is_last_batch or step == trainer.max_steps) and not validation_is_due(trainer):
-            self.save_step(trainer)
+            self.save(trainer)
 
     def on_validation_end(self, trainer: L.Trainer, *_: Any) -> None:
         """After a validation inside fit, with its score."""
         if trainer.state.fn == "fit" and not trainer.sanity_checking and not trainer.fit_loop._should_accumulate():
             score = trainer.callback_metrics.get(self.monitor)
-            self.save(trainer, None if score is None else float(score))
+            self.save(trainer, None if score is None else float(score), figures_of(trainer, "val/"))
 
     def on_train_end(self, trainer: L.Trainer, *_: Any) -> None:
         """At the end, unless the last step is on disk already."""
@@ -114,22 +113,14 @@ class StepCheckpoint(Checkpoint):
         """That step lies on disk."""
         self._saved, self._unfinished = state_dict["step"], state_dict["unfinished"]
 
-    def save_step(self, trainer: L.Trainer) -> None:
-        """Save at the end of a training step, whose figures reach `metrics.csv` first; Lightning logs them later."""
-        connector = trainer._logger_connector
-        if connector.should_update_logs:
-            figures = convert_tensors_to_scalars(connector.metrics["log"]) | {"epoch": trainer.current_epoch}
-            for logger in trainer.loggers:
-                if isinstance(logger, MetricsCSV):
-                    logger.log_metrics(figures, trainer.fit_loop.epoch_loop._batches_that_stepped)
-        self.save(trainer)
-
-    def save(self, trainer: L.Trainer, score: float | None = None, *, unfinished: bool = False) -> None:
+    def save(self, trainer: L.Trainer, score: float | None = None, figures: dict[str, float] | None = None, *,
+             unfinished: bool = False) -> None:
         """Write the folder of this step; a collective of all ranks.
 
         Args:
             trainer: In a fit.
             score: The monitored metric at this very step; null if it was not measured here.
+            figures: All that was measured at this very step.
             unfinished: Inside a validation, which a resumed run begins again.
 
         Raises:
@@ -140,8 +131,8 @@ class StepCheckpoint(Checkpoint):
         if score is not None and math.isfinite(score):              # a NaN is never best
             self.scores[folder.name] = score
         if step == self._saved or not step:
-            if score is not None and trainer.is_global_zero and (folder / manifest.NAME).is_file():
-                manifest.set_score(folder, score)                   # saved before it was measured
+            if figures and trainer.is_global_zero and (folder / manifest.NAME).is_file():
+                manifest.set_score(folder, score, figures)          # saved before it was measured
                 self._point_and_prune(folder)
             return
         self._saved, self._unfinished = step, unfinished
@@ -156,7 +147,7 @@ class StepCheckpoint(Checkpoint):
             if trainer.is_global_zero:
                 assert state is not None
                 self._write_weights(trainer, partial, state)
-                manifest.write(partial, trainer, score)
+                manifest.write(partial, trainer, score, figures)
                 disk.replace_folder(partial, folder)
                 self._point_and_prune(folder)
         except (OSError, RuntimeError) as error:    # torch has a RuntimeError for a full disk
@@ -188,7 +179,7 @@ class StepCheckpoint(Checkpoint):
         module: Any = trainer.lightning_module
         state = {name.removeprefix(PREFIX): weight for name, weight in state.items()}
         if adapter.is_peft(module.model):
-            adapter.save_adapter(module.model, folder / "adapter", state, base=str(module.base))
+            adapter.save_adapter(module.model, folder / "adapter", state, base=str(origin.recorded(module.base)))
         else:
             model.save_weights(module.model, folder / "model", state)
         tokenizer: Any = getattr(getattr(trainer, "datamodule", None), "tokenizer", None)

@@ -6,7 +6,7 @@ Each of these would otherwise hang, fail deep inside a library, or train somethi
 from typing import TYPE_CHECKING, Any
 
 from lit_llm import adapter, model
-from lit_llm.errors import InputError
+from lit_llm.errors import InputError, did_you_mean
 from lit_llm.training.fsdp import Fsdp2Strategy
 from lit_llm.training.loss import as_matrices
 from lit_llm.training.processes import end_together
@@ -207,3 +207,25 @@ def _check_optimizer(optimizer: str, strategy: Any) -> None:
     if optimizer == "adamw_8bit" and (zero or isinstance(strategy, Fsdp2Strategy)):
         raise InputError("8-bit states cannot be cut into pieces, saved and read again as ZeRO and FSDP2 do it",
                          where="model.optimizer", fix=WHOLE)
+
+
+def check_monitors(trainer: Any) -> None:
+    """Refuse a misspelled metric, which would stop the run at its first validation.
+
+    Raises:
+        InputError: It names the metrics that there are.
+    """
+    known = ["train/loss", *(f"val/{name}" for name in ("nll", "perplexity", "bits_per_byte", "token_accuracy"))]
+    bare = {name.partition("/")[2] for name in known}
+    data = trainer.datamodule
+    measured = data is None or bool(data.val_dataloader())
+    for callback in trainer.callbacks:
+        name = str(getattr(callback, "monitor", None) or "")
+        where = f"{type(callback).__name__}.monitor"
+        if (name.startswith(("val", "train")) or name in bare) and name not in known:
+            raise InputError(f"nothing is called '{name}'; there are {', '.join(known)}.{did_you_mean(name, known)}",
+                             where=where)
+        stops = any(kind.__name__ == "EarlyStopping" for kind in type(callback).__mro__)
+        if name.startswith("val/") and stops and not measured:
+            raise InputError(f"{name} is never measured: there is no validation data", where=where,
+                             fix="set data.val_sources or data.val_fraction")

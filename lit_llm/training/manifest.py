@@ -8,7 +8,7 @@ import hashlib
 import json
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
@@ -16,26 +16,27 @@ from typing import Any, Literal
 import lightning as L
 from lightning.pytorch.utilities import rank_zero_only
 
-from lit_llm import disk
+from lit_llm import disk, origin
 from lit_llm.errors import InputError
-from lit_llm.samples import resolve
 
 log = logging.getLogger(__name__)
 NAME = "manifest.json"
-SAMPLE = 1 << 16                                    # bytes of a base's weights that are hashed, thrice
-Change = Literal["base", "peft", "tokenizer", "template"]
-NOUNS: dict[str, str] = {"base": "base_hash", "peft": "peft", "tokenizer": "tokenizer", "template": "template"}
+Change = Literal["base", "peft", "tokenizer", "template", "quantize"]
+NOUNS: dict[str, str] = {"base": "base_hash", "peft": "peft", "tokenizer": "tokenizer", "template": "template",
+                         "quantize": "quantize"}
+FIXED = ("init", "optimizer")                       # what a resumed run cannot change in any case
 
 
 # ---- writing ---------------------------------------------------------------------------------------------------------
 
-def write(folder: Path, trainer: L.Trainer, score: float | None) -> None:
+def write(folder: Path, trainer: L.Trainer, score: float | None, figures: dict[str, float] | None = None) -> None:
     """Wait until every file of the folder is on the disk, then write its manifest.
 
     Args:
         folder: Complete but for the manifest.
         trainer: In a fit.
         score: The monitored metric, if measured.
+        figures: All that was measured of it.
     """
     import torch
     import transformers
@@ -45,9 +46,9 @@ def write(folder: Path, trainer: L.Trainer, score: float | None) -> None:
         hashes = list(pool.map(_sha256, files))
     for path in (*files, *(path for path in folder.rglob("*") if path.is_dir())):
         disk.sync(path)
-    module: Any = trainer.lightning_module
     facts = {
-        "step": trainer.global_step, "epoch": trainer.current_epoch, "score": finite(score), "base": module.base,
+        "step": trainer.global_step, "epoch": trainer.current_epoch, "score": finite(score),
+        "figures": _finite_only(figures),
         **identity(trainer), "world_size": trainer.world_size, "strategy": type(trainer.strategy).__name__,
         "stage": getattr(trainer.strategy, "config", {}).get("zero_optimization", {}).get("stage"),
         "precision": str(trainer.precision),
@@ -59,9 +60,13 @@ def write(folder: Path, trainer: L.Trainer, score: float | None) -> None:
     disk.sync(folder)
 
 
-def set_score(folder: Path, score: float) -> None:
-    """The monitored metric of a folder that was saved before it was measured."""
-    _replace(folder, read(folder) | {"score": finite(score)})
+def set_score(folder: Path, score: float | None, figures: dict[str, float]) -> None:
+    """The monitored metric, and all others, of a folder that was saved before it was measured."""
+    _replace(folder, read(folder) | {"score": finite(score), "figures": _finite_only(figures)})
+
+
+def _finite_only(figures: dict[str, float] | None) -> dict[str, float | None]:
+    return {name: finite(value) for name, value in (figures or {}).items()}
 
 
 def finite(score: float | None) -> float | None:
@@ -86,16 +91,19 @@ def identity(trainer: L.Trainer) -> dict[str, Any]:
     data: Any = trainer.datamodule  # type: ignore[attr-defined]
     tokenizer, plans = getattr(data, "tokenizer", None), getattr(data, "plans", {})
     template = getattr(getattr(tokenizer, "hf", None), "chat_template", None)
-    return {
-        "base_hash": _base_hash(module.base), "peft": json.loads(json.dumps(module.peft_spec, default=str)),
+    facts = {
+        "base": origin.recorded(module.base), "base_hash": origin.content_hash(module.base), "init": module.init,
+        "peft": module.peft_spec, "quantize": module.quantize, "optimizer": module.optimizer,
         "tokenizer": getattr(tokenizer, "fingerprint", None),
         "template": template and hashlib.sha256(json.dumps(template).encode()).hexdigest(),
-        "data": plans["train"].fingerprint if "train" in plans else None,
+        "data": {stage: plan.fingerprint for stage, plan in plans.items()},
     }
+    plain: dict[str, Any] = json.loads(json.dumps(facts, default=str))
+    return plain
 
 
-def check_same(folder: Path, trainer: L.Trainer, accepted: list[Change]) -> None:
-    """Refuse to go on from a checkpoint of another model, method, tokenizer or template.
+def check_same(folder: Path, trainer: L.Trainer, accepted: Sequence[Change]) -> None:
+    """Refuse a checkpoint of another model, method, tokenizer or template: to go on from, or to measure.
 
     Data, batches and processes are checked by those who divide them: the loader and the strategy.
 
@@ -103,18 +111,25 @@ def check_same(folder: Path, trainer: L.Trainer, accepted: list[Change]) -> None
         InputError: It names all that differs.
     """
     before, now = read(folder), identity(trainer)
-    differs = [noun for noun, key in NOUNS.items() if noun not in accepted and before.get(key, now[key]) != now[key]]
+    fitting = trainer.state.fn == "fit"
+    differs = [noun for noun, key in NOUNS.items() if noun != "base" and before.get(key, now[key]) != now[key]]
+    if not origin.same(before.get("base"), before.get("base_hash"), now["base"], now["base_hash"]):
+        differs.insert(0, "base")
+    fixed = [noun for noun in (FIXED if fitting else ("init",)) if before.get(noun, now[noun]) != now[noun]]
+    differs = [noun for noun in differs if noun not in accepted]
     if "tokenizer" in differs and "template" in differs:
         differs.remove("tokenizer")                 # whose fingerprint holds the template's
-    if differs:
-        facts = {"base": f" ({before['base']}, not {getattr(trainer.lightning_module, 'base', None)})",
-                 "peft": f" ({_apart(before.get('peft'), now['peft'])})"}
-        told = "; ".join(f"another {noun}{facts.get(noun, '')}" for noun in differs)
-        raise InputError(f"the checkpoint was written with {told}", where=str(folder),
-                         fix="give what it was trained with; or, if you know that nothing of it matters, "
-                             f"--trainer.accept_changes '[{', '.join(differs)}]'")
+    if differs or fixed:
+        facts = {"base": f" ({before.get('base')}, not {now['base']})",
+                 "peft": f" ({_apart(before.get('peft'), now['peft'])})",
+                 "quantize": f" ({before.get('quantize')}, not {now['quantize']})"}
+        told = [f"another {noun}{facts.get(noun, '')}" for noun in differs]
+        told += [f"another model.{noun} ({_apart(before[noun], now[noun])})" for noun in fixed]
+        known = f"; or, if you know that nothing of it matters, --trainer.accept_changes '[{', '.join(differs)}]'"
+        raise InputError(f"the checkpoint was written with {'; '.join(told)}", where=str(folder),
+                         fix="give what it was trained with" + ("" if fixed else known))
     state = folder / "state"
-    if state.is_dir() != _writes_folders(trainer):
+    if fitting and state.is_dir() != _writes_folders(trainer):
         raise InputError(f"the checkpoint was written under {before['strategy']}, and "
                          f"{type(trainer.strategy).__name__} cannot read it", where="trainer.strategy",
                          fix="resume with the strategy that wrote it; for "
@@ -122,12 +137,18 @@ def check_same(folder: Path, trainer: L.Trainer, accepted: list[Change]) -> None
 
 
 def _apart(one: Any, other: Any) -> str:
-    """Where two PEFT specs differ."""
-    if not one or not other or one["class_path"] != other["class_path"]:
-        return f"{(one or {}).get('class_path')}, not {(other or {}).get('class_path')}"
-    first, second = one.get("init_args") or {}, other.get("init_args") or {}
+    """Where two values of a config differ: keys of a mapping, the whole of others."""
+    if not isinstance(one, dict) or not isinstance(other, dict):
+        return f"{_named(one)}, not {_named(other)}"
+    if one.get("class_path") != other.get("class_path"):
+        return f"{_named(one)}, not {_named(other)}"
+    first, second = one.get("init_args", one) or {}, other.get("init_args", other) or {}
     keys = [key for key in first | second if first.get(key) != second.get(key)]
     return ", ".join(f"{key} {first.get(key)}, not {second.get(key)}" for key in keys)
+
+
+def _named(value: Any) -> str:
+    return str(value.get("class_path", value)) if isinstance(value, dict) else str(value)
 
 
 def _writes_folders(trainer: L.Trainer) -> bool:
@@ -137,21 +158,6 @@ def _writes_folders(trainer: L.Trainer) -> bool:
 
     plain = isinstance(trainer.strategy, SingleDeviceStrategy | DDPStrategy)
     return not plain or isinstance(trainer.strategy, ZeroStrategy)
-
-
-def _base_hash(base: str | None) -> str | None:
-    """Of a folder: its config, and the size, beginning, middle and end of its weights; a moved folder is the same."""
-    if base is None or not (folder := Path(resolve(base))).is_dir():
-        return None
-    digest = hashlib.sha256()
-    for file in sorted([*folder.glob("config.json"), *folder.glob("*.safetensors")]):
-        size = file.stat().st_size
-        digest.update(f"{file.name} {size}".encode())
-        with open(file, "rb") as handle:
-            for start in (0, size // 2, max(0, size - SAMPLE)):
-                handle.seek(start)
-                digest.update(handle.read(SAMPLE))
-    return digest.hexdigest()
 
 
 # ---- reading ---------------------------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from lit_llm.class_paths import refuse_within
 from lit_llm.errors import InputError
 from lit_llm.training import compatible, footprint, forward, learned_tokens, optim, proof, recompute, reshard, rmsnorm
 from lit_llm.training.fsdp import Fsdp2Strategy
+from lit_llm.training.hyperparameters import Hyperparameters
 from lit_llm.training.loss import CrossEntropy, Nll
 from lit_llm.training.metrics import Perplexity
 from lit_llm.training.strategy import ZeroStrategy
@@ -107,6 +108,7 @@ class CausalLMModule(L.LightningModule):
         self.half_adapters = False
         self.gradient_norm: Tensor | None = None    # of the last step, if `FiniteGuard` measures it
         self.step_skipped = False                   # whether the last step was left out: its gradient was not finite
+        self.hyperparameters = Hyperparameters()
         self.strict_loading = False                 # checkpoints of adapters hold adapters only
         self.perplexity = nn.ModuleDict({"val": Perplexity(), "test": Perplexity()})
         self._window = torch.zeros((), dtype=torch.float64)
@@ -227,8 +229,9 @@ class CausalLMModule(L.LightningModule):
     # ---- steps -------------------------------------------------------------------------------------------------------
 
     def on_train_start(self) -> None:
-        """How long an epoch is, is known."""
+        """Check epoch limits now that the length of an epoch is known; a resumed run takes what was changed."""
         compatible.check_windows(self.trainer)
+        self.hyperparameters.take_effect(self.trainer)
 
     def training_step(self, batch: "Batch", batch_idx: int) -> Tensor:
         """The step's share of its loss: sum of NLL over all supervised tokens of the step, divided by their number.
@@ -251,9 +254,9 @@ class CausalLMModule(L.LightningModule):
         return bool(batch.get("idle")) and not batch["last_in_step"]
 
     def _log_loss(self) -> None:
-        """Mean NLL of the whole step, over all ranks; reduced only on steps that are logged."""
+        """Mean NLL of the whole step, over all ranks; reduced only on steps that are logged, and on the last one."""
         window, self._window = self._window, torch.zeros_like(self._window)
-        if self.trainer._logger_connector.should_update_logs:
+        if self.trainer._logger_connector.should_update_logs or self.hyperparameters.is_last(self.global_step + 1):
             total = self.trainer.strategy.reduce(window, reduce_op="sum")
             self.log("train/loss", total.float(), prog_bar=True, rank_zero_only=True)
             self.log("train/lr", self.trainer.optimizers[0].param_groups[0]["lr"], rank_zero_only=True)
@@ -322,6 +325,7 @@ class CausalLMModule(L.LightningModule):
         """Which tokens' rows learn; how many micro-batches a step had, which Lightning does not say; what learns."""
         checkpoint["trained_ids"] = self.trained_ids
         checkpoint[reshard.ACCUMULATE] = self.trainer.accumulate_grad_batches
+        self.hyperparameters.save(checkpoint)
         frozen = {name for name, weight in self.named_parameters() if not weight.requires_grad}
         checkpoint["state_dict"] = {      # the scales of 4-bit weights have names behind theirs
             name: value for name, value in checkpoint.get("state_dict", {}).items()
@@ -337,6 +341,7 @@ class CausalLMModule(L.LightningModule):
                              f"{self.trained_ids or 'none'}", where="model.lora.train_tokens",
                              fix="resume with the settings of the run, or start anew without --ckpt_path")
         if self.trainer.state.fn == "fit":
+            self.hyperparameters.load(checkpoint)
             reshard.recount(checkpoint, self.trainer.accumulate_grad_batches)
 
     # ---- optimization ------------------------------------------------------------------------------------------------
@@ -350,8 +355,7 @@ class CausalLMModule(L.LightningModule):
         if total == float("inf"):
             raise InputError("the run has no end", where="trainer",
                              fix="set --trainer.max_epochs or --trainer.max_steps")
-        schedule = optim.scheduler(optimizer, self.schedule, warmup=self.warmup, total=int(total),
-                                   floor=self.min_lr_share, cooldown=self.cooldown)
+        schedule = self.hyperparameters.scheduled(self, optimizer, int(total))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:

@@ -161,7 +161,7 @@ class Preemption(Callback):
             return
         if not validation_is_due(trainer):
             for keeper in _keepers(trainer):
-                keeper.save_step(trainer)
+                keeper.save(trainer)
             self._end(trainer, signum)
 
     def on_validation_batch_end(self, trainer: L.Trainer, *_: Any) -> None:

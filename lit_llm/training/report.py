@@ -38,6 +38,7 @@ class MetricsCSV(Logger):
         self._rows: list[dict[str, Any]] = []
         self._columns: list[str] = list(FIRST)
         self._started = time.monotonic()
+        self.recording = True                       # false outside fit: the file is the record of the training
 
     @property
     def name(self) -> str:
@@ -58,7 +59,7 @@ class MetricsCSV(Logger):
         if not self.file.is_file():
             return
         with open(self.file, newline="", encoding="utf-8") as handle:
-            rows = [row for row in csv.DictReader(handle) if int(row["step"]) < step]
+            rows = [row for row in csv.DictReader(handle) if int(row["step"]) <= step]
         self._rows = [{key: value for key, value in row.items() if value != ""} | {"step": int(row["step"])}
                       for row in rows]
         self._columns = list(FIRST)
@@ -66,11 +67,22 @@ class MetricsCSV(Logger):
 
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        """Add figures to the row of a step; Lightning counts the first step as 0."""
+        """Add figures to the row of a step, which Lightning counts from 0 and this file, as all others do, from 1."""
+        if self.recording:
+            self.add(metrics, (step or 0) + 1)
+
+    @rank_zero_only
+    def add(self, metrics: dict[str, float], step: int) -> None:
+        """Add figures to the row of a step.
+
+        Args:
+            metrics: By name; `epoch` has a column of its own.
+            step: Optimizer steps done; 0 is before training.
+        """
         figures = {key: value for key, value in metrics.items() if key != "epoch"}
         if not figures:
             return
-        row = {"step": step or 0, "epoch": int(metrics.get("epoch", 0)),
+        row = {"step": step, "epoch": int(metrics.get("epoch", 0)),
                "seconds": round(time.monotonic() - self._started, 3)}
         last = self._rows[-1] if self._rows else {}
         if last.get("step") == row["step"]:         # written for a checkpoint before Lightning did, or measured again
@@ -93,6 +105,16 @@ class MetricsCSV(Logger):
         writer.writeheader()
         writer.writerows(self._rows)
         disk.replace_text(self.file, text.getvalue())
+
+
+def last_logged(folder: Path, name: str) -> tuple[int, float] | None:
+    """The last step at which a metric was logged in a run's `metrics.csv`, and its value; null if there is none."""
+    try:
+        with open(folder / "metrics.csv", newline="", encoding="utf-8") as handle:
+            found = [(int(row["step"]), float(row[name])) for row in csv.DictReader(handle) if row.get(name)]
+    except OSError:
+        return None
+    return found[-1] if found else None
 
 
 def write_json(file: Path, figures: dict[str, Any]) -> None:

@@ -19,12 +19,13 @@ from lightning.pytorch.strategies import Strategy, StrategyRegistry
 from lit_llm import disk
 from lit_llm.errors import InputError, at_least, did_you_mean
 from lit_llm.training import compatible, manifest, safe_load
-from lit_llm.training.callbacks import Progress, RunFolder
+from lit_llm.training.callbacks import Progress
 from lit_llm.training.checkpoint import StepCheckpoint
 from lit_llm.training.finite import FiniteGuard
 from lit_llm.training.preemption import Preemption, is_requeued
 from lit_llm.training.report import MetricsCSV, write_json
 from lit_llm.training.rng import RngState
+from lit_llm.training.run_folder import RunFolder
 
 log = logging.getLogger(__name__)
 LEAST: dict[str, float] = {"accumulate_grad_batches": 1, "check_val_every_n_epoch": 1, "max_skipped_steps": 1,
@@ -45,7 +46,7 @@ class Trainer(L.Trainer):
             `StepCheckpoint` given here replaces the default one.
         num_sanity_val_steps: Validation batches before the first step. -1 takes all, so that the run can tell
             perplexity before and after.
-        log_every_n_steps: Steps between two rows of `metrics.csv`.
+        log_every_n_steps: Steps between two rows of `metrics.csv`. A run of fewer steps has a row for each.
         max_epochs: Passes over the data; with no limit of any kind it is one, and -1 is none.
         max_steps: Optimizer steps at most; -1 is no limit.
         max_time: Time at most, as DD:HH:MM:SS.
@@ -117,9 +118,10 @@ class Trainer(L.Trainer):
             kwargs: Lightning's own.
         """
         state = None
-        if ckpt_path == "auto" or (ckpt_path is None and is_requeued()):
+        if automatic := ckpt_path == "auto" or (ckpt_path is None and is_requeued()):
             ckpt_path = "last" if manifest.folders(Path(self.default_root_dir)) else None
         if ckpt_path is not None:
+            self.run.restarted = automatic
             self.run.resumed_from = manifest.find(Path(self.default_root_dir), str(ckpt_path))
             state = self.run.resumed_from / "state"
             safe_load.check(state)
@@ -250,6 +252,8 @@ class Trainer(L.Trainer):
         return super()._run(*args, **kwargs)
 
     def _run_stage(self) -> Any:
+        if self.state.fn == "fit":
+            self.run.check_left(self)
         result = super()._run_stage()
         if self.state.fn == "fit":
             self.run.complete(self)

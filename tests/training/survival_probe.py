@@ -20,7 +20,7 @@ from pathlib import Path
 
 POINTS = {                                          # name -> module, attribute, whether before or after it
     "setup": ("lit_llm.training.module", "CausalLMModule.configure_model", "before"),
-    "folder": ("lit_llm.training.callbacks", "_set_aside", "after"),
+    "folder": ("lit_llm.training.run_folder", "_set_aside", "after"),
     "step": ("lit_llm.training.module", "CausalLMModule.training_step", "before"),
     "backward": ("lit_llm.training.module", "CausalLMModule.training_step", "after"),
     "data": ("lit_llm.data.loader", "RowLoader.batch", "before"),

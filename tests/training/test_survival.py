@@ -235,8 +235,8 @@ def test_a_step_that_is_not_finite_is_left_out(ranks, lives, poisoned):
     told = lives.live(*words, "killed", ranks=ranks)
     assert told["codes"] == [0] * ranks, told["said"][0]["err"][-2000:]
     rows = rows_of(lives.folder / "killed")
-    (first, second) = [int(row["step"]) + 1 for row in rows if row["train/loss"] == "nan"]
-    counts = {int(row["step"]) + 1: float(row["train/skipped_steps"]) for row in rows if "train/skipped_steps" in row}
+    (first, second) = [int(row["step"]) for row in rows if row["train/loss"] == "nan"]
+    counts = {int(row["step"]): float(row["train/skipped_steps"]) for row in rows if "train/skipped_steps" in row}
     assert counts == {step: 1.0 + (step >= second) for step in range(first, STEPS + 1)}
     assert [line for line in told["said"][0]["err"].splitlines() if "skipped" in line] == [
         *(f"step {step} is skipped: its loss is not finite, at {poisoned[1]}:7" for step in (first, second)),
@@ -268,7 +268,7 @@ def test_float16_that_overflows(strategy, power, lives, tiny_model):
     assert lines[0] == f"step 1 is skipped: its gradient overflowed float16; the loss scale is {2 ** (power - 1):,} now"
     assert len(steps) < steps[-1] < STEPS               # it was raised and overflowed again
     rows = rows_of(lives.folder / "straight")
-    counted = {int(row["step"]) + 1: float(row["train/skipped_steps"]) for row in rows}
+    counted = {int(row["step"]): float(row["train/skipped_steps"]) for row in rows}
     assert counted == {step: float(sum(other <= step for other in steps)) for step in range(1, STEPS + 1)}
     folders = lives.folder / "straight" / "checkpoints"
     for step in range(2, STEPS + 1):

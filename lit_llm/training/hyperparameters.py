@@ -1,0 +1,86 @@
+"""The settings of optimization that a run may change when it goes on from a checkpoint, and how they take effect.
+
+An optimizer and a schedule that are restored have the values that they were saved with, whatever the config says now.
+"""
+
+import logging
+from typing import Any
+
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+from lit_llm.training import optim
+
+log = logging.getLogger(__name__)
+KEY = "hyperparameters"                             # in a checkpoint
+NAMES = ("lr", "schedule", "warmup", "cooldown", "min_lr_share", "weight_decay", "betas", "eps")
+OF_GROUPS = ("lr", "weight_decay", "betas", "eps")  # what an optimizer keeps for each group of weights
+
+
+class Hyperparameters:
+    """Those of one run: as its config has them now, and as the checkpoint that it goes on from has them."""
+
+    def __init__(self) -> None:
+        self.now: dict[str, Any] = {}
+        self._before: dict[str, Any] | None = None
+        self._groups: list[dict[str, Any]] = []
+
+    def scheduled(self, module: Any, optimizer: Optimizer, total: int) -> LambdaLR:
+        """The schedule of a new optimizer.
+
+        Args:
+            module: Has the settings of `NAMES`.
+            optimizer: Of the whole run.
+            total: Optimizer steps of the run.
+        """
+        self.now = {f"model.{name}": getattr(module, name) for name in NAMES}
+        self.now |= {"model.betas": list(module.betas), "steps of the run": total}
+        self._groups = [{key: group[key] for key in OF_GROUPS if key in group} for group in optimizer.param_groups]
+        if module.trainer.is_global_zero and (rise := optim.warmup_steps(module.warmup, total)) >= total:
+            log.warning("model.warmup: %d steps of warmup do not end within the run of %d steps, so the learning rate "
+                        "never reaches %g", rise, total, module.lr)
+        return optim.scheduler(optimizer, module.schedule, warmup=module.warmup, total=total,
+                               floor=module.min_lr_share, cooldown=module.cooldown)
+
+    def is_last(self, step: int) -> bool:
+        """Whether the run ends with this step."""
+        return step >= int(self.now.get("steps of the run", step + 1))
+
+    def save(self, checkpoint: dict[str, Any]) -> None:
+        """Put them into a checkpoint."""
+        checkpoint[KEY] = self.now
+
+    def load(self, checkpoint: dict[str, Any]) -> None:
+        """Remember those of the checkpoint that a fit goes on from."""
+        self._before = checkpoint.get(KEY, {})
+
+    def take_effect(self, trainer: Any) -> None:
+        """Give a restored optimizer and its schedule the values of the config, from the next step on.
+
+        A run in which nothing was changed keeps exactly what was restored.
+
+        Args:
+            trainer: Right before its first step, with everything restored.
+        """
+        before, self._before = self._before, None
+        if before is None or before == self.now:
+            return
+        schedule: LambdaLR = trainer.lr_scheduler_configs[0].scheduler
+        groups = schedule.optimizer.param_groups
+        for place, (group, wanted) in enumerate(zip(groups, self._groups, strict=True)):
+            group.update(wanted)
+            group["initial_lr"] = schedule.base_lrs[place] = wanted["lr"]
+            group["lr"] = wanted["lr"] * schedule.lr_lambdas[place](schedule.last_epoch)
+        schedule._last_lr = [group["lr"] for group in groups]
+        if trainer.is_global_zero:
+            for change in differences(before, self.now):
+                log.info("changed on resume: %s", change)
+
+
+def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """Settings that are not what they were.
+
+    >>> differences({"model.lr": 0.003, "model.eps": 1e-8}, {"model.lr": 1e-6, "model.eps": 1e-8})
+    ['model.lr 0.003 -> 1e-06']
+    """
+    return [f"{key} {before[key]} -> {value}" for key, value in now.items() if key in before and before[key] != value]
