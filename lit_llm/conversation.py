@@ -36,9 +36,10 @@ class Message:
 
     Args:
         role: Who speaks.
-        content: What is said, verbatim; may be empty only where `tool_calls` stand.
+        content: What is said, verbatim; may be empty.
         reasoning_content: An assistant's thinking, kept apart from what the user sees.
-        tool_calls: OpenAI's form: `{"type": "function", "id": ..., "function": {"name": ..., "arguments": {...}}}`.
+        tool_calls: OpenAI's form: `{"type": "function", "id": ..., "function": {"name": ..., "arguments": ...}}`; the
+            arguments are an object, or the JSON text of one, as the record holds them.
         tool_call_id: On a tool's message, the call it answers.
         name: The speaker's or the function's name, where the template shows it.
         train: Overrides `data.train_on` for this message; null follows it. OpenAI's `weight: 0` reads as false, and
@@ -57,6 +58,11 @@ class Message:
     def is_plain(self) -> bool:
         """Whether it is role and content alone."""
         return not (self.reasoning_content or self.tool_calls or self.tool_call_id or self.name)
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing is said, thought or called."""
+        return not (self.content.strip() or (self.reasoning_content or "").strip() or self.tool_calls)
 
     @classmethod
     def from_openai(cls, raw: Any) -> "Message":
@@ -104,29 +110,28 @@ class Message:
 class Conversation:
     """Messages in order, with the tools they may call.
 
+    Which roles may follow each other, and whether a turn may be empty, is for the chat template to say.
+
     Args:
-        messages: At least one. A system message can only be the first.
+        messages: At least one.
         tools: OpenAI's function schemas, handed to the chat template.
+        template_args: Variables of the chat template that are this conversation's own, such as `enable_thinking`.
     """
 
     messages: tuple[Message, ...]
     tools: tuple[dict[str, Any], ...] = field(default=())
+    template_args: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not self.messages:
             raise InputError("a conversation needs at least one message")
-        for place, message in enumerate(self.messages):
-            if message.role == "system" and place:
-                raise InputError(f"message {place + 1} is a system message; it can only be the first")
-            if not message.content and not message.tool_calls and message.role in ("user", "assistant"):
-                raise InputError(f"message {place + 1} ({message.role}) is empty")
 
     @classmethod
-    def from_openai(cls, messages: Any, tools: Any = None) -> "Conversation":
+    def from_openai(cls, messages: Any, tools: Any = None, template_args: Any = None) -> "Conversation":
         """From a list of OpenAI messages.
 
         Raises:
-            InputError: Not a list, no message, an unknown role or key, an empty turn; it names the message.
+            InputError: Not a list, no message, an unknown role or key; it names the message.
         """
         if not isinstance(messages, list | tuple):
             raise InputError(f"messages must be a list, not {_kind(messages)}")
@@ -139,7 +144,11 @@ class Conversation:
         listed = _listed(_parsed(tools), "tools")
         if not all(isinstance(tool, Mapping) for tool in listed):
             raise InputError("a tool must be an object, OpenAI's function schema")
-        return cls(tuple(parsed), tuple(listed))
+        if isinstance(template_args, str):
+            template_args = _json(template_args, "the template's arguments are a string that is")
+        if not isinstance(template_args, Mapping | None):
+            raise InputError(f"the template's arguments must be an object, not {_kind(template_args)}")
+        return cls(tuple(parsed), tuple(listed), {str(key): value for key, value in (template_args or {}).items()})
 
     def to_openai(self) -> list[dict[str, Any]]:
         """The list of dicts that chat templates and OpenAI clients expect."""
@@ -239,11 +248,11 @@ def _tool_call(raw: Any) -> dict[str, Any]:
     function = raw.get("function", raw if "arguments" in raw else None) if isinstance(raw, Mapping) else None
     if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
         raise InputError('a tool call must be {"type": "function", "function": {"name": ..., "arguments": ...}}')
-    arguments = function.get("arguments")
-    if isinstance(arguments, str):                  # OpenAI sends JSON text; templates want the object
-        shown = f"the arguments of '{function['name'][:40]}' are"
-        arguments = _json(arguments, shown) if arguments.strip() else {}
+    given = function.get("arguments")
+    arguments = given if not isinstance(given, str) else {} if not given.strip() else _json(
+        given, f"the arguments of '{function['name'][:40]}' are")
     if not isinstance(arguments, Mapping | None):
         raise InputError(f"the arguments of '{function['name'][:40]}' must be an object, not {_kind(arguments)}")
-    call = {"type": "function", "function": {"name": function["name"], "arguments": dict(arguments or {})}}
+    own = given if isinstance(given, str) and given.strip() else dict(arguments or {})
+    call = {"type": "function", "function": {"name": function["name"], "arguments": own}}
     return {"id": raw["id"], **call} if raw.get("id") is not None else call

@@ -15,8 +15,12 @@ SECONDS, CHARACTERS = 5, 50_000_000                     # of one text, which tak
 CLOCK = " clock"                                        # no name that a template could spell
 
 
-def compiled(source: str, special_tokens: Mapping[str, Any]) -> Callable[[list[dict], list[dict] | None, bool], str]:
-    """`(messages, tools, add_generation_prompt) -> text`.
+Render = Callable[[list[dict], list[dict] | None, bool, Mapping[str, Any]], str]
+REASONING = ("reasoning_content", "reasoning", "thinking")      # the names by which templates ask for it
+
+
+def compiled(source: str, special_tokens: Mapping[str, Any]) -> Render:
+    """`(messages, tools, add_generation_prompt, template_args) -> text`.
 
     Args:
         source: The template.
@@ -58,11 +62,12 @@ def compiled(source: str, special_tokens: Mapping[str, Any]) -> Callable[[list[d
     except TemplateSyntaxError as error:
         raise InputError(f"the chat template is not jinja: line {error.lineno}: {error.message}") from None
 
-    def render(messages: list[dict], tools: list[dict] | None, generation_prompt: bool) -> str:
-        told = [{"thinking": message["reasoning_content"], **message} if "reasoning_content" in message else message
-                for message in messages]                # the other name by which templates ask for it
+    def render(messages: list[dict], tools: list[dict] | None, generation_prompt: bool,
+               template_args: Mapping[str, Any]) -> str:
+        told = [{**dict.fromkeys(REASONING, message["reasoning_content"]), **message}
+                if "reasoning_content" in message else message for message in messages]
         context = template.new_context({
-            **special_tokens, "messages": told, "tools": tools, "documents": None,
+            **special_tokens, **template_args, "messages": told, "tools": tools, "documents": None,
             "add_generation_prompt": generation_prompt, CLOCK: _Clock()})
         pieces, length = [], 0
         for piece in template.root_render_func(context):

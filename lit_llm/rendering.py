@@ -9,17 +9,18 @@ Knows characters, never token ids, nor where an answer begins and stops: that is
 
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
+from lit_llm.calls import PROBE_TOOL, Messages, preferred, spelled, strings
 from lit_llm.conversation import ROLES, Conversation
 from lit_llm.errors import InputError
+from lit_llm.jinja import Render
 
 Span = tuple[int, int]
-PROBE_TOOL = {"type": "function", "function": {
-    "name": "probe", "description": "", "parameters": {"type": "object", "properties": {}, "required": []}}}
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,11 +48,11 @@ class Renderer:
     """A jinja chat template, and the proof that what it rendered is understood.
 
     Args:
-        render: `(messages, tools, add_generation_prompt) -> text`; the tokenizer's sandboxed jinja.
+        render: `(messages, tools, add_generation_prompt, template_args) -> text`; the tokenizer's sandboxed jinja.
         special_tokens: Spellings that the tokenizer turns into control tokens; a stop token is one of them.
     """
 
-    def __init__(self, render: Callable[[list[dict], list[dict] | None, bool], str], special_tokens: list[str]) -> None:
+    def __init__(self, render: Render, special_tokens: list[str]) -> None:
         self._render = render
         ordered = sorted(special_tokens, key=len, reverse=True)
         self.special = re.compile("|".join(map(re.escape, ordered)) or r"(?!)")
@@ -64,25 +65,58 @@ class Renderer:
             InputError: The template refuses this conversation (a role it lacks, two equal roles in a row, tools).
         """
         messages, tools = conversation.to_openai(), [dict(tool) for tool in conversation.tools] or None
-        try:
-            return self._render(messages, tools, generation_prompt)
-        except InputError as error:
-            if error.what.startswith("the chat template"):
-                raise
-            reason = error.what
-        except Exception as error:                  # a template is a stranger's program: it may raise anything
-            reason = str(error)[:200] or type(error).__name__
-        if any(message.tool_calls for message in conversation.messages):
-            with suppress(Exception):               # some want a call's arguments as OpenAI sends them, JSON text
-                return self._render(_with_text_arguments(messages), tools, generation_prompt)
+        reason = ""
+        for form in self._forms(messages):
+            try:
+                return self._render(form, tools, generation_prompt, conversation.template_args)
+            except InputError as error:
+                if error.what.startswith("the chat template"):
+                    raise
+                reason = reason or error.what
+            except Exception as error:              # a template is a stranger's program: it may raise anything
+                reason = reason or str(error)[:200] or type(error).__name__
         if tools is None and "NoneType" in reason and self._renders(messages, [PROBE_TOOL]):
             reason = "it is one for tools, and here are none"
         raise InputError(f"the chat template refuses this conversation: {reason}")
 
-    def _renders(self, messages: list[dict], tools: list[dict]) -> bool:
+    def _renders(self, messages: Messages, tools: list[dict]) -> bool:
         with suppress(Exception):
-            return bool(self._render(messages, tools, False))
+            return bool(self._render(self._with_parts(messages), tools, False, {}))
         return False
+
+    def _forms(self, messages: Messages) -> Iterator[Messages]:
+        """The messages as the template reads them: content in parts, arguments as text or objects, the best first."""
+        messages = self._with_parts(messages)
+        if not any(message.get("tool_calls") for message in messages):
+            yield messages
+            return
+        as_object, as_text = self._arguments
+        if as_object and as_text:
+            yield messages                              # as the record has them
+        elif as_object or as_text:
+            yield spelled(messages, as_text=as_text)
+        yield spelled(messages, as_text=as_text)
+        yield spelled(messages, as_text=not as_text)
+
+    def _with_parts(self, messages: Messages) -> Messages:
+        if not self._in_parts:
+            return messages
+        return [message | {"content": [{"type": "text", "text": message["content"]}]} for message in messages]
+
+    @cached_property
+    def _in_parts(self) -> bool:
+        """Whether the template shows contents only that come as a list of parts."""
+        def shown(content: Any) -> bool:
+            with suppress(Exception):
+                return "probed" in self._render([{"role": "user", "content": content}], None, False, {})
+            return False
+
+        return not shown("probed") and shown([{"type": "text", "text": "probed"}])
+
+    @cached_property
+    def _arguments(self) -> tuple[bool, bool]:
+        """Whether the template writes a call's arguments rightly where they are objects, and where they are text."""
+        return preferred(lambda messages: self._render(self._with_parts(messages), [PROBE_TOOL], False, {}))
 
     # ---- where content stands ----------------------------------------------------------------------------------------
 
@@ -132,8 +166,9 @@ class Renderer:
         shared = plain and all(message.role in roles for message in conversation.messages)
         mark = _unused([text, *(message.content for message in conversation.messages), *(
             () if plain else [*strings(conversation.to_openai()), *strings(conversation.tools)])])
-        shape = (mark, generation_prompt, roles, *((message.role, bool(message.content))
-                                                   for message in conversation.messages))
+        own = json.dumps(conversation.template_args, default=str) if conversation.template_args else ""
+        shape = (mark, generation_prompt, roles, own, *((message.role, bool(message.content))
+                                                        for message in conversation.messages))
         if shared and shape in self._skeletons:
             return self._skeletons[shape]
         marked = replace(conversation, messages=tuple(
@@ -155,13 +190,6 @@ class Renderer:
                                  "it, so it could pass for the template's own")
 
 
-def _with_text_arguments(messages: list[dict]) -> list[dict]:
-    """The same messages with each call's arguments as JSON text."""
-    return [message | {"tool_calls": [
-        call | {"function": call["function"] | {"arguments": json.dumps(call["function"]["arguments"])}}
-        for call in message["tool_calls"]]} if "tool_calls" in message else message for message in messages]
-
-
 def _as_written(content: str) -> Iterator[str]:
     """A content and the trimmed forms in which templates write it."""
     seen = set()
@@ -170,19 +198,6 @@ def _as_written(content: str) -> Iterator[str]:
         if form not in seen:
             seen.add(form)
             yield form
-
-
-def strings(value: Any) -> Iterator[str]:
-    """Every string in a JSON-like value, keys too."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, dict):
-        for key, inner in value.items():
-            yield str(key)
-            yield from strings(inner)
-    elif isinstance(value, list | tuple):
-        for inner in value:
-            yield from strings(inner)
 
 
 def _unused(texts: list[str]) -> str:

@@ -5,15 +5,17 @@ must produce behind the very prompt that it is served with, or the conversation 
 """
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from functools import cached_property
 from itertools import takewhile
 from typing import Any
 
+from lit_llm.calls import PROBE_TOOL, shows, shows_calls
 from lit_llm.conversation import Conversation, Message
 from lit_llm.errors import InputError
-from lit_llm.rendering import PROBE_TOOL, Rendered, Renderer, Span
+from lit_llm.jinja import Render
+from lit_llm.rendering import Rendered, Renderer, Span
 
 WORD = re.compile(r"<[^<>\s]*>|\[/?[A-Z_]+\]|[^\s<\[]+|\S")     # a tag or a word
 
@@ -38,13 +40,12 @@ class ChatTemplate(Renderer):
     """A chat template, and where in its text each answer begins and stops.
 
     Args:
-        render: `(messages, tools, add_generation_prompt) -> text`; the tokenizer's sandboxed jinja.
+        render: `(messages, tools, add_generation_prompt, template_args) -> text`; the tokenizer's sandboxed jinja.
         special_tokens: Spellings that the tokenizer turns into control tokens; a stop token is one of them.
         eos: The tokenizer's end of text, which ends an answer where the template writes no stop token.
     """
 
-    def __init__(self, render: Callable[[list[dict], list[dict] | None, bool], str], special_tokens: list[str],
-                 eos: str) -> None:
+    def __init__(self, render: Render, special_tokens: list[str], eos: str) -> None:
         super().__init__(render, special_tokens)
         self._eos = eos
 
@@ -246,11 +247,19 @@ class ChatTemplate(Renderer):
 
 def _unsaid(message: Message, said: str) -> str:
     """What of a message the answer lacks; empty where it says it all."""
-    if not all(call["function"]["name"] in said for call in message.tool_calls):
-        return "tool calls"
-    if message.content.rpartition("</think>")[2].strip() not in said:
+    content, thoughts = _thought(message)
+    if content.strip() not in said:
         return "content"
-    return "" if (message.reasoning_content or "").strip() in said else "reasoning"
+    if thoughts.strip() not in said:
+        return "reasoning"
+    return "" if shows_calls(said, message.tool_calls, content, thoughts) else "tool calls"
+
+
+def _thought(message: Message) -> tuple[str, str]:
+    """What an answer says, and what it thinks before: under a key of its own, or in `<think>` at its beginning."""
+    if found := re.match(r"\s*<think>(.*?)</think>(.*)", message.content, re.DOTALL):
+        return found[2], found[1]
+    return message.content, message.reasoning_content or ""
 
 
 def _unasked(conversation: Conversation, prompt: str) -> str:
@@ -258,8 +267,7 @@ def _unasked(conversation: Conversation, prompt: str) -> str:
     if conversation.tools and not any(name in prompt for name in _tool_names(conversation.tools)):
         return "the tools of this conversation"
     for number, other in enumerate(conversation.messages):
-        lines = [line.strip() for line in other.content.split("\n") if line.strip()]
-        if lines and other.role != "assistant" and not any(line in prompt for line in lines):
+        if other.role != "assistant" and not shows(prompt, other.content):
             return f"message {number + 1} ({other.role})"
     return ""
 

@@ -7,7 +7,8 @@ shift of labels are the data and training wings'.
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -19,13 +20,15 @@ from lit_llm import hub
 from lit_llm.conversation import ROLES, Conversation, Document
 from lit_llm.encoder import Encoder, Piece, Reading
 from lit_llm.errors import InputError
-from lit_llm.jinja import compiled
+from lit_llm.jinja import Render, compiled
 from lit_llm.rendering import Rendered, Span
 from lit_llm.samples import resolve
 from lit_llm.template import ChatTemplate, chatml
 
 IGNORE_INDEX = -100
 TrainOn = Literal["assistant", "last", "all"]
+EMPTY = "an empty answer is not learned"                # said of what is left out
+UNASKED = "an answer that begins the talk is not learned: there is no prompt for it"
 SPEAKERS = ("template", *ROLES, "document")             # who says a token; what stands around contents, the template
 
 
@@ -65,7 +68,7 @@ class Tokenizer:
         self.special_ids = self._encoder.special_ids
         self.template = ChatTemplate(self._jinja, [token.content for token in added.values() if token.special],
                                      str(hf.eos_token))
-        self._compiled: tuple[str, Callable[[list[dict], list[dict] | None, bool], str]] | None = None
+        self._compiled: tuple[str, Render] | None = None
         self.vocab_size = len(hf)
         self.bos_id, self.eos_id = hf.bos_token_id, hf.eos_token_id
         self.pad_id: int = hf.pad_token_id if hf.pad_token_id is not None else hf.eos_token_id
@@ -88,10 +91,11 @@ class Tokenizer:
         hf.chat_template = template
         return cls(hf, source=path, note=note)
 
-    def _jinja(self, messages: list[dict], tools: list[dict] | None, generation_prompt: bool) -> str:
+    def _jinja(self, messages: list[dict], tools: list[dict] | None, generation_prompt: bool,
+               template_args: Mapping[str, Any]) -> str:
         if self._compiled is None or self._compiled[0] != self.hf.chat_template:
             self._compiled = self.hf.chat_template, compiled(self.hf.chat_template, self.hf.special_tokens_map)
-        return self._compiled[1](messages, tools, generation_prompt)
+        return self._compiled[1](messages, tools, generation_prompt, template_args)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -139,33 +143,49 @@ class Tokenizer:
         """What the model reads before it answers: exactly the ids that stand before that answer in training."""
         return self._encoder.encode(self.template.render(conversation, generation_prompt=True)).ids
 
-    def encode_conversation(self, conversation: Conversation, *,
-                            train_on: TrainOn = "assistant") -> tuple[TokenSequence, ...]:
+    def encode_conversation(self, conversation: Conversation, *, train_on: TrainOn = "assistant",
+                            notes: set[str] | None = None) -> tuple[TokenSequence, ...]:
         """A conversation with its answers labelled.
 
         One sequence as a rule; one for each trained answer where the template rewrites history (Qwen3 drops earlier
-        thinking), so that each answer is learned behind the very prompt it is served with.
+        thinking) or refuses the whole, so that each answer is learned behind the very prompt it is served with.
 
         Args:
             conversation: What was said.
             train_on: `assistant` labels every answer with its stop token, `last` only the last answer, `all` every
                 token. An assistant message's own `train` overrides it.
+            notes: What is left out is added to it: answers that are empty, or that nothing asked for.
 
         Raises:
             InputError: Nothing to learn from, or the template hides where an answer begins or ends.
         """
-        wanted = _trained(conversation, train_on)
         if train_on == "all":
             return (self._everything(conversation),)
+        left_out: set[str] = set()
+        wanted = self._asked(conversation, _trained(conversation, train_on, left_out), left_out)
+        if notes is not None:
+            notes |= left_out
         if not wanted:
-            raise InputError("nothing to learn from: no assistant message is trained on")
-        rendered = self.template.render(conversation)
-        spans = _answers(rendered, wanted)
-        if len(spans) == len(wanted):
-            reading = self._encoder.encode(rendered, [start for start, _ in spans])
-            if set(reading.torn) <= {spans[-1][0]}:     # a later prompt is read whole, where no answer parts it
-                return (self._labelled(rendered, reading, spans),)
+            why = f": {'; '.join(sorted(left_out))}" if left_out else ""
+            raise InputError(f"nothing to learn from: no assistant message is trained on{why}")
+        with suppress(InputError):                      # a turn that follows may be what it refuses
+            rendered = self.template.render(conversation)
+            spans = _answers(rendered, wanted)
+            if len(spans) == len(wanted):
+                reading = self._encoder.encode(rendered, [start for start, _ in spans])
+                if set(reading.torn) <= {spans[-1][0]}:     # a later prompt is read whole, where no answer parts it
+                    return (self._labelled(rendered, reading, spans),)
         return tuple(self._turn(conversation.upto(place + 1)) for place in wanted)
+
+    def _asked(self, conversation: Conversation, wanted: list[int], left_out: set[str]) -> list[int]:
+        """The wanted answers but for a first that follows no user, where the template writes no prompt for it."""
+        if wanted and all(message.role == "system" for message in conversation.messages[:wanted[0]]):
+            try:
+                self.template.render(conversation.upto(wanted[0]), generation_prompt=True)
+            except InputError:
+                left_out.add(UNASKED)
+                return wanted[1:]
+        return wanted
 
     def _turn(self, conversation: Conversation) -> TokenSequence:
         """A conversation with its last answer labelled."""
@@ -320,9 +340,18 @@ def _hidden(place: int) -> InputError:
                       "generation prompt is not what stands before the answer, or it writes no stop token")
 
 
-def _trained(conversation: Conversation, train_on: TrainOn) -> list[int]:
-    """Indices of the assistant messages to learn."""
-    answers = [place for place, message in enumerate(conversation.messages) if message.role == "assistant" and place]
+def _trained(conversation: Conversation, train_on: TrainOn, left_out: set[str]) -> list[int]:
+    """Indices of the assistant messages to learn; why others are left out is added to `left_out`."""
+    answers = []
+    for place, message in enumerate(conversation.messages):
+        if message.role != "assistant" or message.train is False:
+            continue
+        if message.is_empty:
+            left_out.add(EMPTY)
+        elif not place:
+            left_out.add(UNASKED)
+        else:
+            answers.append(place)
     default = {"assistant": answers, "last": answers[-1:], "all": answers}[train_on]
     flags = {place: conversation.messages[place].train for place in answers}
     return [place for place, flag in flags.items() if (place in default if flag is None else flag)]

@@ -33,7 +33,7 @@ def test_other_spellings_of_the_same_thing():
     assert [m.role for m in got.messages] == ["system", "user", "assistant", "user", "assistant", "tool"]
     assert [m.content for m in got.messages] == ["", "ab", "c", "d", "", "e"]
     assert [m.train for m in got.messages] == [None, None, False, None, None, None]
-    assert got.messages[4].tool_calls[0]["function"] == {"name": "f", "arguments": {"x": [1]}}
+    assert got.messages[4].tool_calls[0]["function"] == {"name": "f", "arguments": '{"x": [1]}'}
     assert got.tools == ({"type": "function"},)
 
 
@@ -65,7 +65,6 @@ def test_other_trainers_messages():
     ({"role": "user", "content": 3}, "content must be a string, not a int"),
     ({"role": "user", "content": {"text": "x"}}, "content must be a string, not an object"),
     ({"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}, "images and audio are not read"),
-    ({"role": "user", "content": ""}, "message 2 (user) is empty"),
     ({"role": "user", "content": "x", "tool_calls": [CALL]}, "tool_calls belong to the assistant"),
     ({"role": "assistant", "content": "x", "tool_calls": "f()"}, "tool_calls must be a list"),
     ({"role": "assistant", "tool_calls": [{"name": "f"}]}, "a tool call must be"),
@@ -73,13 +72,25 @@ def test_other_trainers_messages():
     ({"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "[" * 100_000}}]}, "are not JSON"),
     ({"role": "assistant", "content": "x", "weight": 0.5}, "weight must be 0, 1, true or false"),
     ({"role": "assistant", "content": "x", "reasoning_content": ["y"]}, "reasoning_content must be a string"),
-    ({"role": "system", "content": "x"}, "can only be the first"),
     ({"role": "assistant", "content": "x", "audio": {"id": "a1"}}, "images and audio are not read"),
 ])
 def test_a_bad_message_is_named_with_what_would_be_right(message, said):
     with pytest.raises(InputError) as caught:
         read({"role": "user", "content": "q"}, message)
     assert said in str(caught.value)
+
+
+def test_which_turns_there_may_be_is_for_the_template_to_say():
+    got = read({"role": "assistant", "content": "hi"}, {"role": "system", "content": "s"}, {"role": "user", "content": ""},
+               {"role": "assistant", "content": " \n"}, {"role": "system", "content": ""},
+               template_args={"enable_thinking": False})
+    assert [m.role for m in got.messages] == ["assistant", "system", "user", "assistant", "system"]
+    assert [m.is_empty for m in got.messages] == [False, False, True, True, True]
+    assert got.upto(2).template_args == {"enable_thinking": False}
+    assert read({"role": "user", "content": "q"}, template_args='{"x": 1}').template_args == {"x": 1}
+    for bad in ([1], "x", 3):
+        with pytest.raises(InputError, match="template's arguments"):
+            read({"role": "user", "content": "q"}, template_args=bad)
 
 
 @pytest.mark.parametrize(("tools", "said"), [

@@ -85,12 +85,12 @@ def test_an_answer_with_tool_calls_is_learned_whole(load, tiny_tokenizer, tmp_pa
     assert first.endswith("</tool_call>")
     assert (stop, second) == ("<|im_end|>", ("two", "<|im_end|>"))
     template = ("{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' + m.content }}"
-                "{% for c in m.tool_calls or [] %}{{ '<|im_start|>' + c.function.name }}{% endfor %}"
+                "{% for c in m.tool_calls or [] %}{{ '<|im_start|>' + c.function.name + c.function.arguments|tojson }}{% endfor %}"
                 "{{ '<|im_end|>' }}{% endfor %}"
                 "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}")
     tokenizer = with_template(tiny_tokenizer, tmp_path, template)
     (sequence,) = tokenizer.encode_conversation(conversation)
-    assert said(tokenizer, runs(sequence)[0][1]) == ("I look.<|im_start|>f", "<|im_end|>")
+    assert said(tokenizer, runs(sequence)[0][1]) == ('I look.<|im_start|>f{"a": 1}', "<|im_end|>")
 
 
 @pytest.fixture(scope="session")

@@ -16,8 +16,8 @@ RIM = {"cli", "runs", "ending", "examples", "parser", "runconfig", "__main__", "
 WINGS = {"data": set(), "training": {"data"}, "inference": set()}
 ARROWS = {("training.callbacks", "inference.completion"), ("training.callbacks", "inference.sampling")}
 NOUNS_FROM = {"conversation": set(), "miniature": set(), "attention": {"blockwise"}, "blockwise": set(), "jinja": set(),
-              "rendering": {"conversation"},
-              "template": {"conversation", "rendering"}, "encoder": {"rendering"},
+              "calls": set(), "rendering": {"conversation", "calls", "jinja"},
+              "template": {"conversation", "calls", "jinja", "rendering"}, "encoder": {"rendering"},
               "tokenizer": {"conversation", "jinja", "rendering", "template", "encoder"}, "tying": set(),
               "adapter": {"tying"}, "merging": {"adapter"}, "model": {"attention", "adapter"}}
 HOMES = {

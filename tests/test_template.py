@@ -55,7 +55,7 @@ def test_what_is_learned_is_what_must_be_said_behind_the_served_prompt(real, nam
             check(real(name), conversation)
         except InputError as error:
             refused[kind] = str(error)
-    plain = {"one turn", "turns", "user last", "<think>", "spaces", "unicode"}
+    plain = {"one turn", "turns", "user last", "spaces", "unicode"} | ({"<think>"} if name != f"llamacpp/{R1}" else set())
     assert not refused.keys() & ({"a call", "two calls"} if HERMES in name else plain)      # one for tools alone
     for reason in refused.values():
         assert reason.startswith(("the chat template refuses", "the chat template does not show",
@@ -158,14 +158,14 @@ def test_calls_are_learned_as_each_template_writes_them(real):
 
 CALLS_STOP = ("{% for t in tools or [] %}{{ t.function.name }}{% endfor %}{% for m in messages %}"
               "{{ '<|im_start|>' + m.role + '\n' + m.content }}"
-              "{% for c in m.tool_calls or [] %}{{ '<|python_tag|>' + c.function.name }}{% endfor %}"
+              "{% for c in m.tool_calls or [] %}{{ '<|python_tag|>' + c.function.name + c.function.arguments|tojson }}{% endfor %}"
               "{{ '<|eom_id|>' if m.tool_calls else '<|im_end|>' }}{% endfor %}"
               "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
 
 
 def test_a_stop_token_of_calls_alone_is_learned_and_served(tiny_tokenizer):
     tokenizer = fitted(AutoTokenizer.from_pretrained(tiny_tokenizer), CALLS_STOP, eos="<|endoftext|>")
-    assert learned(tokenizer, BATTERY["a call"]) == [("<|python_tag|>look_up", "<|eom_id|>"), ("It is sunny.", "<|im_end|>")]
+    assert learned(tokenizer, BATTERY["a call"]) == [('<|python_tag|>look_up{"place": "Kyoto", "days": 3}', "<|eom_id|>"), ("It is sunny.", "<|im_end|>")]
     assert tokenizer.hf.convert_ids_to_tokens(tokenizer.stop_ids) == ["<|im_end|>", "<|eom_id|>", "<|endoftext|>"]
 
 

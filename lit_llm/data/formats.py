@@ -19,6 +19,7 @@ SPEAKERS = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "a
             "tool_call": "call", "tool_response": "tool", "function_response": "tool", "ipython": "tool",
             "chatgpt": "assistant", "bing": "assistant", "bard": "assistant", "model": "assistant", "prompter": "user"}
 SYSTEM, TOOLS = ("system", "system_prompt"), ("tools", "functions")
+TEMPLATE_ARGS = ("chat_template_kwargs", "template_args")   # variables of the chat template; TRL's name and ours
 MEDIA = ("image", "images", "video", "videos", "audio", "audios")
 OURS = ("text", "instruction", "input", "output", "history", "system", "prompt", "completion", "tools", "label", *TURNS)
 
@@ -164,13 +165,13 @@ def _pair(record: _Seen, ask: str, answer: str) -> Conversation:
         asked = ""
     if said := "\n".join(part for part in (_string(asked, ask), *more) if part):
         messages.append({"role": "user", "content": said})
-    if not answered or (isinstance(answered, str) and not answered.strip()):
+    if not history and (not answered or (isinstance(answered, str) and not answered.strip())):
         raise InputError(f"{answer} is empty: nothing to learn from")
     after = answered if isinstance(answered, list) else [answered]
-    if isinstance(answered, list | Mapping):
+    if isinstance(answered, list | Mapping) and answered:
         messages += [message for number, turn in enumerate(after, 2) for message in _turn(turn, number)]
     else:
-        messages.append({"role": "assistant", "content": _string(answered, answer)})
+        messages.append({"role": "assistant", "content": _string(answered or "", answer)})
     return _conversation(record, messages)
 
 
@@ -190,7 +191,7 @@ def _conversation(record: _Seen, messages: list[dict[str, Any]]) -> Conversation
         messages.insert(0, {"role": "system", "content": system})
     elif system and messages[0].get("content") != system:
         raise InputError("two system prompts: one under a key of the record, another in its first message")
-    return Conversation.from_openai(messages, _tools(record.get(*TOOLS)))
+    return Conversation.from_openai(messages, _tools(record.get(*TOOLS)), record.get(*TEMPLATE_ARGS))
 
 
 def _turn(turn: Any, number: int) -> list[dict[str, Any]]:

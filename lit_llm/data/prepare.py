@@ -167,7 +167,9 @@ def encode(items: list[Item], source: Source, tokenizer: Tokenizer,
                 changed += said is not read
             if isinstance(said, Document):
                 texts.append(Piece("", said.text))
-            out.append(_conversation(said, tokenizer, train_on) if isinstance(said, Conversation) else None)
+            left_out: set[str] = set()
+            out.append(_conversation(said, tokenizer, train_on, left_out) if isinstance(said, Conversation) else None)
+            noted.update(left_out)
         except InputError as error:
             out.append(error.at(str(place)))
     ids = iter(zip(texts, tokenizer.encode_pieces(texts), strict=True))
@@ -187,13 +189,14 @@ def _document(piece: Piece, ids: Any, record: Any, tokenizer: Tokenizer) -> Enco
     return Encoded(DOCUMENT, content, (TokenSequence(array, array),), first=first, last=last)
 
 
-def _conversation(said: Conversation, tokenizer: Tokenizer, train_on: TrainOn) -> Encoded:
+def _conversation(said: Conversation, tokenizer: Tokenizer, train_on: TrainOn, left_out: set[str]) -> Encoded:
     try:
-        text = json.dumps([said.to_openai(), list(said.tools)], sort_keys=True, ensure_ascii=False)
+        whole = [said.to_openai(), list(said.tools), *([said.template_args] if said.template_args else [])]
+        text = json.dumps(whole, sort_keys=True, ensure_ascii=False)
     except (TypeError, ValueError, RecursionError) as error:        # of a table, whose values may be dates or bytes
         raise InputError(f"tools or calls of tools hold what JSON has no word for: {error}") from None
     content = _hash(text)
-    encoded = tokenizer.encode_conversation(said, train_on=train_on)
+    encoded = tokenizer.encode_conversation(said, train_on=train_on, notes=left_out)
     if not all((sequence.labels[1:] != IGNORE_INDEX).any() for sequence in encoded):
         raise InputError("nothing to learn from: no token of this conversation is supervised")
     return Encoded(CONVERSATION, content, tuple(encoded))

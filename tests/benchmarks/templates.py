@@ -1,55 +1,70 @@
-"""Which chat templates are handled, and why not: `python tests/benchmarks/templates.py FOLDER TOKENIZER [NAME=PATH ...]`.
+"""Which chat templates are handled, and why not: `python -m tests.benchmarks.templates FOLDER ... --tokenizers DATA`.
 
-Every .jinja file below FOLDER is read with TOKENIZER, or with that of the first NAME which its path holds; the control
-tokens that a template writes are added. Each kind of conversation of `tests/battery.py` is learned and held against the
-oracle there. Prints a line a template: w learned whole, a answer by answer, - refused, X wrong; then the reasons.
+Every .jinja file below the folders is read with a real vocabulary where one fits (Qwen2, Llama-2, Llama-3, GPT-2, the
+6,400 of minimind), to which the control tokens are added that the template writes. Each record of `tests/talks.py` is
+learned and held against transformers' own rendering (`tests/judge.py`). Prints a line a template, then the counts of
+each verdict and each reason.
 """
 
+import argparse
+import collections
+import re
 import sys
+import time
 from pathlib import Path
 
 from transformers import AutoTokenizer, logging
 
-from lit_llm.errors import InputError
-from tests.battery import BATTERY, check, fitted
+from tests.battery import fitted
+from tests.judge import MISSED, REFUSED, SERVED, UNTRUE, WRONG, judge
+from tests.talks import KINDS
+
+LETTERS = {SERVED: "s", REFUSED: "-", WRONG: "X", MISSED: "m", UNTRUE: "u", "loose": "l", "other": "o"}
 
 
-def outcome(tokenizer, conversation):
-    """(letter, reason)."""
-    try:
-        return check(tokenizer, conversation)[0].replace("p", "a"), ""
-    except InputError as error:
-        return "-", error.what
-    except AssertionError as error:
-        return "X", str(error).splitlines()[0]
+def vocabulary(tokenizers, name):
+    """The folder of the real vocabulary that fits a template's name; Qwen2's where none does."""
+    found = "minimind" if "minimind" in name else "qwen2"
+    return str(tokenizers / found)
 
 
-def main(folder, default, *others):
+def main():
     """Print the table and the reasons."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folders", nargs="+", type=Path)
+    parser.add_argument("--tokenizers", type=Path, required=True, help="a folder of tokenizers' folders")
+    parser.add_argument("--kinds", nargs="*", default=list(KINDS))
+    parser.add_argument("--only", default="", help="templates whose name holds this")
+    parser.add_argument("--verbose", action="store_true", help="each reason with its template and kinds")
+    given = parser.parse_args()
     logging.set_verbosity_error()
-    named = dict(other.split("=", 1) for other in others)
-    made, totals, wrong = {}, dict.fromkeys("wa-X", 0), 0
-    print(" ".join(f"{number}:{kind}" for number, kind in enumerate(BATTERY, 1)))
-    for file in sorted(Path(folder).rglob("*.jinja")):
-        path = next((path for name, path in named.items() if name in str(file).lower()), default)
+    made, totals, reasons = {}, collections.Counter(), collections.defaultdict(list)
+    print(" ".join(f"{number}:{kind}" for number, kind in enumerate(given.kinds, 1)))
+    began = time.perf_counter()
+    for file in sorted(file for folder in given.folders for file in folder.rglob("*.jinja") if given.only in str(file)):
+        path = vocabulary(given.tokenizers, file.name.lower())
         if path not in made:
             made[path] = AutoTokenizer.from_pretrained(path)
         tokenizer = fitted(made[path], file.read_text(encoding="utf-8"))
-        found = {kind: outcome(tokenizer, conversation) for kind, conversation in BATTERY.items()}
-        letters = "".join(letter for letter, _ in found.values())
-        stops = " ".join(tokenizer.hf.convert_ids_to_tokens(tokenizer.stop_ids))
-        print(f"{file.relative_to(folder)!s:66} {Path(path).name:12} {letters}  stops at {stops}", flush=True)
-        reasons = {}
-        for kind, (letter, reason) in found.items():
-            totals[letter] += 1
-            if reason:
-                reasons.setdefault(reason[:150], []).append(kind)
-        for reason, kinds in reasons.items():
-            print(f"    {', '.join(kinds)}: {reason}")
-        wrong += "X" in letters
-    print(f"learned whole {totals['w']}, answer by answer {totals['a']}, refused {totals['-']}, wrong {totals['X']}")
-    return wrong
+        letters = ""
+        for kind in given.kinds:
+            verdict, reason = judge(tokenizer, KINDS[kind])
+            letters += LETTERS[verdict]
+            totals[verdict] += 1
+            if verdict != SERVED:
+                reasons[verdict, re.sub(r"\d+", "N", reason.split(" | ")[0])[:110]].append((file.name, kind, reason))
+        print(f"{file.name:66} {Path(path).name:8} {letters}", flush=True)
+    for (verdict, reason), cases in sorted(reasons.items(), key=lambda item: (item[0][0], -len(item[1]))):
+        if given.verbose or verdict != REFUSED:
+            print(f"{len(cases):5} {verdict}: {reason}")
+            for name, kind, why in cases[:None if given.verbose else 4]:
+                print(f"          {name} / {kind}: {why[-260:]}")
+    can = totals[SERVED] + totals[MISSED] + totals["loose"]
+    print(f"{sum(totals.values())} in {time.perf_counter() - began:.0f} s: " + ", ".join(
+        f"{count} {verdict}" for verdict, count in totals.most_common()))
+    print(f"served {totals[SERVED]} of {can} that can be shown ({totals[SERVED] / can:.1%}), {totals[WRONG]} wrong")
+    return totals[WRONG] > 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(*sys.argv[1:]) > 0)
+    sys.exit(main())

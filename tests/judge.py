@@ -1,0 +1,281 @@
+"""Is a record learned as it is served? Asked of transformers' own rendering of the record's own messages alone.
+
+For each answer the prompt is `apply_chat_template(messages before it, add_generation_prompt=True)` and the answer is
+what `apply_chat_template(messages with it)` shows behind. Nothing of our rendering is used.
+"""
+
+import copy
+import json
+import re
+from contextlib import suppress
+from itertools import product
+
+from lit_llm.data import formats
+from lit_llm.errors import InputError
+from tests.chats import runs, said
+
+ROLES = {"developer": "system", "function": "tool"}
+ENTITY = re.compile(r"&(?:#\d+|#x[0-9a-fA-F]+|lt|gt|amp|quot|apos);")
+SERVED, REFUSED, WRONG, MISSED, UNTRUE = "served", "refused rightly", "WRONG", "refused though shown", "UNTRUE REASON"
+
+
+class Talk:
+    """A record's messages in one of the forms in which they may be handed to transformers."""
+
+    def __init__(self, hf, messages, tools, more):
+        self.hf, self.messages, self.tools, self.more, self.kept = hf, messages, tools, more, {}
+
+    def text(self, count, prompt):
+        """The rendered text of the first messages; None where the template refuses them."""
+        if (count, prompt) not in self.kept:
+            try:
+                self.kept[count, prompt] = self.hf.apply_chat_template(
+                    self.messages[:count], tools=self.tools, add_generation_prompt=prompt, tokenize=False, **self.more)
+            except Exception as error:
+                self.kept[count, prompt] = None
+                self.error = str(error)
+        return self.kept[count, prompt]
+
+
+def talks(hf, record):
+    """The record in every form that says the same: arguments as they are, parsed, as text; parts as they are, joined."""
+    said_tools = record.get("tools")
+    more = {"chat_template_kwargs": record.get("chat_template_kwargs")}
+    more = more["chat_template_kwargs"] or {}
+    seen = []
+    for arguments, parts, old in product(("own", "object", "text"), (False, True), (False, True)):
+        messages = copy.deepcopy(record["messages"])
+        for message in messages:
+            if old:
+                message["role"] = ROLES.get(message["role"], message["role"])
+                if call := message.pop("function_call", None):
+                    message["tool_calls"] = [{"type": "function", "function": call}]
+            if parts and isinstance(message["content"], list):
+                message["content"] = "".join(part["text"] for part in message["content"])
+            if parts and message["content"] is None:
+                message["content"] = ""
+            for call in message.get("tool_calls") or []:
+                given = call["function"]["arguments"]
+                if arguments == "object" and isinstance(given, str):
+                    call["function"]["arguments"] = json.loads(given)
+                if arguments == "text" and not isinstance(given, str):
+                    call["function"]["arguments"] = json.dumps(given, ensure_ascii=False)
+        if messages not in seen:
+            seen.append(messages)
+    return [Talk(hf, messages, said_tools, more) for messages in seen]
+
+
+# ---- what a text shows -----------------------------------------------------------------------------------------------
+
+def forms(text):
+    """A text and how templates escape it."""
+    inner = [json.dumps(text, ensure_ascii=plain)[1:-1] for plain in (True, False)]
+    return {text, *inner, *(json.dumps(one, ensure_ascii=False)[1:-1] for one in inner), repr(text)[1:-1]}
+
+
+def shows(text, said_, *, plain=False):
+    """Whether what was said stands in the text, trimmed at its ends, escaped or not."""
+    return any(form.strip() in text for form in ({said_} if plain else forms(said_.strip())))
+
+
+def values(arguments):
+    """The leaves of a call's arguments."""
+    if isinstance(arguments, dict):
+        return [leaf for value in arguments.values() for leaf in values(value)]
+    if isinstance(arguments, list):
+        return [leaf for value in arguments for leaf in values(value)]
+    return [arguments]
+
+
+def parsed(text):
+    """Every JSON object that stands in the text; those within strings too."""
+    decoder, found, at = json.JSONDecoder(), [], 0
+    for at in (match.start() for match in re.finditer(r"[{\[\"]", text)):
+        try:
+            value, _ = decoder.raw_decode(text, at)
+        except ValueError:
+            continue
+        found.append(value)
+        if isinstance(value, str) and value.startswith(("{", "[")):
+            with suppress(ValueError):
+                found.append(json.loads(value))
+    return found
+
+
+def holds(value, wanted):
+    """Whether a parsed value is the wanted one or holds it."""
+    if value == wanted:
+        return True
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return any(holds(one, wanted) for one in inner)
+
+
+def calls_in(text, call):
+    """Whether a call can be read from the text: by JSON, or by each of its keys and values as text."""
+    function = call["function"]
+    arguments = function["arguments"]
+    arguments = json.loads(arguments) if isinstance(arguments, str) else arguments
+    if function["name"] not in text:
+        return False
+    if any(holds(value, arguments) for value in parsed(text)) and arguments:
+        return True
+
+    def shown(leaf):
+        return any(str(one) in text for one in (
+            leaf, json.dumps(leaf, ensure_ascii=False), json.dumps(leaf), *(forms(leaf) if isinstance(leaf, str) else ())))
+
+    return all(key in text for key in arguments) and all(map(shown, values(arguments)))
+
+
+def parts_of(message):
+    """(words, thoughts) of an answer."""
+    content = message["content"]
+    content = "".join(part["text"] for part in content) if isinstance(content, list) else content or ""
+    thoughts = next((message[key] for key in ("reasoning_content", "reasoning", "thinking") if message.get(key)), "")
+    if found := re.match(r"\s*<think>(.*?)</think>(.*)", content, re.DOTALL):
+        return found[2], thoughts or found[1]
+    return content, thoughts
+
+
+def lacks(message, answer):
+    """What of a message the answer lacks."""
+    words, thoughts = parts_of(message)
+    if not shows(answer, words.strip(), plain=True):
+        return "content"
+    if thoughts.strip() and not shows(answer, thoughts.strip(), plain=True):
+        return "reasoning"
+    return next(("tool calls" for call in message.get("tool_calls") or [] if not calls_in(answer, call)), "")
+
+
+def unheard(messages, prompt):
+    """The first message of others that a prompt lacks."""
+    for number, message in enumerate(messages):
+        content = message["content"]
+        content = "".join(part["text"] for part in content) if isinstance(content, list) else content or ""
+        if message["role"] != "assistant" and content.strip() and not shows(prompt, content):
+            try:
+                value = json.loads(content)
+            except ValueError:
+                value = None
+            if value is None or not any(holds(one, value) for one in parsed(prompt)):
+                return number + 1
+    return 0
+
+
+# ---- judgement -------------------------------------------------------------------------------------------------------
+
+def asked(record):
+    """Places of the answers that can be supervised: something was said, and something was asked before."""
+    messages = record["messages"]
+    def spoken(message):
+        return any(map(str.strip, parts_of(message))) or message.get("tool_calls") or message.get("function_call")
+    return [place for place, message in enumerate(messages)
+            if message["role"] == "assistant" and place and spoken(message)]
+
+
+def judge(tokenizer, record):
+    """(verdict, reason)."""
+    forms_ = talks(tokenizer.hf, record)
+    places = asked(record)
+    try:
+        said_ = formats.convert(record)
+        sequences = tokenizer.encode_conversation(said_)
+    except InputError as error:
+        return refusal(forms_, places, error.what, tokenizer)
+    learned = [(sequence, start, ids) for sequence in sequences for start, ids in runs(sequence)]
+    must = [place for place in places if any(talk.text(place, True) is not None for talk in forms_)]
+    dropped = [place for place in must if any(message["role"] != "system" for message in record["messages"][:place])]
+    if len(learned) not in (len(must), len(dropped)):
+        both = [talk for talk in forms_ if talk.text(must[-1], True) == talk.text(must[-1], False)] if must else []
+        if not (len(learned) == 1 and both):
+            return WRONG, f"{len(learned)} answers are learned of {len(must)}"
+        return SERVED, ""
+    for place, (sequence, start, ids) in zip(must if len(learned) == len(must) else dropped, learned, strict=True):
+        words, stop = said(tokenizer, ids)
+        faults = [fault(tokenizer, talk, place, sequence.input_ids[:start].tolist(), words, stop, record) for talk in forms_]
+        if all(faults):
+            return WRONG, f"answer {place + 1}: {faults[0]}"
+    return SERVED, ""
+
+
+def fault(tokenizer, talk, place, ids, words, stop, record):
+    """Why an answer that is learned is not what this form of the talk shows; empty where it is."""
+    prompt, fresh = talk.text(place, True), talk.text(place + 1, False)
+    if prompt is None or fresh is None:
+        return f"transformers renders no such prompt: {talk.error[:80]}"
+    raw = tokenizer._backend.encode(prompt, add_special_tokens=False).ids
+    if ids != raw and tokenizer.decode(ids, skip_special_tokens=False) != tokenizer.decode(raw, skip_special_tokens=False):
+        return "another prompt than the served one"
+    if ids != raw and "<|im_end|>" not in prompt.replace("<|im_end|>", "", 0) and "obey" not in prompt:
+        return "other ids of the served prompt"
+    if missing := lacks(talk.messages[place], words):
+        return f"it lacks the {missing}"
+    if number := unheard(talk.messages[:place], prompt):
+        return f"the prompt lacks message {number}"
+    if set(ENTITY.findall(words)) - set(ENTITY.findall(json.dumps(record["messages"], ensure_ascii=False))):
+        return f"HTML entities: {words[:60]!r}"
+    if tokenizer.hf.convert_tokens_to_ids(stop) not in tokenizer.stop_ids:
+        return f"nothing stops at {stop}"
+    if fresh.startswith(prompt):
+        if not fresh[len(prompt):].startswith(words):
+            return f"it says {words[:60]!r} where the template shows {fresh[len(prompt):][:60]!r}"
+        rest = fresh[len(prompt) + len(words):].removeprefix(stop)
+        if re.search(r"\w", tokenizer.template.special.sub("", rest)):
+            return f"it leaves unsaid {rest[:60]!r}"
+        return ""
+    body = words.strip()
+    thoughts = parts_of(talk.messages[place])[1].strip()
+    for known in (thoughts, "<think>", "</think>", parts_of(talk.messages[place])[0].strip()):
+        body = body.replace(known, "", 1) if known else body
+    if body.strip() and words.strip() not in fresh:
+        return f"it says {body.strip()[:60]!r}, which the template does not show"
+    return ""
+
+
+def shown(talk, places):
+    """Whether this form of the talk shows each answer behind its prompt, and all that was asked; or why not."""
+    if not places:
+        return ["nothing is there to learn"]
+    faults = []
+    for place in places:
+        prompt, fresh = talk.text(place, True), talk.text(place + 1, False)
+        if prompt is None or fresh is None:
+            faults.append(f"refused: {talk.error[:100]}")
+            continue
+        answer = fresh[len(prompt):] if fresh.startswith(prompt) else None
+        if number := unheard(talk.messages[:place], prompt):
+            faults.append(f"message {number}")
+        if talk.tools and not any(tool["function"]["name"] in prompt for tool in talk.tools):
+            faults.append("the tools")
+        missing = lacks(talk.messages[place], fresh if answer is None else answer)
+        if missing:
+            faults.append(missing)
+        if ENTITY.search(fresh) and not ENTITY.search(json.dumps(talk.messages)):
+            faults.append("HTML entities")
+        if answer is None and not missing:
+            faults.append("loosely")
+    return faults
+
+
+def refusal(forms_, places, why, tokenizer):
+    """Whether a refusal is right, and its reason true."""
+    found = [shown(talk, places) for talk in forms_]
+    best = min(found, key=len)
+    if "control token" in why and "obey" in str(forms_[0].messages):
+        return REFUSED, why
+    if not best:
+        return MISSED, why
+    told = f"{why} | {best}"
+    if best == ["loosely"] * len(best):
+        return "loose", told
+    said_ = " ".join(word for one in found for word in one)
+    refuses = all(any(fault.startswith("refused") for fault in one) for one in found)
+    if why.startswith("the chat template refuses"):
+        return (REFUSED if refuses else UNTRUE), told
+    if match := re.search(r"does not show (?:the (content|reasoning|tool calls) of )?message (\d+)", why):
+        return (REFUSED if (match[1] or f"message {match[2]}") in said_ or refuses else UNTRUE), told
+    if "does not show the tools" in why:
+        return (REFUSED if "the tools" in said_ else UNTRUE), told
+    if "HTML" in why:
+        return (REFUSED if "HTML" in said_ else UNTRUE), told
+    return "other", told
