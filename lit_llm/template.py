@@ -140,7 +140,8 @@ class ChatTemplate(Renderer):
             raise InputError("the chat template writes no generation prompt, so the answer's header would be learned")
         else:
             stop = self._stop(fresh, begin, own, message)
-            said = fresh[begin:stop] if stop else fresh[begin:own[1] if own else len(fresh.rstrip())] + self._own_end()
+            end = own[1] if own and not message.tool_calls else len(fresh.rstrip())     # calls stand behind the words
+            said = fresh[begin:stop] if stop else fresh[begin:end] + self._own_end()
         if lack := _unsaid(message, said):
             raise InputError(f"the chat template does not show the {lack} of message {place + 1}")
         shift = len(prompt.text) - (begin or 0)

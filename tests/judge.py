@@ -144,7 +144,8 @@ def lacks(message, answer):
         return "content"
     if thoughts.strip() and not shows(answer, thoughts.strip(), plain=True):
         return "reasoning"
-    return next(("tool calls" for call in message.get("tool_calls") or [] if not calls_in(answer, call)), "")
+    calls = [*(message.get("tool_calls") or []), *({"function": call} for call in [message.get("function_call")] if call)]
+    return next(("tool calls" for call in calls if not calls_in(answer, call)), "")
 
 
 def unheard(messages, prompt):
