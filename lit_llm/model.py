@@ -75,6 +75,7 @@ def load_causal_lm(path: str, *, dtype: torch.dtype = torch.float32, attention: 
         for weight in model.parameters():
             weight.data = weight.data.clone()
         _answer_in_half(model)
+        _keep_differentiable(model)
     _check_causal(model)
     if attention == packed_attention.NAME:
         check_packable(model)
@@ -122,10 +123,22 @@ def _answer_in_half(model: nn.Module) -> None:
             return given
         return given[0].to(torch.get_autocast_dtype(device)), *given[1:]
 
-    four_bits = bitsandbytes().nn.Linear4bit
-    for layer in model.modules():
-        if isinstance(layer, four_bits):
-            layer.register_forward_pre_hook(cast)
+    for layer in _layers_in_4_bits(model):
+        layer.register_forward_pre_hook(cast)
+
+
+def _keep_differentiable(model: nn.Module) -> None:
+    """Keep 4-bit weights in the layout that has a backward pass.
+
+    On CPUs with AVX512-BF16, bitsandbytes converts a layer's weights at its first evaluation, for good, and the
+    product with converted weights passes no gradient to its input: every validation would break the training after it.
+    """
+    for layer in _layers_in_4_bits(model):
+        layer.support_avx512bf16_for_cpu = False    # type: ignore[assignment]
+
+
+def _layers_in_4_bits(model: nn.Module) -> list[nn.Module]:
+    return [layer for layer in model.modules() if isinstance(layer, bitsandbytes().nn.Linear4bit)]
 
 
 def bitsandbytes() -> Any:

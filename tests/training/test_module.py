@@ -300,6 +300,34 @@ def test_four_bits_leave_no_more_for_the_backward_pass_than_whole_weights(tiny_m
     assert kept("nf4") <= 1.02 * kept(None)
 
 
+def test_an_evaluation_between_two_steps_leaves_qlora_its_gradient(tiny_model):
+    """On CPUs with AVX512-BF16, bitsandbytes would convert the weights to a layout without a backward pass: 95 % off."""
+    functional = pytest.importorskip("bitsandbytes", reason="pip install bitsandbytes").functional
+    from lit_llm.adapter import wrap_peft
+    from lit_llm.model import load_causal_lm
+
+    def gradient(inner, *, evaluated):
+        model, draw = wrap_peft(inner, LoRA(r=4).as_peft()), torch.Generator().manual_seed(3)
+        learns = [weight for weight in model.parameters() if weight.requires_grad]
+        for weight in learns:
+            weight.data.normal_(0.0, 0.1, generator=draw)
+        if evaluated:
+            with torch.no_grad():
+                model.eval()(input_ids=ids)
+        model.train()(input_ids=ids, labels=ids).loss.backward()
+        return torch.cat([weight.grad.flatten() for weight in learns])
+
+    ids, rounded = torch.arange(40)[None], load_causal_lm(tiny_model("llama"))
+    with torch.no_grad():
+        for name, layer in rounded.named_modules():
+            if type(layer) is torch.nn.Linear and name != "lm_head":
+                packed, state = functional.quantize_4bit(layer.weight, quant_type="nf4", compress_statistics=True)
+                layer.weight.copy_(functional.dequantize_4bit(packed, state))
+    wanted = gradient(rounded, evaluated=False)
+    ours = gradient(load_causal_lm(tiny_model("llama"), quantize="nf4"), evaluated=True)
+    assert (ours - wanted).norm() < 1e-4 * wanted.norm()
+
+
 def test_four_bits_without_adapters_are_refused():
     with pytest.raises(InputError, match="4-bit") as caught:
         CausalLMModule(base="sample:base", quantize="nf4")
