@@ -104,7 +104,6 @@ def wrap_peft(model: "PreTrainedModel", spec: dict[str, Any], *, tokens: Sequenc
 
 
 def _peft_config(spec: dict[str, Any]) -> Any:
-    import warnings
     from dataclasses import fields
 
     import peft
@@ -126,9 +125,7 @@ def _peft_config(spec: dict[str, Any]) -> Any:
     if "target_modules" in keys and args.get("target_modules") is None and not own_layers:
         args["target_modules"] = "all-linear"
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return kind(**args)
+        return kind(**args)
     except (ValueError, TypeError, ImportError) as error:
         raise InputError(f"{name}: {str(error).splitlines()[0][:160]}", where="model.peft") from None
 

@@ -5,16 +5,14 @@ is asked for, so that `--help` and a mistyped word cost nothing. The only module
 """
 
 import errno
-import logging
 import os
 import sys
 import time
-import warnings
 from collections.abc import Sequence
 from importlib import import_module
 from typing import Any, NoReturn
 
-from lit_llm import class_paths
+from lit_llm import class_paths, library_warnings
 from lit_llm.errors import InputError, did_you_mean
 from lit_llm.parser import ToolParser, check_configs, verb_first
 
@@ -54,7 +52,7 @@ DISK = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errn
 
 def main(args: list[str] | None = None) -> None:
     """Do a verb; what the user got wrong ends in a few lines on stderr and exit code 2."""
-    quiet()
+    library_warnings.listen()
     args = verb_first(sys.argv[1:] if args is None else args, [*RUNS, *TOOLS])
     try:
         _dispatch(args)
@@ -155,15 +153,3 @@ def _speaks_for_all() -> bool:
         return bool(store.add("lit_llm told", 1) == 1)
     except RuntimeError:                            # rank 0, which keeps the store, is gone
         return False
-
-
-def quiet() -> None:
-    """Hide what libraries say to nobody: adverts, deprecations, hints that do not apply here."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    libraries = "lightning|torch|transformers|peft|deepspeed|jsonargparse|litserve|bitsandbytes"
-    warnings.filterwarnings("ignore", module=rf"({libraries})(\.|$)")
-    logging.basicConfig(format="%(message)s", stream=sys.stderr)
-    logging.getLogger("lit_llm").setLevel(logging.INFO)
-    for name in ("transformers", "DeepSpeed", "httpx", "huggingface_hub", "bitsandbytes"):
-        logging.getLogger(name).setLevel(logging.ERROR)

@@ -3,7 +3,6 @@
 Knows the links between config keys and what follows a verb; errors are `cli.py`'s.
 """
 
-import logging
 import os
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from lit_llm import class_paths, examples, runconfig
 from lit_llm.data.datamodule import TextDataModule
 from lit_llm.ending import finish
 from lit_llm.errors import InputError
+from lit_llm.library_warnings import lower_loggers
 from lit_llm.parser import ShortErrors
 from lit_llm.training.module import CausalLMModule
 from lit_llm.training.trainer import Trainer
@@ -107,8 +107,7 @@ def run(args: list[str]) -> None:
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else a warning on stdout, whoever imports deepspeed first
     class_paths.restrict(jsonargparse, class_paths.allowed())
-    for name in ("lightning", "lightning.pytorch", "lightning.fabric"):     # which set their own level when imported
-        logging.getLogger(name).setLevel(logging.ERROR)
+    lower_loggers()                                 # Lightning has set its own level when it was imported
     try:
         LitLLMCLI(CausalLMModule, TextDataModule, trainer_class=Trainer, parser_class=RunParser,
                   save_config_callback=None, seed_everything_default=42, auto_configure_optimizers=False,

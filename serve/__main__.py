@@ -7,6 +7,7 @@ import signal
 import sys
 from typing import Any
 
+from lit_llm import library_warnings
 from lit_llm.errors import InputError
 
 LOCAL = ("127.0.0.1",)
@@ -37,7 +38,7 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
 def main(words: list[str] | None = None) -> None:
     """Check, load, serve."""
     options = parse(words)
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # or it warns after the fork
+    library_warnings.listen()
     try:
         server, settings = _build(options)
     except InputError as error:

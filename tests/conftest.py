@@ -185,7 +185,8 @@ class Finished:
 def lit_llm(tmp_path) -> Callable[..., Finished]:
     """`lit_llm("fit", "--config", ...)`: the real command in a process of its own, in an empty folder."""
 
-    def call(*words: object, timeout: float = 500, stdin: str = "", env: dict[str, str] | None = None) -> Finished:
+    def call(*words: object, timeout: float = 500, stdin: str = "", env: dict[str, str] | None = None,
+             warns: bool = False) -> Finished:
         command = [sys.executable, "-m", "lit_llm", *map(str, words)]
         surroundings = os.environ | {"PYTHONPATH": str(ROOT), "NO_COLOR": "1"} | (env or {})
         with subprocess.Popen(
@@ -203,6 +204,8 @@ def lit_llm(tmp_path) -> Callable[..., Finished]:
             except subprocess.TimeoutExpired:
                 os.killpg(process.pid, signal.SIGKILL)
                 raise
+        warned = [line for line in err.splitlines() if line.startswith("warning from")]
+        assert warns or not warned, "a library's warning that nobody has read"
         return Finished(process.returncode, out, err)
 
     return call

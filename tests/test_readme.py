@@ -37,7 +37,7 @@ class Shell:
         }
 
     def run(self, command: str, *, stdin: str = "", timeout: float = 600) -> subprocess.CompletedProcess:
-        return subprocess.run(
+        done = subprocess.run(
             ["bash", "-euo", "pipefail", "-c", command],
             cwd=self.folder,
             env=self.env,
@@ -46,6 +46,8 @@ class Shell:
             text=True,
             timeout=timeout,
         )
+        assert "warning from" not in done.stderr, "a library's warning that nobody has read"
+        return done
 
     def start(self, command: str) -> subprocess.Popen:
         return subprocess.Popen(

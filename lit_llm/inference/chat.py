@@ -202,4 +202,3 @@ def _hush() -> None:
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    logging.set_verbosity_error()

@@ -36,7 +36,9 @@ def apply(model: Any, recompute: Recompute) -> None:
         from torch.utils.checkpoint import create_selective_checkpoint_contexts
 
         settings["context_fn"] = partial(create_selective_checkpoint_contexts, _kept())
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=settings)
+    # the second is its name before transformers 5.23
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable(settings)
     if any(hasattr(model, name) for name in ("_require_grads_hook", "_require_grads_hooks")):
         model.disable_input_require_grads()         # for reentry alone; here a frozen embedding needs no gradient
 

@@ -6,12 +6,15 @@ micro-batches of one process; their number in a step changes where the steps sta
 """
 
 import shutil
+import sys
 from argparse import Namespace
 from collections.abc import Callable, Generator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from io import StringIO
 from pathlib import Path
 from typing import Any
+
+from lit_llm import library_warnings
 
 ACCUMULATE = "accumulate_grad_batches"              # key in a checkpoint
 
@@ -46,8 +49,11 @@ def _convert(source: Path, target: Path) -> None:
     target.parent.mkdir(parents=True)
     settings = Namespace(input_folder=str(source), output_folder=str(target), num_extract_workers=1,
                          num_merge_workers=1, keep_temp_folder=False, strict=True, inject_missing_state=True)
-    with redirect_stdout(StringIO()), redirect_stderr(StringIO()):      # it talks and draws bars
+    with redirect_stdout(StringIO()), redirect_stderr(StringIO()) as said:     # it talks and draws bars
         ds_to_universal.main(settings)
+    for line in said.getvalue().splitlines():
+        if line.startswith(library_warnings.BEGINNING):
+            print(line, file=sys.stderr, flush=True)
 
 
 def recount(checkpoint: dict[str, Any], accumulate: int) -> None:

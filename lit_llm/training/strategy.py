@@ -8,7 +8,6 @@ divides twice. Knows nothing of data, models, losses or what a checkpoint means.
 
 import atexit
 import os
-import warnings
 from collections.abc import Generator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout, suppress
 from pathlib import Path
@@ -191,9 +190,7 @@ class ZeroStrategy(DeepSpeedStrategy):
         self._init_config_if_needed()
         self._halve_what_was_added()
         self._fit_buckets()
-        with warnings.catch_warnings():             # that the engine clips, not the module's hook, is meant so
-            warnings.filterwarnings("ignore", message=".*handles gradient clipping internally.*")
-            super().setup(trainer)
+        super().setup(trainer)
         if self.float16_scale is not None:             # FiniteGuard ends such a run, with a message
             self.deepspeed_engine.optimizer.loss_scaler.raise_error_at_min_scale = False
 
@@ -368,8 +365,6 @@ def _import_deepspeed() -> None:
     """Import it once without a word on stdout, where chat answers and reports go."""
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")      # read at import; without it a warning is printed
-    # of torch 2.13 for every collective of ZeRO-3; DeepSpeed's matter, not the user's
-    warnings.filterwarnings("ignore", message="`torch.distributed.*_tensor` is deprecated", category=FutureWarning)
     with redirect_stdout(stderr):
         import deepspeed
 

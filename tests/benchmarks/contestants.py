@@ -126,13 +126,13 @@ def ours(spec, rows, seconds):
     """First loss of `fit` as the command line runs it: Lightning, callbacks, loader, optimizer."""
     import lightning as L
 
-    from lit_llm.cli import quiet
     from lit_llm.data.datamodule import TextDataModule
     from lit_llm.data.sources import Source
+    from lit_llm.library_warnings import listen
     from lit_llm.training.module import CausalLMModule
     from lit_llm.training.trainer import Trainer
 
-    quiet()
+    listen()
     clock, losses = Clock(seconds), []
 
     class Watch(L.Callback):

@@ -87,13 +87,13 @@ def overhead(lightning):
     """Milliseconds of a micro-batch of a model that costs next to nothing, on the same rows in a bare loop."""
     import lightning as L
 
-    from lit_llm.cli import quiet
     from lit_llm.data.datamodule import TextDataModule
     from lit_llm.data.sources import Source
+    from lit_llm.library_warnings import listen
     from lit_llm.training.module import CausalLMModule
     from lit_llm.training.trainer import Trainer
 
-    quiet()
+    listen()
     torch.set_num_threads(1)
     steps, times = 600, []
 

@@ -1,0 +1,99 @@
+"""If this breaks, a library that warns of a wrong gradient or a wrong export is not heard, as when bitsandbytes trained
+adapters on weights without a backward pass; or a shipped run drowns its own words in texts that do not concern it.
+
+The warnings are real ones: the libraries are used as they warn of it.
+"""
+
+import logging
+import re
+import warnings
+
+import pytest
+import torch
+
+from lit_llm import library_warnings
+from lit_llm.library_warnings import KNOWN, Listener, listen
+
+
+@pytest.fixture
+def heard(capsys, monkeypatch):
+    """What was written since the last call, with the listener in place as `lit_llm` places it."""
+    monkeypatch.setattr(logging.Logger, "callHandlers", logging.Logger.callHandlers)
+    for name in ("RANK", "LOCAL_RANK", "NODE_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("default")
+        listen()
+        yield lambda: capsys.readouterr().err.splitlines()
+
+
+def tied_adapter(tiny_model):
+    from lit_llm.adapter import wrap_peft
+    from lit_llm.model import load_causal_lm
+
+    spec = {"class_path": "LoraConfig", "init_args": {"r": 2, "target_modules": ["q_proj", "embed_tokens"]}}
+    return wrap_peft(load_causal_lm(tiny_model("qwen3")), spec)
+
+
+def test_a_warning_of_peft_is_shown_once_in_one_line(heard, tiny_model):
+    for times in (1, 0):
+        tied_adapter(tiny_model)
+        lines = [line for line in heard() if "tie_word_embeddings" in line]
+        assert len(lines) == times
+        assert all(line.startswith("warning from peft: Model has `tie_word_embeddings=True`") for line in lines)
+
+
+def test_a_warning_of_torch_is_shown_once_whoever_is_blamed(heard):
+    """`stacklevel` blames this file; the library that speaks is named."""
+    for times in (1, 0):
+        torch.nn.functional.softmax(torch.ones(2))
+        assert [line.split(": ")[0] for line in heard()] == ["warning from torch"] * times
+
+
+def test_a_warning_of_a_logger_is_shown_once_and_its_progress_is_not(heard):
+    from transformers.utils.logging import get_logger
+
+    logger = get_logger("transformers.generation.utils")
+    for times in (1, 0):
+        logger.warning("Your prompt is\n longer than the model.")
+        logger.info("It is being read.")
+        logging.getLogger("lightning.pytorch").info("GPU available: False")
+        assert heard() == ["warning from transformers: Your prompt is longer than the model."] * times
+
+
+def test_known_texts_are_silent(heard, tiny_model):
+    from lit_llm.model import load_causal_lm
+
+    model = load_causal_lm(tiny_model("llama"))
+    heard()
+    with pytest.warns(FutureWarning, match="is_gradient_checkpointing"):    # else this test would prove nothing
+        assert not model.is_gradient_checkpointing
+    assert not model.is_gradient_checkpointing
+    assert heard() == []
+
+
+def test_only_the_first_process_speaks(heard, monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    warnings.warn("two processes say the same", stacklevel=1)
+    assert heard() == []
+
+
+def test_our_own_warnings_keep_their_words(heard, caplog):
+    logging.getLogger("lit_llm.training").warning("documents go one by one")
+    assert caplog.messages == ["documents go one by one"]
+    assert not any("warning from" in line for line in heard())
+
+
+def test_every_silent_text_has_its_reason_and_hides_no_other(heard):
+    for known in KNOWN:
+        assert re.compile(known.text)
+        assert len(known.why) > 20
+        assert not re.match(known.text, "some other warning")
+        assert not library_warnings.is_known("another library", known.text)
+
+
+def test_a_long_warning_is_cut(capsys):
+    Listener().hear("torch", "word " * 1000)
+    line = capsys.readouterr().err
+    assert line.count("\n") == 1
+    assert len(line) < 700
