@@ -23,6 +23,7 @@ def heard(capsys, monkeypatch):
         monkeypatch.delenv(name, raising=False)
     with warnings.catch_warnings():
         warnings.simplefilter("default")
+        warnings.simplefilter("ignore", DeprecationWarning)     # as Python itself does, outside pytest
         listen()
         yield lambda: capsys.readouterr().err.splitlines()
 
