@@ -45,7 +45,8 @@ fit --trust-checkpoint (typed only) also resumes from a checkpoint that holds mo
 NOT_ENOUGH_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "bad_alloc")
 MEMORY = """there is not enough memory for the batch
   halve data.batch_size and double trainer.accumulate_grad_batches (the same step), lower data.seq_len,
-  set model.gradient_checkpointing: true, or split the model with trainer.strategy: deepspeed_stage_3"""
+  set model.gradient_checkpointing: true, or split the model with trainer.strategy: deepspeed_stage_3;
+  `python -m lit_llm plan` with the options of this run says which of these would fit"""
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR,
         errno.EISDIR)
 

@@ -196,6 +196,15 @@ def flops_per_token(counts: Counts, reach: float) -> float:
     return 4 * counts.matrices + 2 * counts.adapters + 6 * counts.attention * reach
 
 
+def work_per_token(counts: Counts, reach: float, recompute: Recompute) -> float:
+    """FLOPs that a device really makes for a token: `flops_per_token`, and the forward pass again where it recomputes.
+
+    `selective` computes again what costs next to nothing.
+    """
+    again = 2 * counts.matrices + 2 * counts.attention * reach if recompute == "full" else 0
+    return flops_per_token(counts, reach) + again
+
+
 def checkpoint_bytes(counts: Counts, *, zero: bool, half: bool) -> int:
     """On disk: the trained weights twice, two averages of AdamW, ZeRO's float32 masters."""
     return counts.trained * ((HALF if half else FLOAT) + 16 if zero else 4 * FLOAT)
@@ -211,11 +220,55 @@ class Kind:
         counts: Of the model trained so.
         step: Of a micro-batch of so many rows, recomputed so.
         said: What to type for it; empty where it is as configured.
+        precision: That comes with it; null leaves the run's.
     """
 
     counts: Counts
     step: Callable[[float, Recompute], Step]
     said: str = ""
+    precision: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Option:
+    """A way to make a run fit.
+
+    Args:
+        changes: What to type, or to change.
+        memory: Of a device after that.
+        setting: The same.
+        counts: Of the model trained so.
+    """
+
+    changes: list[str]
+    memory: Memory
+    setting: Setting
+    counts: Counts
+
+
+def options(kinds: Sequence[Kind], setting: Setting, room: int, *, rows: int, process: int = 0) -> list[Option]:
+    """What would make a run fit that does not: as it is trained now, with adapters, with 4 bits, with more devices.
+
+    Of each the change of least harm. Shorter rows come in only where nothing else fits.
+
+    Args:
+        kinds: As in `nearest`, as are the others.
+        setting: Of the run.
+        room: Bytes of a device.
+        rows: Of a micro-batch.
+        process: Bytes of the process before it has a model.
+    """
+    for shorts in ((1,), (2, 4, 8)):
+        found = [_nearest([kind], setting, room, rows, process, shorts) for kind in kinds]
+        more = (replace(setting, devices=setting.devices * times) for times in (2, 4, 8, 16, 32, 64))
+        if not setting.cpu and shorts == (1,) and not kinds[0].counts.quantized and found[0] is None:
+            found.append(next((option for wider in more
+                               if (option := _nearest(kinds[:1], wider, room, rows, process, shorts))), None))
+            if last := found[-1]:
+                found[-1] = replace(last, changes=[f"--trainer.devices {last.setting.devices}", *last.changes])
+        if any(found):
+            break
+    return [option for option in found if option is not None]
 
 
 def nearest(kinds: Sequence[Kind], setting: Setting, room: int, *, rows: int, process: int = 0
@@ -232,9 +285,15 @@ def nearest(kinds: Sequence[Kind], setting: Setting, room: int, *, rows: int, pr
         rows: Of a micro-batch.
         process: Bytes of the process before it has a model.
     """
+    found = _nearest(kinds, setting, room, rows, process, (1, 2, 4, 8))
+    return None if found is None else (found.changes, found.memory)
+
+
+def _nearest(kinds: Sequence[Kind], setting: Setting, room: int, rows: int, process: int, shorts: Sequence[int]
+             ) -> Option | None:
     ways: list[Recompute] = ["none", "selective", "full"]
     ways = ways[ways.index(setting.recompute):]
-    for short in (1, 2, 4, 8):
+    for short in shorts:
         for kind in kinds:
             for stage, offload in _shares(setting, kind.counts):
                 # one row is the least before rows are shortened, so shorter ones come one by one
@@ -242,17 +301,24 @@ def nearest(kinds: Sequence[Kind], setting: Setting, room: int, *, rows: int, pr
                     for way in ways:
                         part = size / short / rows
                         tried = replace(setting, stage=stage, recompute=way, offload_optimizer=offload,
+                                        precision=kind.precision or setting.precision,
                                         tokens=int(setting.tokens * part),
                                         supervised=max(1, int(setting.supervised * part)))
                         found = memory(kind.counts, tried, kind.step(size / short, way), process)
-                        if found.total < room and not (kind.counts.quantized and stage == 3):
-                            return _changes(setting, tried, rows // size, kind.said, short), found
+                        if found.total < room:
+                            said = _changes(setting, tried, rows // size, kind.said, short)
+                            return Option(said, found, tried, kind.counts)
     return None
 
 
 def _shares(setting: Setting, counts: Counts) -> list[tuple[int, bool]]:
-    """Stages of ZeRO, then with the optimizer in CPU memory, which is no help where the device is the CPU."""
+    """Stages of ZeRO, then with the optimizer in CPU memory, which is no help where the device is the CPU.
+
+    Weights in 4 bits cannot be cut into pieces, so stage 3 is not for them.
+    """
     stages = [setting.stage, *range(max(2, setting.stage + 1), 4)] if setting.devices > 1 else [setting.stage]
+    if counts.quantized:
+        stages = [stage for stage in stages if stage < 3] or [2]
     ways = [(stage, setting.offload_optimizer) for stage in stages]
     if not setting.cpu and setting.optimizer == "adamw" and counts.trained >= counts.total // 4:
         ways += [(max(stage, 2), True) for stage in stages]

@@ -9,7 +9,6 @@ import os
 import resource
 import sys
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import accumulate
@@ -22,14 +21,14 @@ from torch import nn
 
 from lit_llm import adapter, model
 from lit_llm.errors import InputError
-from lit_llm.training import estimate, learned_tokens, trace
+from lit_llm.training import devices, estimate, learned_tokens, trace
+from lit_llm.training.devices import Device
 from lit_llm.training.estimate import Counts, Kind, Memory, Setting
 from lit_llm.training.fsdp import Fsdp2Strategy
 from lit_llm.training.recompute import WAYS, Recompute, of_config
 from lit_llm.training.trace import Step
 
 log = logging.getLogger(__name__)
-MARGIN = 0.85                                       # of a device's memory; fragments, buffers and others have the rest
 CONTEXT = 512 * 2**20                               # of CUDA in a process; what others report, not measured here
 
 
@@ -55,7 +54,7 @@ class Footprint:
         return estimate.memory(self.kind.counts, setting, self.kind.step(self.rows, setting.recompute), self.process)
 
 
-def of(trainer: Any, module: Any, data: Any, room: int) -> Footprint:
+def of(trainer: Any, module: Any, data: Any, room: int, device: Device | None = None) -> Footprint:
     """Of a run whose data are set up and whose model is not built.
 
     Args:
@@ -63,6 +62,7 @@ def of(trainer: Any, module: Any, data: Any, room: int) -> Footprint:
         module: Its settings are read.
         data: Its plans are made.
         room: Bytes of a device, for who leaves recomputing to us.
+        device: In place of this machine's.
 
     Raises:
         InputError: No step of this architecture can be traced without its weights.
@@ -71,11 +71,13 @@ def of(trainer: Any, module: Any, data: Any, room: int) -> Footprint:
     counts = count(*build(module.peft_spec), quantized=module.quantize is not None, muon=module.optimizer == "muon")
     borders, supervised = heaviest(data)
     auto = module.gradient_checkpointing == "auto"
+    rows = rows_at_once(data)
     setting = _setting(trainer, module, "none" if auto else of_config(module.gradient_checkpointing),
-                       tokens=borders[-1], supervised=supervised)
-    kind = Kind(counts, _steps(lambda: build(module.peft_spec)[0], borders, setting, data, counts))
-    kind.step(data.batch_size, setting.recompute)   # walks through a step, and so through libraries
-    found = Footprint(kind, setting, data.batch_size, resident_bytes() if setting.cpu else CONTEXT)
+                       tokens=borders[-1], supervised=supervised,
+                       cpu=trainer.strategy.root_device.type == "cpu" if device is None else device.cpu)
+    kind = Kind(counts, _steps(lambda: build(module.peft_spec)[0], borders, setting, rows, counts))
+    kind.step(rows, setting.recompute)              # walks through a step, and so through libraries
+    found = Footprint(kind, setting, rows, resident_bytes() if setting.cpu else CONTEXT)
     return replace(found, setting=replace(setting, recompute=cheapest(found, room))) if auto else found
 
 
@@ -104,22 +106,19 @@ def agreed(trainer: Any, module: Any, data: Any) -> Recompute:
     return way
 
 
-def room(trainer: Any, memory: float | None = None) -> int:
+def room(trainer: Any, device: Device | None = None) -> int:
     """Bytes of a device that a run may fill; processes on CPUs share a machine's memory.
 
     Args:
         trainer: Not begun.
-        memory: GiB of a device, in place of what it has.
+        device: In place of this machine's.
     """
-    root = trainer.strategy.root_device
-    if memory:
-        return int(MARGIN * memory * 2**30)
-    if root.type == "cuda":
-        return int(MARGIN * torch.cuda.get_device_properties(root).total_memory)
-    have = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    with suppress(OSError, ValueError):             # a container may have less; there is none, or it says "max"
-        have = min(have, int(Path("/sys/fs/cgroup/memory.max").read_text(encoding="ascii")))
-    return int(MARGIN * have) // int(trainer.num_devices)
+    return (device or devices.here(trainer.strategy.root_device)).room(int(trainer.num_devices))
+
+
+def rows_at_once(data: Any) -> int:
+    """Rows of the largest micro-batch that the data can make."""
+    return data.batch_size if data.streaming else min(data.batch_size, len(data.plans["train"].rows))
 
 
 def count(whole: Any, inner: Any, *, quantized: bool = False, muon: bool = False) -> Counts:
@@ -134,6 +133,8 @@ def count(whole: Any, inner: Any, *, quantized: bool = False, muon: bool = False
     sizes = model.count_parameters(whole)
     head, config = inner.get_output_embeddings(), inner.config
     linears = [layer for layer in whole.modules() if isinstance(layer, nn.Linear) or type(layer).__name__ == "Conv1D"]
+    if rows := adapter.trained_rows(head):          # whose `weight` is made anew at each call
+        head = rows.layer
     head_weight = getattr(head, "weight", None)
     head_weight = head.base_layer.weight if head_weight is None else head_weight
     weights = {id(layer.weight): layer.weight for layer in linears} | {id(head_weight): head_weight}
@@ -164,10 +165,11 @@ def heaviest(data: Any) -> tuple[list[int], int]:
     """
     rows = data.plans["train"].rows
     squares = np.add.reduceat(np.square(rows.segments.lengths), rows.offsets[:-1])
-    chosen = np.argsort(-squares, kind="stable")[:data.batch_size]
+    count = rows_at_once(data)
+    chosen = np.argsort(-squares, kind="stable")[:count]
     width = int(rows.lengths[chosen].max()) if data.packing == "none" else data.seq_len
     borders = [0]
-    for place in range(data.batch_size):
+    for place in range(count):
         lengths = [stop - start for _, start, stop in rows.row(chosen[place % len(chosen)])]
         ends = [place * width + end for end in accumulate(lengths)]
         borders += [*ends, (place + 1) * width] if ends[-1] < (place + 1) * width else ends
@@ -183,7 +185,10 @@ def kinds(now: Footprint, module: Any, data: Any) -> list[Kind]:
 
     def kind(spec: dict[str, Any], said: str, *, quantized: bool = False) -> Kind:
         counts = count(*build(spec), quantized=quantized, muon=module.optimizer == "muon")
-        return Kind(counts, _steps(lambda: build(spec)[0], borders, setting, data, counts), said)
+        precision = "bf16-true" if quantized else None      # as that config says
+        of = replace(setting, precision=precision or setting.precision,
+                     stage=min(setting.stage, 2) if quantized else setting.stage)
+        return Kind(counts, _steps(lambda: build(spec)[0], borders, of, now.rows, counts), said, precision)
 
     if spec is None:
         spec = adapter.LoRA().as_peft()
@@ -215,10 +220,10 @@ def _trained_tokens(module: Any, data: Any, inner: Any) -> list[int]:
     return learned_tokens.candidates(data.tokenizer)
 
 
-def _steps(build: Callable[[], Any], borders: list[int], setting: Setting, data: Any, counts: Counts
+def _steps(build: Callable[[], Any], borders: list[int], setting: Setting, whole: int, counts: Counts
            ) -> Callable[[float, Recompute], Step]:
     """What a step of so many rows holds. Traced for all rows and for one, a straight line between."""
-    whole, one = data.batch_size, borders[-1] // data.batch_size
+    one = borders[-1] // whole
     autocast = setting.half and setting.stage == 0
 
     @cache
@@ -254,11 +259,11 @@ def resident_bytes() -> int:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def _setting(trainer: Any, module: Any, way: Recompute, *, tokens: int, supervised: int) -> Setting:
+def _setting(trainer: Any, module: Any, way: Recompute, *, tokens: int, supervised: int, cpu: bool) -> Setting:
     config = getattr(trainer.strategy, "config", None)
     zero = config.get("zero_optimization", {}) if isinstance(config, dict) else {}
     stage = 3 if isinstance(trainer.strategy, Fsdp2Strategy) else int(zero.get("stage", 0))
     return Setting(stage, trainer.world_size, tokens, supervised, way, module.optimizer, str(trainer.precision),
                    bool(zero.get("offload_optimizer")), bool(zero.get("offload_param")),
-                   trainer.accumulate_grad_batches, trainer.strategy.root_device.type == "cpu",
+                   trainer.accumulate_grad_batches, cpu,
                    getattr(trainer, "exports", False) and bool(trainer.checkpoint_callbacks))

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
-from lit_llm.training import estimate, footprint, trial
-from lit_llm.training.estimate import Counts, Memory, Setting
+from lit_llm.training import devices, estimate, footprint, trial
+from lit_llm.training.devices import Device
+from lit_llm.training.estimate import Counts, Memory, Option, Setting
 
 GIB, MIB = 2**30, 2**20
 NAMES = {0: "plain", 1: "ZeRO-1", 2: "ZeRO-2", 3: "ZeRO-3"}        # DDP is plain, FSDP2 is as ZeRO-3
@@ -41,6 +41,19 @@ class Probe:
 
 
 @dataclass(frozen=True, slots=True)
+class Pace:
+    """How fast a run would be, from the work of its tokens and an assumed share of what its devices can do.
+
+    Args:
+        tokens_per_second: Of all devices together; communication is not counted.
+        hours: Of the whole run; null where its end is unknown.
+    """
+
+    tokens_per_second: float
+    hours: float | None
+
+
+@dataclass(frozen=True, slots=True)
 class Plan:
     """What a run costs.
 
@@ -56,9 +69,10 @@ class Plan:
         flops_in_run: Null where the run's tokens are unknown.
         memory: Of each stage of ZeRO that the number of devices allows; 0 is plain.
         room: Bytes of a device that a run may fill.
-        device: What it is.
-        change: What to change so that the run fits; empty where it fits, null where nothing helps.
-        after: Memory after that change.
+        device: What it is planned for.
+        pace: On that device; null where nobody knows its rate.
+        options: What would make the run fit, the least change first; empty where it fits, or where nothing helps.
+        paces: Of each option.
         checkpoint_bytes: Of each checkpoint on disk.
         export_bytes: Of the export after a finished fit.
         free_bytes: Of the disk that the run folder lies on.
@@ -76,9 +90,10 @@ class Plan:
     flops_in_run: float | None
     memory: dict[int, Memory]
     room: int
-    device: str
-    change: list[str] | None
-    after: Memory | None
+    device: Device
+    pace: Pace | None
+    options: list[Option]
+    paces: list[Pace | None]
     checkpoint_bytes: int
     export_bytes: int
     free_bytes: int
@@ -89,43 +104,62 @@ class Plan:
         """Of the run as configured."""
         return self.memory[self.setting.stage]
 
+    @property
+    def fits(self) -> bool:
+        """Whether a device holds the run as configured."""
+        return self.now.total < self.room
 
-def make(trainer: Any, module: Any, data: Any, memory: float | None = None) -> Plan:
+
+def make(trainer: Any, module: Any, data: Any, memory: float | None = None, device: str | None = None) -> Plan:
     """Plan a run whose data are set up.
 
     Args:
         trainer: Not begun.
         module: Not built.
         data: Its plans are made.
-        memory: GiB of a device, in place of this machine's.
+        memory: GiB of a device, in place of what it has.
+        device: Its name (see `devices.py`); null is what this machine has, and with `memory` a GPU.
+
+    Raises:
+        InputError: No such device.
     """
     from lit_llm.data.inspection import examine
 
     seen = examine(data)
     train = next(stage for stage in seen.stages if stage.name == "train")
-    room = footprint.room(trainer, memory)
-    now = footprint.of(trainer, module, data, room)
+    given = devices.named(device, memory)
+    target = given or devices.here(trainer.strategy.root_device)
+    room = footprint.room(trainer, given)
+    now = footprint.of(trainer, module, data, room, given)
     counts, setting = now.kind.counts, now.setting
+    target = devices.measured(target) if target.cpu else target
     stages = [0, 1, 2, 3] if module.quantize is None else [0, 1, 2]
     memories = {stage: now.memory(stage=stage) for stage in {*stages, setting.stage}}
-    fits = memories[setting.stage].total < room
-    better = None if fits else estimate.nearest(footprint.kinds(now, module, data), setting, room, rows=now.rows,
-                                                process=now.process)
+    found = [] if memories[setting.stage].total < room else estimate.options(
+        footprint.kinds(now, module, data), setting, room, rows=now.rows, process=now.process)
     lengths = data.plans["train"].rows.segments.lengths
-    flops = estimate.flops_per_token(counts, float(np.square(lengths).sum() / lengths.sum()))
+    reach = float(np.square(lengths).sum() / lengths.sum())
+    flops = estimate.flops_per_token(counts, reach)
     steps, run = (seen.pace.epoch, seen.pace.run or None) if seen.pace else (None, max(0, trainer.max_steps) or None)
     step_tokens = train.tokens / steps if steps else setting.tokens * trainer.accumulate_grad_batches * setting.devices
     tokens = int(run * step_tokens) if run else None
     folder = Path(trainer.default_root_dir).absolute()
     while not folder.is_dir():
         folder = folder.parent
-    root = trainer.strategy.root_device
-    name = torch.cuda.get_device_name(root) if root.type == "cuda" else "memory of this machine"
+    paces = [_pace(target, each, how, reach, tokens) for each, how in [
+        (counts, setting), *((option.counts, option.setting) for option in found)]]
     return Plan(counts, setting, train.tokens, train.supervised, steps, run, tokens, flops,
-                flops * tokens if tokens else None, memories, room, f"{memory:g} GiB" if memory else name,
-                [] if fits else better[0] if better else None, better[1] if better else None,
+                flops * tokens if tokens else None, memories, room, target, paces[0], found, paces[1:],
                 estimate.checkpoint_bytes(counts, zero=setting.stage > 0, half=setting.half),
                 (counts.total - counts.adapters) * 4, shutil.disk_usage(folder).free)
+
+
+def _pace(device: Device, counts: Counts, setting: Setting, reach: float, tokens: int | None) -> Pace | None:
+    rate = device.rate(setting.half) * (1 if device.cpu else setting.devices)      # processes share a processor
+    if not rate:
+        return None
+    each = estimate.work_per_token(counts, reach, setting.recompute) / rate
+    return Pace(1 / each, tokens * each / 3600 if tokens else None)
 
 
 def probed(plan: Plan, config: dict[str, Any] | None) -> Plan:
@@ -163,17 +197,18 @@ def as_text(plan: Plan) -> str:
     lines.append(f"disk     {_size(plan.checkpoint_bytes)} a checkpoint, {_size(plan.export_bytes)} the export; "
                  f"{_size(plan.free_bytes)} are free")
     parts = [("weights", 8), ("gradients", 10), ("optimizer", 10), ("activations", 12), ("logits", 8), ("buckets", 9),
-             ("process", 9), ("holes", 7), ("export", 8)]
+             ("process", 9), *([("holes", 7), ("export", 8)] if setting.cpu else [])]   # which only a CPU's process has
+    named = {"process": "process" if setting.cpu else "context"}
     lines += ["", f"memory in MiB of {'a' if setting.devices == 1 else f'each of {setting.devices}'} device"
                   f"{'s' * (setting.devices > 1)}, {setting.tokens:,} tokens at once, {setting.precision}, "
                   f"gradient checkpointing {setting.recompute}",
-              f"  {'':<7}" + "".join(f"{name:>{wide}}" for name, wide in parts) + f"{'in all':>8}"]
+              f"  {'':<7}" + "".join(f"{named.get(name, name):>{wide}}" for name, wide in parts) + f"{'in all':>8}"]
     for stage, need in sorted(plan.memory.items()):
         mark = "> " if stage == setting.stage else "  "
         lines.append(f"{mark}{NAMES[stage]:<7}"
                      + "".join(f"{getattr(need, name) / MIB:>{wide},.0f}" for name, wide in parts)
                      + f"{need.total / MIB:>8,.0f}" + ("" if need.total < plan.room else " !"))
-    lines += ["", *_verdict(plan)]
+    lines += ["", *_verdict(plan), *_speed(plan)]
     if plan.probe is not None:
         took = f", the run about {_time(plan.probe.seconds)} without validation" if plan.probe.seconds else ""
         seen = plan.probe
@@ -185,14 +220,33 @@ def as_text(plan: Plan) -> str:
 
 
 def _verdict(plan: Plan) -> list[str]:
-    room = f"{_size(plan.room)} of {plan.device}"
-    if plan.change == []:
+    room = f"{_size(plan.room)} of {plan.device.name}"
+    if plan.fits:
         return [f"fits     {_size(plan.now.total)} into {room}"]
     lines = [f"does not fit: {_size(plan.now.total)} into {room}"]
-    if plan.change is None or plan.after is None:
-        return [*lines, "         no setting here would; take a smaller model, or more devices (trainer.devices)"]
-    changes = [f"           {line}" for line in plan.change]
-    return [*lines, f"         it would ({_size(plan.after.total)}) with", *changes]
+    if not plan.options:
+        return [*lines, "         no setting here would; take a smaller model, or larger or more devices"]
+    for option, pace in zip(plan.options, plan.paces, strict=True):
+        took = f", about {_time(3600 * pace.hours)}" if pace and pace.hours else ""
+        lines += [f"         it would ({_size(option.memory.total)}{took}) with"]
+        lines += [f"           {line}" for line in option.changes]
+    return lines
+
+
+def _speed(plan: Plan) -> list[str]:
+    """How long, by which assumption."""
+    device, half = plan.device, plan.setting.half
+    notes = [] if device.bfloat16 or not plan.setting.precision.startswith("bf16") else [
+        f"note     {device.name} has no bfloat16: set --trainer.precision 16-mixed"]
+    if plan.pace is None:
+        return [*notes, "speed    not known for a GPU without a name: --device h100, for instance, says hours"]
+    took = f", the run about {_time(3600 * plan.pace.hours)}" if plan.pace.hours else ""
+    rate = device.half if half else device.single
+    each = "of this processor" if device.cpu else "of each device" if plan.setting.devices > 1 else "of the device"
+    said = "measured here just now" if device.cpu else "data sheet; no GPU's speed was measured here"
+    return [*notes,
+            f"speed    about {plan.pace.tokens_per_second:,.0f} tokens/s{took}, without validation, if a step reaches",
+            f"         {device.utilisation:.0%} of the {rate:.3g} TFLOP/s {each} ({said})"]
 
 
 def _size(count: float) -> str:

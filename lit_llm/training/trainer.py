@@ -196,23 +196,25 @@ class Trainer(L.Trainer):
             disk.replace_text(Path(html), as_page(seen, f"Data of {Path(self.default_root_dir).name}"))
 
     def plan(self, model: L.LightningModule, datamodule: L.LightningDataModule, memory: float | None = None,
-             probe: bool = False, json: str | None = None) -> None:
+             device: str | None = None, probe: bool = False, json: str | None = None) -> None:
         """Say before training what a run costs and whether it fits; no weights are loaded.
 
         Args:
             model: Only its settings are read.
             datamodule: The data; tokenized into the cache, as `prepare` does.
-            memory: GiB of a device to plan for; null takes the devices of this machine.
+            memory: GiB of a device to plan for, a GPU unless `device` is cpu; null takes what the device has.
+            device: What to plan for, whatever this machine has: t4, v100-32, rtx3090, rtx4080, rtx4090, rtx5090, l4,
+                l40s, a10, a6000, a100-40, a100-80, h100, h200, b200, mi300x or cpu; null takes the devices of this
+                machine. `trainer.devices` says how many.
             probe: Also train four steps in a process of its own, and measure time and memory.
             json: Also write all figures into this file.
         """
-        from lit_llm.training import plan
+        from lit_llm.training import devices, plan
 
-        if memory is not None and not memory > 0:
-            raise InputError(f"{memory:g} GiB hold nothing; use a number above 0", where="memory")
+        devices.named(device, memory)                   # before the data are read
         datamodule.quiet = True  # type: ignore[attr-defined]
         self.prepare(model, datamodule)
-        made = plan.make(self, model, datamodule, memory)
+        made = plan.make(self, model, datamodule, memory, device)
         made = plan.probed(made, self.run.config) if probe else made
         print(plan.as_text(made))
         if json:

@@ -130,6 +130,64 @@ def test_the_nearest_change_is_the_least_that_fits():
     assert nearest(1000) is None
 
 
+def test_what_would_fit_is_offered_in_every_kind():
+    """As it is trained now, with adapters, in 4 bits, and on more devices where only that is left."""
+    counts, step = footprint.count(*built("llama", False, meta=True)), lambda size, way: traced("llama", recompute_=way).times(size)
+    with_lora = footprint.count(*built("llama", True, meta=True))
+    in_four_bits = replace(with_lora, quantized=with_lora.total - with_lora.trained - 2 * 300 * 64)
+    light = lambda size, way: traced("llama", True, recompute_=way).times(size)     # noqa: E731
+    kinds = [estimate.Kind(counts, step), estimate.Kind(with_lora, light, "LORA"), estimate.Kind(in_four_bits, light, "QLORA", "bf16-true")]
+    setting = estimate.Setting(3, 4, TOKENS, TOKENS, cpu=False)
+    room = estimate.memory(counts, replace(setting, recompute="full"), step(1, "full")).total
+    now, lora, qlora = (option.changes for option in estimate.options(kinds, setting, room + 1, rows=1))
+    assert now == ["--model.gradient_checkpointing true"] or now == ["--model.gradient_checkpointing selective"]
+    assert lora[0] == "LORA"
+    assert qlora[0] == "QLORA"
+    assert "--trainer.strategy deepspeed_stage_2" in qlora      # stage 3 cannot cut weights in 4 bits
+    big = estimate.Kind(replace(counts, total=8 * 10**9, trained=8 * 10**9), step)
+    option, = estimate.options([big], replace(setting, stage=0, devices=1), 28 * 10**9, rows=1)
+    assert option.changes[0] in ("--trainer.devices 4", "--trainer.devices 8")
+    assert "--trainer.strategy deepspeed_stage_3" in option.changes[1]
+    assert option.memory.total < 28 * 10**9
+
+
+LLAMA3 = dict(model_type="llama", architectures=["LlamaForCausalLM"], hidden_size=4096, intermediate_size=14336, num_hidden_layers=32,
+              num_attention_heads=32, num_key_value_heads=8, vocab_size=128256, max_position_embeddings=8192, tie_word_embeddings=False)
+
+
+@pytest.mark.parametrize(("words", "least", "most"), [
+    (("--trainer.devices", 8, "--trainer.strategy", "deepspeed_stage_3", "--device", "a100-80"), 16.8, 30),
+    (("--model.lora", "{r: 16, alpha: 32}", "--model.quantize", "nf4", "--memory", 24), 6, 8)], ids=["zero-3", "qlora"])
+def test_eight_billion_weights_on_devices_that_are_not_here(words, least, most, tmp_path, monkeypatch):
+    """By hand: 18 bytes of each weight over 8 devices; 4 bits of linear layers, two bytes of embedding and head."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base/config.json").write_text(json.dumps(LLAMA3))
+    code, out, err = call("plan", "--model.base", "base", "--model.gradient_checkpointing", "true", "--data.tokenizer", "sample:base",
+                          "--data.sources", "[{path: sample:conversations_val.jsonl}]", "--data.seq_len", 1024, "--data.batch_size", 1,
+                          "--trainer.accelerator", "cpu", "--trainer.precision", "bf16-true", "--json", "plan.json", *words)
+    assert code == 0, err
+    seen = json.loads(Path("plan.json").read_text())
+    d, ff, layers, vocabulary, kv = 4096, 14336, 32, 128256, 1024
+    linear, tables = layers * (2 * d * d + 2 * d * kv + 3 * d * ff), 2 * vocabulary * d
+    memory = seen["memory"][str(seen["setting"]["stage"])]
+    assert (memory["holes"], memory["export"]) == (0, 0)
+    assert "fits " in out
+    assert "holes" not in out
+    assert least < sum(memory.values()) / 2**30 < most
+    if "a100-80" in words:
+        total = linear + tables + (2 * layers + 1) * d
+        assert seen["counts"]["total"] == total
+        assert memory["weights"] + memory["gradients"] + memory["optimizer"] == pytest.approx(18 * total / 8, rel=1e-6)
+        assert seen["pace"]["tokens_per_second"] == pytest.approx(8 * 0.4 * 312e12 / (8 * (linear + tables / 2)), rel=0.03)
+        assert "no GPU's speed was measured here" in out
+    else:
+        trained = seen["counts"]["trained"]
+        assert seen["counts"]["quantized"] == linear            # not the head, though rows of it learn
+        assert seen["counts"]["matrices"] == linear + tables // 2 + layers * 16 * (4 * (d + d) + 2 * (kv - d) + 3 * (d + ff))
+        assert memory["weights"] == pytest.approx(linear * 0.516 + 2 * tables + 4 * trained, rel=0.001)
+
+
 RUN = {"data": {"sources": [{"path": "sample:documents.jsonl"}], "tokenizer": "sample:base", "packing": "concat"},
        "trainer": {"accelerator": "cpu", "max_steps": 3, "log_every_n_steps": 1, "default_root_dir": "run"}}
 
@@ -187,3 +245,10 @@ def test_the_verb_says_it_all_and_loads_no_weights(place, monkeypatch):  # noqa:
     code, out, err = call("plan", "--config", "ok.yaml", "--memory", 0.0001)
     assert code == 0, err
     assert "does not fit" in out
+    code, out, err = call("plan", "--config", "ok.yaml", "--device", "cpu", "--json", "plan.json")
+    assert code == 0, err
+    assert json.loads(Path("plan.json").read_text())["memory"]["0"]["holes"] > 0        # of the process itself
+    assert max(map(len, out.splitlines())) <= 100
+    code, _, err = call("plan", "--config", "ok.yaml", "--device", "h10")
+    assert code == 2
+    assert "Did you mean 'h100'?" in err
