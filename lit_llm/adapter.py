@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from lit_llm import tying
 from lit_llm.class_paths import refuse_within
 from lit_llm.errors import InputError, did_you_mean
+from lit_llm.redaction import redact_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -346,7 +347,7 @@ def save_adapter(model: Any, folder: str | Path, state: dict[str, Tensor], base:
         config["target_modules"] = {*config["target_modules"], *tied}
     text = json.dumps(config, indent=2, sort_keys=True,
                       default=lambda value: sorted(value) if isinstance(value, set) else str(value))
-    (folder / "adapter_config.json").write_text(text + "\n", encoding="utf-8")
+    (folder / "adapter_config.json").write_text(redact_text(text) + "\n", encoding="utf-8")
 
 
 def _under_all_names(model: Any, state: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 from lit_llm import class_paths, library_warnings
 from lit_llm.errors import InputError, did_you_mean
 from lit_llm.parser import ToolParser, check_configs, verb_first
+from lit_llm.redaction import redact_text
 
 RUNS = {
     "fit": "Train, evaluate and export: pretraining, all weights, or adapters.",
@@ -132,7 +133,7 @@ def _table(verbs: dict[str, str]) -> str:
 
 def _refuse(message: str, code: int = 2) -> NoReturn:
     if _speaks_for_all():
-        lines = message.splitlines()[:6]
+        lines = redact_text(message).splitlines()[:6]
         print("error: " + "\n".join(lines), file=sys.stderr, flush=True)
     raise SystemExit(code)
 

@@ -13,6 +13,8 @@ import warnings
 from dataclasses import dataclass
 from typing import Any, TextIO
 
+from lit_llm.redaction import RedactingFilter, redact_text
+
 BEGINNING = "warning from"                           # of each line
 MOST_CHARACTERS = 600                               # of a warning that is shown
 # Loggers whose own level is INFO: what they say below WARNING is progress of no interest here.
@@ -81,6 +83,7 @@ class Listener:
             return
         self._said.add((library, text))
         if _is_first_process():
+            text = redact_text(text)
             shown = text if len(text) <= MOST_CHARACTERS else text[:MOST_CHARACTERS] + " ..."
             print(f"{BEGINNING} {library}: {shown}", file=sys.stderr, flush=True)
 
@@ -106,6 +109,9 @@ def listen() -> None:
     listener = Listener()
     warnings.showwarning = listener.showwarning
     logging.basicConfig(format="%(message)s", stream=sys.stderr)
+    for each in logging.getLogger().handlers:
+        if not any(isinstance(present, RedactingFilter) for present in each.filters):
+            each.addFilter(RedactingFilter())
     logging.getLogger("lit_llm").setLevel(logging.INFO)
     lower_loggers()
     handle = getattr(logging.Logger.callHandlers, "original", logging.Logger.callHandlers)

@@ -6,6 +6,8 @@ from typing import Any
 
 import yaml
 
+from lit_llm.redaction import redact_text
+
 
 def card(run: Path, facts: dict[str, Any], name: str) -> str:
     """The model card of one checkpoint's model.
@@ -23,7 +25,7 @@ def card(run: Path, facts: dict[str, Any], name: str) -> str:
     if base and "/" in str(base) and not Path(str(base)).exists():
         head["base_model"] = str(base)
     figures = [f"| {_plain(key)} | {value:.6g} |" for key, value in measured(run, facts).items()]
-    return "\n".join([
+    return redact_text("\n".join([
         "---", yaml.safe_dump(head).strip(), "---", "", f"# {_plain(run.name)}", "",
         f"Trained from {_plain(_public(base)) if base else 'random weights'} ({_plain(method)}), checkpoint {name}, "
         f"step {facts['step']}.", "",
@@ -32,7 +34,7 @@ def card(run: Path, facts: dict[str, Any], name: str) -> str:
         "## Use", "", "```python", "from transformers import AutoModelForCausalLM, AutoTokenizer", "",
         'tokenizer = AutoTokenizer.from_pretrained("this folder")',
         'model = AutoModelForCausalLM.from_pretrained("this folder")',
-        "```", ""])
+        "```", ""]))
 
 
 def measured(run: Path, facts: dict[str, Any]) -> dict[str, float]:

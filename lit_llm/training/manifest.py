@@ -18,6 +18,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from lit_llm import disk, origin
 from lit_llm.errors import InputError
+from lit_llm.redaction import redact_text
 
 log = logging.getLogger(__name__)
 NAME = "manifest.json"
@@ -75,7 +76,7 @@ def finite(score: float | None) -> float | None:
 
 
 def _replace(folder: Path, facts: dict[str, Any]) -> None:
-    disk.replace_text(folder / NAME, json.dumps(facts, indent=1, default=str) + "\n")
+    disk.replace_text(folder / NAME, redact_text(json.dumps(facts, indent=1, default=str)) + "\n")
 
 
 def _sha256(file: Path) -> str:

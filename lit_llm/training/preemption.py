@@ -25,6 +25,7 @@ import torch.distributed as dist
 from lightning.pytorch.callbacks import Callback
 
 from lit_llm import command
+from lit_llm.redaction import redact_words
 from lit_llm.training import manifest
 from lit_llm.training.checkpoint import StepCheckpoint, validation_is_due
 from lit_llm.training.processes import Watch, end_together, kill_started, tell_parent
@@ -253,7 +254,7 @@ def resume_command() -> str:
             next(words, None)
         elif not word.startswith("--ckpt_path="):
             kept.append(word)
-    return command.line("lit_llm", *kept, "--ckpt_path", "last")
+    return command.line("lit_llm", *redact_words(kept), "--ckpt_path", "last")
 
 
 def requeue() -> None:

@@ -7,7 +7,6 @@ import csv
 import io
 import json
 import math
-import re
 import time
 from argparse import Namespace
 from pathlib import Path
@@ -17,10 +16,9 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
 from lit_llm import disk
+from lit_llm.redaction import redact_text
 
 FIRST = ["step", "epoch", "seconds"]
-SECRET_KEY = re.compile(r"(?i)(token(?!izer|s\b|_)|secret|password|api_?key|credential)")
-SECRET_VALUE = re.compile(r"\b(hf_\w{8,}|sk-\w{8,}|wandb_\w{8,}|ghp_\w{8,}|AKIA\w{12,})")
 
 
 class MetricsCSV(Logger):
@@ -121,19 +119,4 @@ def write_json(file: Path, figures: dict[str, Any]) -> None:
     """Write figures as JSON in one move; what is not finite becomes null."""
     clean = {key: (None if isinstance(value, float) and not math.isfinite(value) else value)
              for key, value in figures.items()}
-    disk.replace_text(file, json.dumps(clean, indent=1, ensure_ascii=False) + "\n")
-
-
-def redact(value: Any, key: str = "") -> Any:
-    """A config without its secrets: by the key's name, or by the look of the value.
-
-    >>> redact({"api_key": "x", "note": "my hf_abcdefghij", "data": {"tokenizer": "gpt2"}})
-    {'api_key': '(removed)', 'note': 'my (removed)', 'data': {'tokenizer': 'gpt2'}}
-    """
-    if isinstance(value, dict):
-        return {name: redact(item, str(name)) for name, item in value.items()}
-    if isinstance(value, list):
-        return [redact(item, key) for item in value]
-    if isinstance(value, str):
-        return "(removed)" if SECRET_KEY.search(key) else SECRET_VALUE.sub("(removed)", value)
-    return value
+    disk.replace_text(file, redact_text(json.dumps(clean, indent=1, ensure_ascii=False)) + "\n")

@@ -16,10 +16,11 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.trainer.connectors.logger_connector.result import convert_tensors_to_scalars
 
 from lit_llm.errors import InputError
+from lit_llm.redaction import redact
 from lit_llm.training import compatible, evaluation, manifest
 from lit_llm.training.evaluation import figures_of
 from lit_llm.training.processes import end_together
-from lit_llm.training.report import MetricsCSV, redact, write_json
+from lit_llm.training.report import MetricsCSV, write_json
 
 log = logging.getLogger(__name__)
 

@@ -13,11 +13,12 @@ from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import ProgressBar as AnyProgressBar
-from lightning.pytorch.loggers import Logger
+from lightning.pytorch.loggers import Logger, WandbLogger
 from lightning.pytorch.strategies import Strategy, StrategyRegistry
 
 from lit_llm import disk
 from lit_llm.errors import InputError, at_least, did_you_mean
+from lit_llm.redaction import redact, redacted_argv
 from lit_llm.training import compatible, manifest, safe_load
 from lit_llm.training.callbacks import Progress
 from lit_llm.training.checkpoint import StepCheckpoint
@@ -85,6 +86,9 @@ class Trainer(L.Trainer):
             if kwargs.get(switch) is not False and not any(isinstance(callback, kind) for callback in callbacks):
                 callbacks.append(default())
         loggers = [] if logger in (None, True, False) else logger if isinstance(logger, list) else [logger]
+        for each in loggers:
+            if isinstance(each, WandbLogger):       # its arguments go to its own log and to its server
+                each._wandb_init = redact(each._wandb_init)
         super().__init__(
             strategy=_strategy(strategy),
             default_root_dir=default_root_dir,
@@ -251,6 +255,9 @@ class Trainer(L.Trainer):
 
     def _run(self, *args: Any, **kwargs: Any) -> Any:
         self.preemption.begin_watch(self)
+        with redacted_argv():                       # wandb keeps the words of the command
+            for logger in self.loggers if self.is_global_zero else ():
+                _ = logger.experiment if isinstance(logger, WandbLogger) else None
         return super()._run(*args, **kwargs)
 
     def _run_stage(self) -> Any:
