@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lit_llm import tying
+from lit_llm import tying, vocabulary
 from lit_llm.class_paths import refuse_within
 from lit_llm.errors import InputError, did_you_mean
 from lit_llm.redaction import redact_text
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 # Methods of peft that want more than tokens and labels: task numbers, other adapters, a second model.
+ROWS = "vocabulary.json"                            # in an adapter's folder: rows of a base that has grown
 UNFIT = ("ArrowConfig", "CartridgeConfig", "CPTConfig", "MultitaskPromptTuningConfig", "PeftConfig", "PolyConfig",
          "PromptLearningConfig", "ShadowConfig", "XLoraConfig")
 
@@ -288,6 +289,8 @@ def load_adapter(model: "PreTrainedModel", folder: str | Path, *, trainable: boo
     from peft import PeftConfig, PeftModel
 
     config = PeftConfig.from_pretrained(str(folder))
+    if (Path(folder) / ROWS).is_file():
+        vocabulary.grow(model, int(json.loads((Path(folder) / ROWS).read_text(encoding="utf-8"))["rows"]))
     with _steady_start(config), tying.explained(model, config, say=False), warnings.catch_warnings():
         warnings.filterwarnings("error", message="Found missing adapter keys")
         try:
@@ -348,6 +351,9 @@ def save_adapter(model: Any, folder: str | Path, state: dict[str, Tensor], base:
     text = json.dumps(config, indent=2, sort_keys=True,
                       default=lambda value: sorted(value) if isinstance(value, set) else str(value))
     (folder / "adapter_config.json").write_text(redact_text(text) + "\n", encoding="utf-8")
+    inner = model.get_base_model()
+    if getattr(inner, "new_rows", 0):               # who loads it must give the base as many
+        (folder / ROWS).write_text(json.dumps({"rows": inner.all_rows}) + "\n", encoding="utf-8")
 
 
 def _under_all_names(model: Any, state: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -26,6 +26,7 @@ from lit_llm.samples import resolve
 from lit_llm.template import ChatTemplate, chatml
 
 IGNORE_INDEX = -100
+RENAMED = 0.02                                      # share of a base's tokens that may have other names
 TrainOn = Literal["assistant", "last", "all"]
 EMPTY = "an empty answer is not learned"                # said of what is left out
 UNASKED = "an answer that begins the talk is not learned: there is no prompt for it"
@@ -288,6 +289,31 @@ def _from_pretrained(path: str) -> Any:
     if hf.eos_token_id is None:
         raise InputError(f"the tokenizer of {path} names no eos_token, so nothing would ever end", where="tokenizer")
     return hf
+
+
+def unlike(tokenizer: Tokenizer, base: str) -> str | None:
+    """How the tokenizer of a run differs from its base's own; null where it is that one, or has more tokens.
+
+    A few tokens may have other names, as control tokens are renamed. A base without a tokenizer is like any.
+
+    Args:
+        tokenizer: Of the run.
+        base: A folder or hub id.
+    """
+    base = resolve(base)
+    if base == tokenizer.source:
+        return None
+    try:
+        own = _from_pretrained(str(Path(base).expanduser())).get_vocab()
+    except InputError:
+        return None
+    given = tokenizer.hf.get_vocab()
+    other = sorted((id_, token) for token, id_ in own.items() if given.get(token) != id_)
+    if len(other) <= RENAMED * len(own):
+        return None
+    id_, token = next((pair for pair in other if pair[1] in given), other[0])
+    return (f"{len(other):,} of the {len(own):,} tokens of the base's own tokenizer have another id, or none: "
+            f"{token!r} is {id_} there and {given.get(token, 'missing')} here")
 
 
 def _choose_template(hf: Any, path: str, wanted: str | None) -> tuple[str, str]:

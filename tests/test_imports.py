@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 NOUNS = {"conversation", "jinja", "rendering", "template", "encoder", "tokenizer", "tying", "adapter", "merging", "model",
-         "attention", "blockwise", "miniature"}
+         "attention", "blockwise", "miniature", "vocabulary"}
 GROUND = {"class_paths", "command", "disk", "errors", "hub", "library_warnings", "origin", "redaction", "samples"}
 RIM = {"cli", "runs", "ending", "examples", "parser", "runconfig", "__main__", "__init__"}       # they may import everything
 WINGS = {"data": set(), "training": {"data"}, "inference": set()}
@@ -19,7 +19,7 @@ NOUNS_FROM = {"conversation": set(), "miniature": set(), "attention": {"blockwis
               "calls": set(), "rendering": {"conversation", "calls", "jinja"},
               "template": {"conversation", "calls", "jinja", "rendering"}, "encoder": {"rendering"},
               "tokenizer": {"conversation", "jinja", "rendering", "template", "encoder"}, "tying": set(),
-              "adapter": {"tying"}, "merging": {"adapter"}, "model": {"attention", "adapter"}}
+              "vocabulary": set(), "adapter": {"tying", "vocabulary"}, "merging": {"adapter"}, "model": {"attention", "adapter"}}
 HOMES = {
     "peft": {"adapter"}, "AutoModelForCausalLM": {"model"}, "AutoConfig": {"model", "inference.export"},
     "tokenizers": {"tokenizer", "samples.make"}, "AutoTokenizer": {"tokenizer"}, "datasets": {"data.sources", "data.readers"},

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from lit_llm import adapter, model
 from lit_llm.errors import InputError, did_you_mean
+from lit_llm.tokenizer import unlike
 from lit_llm.training.fsdp import Fsdp2Strategy
 from lit_llm.training.loss import as_matrices
 from lit_llm.training.processes import end_together
@@ -106,13 +107,28 @@ def check_data(inner: Any, data: Any) -> None:
     if data is None:
         return
     rows, tokens = inner.get_input_embeddings().num_embeddings, data.tokenizer.vocab_size
-    if tokens > rows:
+    if tokens > rows:                               # of an architecture; a base has grown
         raise InputError(f"the tokenizer has {tokens} tokens, the model's embedding {rows} rows",
-                         where="data.tokenizer", fix="use the model's own tokenizer (data.tokenizer: null)")
+                         where="model.init.vocab_size", fix=f"leave it out, or set it to {tokens} or more")
     room = getattr(inner.config, "max_position_embeddings", None)
     if room is not None and data.seq_len > room:
         raise InputError(f"rows of {data.seq_len} tokens are longer than the model's {room} positions",
                          where="data.seq_len", fix=f"set --data.seq_len {room} or less")
+
+
+def check_tokenizer(base: str, data: Any) -> None:
+    """Refuse a tokenizer whose ids mean other words than the base has learned; more tokens are none of these.
+
+    Args:
+        base: What training starts from.
+        data: Of the run; null where it has none of ours.
+
+    Raises:
+        InputError: It names a token.
+    """
+    if data is not None and (difference := unlike(data.tokenizer, base)):
+        raise InputError(f"this is another tokenizer than the base's: {difference}", where="data.tokenizer",
+                         fix="use the base's own (data.tokenizer: null), or one that only adds tokens to it")
 
 
 def check_trainer(trainer: Any) -> None:

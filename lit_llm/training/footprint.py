@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from lit_llm import adapter, model
+from lit_llm import adapter, model, vocabulary
 from lit_llm.errors import InputError
 from lit_llm.training import devices, estimate, learned_tokens, trace
 from lit_llm.training.devices import Device
@@ -201,6 +201,8 @@ def _builder(module: Any, data: Any) -> Callable[[dict[str, Any] | None], tuple[
     def build(spec: dict[str, Any] | None) -> tuple[Any, Any]:
         facts = model.tokenizer_facts(data.tokenizer)
         inner = model.skeleton(module.base, module.init, attention=module.choose_attention(facts), **facts)
+        if module.base is not None:
+            vocabulary.grow(inner, data.tokenizer.vocab_size)
         with torch.device("meta"):
             whole = adapter.wrap_peft(inner, spec, tokens=_trained_tokens(module, data, inner)) if spec else inner
         return whole, inner

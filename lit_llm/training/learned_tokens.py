@@ -44,7 +44,7 @@ class Choice:
 
 
 def choose(tokenizer: "Tokenizer", embedding: Tensor, head: Tensor, seen: "Occurrences | None", *,
-           every_token: bool = False, chats: bool = True) -> Choice:
+           every_token: bool = False, chats: bool = True, new: int = 0) -> Choice:
     """Tokens of the training data and of chats that the base was never trained on.
 
     A token must be known where it is read, so of all tokens of the data the rows of the embedding are looked at; and
@@ -56,6 +56,7 @@ def choose(tokenizer: "Tokenizer", embedding: Tensor, head: Tensor, seen: "Occur
         head: (V, D), the same where they are tied.
         seen: What the training data hold; null where there are none.
         every_token: Whether all tokens are targets of training, and not only answers with their stop token.
+        new: How many rows at the end were added just now; all of them learn.
         chats: Whether there are conversations, whose control tokens are wanted even where no record holds them.
     """
     control = candidates(tokenizer) if chats else []
@@ -64,10 +65,11 @@ def choose(tokenizer: "Tokenizer", embedding: Tensor, head: Tensor, seen: "Occur
     read_ids = [int(id_) for id_ in sorted({*control, *np.flatnonzero(read[:size]).tolist()})]
     said_ids = {*np.flatnonzero(said[:size]).tolist(),
                 *(id_ for id_ in control if every_token or id_ in tokenizer.stop_ids)}
-    lost = set(untrained(embedding, read_ids))
+    added = range(len(embedding) - new, len(embedding))
+    lost = {*untrained(embedding, read_ids), *added}
     if head is not embedding:
         lost |= set(untrained(head, sorted(said_ids)))
-    ranked = sorted(lost, key=lambda id_: (id_ not in control, -int(said[id_]), -int(read[id_]), id_))
+    ranked = sorted(lost, key=lambda id_: (id_ not in control, -int(said[id_]), -int(read[id_]), id_ not in added, id_))
     ids = sorted(ranked[:MOST])
     total = max(1, int(said.sum()))
     return Choice(ids, len(ranked) - len(ids), float(said[ids].sum()) / total if ids else 0.0,

@@ -12,7 +12,7 @@ import lightning as L
 import torch
 from torch import Tensor, nn
 
-from lit_llm import adapter, attention, model
+from lit_llm import adapter, attention, model, vocabulary
 from lit_llm.class_paths import refuse_within
 from lit_llm.errors import InputError
 from lit_llm.training import compatible, footprint, forward, learned_tokens, optim, proof, recompute, reshard, rmsnorm
@@ -157,7 +157,11 @@ class CausalLMModule(L.LightningModule):
             inner = model.init_causal_lm(self.init, dtype=dtype, attention=kind, **self._tokenizer_facts())
         if dtype.itemsize < 4:                      # Lightning would cast buffers too, and positions would be wrong
             self.trainer.precision_plugin.convert_module = lambda module: module  # type: ignore[method-assign]
-        compatible.check_data(inner, getattr(self.trainer, "datamodule", None))
+        data: Any = getattr(self.trainer, "datamodule", None)
+        if self.base is not None and data is not None:
+            compatible.check_tokenizer(self.base, data)
+            self._grow(inner, data.tokenizer.vocab_size)
+        compatible.check_data(inner, data)
         inner.config.use_cache = False
         self.model = self._adapted(inner)
         compatible.check_head(self)
@@ -178,6 +182,14 @@ class CausalLMModule(L.LightningModule):
             self.trainer.strategy.shard(self.model, model.decoder_layers(self.model), dtype=half)
         if self.trainer.is_global_zero and self.trainer.training:
             log.info(str(model.count_parameters(self.model)))
+
+    def _grow(self, inner: Any, tokens: int) -> None:
+        """A row for each token of a tokenizer that has more than the base."""
+        before = vocabulary.rows(inner)
+        new = vocabulary.grow(inner, tokens)
+        if new and self.trainer.is_global_zero and self.trainer.training:
+            log.info("the tokenizer has %s tokens and the base %s rows: %s rows are added to embedding and head, the "
+                     "mean of the others", f"{tokens:,}", f"{before:,}", f"{new:,}")
 
     def _pretrained(self) -> str | None:
         """Where whole weights come from: a checkpoint of a run that trained them all, else the base."""
@@ -216,7 +228,7 @@ class CausalLMModule(L.LightningModule):
         matrix = whole(embedding)
         choice = learned_tokens.choose(
             data.tokenizer, matrix, matrix if head is embedding else whole(head), data.occurrences(),
-            every_token=data.train_on == "all",
+            every_token=data.train_on == "all", new=getattr(inner, "new_rows", 0),
             chats=any(not plan.corpus.is_document.all() for plan in getattr(data, "plans", {}).values()))
         if choice.ids and self.trainer.is_global_zero and self.trainer.training:
             learned_tokens.say(data.tokenizer, choice, obstacle)
