@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from lit_llm import hub
+from lit_llm import check, hub
 from lit_llm.conversation import ROLES, Conversation, Document
 from lit_llm.encoder import Encoder, Piece, Reading
 from lit_llm.errors import InputError
@@ -90,7 +90,9 @@ class Tokenizer:
         hf = _from_pretrained(path)
         template, note = _choose_template(hf, path, chat_template)
         hf.chat_template = template
-        return cls(hf, source=path, note=note)
+        tokenizer = cls(hf, source=path, note=note)
+        check.check_tokenizer(path, tokenizer, own_template=chat_template is None)
+        return tokenizer
 
     def _jinja(self, messages: list[dict], tools: list[dict] | None, generation_prompt: bool,
                template_args: Mapping[str, Any]) -> str:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from lit_llm import origin
+from lit_llm import check, origin
 from lit_llm.errors import InputError
 from lit_llm.inference.sampling import SamplingParams, next_ids
 from lit_llm.samples import resolve
@@ -272,6 +272,7 @@ def _load(folder: str, device: str, dtype: str, adapter: str | Path | None) -> A
     try:
         model: Any = load_causal_lm(folder, dtype=kind)
         if adapter:
+            check.check_weights(folder, model)
             model = merge(load_adapter(model, adapter))
             if Path(adapter, "generation_config.json").is_file():       # where its training taught it to stop
                 model.generation_config = model.generation_config.from_pretrained(str(adapter))
@@ -280,7 +281,10 @@ def _load(folder: str, device: str, dtype: str, adapter: str | Path | None) -> A
     except (SafetensorError, OSError, ValueError, RuntimeError, KeyError) as error:
         raise InputError(f"cannot load {adapter or folder}: {(str(error).splitlines() or ['?'])[0][:200]}",
                          where="model") from None
-    return model.to(device).eval()
+    model = model.to(device).eval()
+    if not adapter:
+        check.check_weights(folder, model)
+    return model
 
 
 def _own_stop_ids(model: Any) -> frozenset[int]:

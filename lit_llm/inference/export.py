@@ -7,9 +7,9 @@ import json
 import logging
 import shutil
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from lit_llm import disk, origin
+from lit_llm import check, disk, origin
 from lit_llm.errors import InputError
 from lit_llm.inference.card import card, read_values
 from lit_llm.samples import resolve
@@ -32,7 +32,11 @@ def export(run: str, checkpoint: str = "best", out: str | None = None, dtype: Dt
         base: Where the base of adapters lies now, if it was moved; another base than the run's is refused.
 
     Returns:
-        The folder.
+        The folder. It holds `check.json`, which whoever loads it compares with what it gives.
+
+    Raises:
+        InputError: No such run or checkpoint, or the folder, reloaded, is not the model that was trained; what stood
+            there before stays.
     """
     import torch
 
@@ -49,22 +53,32 @@ def export(run: str, checkpoint: str = "best", out: str | None = None, dtype: Dt
         assert base is not None
         base = resolve(base)
         stored = model.stored_dtype(base)
-        exact = model.load_causal_lm(base)
+        exact: Any = model.load_causal_lm(base)
         if quantize := (read_values(Path(run) / "config.yaml").get("model") or {}).get("quantize"):
             drift = model.quantization_drift(exact, quantize)
             log.warning("trained on a base in 4 bits, merged into the exact one: linear weights differ by %.1f %% of "
                         "their norm; measure the export anew", 100 * drift)
-        merged = merge(adapter.load_adapter(exact, folder / "adapter"))
+        trained: Any = adapter.load_adapter(exact, folder / "adapter")
     else:
-        stored = None
-        merged = model.load_causal_lm(str(folder / "model"))
+        stored, quantize = None, None
+        trained = model.load_causal_lm(str(folder / "model"))
     wanted = stored if dtype == "auto" else getattr(torch, dtype)
+    rows = check.rows_of(tokenizer, trained.get_input_embeddings().weight.shape[0])
+    before = check.scores(trained, rows)
+    merged = merge(trained)
     partial = target.with_name(target.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    model.save_causal_lm(merged, partial, stop_ids=tokenizer.stop_ids, pad_id=tokenizer.pad_id, dtype=wanted)
-    tokenizer.save(partial)
-    (partial / "README.md").write_text(card(Path(run), facts, folder.name), encoding="utf-8")
+    try:
+        model.save_causal_lm(merged, partial, stop_ids=tokenizer.stop_ids, pad_id=tokenizer.pad_id, dtype=wanted)
+        tokenizer.save(partial)
+        (partial / "README.md").write_text(card(Path(run), facts, folder.name), encoding="utf-8")
+        del trained, merged                         # one model in memory at a time
+        written = model.load_causal_lm(str(partial), dtype=wanted or torch.float32)
+        check.gate(partial, Tokenizer.load(str(partial)), rows, before, written, quantize=quantize)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
     disk.replace_folder(partial, target)
     return target
 

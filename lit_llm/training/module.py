@@ -12,9 +12,10 @@ import lightning as L
 import torch
 from torch import Tensor, nn
 
-from lit_llm import adapter, attention, model, vocabulary
+from lit_llm import adapter, attention, check, model, vocabulary
 from lit_llm.class_paths import refuse_within
 from lit_llm.errors import InputError
+from lit_llm.samples import resolve
 from lit_llm.training import compatible, footprint, forward, learned_tokens, optim, proof, recompute, reshard, rmsnorm
 from lit_llm.training.fsdp import Fsdp2Strategy
 from lit_llm.training.hyperparameters import Hyperparameters
@@ -152,6 +153,7 @@ class CausalLMModule(L.LightningModule):
             inner = model.load_causal_lm(path, dtype=dtype, attention=kind, quantize=self.quantize,
                                          half=str(self.trainer.precision).startswith("bf16"),
                                          device=self.trainer.strategy.root_device)
+            check.check_weights(resolve(path), inner, quantize=self.quantize)
         else:
             assert self.init is not None
             inner = model.init_causal_lm(self.init, dtype=dtype, attention=kind, **self._tokenizer_facts())
