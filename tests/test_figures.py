@@ -212,3 +212,18 @@ def test_every_step_of_a_short_run_is_in_its_record(steps, every, logged, place)
     assert float(rows[steps]["val/nll"]) == pytest.approx(record["val/nll"])
     assert f"training loss at step {steps}: {float(rows[steps]['train/loss']):.3f}" in out
     assert Path(f"run/checkpoints/step_{steps}").is_dir()
+
+
+def test_figures_of_other_validation_data_are_not_compared(run):
+    """A run goes on with other held-out data: what was best on the old ones is not best on the new."""
+    folder, _ = run
+    best = manifest(folder, "BEST")["step"]
+    code, out, err = call("fit", "--config", "own.yaml", "--data.val_sources", "[{path: other.jsonl}]", "--ckpt_path", "last",
+                          "--trainer.max_steps", 8)
+    assert code == 0, err
+    now = manifest(folder, "BEST")
+    assert now["step"] == 8 > best
+    assert "before," not in out
+    record = json.loads((folder / "metrics.json").read_text())
+    assert record["step"] == 8
+    assert not [key for key in record if key.startswith("before/")]

@@ -22,6 +22,7 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.loops.evaluation_loop import RestartStage
 
 from lit_llm import adapter, disk, model, origin
+from lit_llm.data.identity import differences
 from lit_llm.errors import InputError, at_least
 from lit_llm.training import manifest
 from lit_llm.training.evaluation import figures_of
@@ -74,7 +75,8 @@ class StepCheckpoint(Checkpoint):
         step = trainer.global_step
         _check_disk(trainer, copies=1 if step else 2)
         if step and trainer.is_global_zero:
-            self._recall(checkpoints(trainer), step)
+            plans = getattr(trainer.datamodule, "plans", {})  # type: ignore[attr-defined]
+            self._recall(checkpoints(trainer), step, plans["val"].fingerprint if "val" in plans else None)
         if self._unfinished:                        # Lightning would take the validation for done
             validation = trainer.fit_loop.epoch_loop.val_loop
             validation.restarting, validation._restart_stage = False, RestartStage.RESTARTED_MID_EVALUATION
@@ -158,7 +160,7 @@ class StepCheckpoint(Checkpoint):
         self._unfinished = False
         trainer.strategy.barrier()
 
-    def _recall(self, folders: Path, step: int) -> None:
+    def _recall(self, folders: Path, step: int, measured_on: Any) -> None:
         for half in folders.glob("*.partial"):
             shutil.rmtree(half, ignore_errors=True)
         for folder in manifest.folders(folders.parent):
@@ -169,10 +171,19 @@ class StepCheckpoint(Checkpoint):
                 log.info("%s lies behind step %d, where this run goes on; it is now in %s", folder, step, aside)
             elif not (folder / manifest.NAME).is_file():
                 shutil.rmtree(folder, ignore_errors=True)           # half deleted when the run was killed
-            elif (score := manifest.read(folder)["score"]) is not None:
+            elif (score := self._score_of(folder, measured_on)) is not None:
                 self.scores[folder.name] = float(score)
         if (folders / f"step_{step}").is_dir():
             self._point_and_prune(folders / f"step_{step}")
+
+    def _score_of(self, folder: Path, measured_on: Any) -> float | None:
+        """The metric that is monitored now, of an earlier checkpoint; null if it was measured on other data."""
+        facts = manifest.read(folder)
+        data = facts.get("data")
+        if isinstance(data, dict) and differences(data.get("val"), measured_on):
+            return None
+        score: float | None = (facts.get("figures") or {}).get(self.monitor)
+        return score if facts.get("figures") else facts["score"]
 
     @staticmethod
     def _write_weights(trainer: L.Trainer, folder: Path, state: dict[str, Any]) -> None:

@@ -15,6 +15,7 @@ import yaml
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.trainer.connectors.logger_connector.result import convert_tensors_to_scalars
 
+from lit_llm.data.identity import differences
 from lit_llm.errors import InputError
 from lit_llm.redaction import redact
 from lit_llm.training import compatible, evaluation, manifest
@@ -101,11 +102,25 @@ class RunFolder(Callback):
         """
         trainer.fit_loop._load_combined_loader_states()     # refuses other data: nothing of the run is changed before
         self._started = True
+        if self.resumed_from is not None:
+            self._forget_other_data(trainer, self.resumed_from)
         if self.resumed and trainer.is_global_zero:
             self._write_config(trainer)
         if trainer.estimated_stepping_batches < trainer.log_every_n_steps:  # type: ignore[attr-defined]
             trainer.log_every_n_steps = 1  # type: ignore[attr-defined]     # or nothing of a short run would be known
         self._continue_rows(trainer)
+
+    def _forget_other_data(self, trainer: L.Trainer, checkpoint: Path) -> None:
+        """Figures of the validation data that the run had before are not compared with those of its new ones."""
+        plan = getattr(trainer.datamodule, "plans", {}).get("val")  # type: ignore[attr-defined]
+        then = manifest.read(checkpoint).get("data")
+        apart = differences(then.get("val"), plan.fingerprint if plan else None) if isinstance(then, dict) else []
+        if not apart:
+            return
+        self.before, self._validated = {}, -1
+        if trainer.is_global_zero:
+            log.warning("the validation data are others than before (%s): earlier checkpoints are not compared with "
+                        "new ones, and perplexity before training is not known", "; ".join(apart))
 
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
         """A step's figures reach `metrics.csv` before any checkpoint of it is written; Lightning logs them later.

@@ -54,7 +54,8 @@ class Trainer(L.Trainer):
         enable_model_summary: Lightning's table of layers; parameters are counted without it.
         max_skipped_steps: A step whose loss or gradient is not finite is skipped, counted and its records named; after
             so many in a row the run stops.
-        accept_changes: What may differ from the checkpoint that a run goes on from: base, peft, tokenizer, template.
+        accept_changes: What may differ from the checkpoint that a run goes on from, or that is measured: base, peft,
+            tokenizer, template, quantize.
         kwargs: Lightning's own.
     """
 

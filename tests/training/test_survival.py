@@ -126,7 +126,7 @@ def launched(lives, tiny_model, strategy="ddp"):
     with subprocess.Popen([sys.executable, "-m", "lit_llm", *words, "two"], cwd=lives.folder, env=environ, text=True,
                           stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, start_new_session=True) as process:
         try:
-            while process.poll() is None and not list((lives.folder / "two").glob("checkpoints/step_*/manifest.json")):
+            while process.poll() is None and not list((lives.folder / "two").glob("checkpoints/step_*[0-9]/manifest.json")):     # not one that is still written
                 time.sleep(0.05)
             (child,) = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
             yield process, int(child), words
