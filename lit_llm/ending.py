@@ -75,5 +75,6 @@ def _next(run: Path, folder: Path) -> None:
     place, config = folder.absolute(), run.absolute() / "config.yaml"
     print("\nnext:")
     print(f"  {command.line('lit_llm', 'chat', '--model', place)}")
-    print(f"  {command.line('lit_llm', 'validate', '--config', config, '--ckpt_path', 'best')}")
+    if (run / "checkpoints" / "BEST").is_file():        # else there is nothing to validate on
+        print(f"  {command.line('lit_llm', 'validate', '--config', config, '--ckpt_path', 'best')}")
     print(f"  {command.line('serve', '--model', place)}", flush=True)

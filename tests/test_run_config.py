@@ -117,6 +117,14 @@ def test_a_run_that_was_moved_is_the_run_of_its_config(run):
     assert words[2:] == ["--trainer.default_root_dir", str(moved), "--trainer.default_root_dir", "mine"]
 
 
+def test_no_command_is_printed_that_would_be_refused(place):  # noqa: F811
+    """Without validation data there is no best checkpoint and nothing to validate on."""
+    code, out, err = call("fit", "--config", "ok.yaml", "--data.val_sources", "null", "--trainer.max_steps", 1)
+    assert code == 0, err
+    assert [line.split(" -m ")[1].split(" --")[0] for line in out[out.index("\nnext:\n") + 7:].splitlines()] == [
+        "lit_llm chat", "serve"]
+
+
 def test_keys_of_other_verbs(place):  # noqa: F811
     """The message must not propose the very word that was refused."""
     Path("other.yaml").write_text("ckpt_path: last\n")
