@@ -49,6 +49,8 @@ KNOWN: tuple[Known, ...] = (
           "the perplexity metric has summed over all processes before its figures are logged"),
     Known("lightning", r"Total length of `list` across ranks is zero",
           "a run without validation or test data has an empty list in place of a loader"),
+    Known("lightning", r"The number of training batches \(\d+\) is smaller than the logging interval",
+          "a run of fewer steps than that logs each of them, and every run logs its last step"),
     Known("lightning", r"When saving the DeepSpeed Stage 3 checkpoint, each worker will save a shard",
           "the trained weights are gathered and saved in one file beside the shards"),
     Known("lightning", r"`isinstance\(treespec, LeafSpec\)` is deprecated",

@@ -129,6 +129,10 @@ def check_same(folder: Path, trainer: L.Trainer, accepted: Sequence[Change]) -> 
         known = f"; or, if you know that nothing of it matters, --trainer.accept_changes '[{', '.join(differs)}]'"
         raise InputError(f"the checkpoint was written with {'; '.join(told)}", where=str(folder),
                          fix="give what it was trained with" + ("" if fixed else known))
+    if fitting and before.get("strategy") == "ZeroStrategy" and _half(before.get("precision")) != _half(
+            trainer.precision):
+        raise InputError(f"the checkpoint was written with {before.get('precision')}, and DeepSpeed cannot go on from it "
+                         f"with {trainer.precision}", where="trainer.precision", fix="set it to what it was")
     state = folder / "state"
     if fitting and state.is_dir() != _writes_folders(trainer):
         raise InputError(f"the checkpoint was written under {before['strategy']}, and "
@@ -146,6 +150,11 @@ def _apart(one: Any, other: Any) -> str:
     first, second = one.get("init_args", one) or {}, other.get("init_args", other) or {}
     keys = [key for key in first | second if first.get(key) != second.get(key)]
     return ", ".join(f"{key} {first.get(key)}, not {second.get(key)}" for key in keys)
+
+
+def _half(precision: Any) -> str:
+    """The 16-bit type that a precision computes in; empty for float32."""
+    return next((kind for kind in ("bf16", "16") if str(precision).startswith(kind)), "")
 
 
 def _named(value: Any) -> str:
