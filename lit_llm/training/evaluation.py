@@ -14,8 +14,9 @@ import lightning as L
 import yaml
 
 from lit_llm.data.identity import differences
+from lit_llm.redaction import redact_text
 from lit_llm.training import manifest
-from lit_llm.training.report import redact, write_json
+from lit_llm.training.report import write_json
 
 log = logging.getLogger(__name__)
 METRICS, RECORD = "metrics.json", "evaluations.jsonl"
@@ -80,7 +81,7 @@ def keep(trainer: L.Trainer, split: str, config: dict[str, Any] | None) -> dict[
         "data": {key: listed[key] for key in OF_DATA if key in listed}, **figures}
     run.mkdir(parents=True, exist_ok=True)
     with open(run / RECORD, "a", encoding="utf-8") as stream:
-        stream.write(json.dumps(redact(line), ensure_ascii=False, default=str) + "\n")
+        stream.write(redact_text(json.dumps(line, ensure_ascii=False, default=str)) + "\n")
     if own and not other:
         known = read_metrics(run)
         same = known.get("step") == step            # then figures of the other split still are this checkpoint's

@@ -129,10 +129,10 @@ def check_same(folder: Path, trainer: L.Trainer, accepted: Sequence[Change]) -> 
         known = f"; or, if you know that nothing of it matters, --trainer.accept_changes '[{', '.join(differs)}]'"
         raise InputError(f"the checkpoint was written with {'; '.join(told)}", where=str(folder),
                          fix="give what it was trained with" + ("" if fixed else known))
-    if fitting and before.get("strategy") == "ZeroStrategy" and _half(before.get("precision")) != _half(
-            trainer.precision):
-        raise InputError(f"the checkpoint was written with {before.get('precision')}, and DeepSpeed cannot go on from it "
-                         f"with {trainer.precision}", where="trainer.precision", fix="set it to what it was")
+    then, zero = before.get("precision"), before.get("strategy") == "ZeroStrategy"
+    if fitting and zero and _half(then) != _half(trainer.precision):
+        raise InputError(f"the checkpoint was written with {then}, and DeepSpeed cannot go on from it with "
+                         f"{trainer.precision}", where="trainer.precision", fix="set it to what it was")
     state = folder / "state"
     if fitting and state.is_dir() != _writes_folders(trainer):
         raise InputError(f"the checkpoint was written under {before['strategy']}, and "

@@ -111,6 +111,13 @@ def test_what_cannot_change_is_refused_by_name(words, says, lives, start):
     assert content(lives.folder / "run") == before
 
 
+def test_deepspeed_goes_on_with_its_precision_only(lives, start):
+    words = start(strategy="deepspeed_stage_1")
+    done = lives.live(*words, "run", "--ckpt_path", "last", "--trainer.max_steps", LAST, "--trainer.precision", "bf16-mixed")
+    assert done["codes"] == [2], done["said"][0]["err"][-2000:]
+    assert "trainer.precision: the checkpoint was written with 32" in done["said"][0]["err"]
+
+
 def test_another_architecture_is_refused_by_name(lives, tiny_model):
     shutil.rmtree(lives.folder / "run", ignore_errors=True)
     init = {"model_type": "llama", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1,
