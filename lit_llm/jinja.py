@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from lit_llm.errors import InputError
+from lit_llm.errors import InputError, did_you_mean
 
 SECONDS, CHARACTERS = 5, 50_000_000                     # of one text, which takes a thousandth of a second as a rule
 CLOCK = " clock"                                        # no name that a template could spell
@@ -17,6 +17,54 @@ CLOCK = " clock"                                        # no name that a templat
 
 Render = Callable[[list[dict], list[dict] | None, bool, Mapping[str, Any]], str]
 REASONING = ("reasoning_content", "reasoning", "thinking")      # the names by which templates ask for it
+
+
+HANDED = frozenset(("messages", "tools", "documents", "add_generation_prompt"))     # variables that are not the user's
+TemplateArgs = Mapping[str, bool | int | float | str | list[str] | None]
+
+
+def variables(source: str, special_tokens: Mapping[str, Any]) -> frozenset[str]:
+    """The variables that a template reads and a user may set, such as `enable_thinking`.
+
+    Raises:
+        InputError: The source is not jinja; it names the line.
+    """
+    from jinja2 import TemplateSyntaxError, meta
+    from transformers.utils.chat_template_utils import _compile_jinja_template
+
+    environment = _compile_jinja_template("").environment
+    try:
+        read = meta.find_undeclared_variables(environment.parse(source))
+    except TemplateSyntaxError as error:
+        raise InputError(f"the chat template is not jinja: line {error.lineno}: {error.message}") from None
+    return frozenset(read - HANDED - environment.globals.keys() - special_tokens.keys())
+
+
+def check_args(template_args: Mapping[str, Any], known: frozenset[str], where: str) -> None:
+    """Refuse values for variables that a template does not read, which would change nothing.
+
+    Raises:
+        InputError: At `where`; it names the variables that there are.
+    """
+    for name in template_args:
+        if name not in known:
+            there = f"it reads {', '.join(sorted(known)[:20])}" if known else "it reads none that can be set"
+            raise InputError(f"the chat template has no variable '{name[:40]}'; {there}."
+                             f"{did_you_mean(name[:40], sorted(known))}", where=where)
+
+
+def with_defaults(source: str, template_args: TemplateArgs) -> str:
+    """The same template with other values where a variable is not given.
+
+    They stand in the template itself, so whatever renders it uses them: training, chat, the server, and plain
+    transformers or another server with the exported folder.
+
+    >>> with_defaults("{{ x }}", {"x": False})
+    '{%- if x is not defined %}{%- set x = False %}{%- endif +%}{{ x }}'
+    """
+    lines = "".join(f"{{%- if {name} is not defined %}}{{%- set {name} = {value!a} %}}{{%- endif +%}}"
+                    for name, value in sorted(template_args.items()))
+    return source if source.startswith(lines) else lines + source
 
 
 def compiled(source: str, special_tokens: Mapping[str, Any]) -> Render:

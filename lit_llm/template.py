@@ -57,6 +57,7 @@ class ChatTemplate(Renderer):
                 the template does with them, so that user text could pass for structure.
         """
         self.refuse_forgery("tools", conversation.tools)
+        self.refuse_forgery("the template's arguments", conversation.template_args)
         for place, message in enumerate(conversation.messages):
             if message.is_plain:
                 continue

@@ -12,24 +12,23 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
 from lit_llm import check, hub
+from lit_llm.answers import EMPTY, UNASKED, TrainOn, hidden, spans_of, trained
 from lit_llm.conversation import ROLES, Conversation, Document
 from lit_llm.encoder import Encoder, Piece, Reading
-from lit_llm.errors import InputError
-from lit_llm.jinja import Render, compiled
+from lit_llm.errors import InputError, did_you_mean
+from lit_llm.jinja import Render, TemplateArgs, check_args, compiled, variables, with_defaults
 from lit_llm.rendering import Rendered, Span
 from lit_llm.samples import resolve
 from lit_llm.template import ChatTemplate, chatml
 
+__all__ = ["IGNORE_INDEX", "SPEAKERS", "TokenSequence", "Tokenizer", "TrainOn"]
 IGNORE_INDEX = -100
 RENAMED = 0.02                                      # share of a base's tokens that may have other names
-TrainOn = Literal["assistant", "last", "all"]
-EMPTY = "an empty answer is not learned"                # said of what is left out
-UNASKED = "an answer that begins the talk is not learned: there is no prompt for it"
 SPEAKERS = ("template", *ROLES, "document")             # who says a token; what stands around contents, the template
 
 
@@ -75,30 +74,51 @@ class Tokenizer:
         self.pad_id: int = hf.pad_token_id if hf.pad_token_id is not None else hf.eos_token_id
 
     @classmethod
-    def load(cls, path: str, *, chat_template: str | None = None) -> "Tokenizer":
+    def load(cls, path: str, *, chat_template: str | None = None,
+             template_args: TemplateArgs | None = None) -> "Tokenizer":
         """A tokenizer from a folder or hub id.
 
         Args:
             path: Folder with tokenizer files, or a hub id.
             chat_template: A .jinja file, or the name of one of the tokenizer's templates. Null takes the tokenizer's
                 own; if it has none, ChatML is written with special tokens that the tokenizer already has.
+            template_args: Values of the template's variables; they become defaults that stand in the template.
 
         Raises:
-            InputError: No such folder, the hub cannot be reached, no such template, no end-of-text token.
+            InputError: No such folder, the hub cannot be reached, no such template, a variable that it does not read,
+                no end-of-text token.
         """
         path = resolve(path)
         hf = _from_pretrained(path)
         template, note = _choose_template(hf, path, chat_template)
+        if template_args:
+            check_args(template_args, variables(template, hf.special_tokens_map), "data.template_args")
+            template = with_defaults(template, template_args)
         hf.chat_template = template
         tokenizer = cls(hf, source=path, note=note)
-        check.check_tokenizer(path, tokenizer, own_template=chat_template is None)
+        check.check_tokenizer(path, tokenizer, own_template=chat_template is None and not template_args)
         return tokenizer
 
     def _jinja(self, messages: list[dict], tools: list[dict] | None, generation_prompt: bool,
                template_args: Mapping[str, Any]) -> str:
         if self._compiled is None or self._compiled[0] != self.hf.chat_template:
             self._compiled = self.hf.chat_template, compiled(self.hf.chat_template, self.hf.special_tokens_map)
+        if template_args:
+            template_args = {name: value for name, value in template_args.items() if name in self.template_variables}
         return self._compiled[1](messages, tools, generation_prompt, template_args)
+
+    @cached_property
+    def template_variables(self) -> frozenset[str]:
+        """The variables of the chat template that a user may set, such as `enable_thinking`."""
+        return variables(self.hf.chat_template, self.hf.special_tokens_map)
+
+    def check_template_args(self, template_args: Mapping[str, Any], where: str) -> None:
+        """Refuse values for variables that the chat template does not read.
+
+        Raises:
+            InputError: At `where`.
+        """
+        check_args(template_args, self.template_variables, where)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -164,21 +184,29 @@ class Tokenizer:
         """
         if train_on == "all":
             return (self._everything(conversation),)
-        left_out: set[str] = set()
-        wanted = self._asked(conversation, _trained(conversation, train_on, left_out), left_out)
+        left_out = self._unread(conversation)
+        wanted = self._asked(conversation, trained(conversation, train_on, left_out), left_out)
         if notes is not None:
             notes |= left_out
         if not wanted:
-            why = f": {'; '.join(sorted(left_out))}" if left_out else ""
+            why = f": {'; '.join(sorted(left_out & {EMPTY, UNASKED}))}" if left_out & {EMPTY, UNASKED} else ""
             raise InputError(f"nothing to learn from: no assistant message is trained on{why}")
         with suppress(InputError):                      # a turn that follows may be what it refuses
             rendered = self.template.render(conversation)
-            spans = _answers(rendered, wanted)
+            spans = spans_of(rendered, wanted)
             if len(spans) == len(wanted):
                 reading = self._encoder.encode(rendered, [start for start, _ in spans])
                 if set(reading.torn) <= {spans[-1][0]}:     # a later prompt is read whole, where no answer parts it
                     return (self._labelled(rendered, reading, spans),)
         return tuple(self._turn(conversation.upto(place + 1)) for place in wanted)
+
+    def _unread(self, conversation: Conversation) -> set[str]:
+        """Notes on variables that the chat template does not read; one that nearly spells another is an error."""
+        unread = conversation.template_args.keys() - self.template_variables if conversation.template_args else set()
+        for name in unread:
+            if did_you_mean(name, sorted(self.template_variables)):
+                self.check_template_args({name: None}, "")
+        return {f"the chat template has no variable '{name[:40]}'" for name in unread}
 
     def _asked(self, conversation: Conversation, wanted: list[int], left_out: set[str]) -> list[int]:
         """The wanted answers but for a first that follows no user, where the template writes no prompt for it."""
@@ -194,9 +222,9 @@ class Tokenizer:
         """A conversation with its last answer labelled."""
         place = len(conversation.messages) - 1
         rendered = self.template.render(conversation)
-        if not _answers(rendered, [place]):
+        if not spans_of(rendered, [place]):
             rendered = self.template.served(conversation)
-        spans = _answers(rendered, [place])
+        spans = spans_of(rendered, [place])
         return self._labelled(rendered, self._encoder.encode(rendered, [spans[0][0]]), spans)
 
     def _labelled(self, rendered: Rendered, reading: Reading, spans: Sequence[Span]) -> TokenSequence:
@@ -217,9 +245,9 @@ class Tokenizer:
         rendered = self.template.render(conversation)
         silent = [place for place, message in enumerate(conversation.messages)
                   if message.role == "assistant" and message.train is False]
-        if hidden := set(silent) - {place for place, *_ in rendered.answers}:
-            raise _hidden(min(hidden))
-        spans = _answers(rendered, silent)
+        if unseen := set(silent) - {place for place, *_ in rendered.answers}:
+            raise hidden(min(unseen))
+        spans = spans_of(rendered, silent)
         reading = self._encoder.encode(rendered, [start for start, _ in spans])
         ids = np.asarray(reading.ids, dtype=np.int32)
         labels = ids.copy()
@@ -346,10 +374,6 @@ def _choose_template(hf: Any, path: str, wanted: str | None) -> tuple[str, str]:
                                 f"{start} and {end} (set data.chat_template for another)")
 
 
-def _answers(rendered: Rendered, places: Sequence[int]) -> list[Span]:
-    return [(start, stop) for place, start, stop in rendered.answers if place in places]
-
-
 def _speakers(rendered: Rendered, reading: Reading) -> np.ndarray:
     """(T,) uint8: who says each token; of an answer, all that its model says: reasoning, calls and the stop token.
 
@@ -361,25 +385,3 @@ def _speakers(rendered: Rendered, reading: Reading) -> np.ndarray:
     for start, stop, role in rendered.speakers:
         said[reading.begun(start):reading.begun(stop)] = SPEAKERS.index(role)
     return said
-
-
-def _hidden(place: int) -> InputError:
-    return InputError(f"the chat template does not show where the answer in message {place + 1} begins and stops: its "
-                      "generation prompt is not what stands before the answer, or it writes no stop token")
-
-
-def _trained(conversation: Conversation, train_on: TrainOn, left_out: set[str]) -> list[int]:
-    """Indices of the assistant messages to learn; why others are left out is added to `left_out`."""
-    answers = []
-    for place, message in enumerate(conversation.messages):
-        if message.role != "assistant" or message.train is False:
-            continue
-        if message.is_empty:
-            left_out.add(EMPTY)
-        elif not place:
-            left_out.add(UNASKED)
-        else:
-            answers.append(place)
-    default = {"assistant": answers, "last": answers[-1:], "all": answers}[train_on]
-    flags = {place: conversation.messages[place].train for place in answers}
-    return [place for place, flag in flags.items() if (place in default if flag is None else flag)]

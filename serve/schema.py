@@ -134,6 +134,7 @@ class ChatCompletionBody(Sampling):
 
     messages: list[dict[str, Any]] = Field(min_length=1, max_length=2048)
     max_completion_tokens: int | None = Field(None, ge=1, le=MOST)
+    chat_template_kwargs: dict[str, Any] | None = None      # vLLM's and SGLang's name
 
     @model_validator(mode="after")
     def _one_limit(self) -> "ChatCompletionBody":

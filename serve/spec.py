@@ -79,7 +79,7 @@ class Routes(LitSpec):
 
     async def chat_completions(self, body: ChatCompletionBody, request: Request) -> Response:
         """An answer to a conversation."""
-        return await self._serve(body, request, lambda: self._prompt(body.messages), "messages")
+        return await self._serve(body, request, lambda: self._prompt(body), "messages")
 
     async def completions(self, body: CompletionBody, request: Request) -> Response:
         """How a text goes on."""
@@ -135,7 +135,7 @@ class Routes(LitSpec):
                 work = asyncio.get_running_loop().run_in_executor(self._encoding, encode)
                 return await unless_gone(request, work)
         except InputError as error:
-            raise bad_request(InputError(error.what, where=field)) from None
+            raise bad_request(InputError(error.what, where=error.where or field)) from None
 
     async def _pieces(self, ids: list[int], params: SamplingParams) -> AsyncGenerator[Completion, None]:
         """The answer as it comes; closing it, early or not, leaves nothing behind."""
@@ -148,8 +148,10 @@ class Routes(LitSpec):
                 if piece.finish_reason:
                     return
 
-    def _prompt(self, messages: list[dict[str, Any]]) -> list[int]:
-        return self._tokenizer.encode_prompt(Conversation.from_openai(messages))
+    def _prompt(self, body: ChatCompletionBody) -> list[int]:
+        given = body.chat_template_kwargs or {}
+        self._tokenizer.check_template_args(given, "chat_template_kwargs")
+        return self._tokenizer.encode_prompt(Conversation.from_openai(body.messages, template_args=given))
 
     def _check_model(self, name: str | None) -> None:
         if name and name not in self.names:

@@ -157,9 +157,12 @@ def tiny_model(tmp_path_factory, tiny_tokenizer) -> Callable[[str], str]:
 
 @pytest.fixture(scope="session")
 def endless_model(tiny_model, tmp_path_factory):
-    """A folder with a tiny Llama of 20,000 tokens of context that never draws a stop token greedily."""
+    """A folder with a tiny Llama of 20,000 tokens of context that never draws a stop token greedily.
+
+    Its chat template reads one variable, `style`.
+    """
     import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from lit_llm.tokenizer import Tokenizer
 
@@ -169,6 +172,9 @@ def endless_model(tiny_model, tmp_path_factory):
     with torch.no_grad():
         model.lm_head.weight[list(Tokenizer.load(str(folder)).stop_ids)] = 0.0      # some other logit is above 0
     model.save_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = "{% if style is defined %}{{ style }}{% endif %}" + tokenizer.chat_template
+    tokenizer.save_pretrained(folder)
     facts = json.loads((folder / "config.json").read_text()) | {"max_position_embeddings": 20_000}
     (folder / "config.json").write_text(json.dumps(facts))
     return str(folder)

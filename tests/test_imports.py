@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-NOUNS = {"conversation", "check", "jinja", "rendering", "template", "encoder", "tokenizer", "tying", "adapter", "merging",
-         "model", "attention", "blockwise", "miniature", "vocabulary"}
+NOUNS = {"answers", "calls", "conversation", "check", "jinja", "rendering", "template", "encoder", "tokenizer", "tying", "adapter",
+         "merging", "model", "attention", "blockwise", "miniature", "vocabulary"}
 GROUND = {"class_paths", "command", "disk", "errors", "hub", "library_warnings", "origin", "redaction", "samples"}
 RIM = {"cli", "runs", "ending", "examples", "parser", "runconfig", "__main__", "__init__"}       # they may import everything
 WINGS = {"data": set(), "training": {"data"}, "inference": set()}
@@ -19,7 +19,8 @@ NOUNS_FROM = {"conversation": set(), "check": {"conversation"}, "miniature": set
               "blockwise": set(), "jinja": set(),
               "calls": set(), "rendering": {"conversation", "calls", "jinja"},
               "template": {"conversation", "calls", "jinja", "rendering"}, "encoder": {"rendering"},
-              "tokenizer": {"check", "conversation", "jinja", "rendering", "template", "encoder"}, "tying": set(),
+              "answers": {"conversation", "rendering"},
+              "tokenizer": {"answers", "check", "conversation", "jinja", "rendering", "template", "encoder"}, "tying": set(),
               "vocabulary": set(), "adapter": {"tying", "vocabulary"}, "merging": {"adapter"}, "model": {"attention", "adapter"}}
 HOMES = {
     "peft": {"adapter"}, "AutoModelForCausalLM": {"model"}, "AutoConfig": {"model", "inference.export"},

@@ -26,7 +26,7 @@ from lit_llm.tokenizer import Tokenizer
 LARGE = 64 << 20                                        # bytes; of a smaller file the hash is not worth remembering
 SHAPERS = ("data.sources", "data.cleaning", "data.textfile", "data.readers", "data.recognition", "data.formats",
            "data.prepare", "data.store", "conversation", "calls", "jinja", "rendering", "template", "encoder",
-           "tokenizer")                                 # what turns bytes into tokens
+           "answers", "tokenizer")                                 # what turns bytes into tokens
 SETTLED = 2.0                                           # seconds; a file changed since may change within one tick
 
 

@@ -60,6 +60,9 @@ class TextDataModule(L.LightningDataModule):
         test_sources: What `test` reads; null takes `test_fraction`, and without that the validation data.
         tokenizer: Folder or hub id; null takes the model's.
         chat_template: A .jinja file, or the name of one of the tokenizer's; null takes the tokenizer's own.
+        template_args: Values of the chat template's variables, such as `{enable_thinking: false}`. They become defaults
+            within the run's and the export's template, so chat, the server and other programs render with them too. A
+            record's own `chat_template_kwargs` (or `template_args`) go before them.
         train_on: Of a conversation, learn every answer (assistant), the last one (last), or every token (all).
             Documents are learned whole.
         seq_len: Tokens of a row, at least 2. Memory grows with `seq_len * batch_size`.
@@ -105,6 +108,7 @@ class TextDataModule(L.LightningDataModule):
         test_fraction: float = 0.0,
         streaming: bool = False,
         stream_buffer: int = 4_000_000,
+        template_args: dict[str, bool | int | float | str | list[str] | None] | None = None,
     ) -> None:
         super().__init__()
         self.sources, self.val_sources, self.test_sources = sources, val_sources, test_sources
@@ -114,6 +118,7 @@ class TextDataModule(L.LightningDataModule):
         self.seed, self.cache_dir, self.num_proc = seed, cache_dir, num_proc
         self.dedup, self.bad_record_limit, self.test_fraction = dedup, bad_record_limit, test_fraction
         self.streaming, self.stream_buffer = streaming, stream_buffer
+        self.template_args = template_args
         self.stream: StreamLoader | None = None
         self.plans: dict[Stage, Plan] = {}
         self.quiet = False                              # whether `setup` keeps the summary to itself
@@ -130,7 +135,8 @@ class TextDataModule(L.LightningDataModule):
             if not self.tokenizer_path:
                 raise InputError("no tokenizer is named", where="data.tokenizer",
                                  fix="Set data.tokenizer to a folder or hub id; with model.base it is the model's.")
-            self._tokenizer = Tokenizer.load(self.tokenizer_path, chat_template=self.chat_template)
+            self._tokenizer = Tokenizer.load(self.tokenizer_path, chat_template=self.chat_template,
+                                             template_args=self.template_args)
         return self._tokenizer
 
     # ---- Lightning's hooks -------------------------------------------------------------------------------------------

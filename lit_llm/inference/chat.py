@@ -4,7 +4,8 @@ The `chat` verb. Knows nothing of templates or caches: `engine.TextEngine` answe
 """
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 from lit_llm.conversation import Conversation, Message
 from lit_llm.errors import InputError
@@ -30,6 +31,7 @@ def chat(
     adapter: str | None = None,
     device: str = "auto",
     dtype: str = "auto",
+    template_args: dict[str, bool | int | float | str | list[str] | None] | None = None,
 ) -> None:
     """Talk to a model in the terminal.
 
@@ -50,6 +52,8 @@ def chat(
         adapter: A PEFT adapter's folder to put on the model.
         device: `auto` takes the GPU where there is one; or cpu, cuda, mps.
         dtype: `auto` takes the checkpoint's own; or float32, bfloat16, float16.
+        template_args: Values of the chat template's variables, such as `{enable_thinking: true}`; null takes those that
+            the model was trained with.
 
     Raises:
         InputError: No such folder, no model in it, or a setting out of its range.
@@ -60,7 +64,9 @@ def chat(
     engine = TextEngine.load(folder, device=device, dtype=dtype, adapter=adapter)
     if engine.tokenizer.note:
         _note(engine.tokenizer.note)
-    session = Session(engine, params, system)
+    if template_args:
+        engine.tokenizer.check_template_args(template_args, "template_args")
+    session = Session(engine, params, system, template_args)
     try:
         if prompt is not None:
             _show(session.ask(_clean(prompt)), terminal=sys.stdout.isatty())
@@ -81,10 +87,12 @@ class Session:
         engine: Who answers.
         params: How.
         system: Stays at the beginning whatever is trimmed.
+        template_args: Values of the chat template's variables.
     """
 
-    def __init__(self, engine: TextEngine, params: SamplingParams, system: str | None = None) -> None:
-        self.engine, self.params = engine, params
+    def __init__(self, engine: TextEngine, params: SamplingParams, system: str | None = None,
+                 template_args: Mapping[str, Any] | None = None) -> None:
+        self.engine, self.params, self._template_args = engine, params, template_args or {}
         self._head = (Message("system", system),) if system else ()
         self.messages: tuple[Message, ...] = ()
 
@@ -115,7 +123,7 @@ class Session:
         reserve = self.params.max_tokens or context // 4
         forgotten = 0
         while True:
-            ids = self.engine.encode(Conversation((*self._head, *self.messages)))
+            ids = self.engine.encode(Conversation((*self._head, *self.messages), template_args=self._template_args))
             if len(ids) + reserve <= context or len(self.messages) == 1:
                 break
             self.messages, forgotten = self.messages[2:], forgotten + 2

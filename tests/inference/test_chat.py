@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+from transformers import AutoTokenizer
 
 from lit_llm.conversation import Conversation
 from lit_llm.errors import InputError
@@ -55,6 +56,21 @@ def test_mistakes_take_a_few_lines(words, said, lit_llm, tiny_model):
     assert (done.code, done.out) == (2, "")
     assert said in done.err
     assert len(done.err.strip().splitlines()) <= 6
+
+
+def test_values_of_the_templates_variables(lit_llm, endless_model):
+    """`--template_args` reach the prompt; one that the template lacks is refused."""
+    refused = lit_llm("chat", "--model", endless_model, "--prompt", "hi", "--template_args", "{stile: x}")
+    assert refused.code == 2
+    assert "template_args: the chat template has no variable 'stile'; it reads style. Did you mean 'style'?" in refused.err
+    done = lit_llm("chat", "--model", endless_model, "--prompt", "hi", "--template_args", "{style: Be brief.}", "--max_tokens", 3)
+    engine = TextEngine.load(endless_model)
+    plain = AutoTokenizer.from_pretrained(endless_model)
+    ids = plain.apply_chat_template([{"role": "user", "content": "hi"}], add_generation_prompt=True, style="Be brief.",
+                                    return_dict=True)["input_ids"]
+    greedy = SamplingParams(max_tokens=3, temperature=0)
+    assert done.out == engine.generate(ids, greedy).text + "\n" != engine.generate(engine.encode(
+        Conversation.from_openai([{"role": "user", "content": "hi"}])), greedy).text + "\n"
 
 
 def test_a_full_context_forgets_the_oldest_and_says_so(tiny_model, capsys):

@@ -50,6 +50,18 @@ def streamed(client, **options):
     return chunks, "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
 
 
+@pytest.mark.parametrize(("messages", "values"), [
+    (MESSAGES, {"style": "Be brief."}),
+    ([MESSAGES[1], {"role": "assistant", "content": "红色"}, MESSAGES[0], MESSAGES[1]], {}),
+    ([{"role": "assistant", "content": "Hi!"}, {"role": "user", "content": ""}, MESSAGES[1], MESSAGES[1]], {}),
+], ids=["a template's variable", "a late system message", "an empty turn, a greeting, two users"])
+def test_what_the_template_renders_is_served(messages, values, client, generate):
+    ids = generate.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True, **values)["input_ids"]
+    answer = chat(client, messages, max_tokens=5, extra_body={"chat_template_kwargs": values} if values else None)
+    assert answer.usage.prompt_tokens == len(ids)
+    assert answer.choices[0].message.content.rstrip("\ufffd") == text_of(generate, generate(ids, 5)[1]).rstrip("\ufffd")
+
+
 @pytest.mark.parametrize("new", [1, 7, 24, 60])
 def test_greedy_is_generate_whole_and_streamed(new, client, generate):
     prompt, ids = generate(MESSAGES, new)
