@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from functools import cached_property
 from itertools import takewhile
+from pathlib import Path
 from typing import Any
 
 from lit_llm.calls import PROBE_TOOL, shows, shows_calls
@@ -34,6 +35,34 @@ def chatml(start: str, end: str) -> str:
     2
     """
     return CHATML.replace("START", repr(start)).replace("END + ", repr(end) + " + ")
+
+
+def chosen(hf: Any, path: str, wanted: str | None) -> tuple[str, str]:
+    """The text of the template of a tokenizer (`path` is its folder), and what to tell the user about the choice."""
+    own = hf.chat_template
+    named = own if isinstance(own, dict) else ({"default": own} if own else {})
+    if wanted is not None:
+        if wanted in named:
+            return named[wanted], ""
+        try:
+            file = Path(wanted).expanduser()
+            if file.is_file():
+                return file.read_text(encoding="utf-8"), ""
+        except (OSError, UnicodeDecodeError, RuntimeError) as error:
+            raise InputError(f"the template file cannot be read: {str(error)[:120]}", where="data.chat_template",
+                             fix="give the path of a .jinja file in UTF-8, not the template itself") from None
+        has = ", ".join(named) or "none"
+        raise InputError(f"there is no template file {wanted}, and the tokenizer of {path} has no template of that "
+                         f"name (it has: {has})", where="data.chat_template", fix="give a .jinja file, or null")
+    if named:
+        return named.get("default") or next(iter(named.values())), ""
+    vocabulary = hf.get_added_vocab()
+    if "<|im_start|>" in vocabulary and "<|im_end|>" in vocabulary:
+        start, end = "<|im_start|>", "<|im_end|>"
+    else:
+        start, end = hf.bos_token or hf.eos_token, hf.eos_token
+    return chatml(start, end), (f"the tokenizer of {path} has no chat template: ChatML is used, written with its own "
+                                f"{start} and {end} (set data.chat_template for another)")
 
 
 class ChatTemplate(Renderer):

@@ -24,7 +24,7 @@ from lit_llm.errors import InputError, did_you_mean
 from lit_llm.jinja import Render, TemplateArgs, check_args, compiled, variables, with_defaults
 from lit_llm.rendering import Rendered, Span
 from lit_llm.samples import resolve
-from lit_llm.template import ChatTemplate, chatml
+from lit_llm.template import ChatTemplate, chosen
 
 __all__ = ["IGNORE_INDEX", "SPEAKERS", "TokenSequence", "Tokenizer", "TrainOn"]
 IGNORE_INDEX = -100
@@ -90,7 +90,7 @@ class Tokenizer:
         """
         path = resolve(path)
         hf = _from_pretrained(path)
-        template, note = _choose_template(hf, path, chat_template)
+        template, note = chosen(hf, path, chat_template)
         if template_args:
             check_args(template_args, variables(template, hf.special_tokens_map), "data.template_args")
             template = with_defaults(template, template_args)
@@ -344,34 +344,6 @@ def unlike(tokenizer: Tokenizer, base: str) -> str | None:
     id_, token = next((pair for pair in other if pair[1] in given), other[0])
     return (f"{len(other):,} of the {len(own):,} tokens of the base's own tokenizer have another id, or none: "
             f"{token!r} is {id_} there and {given.get(token, 'missing')} here")
-
-
-def _choose_template(hf: Any, path: str, wanted: str | None) -> tuple[str, str]:
-    """The template text, and what to tell the user about the choice."""
-    own = hf.chat_template
-    named = own if isinstance(own, dict) else ({"default": own} if own else {})
-    if wanted is not None:
-        if wanted in named:
-            return named[wanted], ""
-        try:
-            file = Path(wanted).expanduser()
-            if file.is_file():
-                return file.read_text(encoding="utf-8"), ""
-        except (OSError, UnicodeDecodeError, RuntimeError) as error:
-            raise InputError(f"the template file cannot be read: {str(error)[:120]}", where="data.chat_template",
-                             fix="give the path of a .jinja file in UTF-8, not the template itself") from None
-        has = ", ".join(named) or "none"
-        raise InputError(f"there is no template file {wanted}, and the tokenizer of {path} has no template of that "
-                         f"name (it has: {has})", where="data.chat_template", fix="give a .jinja file, or null")
-    if named:
-        return named.get("default") or next(iter(named.values())), ""
-    vocabulary = hf.get_added_vocab()
-    if "<|im_start|>" in vocabulary and "<|im_end|>" in vocabulary:
-        start, end = "<|im_start|>", "<|im_end|>"
-    else:
-        start, end = hf.bos_token or hf.eos_token, hf.eos_token
-    return chatml(start, end), (f"the tokenizer of {path} has no chat template: ChatML is used, written with its own "
-                                f"{start} and {end} (set data.chat_template for another)")
 
 
 def _speakers(rendered: Rendered, reading: Reading) -> np.ndarray:
