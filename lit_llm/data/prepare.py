@@ -268,4 +268,4 @@ def _refuse_nothing(report: Report, source: Source) -> None:
     if not report.kept:
         reason, (count, first) = next(iter(report.dropped.items()))
         raise InputError(f"no record of {report.read} could be kept: {reason} ({count} times)",
-                         where=first or source.path)
+                         where=first or source.path, fix=report.fixes.get(reason, ""))

@@ -54,21 +54,25 @@ class Report:
     double_bos: int = 0                                 # sequences that begin with it twice
     notes: dict[str, int] = field(default_factory=dict)         # what else was seen -> records
     mended: dict[str, int] = field(default_factory=dict)        # what was mended -> files
+    fixes: dict[str, str] = field(default_factory=dict)         # reason -> what would settle it
 
-    def drop(self, reason: str, place: str) -> None:
+    def drop(self, reason: str, place: str, fix: str = "") -> None:
         """Count one more; a reason quotes its record, so a bad file may have one of its own for each."""
         reason = reason.translate(CONTROLS)
         if reason not in self.dropped and len(self.dropped) >= MANY:
             reason = "other reasons"
         count, first = self.dropped.get(reason, (0, place))
         self.dropped[reason] = (count + 1, first)
+        if fix and reason != "other reasons":
+            self.fixes.setdefault(reason, fix.translate(CONTROLS))
 
     def refuse_flood(self, limit: float, fix: str) -> None:
         """Raise where a larger share than `limit` of the records read so far was set aside."""
         if self.quarantined > limit * self.read:
             reason, (count, first) = max(self.dropped.items(), key=lambda item: item[1][0])
             raise InputError(f"{self.quarantined:,} of {self.read:,} records are bad, more than a share of {limit:g}; "
-                             f"{count:,} of them: {reason} (first at {first})", where=self.source, fix=fix)
+                             f"{count:,} of them: {reason} (first at {first})", where=self.source,
+                             fix=" ".join(filter(None, (self.fixes.get(reason), fix))))
 
     @property
     def noted(self) -> dict[str, int]:
@@ -291,9 +295,9 @@ class Writer:
         return np.array(complete, dtype=SEQUENCE)
 
     def _quarantine(self, error: InputError, record: Any, place: Place) -> None:
-        self.report.drop(error.what[:120], error.where)
+        self.report.drop(error.what[:120], error.where, error.fix)
         self.report.quarantined += 1
-        line = {"where": error.where, "reason": error.what}
+        line = {"where": error.where, "reason": error.what, **({"fix": error.fix} if error.fix else {})}
         if isinstance(record, bytes):
             record = parse_line(record, Path(place.path), place.number)
         if not isinstance(record, InputError):

@@ -109,7 +109,10 @@ def _records(report: Report) -> Iterator[str]:
     yield f"{_several(report.read, 'record')}, {report.kept:,} kept; {report.tokens:,} tokens{share}"
     yield from (f"{count:,} {name}" for name, count in report.noted.items())
     reasons = sorted(report.dropped.items(), key=lambda item: -item[1][0])
-    yield from (f"{count:,} dropped: {reason} (first at {first})" for reason, (count, first) in reasons[:REASONS])
+    for reason, (count, first) in reasons[:REASONS]:
+        yield f"{count:,} dropped: {reason} (first at {first})"
+        if fix := report.fixes.get(reason):
+            yield f"  {fix}"
     if more := reasons[REASONS:]:
         yield f"{sum(count for _, (count, _) in more):,} dropped for {len(more):,} other reasons"
 

@@ -14,6 +14,7 @@ from lit_llm.data.prepare import prepare
 from lit_llm.data.readers import Place
 from lit_llm.data.sources import Source
 from lit_llm.data.store import SEQUENCE, Block, Writer
+from lit_llm.data.terminal import _records
 from lit_llm.errors import InputError
 
 
@@ -107,6 +108,24 @@ def test_quarantine_sets_aside_and_counts(tokenizer, jsonl):
     assert [line["where"] for line in aside] == [f"{path}:{number}" for number in (3, 4, "5:2")]
     assert aside[0]["record"] == BAD[2]
     assert "not JSON" in aside[2]["reason"]
+
+
+def test_set_aside_records_come_with_the_advice_of_error_mode(tokenizer, jsonl):
+    """The `columns` that would settle it stand in the report, in quarantine.jsonl, and in the error where none is kept."""
+    odd = {"q": "What is it?", "a": "A kite."}
+    with pytest.raises(InputError) as alone:
+        prepare(Source(jsonl([odd])), tokenizer)
+    assert "columns: {prompt: " in alone.value.fix
+    store = prepare(Source(jsonl([odd, {"prompt": "q", "completion": "a"}])), tokenizer, on_bad_record="quarantine")
+    assert set(store.report.fixes.values()) == {alone.value.fix}
+    assert alone.value.fix in "\n".join(_records(store.report))
+    assert json.loads((store.folder / "quarantine.jsonl").read_text())["fix"] == alone.value.fix
+    with pytest.raises(InputError) as none:
+        prepare(Source(jsonl([odd])), tokenizer, on_bad_record="quarantine")
+    assert none.value.fix == alone.value.fix
+    with pytest.raises(InputError) as flood:
+        store.report.refuse_flood(0.1, "Mend them.")
+    assert flood.value.fix == f"{alone.value.fix} Mend them."
 
 
 def test_nothing_kept_is_an_error(tokenizer, jsonl):
