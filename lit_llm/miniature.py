@@ -39,12 +39,13 @@ VOCABULARIES = re.compile(r"vocab(?!.*divisible)")
 RANDOM = re.compile(r"drop|jitter")                 # what makes a forward pass draw numbers
 
 
-def candidates(config: Any, *, whole: bool) -> Iterator[Any]:
+def candidates(config: Any, *, whole: bool, seq_len: int | None = None) -> Iterator[Any]:
     """Small configs of the same architecture, the smallest first.
 
     Args:
         config: Of a model of transformers.
         whole: The model is small as it is: its own sizes come first.
+        seq_len: Tokens of the longest document that the model will meet; null where it is not known.
 
     Yields:
         Configs; a key that does not fit another is found out when a model is built.
@@ -53,7 +54,7 @@ def candidates(config: Any, *, whole: bool) -> Iterator[Any]:
     for way in (*ways, {"layers": True, "heads": FEW}, {"layers": True, "heads": (8, *FEW)},
                 {"layers": False, "heads": FEW}, {"layers": True, "heads": ()}):
         with suppress(Exception):                   # each architecture checks its keys in its own way
-            yield _rebuilt(config, _shrunk(config.to_dict(), **way))
+            yield _rebuilt(config, _shrunk(config.to_dict(), seq_len=seq_len, **way))
 
 
 def _rebuilt(config: Any, facts: dict[str, Any]) -> Any:
@@ -62,10 +63,11 @@ def _rebuilt(config: Any, facts: dict[str, Any]) -> Any:
     return again
 
 
-def _shrunk(facts: dict[str, Any], *, layers: bool, heads: tuple[int, ...]) -> dict[str, Any]:
+def _shrunk(facts: dict[str, Any], *, layers: bool, heads: tuple[int, ...], seq_len: int | None = None
+            ) -> dict[str, Any]:
     """Keys of a config, and of configs within it; as many heads as the first number that fits, or all."""
-    facts = {key: _shrunk(value, layers=layers, heads=heads) if _is_config(key, value) else copy.deepcopy(value)
-             for key, value in facts.items()}
+    facts = {key: _shrunk(value, layers=layers, heads=heads, seq_len=seq_len) if _is_config(key, value)
+             else copy.deepcopy(value) for key, value in facts.items()}
     for key, value in facts.items():
         if RANDOM.search(key) and isinstance(value, float):
             facts[key] = 0.0
@@ -75,6 +77,7 @@ def _shrunk(facts: dict[str, Any], *, layers: bool, heads: tuple[int, ...]) -> d
             facts[key] = min(value, 2 if key.endswith("blocks") else 4)
         elif WINDOWS.search(key) and _is_count(value) and value > WINDOW:
             facts[key] = float(WINDOW) if isinstance(value, float) else WINDOW
+    _switch_early(facts, seq_len)
     facts.pop("dtype", None)
     facts.pop("quantization_config", None)
     if layers:
@@ -93,12 +96,26 @@ def _is_count(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
+def _switch_early(facts: dict[str, Any], seq_len: int | None) -> None:
+    """Let rotary positions of two lengths change from one to the other within the documents, if they will in the run.
+
+    Such a model looks at the longest document of a row, so in a row a short one would be seen with a long one's angles.
+    """
+    rope = facts.get("rope_parameters") or {}
+    ropes = [rope, *(own for own in rope.values() if isinstance(own, dict))]
+    if any(own.get("rope_type") == "longrope" for own in ropes):
+        for home in (facts, *ropes):
+            switch = home.get("original_max_position_embeddings")
+            if _is_count(switch) and (seq_len is None or seq_len > switch):
+                home["original_max_position_embeddings"] = 2 * WINDOW
+
+
 # ---- layers ----------------------------------------------------------------------------------------------------------
 
 def _cut_layers(facts: dict[str, Any]) -> None:
     """The first layers, as many as show every kind that the lists of the config name, and a whole period."""
-    count = next((facts[key] for key in facts if LAYERS.search(key) and isinstance(facts[key], int)), None)
-    if count is None or count < 3:
+    count = max([0, *(value for key, value in facts.items() if LAYERS.search(key) and isinstance(value, int))])
+    if count < 3:
         return
     named = {key for key, value in facts.items() if _names_layers(key, value)}
     lists = [key for key, value in facts.items()

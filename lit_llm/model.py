@@ -287,7 +287,8 @@ def _check_interface(error: Exception, what: str) -> None:
 
 def _check_causal(model: "PreTrainedModel") -> None:
     """Encoders get a head for words too, and would see the words that they shall predict."""
-    if {part.is_causal for part in model.modules() if isinstance(getattr(part, "is_causal", None), bool)} == {False}:
+    said = {part.is_causal for part in model.modules() if isinstance(getattr(part, "is_causal", None), bool)}
+    if said == {False} and not getattr(model.config, "is_decoder", False):
         raise InputError(f"{type(model).__name__} is an encoder here: each token sees those that follow it",
                          where="model", fix="take a causal model, like Llama or Qwen; of BERT's kin those with "
                          "is_decoder: true are")

@@ -134,7 +134,9 @@ class CausalLMModule(L.LightningModule):
         """
         if adapter.learns_prompt_by(self.peft_spec):
             return None
-        self.way = self.way or proof.way_of(self._pretrained(), self.init, **facts)
+        if self.way is None:                        # a model is asked once
+            longest = getattr(getattr(self._trainer, "datamodule", None), "seq_len", None)
+            self.way = proof.way_of(self._pretrained(), self.init, seq_len=longest, **facts)
         return attention.NAME if self.way.packed else "eager"
 
     @property

@@ -45,13 +45,14 @@ TOLERANCE = {torch.float64: (1e-6, 1e-5), torch.float32: (2e-5, 2e-3)}      # re
 PLAIN = Way(packed=False, own_logits=True, fast_norms=False)
 
 
-def way_of(base: str | None, init: dict[str, Any] | None, **defaults: Any) -> Way:
+def way_of(base: str | None, init: dict[str, Any] | None, *, seq_len: int | None = None, **defaults: Any) -> Way:
     """How a model's loss may be computed.
 
     Args:
         base: As in `model.skeleton`: the config alone is read.
         init: There too.
-        defaults: There too.
+        seq_len: Tokens of a row of the run; null where it is not known.
+        defaults: As in `model.skeleton`.
 
     Raises:
         InputError: No such base or architecture, it sees the tokens that follow, or it cannot be run with tokens alone.
@@ -59,7 +60,7 @@ def way_of(base: str | None, init: dict[str, Any] | None, **defaults: Any) -> Wa
     skeleton = anatomy.skeleton(base, init, **defaults)
     small = sum(weight.numel() for weight in skeleton.parameters()) <= SMALL
     obstacle = ""
-    for config in miniature.candidates(skeleton.config, whole=small):
+    for config in miniature.candidates(skeleton.config, whole=small, seq_len=seq_len):
         facts = json.dumps(config.to_dict(), sort_keys=True, default=str)
         try:
             return _answered(facts, lambda config=config: prove(skeleton, config))
@@ -314,7 +315,10 @@ def _built(like: Any, config: Any, kind: str) -> Any:
         with torch.device("meta"):
             size = sum(weight.numel() for weight in anatomy.like(like, config, kind).parameters())
         if size <= LARGE:
-            return anatomy.like(like, config, kind)
+            model = anatomy.like(like, config, kind)
+            with suppress(Exception):               # the product of all experts at once knows no float64
+                model.set_experts_implementation("eager")
+            return model
     except Exception as error:                      # each architecture refuses in its own way
         raise _NotBuiltError(_line(error)) from None
     raise _NotBuiltError(f"the smallest one has {size:,} parameters")
