@@ -19,6 +19,7 @@ from typing import Any
 VOCABULARY = 96
 INNER_WIDTH = 96
 FEW = (4, 2, 6, 8, 3, 5, 7, 1)                      # heads, the best number first
+MORE = (8, 4, 6)                                    # for who cuts them into groups of a fixed number
 MOST_LAYERS = 17                                    # of a period
 WINDOW = 5                                          # tokens, and fewer than those of the documents
 HEADS = re.compile(r"(^|_)n(um)?_([a-z_]*_)?heads?$|attention_heads$|^num_query_groups$")
@@ -51,7 +52,7 @@ def candidates(config: Any, *, whole: bool, seq_len: int | None = None) -> Itera
         Configs; a key that does not fit another is found out when a model is built.
     """
     ways: list[dict[str, Any]] = [{"layers": False, "heads": ()}] if whole else []
-    for way in (*ways, {"layers": True, "heads": FEW}, {"layers": True, "heads": (8, *FEW)},
+    for way in (*ways, {"layers": True, "heads": FEW}, {"layers": True, "heads": MORE},
                 {"layers": False, "heads": FEW}, {"layers": True, "heads": ()}):
         with suppress(Exception):                   # each architecture checks its keys in its own way
             yield _rebuilt(config, _shrunk(config.to_dict(), seq_len=seq_len, **way))
@@ -105,8 +106,8 @@ def _switch_early(facts: dict[str, Any], seq_len: int | None) -> None:
     ropes = [rope, *(own for own in rope.values() if isinstance(own, dict))]
     if any(own.get("rope_type") == "longrope" for own in ropes):
         for home in (facts, *ropes):
-            switch = home.get("original_max_position_embeddings")
-            if _is_count(switch) and (seq_len is None or seq_len > switch):
+            switch = home.get("original_max_position_embeddings") or 0
+            if switch and (seq_len is None or seq_len > switch):
                 home["original_max_position_embeddings"] = 2 * WINDOW
 
 
@@ -162,26 +163,26 @@ def _narrow(facts: dict[str, Any], wanted: tuple[int, ...]) -> None:
     if many:
         width = facts.get("head_dim")
         wide = max(width if isinstance(width, int) else 0, max(hidden, default=0) // many) > 128
-        order = (2, *wanted) if wide and wanted == FEW else wanted
-        by = next((many // few for few in order if many % few == 0
-                   and all(each % (many // few) == 0 for each in hidden)
-                   and all(few % _share(each, many // few) == 0 for each in shared)), 1)
+        order = (wanted[1], *wanted) if wide else wanted
+        few = next((few for few in order if many % few == 0 and all(each % (many // few) == 0 for each in hidden)
+                    and all(few % _share(each, many // few, few) == 0 for each in shared)), many)
+        by = many // few
     else:
-        by = max(1, max(hidden, default=64) // 64)
+        few, by = 0, max(1, max(hidden, default=64) // 64)
         by = by if all(each % by == 0 for each in hidden) else 1
     expanded = max(hidden, default=0) * (facts.get("expand") or 0)      # Mamba's inner width, which other keys imply
-    _divide(facts, by, expanded)
+    _divide(facts, by, few, expanded)
     for own in (facts.get("per_layer_config") or {}).values():
         if isinstance(own, dict):
-            _divide(own, by, expanded)
+            _divide(own, by, few, expanded)
     _fewer_experts(facts)
 
 
-def _divide(facts: dict[str, Any], by: int, expanded: int) -> None:
+def _divide(facts: dict[str, Any], by: int, few: int, expanded: int) -> None:
     """Numbers of heads and widths, by the same divisor where they are multiples of it."""
     for key, value in facts.items():
         if key in SHARED and _is_size(value):
-            facts[key] = _share(value, by)
+            facts[key] = _share(value, by, few)
         elif _is_size(value) and (HEADS.search(key) or WIDTHS.search(key)):
             facts[key] = value // by if value % by == 0 else value
         elif key.endswith("_lora_rank") and _is_size(value):
@@ -193,9 +194,9 @@ def _divide(facts: dict[str, Any], by: int, expanded: int) -> None:
             facts[key] = [max(1, each // by) for each in value]
 
 
-def _share(heads: int, by: int) -> int:
-    """Heads of keys and values where queries have so many fewer: one stays one, and several stay several."""
-    return 1 if heads == 1 else max(2, heads // by) if by > 1 else heads
+def _share(heads: int, by: int, few: int) -> int:
+    """Heads of keys and values where those of queries became few: one stays one, and several stay several."""
+    return 1 if heads == 1 else min(few or heads, max(2, heads // by)) if by > 1 else heads
 
 
 def _is_size(value: Any) -> bool:

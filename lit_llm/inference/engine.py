@@ -65,9 +65,10 @@ def budget(prompt_tokens: int, params: SamplingParams, context_length: int) -> i
 
 @dataclass(slots=True)
 class _Request:
-    """A request's whole state: what is read next, what has been read, and how many tokens are left."""
+    """A request's whole state: what is read next, all that it has so far, and how many tokens are left."""
 
     pending_ids: list[int]
+    all_ids: list[int]
     left: int
     params: SamplingParams
     generator: Any
@@ -94,6 +95,7 @@ class Engine:
         self.vocab_size = int(config.vocab_size)
         self._waiting: deque[tuple[str, _Request]] = deque()
         self._running: dict[str, _Request] = {}
+        self._reads_cache: bool | None = None           # tried with the first request
         self._prompt_tokens = self._generated_tokens = 0
 
     @classmethod
@@ -132,7 +134,7 @@ class Engine:
         generator = None
         if params.seed is not None and not params.greedy:
             generator = torch.Generator(device=self.model.device).manual_seed(params.seed)
-        self._waiting.append((request_id, _Request(prompt, left, params, generator)))
+        self._waiting.append((request_id, _Request(prompt, list(prompt), left, params, generator)))
 
     def cancel(self, request_id: str) -> bool:
         """Forget a request and free its cache; false if it is not there. No event follows."""
@@ -175,17 +177,42 @@ class Engine:
         import torch
         from transformers import DynamicCache
 
-        if request.cache is None:
-            request.cache = DynamicCache(config=self.model.config)
-            self._prompt_tokens += len(request.pending_ids)
         # no_grad, not inference_mode: a model in training may keep tensors that this forward makes (rotary tables).
         with torch.no_grad():
-            ids = torch.tensor([request.pending_ids], device=self.model.device)
-            output = self.model(input_ids=ids, past_key_values=request.cache, use_cache=True, logits_to_keep=1)
+            if self._reads_cache is None:
+                self._reads_cache = _reads_cache(self.model, request.all_ids)
+            if request.cache is None:
+                request.cache = DynamicCache(config=self.model.config) if self._reads_cache else ()
+                self._prompt_tokens += len(request.all_ids)
+            ids = torch.tensor([request.pending_ids if self._reads_cache else request.all_ids],
+                               device=self.model.device)
+            cached = {"past_key_values": request.cache, "use_cache": True, "logits_to_keep": 1}
+            output = self.model(input_ids=ids, **(cached if self._reads_cache else {}))
             logits_BV = output.logits[:, -1].float()
             token_id = int(next_ids(logits_BV, [request.params], [request.generator]))
         request.pending_ids = [token_id]
+        request.all_ids.append(token_id)
         return token_id
+
+
+def _reads_cache(model: Any, prompt: list[int]) -> bool:
+    """Whether a token behind a cache has the logits that it has behind the tokens themselves.
+
+    Architectures that keep another state (Mamba, RWKV) take the argument and leave it unread: each token would be
+    answered as if it were the first. All tokens are read anew for each one then, which is slow and right.
+    """
+    import torch
+    from transformers import DynamicCache
+
+    ids = torch.tensor([(prompt * 3)[:6] if len(prompt) < 3 else prompt[:6]], device=model.device)
+    want = model(input_ids=ids).logits[:, -1].float()
+    try:
+        cache = DynamicCache(config=model.config)
+        model(input_ids=ids[:, :-1], past_key_values=cache, use_cache=True, logits_to_keep=1)
+        have = model(input_ids=ids[:, -1:], past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
+    except Exception:                                   # an argument that it does not know
+        return False
+    return bool((have.float() - want).norm() <= 0.1 * want.norm())
 
 
 # ---- loading ---------------------------------------------------------------------------------------------------------

@@ -137,7 +137,7 @@ class CausalLMModule(L.LightningModule):
         if self.way is None:                        # a model is asked once
             longest = getattr(getattr(self._trainer, "datamodule", None), "seq_len", None)
             self.way = proof.way_of(self._pretrained(), self.init, seq_len=longest, **facts)
-        return attention.NAME if self.way.packed else "eager"
+        return attention.NAME if self.way.packed else None
 
     @property
     def why_alone(self) -> str:

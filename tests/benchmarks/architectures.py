@@ -17,7 +17,7 @@ import os
 import sys
 import time
 import warnings
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from itertools import pairwise
 from types import SimpleNamespace
 
@@ -38,10 +38,11 @@ SPECIAL = {
         "rembert", "roberta", "roberta-prelayernorm", "roc_bert", "roformer", "xlm-roberta", "xlm-roberta-xl", "xmod")},
     "dbrx": {"attn_config": {"rope_theta": 1e4, "kv_n_heads": 2, "clip_qkv": 8.0},
              "ffn_config": {"moe_num_experts": 4, "moe_top_k": 2, "ffn_hidden_size": 64}},
-    "dots1": {"n_routed_experts": 8}, "deepseek_v2": {"num_experts_per_tok": 2},
+    "dots1": {"n_routed_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "n_shared_experts": 1}, "deepseek_v2": {"num_experts_per_tok": 2},
     "hunyuan_v1_dense": {"head_dim": 16}, "hunyuan_v1_moe": {"head_dim": 16}, "ministral": {"head_dim": 16},
     "lfm2": {"num_hidden_layers": 3, "layer_types": ["conv", "full_attention", "conv"]},
     "lfm2_moe": {"num_hidden_layers": 3, "layer_types": ["conv", "full_attention", "conv"], "num_dense_layers": 1},
+    "cohere_compass_text": {"rope_parameters": {"full_attention": LLAMA_ROPE, "sliding_attention": LLAMA_ROPE}},
     "nemotron": {"num_key_value_heads": 8},
     "reformer": {"is_decoder": True, "axial_pos_embds": False, "attn_layers": ["local"] * 6},
     "xlm": {"causal": True},
@@ -159,17 +160,24 @@ def difference(config, precision, seed):
     """(way, relative difference of the loss in training and evaluation, that of the gradient)."""
     from transformers import AutoModelForCausalLM
 
+    from lit_llm.training import proof
+
     module = module_of(config, precision)
     randomize(module.model, seed)
-    plain = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=torch.float32)
-    plain = plain.to(next(module.model.parameters()).dtype)
+    plain = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=next(module.model.parameters()).dtype)
     plain.load_state_dict(module.model.state_dict())
     if precision == "64-true":                      # the product of all experts at once knows no float64
         for each in (plain, module.model):
             each.set_experts_implementation("eager")
     special = {value for key, value in config.to_dict().items() if isinstance(value, int) and "token_i" in key}
-    rows = plain.get_input_embeddings().weight.shape[0]
+    rows = min(len(plain.get_input_embeddings().weight), config.get_text_config(decoder=True).vocab_size)
     batch = batch_of(np.array([word for word in range(rows) if word not in special]), seed)
+    with proof.Wide() if precision == "64-true" else nullcontext():
+        return (module.way, *compared(module, plain, batch))
+
+
+def compared(module, plain, batch):
+    """Relative difference of the loss in training and evaluation, and that of the gradient."""
     plain.train()
     right = theirs(plain, batch)
     right.backward()
@@ -187,7 +195,7 @@ def difference(config, precision, seed):
     plain.eval()
     with torch.no_grad():
         right, ours = float(theirs(plain, batch)), float(module.sums(batch).total)
-    return module.way, max(worst, abs(ours - right) / abs(right)), grads
+    return max(worst, abs(ours - right) / abs(right)), grads
 
 
 def examine(keys, seed):

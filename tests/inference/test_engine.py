@@ -311,3 +311,21 @@ def test_an_adapter_of_a_run_is_asked_with_the_template_of_its_run(beside, tiny_
     own.save(tmp_path / "run" / "tokenizer")
     engine = TextEngine.load(base, adapter=folder) if beside else TextEngine.load(folder)
     assert engine.tokenizer.hf.chat_template == own.hf.chat_template
+
+
+@pytest.mark.parametrize("kind", ["mamba", "rwkv", "lfm2", "openai-gpt", "falcon_h1"])
+def test_architectures_with_another_memory_than_keys_and_values(kind):
+    """Greedy tokens are those of reading everything anew, whether a model reads transformers' cache or leaves it."""
+    from tests.benchmarks.architectures import SPECIAL, randomize, tiny
+
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(tiny({"model_type": kind} | SPECIAL.get(kind, {}))).eval()
+    randomize(model, 1)
+    model.generation_config.eos_token_id = None
+    engine, ids = Engine(model), [5, 9, 31, 7]
+    engine.add("one", ids, SamplingParams(max_tokens=8, temperature=0))
+    got = [event.token_id for _ in range(8) for event in engine.step()]
+    for _ in range(8):
+        with torch.no_grad():
+            ids = [*ids, int(model(input_ids=torch.tensor([ids])).logits[0, -1].argmax())]
+    assert got == ids[4:]

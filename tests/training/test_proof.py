@@ -104,4 +104,33 @@ def test_encoders_are_told_by_what_they_see():
             "num_hidden_layers": 1, "vocab_size": 64}
     with pytest.raises(InputError, match="encoder"):
         CausalLMModule(init=bert).choose_attention({})
-    assert CausalLMModule(init=bert | {"is_decoder": True}).choose_attention({}) in ("eager", "lit_varlen")
+    assert CausalLMModule(init=bert | {"is_decoder": True}).choose_attention({}) in (None, "lit_varlen")
+
+
+def test_adapters_are_in_the_models_own_logits():
+    """Packed, by the model's whole forward pass, as PEFT's model gives them for each document by itself."""
+    from transformers import AutoModelForCausalLM
+
+    from lit_llm import LoRA, attention
+    from lit_llm.adapter import wrap_peft
+    from tests.models import disturb
+
+    attention.register()
+    config = tiny({"model_type": "modernbert-decoder"})
+    inner = AutoModelForCausalLM.from_config(config, attn_implementation=attention.NAME)
+    model = wrap_peft(inner, LoRA(r=2, target_modules="all-linear").as_peft())
+    disturb(model)
+    batch = proof.documents(inner, 1)
+    ours = forward.nll(model.eval(), batch, forward.Choices(forward.Way(own_logits=True, keep=True)))
+    inner.set_attn_implementation("eager")
+    right = sum_of(model, batch)
+    assert ours.total.item() == pytest.approx(right.item(), rel=1e-5)
+    with model.disable_adapter():
+        assert abs(sum_of(model, batch) - right) > 1e-2
+
+
+def sum_of(model, batch):
+    from tests.benchmarks.architectures import theirs
+
+    with torch.no_grad():
+        return theirs(model, batch)
