@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 # Methods of peft that want more than tokens and labels: task numbers, other adapters, a second model.
+NO_METHOD = ("base_model_name_or_path", "inference_mode", "peft_type", "peft_version", "revision", "auto_mapping",
+             "task_type")                           # of an adapter's config: where it is from, not what it is
 ROWS = "vocabulary.json"                            # in an adapter's folder: rows of a base that has grown
 UNFIT = ("ArrowConfig", "CartridgeConfig", "CPTConfig", "MultitaskPromptTuningConfig", "PeftConfig", "PolyConfig",
          "PromptLearningConfig", "ShadowConfig", "XLoraConfig")
@@ -75,6 +77,27 @@ def spec_of(peft: dict[str, Any] | None, lora: LoRA | None) -> dict[str, Any] | 
     if peft is not None and lora is not None:
         raise InputError("model.peft and model.lora are two ways to say one thing; keep one", where="model")
     return peft if peft is not None else (lora.as_peft() if lora is not None else None)
+
+
+def spec_in(folder: Path) -> dict[str, Any]:
+    """The method of the adapter that lies in a folder in PEFT's format: its class, and keys that are not the default.
+
+    Raises:
+        InputError: Its config cannot be read, or names a method that is not trained here.
+    """
+    from peft import PeftConfig
+
+    try:
+        config: Any = PeftConfig.from_pretrained(str(folder))
+        keys = config.to_dict()
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        raise InputError(f"its config cannot be read: {str(error).splitlines()[0][:160]}", where=str(folder)) from None
+    plain = type(config)().to_dict()
+    kept = {key: sorted(value) if isinstance(value, set) else value for key, value in keys.items()
+            if value != plain.get(key) and key not in NO_METHOD}
+    spec = {"class_path": type(config).__name__, "init_args": kept}
+    _peft_config(spec)
+    return spec
 
 
 def wrap_peft(model: "PreTrainedModel", spec: dict[str, Any], *, tokens: Sequence[int] = ()) -> Any:

@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 NOUNS = {"answers", "calls", "conversation", "check", "jinja", "rendering", "template", "encoder", "tokenizer", "tying", "adapter",
-         "merging", "model", "attention", "blockwise", "miniature", "vocabulary"}
+         "merging", "model", "attention", "blockwise", "miniature", "vocabulary", "starting"}
 GROUND = {"class_paths", "command", "disk", "errors", "hub", "library_warnings", "origin", "redaction", "samples"}
 RIM = {"cli", "runs", "ending", "examples", "parser", "runconfig", "__main__", "__init__"}       # they may import everything
 WINGS = {"data": set(), "training": {"data"}, "inference": set()}
@@ -21,7 +21,8 @@ NOUNS_FROM = {"conversation": set(), "check": {"conversation"}, "miniature": set
               "template": {"conversation", "calls", "jinja", "rendering"}, "encoder": {"rendering"},
               "answers": {"conversation", "rendering"},
               "tokenizer": {"answers", "check", "conversation", "jinja", "rendering", "template", "encoder"}, "tying": set(),
-              "vocabulary": set(), "adapter": {"tying", "vocabulary"}, "merging": {"adapter"}, "model": {"attention", "adapter"}}
+              "vocabulary": set(), "adapter": {"tying", "vocabulary"}, "merging": {"adapter"},
+              "starting": {"adapter", "merging"}, "model": {"attention", "adapter"}}
 HOMES = {
     "peft": {"adapter"}, "AutoModelForCausalLM": {"model"}, "AutoConfig": {"model", "inference.export"},
     "tokenizers": {"tokenizer", "samples.make"}, "AutoTokenizer": {"tokenizer"}, "datasets": {"data.sources", "data.readers"},

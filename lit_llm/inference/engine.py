@@ -276,9 +276,8 @@ def _load(folder: str, device: str, dtype: str, adapter: str | Path | None) -> A
     import torch
     from safetensors import SafetensorError
 
-    from lit_llm.adapter import load_adapter
-    from lit_llm.merging import merge
     from lit_llm.model import load_causal_lm, stored_dtype
+    from lit_llm.starting import merged
 
     facts = _trained_on(adapter or folder) if adapter or _adapter_base(folder) else {}
     if base := _adapter_base(folder):
@@ -300,7 +299,7 @@ def _load(folder: str, device: str, dtype: str, adapter: str | Path | None) -> A
         model: Any = load_causal_lm(folder, dtype=kind)
         if adapter:
             check.check_weights(folder, model)
-            model = merge(load_adapter(model, adapter))
+            model = merged(model, Path(adapter))
             if Path(adapter, "generation_config.json").is_file():       # where its training taught it to stop
                 model.generation_config = model.generation_config.from_pretrained(str(adapter))
     except InputError:

@@ -40,7 +40,7 @@ def export(run: str, checkpoint: str = "best", out: str | None = None, dtype: Dt
     """
     import torch
 
-    from lit_llm import adapter, model
+    from lit_llm import model, starting
     from lit_llm.merging import merge
 
     folder = checkpoint_folder(Path(run), checkpoint)
@@ -58,7 +58,7 @@ def export(run: str, checkpoint: str = "best", out: str | None = None, dtype: Dt
             drift = model.quantization_drift(exact, quantize)
             log.warning("trained on a base in 4 bits, merged into the exact one: linear weights differ by %.1f %% of "
                         "their norm; measure the export anew", 100 * drift)
-        trained: Any = adapter.load_adapter(exact, folder / "adapter")
+        trained: Any = starting.load(exact, folder / "adapter")
     else:
         stored, quantize = None, None
         trained = model.load_causal_lm(str(folder / "model"))

@@ -21,7 +21,7 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.loops.evaluation_loop import RestartStage
 
-from lit_llm import adapter, disk, model, origin
+from lit_llm import adapter, disk, model, origin, starting
 from lit_llm.data.identity import differences
 from lit_llm.errors import InputError, at_least
 from lit_llm.training import manifest
@@ -191,6 +191,8 @@ class StepCheckpoint(Checkpoint):
         state = {name.removeprefix(PREFIX): weight for name, weight in state.items()}
         if adapter.is_peft(module.model):
             adapter.save_adapter(module.model, folder / "adapter", state, base=str(origin.recorded(module.base)))
+            if module.start is not None and module.merge_start:
+                starting.carry(Path(module.start), folder / "adapter")
         else:
             model.save_weights(module.model, folder / "model", state)
         tokenizer: Any = getattr(getattr(trainer, "datamodule", None), "tokenizer", None)

@@ -63,9 +63,27 @@ def check_options(module: "CausalLMModule") -> None:
     if module.init is not None and module.peft_spec is not None:
         raise InputError("adapters on random weights would learn nothing that could be merged or loaded again",
                          where="model.init", fix="set --model.lora null to train every weight, or give model.base")
-    if module.quantize is not None and module.peft_spec is None:
+    _check_start(module)
+    if module.quantize is not None and module.peft_spec is None and module.start is None:
         raise InputError("4-bit weights cannot learn; adapters on them can", where="model.quantize",
                          fix="set model.lora (see configs/with/qlora.yaml), or --model.quantize null")
+
+
+def _check_start(module: "CausalLMModule") -> None:
+    """What an adapter to start from cannot go with."""
+    if module.start is None:
+        if module.merge_start:
+            raise InputError("there is no adapter to merge", where="model.merge_adapter", fix="give model.adapter")
+        return
+    if module.init is not None:
+        raise InputError("an adapter belongs to a base that was trained", where="model.adapter", fix="give model.base")
+    if not module.merge_start and module.peft_spec is not None:
+        raise InputError("an adapter is continued with its own method, and another is given", where="model.adapter",
+                         fix="--model.lora null (and --model.peft null) continues it; --model.merge_adapter true "
+                             "merges it into the base first and trains the other one on that")
+    if module.merge_start and module.quantize is not None:
+        raise InputError("an adapter cannot be merged into a base in 4 bits without loss", where="model.merge_adapter",
+                         fix="export the adapter's run first, and give that folder as model.base")
 
 
 def check(module: "CausalLMModule", strategy: Any, world_size: int) -> None:

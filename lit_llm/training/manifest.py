@@ -94,13 +94,20 @@ def identity(trainer: L.Trainer) -> dict[str, Any]:
     template = getattr(getattr(tokenizer, "hf", None), "chat_template", None)
     facts = {
         "base": origin.recorded(module.base), "base_hash": origin.content_hash(module.base), "init": module.init,
-        "peft": module.peft_spec, "quantize": module.quantize, "optimizer": module.optimizer,
+        "peft": _method(module), "quantize": module.quantize, "optimizer": module.optimizer,
         "tokenizer": getattr(tokenizer, "fingerprint", None),
         "template": template and hashlib.sha256(json.dumps(template).encode()).hexdigest(),
         "data": {stage: plan.fingerprint for stage, plan in plans.items()},
     }
     plain: dict[str, Any] = json.loads(json.dumps(facts, default=str))
     return plain
+
+
+def _method(module: Any) -> Any:
+    """The PEFT spec, and upon which merged adapter it is trained."""
+    if module.peft_spec is None or getattr(module, "start", None) is None or not module.merge_start:
+        return module.peft_spec
+    return module.peft_spec | {"upon": _sha256(Path(module.start) / "adapter_model.safetensors")}
 
 
 def check_same(folder: Path, trainer: L.Trainer, accepted: Sequence[Change]) -> None:

@@ -12,7 +12,8 @@ import lightning as L
 import torch
 from torch import Tensor, nn
 
-from lit_llm import adapter, attention, check, model, vocabulary
+from lit_llm import adapter, attention, check, model, starting, vocabulary
+from lit_llm.adapter import spec_of
 from lit_llm.class_paths import refuse_within
 from lit_llm.errors import InputError
 from lit_llm.samples import resolve
@@ -42,6 +43,10 @@ class CausalLMModule(L.LightningModule):
         quantize: Keep the frozen base's linear layers in 4 bits, as QLoRA does (arXiv:2305.14314): nf4, fp4. A quarter
             of a bf16 base's memory, slower; adapters are merged into the exact base. Needs bitsandbytes (CPU too).
         peft: The long form: any PEFT config by `class_path` and `init_args`, e.g. class_path: peft.LoHaConfig.
+        adapter: A trained adapter to start from: a folder in PEFT's format, a checkpoint, or a run (its best one). It
+            is continued with its own method, so model.lora and model.peft must be null.
+        merge_adapter: Merge that adapter into the base first; then model.lora, model.peft or all weights are trained
+            on the result. Checkpoints carry the merged one with theirs.
         lr: Peak learning rate. 2e-4 suits adapters; training every weight bears about ten times less.
         warmup: Linear rise of the learning rate: a number of steps, or a share of the run if below 1.
         schedule: What the learning rate does after it: cosine, linear, wsd (flat, then a short cool-down) or constant.
@@ -73,6 +78,8 @@ class CausalLMModule(L.LightningModule):
         lora: adapter.LoRA | None = None,
         peft: dict[str, Any] | None = None,
         quantize: model.Quantize | None = None,
+        adapter: str | None = None,
+        merge_adapter: bool = False,
         lr: float = 2e-4,
         warmup: float = 0.03,
         schedule: optim.Schedule = "cosine",
@@ -90,7 +97,8 @@ class CausalLMModule(L.LightningModule):
         super().__init__()
         refuse_within(init, "model.init")
         self.base, self.init = base, init
-        self.peft_spec = adapter.spec_of(peft, lora)
+        self.peft_spec = spec_of(peft, lora)
+        self.start, self.merge_start = adapter, merge_adapter       # an adapter's folder
         self.train_tokens = lora.train_tokens if lora is not None else "auto"
         self.trained_ids: list[int] = []            # tokens whose rows learn beside the adapters
         self.quantize = quantize
@@ -103,6 +111,8 @@ class CausalLMModule(L.LightningModule):
         self.compile_layers = compile               # nn.Module.compile is a method
         self.cross_entropy = cross_entropy
         compatible.check_options(self)
+        if adapter is not None:
+            self._check_start(adapter)
         self.checkpoint: Path | None = None         # set by Trainer.validate and .test: weights of one checkpoint
         self.model: Any = None
         self.way: forward.Way | None = None         # what of the forward pass is ours; null before the model was asked
@@ -201,11 +211,25 @@ class CausalLMModule(L.LightningModule):
             return str(self.checkpoint / "model")
         return self.base
 
+    def _check_start(self, folder: str) -> None:
+        """An adapter to start from must fit the base; one to be continued says what is trained."""
+        found = starting.find(folder)
+        starting.check_base(found, str(self.base))
+        self.start = str(found)
+        if not self.merge_start:
+            self.peft_spec, self.train_tokens = adapter.spec_in(found), "auto"
+
     def _adapted(self, inner: Any) -> Any:
+        """The model with what learns on it: a checkpoint's adapter, one to be continued, or a new one."""
+        if self.checkpoint is not None and (self.checkpoint / "adapter").is_dir():
+            return starting.load(inner, self.checkpoint / "adapter", trainable=True)
+        if self.start is not None and not self.merge_start:
+            self.trained_ids = adapter.stored_tokens(Path(self.start))
+            return starting.load(inner, Path(self.start), trainable=True)
+        if self.start is not None and (self.checkpoint is None or self.peft_spec is not None):
+            inner = starting.merged(inner, Path(self.start))
         if self.peft_spec is None:
             return inner
-        if self.checkpoint is not None and (self.checkpoint / "adapter").is_dir():
-            return adapter.load_adapter(inner, self.checkpoint / "adapter", trainable=True)
         self.trained_ids = self._choose_tokens(inner)
         return adapter.wrap_peft(inner, self.peft_spec, tokens=self.trained_ids)
 

@@ -1,0 +1,107 @@
+"""If this breaks: a continued adapter starts from another model than it was, or an export lacks what was merged before."""
+
+import json
+
+import pytest
+import torch
+
+from lit_llm import CausalLMModule, InputError, LoRA, Source, TextDataModule, Trainer
+from lit_llm.inference.completion import TextEngine
+from lit_llm.inference.export import export
+from lit_llm.samples import resolve
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A run of LoRA on the sample's base, with its data and its last validation."""
+    folder = tmp_path_factory.mktemp("starting")
+    rows = [{"messages": [{"role": "user", "content": f"Where is the {animal}?"},
+                          {"role": "assistant", "content": f"The {animal} is here!"}]}
+            for animal in ("cat", "dog", "owl", "fox", "hen", "pig")]
+    (folder / "chats.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    _, trainer, _ = fit(folder, "one", lora=LoRA(r=4), steps=6)
+    return folder, float(trainer.callback_metrics["val/nll"])
+
+
+def fit(folder, name, *, steps=2, ckpt_path=None, **options):
+    source = str(folder / "chats.jsonl")
+    data = TextDataModule(sources=[Source(source, weight=8)], val_sources=[Source(source)], tokenizer="sample:base",
+                          seq_len=64, batch_size=2)
+    module = CausalLMModule(**{"base": "sample:base", "lr": 1e-2, "schedule": "constant", "warmup": 0} | options)
+    torch.manual_seed(0)
+    trainer = Trainer(default_root_dir=str(folder / name), max_steps=steps, max_epochs=-1, accelerator="cpu", devices=1,
+                      enable_progress_bar=False)
+    trainer.fit(module, datamodule=data, ckpt_path=ckpt_path)
+    return module, trainer, data
+
+
+def before(folder, name):
+    """nll of the validation before training, as the run keeps it."""
+    return json.loads((folder / name / "metrics.json").read_text())["before/val/nll"]
+
+
+def plain_nll(folder, data):
+    """Of an exported folder, by plain transformers in float64."""
+    from transformers import AutoModelForCausalLM
+
+    model, total, count = AutoModelForCausalLM.from_pretrained(folder).double(), 0.0, 0
+    corpus = data.plans["val"].corpus
+    for sequence in range(len(corpus)):
+        ids, learned = corpus.read(sequence, 0, int(corpus.lengths[sequence]))
+        row, where = torch.tensor(ids.astype(int)), torch.tensor(learned[1:])
+        with torch.no_grad():
+            logp = model(input_ids=row[None]).logits[0, :-1].log_softmax(-1)
+        total -= logp.gather(1, row[1:, None])[where].sum().item()
+        count += int(where.sum())
+    return total / count
+
+
+@pytest.mark.parametrize("how", [
+    {}, {"merge_adapter": True, "lora": LoRA(r=2)}, {"merge_adapter": True, "lr": 1e-4},
+    {"merge_adapter": True, "peft": {"class_path": "LoHaConfig", "init_args": {"r": 2}}}],
+    ids=["continued", "lora upon it", "all weights", "another method"])
+def test_the_first_validation_is_the_adapters_last(trained, how, request):
+    """Then training goes on; the checkpoint, the export and what chat loads are the model that was trained."""
+    folder, last = trained
+    name = request.node.callspec.id.replace(" ", "_")
+    _, trainer, data = fit(folder, name, adapter=str(folder / "one"), **how)
+    assert before(folder, name) == pytest.approx(last, rel=1e-5)
+    now = float(trainer.callback_metrics["val/nll"])
+    assert now != pytest.approx(last, rel=1e-5)
+    assert plain_nll(export(str(folder / name), "last"), data) == pytest.approx(now, rel=1e-5)
+    if (step := next((folder / name / "checkpoints").glob("step_*"))).joinpath("adapter").is_dir():
+        one = TextEngine.load(resolve("sample:base"), adapter=step / "adapter").engine
+        two = TextEngine.load(folder / name / "export").engine
+        pairs = zip(one.model.parameters(), two.model.parameters(), strict=True)
+        assert all(torch.allclose(ours, theirs, atol=1e-6) for ours, theirs in pairs)
+    whole, *_ = fit(folder, name + "_whole", steps=4, adapter=str(folder / "one"), **how)
+    resumed, *_ = fit(folder, name, steps=4, adapter=str(folder / "one"), ckpt_path="last", **how)
+    ours = dict(resumed.model.named_parameters())
+    assert all(torch.equal(weight, ours[key]) for key, weight in whole.model.named_parameters())
+    step = next((folder / name / "checkpoints").glob("step_*"))
+    module = CausalLMModule(base="sample:base", adapter=str(folder / "one"), **how)
+    measured = Trainer(default_root_dir=str(folder / name), accelerator="cpu", devices=1, enable_progress_bar=False,
+                       logger=False)
+    figures = measured.validate(module, datamodule=data, ckpt_path=str(step), verbose=False)[0]
+    assert figures["val/nll"] == pytest.approx(plain_nll(export(str(folder / name), "last"), data), rel=1e-5)
+
+
+def test_wrong_company_is_refused_by_name(trained, tmp_path, stories):
+    folder, _ = trained
+    start = str(folder / "one")
+    for keys, words in (
+            ({"base": "sample:base", "adapter": start, "lora": LoRA(r=2)}, "--model.lora null"),
+            ({"base": "sample:base", "merge_adapter": True, "lora": LoRA(r=2)}, "no adapter to merge"),
+            ({"init": {"model_type": "llama"}, "adapter": start}, "give model.base"),
+            ({"base": "sample:base", "adapter": start, "merge_adapter": True, "lora": LoRA(r=2), "quantize": "nf4"},
+             "4 bits"),
+            ({"base": stories, "adapter": start}, "was trained on sample:base"),
+            ({"base": "sample:base", "adapter": str(tmp_path)}, "no adapter")):
+        with pytest.raises(InputError) as caught:
+            CausalLMModule(**keys)
+        assert words in str(caught.value), keys
+    step = next((folder / "one/checkpoints").glob("step_*")) / "adapter"
+    (tmp_path / "adapter_config.json").write_text((step / "adapter_config.json").read_text())
+    torch.save({}, tmp_path / "adapter_model.bin")
+    with pytest.raises(InputError, match=r"no adapter_model\.safetensors"):
+        CausalLMModule(base="sample:base", adapter=str(tmp_path))
