@@ -25,6 +25,7 @@ from lit_llm.jinja import Render, TemplateArgs, check_args, compiled, variables,
 from lit_llm.rendering import Rendered, Span
 from lit_llm.samples import resolve
 from lit_llm.template import ChatTemplate, chosen
+from lit_llm.tokenizer_file import check_reading
 
 __all__ = ["IGNORE_INDEX", "SPEAKERS", "TokenSequence", "Tokenizer", "TrainOn"]
 IGNORE_INDEX = -100
@@ -318,6 +319,7 @@ def _from_pretrained(path: str) -> Any:
                          where="tokenizer")
     if hf.eos_token_id is None:
         raise InputError(f"the tokenizer of {path} names no eos_token, so nothing would ever end", where="tokenizer")
+    check_reading(hf, Path(path))
     return hf
 
 

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -65,7 +66,8 @@ def explained(model: "PreTrainedModel", config: Any, *, say: bool = True) -> Ite
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     adapted = [hasattr(layer, "base_layer") and not hasattr(layer, "token_adapter")
                and not hasattr(layer, "trainable_tokens_delta") for layer in (embedding, head)]    # rows stay tied
-    if say and any(adapted) and getattr(model.config.get_text_config(), "tie_word_embeddings", False):
+    first = not dist.is_available() or not dist.is_initialized() or dist.get_rank() == 0
+    if say and first and any(adapted) and getattr(model.config.get_text_config(), "tie_word_embeddings", False):
         which = "both" if all(adapted) else "the embedding" if adapted[0] else "the output head"
         tied = getattr(config, "ensure_weight_tying", False) and not getattr(config, "use_dora", False)
         log.info("embedding and output head are one matrix in this base; adapters are on %s: %s", which,

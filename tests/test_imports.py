@@ -10,7 +10,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 NOUNS = {"answers", "calls", "conversation", "check", "jinja", "rendering", "template", "encoder", "tokenizer", "tying", "adapter",
-         "merging", "model", "attention", "blockwise", "miniature", "vocabulary", "starting"}
+         "merging", "model", "attention", "blockwise", "miniature", "vocabulary", "starting",
+         "tokenizer_file"}
 GROUND = {"class_paths", "command", "disk", "errors", "hub", "library_warnings", "origin", "redaction", "samples"}
 RIM = {"cli", "runs", "ending", "examples", "parser", "runconfig", "__main__", "__init__"}       # they may import everything
 WINGS = {"data": set(), "training": {"data"}, "inference": set()}
@@ -20,12 +21,13 @@ NOUNS_FROM = {"conversation": set(), "check": {"conversation"}, "miniature": set
               "calls": set(), "rendering": {"conversation", "calls", "jinja"},
               "template": {"conversation", "calls", "jinja", "rendering"}, "encoder": {"rendering"},
               "answers": {"conversation", "rendering"},
-              "tokenizer": {"answers", "check", "conversation", "jinja", "rendering", "template", "encoder"}, "tying": set(),
+              "tokenizer": {"answers", "check", "conversation", "jinja", "rendering", "template", "encoder", "tokenizer_file"},
+              "tokenizer_file": set(), "tying": set(),
               "vocabulary": set(), "adapter": {"tying", "vocabulary"}, "merging": {"adapter"},
               "starting": {"adapter", "merging"}, "model": {"attention", "adapter"}}
 HOMES = {
     "peft": {"adapter"}, "AutoModelForCausalLM": {"model"}, "AutoConfig": {"model", "inference.export"},
-    "tokenizers": {"tokenizer", "samples.make"}, "AutoTokenizer": {"tokenizer"}, "datasets": {"data.sources", "data.readers"},
+    "tokenizers": {"tokenizer", "tokenizer_file", "samples.make"}, "AutoTokenizer": {"tokenizer"}, "datasets": {"data.sources", "data.readers"},
     "torchmetrics": {"training.metrics"}, "triton": {"training.kernels"}, "cut_cross_entropy": {"training.borrowed"},
     "liger_kernel": {"training.borrowed"}, "litserve": set(),
     "deepspeed": {"training.strategy", "training.weights", "training.reshard", "training.trial"},
