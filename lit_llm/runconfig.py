@@ -27,6 +27,8 @@ def kept(config: dict[str, Any]) -> dict[str, Any]:
     """
     run = {key: config[key] for key in KEPT if key in config}
     model, data, trainer = (dict(run.get(part) or {}) for part in ("model", "data", "trainer"))
+    if data.get("tokenizer") == model.get("base"):      # filled in: another base that is typed later brings its own
+        data["tokenizer"] = None
     for part, key in ((model, "base"), (model, "adapter"), (data, "tokenizer"), (data, "chat_template")):
         if isinstance(part.get(key), str):
             part[key] = existing(part[key])

@@ -100,6 +100,7 @@ def test_the_config_of_a_run_loads_with_every_verb(run):
     assert not list(Path(".").iterdir()), "a verb wrote where its user stands"
     code, out, err = call("fit", "--config", config, "--trainer.default_root_dir", "again")
     assert code == 0, err
+    assert kept["data"]["tokenizer"] is None            # the base's; another base brings its own
     once, again = (next(where.glob("checkpoints/step_2/adapter/*.safetensors")).read_bytes() for where in (folder, Path("again")))
     assert once == again
 

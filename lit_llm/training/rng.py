@@ -4,6 +4,8 @@ Lightning saves none of them, and under DDP and ZeRO keeps only what rank 0 says
 nothing of what is drawn.
 """
 
+import logging
+import os
 import random
 from typing import Any
 
@@ -13,12 +15,15 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch.callbacks import Callback
 
+log = logging.getLogger(__name__)
+
 
 class RngState(Callback):
     """Keeps the state of torch's, CUDA's, numpy's and Python's generators of each rank in checkpoints."""
 
     def __init__(self) -> None:
         self._ranks: list[dict[str, Any]] | None = None
+        self._seed: str | None = None               # of the run's beginning
 
     def state_dict(self) -> dict[str, Any]:
         """Of all ranks, a few kB each; a collective."""
@@ -26,16 +31,20 @@ class RngState(Callback):
         if dist.is_available() and dist.is_initialized():
             ranks = [None] * dist.get_world_size()
             dist.all_gather_object(ranks, current())
-        return {"ranks": ranks}
+        return {"ranks": ranks, "seed": self._seed or os.environ.get("PL_GLOBAL_SEED")}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep them until the first step."""
-        self._ranks = state_dict["ranks"]
+        self._ranks, self._seed = state_dict["ranks"], state_dict.get("seed")
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         """Each rank takes its own; with another number of ranks there is nothing to go on with."""
         if self._ranks is not None and len(self._ranks) == trainer.world_size:
             restore(self._ranks[trainer.global_rank])
+            now = os.environ.get("PL_GLOBAL_SEED")
+            if self._seed and now and now != self._seed and trainer.is_global_zero:
+                log.warning("seed_everything %s -> %s has no effect: a resumed run goes on with its own random numbers",
+                            self._seed, now)
         self._ranks = None
 
 

@@ -71,7 +71,9 @@ def test_what_is_typed_on_a_resume_takes_effect(strategy, ranks, lives, start):
 
 def test_an_untouched_resume_says_nothing(lives, start):
     words = start()
-    done = lives.live(*words, "run", "--ckpt_path", "last", "--trainer.max_steps", FIRST + 1, "--model.weight_decay", 0.1)
+    done = lives.live(*words, "run", "--ckpt_path", "last", "--trainer.max_steps", FIRST + 1, "--model.weight_decay", 0.1,
+                      "--seed_everything", 7)
+    assert "seed_everything 42 -> 7 has no effect" in done["said"][0]["err"]
     said = [line for line in done["said"][0]["err"].splitlines() if "changed on resume" in line]
     assert said == [f"changed on resume: steps of the run {FIRST} -> {FIRST + 1}"]
 

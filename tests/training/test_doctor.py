@@ -39,7 +39,8 @@ def tape(tmp_path_factory, monkeypatch):
 
 
 def test_verify_resume(place, tape, capsys):  # noqa: F811
-    code, out, err = call("verify-resume", "--config", "ok.yaml", "--steps", 2)
+    assert call("fit", "--config", "ok.yaml", "--trainer.max_steps", 1, "--trainer.default_root_dir", "made")[0] == 0
+    code, out, err = call("verify-resume", "--config", "made/config.yaml", "--steps", 2)
     assert code == 0, err
     assert (out.count("PASS"), out.count("FAIL")) == (4, 0)
     assert not Path("run").exists()
@@ -73,7 +74,8 @@ def test_shards_of_fsdp2_are_looked_into(tmp_path):
 
 
 def test_selftest(place, tape, capsys):  # noqa: F811
-    code, out, err = call("selftest", "--config", "ok.yaml")
+    assert call("fit", "--config", "ok.yaml", "--trainer.max_steps", 1, "--trainer.default_root_dir", "made")[0] == 0
+    code, out, err = call("selftest", "--config", "made/config.yaml")      # of a run
     assert code == 0, err
     assert (out.count("PASS"), out.count("FAIL")) == (2, 0)
     assert not Path("run").exists()
