@@ -217,12 +217,14 @@ def _places(ids: tuple[int, ...], vocabulary: int, device: torch.device) -> Tens
 
 def _as_trained_here(model: Any) -> Any:
     """PEFT's model, its embeddings without a copy of the matrix, its heads with their bias, tied adapters as one."""
+    from peft.tuners.lora.layer import ParamWrapper
     from peft.tuners.trainable_tokens import TrainableTokensLayer
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     for name, layer in model.named_modules():
         below, dora = getattr(layer, "base_layer", None), any(getattr(layer, "use_dora", {}).values())
-        if isinstance(below, BaseTunerLayer) or (dora and hasattr(below, "token_adapter")):
+        twice = isinstance(below, BaseTunerLayer) and not isinstance(layer, ParamWrapper)   # experts' are nested
+        if twice or (dora and hasattr(below, "token_adapter")):
             raise ValueError(f"{name.removeprefix('base_model.model.')} would be adapted twice: it and the embedding "
                              "are one matrix; name only one of the two")
         if isinstance(layer, TrainableTokensLayer):

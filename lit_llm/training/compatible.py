@@ -57,6 +57,7 @@ def check_options(module: "CausalLMModule") -> None:
             ("min_lr_share", 0 <= module.min_lr_share <= 1, "a share of the peak, from 0 to 1"),
             ("betas", all(0 <= beta < 1 for beta in module.betas), "two numbers from 0 to below 1"),
             ("eps", module.eps >= 0, "0 or more"), ("weight_decay", module.weight_decay >= 0, "0 or more"),
+            ("router_aux_loss", 0 <= (module.router_aux_loss or 0) < float("inf"), "0 or more, or null"),
             ("neftune_alpha", (module.neftune_alpha or 0) >= 0, "0 or more, or null")):
         if not fits:
             raise InputError(f"{getattr(module, name)} is not {right}", where=f"model.{name}")

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from inspect import Parameter, signature
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from lit_llm import adapter
 from lit_llm import model as anatomy
 from lit_llm.tokenizer import IGNORE_INDEX
+from lit_llm.training.balance import balance_sum, merged
 from lit_llm.training.loss import CrossEntropy, Nll, nll_sum, of_logits, supervised
 
 if TYPE_CHECKING:
@@ -69,14 +70,31 @@ class Choices:
         way: What of the forward pass is ours.
         noise: NEFTune's alpha; null where there is none, and in evaluation.
         cross_entropy: Whose kernels train (see `loss.nll_sum`).
+        balance: Whether to give the routers' load balance too.
     """
 
     way: Way = field(default_factory=Way)
     noise: float | None = None
     cross_entropy: CrossEntropy = "fused"
+    balance: bool = False
 
 
-def nll(model: Any, batch: "Batch", choices: Choices) -> Nll:
+class Sums(NamedTuple):
+    """Of one micro-batch.
+
+    Args:
+        total: As `Nll.total`: nats of all supervised tokens.
+        correct: As `Nll.correct`.
+        balance: () where the routers' load balance was asked for: of each document its tokens times its balance
+            (`balance.py`). No part of `total`.
+    """
+
+    total: Tensor
+    correct: Tensor
+    balance: Tensor | None = None
+
+
+def nll(model: Any, batch: "Batch", choices: Choices) -> Sums:
     """Sums over the supervised tokens of one micro-batch: with a gradient where gradients are enabled.
 
     Args:
@@ -86,7 +104,7 @@ def nll(model: Any, batch: "Batch", choices: Choices) -> Nll:
         choices: Of the run.
     """
     if adapter.learns_prompt(model):
-        return _nll_behind_prompts(model, batch)
+        return Sums(*_nll_behind_prompts(model, batch))
     way, ids, labels = choices.way, batch["input_ids"].view(1, -1), batch["labels"].view(-1)
     if way.packed:
         borders: dict[str, Any] = {"position_ids": batch["position_ids"].view(1, -1), "attention_mask": None,
@@ -98,9 +116,11 @@ def nll(model: Any, batch: "Batch", choices: Choices) -> Nll:
         parts = [_Part(ids[:, place], labels[place]) for place in places]
     if way.own_logits:
         return _sum([_nll_of_logits(model, part, choices) for part in parts])
-    hidden = [_called(anatomy.backbone(model), model, part, choices.noise).last_hidden_state[0] for part in parts]
-    return nll_sum(torch.cat(hidden), torch.cat([part.labels for part in parts]), anatomy.head(model),
-                   factor=way.factor, cap=way.cap, count=batch["num_supervised"], by=choices.cross_entropy)
+    said = [_called(anatomy.backbone(model), model, part, choices) for part in parts]
+    sums = nll_sum(torch.cat([each.last_hidden_state[0] for each in said]), torch.cat([part.labels for part in parts]),
+                   anatomy.head(model), factor=way.factor, cap=way.cap, count=batch["num_supervised"],
+                   by=choices.cross_entropy)
+    return Sums(*sums, _balance(model, parts, said, choices))
 
 
 # ---- one call of the model -------------------------------------------------------------------------------------------
@@ -124,29 +144,39 @@ class _Part:
     count: int | None = None
 
 
-def _called(callee: Any, model: Any, part: _Part, noise: float | None, **more: Any) -> Any:
+def _called(callee: Any, model: Any, part: _Part, choices: Choices, **more: Any) -> Any:
     """What a model, or its backbone, says of the tokens of a part."""
     if accepts(callee, "use_cache"):
         more["use_cache"] = False
-    with _shaken(model, part, noise):
+    if choices.balance:
+        more["output_router_logits"] = True
+    with _shaken(model, part, choices.noise):
         return callee(input_ids=part.ids, **part.more, **more)
 
 
-def _nll_of_logits(model: Any, part: _Part, choices: Choices) -> Nll:
+def _nll_of_logits(model: Any, part: _Part, choices: Choices) -> Sums:
     """Sums by the logits that the whole model makes of supervised positions, or of all where it makes all."""
     index, targets = supervised(part.labels, part.count)
     asked = index if len(index) else torch.zeros_like(part.labels[:1])  # a graph for every rank to walk
     more = {"logits_to_keep": asked} if choices.way.keep else {}
-    logits = _called(anatomy.causal_lm(model), model, part, choices.noise, **more).logits[0]
+    said = _called(anatomy.causal_lm(model), model, part, choices, **more)
+    logits = said.logits[0]
+    balance = _balance(model, [part], [said], choices)
     if not choices.way.keep:
         logits = logits.index_select(0, asked)
     if not len(index):
-        return Nll(logits.float().sum() * 0.0, torch.zeros_like(index.sum()))
-    return of_logits(logits, targets)
+        return Sums(logits.float().sum() * 0.0, torch.zeros_like(index.sum()), balance)
+    return Sums(*of_logits(logits, targets), balance)
 
 
-def _sum(parts: list[Nll]) -> Nll:
-    return Nll(torch.stack([part.total for part in parts]).sum(), torch.stack([part.correct for part in parts]).sum())
+def _balance(model: Any, parts: list["_Part"], said: list[Any], choices: Choices) -> Tensor | None:
+    return merged([balance_sum(model, each.router_logits, part.labels, part.cu_seqlens)
+                   for part, each in zip(parts, said, strict=True)] if choices.balance else [])
+
+
+def _sum(parts: list[Sums]) -> Sums:
+    return Sums(torch.stack([part.total for part in parts]).sum(), torch.stack([part.correct for part in parts]).sum(),
+                merged([part.balance for part in parts if part.balance is not None]))
 
 
 def accepts(callee: nn.Module, name: str) -> bool:

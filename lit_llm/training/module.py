@@ -17,10 +17,21 @@ from lit_llm.adapter import spec_of
 from lit_llm.class_paths import refuse_within
 from lit_llm.errors import InputError
 from lit_llm.samples import resolve
-from lit_llm.training import compatible, footprint, forward, learned_tokens, optim, proof, recompute, reshard, rmsnorm
+from lit_llm.training import (
+    balance,
+    compatible,
+    footprint,
+    forward,
+    learned_tokens,
+    optim,
+    proof,
+    recompute,
+    reshard,
+    rmsnorm,
+)
 from lit_llm.training.fsdp import Fsdp2Strategy
 from lit_llm.training.hyperparameters import Hyperparameters
-from lit_llm.training.loss import CrossEntropy, Nll
+from lit_llm.training.loss import CrossEntropy
 from lit_llm.training.metrics import Perplexity
 from lit_llm.training.strategy import ZeroStrategy
 from lit_llm.training.weights import whole
@@ -58,6 +69,11 @@ class CausalLMModule(L.LightningModule):
         weight_decay: Decoupled decay of matrices; norms and biases are never decayed.
         betas: AdamW's averages. 0.95 for the second forgets faster than the usual 0.999, which helps short runs.
         eps: AdamW's guard against division by zero.
+        router_aux_loss: What a mixture of experts adds to its loss so that its experts are used evenly: this number
+            times the load balance (arXiv:2101.03961) that its class in transformers computes, of each document by
+            itself, averaged over the step by tokens (`train/aux_loss`; no part of `train/loss` and `val/nll`). Null is
+            the coefficient of the model's config (`router_aux_loss_coef` and the like), also where
+            `output_router_logits` is false; 0 is none.
         neftune_alpha: Noise on token embeddings in training (arXiv:2310.05914), 5 to 15; helps short SFT runs to
             answer at more length. Null is none.
         gradient_checkpointing: Compute activations again in the backward pass. true: all of them, a tenth of the memory
@@ -89,6 +105,7 @@ class CausalLMModule(L.LightningModule):
         weight_decay: float = 0.0,
         betas: tuple[float, float] = (0.9, 0.95),
         eps: float = 1e-8,
+        router_aux_loss: float | None = None,
         neftune_alpha: float | None = None,
         gradient_checkpointing: bool | Literal["selective", "auto"] = False,
         compile: bool = False,
@@ -109,7 +126,7 @@ class CausalLMModule(L.LightningModule):
         self.recompute: recompute.Recompute = recompute.of_config(
             False if gradient_checkpointing == "auto" else gradient_checkpointing)
         self.compile_layers = compile               # nn.Module.compile is a method
-        self.cross_entropy = cross_entropy
+        self.cross_entropy, self.router_aux_loss = cross_entropy, router_aux_loss
         compatible.check_options(self)
         if adapter is not None:
             self._check_start(adapter)
@@ -117,12 +134,13 @@ class CausalLMModule(L.LightningModule):
         self.model: Any = None
         self.way: forward.Way | None = None         # what of the forward pass is ours; null before the model was asked
         self.half_adapters = False
+        self.balance_coefficient = 0.0              # of the routers' load balance; 0 where it is not trained
         self.gradient_norm: Tensor | None = None    # of the last step, if `FiniteGuard` measures it
         self.step_skipped = False                   # whether the last step was left out: its gradient was not finite
         self.hyperparameters = Hyperparameters()
         self.strict_loading = False                 # checkpoints of adapters hold adapters only
         self.perplexity = nn.ModuleDict({"val": Perplexity(), "test": Perplexity()})
-        self._window = torch.zeros((), dtype=torch.float64)
+        self._window = torch.zeros(2, dtype=torch.float64)      # of the step so far: mean NLL, load balance
 
     # ---- building ----------------------------------------------------------------------------------------------------
 
@@ -179,6 +197,8 @@ class CausalLMModule(L.LightningModule):
         inner.config.use_cache = False
         self.model = self._adapted(inner)
         compatible.check_head(self)
+        if not adapter.learns_prompt(self.model):
+            self.balance_coefficient = balance.coefficient(self.model, self.router_aux_loss)
         self.half_adapters = self._autocasts()
         if self.half_adapters:
             adapter.spare_copies(self.model)
@@ -281,12 +301,18 @@ class CausalLMModule(L.LightningModule):
         """
         if self.is_skipped(batch):
             return torch.zeros((), device=self.device, requires_grad=True)      # for Lightning to go backward from
-        nll = self._nll(batch).total
-        count = batch["num_supervised_in_step"]
-        self._window = self._window.to(nll.device) + nll.detach().double() / max(1, count)
+        nll, _, evenness = self._nll(batch)
+        count = max(1, batch["num_supervised_in_step"])
+        scale = self.trainer.accumulate_grad_batches * self.trainer.world_size
+        parts, loss = [nll.detach().double() / count, torch.zeros_like(nll).double()], nll * (scale / count)
+        if evenness is not None:
+            tokens = max(1, batch["num_tokens_in_step"])
+            parts[1] = evenness.detach().double() / tokens
+            loss = loss + evenness * (scale * self.balance_coefficient / tokens)
+        self._window = self._window.to(nll.device) + torch.stack(parts)
         if batch["last_in_step"]:
             self._log_loss()
-        return nll * (self.trainer.accumulate_grad_batches * self.trainer.world_size / max(1, count))
+        return loss
 
     @staticmethod
     def is_skipped(batch: "Batch") -> bool:
@@ -298,7 +324,9 @@ class CausalLMModule(L.LightningModule):
         window, self._window = self._window, torch.zeros_like(self._window)
         if self.trainer._logger_connector.should_update_logs or self.hyperparameters.is_last(self.global_step + 1):
             total = self.trainer.strategy.reduce(window, reduce_op="sum")
-            self.log("train/loss", total.float(), prog_bar=True, rank_zero_only=True)
+            self.log("train/loss", total[0].float(), prog_bar=True, rank_zero_only=True)
+            if self.balance_coefficient:
+                self.log("train/aux_loss", total[1].float(), rank_zero_only=True)
             self.log("train/lr", self.trainer.optimizers[0].param_groups[0]["lr"], rank_zero_only=True)
 
     def validation_step(self, batch: "Batch", batch_idx: int) -> None:
@@ -320,7 +348,7 @@ class CausalLMModule(L.LightningModule):
     def _evaluate(self, batch: "Batch", split: str) -> None:
         if batch.get("idle"):                       # on all ranks
             return
-        nll, correct = self._nll(batch)
+        nll, correct, _ = self._nll(batch)
         metric: Any = self.perplexity[split]
         metric.update(nll, batch["num_supervised"], batch["num_bytes"], correct)
 
@@ -331,7 +359,7 @@ class CausalLMModule(L.LightningModule):
         self.log_dict({f"{split}/{name}": torch.tensor(value, dtype=torch.float64) for name, value in figures.items()},
                       rank_zero_only=False, sync_dist=False)
 
-    def _nll(self, batch: "Batch") -> Nll:
+    def _nll(self, batch: "Batch") -> forward.Sums:
         """Sums over one micro-batch, in the surroundings that the strategy and the precision ask for."""
         strategy = self.trainer.strategy
         if isinstance(strategy, Fsdp2Strategy):
@@ -341,7 +369,7 @@ class CausalLMModule(L.LightningModule):
                 return self.sums(batch)
         return self.sums(batch)
 
-    def sums(self, batch: "Batch") -> Nll:
+    def sums(self, batch: "Batch") -> forward.Sums:
         """What a micro-batch adds to the loss and to the metrics: the one method to override for another loss.
 
         Called in training and in evaluation (`self.training` tells which), under every strategy and precision, with all
@@ -352,7 +380,8 @@ class CausalLMModule(L.LightningModule):
             batch: Rows of this rank; `num_supervised` are its supervised tokens.
         """
         noise = self.neftune_alpha if self.training else None
-        return forward.nll(self.model, batch, forward.Choices(self.way or forward.Way(), noise, self.cross_entropy))
+        return forward.nll(self.model, batch, forward.Choices(
+            self.way or forward.Way(), noise, self.cross_entropy, self.training and self.balance_coefficient > 0))
 
     def _autocasts(self) -> bool:
         """Whether adapters are float32 in a forward pass in bfloat16; DeepSpeed and FSDP2 make them bfloat16 for it."""

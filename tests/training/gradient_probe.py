@@ -14,6 +14,7 @@ from pathlib import Path
 import lightning as L
 import torch
 
+from lit_llm.adapter import LoRA
 from lit_llm.data.datamodule import TextDataModule
 from lit_llm.data.sources import Source
 from lit_llm.training.module import CausalLMModule
@@ -24,7 +25,7 @@ class Watch(L.Callback):
     """Gradients right before the optimizer reads them, and the conversations of each micro-batch."""
 
     def __init__(self):
-        self.steps, self.talks = [], []
+        self.steps, self.talks, self.documents = [], [], []
 
     def on_train_start(self, trainer, module):
         self.forwards = 0
@@ -39,17 +40,20 @@ class Watch(L.Callback):
             learned = [place for place in range(start, stop) if labels[place] != -100]
             if learned:                                 # padding and line ends do not matter
                 self.talks.append(ids[start : learned[-1] + 1])
+                self.documents.append((ids[start:stop], labels[start:stop]))
 
     def count(self, *_):
         self.forwards += torch.is_grad_enabled()
 
     def on_before_optimizer_step(self, trainer, module, optimizer):
-        self.steps.append({"grads": gradients(module), "talks": self.talks, "forwards": self.forwards})
-        self.talks, self.forwards = [], 0
+        self.steps.append({"grads": gradients(module), "talks": self.talks, "forwards": self.forwards,
+                           "documents": self.documents})
+        self.talks, self.documents, self.forwards = [], [], 0
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
         if batch["last_in_step"]:
-            self.steps[-1]["loss"] = float(trainer.callback_metrics["train/loss"])
+            logged = trainer.callback_metrics
+            self.steps[-1] |= {"loss": float(logged["train/loss"]), "aux_loss": float(logged.get("train/aux_loss", 0.0))}
 
 
 def gradients(module):
@@ -68,12 +72,13 @@ def gradient(weight):
 def run(case, folder):
     """One epoch; the steps that this rank saw."""
     watch = Watch()
-    module = CausalLMModule(base=case["base"], lr=1e-30, weight_decay=0.0)
+    lora = LoRA(r=2) if case.get("lora") else None
+    module = CausalLMModule(base=case["base"], lr=1e-30, weight_decay=0.0, lora=lora, **case.get("model", {}))
     data = TextDataModule([Source(case["data"])], tokenizer=case["base"], seq_len=case["seq_len"],
                           batch_size=case["batch_size"], packing=case["packing"])
     trainer = Trainer(
         strategy=case.get("strategy", "auto"), accelerator="cpu", devices=case.get("devices", 1), max_epochs=1,
-        precision="32-true", accumulate_grad_batches=case["accumulate"], default_root_dir=str(folder),
+        precision=case.get("precision", "32-true"), accumulate_grad_batches=case["accumulate"], default_root_dir=str(folder),
         callbacks=[watch], gradient_clip_val=case.get("clip"), enable_checkpointing=False, enable_progress_bar=False,
         log_every_n_steps=1)
     trainer.fit(module, datamodule=data)
