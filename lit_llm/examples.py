@@ -58,8 +58,10 @@ def compare(base: str | None, folder: Path, examples: list[Example]) -> None:
         folder: The export.
         examples: Of `choose`; those that leave no room for an answer are passed over.
     """
-    params = SamplingParams(max_tokens=ANSWER_TOKENS, temperature=0.0)
-    tuned = TextEngine.load(folder)
+    import torch
+
+    params, count = SamplingParams(max_tokens=ANSWER_TOKENS, temperature=0.0), torch.get_num_threads()
+    tuned = TextEngine.load(folder, threads=count)
     room = tuned.engine.context_length - ANSWER_TOKENS
     examples = [example for example in examples if len(example.prompt) <= room]
     texts = {name: [tuned.tokenizer.decode(getattr(example, name), skip_special_tokens=True).strip()
@@ -67,7 +69,7 @@ def compare(base: str | None, folder: Path, examples: list[Example]) -> None:
     answers = {"tuned": [tuned.generate(example.prompt, params).text for example in examples]}
     del tuned
     if base is not None:
-        engine = TextEngine.load(base)
+        engine = TextEngine.load(base, threads=count)
         vocabulary = engine.engine.vocab_size               # a base whose vocabulary has grown does not know all ids
         answers = {"base": [engine.generate(example.prompt, params).text if max(example.prompt) < vocabulary else
                             "(it has no row for a token of this prompt)" for example in examples]} | answers

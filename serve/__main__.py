@@ -9,6 +9,7 @@ from typing import Any
 
 from lit_llm import library_warnings
 from lit_llm.errors import InputError
+from lit_llm.threads import number
 
 LOCAL = ("127.0.0.1",)
 
@@ -26,6 +27,7 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     add("--allow-no-key", action="store_true", help="listen to other machines without a key")
     add("--device", default="auto", help="auto, cpu, cuda or mps")
     add("--dtype", default="auto", help="auto (the checkpoint's own), float32, bfloat16 or float16")
+    add("--threads", default="auto", help="of a CPU: a number, or auto, which measures at the start which is fastest")
     add("--adapter", help="a PEFT adapter's folder to put on the model")
     add("--max-running", default=8, type=int, help="requests computed at a time, default: %(default)s")
     add("--max-waiting", default=64, type=int, help="requests that may wait; more get 429, default: %(default)s")
@@ -71,6 +73,8 @@ def _build(options: argparse.Namespace) -> tuple[Any, Any]:
     for flag in ("max_running", "max_body_bytes"):
         if getattr(options, flag) < 1:
             raise InputError("must be at least 1", where=f"--{flag.replace('_', '-')}")
+    if options.threads != "auto":
+        number(options.threads)
     from lit_llm.inference.engine import model_folder
 
     model_folder(options.model)                     # before the seconds that LitServe takes to be imported
@@ -78,7 +82,8 @@ def _build(options: argparse.Namespace) -> tuple[Any, Any]:
     from serve.server import Settings, build
 
     limits = Limits(options.max_running, max(0, options.max_waiting), options.max_body_bytes)
-    engine = {"device": options.device, "dtype": options.dtype, "adapter": options.adapter}
+    engine = {"device": options.device, "dtype": options.dtype, "adapter": options.adapter,
+              "threads": options.threads}
     settings = Settings(options.model, options.name, options.host, options.port, keys, limits, engine,
                         options.log_level)
     server = build(settings)

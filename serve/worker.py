@@ -86,6 +86,8 @@ class EngineAPI(LitAPI):
         except InputError as error:
             print(f"error: {error}", file=sys.stderr, flush=True)
             os._exit(2)
+        if choice := self.engine.threads:
+            print(f"threads: {choice.count}, {choice.why} (--threads N sets it)", file=sys.stderr, flush=True)
 
     def predict(self, x: Any, **kwargs: Any) -> Any:
         """Never called: `EngineLoop` drives the engine."""

@@ -5,7 +5,7 @@ The `chat` verb. Knows nothing of templates or caches: `engine.TextEngine` answe
 
 import sys
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, Literal
 
 from lit_llm.conversation import Conversation, Message
 from lit_llm.errors import InputError
@@ -32,6 +32,7 @@ def chat(
     device: str = "auto",
     dtype: str = "auto",
     template_args: dict[str, bool | int | float | str | list[str] | None] | None = None,
+    threads: int | Literal["auto"] = "auto",
 ) -> None:
     """Talk to a model in the terminal.
 
@@ -54,6 +55,7 @@ def chat(
         dtype: `auto` takes the checkpoint's own; or float32, bfloat16, float16.
         template_args: Values of the chat template's variables, such as `{enable_thinking: true}`; null takes those that
             the model was trained with.
+        threads: Of a CPU. `auto` measures at the start which number is fastest; on busy cores it is often 1.
 
     Raises:
         InputError: No such folder, no model in it, or a setting out of its range.
@@ -61,7 +63,7 @@ def chat(
     params = SamplingParams(max_tokens, temperature, top_p, top_k, tuple(stop or ()), seed)
     folder = model_folder(model)
     _hush()
-    engine = TextEngine.load(folder, device=device, dtype=dtype, adapter=adapter)
+    engine = TextEngine.load(folder, device=device, dtype=dtype, adapter=adapter, threads=threads)
     if engine.tokenizer.note:
         _note(engine.tokenizer.note)
     if template_args:

@@ -108,12 +108,12 @@ class TextEngine:
 
     @classmethod
     def load(cls, folder: str | Path, *, device: str = "auto", dtype: str = "auto",
-             adapter: str | Path | None = None) -> "TextEngine":
+             adapter: str | Path | None = None, threads: int | str = "auto") -> "TextEngine":
         """Model and tokenizer of a folder; arguments and errors are `Engine.load`'s."""
         from lit_llm.tokenizer import Tokenizer
 
         tokenizer = Tokenizer.load(tokenizer_folder(str(folder), adapter))   # before the weights, which take longer
-        return cls(Engine.load(folder, device=device, dtype=dtype, adapter=adapter), tokenizer)
+        return cls(Engine.load(folder, device=device, dtype=dtype, adapter=adapter, threads=threads), tokenizer)
 
     def encode(self, prompt: Prompt) -> list[int]:
         """Prompt ids: a conversation with its generation prompt, a document's beginning, or ids as they are."""

@@ -9,12 +9,15 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from lit_llm import check, origin
 from lit_llm.errors import InputError
 from lit_llm.inference.sampling import SamplingParams, next_ids
 from lit_llm.samples import resolve
+
+if TYPE_CHECKING:
+    from lit_llm.threads import Choice
 
 FinishReason = Literal["stop", "length"]
 
@@ -97,10 +100,11 @@ class Engine:
         self._running: dict[str, _Request] = {}
         self._reads_cache: bool | None = None           # tried with the first request
         self._prompt_tokens = self._generated_tokens = 0
+        self.threads: Choice | None = None          # of a CPU, where `load` chose them
 
     @classmethod
     def load(cls, folder: str | Path, *, device: str = "auto", dtype: str = "auto", adapter: str | Path | None = None,
-             stop_ids: Sequence[int] = (), max_running: int = 8) -> "Engine":
+             stop_ids: Sequence[int] = (), max_running: int = 8, threads: int | str = "auto") -> "Engine":
         """An engine on a folder that transformers can load.
 
         Args:
@@ -110,11 +114,20 @@ class Engine:
             adapter: A PEFT adapter's folder to merge into the model.
             stop_ids: As in `Engine`.
             max_running: As in `Engine`.
+            threads: Of a CPU; auto measures with which number a forward is fastest (see `threads.py`).
 
         Raises:
-            InputError: No such folder, or it holds no loadable model.
+            InputError: No such folder, or it holds no loadable model; or no such number of threads.
         """
-        return cls(_load(str(folder), device, dtype, adapter), stop_ids=stop_ids, max_running=max_running)
+        from lit_llm.threads import number, settle
+
+        if threads != "auto":
+            number(threads)                         # before the weights, which take longer
+        loaded = _load(str(folder), device, dtype, adapter)
+        engine = cls(loaded, stop_ids=stop_ids, max_running=max_running)
+        if loaded.device.type == "cpu":
+            engine.threads = settle(threads, lambda: _forward_alone(loaded))
+        return engine
 
     def add(self, request_id: str, prompt_ids: Sequence[int], params: SamplingParams) -> None:
         """Queue a request; everything that could fail later for its values fails here.
@@ -311,6 +324,14 @@ def _load(folder: str, device: str, dtype: str, adapter: str | Path | None) -> A
     if not adapter:
         check.check_weights(folder, model)
     return model
+
+
+def _forward_alone(model: Any) -> None:
+    """What a step of one request costs, nearly: a token, without a cache."""
+    import torch
+
+    with torch.no_grad():
+        model(input_ids=torch.zeros(1, 1, dtype=torch.int64, device=model.device), use_cache=False)
 
 
 def _own_stop_ids(model: Any) -> frozenset[int]:

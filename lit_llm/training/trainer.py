@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import lightning as L
 from lightning.pytorch.callbacks import ProgressBar as AnyProgressBar
@@ -27,6 +27,7 @@ from lit_llm.training.preemption import Preemption, is_requeued
 from lit_llm.training.report import MetricsCSV, write_json
 from lit_llm.training.rng import RngState
 from lit_llm.training.run_folder import RunFolder
+from lit_llm.training.threadcount import ThreadCount
 
 log = logging.getLogger(__name__)
 LEAST: dict[str, float] = {"accumulate_grad_batches": 1, "check_val_every_n_epoch": 1, "max_skipped_steps": 1,
@@ -56,6 +57,9 @@ class Trainer(L.Trainer):
             so many in a row the run stops.
         accept_changes: What may differ from the checkpoint that a run goes on from, or that is measured: base, peft,
             tokenizer, template, quantize.
+        threads: Of each process on CPUs. auto measures 1, 2, 4 ... up to its share of the cores at the start and takes
+            the fastest, which on busy cores is often 1; $OMP_NUM_THREADS wins over auto. A resumed run keeps its
+            number, for another one adds in another order and changes the last bits.
         kwargs: Lightning's own.
     """
 
@@ -74,14 +78,17 @@ class Trainer(L.Trainer):
         enable_model_summary: bool = False,
         max_skipped_steps: int = 5,
         accept_changes: list[manifest.Change] | None = None,
+        threads: int | Literal["auto"] = "auto",
         **kwargs: Any,
     ) -> None:
         _check_numbers(locals() | kwargs)
         self.run = RunFolder(accept_changes or [])
         self.preemption = Preemption()
+        self.thread_count = ThreadCount(threads)
         self.exports = True                         # whether a finished fit leaves an export/ behind
         callbacks = [] if callbacks is None else callbacks if isinstance(callbacks, list) else [callbacks]
-        callbacks = [*callbacks, RngState(), FiniteGuard(max_skipped_steps), self.run, self.preemption]
+        callbacks = [*callbacks, RngState(), self.thread_count, FiniteGuard(max_skipped_steps), self.run,
+                     self.preemption]
         for switch, kind, default in (("enable_progress_bar", AnyProgressBar, Progress),
                                       ("enable_checkpointing", StepCheckpoint, StepCheckpoint)):
             if kwargs.get(switch) is not False and not any(isinstance(callback, kind) for callback in callbacks):
@@ -264,6 +271,7 @@ class Trainer(L.Trainer):
     def _run_stage(self) -> Any:
         if self.state.fn == "fit":
             self.run.check_left(self)
+        self.thread_count.settle(self)
         result = super()._run_stage()
         if self.state.fn == "fit":
             self.run.complete(self)

@@ -1,0 +1,155 @@
+"""Some work in, the number of threads with which this process does it fastest out.
+
+On cores that others use as well, two threads can be ten times slower than one: each operation waits for its slowest
+part. How busy a machine is nobody knows but by trying. Knows nothing of models, runs or servers.
+"""
+
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from lit_llm.errors import InputError
+
+Threads = int | Literal["auto"]
+NAMES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
+# as the user set it: Lightning sets it, too, later and in this process alone
+GIVEN = next((f"{name}={os.environ[name]}" for name in NAMES if os.environ.get(name)), None)
+ROUNDS, SLICE = 4, 0.03                             # seconds of each count in a round
+HOPELESS = 3.0                                      # a count that takes so many times the best is not tried again
+LONG = 0.1                                          # seconds: beyond them starting the threads is no excuse
+WORTH = 0.9                                         # more threads must take at most so much of the time of fewer
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """How many threads, and why.
+
+    Args:
+        count: Threads.
+        why: For a log.
+        seconds: What the work took with each count that was tried.
+    """
+
+    count: int
+    why: str
+    seconds: dict[int, float]
+
+
+def cores() -> int:
+    """Those that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def settle(wanted: Threads | str, work: Callable[[], Any], *, processes: int = 1, before: int | None = None) -> Choice:
+    """Choose this process's threads, and set them.
+
+    What is typed wins, then what the environment says, then what a run had before it was stopped; else it is measured.
+
+    Args:
+        wanted: A number, or auto.
+        work: What is measured; it must change nothing.
+        processes: Of this run on this machine: together they get no more threads than there are cores.
+        before: What a stopped run had: another count would change the order of sums, so the last bits of the weights.
+
+    Raises:
+        InputError: `wanted` is neither.
+    """
+    import torch
+
+    if wanted != "auto":
+        choice = Choice(number(wanted), "as asked for", {})
+    elif GIVEN:
+        choice = Choice(torch.get_num_threads(), f"as {GIVEN} says", {})
+    elif (most := max(1, cores() // processes)) == 1 and before in (None, 1):
+        choice = Choice(1, "one core for each process", {})
+    else:
+        seconds = measure(work, most)
+        best = fastest(seconds)
+        told = ", ".join(f"{count} took {1000 * took:.3g} ms" for count, took in seconds.items())
+        choice = Choice(best, f"measured: {told}", seconds)
+        if before is not None:
+            slow = seconds.get(before, 0) > 1.5 * seconds[best]
+            choice = Choice(before, "as before the stop, so that the run ends with the same bits" + (
+                f"; {best} would be {seconds[before] / seconds[best]:.1f} times as fast now" if slow else ""), seconds)
+    torch.set_num_threads(choice.count)
+    return choice
+
+
+def number(wanted: Threads | str) -> int:
+    """A number of threads that somebody typed.
+
+    Raises:
+        InputError: It is none.
+    """
+    if not str(wanted).isdecimal() or not 1 <= int(wanted) <= 4096:
+        raise InputError(f"'{wanted}' is no number of threads", where="threads", fix="use auto, or 1 or more")
+    return int(wanted)
+
+
+def measure(work: Callable[[], Any], most: int) -> dict[int, float]:
+    """Mean seconds of the work with 1, 2, 4 ... and `most` threads, by turns; torch has as many as before afterwards.
+
+    The mean, for it is what a run takes: on busy cores some turns are quick by luck.
+    """
+    import torch
+
+    counts = sorted({*(1 << power for power in range(most.bit_length())), most})
+    had, spent, done = torch.get_num_threads(), dict.fromkeys(counts, 0.0), dict.fromkeys(counts, 0)
+    try:
+        for turn in range(ROUNDS + 1):
+            for count in counts:
+                means = {tried: spent[tried] / done[tried] for tried in counts if done[tried]}
+                if count in means and means[count] > HOPELESS * min(means.values()):
+                    continue
+                torch.set_num_threads(count)
+                begun = now = time.perf_counter()
+                while now - begun < SLICE * min(turn, 1) or now == begun:
+                    work()
+                    now = time.perf_counter()
+                    counts_now = turn > 0 or now - begun > LONG     # the first turn starts threads and allocates
+                    done[count] += counts_now
+                spent[count] += (now - begun) * counts_now
+    finally:
+        torch.set_num_threads(had)
+    return {count: spent[count] / done[count] for count in counts}
+
+
+def fastest(seconds: dict[int, float]) -> int:
+    """The least count of threads that no larger one beats by a tenth."""
+    best = min(seconds)
+    for count in sorted(seconds):
+        if seconds[count] < WORTH * seconds[best]:
+            best = count
+    return best
+
+
+def training_work(width: int, tokens: int) -> Callable[[], None]:
+    """Forward and backward of a layer of this width, as large as some milliseconds allow; on tensors of its own.
+
+    Args:
+        width: Of the model; up to 1,024 of it are used.
+        tokens: Of a micro-batch at most.
+    """
+    import torch
+    from torch.nn import functional as F
+
+    width = max(16, min(width, 1024))
+    tokens = max(16, min(tokens, int(1e8 / (66 * width * width))))
+    make = torch.Generator().manual_seed(0)
+    states = torch.randn(tokens, width, generator=make)
+    up, down = (torch.randn(shape, generator=make).requires_grad_()
+                for shape in ((4 * width, width), (width, 4 * width)))
+    mix = torch.randn(3 * width, width, generator=make).requires_grad_()
+
+    def work() -> None:
+        with torch.enable_grad():
+            hidden = F.layer_norm(states, (width,))
+            query, key, value = F.linear(hidden, mix).chunk(3, -1)
+            hidden = hidden + torch.softmax(query[:256] @ key[:256].T, -1).mean() * value
+            (hidden + F.linear(F.silu(F.linear(hidden, up)), down)).square().mean().backward()
+        for weight in (up, down, mix):
+            weight.grad = None
+
+    return work
