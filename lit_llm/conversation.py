@@ -44,6 +44,7 @@ class Message:
         name: The speaker's or the function's name, where the template shows it.
         train: Overrides `data.train_on` for this message; null follows it. OpenAI's `weight: 0` reads as false, and
             so do `loss_weight`, `loss_mask` and `loss` of other trainers.
+        in_parts: Whether the content came as a list of parts, which some chat templates want.
     """
 
     role: Role
@@ -53,6 +54,7 @@ class Message:
     tool_call_id: str | None = None
     name: str | None = None
     train: bool | None = None
+    in_parts: bool = False
 
     @property
     def is_plain(self) -> bool:
@@ -93,7 +95,7 @@ class Message:
         spoken = next((text for key in REASONING_KEYS if (text := _optional_text(raw, key)) is not None), thoughts)
         return cls(role=role, content=content, reasoning_content=spoken, tool_calls=calls,  # type: ignore[arg-type]
                    tool_call_id=_optional_text(raw, "tool_call_id"), name=_optional_text(raw, "name"),
-                   train=_train_flag(raw))
+                   train=_train_flag(raw), in_parts=isinstance(raw.get("content"), list | tuple))
 
     def to_openai(self) -> dict[str, Any]:
         """The dict that chat templates and OpenAI clients expect; absent keys stay absent."""

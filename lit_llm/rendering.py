@@ -66,6 +66,9 @@ class Renderer:
         """
         messages, tools = conversation.to_openai(), [dict(tool) for tool in conversation.tools] or None
         reason = ""
+        if any(message.in_parts for message in conversation.messages) and self._wants_parts:
+            messages = [told | {"content": [{"type": "text", "text": told["content"]}]} if message.in_parts else told
+                        for told, message in zip(messages, conversation.messages, strict=True)]
         for form in self._forms(messages):
             try:
                 return self._render(form, tools, generation_prompt, conversation.template_args)
@@ -81,12 +84,11 @@ class Renderer:
 
     def _renders(self, messages: Messages, tools: list[dict]) -> bool:
         with suppress(Exception):
-            return bool(self._render(self._with_parts(messages), tools, False, {}))
+            return bool(self._render(messages, tools, False, {}))
         return False
 
     def _forms(self, messages: Messages) -> Iterator[Messages]:
-        """The messages as the template reads them: content in parts, arguments as text or objects, the best first."""
-        messages = self._with_parts(messages)
+        """The messages with the arguments of calls as text or as objects, the best first."""
         if not any(message.get("tool_calls") for message in messages):
             yield messages
             return
@@ -98,13 +100,8 @@ class Renderer:
         yield spelled(messages, as_text=as_text)
         yield spelled(messages, as_text=not as_text)
 
-    def _with_parts(self, messages: Messages) -> Messages:
-        if not self._in_parts:
-            return messages
-        return [message | {"content": [{"type": "text", "text": message["content"]}]} for message in messages]
-
     @cached_property
-    def _in_parts(self) -> bool:
+    def _wants_parts(self) -> bool:
         """Whether the template shows contents only that come as a list of parts."""
         def shown(content: Any) -> bool:
             with suppress(Exception):
@@ -116,7 +113,7 @@ class Renderer:
     @cached_property
     def _arguments(self) -> tuple[bool, bool]:
         """Whether the template writes a call's arguments rightly where they are objects, and where they are text."""
-        return preferred(lambda messages: self._render(self._with_parts(messages), [PROBE_TOOL], False, {}))
+        return preferred(lambda messages: self._render(messages, [PROBE_TOOL], False, {}))
 
     # ---- where content stands ----------------------------------------------------------------------------------------
 
@@ -167,7 +164,7 @@ class Renderer:
         mark = _unused([text, *(message.content for message in conversation.messages), *(
             () if plain else [*strings(conversation.to_openai()), *strings(conversation.tools)])])
         own = json.dumps(conversation.template_args, default=str) if conversation.template_args else ""
-        shape = (mark, generation_prompt, roles, own, *((message.role, bool(message.content))
+        shape = (mark, generation_prompt, roles, own, *((message.role, bool(message.content), message.in_parts)
                                                         for message in conversation.messages))
         if shared and shape in self._skeletons:
             return self._skeletons[shape]

@@ -12,7 +12,7 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
-from lit_llm.calls import PROBE_TOOL, shows, shows_calls
+from lit_llm.calls import PROBE_TOOL, new_entities, shows, shows_calls
 from lit_llm.conversation import Conversation, Message
 from lit_llm.errors import InputError
 from lit_llm.jinja import Render
@@ -173,6 +173,9 @@ class ChatTemplate(Renderer):
             end = own[1] if own and not message.tool_calls else len(fresh.rstrip())     # calls stand behind the words
             said = fresh[begin:stop] if stop else fresh[begin:end] + self._own_end()
         if lack := _unsaid(message, said):
+            if lack == "tool calls" and new_entities(said, message.to_openai()):
+                raise InputError(f"the chat template writes HTML entities into the tool calls of message {place + 1}, "
+                                 "whether their arguments are text or an object")
             raise InputError(f"the chat template does not show the {lack} of message {place + 1}")
         shift = len(prompt.text) - (begin or 0)
         spans = [(own[0] + shift, own[1] + shift)] if own else []
@@ -223,10 +226,10 @@ class ChatTemplate(Renderer):
         else the last before one that opens turns. An end of the whole text is none.
         """
         for tools in ((), (PROBE_TOOL,)):
-            asked = Conversation((Message("user", "x"), Message("assistant", "y")), tools)
+            asked = Conversation((Message("user", "x", in_parts=True), Message("assistant", "y", in_parts=True)), tools)
             tails: list[str] = []
             opens: set[str] = set()
-            for conversation in (asked, asked.append(Message("user", "z"))):
+            for conversation in (asked, asked.append(Message("user", "z", in_parts=True))):
                 with suppress(InputError):
                     text = self.text(conversation)
                     found = self.contents(conversation, text, False)

@@ -17,6 +17,8 @@ from tests.chats import runs, said
 ROLES = {"developer": "system", "function": "tool"}
 ENTITY = re.compile(r"&(?:#\d+|#x[0-9a-fA-F]+|lt|gt|amp|quot|apos);")
 SERVED, REFUSED, WRONG, MISSED, UNTRUE = "served", "refused rightly", "WRONG", "refused though shown", "UNTRUE REASON"
+OTHERWISE = "refused, shown otherwise than served"      # what the template shows does not begin with the served prompt
+OTHER = "refused for another reason"
 
 
 class Talk:
@@ -48,6 +50,9 @@ def talks(hf, record):
         for message in messages:
             if old:
                 message["role"] = ROLES.get(message["role"], message["role"])
+                for key in ("reasoning_content", "reasoning", "thinking"):
+                    if thoughts := parts_of(message)[1] if message.get(key) else "":
+                        message.update(dict.fromkeys(("reasoning_content", "reasoning", "thinking"), thoughts))
                 if call := message.pop("function_call", None):
                     message["tool_calls"] = [{"type": "function", "function": call}]
             if parts and isinstance(message["content"], list):
@@ -267,8 +272,12 @@ def refusal(forms_, places, why, tokenizer):
     if not best:
         return MISSED, why
     told = f"{why} | {best}"
+    if "opens a thinking" in why:
+        opens = any((talk.text(place, True) or "").rstrip().endswith("<think>") and not parts_of(talk.messages[place])[1].strip()
+                    for talk in forms_ for place in places)
+        return (REFUSED if opens else UNTRUE), told
     if best == ["loosely"] * len(best):
-        return "loose", told
+        return OTHERWISE, told
     said_ = " ".join(word for one in found for word in one)
     refuses = all(any(fault.startswith("refused") for fault in one) for one in found)
     if why.startswith("the chat template refuses"):
@@ -279,4 +288,4 @@ def refusal(forms_, places, why, tokenizer):
         return (REFUSED if "the tools" in said_ else UNTRUE), told
     if "HTML" in why:
         return (REFUSED if "HTML" in said_ else UNTRUE), told
-    return "other", told
+    return OTHER, told

@@ -16,10 +16,10 @@ from pathlib import Path
 from transformers import AutoTokenizer, logging
 
 from tests.battery import fitted
-from tests.judge import MISSED, REFUSED, SERVED, UNTRUE, WRONG, judge
+from tests.judge import MISSED, OTHER, OTHERWISE, REFUSED, SERVED, UNTRUE, WRONG, judge
 from tests.talks import KINDS
 
-LETTERS = {SERVED: "s", REFUSED: "-", WRONG: "X", MISSED: "m", UNTRUE: "u", "loose": "l", "other": "o"}
+LETTERS = {SERVED: "s", REFUSED: "-", WRONG: "X", MISSED: "m", UNTRUE: "u", OTHERWISE: "l", OTHER: "o"}
 
 
 def vocabulary(tokenizers, name):
@@ -59,7 +59,7 @@ def main():
             print(f"{len(cases):5} {verdict}: {reason}")
             for name, kind, why in cases[:None if given.verbose else 4]:
                 print(f"          {name} / {kind}: {why[-260:]}")
-    can = totals[SERVED] + totals[MISSED] + totals["loose"]
+    can = totals[SERVED] + totals[MISSED]
     print(f"{sum(totals.values())} in {time.perf_counter() - began:.0f} s: " + ", ".join(
         f"{count} {verdict}" for verdict, count in totals.most_common()))
     print(f"served {totals[SERVED]} of {can} that can be shown ({totals[SERVED] / can:.1%}), {totals[WRONG]} wrong")
