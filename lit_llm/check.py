@@ -9,7 +9,8 @@ import hashlib
 import json
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -85,7 +86,7 @@ def scores(model: Any, rows: Sequence[Row]) -> list[float]:
     training, found = model.training, []
     model.eval()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), _eager(model):
             for row in rows:
                 ids = torch.tensor([row.ids[:room]], device=model.get_input_embeddings().weight.device)
                 logits = model(input_ids=ids, use_cache=False).logits[0, -ids.shape[1]:]     # behind virtual tokens
@@ -93,6 +94,21 @@ def scores(model: Any, rows: Sequence[Row]) -> list[float]:
     finally:
         model.train(training)
     return found
+
+
+@contextmanager
+def _eager(model: Any) -> Iterator[None]:
+    """Let layers attend as transformers defines it: attention for packed rows wants to know their documents."""
+    configs = {id(config): config for config in (getattr(layer, "config", None) for layer in model.modules())
+               if getattr(config, "_attn_implementation", None) is not None}
+    before = {key: config._attn_implementation for key, config in configs.items()}
+    try:
+        for config in configs.values():
+            config._attn_implementation = "eager"
+        yield
+    finally:
+        for key, config in configs.items():
+            config._attn_implementation = before[key]
 
 
 def apart(one: float, other: float) -> float:

@@ -126,6 +126,37 @@ def test_another_tokenizer_is_refused(folder):
     refused(folder, "tokenizer is not the one", "it reads [")
 
 
+@pytest.mark.parametrize("attention", ["lit_varlen", "eager", None])
+def test_training_and_validation_check_their_base_too(folder, attention):
+    """As `fit` and `validate` load it, with attention for packed rows, which stays as it was."""
+    model = load_causal_lm(str(folder), attention=attention)
+    before = model.config._attn_implementation
+    check.check_weights(folder, model)
+    assert model.config._attn_implementation == before
+    with torch.no_grad():
+        model.lm_head.weight[:50] += 0.02
+    with pytest.raises(InputError, match="weights were replaced"):
+        check.check_weights(folder, model)
+
+
+@pytest.mark.parametrize("verb", ["fit", "validate"])
+def test_the_verbs_take_an_export_as_their_base_and_refuse_a_changed_one(folder, tmp_path, verb, lit_llm):
+    data = tmp_path / "talk.jsonl"
+    data.write_text("\n".join(json.dumps({"messages": [{"role": "user", "content": f"say {number}"},
+                                                       {"role": "assistant", "content": f"{number}!"}]})
+                              for number in range(8)))
+    words = (verb, "--model.base", folder, "--data.sources", f"[{{path: {data}}}]", "--data.val_sources",
+             f"[{{path: {data}}}]", "--data.seq_len", 64, "--trainer.accelerator", "cpu", "--trainer.max_steps", 1,
+             "--trainer.default_root_dir", tmp_path / "run", "--model.lora", "null")
+    done = lit_llm(*words)
+    assert done.code == 0, done.err
+    edit(folder / "config.json", rms_norm_eps=0.5)
+    done = lit_llm(*words)
+    assert done.code == 2
+    assert "config.json was changed since it was exported" in done.err
+    assert "Traceback" not in done.err
+
+
 @pytest.mark.parametrize("text", [
     "", "{", "[]", "null", "[" * 100_000, '{"version": 1}', '{"version": 2}', "x" * (1 << 19), '{"version": 1, "rows": 3}',
     '{"version": 1, "rows": [{"kind": "ids", "ids": [1, 2, 999999], "nll": 1.0}], "dtype": "float32", "template": "", '
