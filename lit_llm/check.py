@@ -99,8 +99,8 @@ def scores(model: Any, rows: Sequence[Row]) -> list[float]:
 @contextmanager
 def _eager(model: Any) -> Iterator[None]:
     """Let layers attend as transformers defines it: attention for packed rows wants to know their documents."""
-    configs = {id(config): config for config in (getattr(layer, "config", None) for layer in model.modules())
-               if getattr(config, "_attn_implementation", None) is not None}
+    found: list[Any] = [getattr(layer, "config", None) for layer in model.modules()]
+    configs = {id(config): config for config in found if getattr(config, "_attn_implementation", None) is not None}
     before = {key: config._attn_implementation for key, config in configs.items()}
     try:
         for config in configs.values():
