@@ -181,23 +181,21 @@ class RunFolder(Callback):
         """
         if not self.resumed:
             return
-        progress: Any = trainer.fit_loop.epoch_progress.current
-        step, epochs = trainer.global_step, progress.processed
-        limits = [f"trainer.{name} is {most}" for name, most, reached in (
-            ("max_steps", trainer.max_steps, step), ("max_epochs", trainer.max_epochs, epochs))
-            if most not in (None, -1) and reached >= most]
-        if not limits:
+        step, total = trainer.global_step, trainer.estimated_stepping_batches
+        if step < total:
             return
+        name = "max_epochs" if trainer.max_steps == -1 or step < trainer.max_steps else "max_steps"
+        limit = f"trainer.{name} is {getattr(trainer, name)}"
         unmeasured = trainer.enable_validation and self._validated != step
         exporting = trainer.exports and trainer.checkpoint_callbacks  # type: ignore[attr-defined]
         unfinished = unmeasured or (exporting and not (Path(trainer.default_root_dir) / "export").is_dir())
-        told = f"the checkpoint stands at step {step}, and {limits[0]}"
-        if (unfinished or self.restarted) and (step == trainer.max_steps or "max_epochs" in limits[0]):
+        told = f"the checkpoint stands at step {step}, and {limit}"
+        if step == total and (unfinished or self.restarted):
             if trainer.is_global_zero:
                 log.info("nothing is left to train: %s", told)
             return
         end_together(trainer)
-        raise InputError(f"there is nothing to train: {told}", where=limits[0].split()[0],
+        raise InputError(f"there is nothing to train: {told}", where=limit.split()[0],
                          fix="raise it to train on; to measure or to write the model again, use validate or export")
 
     def complete(self, trainer: L.Trainer) -> None:
