@@ -3,6 +3,7 @@
 Each of these would otherwise hang, fail deep inside a library, or train something else in silence.
 """
 
+import logging
 from typing import TYPE_CHECKING, Any
 
 from lit_llm import adapter, model
@@ -16,6 +17,7 @@ from lit_llm.training.strategy import ZeroStrategy
 if TYPE_CHECKING:
     from lit_llm.training.module import CausalLMModule
 
+log = logging.getLogger(__name__)
 WHOLE = "set --trainer.strategy ddp (or auto), or --model.optimizer adamw"
 CALLBACKS = {                                       # Lightning's that would do something else here than they say
     "WeightAveraging": "measures averaged weights, while checkpoints and the export would hold the others",
@@ -61,6 +63,7 @@ def check_options(module: "CausalLMModule") -> None:
             ("neftune_alpha", (module.neftune_alpha or 0) >= 0, "0 or more, or null")):
         if not fits:
             raise InputError(f"{getattr(module, name)} is not {right}", where=f"model.{name}")
+    _check_schedule(module)
     if module.init is not None and module.peft_spec is not None:
         raise InputError("adapters on random weights would learn nothing that could be merged or loaded again",
                          where="model.init", fix="set --model.lora null to train every weight, or give model.base")
@@ -85,6 +88,15 @@ def _check_start(module: "CausalLMModule") -> None:
     if module.merge_start and module.quantize is not None:
         raise InputError("an adapter cannot be merged into a base in 4 bits without loss", where="model.merge_adapter",
                          fix="export the adapter's run first, and give that folder as model.base")
+
+
+def _check_schedule(module: "CausalLMModule") -> None:
+    """Keys that another schedule than the one chosen would read: refused, or said where a shipped config sets them."""
+    if module.cooldown != 0.2 and module.schedule != "wsd":
+        raise InputError(f"a {module.schedule} schedule has no cool-down, which would change nothing",
+                         where="model.cooldown", fix="set --model.schedule wsd, or leave it out")
+    if module.min_lr_share != 0.1 and module.schedule == "constant":
+        log.warning("model.min_lr_share: a constant learning rate has no end of its own, so it changes nothing")
 
 
 def check(module: "CausalLMModule", strategy: Any, world_size: int) -> None:

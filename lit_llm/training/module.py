@@ -73,7 +73,7 @@ class CausalLMModule(L.LightningModule):
             times the load balance (arXiv:2101.03961) that its class in transformers computes, of each document by
             itself, averaged over the step by tokens (`train/aux_loss`; no part of `train/loss` and `val/nll`). Null is
             the coefficient of the model's config (`router_aux_loss_coef` and the like), also where
-            `output_router_logits` is false; 0 is none.
+            `output_router_logits` is false in a base's config (in `init` that turns it off); 0 is none.
         neftune_alpha: Noise on token embeddings in training (arXiv:2310.05914), 5 to 15; helps short SFT runs to
             answer at more length. Null is none.
         gradient_checkpointing: Compute activations again in the backward pass. true: all of them, a tenth of the memory
@@ -198,7 +198,8 @@ class CausalLMModule(L.LightningModule):
         self.model = self._adapted(inner)
         compatible.check_head(self)
         if not adapter.learns_prompt(self.model):
-            self.balance_coefficient = balance.coefficient(self.model, self.router_aux_loss)
+            off = self.router_aux_loss is None and (self.init or {}).get("output_router_logits") is False
+            self.balance_coefficient = balance.coefficient(self.model, 0.0 if off else self.router_aux_loss)
         self.half_adapters = self._autocasts()
         if self.half_adapters:
             adapter.spare_copies(self.model)
@@ -301,7 +302,8 @@ class CausalLMModule(L.LightningModule):
         """
         if self.is_skipped(batch):
             return torch.zeros((), device=self.device, requires_grad=True)      # for Lightning to go backward from
-        nll, _, evenness = self._nll(batch)
+        sums = self._nll(batch)
+        nll, evenness = sums.total, getattr(sums, "balance", None)      # an override of `sums` may give an `Nll`
         count = max(1, batch["num_supervised_in_step"])
         scale = self.trainer.accumulate_grad_batches * self.trainer.world_size
         parts, loss = [nll.detach().double() / count, torch.zeros_like(nll).double()], nll * (scale / count)
@@ -348,9 +350,9 @@ class CausalLMModule(L.LightningModule):
     def _evaluate(self, batch: "Batch", split: str) -> None:
         if batch.get("idle"):                       # on all ranks
             return
-        nll, correct, _ = self._nll(batch)
+        sums = self._nll(batch)
         metric: Any = self.perplexity[split]
-        metric.update(nll, batch["num_supervised"], batch["num_bytes"], correct)
+        metric.update(sums.total, batch["num_supervised"], batch["num_bytes"], sums.correct)
 
     def _report(self, split: str) -> None:
         metric: Any = self.perplexity[split]

@@ -104,6 +104,28 @@ def test_it_can_be_turned_off_and_set(base, data, tmp_path):  # noqa: F811
         check(folder, steps[0], wanted)
 
 
+def test_false_in_a_new_models_config_turns_it_off(tmp_path, tiny_tokenizer, data):  # noqa: F811
+    """`init: {output_router_logits: ...}` is no dead key: typed as false it is another run than as true."""
+    import lightning as L
+
+    from lit_llm.data.datamodule import TextDataModule
+    from lit_llm.data.sources import Source
+    from lit_llm.training.module import CausalLMModule
+    from lit_llm.training.trainer import Trainer
+
+    def weights(**typed):
+        L.seed_everything(1)
+        module = CausalLMModule(init=SHAPES["mixtral"] | {"model_type": "mixtral"} | typed, lr=1e-3)
+        rows = TextDataModule([Source(data)], tokenizer=tiny_tokenizer, seq_len=128, batch_size=4)
+        Trainer(accelerator="cpu", max_steps=2, default_root_dir=str(tmp_path / str(typed)), enable_checkpointing=False,
+                enable_progress_bar=False).fit(module, datamodule=rows)
+        return torch.cat([weight.detach().flatten() for weight in module.model.parameters()])
+
+    on, true, false = weights(), weights(output_router_logits=True), weights(output_router_logits=False)
+    assert torch.equal(on, true)
+    assert not torch.equal(on, false)
+
+
 def test_two_processes(base, data, tmp_path):  # noqa: F811
     """Under every strategy the two ranks share the oracle's gradient."""
     folder = base("mixtral")

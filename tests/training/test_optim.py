@@ -213,3 +213,13 @@ def test_wsd_cools_down_for_the_share_that_is_asked(warmup, cooldown, peaks):
 def test_short_runs_and_long_warmups_stay_in_bounds(schedule, warmup):
     for total in (1, 2, 5):
         assert all(0 < rate <= 2.0 and math.isfinite(rate) for rate in rates(schedule, warmup=warmup, total=total))
+
+
+def test_a_key_that_another_schedule_would_read_is_refused_or_said(caplog):
+    from lit_llm.training.module import CausalLMModule
+
+    with pytest.raises(InputError) as caught:
+        CausalLMModule(base="sample:base", cooldown=0.5)
+    assert caught.value.where == "model.cooldown"
+    CausalLMModule(base="sample:base", min_lr_share=0.5, schedule="constant")
+    assert "model.min_lr_share" in caplog.text
