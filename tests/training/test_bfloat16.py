@@ -1,0 +1,41 @@
+"""If this breaks, gradients in bfloat16 are summed, reduced or scaled wrongly on two ranks, which no float32 test sees:
+AdamW hides a wrong scale, and clipping does not.
+
+Oracle: plain transformers in float64 on the same conversations (`test_gradient.Oracle`). Rounding to eight bits turns
+single numbers by some percent; the norm of the whole gradient stays.
+"""
+
+import json
+import os
+import subprocess
+import sys
+
+import torch
+from test_gradient import PROBE, Oracle, data, few, talks  # noqa: F401
+
+CASES = [(strategy, kind, "bf16-mixed" if strategy in ("ddp", "fsdp2") else "bf16-true")
+         for strategy in ("ddp", "deepspeed_stage_1", "deepspeed_stage_2", "deepspeed_stage_3", "fsdp2")
+         for kind in ("llama", "qwen3")]                # head and embedding: two matrices, and one
+
+
+def test_norm_and_direction_on_two_ranks(tiny_model, talks, data, tmp_path):  # noqa: F811
+    file, seven = few(talks, data, tmp_path)
+    cases = [dict(name=f"{strategy}-{kind}", base=tiny_model(kind), data=file, seq_len=256, batch_size=2, accumulate=2,
+                  packing="none", strategy=strategy, devices=2, precision=precision) for strategy, kind, precision in CASES]
+    plan = tmp_path / "plan.json"
+    plan.write_text(json.dumps(cases))
+    done = subprocess.run([sys.executable, str(PROBE), str(plan)], capture_output=True, text=True, timeout=400,
+                          env=os.environ | {"PYTHONPATH": str(PROBE.parents[2]), "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr[-3000:]
+    for case in cases:
+        one, other = (torch.load(tmp_path / f"{case['name']}.rank{rank}", weights_only=True)[0] for rank in (0, 1))
+        oracle = Oracle(case["base"], seven)
+        rows = [row[0] for row in oracle.rows]
+        loss, wanted = oracle.gradient([rows.index(ids) for ids in one["talks"] + other["talks"]])
+        assert wanted.keys() == one["grads"].keys()
+        ours, theirs = (torch.cat([grads[name].double().flatten() for name in wanted]) for grads in (one["grads"], wanted))
+        cosine = (ours @ theirs / ours.norm() / theirs.norm()).item()
+        print(f"{case['name']}: norm {ours.norm() / theirs.norm() - 1:+.2%}, cosine {cosine:.5f}")
+        assert abs(ours.norm() / theirs.norm() - 1) < 0.005
+        assert cosine > 0.999
+        assert abs(one["loss"] / loss - 1) < 0.005
