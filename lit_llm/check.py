@@ -158,6 +158,28 @@ def gate(folder: Path, tokenizer: Any, rows: Sequence[Row], trained: Sequence[fl
            tolerance, quantize)
 
 
+def compare_quantized(rows: Sequence[Row], trained: Sequence[float], exact: Sequence[float], quantize: str) -> None:
+    """Compare adapters on the quantized base, as trained, with the same ones on the exact base, as exported.
+
+    Args:
+        rows: Fixed rows.
+        trained: The nll of each on the quantized base.
+        exact: On the exact one.
+        quantize: How it was quantized.
+
+    Raises:
+        InputError: They differ by more than 4 bits explain.
+    """
+    worst = max(range(len(rows)), key=lambda place: apart(trained[place], exact[place]))
+    if not apart(trained[worst], exact[worst]) <= QUANTIZED:
+        raise InputError(f"on the base in {quantize}, as trained, the fixed {rows[worst].kind} has nll "
+                         f"{trained[worst]:.6g}, and {exact[worst]:.6g} on the exact base, which would be exported "
+                         f"(tolerance {QUANTIZED}); nothing was exported", where="model.quantize",
+                         fix="train with a smaller learning rate, or with --model.quantize null")
+    log.info("fixed rows have nll %.6g on the base in %s, as trained, and %.6g on the exact one, which is exported "
+             "(tolerance %g)", _mean(trained), quantize, _mean(exact), QUANTIZED)
+
+
 def _write(folder: Path, tokenizer: Any, rows: Sequence[Row], dtype: str, tolerance: float,
            quantize: str | None) -> None:
     import torch

@@ -95,6 +95,22 @@ def test_a_merge_that_computes_something_else_leaves_nothing(run, tmp_path, monk
     assert sorted(path.name for path in tmp_path.iterdir() if path.name != "cache") == ["export"]
 
 
+def test_a_base_in_4_bits_is_compared_and_both_figures_are_said(run, tmp_path, caplog, monkeypatch):
+    pytest.importorskip("bitsandbytes")
+    own = shutil.copytree(run, tmp_path / "own")
+    (own / "config.yaml").write_text("model: {quantize: nf4}\n")
+    with caplog.at_level("INFO", "lit_llm"):
+        export(str(own))
+    said = next(line for line in caplog.messages if "on the base in nf4" in line)
+    assert "as trained" in said
+    assert "tolerance 0.3" in said
+    monkeypatch.setattr(check, "QUANTIZED", 1e-9)
+    before = (own / "export" / "check.json").read_bytes()
+    with pytest.raises(InputError, match="nothing was exported"):
+        export(str(own))
+    assert (own / "export" / "check.json").read_bytes() == before
+
+
 def test_weights_of_another_merge_are_refused(folder):
     model = AutoModelForCausalLM.from_pretrained(folder)
     with torch.no_grad():
@@ -139,19 +155,18 @@ def test_training_and_validation_check_their_base_too(folder, attention):
         check.check_weights(folder, model)
 
 
-@pytest.mark.parametrize("verb", ["fit", "validate"])
-def test_the_verbs_take_an_export_as_their_base_and_refuse_a_changed_one(folder, tmp_path, verb, lit_llm):
+def test_the_verbs_take_an_export_as_their_base_and_refuse_a_changed_one(folder, tmp_path, lit_llm):
     data = tmp_path / "talk.jsonl"
     data.write_text("\n".join(json.dumps({"messages": [{"role": "user", "content": f"say {number}"},
                                                        {"role": "assistant", "content": f"{number}!"}]})
                               for number in range(8)))
-    words = (verb, "--model.base", folder, "--data.sources", f"[{{path: {data}}}]", "--data.val_sources",
+    words = ("--model.base", folder, "--data.sources", f"[{{path: {data}}}]", "--data.val_sources",
              f"[{{path: {data}}}]", "--data.seq_len", 64, "--trainer.accelerator", "cpu", "--trainer.max_steps", 1,
              "--trainer.default_root_dir", tmp_path / "run", "--model.lora", "null")
-    done = lit_llm(*words)
+    done = lit_llm("fit", *words)
     assert done.code == 0, done.err
     edit(folder / "config.json", rms_norm_eps=0.5)
-    done = lit_llm(*words)
+    done = lit_llm("validate", *words)
     assert done.code == 2
     assert "config.json was changed since it was exported" in done.err
     assert "Traceback" not in done.err

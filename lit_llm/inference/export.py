@@ -59,12 +59,17 @@ def export(run: str, checkpoint: str = "best", out: str | None = None, dtype: Dt
             log.warning("trained on a base in 4 bits, merged into the exact one: linear weights differ by %.1f %% of "
                         "their norm; measure the export anew", 100 * drift)
         trained: Any = starting.load(exact, folder / "adapter")
+        del exact
     else:
         stored, quantize = None, None
         trained = model.load_causal_lm(str(folder / "model"))
     wanted = stored if dtype == "auto" else getattr(torch, dtype)
     rows = check.rows_of(tokenizer, trained.get_input_embeddings().weight.shape[0])
     before = check.scores(trained, rows)
+    if quantize:
+        four_bits = starting.load(model.load_causal_lm(str(base), quantize=quantize), folder / "adapter")
+        check.compare_quantized(rows, check.scores(four_bits, rows), before, quantize)
+        del four_bits
     merged = merge(trained)
     partial = target.with_name(target.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
