@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from difflib import get_close_matches
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from lit_llm import check, hub
 from lit_llm.answers import EMPTY, UNASKED, TrainOn, hidden, spans_of, trained
 from lit_llm.conversation import ROLES, Conversation, Document
 from lit_llm.encoder import Encoder, Piece, Reading
-from lit_llm.errors import InputError, did_you_mean
+from lit_llm.errors import InputError
 from lit_llm.jinja import Render, TemplateArgs, check_args, compiled, variables, with_defaults
 from lit_llm.rendering import Rendered, Span
 from lit_llm.samples import resolve
@@ -203,9 +204,10 @@ class Tokenizer:
 
     def _unread(self, conversation: Conversation) -> set[str]:
         """Notes on variables that the chat template does not read; one that nearly spells another is an error."""
-        unread = conversation.template_args.keys() - self.template_variables if conversation.template_args else set()
-        for name in unread:
-            if did_you_mean(name, sorted(self.template_variables)):
+        if not conversation.template_args:
+            return set()
+        for name in (unread := conversation.template_args.keys() - self.template_variables):
+            if get_close_matches(name, self.template_variables, n=1, cutoff=0.85):
                 self.check_template_args({name: None}, "")
         return {f"the chat template has no variable '{name[:40]}'" for name in unread}
 
