@@ -1,7 +1,7 @@
 """Which chat templates are handled, and why not: `python -m tests.benchmarks.templates FOLDER ... --tokenizers DATA`.
 
-Every .jinja file below the folders is read with a real vocabulary where one fits (Qwen2, Llama-2, Llama-3, GPT-2, the
-6,400 of minimind), to which the control tokens are added that the template writes. Each record of `tests/talks.py` is
+Every .jinja file below the folders is read with a real vocabulary, minimind's for its own and Qwen2's for all others, to
+which the control tokens are added that the template writes. Each record of `tests/talks.py` is
 learned and held against transformers' own rendering (`tests/judge.py`). Prints a line a template, then the counts of
 each verdict and each reason.
 """
