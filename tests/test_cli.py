@@ -25,6 +25,7 @@ from lit_llm.cli import main
 
 ROOT = Path(__file__).resolve().parents[1]
 RANDOM = ["--model.base", "null", "--model.lora", "null", "--data.tokenizer", "sample:base", "--model.init"]
+MANY = [{"prompt": f"say {number}", "completion": "one two three four five six seven " * 2} for number in range(20_000)]
 ROWS = [{"prompt": f"say {number}", "completion": f"one two {number}"} for number in range(8)]
 
 
@@ -72,6 +73,11 @@ def refused(*words, says=()):
     for word in [says] if isinstance(says, str) else says:
         assert word in said
     return said
+
+
+def address_space(room):
+    """Bytes that this process has mapped, and room for more."""
+    return int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize() + room
 
 
 def source(name, **more):
@@ -270,11 +276,12 @@ def test_an_earlier_run_keeps_its_name_when_the_next_one_fails(place):
     earlier = Path("run")
     earlier.mkdir()
     (earlier / "config.yaml").write_text("{}")
+    write("many.jsonl", *MANY)
     limits = resource.getrlimit(resource.RLIMIT_AS)
-    room = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize() + 2**30
-    resource.setrlimit(resource.RLIMIT_AS, (room, limits[1]))
+    resource.setrlimit(resource.RLIMIT_AS, (address_space(2**30), limits[1]))
     try:
-        refused("fit", "--config", "ok.yaml", "--data.batch_size", 100_000, says=["memory", "data.batch_size"])
+        refused("fit", "--config", "ok.yaml", source("many.jsonl"), "--data.batch_size", 100_000,
+                says=["memory", "data.batch_size"])
     finally:
         resource.setrlimit(resource.RLIMIT_AS, limits)
     assert (earlier / "config.yaml").read_text() == "{}"
@@ -296,7 +303,9 @@ def test_the_command_itself_says_so_too(place):
     """In a process of its own: exit code 2 and six lines, when the memory is gone and when a key is wrong."""
     command = [sys.executable, "-m", "lit_llm", "fit", "--config", "ok.yaml"]
     env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    for more, limit, says in ((["--data.batch_size", "30000000"], 12 * 2**30, "not enough memory"),
+    write("many.jsonl", *MANY)
+    for more, limit, says in (([source("many.jsonl"), "--data.batch_size", "30000000"], address_space(2**30),
+                               "not enough memory"),
                               (["--model.lrr", "1"], None, "Did you mean 'model.lr'?")):
         cap = limit and (lambda limit=limit: resource.setrlimit(resource.RLIMIT_AS, (limit, limit)))
         done = subprocess.run(command + more, capture_output=True, text=True, env=env, timeout=200, preexec_fn=cap)
