@@ -18,7 +18,7 @@ from typing import Any
 
 VOCABULARY = 96
 INNER_WIDTH = 96
-FEW = (4, 2, 6, 8, 3, 5, 7, 1)                      # heads, the best number first
+FEW = (4, 2, 6, 8, 3, 5, 7, 10, 12, 1)              # heads, the best number first
 MORE = (8, 4, 6)                                    # for who cuts them into groups of a fixed number
 MOST_LAYERS = 17                                    # of a period
 WINDOW = 5                                          # tokens, and fewer than those of the documents
