@@ -166,6 +166,11 @@ def _steady_start(config: Any) -> Iterator[None]:
         yield
 
 
+def ties_adapters(spec: dict[str, Any] | None) -> bool:
+    """Whether embedding and head of one matrix would share one adapter."""
+    return bool(spec and (spec.get("init_args") or {}).get("ensure_weight_tying"))
+
+
 def learns_prompt_by(spec: dict[str, Any] | None) -> bool:
     """Whether the method of a spec will put virtual tokens before each conversation."""
     return spec is not None and bool(_peft_config(spec).is_prompt_learning)

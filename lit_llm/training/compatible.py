@@ -114,6 +114,9 @@ def check(module: "CausalLMModule", strategy: Any, world_size: int) -> None:
         raise InputError(f"{module.why_alone}; one by one, ranks have different numbers of them, and processes that "
                          "share each layer's weights would wait for each other forever", where="trainer.strategy",
                          fix="set --trainer.strategy deepspeed_stage_2")
+    if is_stage_3(strategy) and adapter.ties_adapters(module.peft_spec):
+        raise InputError("ensure_weight_tying gives the head the adapter of the embedding, and stage 3 gathers only a "
+                         "layer's weights", where="trainer.strategy", fix="set --trainer.strategy deepspeed_stage_2")
     if by_layer and module.quantize:
         raise InputError("4-bit weights cannot be cut into pieces for each layer", where="model.quantize",
                          fix="set --trainer.strategy deepspeed_stage_2 (or auto, ddp), or --model.quantize null")
