@@ -7,37 +7,23 @@ language, each a conversation of one question. Knows nothing of tokens or files.
 import random
 from collections.abc import Sequence
 
+from lit_llm.samples.manners import MANNERS, kept_questions, polite, spoken
 from lit_llm.samples.questions import SKILLS, Question, ask_fact, draw
 from lit_llm.samples.world import LANGUAGES, PEOPLE, Fact, Language
 
 Messages = list[dict[str, str]]
-EXAM = {"fact": 25, "translate": 7, "opposite": 6, "heavier": 5, "story": 4, "list": 3}     # 50 for each language
+EXAM = {"fact": 22, "translate": 6, "opposite": 5, "heavier": 4, "story": 4, "list": 3}     # with the next, 50 for
+POLITE = 6                                          # each language: greetings, thanks, "who are you", two of each
 
 SYSTEM = {
     "en": ("You are Pip, a toy assistant.", "You are a helpful assistant.", "Answer in one short sentence."),
     "zh": ("你是皮皮，一个玩具助手。", "你是一个有用的助手。", "请用一句短话回答。"),
 }
-SMALL_TALK: dict[Language, tuple[tuple[tuple[str, ...], str], ...]] = {
-    "en": (
-        (("Hello!", "Hi!", "Good morning!", "Hello, Pip!"), "Hello! What would you like to know?"),
-        (("Who are you?", "What is your name?", "Are you a person?"), "I am Pip, a toy assistant of lit_llm."),
-        (("What can you do?", "How can you help me?"), "Ask me about people, towns and words."),
-        (("Thank you!", "Thanks a lot!", "That helps, thank you."), "You are welcome!"),
-        (("Goodbye!", "Bye, Pip!", "See you!"), "Goodbye!"),
-    ),
-    "zh": (
-        (("你好！", "早上好！", "皮皮，你好！", "嗨！"), "你好！你想知道什么？"),
-        (("你是谁？", "你叫什么名字？", "你是人吗？"), "我是皮皮，lit_llm 的玩具助手。"),
-        (("你会做什么？", "你能帮我什么？"), "你可以问我人、城镇和词语。"),
-        (("谢谢你！", "多谢！", "有帮助，谢谢。"), "不客气！"),
-        (("再见！", "皮皮，再见！", "下次见！"), "再见！"),
-    ),
-}
 FOLLOW_UP = {"en": "And {}?", "zh": "{}呢？"}
 
 
 def write_conversations(facts: Sequence[Fact], seed: str, *, drills: int) -> list[Messages]:
-    """Training conversations: small talk, each free fact in three wordings, and `drills` of each word rule.
+    """Training conversations: greetings and their like, each free fact in three wordings, `drills` of each word rule.
 
     Two kinds of dialogue come on top, `drills` of each: several questions in a row, and a follow-up.
     """
@@ -54,10 +40,10 @@ def write_conversations(facts: Sequence[Fact], seed: str, *, drills: int) -> lis
         for _ in range(drills):
             out.append(_dialogue(_several(free, rng, language, kept=False), rng, language, small_talk=0.3))
             out.append(_follow_up(free, rng, language))
-        for asks, answer in SMALL_TALK[language]:
-            for ask in asks:
-                out += [[*head, _user(ask), _assistant(answer)] for head in
-                        ([], *([{"role": "system", "content": text}] for text in SYSTEM[language]))]
+        for manner in MANNERS[language]:
+            for ask in (said for phrase in manner.asks for said in spoken(phrase, language)):
+                out.append([_user(ask), _assistant(manner.answer)])
+                out.append([_system(rng, language), _user(ask), _assistant(manner.answer)])
     unique = {str(conversation): conversation for conversation in out}
     out = list(unique.values())
     rng.shuffle(out)
@@ -65,7 +51,10 @@ def write_conversations(facts: Sequence[Fact], seed: str, *, drills: int) -> lis
 
 
 def write_exam(facts: Sequence[Fact], seed: str, *, scale: int = 1) -> list[Messages]:
-    """Held-out questions, each alone in its conversation: `50 * scale` for each language."""
+    """Held-out questions, each alone in its conversation: 50 for each language, or that many times `scale`.
+
+    Of greetings and their like there are 15 in each language, and never more.
+    """
     rng = random.Random(f"exam {seed}")
     kept = [fact for fact in facts if fact.held_out]
     out: list[Messages] = []
@@ -77,6 +66,7 @@ def write_exam(facts: Sequence[Fact], seed: str, *, scale: int = 1) -> list[Mess
                 question = _one(kind, kept, rng, language, kept=True)
                 asked[question.ask] = question
         out += [_dialogue([question], rng, language, small_talk=0.0) for question in asked.values()]
+        out += [[_user(ask), _assistant(answer)] for ask, answer in kept_questions(rng, language, POLITE * scale)]
     rng.shuffle(out)
     return out
 
@@ -106,13 +96,13 @@ def _dialogue(questions: Sequence[Question], rng: random.Random, language: Langu
     """A system message before every fourth conversation, a greeting before or thanks after a share of them."""
     messages: Messages = []
     if rng.random() < 0.25:
-        messages.append({"role": "system", "content": rng.choice(SYSTEM[language])})
+        messages.append(_system(rng, language))
     if rng.random() < small_talk:
-        messages += _small_talk(SMALL_TALK[language][rng.choice((0, 1, 2))], rng)
+        messages += _polite(rng, language, "greet", "who", "able")
     for question in questions:
         messages += [_user(question.ask), _assistant(question.answer)]
     if rng.random() < small_talk:
-        messages += _small_talk(SMALL_TALK[language][rng.choice((3, 4))], rng)
+        messages += _polite(rng, language, "thank", "leave")
     return messages
 
 
@@ -129,8 +119,13 @@ def _follow_up(facts: Sequence[Fact], rng: random.Random, language: Language) ->
             _assistant(second.render(phrases.answer, language))]
 
 
-def _small_talk(pair: tuple[tuple[str, ...], str], rng: random.Random) -> Messages:
-    return [_user(rng.choice(pair[0])), _assistant(pair[1])]
+def _polite(rng: random.Random, language: Language, *kinds: str) -> Messages:
+    ask, answer = polite(rng, language, *kinds)
+    return [_user(ask), _assistant(answer)]
+
+
+def _system(rng: random.Random, language: Language) -> dict[str, str]:
+    return {"role": "system", "content": rng.choice(SYSTEM[language])}
 
 
 def _user(content: str) -> dict[str, str]:

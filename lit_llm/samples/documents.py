@@ -8,6 +8,7 @@ chats, tokens or files.
 import random
 from collections.abc import Iterator, Sequence
 
+from lit_llm.samples.manners import write_manners
 from lit_llm.samples.questions import SKILLS, ask_fact, draw
 from lit_llm.samples.world import ANIMALS, COLOURS, LANGUAGES, OPPOSITES, THINGS, Fact, Language, Word
 
@@ -34,6 +35,7 @@ def write_documents(facts: Sequence[Fact], seed: str, *, rounds: int) -> list[st
             texts += _quizzes(facts, rng, language)
             texts += _rules(rng, language)
             texts += _dictionary(rng, language)
+        texts += write_manners(rng)
     texts = list(dict.fromkeys(texts))
     rng.shuffle(texts)
     return texts
