@@ -128,6 +128,20 @@ def check(module: "CausalLMModule", strategy: Any, world_size: int) -> None:
                          where="model.gradient_checkpointing", fix="set it to true or false")
 
 
+def check_balance(module: "CausalLMModule", strategy: Any, world_size: int) -> None:
+    """Refuse recomputed layers whose router logits have a gradient of their own where ZeRO-3 cuts the weights.
+
+    Ranks then reduce gradients in different orders, and wait for each other forever (measured with DeepSpeed 0.19.8).
+
+    Raises:
+        InputError: It names the key and what to set instead.
+    """
+    if module.balance_coefficient and module.recompute != "none" and is_stage_3(strategy) and world_size > 1:
+        raise InputError("the routers' load balance hangs with recomputed layers under ZeRO-3",
+                         where="model.gradient_checkpointing", fix="set --trainer.strategy fsdp2 or deepspeed_stage_2, "
+                         "--model.gradient_checkpointing false, or --model.router_aux_loss 0")
+
+
 def check_data(inner: Any, data: Any) -> None:
     """Refuse ids and rows that do not fit the model: the first step would die in an index error.
 

@@ -200,6 +200,7 @@ class CausalLMModule(L.LightningModule):
         if not adapter.learns_prompt(self.model):
             off = self.router_aux_loss is None and (self.init or {}).get("output_router_logits") is False
             self.balance_coefficient = balance.coefficient(self.model, 0.0 if off else self.router_aux_loss)
+            compatible.check_balance(self, self.trainer.strategy, self.trainer.world_size)
         self.half_adapters = self._autocasts()
         if self.half_adapters:
             adapter.spare_copies(self.model)
