@@ -81,6 +81,12 @@ class StepCheckpoint(Checkpoint):
             validation = trainer.fit_loop.epoch_loop.val_loop
             validation.restarting, validation._restart_stage = False, RestartStage.RESTARTED_MID_EVALUATION
             self._unfinished = False
+        epochs: Any = trainer.fit_loop.epoch_progress.total
+        if trainer.fit_loop.restarted_mid_epoch and epochs.processed == epochs.started:
+            # The checkpoint was written after an epoch's last batch, and Lightning has counted that epoch as done; it
+            # would still go on as in the middle of one, and neither call `on_train_epoch_start` for the next epoch nor
+            # count it as started. A second resume would then count one epoch less than was trained.
+            trainer.fit_loop.reset_restart_stage()
 
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
         """Every n optimizer steps, at an epoch's last and at the run's last; where a validation is due, after it.

@@ -153,6 +153,24 @@ def test_a_lone_process_leaves_its_environment_alone(fails, fit):
     assert {name: os.environ.get(name) for name in names} == {name: before.get(name) for name in names}
 
 
+@pytest.mark.parametrize("strategy", ["auto", "deepspeed_stage_1"])
+def test_resumed_twice_at_an_epochs_end_without_validation(strategy, fit):
+    """Each epoch is begun once, and `max_epochs` ends the run where it ends one that never stopped."""
+    class Begun(L.Callback):
+        def on_train_epoch_start(self, trainer, module):
+            begun.append(trainer.current_epoch)
+
+    begun = []
+    how = dict(rows=6, strategy=strategy, limit_val_batches=0, max_steps=-1, max_epochs=3)
+    straight = fit("straight", callbacks=[StepCheckpoint(every_n_steps=STOP)], **how)
+    for resume, stop in ((None, 3), ("last", 6), ("last", None)):
+        with pytest.raises(ConnectionError) if stop else contextlib.nullcontext():
+            fit("stopped", callbacks=[StepCheckpoint(every_n_steps=STOP), Begun(), *([StopAt(stop)] if stop else [])],
+                resume=resume, **how)
+    assert begun == [0, 1, 1, 2, 2]                 # each stop falls into the epoch behind the checkpoint
+    assert_same_end(straight.parent / "stopped", straight, 9)
+
+
 @pytest.mark.parametrize(("lora", "kind"), [(True, "llama"), (False, "gpt2")])
 def test_resume_from_every_step(lora, kind, fit, tmp_path):
     """With dropout, in adapters and in the model: every file of the last checkpoint is the same, to the bit."""
