@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from lit_llm import adapter, model
 from lit_llm.errors import InputError, did_you_mean
-from lit_llm.tokenizer import unlike
+from lit_llm.tokenizer import Tokenizer, unlike
 from lit_llm.training.fsdp import Fsdp2Strategy
 from lit_llm.training.loss import as_matrices
 from lit_llm.training.processes import end_together
@@ -174,7 +174,8 @@ def check_tokenizer(base: str, data: Any) -> None:
     Raises:
         InputError: It names a token.
     """
-    if data is not None and (difference := unlike(data.tokenizer, base)):
+    tokenizer = getattr(data, "tokenizer", None)
+    if isinstance(tokenizer, Tokenizer) and (difference := unlike(tokenizer, base)):
         raise InputError(f"this is another tokenizer than the base's: {difference}", where="data.tokenizer",
                          fix="use the base's own (data.tokenizer: null), or one that only adds tokens to it")
 
