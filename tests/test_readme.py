@@ -81,7 +81,7 @@ def first(shell) -> subprocess.CompletedProcess:
 def test_first_command_ends_with_what_came_out(first, shell):
     """Perplexity before and after, three answers side by side, the next commands."""
     before, after = map(float, re.search(r"perplexity on .*: ([\d.]+) before, ([\d.]+) after", first.stdout).groups())
-    assert before / after >= 3
+    assert before / after >= 2.5
     assert len(re.findall(r"^  prompt ", first.stdout, re.MULTILINE)) == 3
     assert len(re.findall(r"^  base ", first.stdout, re.MULTILINE)) == 3
     for verb in ("lit_llm chat", "lit_llm validate", "-m serve"):
