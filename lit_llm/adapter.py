@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lit_llm import tying, vocabulary
+from lit_llm import patterns, tying, vocabulary
 from lit_llm.class_paths import refuse_within
 from lit_llm.errors import InputError, did_you_mean
 from lit_llm.redaction import redact_text
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 # Methods of peft that want more than tokens and labels: task numbers, other adapters, a second model.
 NO_METHOD = ("base_model_name_or_path", "inference_mode", "peft_type", "peft_version", "revision", "auto_mapping",
              "task_type")                           # of an adapter's config: where it is from, not what it is
+WEIGHTS = "adapter_model.safetensors"
 ROWS = "vocabulary.json"                            # in an adapter's folder: rows of a base that has grown
 UNFIT = ("ArrowConfig", "CartridgeConfig", "CPTConfig", "MultitaskPromptTuningConfig", "PeftConfig", "PolyConfig",
          "PromptLearningConfig", "ShadowConfig", "XLoraConfig")
@@ -85,19 +86,56 @@ def spec_in(folder: Path) -> dict[str, Any]:
     Raises:
         InputError: Its config cannot be read, or names a method that is not trained here.
     """
-    from peft import PeftConfig
-
-    try:
-        config: Any = PeftConfig.from_pretrained(str(folder))
-        keys = config.to_dict()
-    except (ValueError, KeyError, TypeError, OSError) as error:
-        raise InputError(f"its config cannot be read: {str(error).splitlines()[0][:160]}", where=str(folder)) from None
+    config = _stored_config(folder)
+    keys = config.to_dict()
     plain = type(config)().to_dict()
-    kept = {key: sorted(value) if isinstance(value, set) else value for key, value in keys.items()
+    kept = {key: sorted(value, key=str) if isinstance(value, set) else value for key, value in keys.items()
             if value != plain.get(key) and key not in NO_METHOD}
     spec = {"class_path": type(config).__name__, "init_args": kept}
     _peft_config(spec)
     return spec
+
+
+def stored_keys(folder: Path) -> dict[str, Any]:
+    """The keys of `adapter_config.json`, which may be a stranger's.
+
+    Raises:
+        InputError: It is no mapping.
+    """
+    file = folder / "adapter_config.json"
+    try:
+        keys = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"it cannot be read: {_line(error)}", where=str(file)) from None
+    if not isinstance(keys, dict):
+        raise InputError("it is no mapping of keys to values", where=str(file), fix="copy the adapter's folder again")
+    return keys
+
+
+def _stored_config(folder: Path) -> Any:
+    """PEFT's config of the adapter in a folder; nothing that it names is imported or fetched.
+
+    Raises:
+        InputError: It cannot be read, or its method needs more than this folder.
+    """
+    from peft import PeftConfig
+
+    keys = stored_keys(folder)
+    if keys.get("megatron_config") is not None:     # PEFT imports whatever module `megatron_core` names
+        raise InputError("it wants layers of Megatron, which are not supported", where=str(folder))
+    try:
+        config = PeftConfig.from_pretrained(str(folder))
+        config.to_dict()
+    except Exception as error:                      # forty methods, each with its own way to say no
+        raise InputError(f"its config cannot be read: {_line(error)}", where=str(folder)) from None
+    if type(config).__name__ in UNFIT:
+        raise InputError(f"adapters of {keys.get('peft_type')} need more than their folder and are not supported",
+                         where=str(folder))
+    return config
+
+
+def _line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:160] or type(error).__name__
 
 
 def wrap_peft(model: "PreTrainedModel", spec: dict[str, Any], *, tokens: Sequence[int] = ()) -> Any:
@@ -290,9 +328,13 @@ def row_obstacle(model: "PreTrainedModel", spec: dict[str, Any]) -> str | None:
 
 def stored_tokens(folder: Path) -> list[int]:
     """Ids whose rows learned with the adapter that lies in a folder in PEFT's format."""
-    chosen = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")).get("trainable_token_indices")
+    chosen = stored_keys(folder).get("trainable_token_indices")
     lists = chosen.values() if isinstance(chosen, dict) else [chosen or []]
-    return sorted({int(id_) for ids in lists for id_ in ids})
+    try:
+        return sorted({int(id_) for ids in lists for id_ in ids})
+    except (ValueError, TypeError) as error:
+        raise InputError(f"trainable_token_indices is no list of token ids: {_line(error)}",
+                         where=str(folder / "adapter_config.json")) from None
 
 
 def _token_layers(model: "PreTrainedModel") -> list[str]:
@@ -312,22 +354,32 @@ def load_adapter(model: "PreTrainedModel", folder: str | Path, *, trainable: boo
     """The model with the adapter that lies in a folder in PEFT's format.
 
     Raises:
-        InputError: The folder holds no weights for some of the adapters that its config names.
+        InputError: The folder holds no safetensors, or none for some of the adapters that its config names; or its
+            config or weights do not fit the model.
     """
     import warnings
 
-    from peft import PeftConfig, PeftModel
+    from peft import PeftModel
 
-    config = PeftConfig.from_pretrained(str(folder))
-    if (Path(folder) / ROWS).is_file():
-        vocabulary.grow(model, int(json.loads((Path(folder) / ROWS).read_text(encoding="utf-8"))["rows"]))
-    with _steady_start(config), tying.explained(model, config, say=False), warnings.catch_warnings():
-        warnings.filterwarnings("error", message="Found missing adapter keys")
-        try:
+    folder = Path(folder)
+    config = _stored_config(folder)
+    if not (folder / WEIGHTS).is_file():            # PEFT would unpickle adapter_model.bin, or ask the hub
+        raise InputError(f"it holds no {WEIGHTS}, and other files of weights are not read", where=str(folder))
+    patterns.check(config.to_dict(), [name for name, _ in model.named_modules()], str(folder))
+    try:
+        if (folder / ROWS).is_file():
+            vocabulary.grow(model, int(json.loads((folder / ROWS).read_text(encoding="utf-8"))["rows"]))
+        with _steady_start(config), tying.explained(model, config, say=False), warnings.catch_warnings():
+            warnings.filterwarnings("error", message="Found missing adapter keys")
             return _as_trained_here(PeftModel.from_pretrained(model, str(folder), is_trainable=trainable))
-        except UserWarning as error:
-            raise InputError(f"it lacks weights that its config names: {str(error).partition(': ')[2][:160]}",
-                             where=str(folder), fix="copy the adapter's folder again, or train it again") from None
+    except UserWarning as error:
+        raise InputError(f"it lacks weights that its config names: {str(error).partition(': ')[2][:160]}",
+                         where=str(folder), fix="copy the adapter's folder again, or train it again") from None
+    except (InputError, MemoryError):
+        raise
+    except Exception as error:                      # a stranger's files, and forty methods
+        raise InputError(f"the adapter cannot be put on this model: {_line(error)}", where=str(folder),
+                         fix="use it with the base that it was trained on, or copy its folder again") from None
 
 
 def spare_copies(model: Any) -> None:
@@ -373,7 +425,7 @@ def save_adapter(model: Any, folder: str | Path, state: dict[str, Tensor], base:
         warnings.filterwarnings("ignore", message="Setting `save_embedding_layers`")    # the state holds no base weight
         adapter = get_peft_model_state_dict(model, state_dict=_under_all_names(model, state))
     save_file({name: weight.clone().contiguous() for name, weight in adapter.items()},
-              folder / "adapter_model.safetensors")
+              folder / WEIGHTS)
     config = model.active_peft_config.to_dict() | {"base_model_name_or_path": base, "inference_mode": True}
     if not isinstance(config.get("target_modules"), str | None):        # peft takes tied heads out of it
         tied = getattr(model.active_peft_config, "target_modules_to_tie", None) or ()

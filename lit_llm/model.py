@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_llm import attention as packed_attention
-from lit_llm import hub
+from lit_llm import hub, integrity
 from lit_llm.adapter import is_peft
 from lit_llm.errors import InputError, did_you_mean
 from lit_llm.samples import resolve
@@ -40,7 +40,8 @@ def load_causal_lm(path: str, *, dtype: torch.dtype = torch.float32, attention: 
         device: Of a quantized model, which is quantized where it will stay.
 
     Raises:
-        InputError: No such folder, the hub cannot be reached, weights are missing, the architecture cannot be packed.
+        InputError: No such folder, the hub cannot be reached, weights are missing, the architecture cannot be packed,
+            or they are a checkpoint's and not as it says.
     """
     from transformers import AutoModelForCausalLM
 
@@ -51,6 +52,7 @@ def load_causal_lm(path: str, *, dtype: torch.dtype = torch.float32, attention: 
         raise InputError(f"there is no folder {path}", where="model.base")
     if folder.is_dir() and not (folder / "config.json").is_file():
         raise InputError(f"{path} holds no config.json, so it is no model folder", where="model.base")
+    integrity.check_beside(folder, "model.base")
     if attention == packed_attention.NAME:
         packed_attention.register()
     if quantize is not None:

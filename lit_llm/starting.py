@@ -9,7 +9,7 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lit_llm import adapter, origin
+from lit_llm import adapter, integrity, origin
 from lit_llm.errors import InputError
 from lit_llm.merging import merge
 
@@ -25,7 +25,7 @@ def find(path: str) -> Path:
     """The folder in PEFT's format: the path itself, the one in a checkpoint, or in a run's best checkpoint.
 
     Raises:
-        InputError: There is none, or its weights are no safetensors.
+        InputError: There is none, its weights are no safetensors, or they are not as their checkpoint says.
     """
     given = Path(path).expanduser()
     pointers = [given / "checkpoints" / name for name in ("BEST", "LATEST")]
@@ -35,6 +35,7 @@ def find(path: str) -> Path:
             if not (folder / WEIGHTS).is_file():
                 raise InputError(f"{folder} holds no {WEIGHTS}, and other files of weights are not read",
                                  where="model.adapter")
+            integrity.check_beside(folder, "model.adapter")
             return folder
     raise InputError(f"{path} holds no {CONFIG}, so it is no adapter", where="model.adapter",
                      fix="give a folder in PEFT's format, a checkpoint of a run, or a run: runs/sft")
@@ -47,7 +48,7 @@ def check_base(folder: Path, base: str) -> None:
         InputError: They name another one.
     """
     manifest, fits = folder.parent / "manifest.json", True
-    named = str(json.loads((folder / CONFIG).read_text(encoding="utf-8")).get("base_model_name_or_path") or "")
+    named = str(adapter.stored_keys(folder).get("base_model_name_or_path") or "")
     if manifest.is_file():
         before = json.loads(manifest.read_text(encoding="utf-8")).get("base_hash")
         now = origin.content_hash(base)
@@ -62,7 +63,12 @@ def check_base(folder: Path, base: str) -> None:
 
 
 def load(model: "PreTrainedModel", folder: Path, *, trainable: bool = False) -> Any:
-    """The model with an adapter, and below it, merged, the one that it was trained upon."""
+    """The model with an adapter, and below it, merged, the one that it was trained upon.
+
+    Raises:
+        InputError: It cannot be loaded, or is not as the checkpoint says that it lies in.
+    """
+    integrity.check_beside(folder, "adapter")
     if (folder / FIRST / CONFIG).is_file():
         model = merge(load(model, folder / FIRST))
     return adapter.load_adapter(model, folder, trainable=trainable)

@@ -3,13 +3,12 @@
 Reads what the run left on disk, so it works after any strategy, also on another machine. Knows nothing of training.
 """
 
-import json
 import logging
 import shutil
 from pathlib import Path
 from typing import Any, Literal
 
-from lit_llm import check, disk, origin
+from lit_llm import check, disk, integrity, origin
 from lit_llm.errors import InputError
 from lit_llm.inference.card import card, read_values
 from lit_llm.samples import resolve
@@ -44,7 +43,8 @@ def export(run: str, checkpoint: str = "best", out: str | None = None, dtype: Dt
     from lit_llm.merging import merge
 
     folder = checkpoint_folder(Path(run), checkpoint)
-    facts = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    facts = integrity.read(folder)
+    integrity.check_beside(folder / ("adapter" if (folder / "adapter").is_dir() else "model"), "checkpoint")
     if (folder / "adapter").is_dir():
         base = origin.found(str(facts["base"]), facts.get("base_hash"), Path(run), base)
     target = _target(Path(run), out, base) if out else Path(run) / "export"
@@ -123,7 +123,7 @@ def checkpoint_folder(run: Path, wanted: str) -> Path:
         if pointer is None:
             raise InputError(f"{run} holds no complete checkpoint", where="run")
         name = pointer.read_text(encoding="utf-8").strip()
-    if not (folders / name / "manifest.json").is_file():
+    if not (folders / name / integrity.NAME).is_file():
         has = ", ".join(sorted(path.name for path in folders.glob("step_*"))) or "none"
         raise InputError(f"{run} has no complete checkpoint '{name}' (it has: {has})", where="checkpoint")
     return folders / name

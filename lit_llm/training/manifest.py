@@ -8,7 +8,7 @@ import hashlib
 import json
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
@@ -16,12 +16,12 @@ from typing import Any, Literal
 import lightning as L
 from lightning.pytorch.utilities import rank_zero_only
 
-from lit_llm import disk, origin
+from lit_llm import disk, integrity, origin
 from lit_llm.errors import InputError
+from lit_llm.integrity import NAME, faults, read
 from lit_llm.redaction import redact_text
 
 log = logging.getLogger(__name__)
-NAME = "manifest.json"
 Change = Literal["base", "peft", "tokenizer", "template", "quantize"]
 NOUNS: dict[str, str] = {"base": "base_hash", "peft": "peft", "tokenizer": "tokenizer", "template": "template",
                          "quantize": "quantize"}
@@ -44,7 +44,7 @@ def write(folder: Path, trainer: L.Trainer, score: float | None, figures: dict[s
 
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     with ThreadPoolExecutor() as pool:              # ZeRO writes a file a rank; hashing lets go of Python's lock
-        hashes = list(pool.map(_sha256, files))
+        hashes = list(pool.map(integrity.sha256, files))
     for path in (*files, *(path for path in folder.rglob("*") if path.is_dir())):
         disk.sync(path)
     facts = {
@@ -79,11 +79,6 @@ def _replace(folder: Path, facts: dict[str, Any]) -> None:
     disk.replace_text(folder / NAME, redact_text(json.dumps(facts, indent=1, default=str)) + "\n")
 
 
-def _sha256(file: Path) -> str:
-    with open(file, "rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
-
-
 # ---- what it belongs to ----------------------------------------------------------------------------------------------
 
 def identity(trainer: L.Trainer) -> dict[str, Any]:
@@ -107,7 +102,7 @@ def _method(module: Any) -> Any:
     """The PEFT spec, and upon which merged adapter it is trained."""
     if module.peft_spec is None or getattr(module, "start", None) is None or not module.merge_start:
         return module.peft_spec
-    return module.peft_spec | {"upon": _sha256(Path(module.start) / "adapter_model.safetensors")}
+    return module.peft_spec | {"upon": integrity.sha256(Path(module.start) / "adapter_model.safetensors")}
 
 
 def check_same(folder: Path, trainer: L.Trainer, accepted: Sequence[Change]) -> None:
@@ -179,12 +174,6 @@ def _writes_folders(trainer: L.Trainer) -> bool:
 
 # ---- reading ---------------------------------------------------------------------------------------------------------
 
-def read(folder: Path) -> dict[str, Any]:
-    """A folder's manifest."""
-    facts: dict[str, Any] = json.loads((folder / NAME).read_text(encoding="utf-8"))
-    return facts
-
-
 def step_of(name: str) -> int:
     """40 of `step_40`; -1 of any other name."""
     digits = name.removeprefix("step_")
@@ -234,28 +223,6 @@ def _newest(run: Path) -> Path:
     if torn:
         raise InputError(torn[0], where="ckpt_path", fix="no older one is whole; start a fit without --ckpt_path")
     raise InputError(f"{run} has no last checkpoint", where="ckpt_path", fix="start a fit without --ckpt_path")
-
-
-def faults(folder: Path) -> Iterator[str]:
-    """What keeps a folder from being a checkpoint, in words; nothing if it is whole. Sizes first, they cost nothing."""
-    try:
-        files = {folder / name: (facts["bytes"], facts["sha256"]) for name, facts in read(folder)["files"].items()}
-    except FileNotFoundError:
-        yield f"{folder} has no {NAME}, so it was never completed"
-        return
-    except (ValueError, KeyError, TypeError):
-        yield f"{folder / NAME} is damaged"
-        return
-    short = [file for file, (size, _) in files.items() if not file.is_file() or file.stat().st_size != size]
-    for file in short:
-        has = f"has {file.stat().st_size:,} bytes, not {files[file][0]:,}" if file.is_file() else "is missing"
-        yield f"{file} {has}"
-    if short:
-        return
-    with ThreadPoolExecutor() as pool:
-        for file, sha256 in zip(files, pool.map(_sha256, files), strict=True):
-            if sha256 != files[file][1]:
-                yield f"{file} was changed since it was written"
 
 
 @rank_zero_only
