@@ -28,6 +28,7 @@ from lit_llm.training import manifest
 from lit_llm.training.evaluation import figures_of
 from lit_llm.training.manifest import step_of
 from lit_llm.training.processes import end_together
+from lit_llm.training.report import MetricsCSV
 from lit_llm.training.weights import gathered_trainable_state
 
 log = logging.getLogger(__name__)
@@ -156,6 +157,9 @@ class StepCheckpoint(Checkpoint):
                 assert state is not None
                 self._write_weights(trainer, partial, state)
                 manifest.write(partial, trainer, score, figures)
+                for logger in trainer.loggers:
+                    if isinstance(logger, MetricsCSV):
+                        logger.sync()               # no checkpoint survives the rows that led to it
                 disk.replace_folder(partial, folder)
                 self._point_and_prune(folder)
         except (OSError, RuntimeError) as error:    # torch has a RuntimeError for a full disk

@@ -4,7 +4,6 @@ Everything happens in temporary folders and in processes of their own (`trial.py
 Knows nothing of how a run trains.
 """
 
-import csv
 import shutil
 import tempfile
 from pathlib import Path
@@ -14,6 +13,7 @@ import torch
 
 from lit_llm.errors import InputError
 from lit_llm.training import manifest, safe_load, trial
+from lit_llm.training.report import rows_of
 
 EXACT = 1e-5                                        # relative, of a gradient in float32: the order of sums
 ROUGH = 3e-2                                        # of one in 16 bits: their rounding
@@ -56,9 +56,8 @@ def verify_resume(config: dict[str, Any] | None, steps: int = 4) -> bool:
 
 
 def _rows(run: Path) -> list[dict[str, str]]:
-    with open(run / "metrics.csv", newline="", encoding="utf-8") as handle:
-        return [{key: value for key, value in row.items() if value and key != "seconds"}
-                for row in csv.DictReader(handle)]
+    return [{key: value for key, value in row.items() if value and key != "seconds"}
+            for row in rows_of(run / "metrics.csv")]
 
 
 def _content(folder: Path) -> dict[str, Any]:

@@ -4,12 +4,13 @@ Thresholds are where a user should look again, not proofs. Knows nothing of mode
 and the checkpoints' names.
 """
 
-import csv
 import json
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from lit_llm.training.report import rows_of
 
 FEW_STEPS = 50                                      # updates; warmup and schedule alone want some tens
 LEARNED = 0.5                                       # nats: answers of which most tokens are known; no run is too short
@@ -87,7 +88,7 @@ def course_of(run: Path, before: float | None = None) -> Course:
         run: Its folder.
         before: Nats of the validation before training.
     """
-    rows = _rows(run / "metrics.csv")
+    rows = rows_of(run / "metrics.csv")
     latest = run / "checkpoints" / "LATEST"
     step = latest.read_text(encoding="utf-8").strip().removeprefix("step_") if latest.is_file() else ""
     steps = int(step) if step.isdigit() else 0
@@ -97,13 +98,6 @@ def course_of(run: Path, before: float | None = None) -> Course:
     if before is not None and validations and validations[0][0] == 0 and len(rows) > 1:
         validations = validations[1:]
     return Course(steps, _passes(data), _answers(data), losses, validations, before)
-
-
-def _rows(file: Path) -> list[dict[str, str]]:
-    if not file.is_file():
-        return []
-    with open(file, newline="", encoding="utf-8") as handle:
-        return list(csv.DictReader(handle))
 
 
 def _passes(data: dict[str, Any]) -> float | None:
