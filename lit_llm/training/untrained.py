@@ -56,12 +56,15 @@ def untrained(matrix: Tensor, ids: Sequence[int]) -> list[int]:
 
 
 def _mean_and_sketch(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """(D) mean of the rows, and all rows in few random directions; half precision is never widened as a whole."""
+    """(D) mean of the rows, and all rows in few random directions; half precision is never widened as a whole.
+
+    In float32 whatever torch's default is: Lightning builds models under another one (`bf16-true`).
+    """
     count, width = matrix.shape
     generator = torch.Generator().manual_seed(0)
     narrow = width <= SKETCH
-    directions = torch.empty(0) if narrow else torch.randn(width, SKETCH, generator=generator)
-    directions, mean, parts = directions.to(matrix.device), torch.zeros(width, device=matrix.device), []
+    directions = torch.randn(width, SKETCH, generator=generator, dtype=torch.float32).to(matrix.device)
+    mean, parts = torch.zeros(width, dtype=torch.float32, device=matrix.device), []
     for chunk in matrix.split(16384):
         rows = chunk.float()
         mean += rows.sum(0) / count

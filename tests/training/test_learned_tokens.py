@@ -48,6 +48,17 @@ def test_rows_that_no_corpus_moved_are_found(embedding, said):
     assert untrained(embedding, []) == []
 
 
+def test_torchs_default_type_changes_nothing(embedding):
+    """Lightning builds models under another one where a run is in half precision."""
+    ids, before = range(0, len(embedding), 7), torch.get_default_dtype()
+    expected = untrained(embedding.bfloat16(), ids)
+    try:
+        torch.set_default_dtype(torch.bfloat16)
+        assert untrained(embedding.bfloat16(), ids) == expected
+    finally:
+        torch.set_default_dtype(before)
+
+
 def test_a_second_real_model(stories, shared_data):
     """<unk> and </s>, but not <s>; and of the tokens that its corpus is full of, none."""
     weight = load_causal_lm(stories).get_output_embeddings().weight
