@@ -149,7 +149,9 @@ def test_all_code_that_makes_tokens_is_in_the_key():
     while ahead:
         reached |= ahead
         ahead = {name for one in ahead for name in inner(TREES[one])} - reached
-    assert reached - {"", "data", "disk", "errors", "hub", "samples", "data.cache", "data.progress", "data.workers"} == set(cache.SHAPERS)
+    only_refuse = {"check", "tokenizer_file"}               # they make no token, but stop a run whose tokens differ
+    reached -= {"", "data", "disk", "errors", "hub", "samples", "data.cache", "data.progress", "data.workers"}
+    assert reached - only_refuse == set(cache.SHAPERS)
 
 
 def test_a_cache_that_is_read_only_is_read(tokenizer, jsonl, tmp_path, monkeypatch):
