@@ -1,7 +1,7 @@
-"""Documents and conversations in, token sequences out; token ids in, text out.
+"""A tokenizer with its chat template: documents and conversations to token sequences, and token ids to text.
 
-The home of the tokenizers library. Rendering is `template.py`'s, exact ids are `encoder.py`'s; batches, padding and the
-shift of labels are the data and training wings'.
+The files are read by `tokenizer_file.py`; `template.py` renders conversations and `encoder.py` finds the exact ids.
+Batches, padding and the shift of labels belong to `data/` and `training/`.
 """
 
 import hashlib
@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from lit_llm import check, hub
+from lit_llm import check
 from lit_llm.answers import EMPTY, UNASKED, TrainOn, hidden, spans_of, trained
 from lit_llm.conversation import ROLES, Conversation, Document
 from lit_llm.encoder import Encoder, Piece, Reading
@@ -26,7 +26,7 @@ from lit_llm.jinja import Render, TemplateArgs, check_args, compiled, variables,
 from lit_llm.rendering import Rendered, Span
 from lit_llm.samples import resolve
 from lit_llm.template import ChatTemplate, chosen
-from lit_llm.tokenizer_file import check_reading
+from lit_llm.tokenizer_file import load_fast
 
 __all__ = ["IGNORE_INDEX", "SPEAKERS", "TokenSequence", "Tokenizer", "TrainOn"]
 IGNORE_INDEX = -100
@@ -91,7 +91,7 @@ class Tokenizer:
                 no end-of-text token.
         """
         path = resolve(path)
-        hf = _from_pretrained(path)
+        hf = load_fast(path)
         template, note = chosen(hf, path, chat_template)
         if template_args:
             check_args(template_args, variables(template, hf.special_tokens_map), "data.template_args")
@@ -301,30 +301,6 @@ class Tokenizer:
         self.hf.save_pretrained(str(folder))
 
 
-# ---- loading ---------------------------------------------------------------------------------------------------------
-
-def _from_pretrained(path: str) -> Any:
-    from transformers import AutoTokenizer
-
-    if not Path(path).is_dir() and (Path(path).is_absolute() or path.startswith((".", "~")) or path.count("/") > 1):
-        raise InputError(f"there is no folder {path}", where="tokenizer")
-    try:
-        hf = AutoTokenizer.from_pretrained(
-            path, trust_remote_code=False, local_files_only=not Path(path).is_dir() and hub.offline())
-    except Exception as error:                      # a stranger's files: transformers has no one error for them
-        if Path(path).is_dir():
-            raise InputError(f"no tokenizer can be read from the folder {path}: {' '.join(str(error).split())[:160]}",
-                             where="tokenizer", fix="it needs tokenizer.json, or set --data.tokenizer") from None
-        raise hub.unreachable(path, where="tokenizer") from None
-    if not getattr(hf, "is_fast", False):
-        raise InputError(f"{path} has no fast tokenizer (tokenizer.json), and only those give character offsets",
-                         where="tokenizer")
-    if hf.eos_token_id is None:
-        raise InputError(f"the tokenizer of {path} names no eos_token, so nothing would ever end", where="tokenizer")
-    check_reading(hf, Path(path))
-    return hf
-
-
 def unlike(tokenizer: Tokenizer, base: str) -> str | None:
     """How the tokenizer of a run differs from its base's own; null where it is that one, or has more tokens.
 
@@ -338,7 +314,7 @@ def unlike(tokenizer: Tokenizer, base: str) -> str | None:
     if base == tokenizer.source:
         return None
     try:
-        own = _from_pretrained(str(Path(base).expanduser())).get_vocab()
+        own = load_fast(str(Path(base).expanduser())).get_vocab()
     except InputError:
         return None
     given = tokenizer.hf.get_vocab()

@@ -1,4 +1,4 @@
-"""A tokenizer as transformers loaded it, beside the rules in its `tokenizer.json`: the two must read alike.
+"""Load a fast tokenizer from its files, and check that transformers reads text as its `tokenizer.json` says.
 
 Releases of transformers 5 build some tokenizers anew from their vocabulary, with the rules of the class that
 `tokenizer_config.json` names in place of those in the file. A model then gets other tokens than it was trained on.
@@ -8,6 +8,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from lit_llm import hub
 from lit_llm.errors import InputError
 
 STRESS = (
@@ -21,6 +22,34 @@ STRESS = (
     "CamelCaseWord snake_case_word ALLCAPS https://example.com/a?b=c#d me@example.org", "\u2581 \u0120 \u010a <0x0A>")
 SHOWN = 8                                           # tokens of each reading
 _alike: set[tuple[Any, ...]] = set()                # files that were compared
+
+
+def load_fast(path: str) -> Any:
+    """The fast tokenizer of a folder or hub id, as transformers gives it.
+
+    Raises:
+        InputError: No such folder, the hub cannot be reached, it is not a fast tokenizer, it has no end-of-text token,
+            or it reads text otherwise than its own `tokenizer.json`.
+    """
+    from transformers import AutoTokenizer
+
+    if not Path(path).is_dir() and (Path(path).is_absolute() or path.startswith((".", "~")) or path.count("/") > 1):
+        raise InputError(f"there is no folder {path}", where="tokenizer")
+    try:
+        hf = AutoTokenizer.from_pretrained(
+            path, trust_remote_code=False, local_files_only=not Path(path).is_dir() and hub.offline())
+    except Exception as error:                      # a stranger's files: transformers has no one error for them
+        if Path(path).is_dir():
+            raise InputError(f"no tokenizer can be read from the folder {path}: {' '.join(str(error).split())[:160]}",
+                             where="tokenizer", fix="it needs tokenizer.json, or set --data.tokenizer") from None
+        raise hub.unreachable(path, where="tokenizer") from None
+    if not getattr(hf, "is_fast", False):
+        raise InputError(f"{path} has no fast tokenizer (tokenizer.json), and only a fast one gives character offsets",
+                         where="tokenizer")
+    if hf.eos_token_id is None:
+        raise InputError(f"the tokenizer of {path} names no eos_token, so no text would have an end", where="tokenizer")
+    check_reading(hf, Path(path))
+    return hf
 
 
 def check_reading(hf: Any, folder: Path) -> None:

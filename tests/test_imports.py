@@ -28,7 +28,7 @@ NOUNS_FROM = {"conversation": set(), "check": {"conversation"}, "miniature": set
               "starting": {"adapter", "merging"}, "model": {"attention", "adapter"}}
 HOMES = {
     "peft": {"adapter"}, "AutoModelForCausalLM": {"model"}, "AutoConfig": {"model", "inference.export"},
-    "tokenizers": {"tokenizer", "tokenizer_file", "samples.make"}, "AutoTokenizer": {"tokenizer"}, "datasets": {"data.sources", "data.readers"},
+    "tokenizers": {"tokenizer_file", "samples.make"}, "AutoTokenizer": {"tokenizer_file"}, "datasets": {"data.sources", "data.readers"},
     "torchmetrics": {"training.metrics"}, "triton": {"training.kernels"}, "cut_cross_entropy": {"training.borrowed"},
     "liger_kernel": {"training.borrowed"}, "litserve": set(),
     "deepspeed": {"training.strategy", "training.weights", "training.reshard", "training.trial"},
