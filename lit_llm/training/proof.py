@@ -1,4 +1,4 @@
-"""A config in, what of our forward pass may compute its loss out: found by computing, not by a list of architectures.
+"""Find by computation which parts of our own forward pass give the loss of a config's architecture exactly.
 
 A small model of the same config with random weights is given a few short documents. What plain transformers says of
 them one by one, the loss and the gradient of every weight, is the standard. Ways of ours are tried from the fastest to
@@ -9,16 +9,15 @@ document, so no architecture is refused and none is computed differently.
     2  packed, our attention and the model's own logits
     3  one by one, our loss from hidden states
 
-Answers are kept by the small config, in the process and on disk. Knows nothing of runs.
+`proof_cache.py` keeps the answers by the small config, in the process and on disk. Knows nothing of runs.
 """
 
-import hashlib
 import json
 import logging
 import math
 from contextlib import nullcontext, suppress
-from dataclasses import asdict, replace
-from functools import lru_cache
+from dataclasses import replace
+from functools import partial
 from itertools import pairwise, product
 from typing import Any
 
@@ -28,17 +27,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from lit_llm import attention, disk, miniature
+from lit_llm import attention, miniature
 from lit_llm import model as anatomy
-from lit_llm.data.cache import cache_root
 from lit_llm.data.loader import Batch, lay
 from lit_llm.errors import InputError
 from lit_llm.tokenizer import IGNORE_INDEX
-from lit_llm.training import forward, rmsnorm
+from lit_llm.training import forward, proof_cache, rmsnorm
 from lit_llm.training.forward import Choices, Way
 
 log = logging.getLogger(__name__)
-FORMAT = 2                                          # of answers on disk; raised whenever this file's judgement changes
 LENGTHS = (21, 12, 7, 2)                            # tokens of documents, most of them above miniature.WINDOW
 PADDING = 6
 SMALL, LARGE = 3_000_000, 40_000_000                # parameters: small enough as it is; too many to be tried
@@ -66,7 +63,7 @@ def way_of(base: str | None, init: dict[str, Any] | None, *, seq_len: int | None
     for config in miniature.candidates(skeleton.config, whole=small, seq_len=seq_len):
         facts = json.dumps(config.to_dict(), sort_keys=True, default=str)
         try:
-            return _answered(facts, lambda config=config: prove(skeleton, config))
+            return proof_cache.answered(facts, partial(prove, skeleton, config))
         except _NotBuiltError as error:
             obstacle = str(error)
     because = f"no small model of this config could be built to compare with ({obstacle})"
@@ -93,47 +90,6 @@ class Wide(TorchFunctionMode):
 
 class _NotBuiltError(Exception):
     """This config makes no model, or one too large to be tried."""
-
-
-# ---- answers that are kept -------------------------------------------------------------------------------------------
-
-@lru_cache(maxsize=64)
-def _in_memory(key: str) -> list[Way]:
-    """Of a key: nothing yet, or the answer."""
-    return []
-
-
-def _answered(facts: str, find: Any) -> Way:
-    """An answer given before for the same config by the same libraries, or a new one. A damaged file is no answer."""
-    import transformers
-
-    key = hashlib.sha256(f"{FORMAT} {torch.__version__} {transformers.__version__} {facts}".encode()).hexdigest()
-    known = _in_memory(key)
-    file = cache_root(None) / "proofs" / f"{key[:32]}.json"
-    if not known:
-        with suppress(OSError, ValueError, TypeError, KeyError, AttributeError):
-            known.append(_read(json.loads(file.read_text(encoding="utf-8")), key))
-    if not known:
-        known.append(find())
-        with suppress(OSError):                     # a cache that cannot be written costs a second next time
-            disk.replace_text(file, json.dumps({"key": key, "way": asdict(known[0])}) + "\n")
-    return known[0]
-
-
-def _read(entry: dict[str, Any], key: str) -> Way:
-    """An entry whose every value is of the kind that was written.
-
-    Raises:
-        ValueError: It is not.
-    """
-    way = Way(**entry["way"])
-    for name, value in asdict(Way()).items():
-        kinds: tuple[type, ...] = (float, type(None)) if name == "cap" else (type(value),)
-        if type(getattr(way, name)) not in kinds:
-            raise ValueError(name)
-    if entry["key"] != key or not math.isfinite(way.factor):
-        raise ValueError("another key")
-    return way
 
 
 # ---- the proof -------------------------------------------------------------------------------------------------------

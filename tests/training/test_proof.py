@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from lit_llm import CausalLMModule, InputError
-from lit_llm.training import forward, proof, rmsnorm
+from lit_llm.training import forward, proof, proof_cache, rmsnorm
 from tests.benchmarks.architectures import VARIANTS, difference, tiny
 
 SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -75,22 +75,22 @@ def test_a_transform_that_is_ours_alone_is_noticed(monkeypatch):
 
 def test_an_answer_is_kept_and_a_damaged_one_is_not_believed(tmp_path, monkeypatch):
     monkeypatch.setenv("LIT_LLM_CACHE", str(tmp_path))
-    proof._in_memory.cache_clear()
+    proof_cache.in_memory.cache_clear()
     found, (file,) = proof.way_of(None, SMALL | {"model_type": "qwen2"}), (tmp_path / "proofs").iterdir()
     whole = json.loads(file.read_text())
     monkeypatch.setattr(proof, "prove", lambda *_: pytest.fail("asked again"))
-    proof._in_memory.cache_clear()
+    proof_cache.in_memory.cache_clear()
     assert proof.way_of(None, SMALL | {"model_type": "qwen2"}) == found
     monkeypatch.setattr(proof, "prove", lambda *_: forward.Way(factor=3.0))
     for damaged in ("", "{", "[]", json.dumps(whole | {"key": "0"}), json.dumps(whole | {"way": {"packed": 1}}),
                     json.dumps(whole | {"way": whole["way"] | {"factor": "2"}})):
-        proof._in_memory.cache_clear()
+        proof_cache.in_memory.cache_clear()
         file.write_text(damaged)
         assert proof.way_of(None, SMALL | {"model_type": "qwen2"}).factor == 3.0, damaged
 
 
 def test_nothing_of_a_run_is_drawn_by_the_proof():
-    proof._in_memory.cache_clear()
+    proof_cache.in_memory.cache_clear()
     torch.manual_seed(3)
     np.random.seed(3)
     before = torch.get_rng_state(), np.random.get_state()[1].tolist()
