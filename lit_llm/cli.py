@@ -10,9 +10,10 @@ import sys
 import time
 from collections.abc import Sequence
 from importlib import import_module
+from pathlib import Path
 from typing import Any, NoReturn
 
-from lit_llm import class_paths, library_warnings
+from lit_llm import class_paths, disk, library_warnings
 from lit_llm.errors import InputError, did_you_mean
 from lit_llm.parser import ToolParser, check_configs, verb_first
 from lit_llm.redaction import redact_text
@@ -48,7 +49,7 @@ MEMORY = """there is not enough memory for the batch
   halve data.batch_size and double trainer.accumulate_grad_batches (the same step), lower data.seq_len,
   set model.gradient_checkpointing: true, or split the model with trainer.strategy: deepspeed_stage_3;
   `python -m lit_llm plan` with the options of this run says which of these would fit"""
-DISK = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR,
+DISK = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR,
         errno.EISDIR)
 
 
@@ -69,11 +70,14 @@ def main(args: list[str] | None = None) -> None:
             raise
         _refuse(MEMORY)
     except OSError as error:
-        if error.errno not in DISK or not error.filename:
+        name = error.filename2 or error.filename
+        if not disk.is_full(error) and (error.errno not in (*DISK, *disk.GONE) or not name):
             raise
-        _refuse(f"{error.filename2 or error.filename}: {error.strerror}\n"
-                "  make room, or write elsewhere: --trainer.default_root_dir")
+        remedy = disk.remedy(error, Path(str(name)).parent if name else Path.cwd())
+        _refuse(f"{name or 'writing'}: {error.strerror}\n  {remedy}, or write elsewhere: --trainer.default_root_dir")
     except Exception as error:
+        if disk.is_full(error):                     # libraries in Rust and C++ have errors of their own
+            _refuse(f"{str(error).splitlines()[0][:200]}\n  make room, or write elsewhere")
         if not type(error).__module__.startswith("wandb."):
             raise
         _refuse(f"trainer.logger: wandb: {str(error).splitlines()[0][:300]}\n"

@@ -34,8 +34,8 @@ def export(run: str, checkpoint: str = "best", out: str | None = None, dtype: Dt
         The folder. It holds `check.json`, which whoever loads it compares with what it gives.
 
     Raises:
-        InputError: No such run or checkpoint, or the folder, reloaded, is not the model that was trained; what stood
-            there before stays.
+        InputError: No such run or checkpoint, or the folder, reloaded, is not the model that was trained, or
+            cannot be written; what stood there before stays.
     """
     import torch
 
@@ -73,18 +73,22 @@ def export(run: str, checkpoint: str = "best", out: str | None = None, dtype: Dt
     merged = merge(trained)
     partial = target.with_name(target.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
     try:
+        partial.mkdir(parents=True)
         model.save_causal_lm(merged, partial, stop_ids=tokenizer.stop_ids, pad_id=tokenizer.pad_id, dtype=wanted)
         tokenizer.save(partial)
         (partial / "README.md").write_text(card(Path(run), facts, folder.name), encoding="utf-8")
         del trained, merged                         # one model in memory at a time
         written = model.load_causal_lm(str(partial), dtype=wanted or torch.float32)
         check.gate(partial, Tokenizer.load(str(partial)), rows, before, written, quantize=quantize)
-    except BaseException:
+        disk.replace_folder(partial, target)
+    except BaseException as error:
+        free = disk.free(partial.parent)
         shutil.rmtree(partial, ignore_errors=True)
+        if isinstance(error, OSError) or disk.is_full(error):
+            raise InputError(f"the export could not be written: {disk.said(error)}; {free}", where=str(target),
+                             fix=f"{disk.remedy(error, target.parent)}, or name another folder: --out") from error
         raise
-    disk.replace_folder(partial, target)
     return target
 
 

@@ -30,6 +30,7 @@ from lit_llm.training.manifest import step_of
 from lit_llm.training.processes import end_together
 from lit_llm.training.report import MetricsCSV
 from lit_llm.training.weights import gathered_trainable_state
+from lit_llm.training.writing import Writing
 
 log = logging.getLogger(__name__)
 PREFIX = "model."                                   # the LightningModule's name for what it trains
@@ -146,15 +147,19 @@ class StepCheckpoint(Checkpoint):
             return
         self._saved, self._unfinished = step, unfinished
         partial = folder.with_name(folder.name + ".partial")
-        try:
+        writing = Writing(trainer, partial)
+        with writing.noted():
             if trainer.is_global_zero:
-                shutil.rmtree(partial, ignore_errors=True)
-                partial.mkdir(parents=True)
-            trainer.strategy.barrier()
+                writing.begin()
+        writing.agree(f"the checkpoint of step {step}")
+        with writing.noted(), writing.deferred():
             trainer.save_checkpoint(partial / "state")
-            state = gathered_trainable_state(trainer.lightning_module)
+        writing.agree(f"the checkpoint of step {step}")
+        state = gathered_trainable_state(trainer.lightning_module)
+        with writing.noted():
             if trainer.is_global_zero:
                 assert state is not None
+                writing.release()
                 self._write_weights(trainer, partial, state)
                 manifest.write(partial, trainer, score, figures)
                 for logger in trainer.loggers:
@@ -162,13 +167,8 @@ class StepCheckpoint(Checkpoint):
                         logger.sync()               # no checkpoint survives the rows that led to it
                 disk.replace_folder(partial, folder)
                 self._point_and_prune(folder)
-        except (OSError, RuntimeError) as error:    # torch has a RuntimeError for a full disk
-            free = shutil.disk_usage(partial.parent).free
-            raise InputError(f"the checkpoint of step {step} could not be written: {str(error).splitlines()[0][:200]}; "
-                             f"{free / GIB:.1f} GiB are free", where=str(partial), fix="older checkpoints are whole: "
-                             "make room, then go on with --ckpt_path last") from error
+        writing.agree(f"the checkpoint of step {step}")
         self._unfinished = False
-        trainer.strategy.barrier()
 
     def _recall(self, folders: Path, step: int, measured_on: Any) -> None:
         for half in folders.glob("*.partial"):

@@ -7,6 +7,7 @@ adds a line to `evaluations.jsonl`.
 
 import logging
 import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -213,8 +214,9 @@ class RunFolder(Callback):
     def on_exception(self, trainer: L.Trainer, module: L.LightningModule, exception: BaseException) -> None:
         """A run that failed before its first step leaves nothing behind, and the earlier run has its name again."""
         folder = Path(trainer.default_root_dir)
-        if trainer.global_step and self._started and trainer.state.fn == "fit":
-            self._keep_data(trainer)
+        if trainer.global_step and self._started and trainer.state.fn == "fit" and folder.is_dir():
+            with suppress(OSError):                 # a full disk: the error that brought us here is the one to tell
+                self._keep_data(trainer)
         if self.resumed or trainer.global_step or not self._made or not folder.is_dir():
             return
         for name in ("config.yaml", "data.json", "metrics.csv", "metrics.json"):

@@ -28,6 +28,7 @@ from lit_llm.training.report import MetricsCSV, write_json
 from lit_llm.training.rng import RngState
 from lit_llm.training.run_folder import RunFolder
 from lit_llm.training.threadcount import ThreadCount
+from lit_llm.training.writing import unwritable
 
 log = logging.getLogger(__name__)
 LEAST: dict[str, float] = {"accumulate_grad_batches": 1, "check_val_every_n_epoch": 1, "max_skipped_steps": 1,
@@ -139,7 +140,10 @@ class Trainer(L.Trainer):
             safe_load.check(state)
             kwargs["weights_only"] = not safe_load.is_trusted()     # a file may not decide it
         with self.preemption.listening(self), self._own_environment():
-            super().fit(model, train_dataloaders, val_dataloaders, datamodule, ckpt_path=state, **kwargs)
+            try:
+                super().fit(model, train_dataloaders, val_dataloaders, datamodule, ckpt_path=state, **kwargs)
+            except OSError as error:                # a row or a figure; checkpoints say it themselves
+                raise unwritable(Path(self.default_root_dir), error) from error
 
     def validate(  # type: ignore[override]
             self, model: Any = None, dataloaders: Any = None, ckpt_path: str | Path | None = None,
