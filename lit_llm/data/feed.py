@@ -15,7 +15,7 @@ import numpy as np
 from lit_llm.data import sources
 from lit_llm.data.cleaning import clean_blocks
 from lit_llm.data.prepare import Item, Part
-from lit_llm.data.readers import Found, LongText
+from lit_llm.data.record import Found, LongText
 from lit_llm.data.sources import Source
 from lit_llm.errors import InputError
 from lit_llm.tokenizer import Tokenizer

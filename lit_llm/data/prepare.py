@@ -22,8 +22,9 @@ from lit_llm.conversation import Conversation, Document
 from lit_llm.data import formats, sources
 from lit_llm.data.cache import cache_root, folder_of, opened, sole_writer, waited_for
 from lit_llm.data.cleaning import clean_blocks, cleaned
+from lit_llm.data.jsonfile import parse_line
 from lit_llm.data.progress import Progress
-from lit_llm.data.readers import LongText, Place, Record, parse_line
+from lit_llm.data.record import LongText, Place, Record
 from lit_llm.data.sources import Source
 from lit_llm.data.store import CONVERSATION, DOCUMENT, Block, Encoded, Report, TokenStore, Writer, block, token_dtype
 from lit_llm.data.workers import Workers

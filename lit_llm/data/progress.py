@@ -9,7 +9,7 @@ from pathlib import Path
 
 from lit_llm.data import sources
 from lit_llm.data.cache import size_of
-from lit_llm.data.readers import Place
+from lit_llm.data.record import Place
 from lit_llm.data.sources import Source
 from lit_llm.data.store import Report
 from lit_llm.data.textfile import PACKED

@@ -16,7 +16,8 @@ from typing import Any
 
 from lit_llm import hub
 from lit_llm.data.cleaning import Clean
-from lit_llm.data.readers import KINDS, Found, Record, kind_of, scan_file, scan_table
+from lit_llm.data.readers import KINDS, kind_of, scan_file, scan_table
+from lit_llm.data.record import Found, Record
 from lit_llm.errors import InputError, did_you_mean
 
 DOCUMENT_CHOICES = ("auto", "file", "paragraph", "line")

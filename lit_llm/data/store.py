@@ -18,7 +18,8 @@ from typing import Any
 import numpy as np
 
 from lit_llm import disk
-from lit_llm.data.readers import Place, parse_line
+from lit_llm.data.jsonfile import parse_line
+from lit_llm.data.record import Place
 from lit_llm.errors import InputError
 from lit_llm.tokenizer import IGNORE_INDEX, SPEAKERS, Tokenizer, TokenSequence
 

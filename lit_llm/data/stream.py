@@ -19,10 +19,11 @@ import numpy as np
 from lit_llm.data import packing as pack
 from lit_llm.data.corpus import Corpus
 from lit_llm.data.feed import Cursor, Feed
+from lit_llm.data.jsonfile import parse_line
 from lit_llm.data.memory import Memory, joined
 from lit_llm.data.packing import Overlong, Packing, Rows
 from lit_llm.data.prepare import Item, OnBadRecord, Part, encode, size_of
-from lit_llm.data.readers import Place, parse_line
+from lit_llm.data.record import Place
 from lit_llm.data.sources import Source
 from lit_llm.data.store import CONVERSATION, Block, Encoded, block, token_dtype
 from lit_llm.data.workers import Workers

@@ -1,7 +1,7 @@
-"""The bytes of one file in, its text out, in lines or in blocks that end with a line: never the whole file at once.
+"""Read the text of one file in lines, or in blocks that end with a line: never the whole file at once.
 
 Knows packing (gzip, zstd) and encodings: UTF-8 is read, others are named; what is mended is added to the caller's
-`notes`. What the text means is `readers.py`'s.
+`notes`. `readers.py` and `jsonfile.py` read records from the text.
 """
 
 import gzip

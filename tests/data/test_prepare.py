@@ -23,6 +23,7 @@ from lit_llm.data import prepare as preparing
 from lit_llm.data import readers, textfile
 from lit_llm.data.prepare import prepare
 from lit_llm.data.progress import Progress
+from lit_llm.data.record import Place
 from lit_llm.data.sources import Source
 from lit_llm.data.store import Report
 from lit_llm.errors import InputError
@@ -186,12 +187,12 @@ def test_how_much_is_done_over_several_files(tmp_path, capsys, monkeypatch):
     for name, size in (("a.jsonl", 100), ("b.jsonl.gz", 300), ("c.jsonl", 600)):
         (tmp_path / name).write_bytes(b"x" * size)
     line = Progress(Source(str(tmp_path)))
-    shares = [line.share(readers.Place(str(tmp_path / name), 1, share=share))
+    shares = [line.share(Place(str(tmp_path / name), 1, share=share))
               for name, share in (("a.jsonl", 0.5), ("b.jsonl.gz", 1.0), ("c.jsonl", 0.0), ("c.jsonl", 0.5), ("c.jsonl", 1))]
     assert shares == [0.05, 0.1, 0.4, 0.7, 1.0]
     line.began -= 100
     line.shown -= 100
-    line.show(Report("x", read=10, tokens=5000), readers.Place(str(tmp_path / "c.jsonl"), 1, share=0.5))
+    line.show(Report("x", read=10, tokens=5000), Place(str(tmp_path / "c.jsonl"), 1, share=0.5))
     assert re.search(r"10 records, 5,000 tokens, 50 tokens/s, 70% done, 43 s left", capsys.readouterr().err)
 
 

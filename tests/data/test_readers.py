@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from lit_llm.data import textfile
 from lit_llm.data.prepare import prepare
-from lit_llm.data.readers import LongText, scan_file
+from lit_llm.data.readers import scan_file
+from lit_llm.data.record import LongText
 from lit_llm.data.sources import Source, files, read, scan
 from lit_llm.errors import InputError
 from tests.data.test_sources import faults, records, write

@@ -11,7 +11,7 @@ import pytest
 
 from lit_llm.conversation import Conversation, Document
 from lit_llm.data.prepare import prepare
-from lit_llm.data.readers import Place
+from lit_llm.data.record import Place
 from lit_llm.data.sources import Source
 from lit_llm.data.store import SEQUENCE, Block, Writer
 from lit_llm.data.terminal import _records
