@@ -31,7 +31,7 @@ HOMES = {
     "tokenizers": {"tokenizer_file", "samples.make"}, "AutoTokenizer": {"tokenizer_file"}, "datasets": {"data.sources", "data.readers"},
     "torchmetrics": {"training.metrics"}, "triton": {"training.kernels"}, "cut_cross_entropy": {"training.borrowed"},
     "liger_kernel": {"training.borrowed"}, "litserve": set(),
-    "deepspeed": {"training.strategy", "training.weights", "training.reshard", "training.trial"},
+    "deepspeed": {"training.deepspeed_setup", "training.weights", "training.reshard", "training.trial"},
 }
 HEAVY = ["torch", "transformers", "peft", "deepspeed", "datasets", "lightning", "litserve"]
 

@@ -1,4 +1,4 @@
-"""A checkpoint of N processes in, the same state for M processes out: weights, optimizer, where the run stands.
+"""Read a checkpoint that another number of processes wrote: weights, optimizer state, and where the run stands.
 
 ZeRO 1 and 2 cut the optimizer's state into as many parts as there were processes; DeepSpeed's universal checkpoint
 (arXiv:2406.18820) puts each weight's state together again, and every process takes its part of it. Lightning counts
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from lit_llm import library_warnings
+from lit_llm.errors import InputError
 
 ACCUMULATE = "accumulate_grad_batches"              # key in a checkpoint
 
@@ -41,6 +42,37 @@ def universal(state: Path, *, first: bool, barrier: Callable[[], None]) -> Gener
         barrier()
         if first:
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def check_shards(folder: Path, *, stage_3: bool, world: int, fitting: bool) -> int:
+    """The number of processes that wrote a checkpoint's shards, if this run can read them.
+
+    Args:
+        folder: What DeepSpeed wrote.
+        stage_3: Whether this run is stage 3.
+        world: Processes of this run.
+        fitting: Whether it trains.
+
+    Raises:
+        InputError: DeepSpeed did not write the folder, another stage did, or stage 3 did and the number of processes
+            is another one or nothing is trained.
+    """
+    shards = folder / "checkpoint"
+    writers = len(list(shards.glob("*_optim_states.pt")))
+    written_by_3 = any(shards.glob("zero_pp_rank_*_model_states.pt"))
+    if not writers:
+        raise InputError("this is not a folder that DeepSpeed wrote", where=str(folder))
+    if written_by_3 != stage_3:
+        wrote, reads = ("stage 3", "1 or 2") if written_by_3 else ("stage 1 or 2", "3")
+        raise InputError(f"written by {wrote}, cannot be read by stage {reads}", where=str(folder),
+                         fix=f"Set --trainer.strategy deepspeed_stage_{3 if written_by_3 else 2}")
+    if written_by_3 and writers != world and fitting:
+        raise InputError(f"written by stage 3 with {writers} processes, cannot be read by {world}", where=str(folder),
+                         fix=f"Resume with --trainer.devices {writers}")
+    if written_by_3 and not fitting:
+        raise InputError("shards of stage 3 can only be resumed by fit", where=str(folder),
+                         fix="Evaluate the exported folder: --model.base <run>/export")
+    return writers
 
 
 def _convert(source: Path, target: Path) -> None:

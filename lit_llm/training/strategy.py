@@ -1,17 +1,16 @@
-"""A LightningModule in, the same module trained by DeepSpeed's ZeRO stage 1, 2 or 3 out: on CUDA, and on CPU with gloo.
+"""DeepSpeed's ZeRO stages 1, 2 and 3 as a strategy of Lightning, on CUDA and on CPU with gloo.
 
-Owns everything that is DeepSpeed's: the process group, the sharding of weights while they are loaded, where an
-optimizer step ends, clipping, and shards on disk. The gradient that reaches the optimizer is exactly that of the loss
-the module returned: Lightning divides it by the accumulated micro-batches, ZeRO averages it over processes, and nobody
-divides twice. Knows nothing of data, models, losses or what a checkpoint means.
+It joins the process group, shards weights while they are loaded, says where an optimizer step ends, and saves and loads
+shards. The gradient that reaches the optimizer is exactly that of the loss that the module returned: Lightning divides
+it by the accumulated micro-batches, ZeRO averages it over processes, and nothing is divided twice.
+`deepspeed_setup.py` imports DeepSpeed and tells it the device, and `reshard.py` checks and converts shards on disk.
 """
 
 import atexit
 import os
 from collections.abc import Generator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from sys import __stdout__, stderr, stdout
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,7 +19,7 @@ from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, Strateg
 from torch import Tensor, nn
 
 from lit_llm.errors import InputError, did_you_mean
-from lit_llm.training import reshard, safe_load
+from lit_llm.training import deepspeed_setup, reshard, safe_load
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
@@ -61,7 +60,7 @@ class ZeroStrategy(DeepSpeedStrategy):
             raise InputError(f"stage must be 1, 2 or 3, not {stage!r}", where="trainer.strategy")
         if offload_parameters and stage != 3:
             raise InputError(f"offload_parameters needs stage 3, not {stage}", where="trainer.strategy")
-        _import_deepspeed()
+        deepspeed_setup.load()
         super().__init__(
             stage=stage,
             offload_optimizer=offload_optimizer,
@@ -100,8 +99,8 @@ class ZeroStrategy(DeepSpeedStrategy):
     def setup_environment(self) -> None:
         """Check what DeepSpeed cannot do, then join the other processes."""
         self._refuse_unsupported()
-        _select_device(self.root_device.type)
-        self._refuse_float16()
+        deepspeed_setup.select_device(self.root_device.type)
+        deepspeed_setup.check_float16(str(self.precision_plugin.precision))
         DDPStrategy.setup_environment(self)         # the parent's own refuses anything but CUDA
 
     def setup_distributed(self) -> None:
@@ -116,8 +115,8 @@ class ZeroStrategy(DeepSpeedStrategy):
         else:
             super().setup_distributed()
         # Not in teardown: `fit` and then `validate` on one trainer share the group.
-        atexit.unregister(_leave_process_group)
-        atexit.register(_leave_process_group)
+        atexit.unregister(deepspeed_setup.leave_process_group)
+        atexit.register(deepspeed_setup.leave_process_group)
 
     def teardown(self) -> None:
         """Release the model; leave the environment of a lone process as it was."""
@@ -129,13 +128,6 @@ class ZeroStrategy(DeepSpeedStrategy):
             os.environ.pop(key, None)
             if value is not None:
                 os.environ[key] = value
-
-    def _refuse_float16(self) -> None:
-        from deepspeed.accelerator import get_accelerator
-
-        if str(self.precision_plugin.precision).startswith("16") and not get_accelerator().is_fp16_supported():
-            raise InputError("DeepSpeed does no float16 on this processor", where="trainer.precision",
-                             fix="set it to bf16-mixed or 32-true")
 
     def _refuse_unsupported(self) -> None:
         module = self.lightning_module
@@ -291,7 +283,8 @@ class ZeroStrategy(DeepSpeedStrategy):
         module = self.lightning_module
         assert module is not None
         fitting = module.trainer.state.fn == "fit"
-        writers = self._check_shards(Path(checkpoint_path), fitting)
+        writers = reshard.check_shards(Path(checkpoint_path), stage_3=self.zero_stage_3, world=self.world_size,
+                                       fitting=fitting)
         strict, module.strict_loading = module.strict_loading, not self._has_frozen_weights()
         try:
             with safe_load.data_only():             # DeepSpeed itself asks for pickle
@@ -321,34 +314,6 @@ class ZeroStrategy(DeepSpeedStrategy):
         assert self.lightning_module is not None
         return not all(weight.requires_grad for weight in self.lightning_module.parameters())
 
-    def _check_shards(self, folder: Path, fitting: bool) -> int:
-        """The number of processes that wrote them."""
-        shards = folder / "checkpoint"
-        writers = len(list(shards.glob("*_optim_states.pt")))
-        stage_3 = any(shards.glob("zero_pp_rank_*_model_states.pt"))
-        if not writers:
-            raise InputError("this is not a folder that DeepSpeed wrote", where=str(folder))
-        if stage_3 != self.zero_stage_3:
-            wrote, reads = ("stage 3", "1 or 2") if stage_3 else ("stage 1 or 2", "3")
-            raise InputError(
-                f"written by {wrote}, cannot be read by stage {reads}",
-                where=str(folder),
-                fix=f"Set --trainer.strategy deepspeed_stage_{3 if stage_3 else 2}",
-            )
-        if stage_3 and writers != self.world_size and fitting:
-            raise InputError(
-                f"written by stage 3 with {writers} processes, cannot be read by {self.world_size}",
-                where=str(folder),
-                fix=f"Resume with --trainer.devices {writers}",
-            )
-        if stage_3 and not fitting:
-            raise InputError(
-                "shards of stage 3 can only be resumed by fit",
-                where=str(folder),
-                fix="Evaluate the exported folder: --model.base <run>/export",
-            )
-        return writers
-
 
 class _EnginePrecision(DeepSpeedPrecision):
     """DeepSpeed's precision, without Lightning's cast of buffers: rotary frequencies in bf16 are wrong positions."""
@@ -359,38 +324,3 @@ class _EnginePrecision(DeepSpeedPrecision):
 
 def _full_numel(weight: nn.Parameter) -> int:
     return int(getattr(weight, "ds_numel", weight.numel()))
-
-
-def _import_deepspeed() -> None:
-    """Import it once without a word on stdout, where chat answers and reports go."""
-    if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")      # read at import; without it a warning is printed
-    with redirect_stdout(stderr):
-        import deepspeed
-
-    for handler in deepspeed.utils.logging.logger.handlers:
-        if getattr(handler, "stream", None) in (stdout, __stdout__):
-            handler.setStream(stderr)
-
-
-def _select_device(kind: str) -> None:
-    """Tell DeepSpeed the device Lightning chose: beside a GPU it would not look at a CPU."""
-    import deepspeed
-    from deepspeed.accelerator import get_accelerator, set_accelerator
-
-    if kind == "cpu" and get_accelerator().device_name() != "cpu":
-        from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
-
-        os.environ["DS_ACCELERATOR"] = "cpu"
-        set_accelerator(CPU_Accelerator())
-    if kind == "cpu":
-        # else the first run compiles C++, and one killed meanwhile leaves a lock that hangs all later ones
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-
-
-def _leave_process_group() -> None:
-    import torch.distributed as dist
-
-    if dist.is_available() and dist.is_initialized():
-        with suppress(RuntimeError, ValueError):
-            dist.destroy_process_group()

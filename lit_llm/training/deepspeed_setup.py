@@ -1,0 +1,64 @@
+"""Import DeepSpeed without output on stdout, select its device, and close the process group at the end.
+
+These settings belong to the whole process, not to one strategy.
+"""
+
+import os
+from contextlib import redirect_stdout, suppress
+from sys import __stdout__, stderr, stdout
+
+import torch
+
+from lit_llm.errors import InputError
+
+
+def load() -> None:
+    """Import it once without a word on stdout, where chat answers and reports go."""
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")      # read at import; without it a warning is printed
+    with redirect_stdout(stderr):
+        import deepspeed
+
+    for handler in deepspeed.utils.logging.logger.handlers:
+        if getattr(handler, "stream", None) in (stdout, __stdout__):
+            handler.setStream(stderr)
+
+
+def select_device(kind: str) -> None:
+    """Tell DeepSpeed the device Lightning chose: beside a GPU it would not look at a CPU."""
+    import deepspeed
+    from deepspeed.accelerator import get_accelerator, set_accelerator
+
+    if kind == "cpu" and get_accelerator().device_name() != "cpu":
+        from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
+
+        os.environ["DS_ACCELERATOR"] = "cpu"
+        set_accelerator(CPU_Accelerator())
+    if kind == "cpu":
+        # else the first run compiles C++, and one killed meanwhile leaves a lock that hangs all later ones
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def check_float16(precision: str) -> None:
+    """Refuse float16 where DeepSpeed does not support it.
+
+    Args:
+        precision: As Lightning names it, such as `16-mixed`.
+
+    Raises:
+        InputError: This processor has no float16.
+    """
+    from deepspeed.accelerator import get_accelerator
+
+    if precision.startswith("16") and not get_accelerator().is_fp16_supported():
+        raise InputError("DeepSpeed does not support float16 on this processor", where="trainer.precision",
+                         fix="set it to bf16-mixed or 32-true")
+
+
+def leave_process_group() -> None:
+    """Close the process group when the process ends, if one is open."""
+    import torch.distributed as dist
+
+    if dist.is_available() and dist.is_initialized():
+        with suppress(RuntimeError, ValueError):
+            dist.destroy_process_group()
