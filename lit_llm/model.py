@@ -1,27 +1,26 @@
-"""A folder, a hub id or an architecture in; a causal LM out: built, loaded, taken apart, saved.
+"""Load a causal language model from a folder or the hub, build one from a config, and save it.
 
-The home of `AutoModelForCausalLM`. Knows nothing of data, losses or Lightning.
+The only file that imports `AutoModelForCausalLM`. The parts of a model are found in `anatomy.py`, and 4-bit weights are
+prepared in `quantize.py`. Knows nothing of data, losses or Lightning.
 """
 
 import copy
 import json
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from lit_llm import attention as packed_attention
 from lit_llm import hub, integrity
-from lit_llm.adapter import is_peft
+from lit_llm.anatomy import causal_lm
 from lit_llm.errors import InputError, did_you_mean
+from lit_llm.quantize import Quantize, answer_in_half, keep_differentiable, quantization
 from lit_llm.samples import resolve
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel
-
-Quantize = Literal["nf4", "fp4"]
 
 
 # ---- build and load --------------------------------------------------------------------------------------------------
@@ -56,7 +55,7 @@ def load_causal_lm(path: str, *, dtype: torch.dtype = torch.float32, attention: 
     if attention == packed_attention.NAME:
         packed_attention.register()
     if quantize is not None:
-        more = {"quantization_config": _quantization(quantize, half), "device_map": {"": device or torch.device("cpu")}}
+        more = {"quantization_config": quantization(quantize, half), "device_map": {"": device or torch.device("cpu")}}
     else:
         more = {}
     try:
@@ -76,8 +75,8 @@ def load_causal_lm(path: str, *, dtype: torch.dtype = torch.float32, attention: 
     if quantize is not None:                        # what stayed whole lies in the mapped file and would hold it all
         for weight in model.parameters():
             weight.data = weight.data.clone()
-        _answer_in_half(model)
-        _keep_differentiable(model)
+        answer_in_half(model)
+        keep_differentiable(model)
     _check_causal(model)
     if attention == packed_attention.NAME:
         check_packable(model)
@@ -103,76 +102,6 @@ def stored_dtype(path: str) -> torch.dtype:
         raise hub.unreachable(path, where="model") from None
     dtype = getattr(config, "dtype", None)
     return dtype if isinstance(dtype, torch.dtype) else torch.float32
-
-
-def _quantization(quantize: Quantize, half: bool) -> Any:
-    from transformers import BitsAndBytesConfig
-
-    bitsandbytes()
-    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type=quantize, bnb_4bit_use_double_quant=True,
-                              bnb_4bit_compute_dtype=torch.bfloat16 if half else torch.float32)
-
-
-def _answer_in_half(model: nn.Module) -> None:
-    """Let layers in 4 bits give what other linear layers give under autocast.
-
-    They multiply in half precision, but give what they were given: behind a norm, which keeps float32, all that is left
-    for the backward pass is twice as large.
-    """
-    def cast(layer: nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...]:
-        device = given[0].device.type
-        if not torch.is_autocast_enabled(device):
-            return given
-        return given[0].to(torch.get_autocast_dtype(device)), *given[1:]
-
-    for layer in _layers_in_4_bits(model):
-        layer.register_forward_pre_hook(cast)
-
-
-def _keep_differentiable(model: nn.Module) -> None:
-    """Keep 4-bit weights in the layout that has a backward pass.
-
-    On CPUs with AVX512-BF16, bitsandbytes converts a layer's weights at its first evaluation, for good, and the
-    product with converted weights passes no gradient to its input: every validation would break the training after it.
-    """
-    for layer in _layers_in_4_bits(model):
-        layer.support_avx512bf16_for_cpu = False    # type: ignore[assignment]
-
-
-def _layers_in_4_bits(model: nn.Module) -> list[nn.Module]:
-    return [layer for layer in model.modules() if isinstance(layer, bitsandbytes().nn.Linear4bit)]
-
-
-def bitsandbytes() -> Any:
-    """The package.
-
-    Raises:
-        InputError: It is not installed.
-    """
-    import importlib
-
-    try:
-        return importlib.import_module("bitsandbytes")
-    except ImportError:
-        raise InputError("4-bit weights need bitsandbytes, which is not installed", where="model.quantize",
-                         fix="pip install bitsandbytes") from None
-
-
-def quantization_drift(model: nn.Module, quantize: Quantize) -> float:
-    """Share of a model's linear weights that 4 bits lose: the norm of the error over the norm of the weights.
-
-    Adapters trained on a quantized base have learned to mend that error; merged into the exact base they meet another.
-    """
-    functional = bitsandbytes().functional
-    error = norm = 0.0
-    out = causal_lm(model).get_output_embeddings()
-    for layer in model.modules():
-        if type(layer) is nn.Linear and layer is not out:
-            weight = layer.weight.detach().float()
-            rounded = functional.dequantize_4bit(*functional.quantize_4bit(weight, quant_type=quantize))
-            error += float((rounded.reshape(weight.shape) - weight).square().sum())
-            norm += float(weight.square().sum())
-    return float(error / norm) ** 0.5 if norm else 0.0
 
 
 def init_causal_lm(init: dict[str, Any], *, dtype: torch.dtype = torch.float32, attention: str | None = None,
@@ -306,72 +235,6 @@ def check_packable(model: "PreTrainedModel") -> None:
     if not model._supports_attention_backend or not kinds <= {"full_attention", "sliding_attention"}:
         raise packed_attention.PackingError(f"{type(model).__name__} does not mix tokens by plain attention alone, so "
                                             "documents packed into one row could not be kept apart", where="model.base")
-
-
-# ---- anatomy ---------------------------------------------------------------------------------------------------------
-
-def causal_lm(model: Any) -> "PreTrainedModel":
-    """The transformers model inside, adapters or not."""
-    return model.get_base_model() if is_peft(model) else model
-
-
-def backbone(model: Any) -> nn.Module:
-    """What turns token ids into hidden states: the model without its head."""
-    inner = causal_lm(model)
-    named = [getattr(inner, name, None) for name in (inner.base_model_prefix, "model", "transformer")]
-    return next(part for part in (*named, inner.get_decoder()) if isinstance(part, nn.Module))
-
-
-def head(model: Any) -> nn.Module:
-    """What turns hidden states into logits."""
-    return causal_lm(model).get_output_embeddings()
-
-
-def embeddings(model: Any) -> list[nn.Parameter]:
-    """Tables with a row for each token or place, and the head, which is one too."""
-    tables = [layer for layer in causal_lm(model).modules() if isinstance(layer, nn.Embedding)]
-    out = head(model)
-    return [weight for layer in (*tables, *([out] if out is not None else [])) for weight in layer.parameters()]
-
-
-def decoder_layers(model: Any) -> list[nn.Module]:
-    """The blocks that a backbone stacks, in their order: what sharding, recomputing and compiling work by."""
-    kinds = set(causal_lm(model)._no_split_modules or ())
-    return [layer for layer in causal_lm(model).modules() if type(layer).__name__ in kinds]
-
-
-def logit_adjustment(model: Any) -> tuple[float, float | None]:
-    """(factor, cap): what some architectures do to logits behind the head: scale them, or squash them softly.
-
-    Cohere multiplies by `logit_scale`, Granite divides by `logits_scaling`, Gemma-2 caps at `final_logit_softcapping`.
-    """
-    config = causal_lm(model).config
-    factor = float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0)
-    cap = getattr(config, "final_logit_softcapping", None)
-    return factor, float(cap) if cap else None
-
-
-@dataclass(frozen=True, slots=True)
-class ParameterCount:
-    """How many numbers a model has, and how many of them learn."""
-
-    total: int
-    trainable: int
-
-    def __str__(self) -> str:
-        share = 100 * self.trainable / max(1, self.total)
-        return f"{self.trainable:,} of {self.total:,} parameters are trained ({share:.2f} %)"
-
-
-def count_parameters(model: nn.Module) -> ParameterCount:
-    """Counts tied weights once, and ZeRO-3's shards and 4-bit weights at their full size."""
-    sizes = [(_full_size(weight), weight.requires_grad) for weight in model.parameters()]
-    return ParameterCount(sum(size for size, _ in sizes), sum(size for size, learns in sizes if learns))
-
-
-def _full_size(weight: Any) -> int:
-    packed = getattr(weight, "quant_state", None)   # two numbers in a byte
-    return int(packed.shape.numel() if packed is not None else getattr(weight, "ds_numel", weight.numel()))
 
 
 # ---- save ------------------------------------------------------------------------------------------------------------

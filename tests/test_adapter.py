@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lit_llm import model as models
+from lit_llm import anatomy
 from lit_llm.adapter import (
     LoRA,
     chooses_rows,
@@ -47,7 +47,7 @@ def test_lora_adapts_every_linear_layer_but_the_head_and_starts_at_the_base(tiny
             assert (weight == 0).all()
         if "lora_A" in name:
             assert weight.abs().sum() > 0
-    count = models.count_parameters(model)
+    count = anatomy.count_parameters(model)
     assert count.trainable == sum(w.numel() for n, w in model.named_parameters() if "lora_" in n)
     assert count.total == sum(w.numel() for w in model.parameters())
     assert f"{count.trainable:,} of {count.total:,}" in str(count)
@@ -78,7 +78,7 @@ def test_any_peft_method(tiny_model, tmp_path, name):
     model = wrap_peft(base, spec)
     prompt = learns_prompt(model)
     assert prompt == learns_prompt_by(spec) == (name in UNMERGED[:2])
-    assert 0 < models.count_parameters(model).trainable < models.count_parameters(model).total
+    assert 0 < anatomy.count_parameters(model).trainable < anatomy.count_parameters(model).total
     if not prompt:
         assert (logits(model) - before).abs().max() < NEARLY.get(name, 1e-5)
     disturb(model)
@@ -104,7 +104,7 @@ def test_any_peft_method(tiny_model, tmp_path, name):
 def two_in_a_row(model):
     with torch.no_grad():
         length = IDS.shape[1]
-        return models.head(model)(models.backbone(model)(
+        return anatomy.head(model)(anatomy.backbone(model)(
             input_ids=IDS.repeat(1, 2), position_ids=torch.arange(length).repeat(2)[None], attention_mask=None,
             use_cache=False, cu_seqlens=torch.tensor([0, length, 2 * length], dtype=torch.int32),
             max_seqlen=length).last_hidden_state[0])
@@ -119,7 +119,7 @@ def test_a_merged_adapter_is_the_adapter(tiny_model, kind):
     assert (logits(merged) - want).abs().max() < 1e-4
     assert merge(merged) is merged
     if kind == "qwen3":
-        assert models.head(merged).weight is merged.get_input_embeddings().weight
+        assert anatomy.head(merged).weight is merged.get_input_embeddings().weight
 
 
 @pytest.mark.parametrize("kind", KINDS)                # untied, tied, and GPT-2's tied names
@@ -132,8 +132,8 @@ def test_rows_of_single_tokens_learn_beside_the_adapters(tiny_model, tmp_path, k
     spec = {"plain": LoRA(r=4).as_peft(), "dora": LoRA(r=4, dora=True).as_peft(),
             "AdaLora": {"class_path": "AdaLoraConfig", "init_args": {"total_step": 100}}}[way]
     base = load_causal_lm(tiny_model(kind))
-    before, old = logits(base), models.head(base).weight.detach().clone()
-    tied = models.head(base).weight is base.get_input_embeddings().weight
+    before, old = logits(base), anatomy.head(base).weight.detach().clone()
+    tied = anatomy.head(base).weight is base.get_input_embeddings().weight
     assert row_obstacle(base, spec) is None
     assert not chooses_rows(base, spec)
     model = wrap_peft(base, spec, tokens=[9, 5])

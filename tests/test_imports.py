@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 NOUNS = {"answers", "calls", "conversation", "check", "jinja", "rendering", "template", "encoder", "tokenizer", "tying", "adapter",
-         "merging", "model", "attention", "blockwise", "miniature", "vocabulary", "starting",
+         "merging", "model", "anatomy", "quantize", "attention", "blockwise", "miniature", "vocabulary", "starting",
          "tokenizer_file"}
 GROUND = {"threads", "class_paths", "command", "disk", "errors", "hub", "integrity", "library_warnings", "origin", "patterns",
           "redaction", "samples"}
@@ -25,7 +25,8 @@ NOUNS_FROM = {"conversation": set(), "check": {"conversation"}, "miniature": set
               "tokenizer": {"answers", "check", "conversation", "jinja", "rendering", "template", "encoder", "tokenizer_file"},
               "tokenizer_file": set(), "tying": set(),
               "vocabulary": set(), "adapter": {"tying", "vocabulary"}, "merging": {"adapter"},
-              "starting": {"adapter", "merging"}, "model": {"attention", "adapter"}}
+              "starting": {"adapter", "merging"}, "anatomy": {"adapter"}, "quantize": {"anatomy"},
+              "model": {"attention", "anatomy", "quantize"}}
 HOMES = {
     "peft": {"adapter"}, "AutoModelForCausalLM": {"model"}, "AutoConfig": {"model", "inference.export"},
     "tokenizers": {"tokenizer_file", "samples.make"}, "AutoTokenizer": {"tokenizer_file"}, "datasets": {"data.sources", "data.readers"},

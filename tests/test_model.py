@@ -6,6 +6,7 @@ import shutil
 import pytest
 import torch
 
+from lit_llm import anatomy
 from lit_llm import model as models
 from lit_llm.errors import InputError
 from lit_llm.model import init_causal_lm, load_causal_lm, save_causal_lm
@@ -152,8 +153,8 @@ def test_what_stands_behind_the_head():
                   Gemma2ForCausalLM(Gemma2Config(**shape, head_dim=8, final_logit_softcapping=0.5))):
         model.eval()
         with torch.no_grad():
-            out = models.head(model)(models.backbone(model)(input_ids=IDS).last_hidden_state)
-        factor, cap = models.logit_adjustment(model)
+            out = anatomy.head(model)(anatomy.backbone(model)(input_ids=IDS).last_hidden_state)
+        factor, cap = anatomy.logit_adjustment(model)
         out = out * factor
         out = torch.tanh(out / cap) * cap if cap else out
         assert (factor, cap) != (1.0, None)
@@ -162,8 +163,8 @@ def test_what_stands_behind_the_head():
 
 def test_tied_weights_are_counted_once(tiny_model):
     model = load_causal_lm(tiny_model("qwen3"))
-    assert models.head(model).weight is model.get_input_embeddings().weight
-    assert models.count_parameters(model).total == sum({id(w): w.numel() for w in model.parameters()}.values())
+    assert anatomy.head(model).weight is model.get_input_embeddings().weight
+    assert anatomy.count_parameters(model).total == sum({id(w): w.numel() for w in model.parameters()}.values())
 
 
 def test_encoders_are_refused():

@@ -41,6 +41,7 @@ def export(run: str, checkpoint: str = "best", out: str | None = None, dtype: Dt
 
     from lit_llm import model, starting
     from lit_llm.merging import merge
+    from lit_llm.quantize import quantization_drift
 
     folder = checkpoint_folder(Path(run), checkpoint)
     facts = integrity.read(folder)
@@ -55,7 +56,7 @@ def export(run: str, checkpoint: str = "best", out: str | None = None, dtype: Dt
         stored = model.stored_dtype(base)
         exact: Any = model.load_causal_lm(base)
         if quantize := (read_values(Path(run) / "config.yaml").get("model") or {}).get("quantize"):
-            drift = model.quantization_drift(exact, quantize)
+            drift = quantization_drift(exact, quantize)
             log.warning("trained on a base in 4 bits, merged into the exact one: linear weights differ by %.1f %% of "
                         "their norm; measure the export anew", 100 * drift)
         trained: Any = starting.load(exact, folder / "adapter")

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lit_llm import model as anatomy
+from lit_llm import anatomy
 from lit_llm.errors import InputError
 from lit_llm.tokenizer import IGNORE_INDEX
 

@@ -6,7 +6,7 @@ Each of these would otherwise hang, fail deep inside a library, or train somethi
 import logging
 from typing import TYPE_CHECKING, Any
 
-from lit_llm import adapter, model
+from lit_llm import adapter, anatomy
 from lit_llm.errors import InputError, did_you_mean
 from lit_llm.tokenizer import Tokenizer, unlike
 from lit_llm.training.fsdp import Fsdp2Strategy
@@ -260,7 +260,7 @@ def check_head(module: "CausalLMModule") -> None:
     if module.cross_entropy != "fused" and module.trainer.state.fn == "fit":
         from lit_llm.training import borrowed
 
-        borrowed.check_head(module.cross_entropy, as_matrices(model.head(module.model)))
+        borrowed.check_head(module.cross_entropy, as_matrices(anatomy.head(module.model)))
 
 
 def _check_optimizer(optimizer: str, strategy: Any) -> None:

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from lit_llm import adapter, model, vocabulary
+from lit_llm import adapter, anatomy, model, vocabulary
 from lit_llm.errors import InputError
 from lit_llm.training import devices, estimate, learned_tokens, trace
 from lit_llm.training.devices import Device
@@ -130,7 +130,7 @@ def count(whole: Any, inner: Any, *, quantized: bool = False, muon: bool = False
         quantized: Whether its frozen linear layers lie in 4 bits.
         muon: Whether Muon moves its matrices.
     """
-    sizes = model.count_parameters(whole)
+    sizes = anatomy.count_parameters(whole)
     head, config = inner.get_output_embeddings(), inner.config
     linears = [layer for layer in whole.modules() if isinstance(layer, nn.Linear) or type(layer).__name__ == "Conv1D"]
     if rows := adapter.trained_rows(head):          # whose `weight` is made anew at each call
@@ -138,7 +138,7 @@ def count(whole: Any, inner: Any, *, quantized: bool = False, muon: bool = False
     head_weight = getattr(head, "weight", None)
     head_weight = head.base_layer.weight if head_weight is None else head_weight
     weights = {id(layer.weight): layer.weight for layer in linears} | {id(head_weight): head_weight}
-    tables = {id(weight) for weight in model.embeddings(whole)}
+    tables = {id(weight) for weight in anatomy.embeddings(whole)}
     frozen = [weight for key, weight in weights.items() if not weight.requires_grad and key != id(head_weight)]
     learns = [weight for weight in whole.parameters() if weight.requires_grad]
     one = sum(weight.numel() // len(weight) for weight in inner.parameters() if weight.ndim == 3)   # of all experts

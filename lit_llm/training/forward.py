@@ -16,8 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lit_llm import adapter
-from lit_llm import model as anatomy
+from lit_llm import adapter, anatomy
 from lit_llm.tokenizer import IGNORE_INDEX
 from lit_llm.training.balance import balance_sum, merged
 from lit_llm.training.loss import CrossEntropy, Nll, nll_sum, of_logits, supervised

@@ -31,7 +31,7 @@ class Head(NamedTuple):
     Args:
         weight_VD: The matrix.
         bias_V: Added; may be null.
-        factor: See `model.logit_adjustment`.
+        factor: See `anatomy.logit_adjustment`.
         cap: There too.
         index_K: Rows of the matrix that `rows_KD` stand in for.
         rows_KD: They learn where the matrix is frozen.

@@ -55,7 +55,7 @@ def nll_sum(hidden_TD: Tensor, labels_T: Tensor, head: nn.Module, *, factor: flo
         labels_T: (T,) int64, unshifted; the first token of each packed document must be ignored, or it would be
             predicted by its neighbour.
         head: The output embedding, (D) -> (V).
-        factor: Multiplies the logits (see `model.logit_adjustment`).
+        factor: Multiplies the logits (see `anatomy.logit_adjustment`).
         cap: Squashes them softly.
         per_token: Give (N,) losses instead of their sum; for tests and reports.
         count: N, where the host knows it: a CUDA device would otherwise be waited for, to learn it.

@@ -12,10 +12,11 @@ import lightning as L
 import torch
 from torch import Tensor, nn
 
-from lit_llm import adapter, attention, check, model, starting, vocabulary
+from lit_llm import adapter, anatomy, attention, check, model, starting, vocabulary
 from lit_llm.adapter import spec_of
 from lit_llm.class_paths import refuse_within
 from lit_llm.errors import InputError
+from lit_llm.quantize import Quantize
 from lit_llm.samples import resolve
 from lit_llm.training import (
     balance,
@@ -93,7 +94,7 @@ class CausalLMModule(L.LightningModule):
         init: dict[str, Any] | None = None,
         lora: adapter.LoRA | None = None,
         peft: dict[str, Any] | None = None,
-        quantize: model.Quantize | None = None,
+        quantize: Quantize | None = None,
         adapter: str | None = None,
         merge_adapter: bool = False,
         lr: float = 2e-4,
@@ -207,7 +208,7 @@ class CausalLMModule(L.LightningModule):
         recompute.apply(inner, self.recompute)
         self.model.train()
         if self.compile_layers:
-            for layer in model.decoder_layers(self.model):
+            for layer in anatomy.decoder_layers(self.model):
                 layer.compile()                     # in place: names of weights stay
         elif self.way is None or self.way.fast_norms:
             rmsnorm.quicken(self.model)             # which compiled layers have fused
@@ -215,9 +216,9 @@ class CausalLMModule(L.LightningModule):
             if self.trainer.state.fn == "fit":
                 self._keep_masters()                # FSDP2 would not see it later
             half = DTYPES.get(str(self.trainer.precision).replace("mixed", "true"))
-            self.trainer.strategy.shard(self.model, model.decoder_layers(self.model), dtype=half)
+            self.trainer.strategy.shard(self.model, anatomy.decoder_layers(self.model), dtype=half)
         if self.trainer.is_global_zero and self.trainer.training:
-            log.info(str(model.count_parameters(self.model)))
+            log.info(str(anatomy.count_parameters(self.model)))
 
     def _grow(self, inner: Any, tokens: int) -> None:
         """A row for each token of a tokenizer that has more than the base."""
@@ -422,7 +423,7 @@ class CausalLMModule(L.LightningModule):
         """The optimizer and its schedule, stepped after every optimizer step."""
         self._keep_masters()
         optimizer = optim.build(self.optimizer, self.named_parameters(), lr=self.lr, weight_decay=self.weight_decay,
-                                betas=self.betas, eps=self.eps, embeddings=model.embeddings(self.model))
+                                betas=self.betas, eps=self.eps, embeddings=anatomy.embeddings(self.model))
         total = self.trainer.estimated_stepping_batches
         if total == float("inf"):
             raise InputError("the run has no end", where="trainer",

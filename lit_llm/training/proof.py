@@ -27,8 +27,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from lit_llm import attention, miniature
-from lit_llm import model as anatomy
+from lit_llm import anatomy, attention, miniature
+from lit_llm import model as models
 from lit_llm.data.loader import Batch, lay
 from lit_llm.errors import InputError
 from lit_llm.tokenizer import IGNORE_INDEX
@@ -57,7 +57,7 @@ def way_of(base: str | None, init: dict[str, Any] | None, *, seq_len: int | None
     Raises:
         InputError: No such base or architecture, it sees the tokens that follow, or it cannot be run with tokens alone.
     """
-    skeleton = anatomy.skeleton(base, init, **defaults)
+    skeleton = models.skeleton(base, init, **defaults)
     small = sum(weight.numel() for weight in skeleton.parameters()) <= SMALL
     obstacle = ""
     for config in miniature.candidates(skeleton.config, whole=small, seq_len=seq_len):
@@ -155,7 +155,7 @@ def _best(plain: Any, packed: Any, alone: str, batch: Batch, standard: "_Sums") 
 def _packing(plain: Any) -> tuple[Any, str]:
     """The same model with packed attention, or none and why there is none."""
     try:
-        anatomy.check_packable(plain)
+        models.check_packable(plain)
         packed = _built(plain, plain.config, attention.NAME)
         packed.load_state_dict(plain.state_dict())
         return packed, ""
@@ -292,9 +292,9 @@ def _built(like: Any, config: Any, kind: str | None) -> Any:
     """
     try:
         with torch.device("meta"):
-            size = sum(weight.numel() for weight in anatomy.like(like, config, kind).parameters())
+            size = sum(weight.numel() for weight in models.like(like, config, kind).parameters())
         if size <= LARGE:
-            model = anatomy.like(like, config, kind)
+            model = models.like(like, config, kind)
             with suppress(Exception):               # the product of all experts at once knows no float64
                 model.set_experts_implementation("eager")
             return model

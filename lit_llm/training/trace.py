@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from lit_llm import adapter, attention, blockwise, model
+from lit_llm import adapter, anatomy, attention, blockwise
 from lit_llm.training import recompute, rmsnorm
 from lit_llm.training.fused import sliced_as_on
 from lit_llm.training.loss import nll_sum
@@ -115,7 +115,7 @@ def step(build: Callable[[], Any], borders: Sequence[int], *, supervised: int, r
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     whole, ledger, fake, tokens = build(), _Ledger(), FakeTensorMode(allow_non_fake_inputs=True), borders[-1]
-    inner = model.causal_lm(whole)
+    inner = anatomy.causal_lm(whole)
     inner.config.use_cache = False
     recompute.apply(inner, recompute_)
     whole.train()
@@ -136,8 +136,8 @@ def step(build: Callable[[], Any], borders: Sequence[int], *, supervised: int, r
             with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
                 hidden = _hidden(whole, ids, borders)
                 layers, top = ledger.live - weights, ledger.peak
-                factor, cap = model.logit_adjustment(whole)
-                loss = nll_sum(hidden, labels, model.head(whole), factor=factor, cap=cap, count=supervised).total
+                factor, cap = anatomy.logit_adjustment(whole)
+                loss = nll_sum(hidden, labels, anatomy.head(whole), factor=factor, cap=cap, count=supervised).total
             del hidden
             forward = max(top, ledger.peak) - weights
             _count_gradients(whole, ledger)
@@ -145,7 +145,7 @@ def step(build: Callable[[], Any], borders: Sequence[int], *, supervised: int, r
             loss.backward()
     finally:
         blockwise.stacks.cache_clear()              # its answers are fake too
-    depth = max(1, len(model.decoder_layers(whole)))
+    depth = max(1, len(anatomy.decoder_layers(whole)))
     bare = ledger.bare - weights
     head = max(0, forward - layers)
     layer = layers / depth if recompute_ == "none" else max(layers / depth, bare - layers)
@@ -164,10 +164,10 @@ def _hidden(whole: Any, ids: Tensor, borders: Sequence[int]) -> Tensor:
     """(T, D) hidden states of a packed row, or of one document after the other, as it is in training."""
     if adapter.learns_prompt(whole):
         return _behind_prompts(whole, ids, borders)
-    if model.causal_lm(whole).config._attn_implementation != attention.NAME:
-        return torch.cat([model.backbone(whole)(input_ids=ids[:, start:stop], use_cache=False).last_hidden_state[0]
+    if anatomy.causal_lm(whole).config._attn_implementation != attention.NAME:
+        return torch.cat([anatomy.backbone(whole)(input_ids=ids[:, start:stop], use_cache=False).last_hidden_state[0]
                           for start, stop in pairwise(borders)])
-    out = model.backbone(whole)(input_ids=ids, position_ids=ids, attention_mask=None, use_cache=False,
+    out = anatomy.backbone(whole)(input_ids=ids, position_ids=ids, attention_mask=None, use_cache=False,
                                 cu_seqlens=Borders(borders), max_seqlen=borders[-1])
     return out.last_hidden_state[0]
 
@@ -182,7 +182,7 @@ def _behind_prompts(whole: Any, ids: Tensor, borders: Sequence[int]) -> Tensor:
         if not keys:
             embedded = torch.cat([prompt, embedded], dim=1)
         place = torch.arange(embedded.shape[1])[None]
-        parts.append(model.backbone(whole)(inputs_embeds=embedded, position_ids=place, use_cache=False, **keys)
+        parts.append(anatomy.backbone(whole)(inputs_embeds=embedded, position_ids=place, use_cache=False, **keys)
                      .last_hidden_state[0, start - stop:])
     return torch.cat(parts)
 

@@ -48,7 +48,7 @@ def loader(*given):
 def step(threads, *given):
     import torch
 
-    from lit_llm import attention, model
+    from lit_llm import anatomy, attention, model
     from lit_llm.samples import resolve
     from lit_llm.training.loss import nll_sum
 
@@ -59,10 +59,10 @@ def step(threads, *given):
 
     def steps():
         while True:
-            hidden = model.backbone(llama)(
+            hidden = anatomy.backbone(llama)(
                 input_ids=batch["input_ids"].view(1, -1), position_ids=batch["position_ids"].view(1, -1), use_cache=False,
                 attention_mask=None, cu_seqlens=batch["cu_seqlens"], max_seqlen=batch["max_seqlen"]).last_hidden_state[0]
-            (nll_sum(hidden, batch["labels"].view(-1), model.head(llama)).total / batch["num_supervised"]).backward()
+            (nll_sum(hidden, batch["labels"].view(-1), anatomy.head(llama)).total / batch["num_supervised"]).backward()
             optimizer.step()
             optimizer.zero_grad()
             yield

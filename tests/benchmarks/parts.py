@@ -17,6 +17,7 @@ os.environ.update(TRANSFORMERS_VERBOSITY="error", HF_HUB_OFFLINE="1", DS_ACCELER
 
 import torch
 
+from lit_llm import anatomy
 from lit_llm import model as models
 from lit_llm.training.loss import nll_sum
 
@@ -72,8 +73,8 @@ def step(our_loss):
             began = time.perf_counter()
             with torch.autocast("cpu", torch.bfloat16):
                 if our_loss:
-                    hidden = models.backbone(inner)(input_ids=ids).last_hidden_state[0]
-                    loss = nll_sum(hidden, labels[0], models.head(inner)).total / count
+                    hidden = anatomy.backbone(inner)(input_ids=ids).last_hidden_state[0]
+                    loss = nll_sum(hidden, labels[0], anatomy.head(inner)).total / count
                 else:
                     loss = inner(input_ids=ids, labels=labels).loss
             loss.backward()

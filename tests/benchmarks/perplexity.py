@@ -31,6 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import torch
 from torchmetrics.text import Perplexity as TheirPerplexity
 
+from lit_llm import anatomy
 from lit_llm import model as models
 from lit_llm.__main__ import HEAP
 from lit_llm.cli import quiet
@@ -102,7 +103,7 @@ def most_memory(contestant, rows):
 def head_alone(given, folder):
     rows = validation(given.tokenizer, given.chats, given.rows)
     inner = models.load_causal_lm(str(folder)).eval()
-    backbone, head = models.backbone(inner), models.head(inner)
+    backbone, head = anatomy.backbone(inner), anatomy.head(inner)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=given.bf16):
         seen = [(backbone(input_ids=row["input_ids"], position_ids=row["position_ids"]).last_hidden_state, row) for row in rows]
         contestants = Ours(head), Theirs(head)

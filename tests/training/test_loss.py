@@ -6,6 +6,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from lit_llm import anatomy
 from lit_llm import model as models
 from lit_llm.adapter import trained_rows
 from lit_llm.training import fused, loss, tiles
@@ -213,9 +214,9 @@ def test_the_loss_of_a_model_is_transformers_own(kind, keys, record_property):
     count = (labels[0, 1:] != -100).sum()
     wanted = model(input_ids=ids, labels=labels, use_cache=False).loss * count
     want = torch.autograd.grad(wanted, list(model.parameters()), allow_unused=True)
-    hidden = models.backbone(model)(input_ids=ids, use_cache=False).last_hidden_state[0]
-    factor, cap = models.logit_adjustment(model)
-    total = nll_sum(hidden, labels[0], models.head(model), factor=factor, cap=cap).total
+    hidden = anatomy.backbone(model)(input_ids=ids, use_cache=False).last_hidden_state[0]
+    factor, cap = anatomy.logit_adjustment(model)
+    total = nll_sum(hidden, labels[0], anatomy.head(model), factor=factor, cap=cap).total
     got = torch.autograd.grad(total, list(model.parameters()), allow_unused=True)
     worst = max((a - b).norm() / b.norm().clamp_min(1e-9) for a, b in zip(got, want, strict=True) if b is not None)
     record_property("max_relative", worst.item())

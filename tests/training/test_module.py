@@ -246,7 +246,9 @@ def test_rows_longer_than_the_model_are_refused(tiny_model, chats, tmp_path):
 def test_qlora_learns_on_four_bits_and_merges_into_the_exact_base(tiny_model, chats, tmp_path):
     """The loss is that of the base with its linear layers rounded to NF4; checkpoints hold adapters alone."""
     functional = pytest.importorskip("bitsandbytes", reason="pip install bitsandbytes").functional
-    from lit_llm.model import count_parameters, load_causal_lm, quantization_drift
+    from lit_llm.anatomy import count_parameters
+    from lit_llm.model import load_causal_lm
+    from lit_llm.quantize import quantization_drift
 
     base, rounded = tiny_model("llama"), tmp_path / "rounded"
     model = load_causal_lm(base)

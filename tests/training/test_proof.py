@@ -56,7 +56,7 @@ def test_a_transform_that_is_ours_alone_is_noticed(monkeypatch):
     """Norms that round otherwise, an attention that looks too far, a head with another factor: each is left out."""
     keys = SMALL | {"model_type": "llama"}
     config = tiny(keys)
-    like = proof.anatomy.skeleton(None, keys)
+    like = proof.models.skeleton(None, keys)
     with monkeypatch.context() as patch:
         patch.setattr(rmsnorm, "norm", lambda x, weight, eps: x * weight * (x.square().mean(-1, True) + 1e-3).rsqrt())
         assert proof.prove(like, config) == forward.Way(keep=True, fast_norms=False)

@@ -6,7 +6,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lit_llm import attention
 from lit_llm.adapter import LoRA, wrap_peft
-from lit_llm.model import backbone, init_causal_lm
+from lit_llm.anatomy import backbone
+from lit_llm.model import init_causal_lm
 from lit_llm.training import recompute
 
 WIDE = dict(vocab_size=100, hidden_size=64, intermediate_size=192, num_attention_heads=4, num_key_value_heads=2)
