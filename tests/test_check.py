@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from lit_llm import check, merging
+from lit_llm import check, integrity, merging
 from lit_llm.adapter import LoRA, save_adapter, wrap_peft
 from lit_llm.errors import InputError
 from lit_llm.inference.completion import TextEngine
@@ -27,7 +27,9 @@ def run(tiny_model, tmp_path_factory):
     place = folder / "checkpoints" / "step_3"
     state = {name: weight.detach().clone() for name, weight in model.named_parameters() if weight.requires_grad}
     save_adapter(model, place / "adapter", state, base)
-    (place / "manifest.json").write_text(json.dumps({"step": 3, "base": base, "files": {}}))
+    files = {str(file.relative_to(place)): {"bytes": file.stat().st_size, "sha256": integrity.sha256(file)}
+             for file in place.rglob("*") if file.is_file()}
+    (place / "manifest.json").write_text(json.dumps({"step": 3, "base": base, "files": files}))
     (folder / "checkpoints" / "LATEST").write_text("step_3\n")
     Tokenizer.load(base).save(folder / "tokenizer")
     return folder
@@ -83,7 +85,7 @@ def test_a_merge_that_computes_something_else_leaves_nothing(run, tmp_path, monk
     def wrong(model):
         merged = merge(model)
         with torch.no_grad():
-            merged.get_input_embeddings().weight.mul_(1.05)
+            merged.get_input_embeddings().weight[:, ::2] *= 1.5
         return merged
 
     monkeypatch.setattr(merging, "merge", wrong)

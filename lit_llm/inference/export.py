@@ -65,12 +65,15 @@ def export(run: str, checkpoint: str = "best", out: str | None = None, dtype: Dt
         stored, quantize = None, None
         trained = model.load_causal_lm(str(folder / "model"))
     wanted = stored if dtype == "auto" else getattr(torch, dtype)
-    rows = check.rows_of(tokenizer, trained.get_input_embeddings().weight.shape[0])
-    before = check.scores(trained, rows)
+    rows = check.rows_of(tokenizer, check.vocabulary(trained))
+    before = reloaded = check.scores(trained, rows)
     if quantize:
         four_bits = starting.load(model.load_causal_lm(str(base), quantize=quantize), folder / "adapter")
-        check.compare_quantized(rows, check.scores(four_bits, rows), before, quantize)
+        reloaded = check.scores(four_bits, rows)
         del four_bits
+    check.compare_saved(facts.get("check"), trained, rows, reloaded, quantize)
+    if quantize:
+        check.compare_quantized(rows, reloaded, before, quantize)
     merged = merge(trained)
     partial = target.with_name(target.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)

@@ -24,7 +24,7 @@ from lightning.pytorch.loops.evaluation_loop import RestartStage
 from lit_llm import adapter, disk, model, origin, starting
 from lit_llm.data.identity import differences
 from lit_llm.errors import InputError, at_least
-from lit_llm.training import manifest
+from lit_llm.training import in_memory, manifest
 from lit_llm.training.evaluation import figures_of
 from lit_llm.training.manifest import step_of
 from lit_llm.training.processes import end_together
@@ -56,6 +56,7 @@ class StepCheckpoint(Checkpoint):
         self.keep_best, self.keep_last, self.keep_every_n_steps = keep_best, keep_last, keep_every_n_steps
         self.scores: dict[str, float] = {}          # folder name -> monitored value
         self._saved = -1
+        self._fixed_rows = in_memory.FixedRows()    # which each checkpoint is scored on
         self._unfinished = False                    # whether what is saved stands inside a validation
 
     # ---- when --------------------------------------------------------------------------------------------------------
@@ -155,13 +156,14 @@ class StepCheckpoint(Checkpoint):
         with writing.noted(), writing.deferred():
             trainer.save_checkpoint(partial / "state")
         writing.agree(f"the checkpoint of step {step}")
+        scored = self._fixed_rows.measured(trainer)
         state = gathered_trainable_state(trainer.lightning_module)
         with writing.noted():
             if trainer.is_global_zero:
                 assert state is not None
                 writing.release()
                 self._write_weights(trainer, partial, state)
-                manifest.write(partial, trainer, score, figures)
+                manifest.write(partial, trainer, score, figures, scored)
                 for logger in trainer.loggers:
                     if isinstance(logger, MetricsCSV):
                         logger.sync()               # no checkpoint survives the rows that led to it

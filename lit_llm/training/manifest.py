@@ -30,7 +30,8 @@ FIXED = ("init", "optimizer")                       # what a resumed run cannot 
 
 # ---- writing ---------------------------------------------------------------------------------------------------------
 
-def write(folder: Path, trainer: L.Trainer, score: float | None, figures: dict[str, float] | None = None) -> None:
+def write(folder: Path, trainer: L.Trainer, score: float | None, figures: dict[str, float] | None = None,
+          check: dict[str, Any] | None = None) -> None:
     """Wait until every file of the folder is on the disk, then write its manifest.
 
     Args:
@@ -38,6 +39,7 @@ def write(folder: Path, trainer: L.Trainer, score: float | None, figures: dict[s
         trainer: In a fit.
         score: The monitored metric, if measured.
         figures: All that was measured of it.
+        check: The nll of fixed rows by the model in memory, as `in_memory.FixedRows` gives it.
     """
     import torch
     import transformers
@@ -49,7 +51,7 @@ def write(folder: Path, trainer: L.Trainer, score: float | None, figures: dict[s
         disk.sync(path)
     facts = {
         "step": trainer.global_step, "epoch": trainer.current_epoch, "score": finite(score),
-        "figures": _finite_only(figures),
+        "figures": _finite_only(figures), "check": check,
         **identity(trainer), "world_size": trainer.world_size, "strategy": type(trainer.strategy).__name__,
         "stage": getattr(trainer.strategy, "config", {}).get("zero_optimization", {}).get("stage"),
         "precision": str(trainer.precision),

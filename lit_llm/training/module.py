@@ -5,6 +5,7 @@ and normalises the loss exactly. Knows nothing of files, formats or checkpoints.
 """
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -364,14 +365,23 @@ class CausalLMModule(L.LightningModule):
                       rank_zero_only=False, sync_dist=False)
 
     def _nll(self, batch: "Batch") -> forward.Sums:
-        """Sums over one micro-batch, in the surroundings that the strategy and the precision ask for."""
+        """Sums over one micro-batch."""
+        return self._surrounded(batch, lambda: self.sums(batch))
+
+    def rows_nll(self, batch: "Batch") -> Tensor:
+        """() nats of the supervised tokens of a batch by the model itself, whatever else an override of `sums` adds."""
+        return self._surrounded(batch, lambda: forward.nll(
+            self.model, batch, forward.Choices(self.way or forward.Way()))).total
+
+    def _surrounded(self, batch: "Batch", compute: Callable[[], forward.Sums]) -> forward.Sums:
+        """What `compute` gives, in the surroundings that the strategy and the precision ask for."""
         strategy = self.trainer.strategy
         if isinstance(strategy, Fsdp2Strategy):
-            return strategy.gathered(self.model, lambda: self.sums(batch))
+            return strategy.gathered(self.model, compute)
         if self.half_adapters:                      # float32 masters of adapters among bf16 weights
             with torch.autocast(batch["input_ids"].device.type, torch.bfloat16):
-                return self.sums(batch)
-        return self.sums(batch)
+                return compute()
+        return compute()
 
     def sums(self, batch: "Batch") -> forward.Sums:
         """What a micro-batch adds to the loss and to the metrics: the one method to override for another loss.

@@ -68,7 +68,7 @@ def test_the_first_validation_is_the_adapters_last(trained, how, request):
     assert before(folder, name) == pytest.approx(last, rel=1e-5)
     now = float(trainer.callback_metrics["val/nll"])
     assert now != pytest.approx(last, rel=1e-5)
-    assert plain_nll(export(str(folder / name), "last"), data) == pytest.approx(now, rel=1e-5)
+    assert plain_nll(export(str(folder / name), "last"), data) == pytest.approx(now, rel=1e-5, abs=1e-6)     # float32
     if (step := next((folder / name / "checkpoints").glob("step_*"))).joinpath("adapter").is_dir():
         one = TextEngine.load(resolve("sample:base"), adapter=step / "adapter").engine
         two = TextEngine.load(folder / name / "export").engine
