@@ -16,6 +16,7 @@ import yaml
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.trainer.connectors.logger_connector.result import convert_tensors_to_scalars
 
+from lit_llm import lock
 from lit_llm.data.identity import differences
 from lit_llm.errors import InputError
 from lit_llm.redaction import redact
@@ -42,6 +43,7 @@ class RunFolder(Callback):
         self.restarted = False                      # whether nobody asked for it: a job that was started again
         self._validated = -1                        # optimizer step of the last validation
         self._ending = self._started = self._made = False
+        self.lock = lock.Lock()                     # of the folder, on rank 0
         self._aside: Path | None = None             # where the earlier run of this name is now
 
     @property
@@ -57,12 +59,27 @@ class RunFolder(Callback):
         checkpoint = self.resumed_from if stage == "fit" else getattr(pl_module, "checkpoint", None)
         if checkpoint is None and stage == "fit":
             _check_place(Path(trainer.default_root_dir))
+        if stage == "fit":
+            self._claim(trainer)
         if checkpoint is not None:
             try:
                 manifest.check_same(checkpoint, trainer, self.accept_changes)
             except InputError:
                 end_together(trainer)
                 raise
+
+    def _claim(self, trainer: L.Trainer) -> None:
+        """Be the only run that writes the folder, if it is there; rank 0 holds the lock for all. A collective.
+
+        Raises:
+            InputError: Another one writes it.
+        """
+        folder, refusal = Path(trainer.default_root_dir), None
+        if trainer.is_global_zero and folder.is_dir():
+            refusal = self.lock.take(folder / lock.NAME, "trainer.default_root_dir")
+        if refusal := trainer.strategy.broadcast(refusal):
+            end_together(trainer)
+            raise refusal
 
     def state_dict(self) -> dict[str, Any]:
         """The figures before training, and the newest, survive a resume."""
@@ -76,14 +93,17 @@ class RunFolder(Callback):
     def on_fit_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         """Now that the model stands, make room; then write the config, and the tokenizer with the template in use."""
         compatible.check_monitors(trainer)
-        if not trainer.is_global_zero:
-            return
         folder = Path(trainer.default_root_dir)
-        if not self.resumed:
-            self._aside = _set_aside(folder)
-        self._made = True                           # what is in it from here on is this run's
-        folder.mkdir(parents=True, exist_ok=True)
-        if not self.resumed:
+        self._claim(trainer)                        # it may have come into being since
+        if trainer.is_global_zero:
+            mine = self.lock.holds(folder / lock.NAME)
+            if not self.resumed and mine and (aside := _set_aside(folder)) is not None:
+                self._aside = aside
+                (aside / lock.NAME).unlink(missing_ok=True)
+            folder.mkdir(parents=True, exist_ok=True)
+        self._claim(trainer)                        # the new one
+        self._made = trainer.is_global_zero         # what is in it from here on is this run's
+        if trainer.is_global_zero and not self.resumed:
             self._write_config(trainer)
 
     def _write_config(self, trainer: L.Trainer) -> None:
@@ -214,6 +234,7 @@ class RunFolder(Callback):
     def on_exception(self, trainer: L.Trainer, module: L.LightningModule, exception: BaseException) -> None:
         """A run that failed before its first step leaves nothing behind, and the earlier run has its name again."""
         folder = Path(trainer.default_root_dir)
+        self.lock.release()
         if trainer.global_step and self._started and trainer.state.fn == "fit" and folder.is_dir():
             with suppress(OSError):                 # a full disk: the error that brought us here is the one to tell
                 self._keep_data(trainer)

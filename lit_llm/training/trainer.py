@@ -144,6 +144,8 @@ class Trainer(L.Trainer):
                 super().fit(model, train_dataloaders, val_dataloaders, datamodule, ckpt_path=state, **kwargs)
             except OSError as error:                # a row or a figure; checkpoints say it themselves
                 raise unwritable(Path(self.default_root_dir), error) from error
+            finally:
+                self.run.lock.release()
 
     def validate(  # type: ignore[override]
             self, model: Any = None, dataloaders: Any = None, ckpt_path: str | Path | None = None,

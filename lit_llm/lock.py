@@ -1,0 +1,149 @@
+"""A folder in, the right to be the only one who writes it out; or who has that right now.
+
+The lock is the system's (POSIX record locks): it is gone when its process is gone, however that ended, is not inherited
+by workers, and needs no cleaning up. How far it reaches:
+
+- On a local disk: all processes of the machine, those in containers too.
+- On NFS, Lustre and the like: all machines that mount it with locks, which is the default of NFS 4. A machine that dies
+  keeps its lock until the server gives it up (NFS 4: about 90 seconds; NFS 3: until it starts again).
+- On a file system without locks: by what the lock's file says. On the same machine a dead process is recognised. The
+  process of another machine cannot be asked: it is taken for alive, unless SLURM started this very job again.
+
+Two threads of one process are not kept apart. Knows nothing of what is written.
+"""
+
+import errno
+import json
+import os
+import socket
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import IO, Any
+
+from lit_llm.errors import InputError
+
+NAME = ".lock"                                      # in a folder that is being written
+HELD = (errno.EACCES, errno.EAGAIN)
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
+
+
+class Lock:
+    """At most one file, locked by this process."""
+
+    def __init__(self) -> None:
+        self._file: Path | None = None
+        self._handle: IO[str] | None = None
+
+    def take(self, file: Path, where: str) -> InputError | None:
+        """Lock a file, and let go of the one held before; null, or the refusal that names who holds it.
+
+        Args:
+            file: Made if absent; its folder is there.
+            where: The key or option that names what is to be written.
+        """
+        import fcntl
+
+        if self.holds(file):
+            return None                             # closing a second handle would let go of the lock
+        while True:
+            try:
+                handle = open(file, "a+", encoding="utf-8")  # noqa: SIM115  (held until `release`)
+            except OSError as error:
+                return InputError(f"cannot be written: {error.strerror}", where=str(file.parent))
+            try:
+                fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                held = False
+            except OSError as error:
+                held = error.errno in HELD or (error.errno in NO_LOCKS and _is_alive(_read(handle)))
+                if not held and error.errno not in NO_LOCKS:
+                    handle.close()
+                    return InputError(f"cannot be locked: {error.strerror}", where=str(file))
+            if held:
+                refusal = _refusal(file, _read(handle), where)
+                handle.close()
+                return refusal
+            if _is_same(file, handle):              # else its holder removed it meanwhile
+                break
+            handle.close()
+        with suppress(OSError):                     # a full disk: locked all the same
+            handle.truncate(0)
+            handle.write(json.dumps(_me()))
+            handle.flush()
+        self._close()
+        self._file, self._handle = file, handle
+        return None
+
+    def holds(self, file: Path) -> bool:
+        """Whether it is this file, as it lies there now."""
+        return self._file == file and self._handle is not None and _is_same(file, self._handle)
+
+    def release(self) -> None:
+        """Remove the file and let go."""
+        if self._file is not None and self._handle is not None and _is_same(self._file, self._handle):
+            with suppress(OSError):
+                self._file.unlink()
+        self._close()
+
+    def _close(self) -> None:
+        if self._handle is not None:
+            with suppress(OSError):
+                self._handle.close()
+        self._file = self._handle = None
+
+
+def _is_same(file: Path, handle: IO[str]) -> bool:
+    try:
+        return os.path.samestat(os.stat(file), os.fstat(handle.fileno()))
+    except OSError:
+        return False
+
+
+def _me() -> dict[str, Any]:
+    return {"host": socket.gethostname(), "pid": os.getpid(), "began": _began(os.getpid()), "time": time.time(),
+            "job": os.environ.get("SLURM_JOB_ID")}
+
+
+def _began(pid: int) -> str | None:
+    """When a process began, in the kernel's ticks: another process may have its number later; null if not known."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[19]
+    except (OSError, IndexError):
+        return None
+
+
+def _read(handle: IO[str]) -> dict[str, Any]:
+    try:
+        handle.seek(0)
+        holder = json.loads(handle.read(4096))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return holder if isinstance(holder, dict) else {}
+
+
+def _is_alive(holder: dict[str, Any]) -> bool:
+    """Whether who wrote the file may still be at work, where the file system cannot tell."""
+    if not holder:
+        return False
+    if holder.get("host") != socket.gethostname():
+        again = os.environ.get("SLURM_RESTART_COUNT", "0") not in ("", "0")
+        return not (again and holder.get("job") and holder.get("job") == os.environ.get("SLURM_JOB_ID"))
+    pid = holder.get("pid")
+    if not isinstance(pid, int) or pid == os.getpid():
+        return False
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        pass                                        # another user's
+    return _began(pid) == holder.get("began")
+
+
+def _refusal(file: Path, holder: dict[str, Any], where: str) -> InputError:
+    who = "another process"
+    if holder:
+        began = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(float(holder.get("time") or 0)))
+        who = f"process {holder.get('pid')} on {str(holder.get('host'))[:100]}, since {began}"
+    return InputError(f"{file.parent} is being written by {who}", where=where, fix="wait for it, stop it, or write "
+                      f"into another folder; if it is gone for sure, delete {file}")

@@ -1,0 +1,151 @@
+"""If this breaks, two runs write into one folder: the second moves the first one's folder away, or their checkpoints mix,
+and both end as if all were well; or a folder stays locked by a run that was killed.
+
+Real processes, the first of them killed with -9 in the end.
+"""
+
+import errno
+import fcntl
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from lives import ROOT, Lives, config_of, write_config, write_data
+
+from lit_llm.lock import NAME, Lock
+from lit_llm.training import manifest
+
+
+@pytest.fixture(scope="module")
+def lives(tmp_path_factory):
+    lives = Lives(tmp_path_factory.mktemp("lives"))
+    yield lives
+    lives.close()
+
+
+@contextmanager
+def running(folder, *words):
+    """A command in a process group of its own, which is killed in the end."""
+    environ = os.environ | {"PYTHONPATH": str(ROOT), "LIT_LLM_CACHE": str(folder / "cache"), "CUDA_VISIBLE_DEVICES": ""}
+    with subprocess.Popen([sys.executable, "-m", "lit_llm", *map(str, words)], cwd=folder, env=environ, text=True,
+                          stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True) as process:
+        try:
+            yield process
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+def saved(run, beyond=0):
+    """Wait for a checkpoint behind a step; its step."""
+    for _ in range(1200):
+        steps = [manifest.step_of(path.parent.name) for path in run.glob("checkpoints/step_*/manifest.json")]
+        if steps and max(steps) > beyond:
+            return max(steps)
+        time.sleep(0.05)
+    raise AssertionError("nothing was saved")
+
+
+def test_a_second_run_is_refused_with_the_name_of_the_first(lives, tiny_model):
+    """A new one and one that would go on; the first does not notice. When it is killed the next one goes on at once."""
+    run = lives.folder / "run"
+    words = write_config(lives.folder, config_of(
+        tiny_model("llama"), write_data(lives.folder), ranks=2, strategy="ddp",
+        max_epochs=4000, save_every=10, limit_val_batches=0))
+    with running(lives.folder, *words, run) as first:
+        step = saved(run)
+        for more in ([], ["--ckpt_path", "last"]):
+            told = lives.live(*words, run, *more, ranks=2, limit=100)
+            said = "".join(each["err"] for each in told["said"])
+            assert told["codes"] == [2] * 2, said[-2000:]
+            assert "Traceback" not in said
+            (error,) = [line for line in said.splitlines() if line.startswith("error: ")]
+            assert f"{run} is being written by process {first.pid} on {socket.gethostname()}, since 20" in error
+        assert first.poll() is None
+        assert not list(lives.folder.glob("run-*"))
+        saved(run, step)
+        os.killpg(first.pid, signal.SIGKILL)
+        first.wait()
+    step = saved(run)
+    told = lives.live(*words, run, "--ckpt_path", "last", "--trainer.max_epochs", "null", "--trainer.max_steps", step + 3,
+                      ranks=2, limit=100)
+    assert told["codes"] == [0] * 2, told["said"][0]["err"][-2000:]
+    assert not (run / NAME).exists()
+
+
+@pytest.mark.parametrize("how", ["new", "last", "over an earlier one"])
+def test_of_two_that_start_at_once_one_goes_on(how, lives, tiny_model):
+    config = config_of(tiny_model("llama"), write_data(lives.folder), save_every=10, limit_val_batches=0, max_epochs=4000)
+    words, run = write_config(lives.folder, config), lives.folder / how.replace(" ", "_")
+    if how != "new":
+        told = lives.live(*words, run, "--trainer.max_epochs", "null", "--trainer.max_steps", 4)
+        assert told["codes"] == [0], told["said"][0]["err"][-2000:]
+    more = ["--ckpt_path", "last"] if how == "last" else []
+    with running(lives.folder, *words, run, *more) as one, running(lives.folder, *words, run, *more) as other:
+        while one.poll() is None and other.poll() is None:
+            time.sleep(0.05)
+        lost, goes_on = (one, other) if one.poll() is not None else (other, one)
+        said = lost.stderr.read()
+        assert lost.returncode == 2, said[-2000:]
+        assert f"is being written by process {goes_on.pid} on" in said
+        assert "Traceback" not in said
+        saved(run, 4)
+        assert goes_on.poll() is None
+
+
+# ---- file systems without locks --------------------------------------------------------------------------------------
+
+@pytest.fixture
+def no_locks(monkeypatch):
+    def lockf(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "lockf", lockf)
+
+
+def left(file, **keys):
+    """What another process left in the lock's file."""
+    mine = Lock()
+    assert mine.take(file, "x") is None
+    holder = json.loads(file.read_text()) | keys
+    file.write_text(json.dumps(holder))
+
+
+@pytest.mark.parametrize(("keys", "env", "held"), [
+    ({"pid": 1, "began": None}, {}, False),         # another process has the number by now
+    ({"pid": 4194303}, {}, False), ({"host": "elsewhere"}, {}, True),
+    ({"host": "elsewhere", "job": "7"}, {"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": "1"}, False),
+    ({"host": "elsewhere", "job": "7"}, {"SLURM_JOB_ID": "7"}, True),
+    ({"host": "elsewhere", "job": "6"}, {"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": "1"}, True)])
+def test_without_locks_the_file_says_who_is_alive(keys, env, held, no_locks, monkeypatch, tmp_path):
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+    left(tmp_path / NAME, **keys)
+    refusal = Lock().take(tmp_path / NAME, "x")
+    assert (refusal is not None) == held
+    if refusal is not None:
+        assert f"delete {tmp_path / NAME}" in str(refusal)
+
+
+def test_without_locks_a_living_process_of_this_machine_holds_it(no_locks, tmp_path):
+    stat = Path(f"/proc/{os.getppid()}/stat").read_text().rpartition(")")[2].split()[19]
+    left(tmp_path / NAME, pid=os.getppid(), began=stat)
+    assert f"process {os.getppid()} on" in str(Lock().take(tmp_path / NAME, "x"))
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "\0" * 100])
+def test_a_damaged_file_without_a_lock_holds_nothing(text, tmp_path):
+    (tmp_path / NAME).write_text(text)
+    mine = Lock()
+    assert mine.take(tmp_path / NAME, "x") is None
+    assert mine.take(tmp_path / NAME, "x") is None  # twice is once
+    mine.release()
+    assert not (tmp_path / NAME).exists()
