@@ -6,6 +6,7 @@ and normalises the loss exactly. Knows nothing of files, formats or checkpoints.
 
 import logging
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -20,6 +21,7 @@ from lit_llm.errors import InputError
 from lit_llm.quantize import Quantize
 from lit_llm.samples import resolve
 from lit_llm.training import (
+    adapter_fault,
     balance,
     compatible,
     footprint,
@@ -375,13 +377,11 @@ class CausalLMModule(L.LightningModule):
 
     def _surrounded(self, batch: "Batch", compute: Callable[[], forward.Sums]) -> forward.Sums:
         """What `compute` gives, in the surroundings that the strategy and the precision ask for."""
-        strategy = self.trainer.strategy
-        if isinstance(strategy, Fsdp2Strategy):
-            return strategy.gathered(self.model, compute)
-        if self.half_adapters:                      # float32 masters of adapters among bf16 weights
-            with torch.autocast(batch["input_ids"].device.type, torch.bfloat16):
-                return compute()
-        return compute()
+        strategy, device = self.trainer.strategy, batch["input_ids"].device.type
+        # float32 masters of adapters among bf16 weights
+        halved = torch.autocast(device, torch.bfloat16) if self.half_adapters else nullcontext()
+        with adapter_fault.explained(self.model, self.peft_spec), halved:
+            return strategy.gathered(self.model, compute) if isinstance(strategy, Fsdp2Strategy) else compute()
 
     def sums(self, batch: "Batch") -> forward.Sums:
         """What a micro-batch adds to the loss and to the metrics: the one method to override for another loss.

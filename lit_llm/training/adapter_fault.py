@@ -1,0 +1,63 @@
+"""An exception of a forward pass in; out, where PEFT's layer raised it, an error that names the method and the layer.
+
+PEFT builds some methods on layers that they cannot compute on, and says so by the sizes of a matrix product: OLoRA on
+GPT-2's Conv1D, whose weight is transposed. Knows nothing of what is computed.
+"""
+
+from collections.abc import Generator
+from contextlib import contextmanager
+from types import TracebackType
+from typing import Any
+
+from torch import nn
+
+from lit_llm.errors import InputError
+
+MEMORY = ("memory", "alloc")                        # words of errors that are no method's fault
+
+
+@contextmanager
+def explained(model: nn.Module, spec: dict[str, Any] | None) -> Generator[None, None, None]:
+    """Around a forward pass of a model with adapters.
+
+    Args:
+        model: With the layers.
+        spec: The method, as `model.peft` has it; null where no adapters are on the model.
+
+    Raises:
+        InputError: A layer of PEFT raised an exception inside.
+    """
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        layer = _raised_by(error.__traceback__) if spec is not None else None
+        if layer is None or any(word in f"{type(error).__name__} {error}".lower() for word in MEMORY):
+            raise
+        inner = getattr(layer, "base_layer", None)
+        kind = type(inner if isinstance(inner, nn.Module) else layer).__name__
+        name = next((name for name, each in model.named_modules() if each is layer), "a layer")
+        options = (spec or {}).get("init_args") or {}
+        init = options.get("init_lora_weights")
+        method = str((spec or {}).get("class_path")).rpartition(".")[2]
+        method += f" with init_lora_weights: {init}" if isinstance(init, str) else ""
+        said = next(iter(str(error).splitlines()), type(error).__name__)[:160]
+        raise InputError(f"{method} cannot compute on {name.removeprefix('base_model.model.')} ({kind}): PEFT fails "
+                         f"there with: {said}", where="model.peft",
+                         fix="name layers of another kind in target_modules, or take another method, such as plain "
+                             "LoRA: --model.lora.r 16 --model.peft null") from None
+
+
+def _raised_by(place: TracebackType | None) -> nn.Module | None:
+    """The layer of PEFT in whose own code an exception arose: below it there is nothing but torch."""
+    found: nn.Module | None = None
+    while place is not None:
+        home, owner = str(place.tb_frame.f_globals.get("__name__")), place.tb_frame.f_locals.get("self")
+        if home.startswith("peft."):
+            if isinstance(owner, nn.Module) and type(owner).__module__.startswith("peft."):
+                found = owner
+        elif home.partition(".")[0] != "torch":
+            found = None                            # a layer below, or a caller above
+        place = place.tb_next
+    return found
