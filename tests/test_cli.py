@@ -25,7 +25,7 @@ from lit_llm.cli import main
 
 ROOT = Path(__file__).resolve().parents[1]
 RANDOM = ["--model.base", "null", "--model.lora", "null", "--data.tokenizer", "sample:base", "--model.init"]
-MANY = [{"prompt": f"say {number}", "completion": "one two three four five six seven " * 2} for number in range(20_000)]
+MANY = [{"prompt": f"say {number}", "completion": "one two three four five six seven " * 2} for number in range(6_000)]
 ROWS = [{"prompt": f"say {number}", "completion": f"one two {number}"} for number in range(8)]
 
 
@@ -278,7 +278,7 @@ def test_an_earlier_run_keeps_its_name_when_the_next_one_fails(place):
     (earlier / "config.yaml").write_text("{}")
     write("many.jsonl", *MANY)
     limits = resource.getrlimit(resource.RLIMIT_AS)
-    resource.setrlimit(resource.RLIMIT_AS, (address_space(2**30), limits[1]))
+    resource.setrlimit(resource.RLIMIT_AS, (address_space(2**28), limits[1]))
     try:
         refused("fit", "--config", "ok.yaml", source("many.jsonl"), "--data.batch_size", 100_000,
                 says=["memory", "data.batch_size"])
@@ -304,7 +304,7 @@ def test_the_command_itself_says_so_too(place):
     command = [sys.executable, "-m", "lit_llm", "fit", "--config", "ok.yaml"]
     env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     write("many.jsonl", *MANY)
-    for more, limit, says in (([source("many.jsonl"), "--data.batch_size", "30000000"], address_space(2**30),
+    for more, limit, says in (([source("many.jsonl"), "--data.batch_size", "30000000"], address_space(2**29),
                                "not enough memory"),
                               (["--model.lrr", "1"], None, "Did you mean 'model.lr'?")):
         cap = limit and (lambda limit=limit: resource.setrlimit(resource.RLIMIT_AS, (limit, limit)))

@@ -41,7 +41,7 @@ def module_and_data(base, tmp_path, **options):
                           {"role": "assistant", "content": "ok " * (n % 7) + str(n)}]} for n in range(24)]
     (tmp_path / "chats.jsonl").write_text("\n".join(map(json.dumps, rows)))
     data = TextDataModule(sources=[Source(str(tmp_path / "chats.jsonl"))], tokenizer=base, seq_len=64, batch_size=2)
-    return CausalLMModule(base=base, lr=1e-3, **options), data
+    return CausalLMModule(base=base, lr=1e-3, router_aux_loss=0, **options), data        # `test_balance.py` has that loss
 
 
 def fit(base, tmp_path, *, strategy="auto", devices=1, **options):
