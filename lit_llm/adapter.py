@@ -159,7 +159,11 @@ def wrap_peft(model: "PreTrainedModel", spec: dict[str, Any], *, tokens: Sequenc
         config.trainable_token_indices = {name: sorted(tokens) for name in _token_layers(model)}
     try:
         with _steady_start(config), tying.explained(model, config):
-            return _as_trained_here(get_peft_model(model, config))
+            wrapped = _as_trained_here(get_peft_model(model, config))
+            if not any(weight.requires_grad and getattr(weight, "ds_numel", weight.numel())
+                       for weight in wrapped.parameters()):
+                raise ValueError(f"{type(config).__name__} has nothing to train on these layers of this model")
+            return wrapped
     except Exception as error:                      # forty methods, each with its own way to say no
         linears = sorted({name.rsplit(".", 1)[-1] for name, layer in model.named_modules() if _is_linear(layer)})
         raise InputError(f"{str(error).splitlines()[0][:160]}", where="model.peft",

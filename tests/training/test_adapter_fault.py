@@ -24,6 +24,15 @@ def test_a_method_that_cannot_compute_on_a_layer_is_told_in_a_line(place, tiny_m
     assert not (place / "run").exists()
 
 
+@pytest.mark.parametrize("spec", [
+    {"class_path": "TrainableTokensConfig", "init_args": {"target_modules": ["wte"]}},      # of no tokens
+    {"class_path": "OSFConfig", "init_args": {"target_modules": ["c_attn"]}}])              # knows no Conv1D
+def test_a_method_that_has_nothing_to_train_is_refused(spec, tiny_model):
+    """Its backward pass would fail: nothing leads to a gradient."""
+    with pytest.raises(InputError, match="has nothing to train"):
+        wrap_peft(load_causal_lm(tiny_model("gpt2")), spec)
+
+
 def test_other_exceptions_stay_what_they_are(tiny_model):
     """Those of the base's own layers, of callers, and of memory that runs out; and no adapter, no translation."""
     model, ids = wrap_peft(load_causal_lm(tiny_model("gpt2")), OLORA), torch.tensor([[1, 2, 3]])
