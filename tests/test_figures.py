@@ -3,6 +3,7 @@
 """
 
 import csv
+import hashlib
 import json
 import re
 import shutil
@@ -148,6 +149,11 @@ def test_the_base_is_known_by_its_content(run, monkeypatch):
     code, out, err = call("chat", "--model", "../models/tiny", "--adapter", adapter, "--prompt", "say 1", "--max_tokens", 4)
     assert code == 0, err
     (adapter / "adapter_config.json").write_text((adapter / "adapter_config.json").read_text().replace(base, "/gone/models/tiny"))
+    manifest = json.loads((adapter.parent / "manifest.json").read_text())
+    content = (adapter / "adapter_config.json").read_bytes()
+    manifest["files"]["adapter/adapter_config.json"] = {
+        "bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    (adapter.parent / "manifest.json").write_text(json.dumps(manifest))
     again = call("chat", "--model", adapter, "--prompt", "say 1", "--max_tokens", 4)
     assert again[:2] == (0, out), again[2]
 
