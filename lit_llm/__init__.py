@@ -7,7 +7,6 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lit_llm.adapter import LoRA
     from lit_llm.conversation import Conversation, Document, Message
     from lit_llm.data.datamodule import TextDataModule
     from lit_llm.data.sources import Source
@@ -15,6 +14,7 @@ if TYPE_CHECKING:
     from lit_llm.inference.completion import TextEngine
     from lit_llm.inference.export import export
     from lit_llm.inference.sampling import SamplingParams
+    from lit_llm.peft_method import LoRA
     from lit_llm.tokenizer import Tokenizer, TokenSequence
     from lit_llm.training.metrics import Perplexity
     from lit_llm.training.module import CausalLMModule
@@ -26,7 +26,7 @@ __all__ = ["CausalLMModule", "Conversation", "Document", "InputError", "LoRA", "
            "export"]
 
 _HOMES = {
-    "conversation": ("Conversation", "Document", "Message"), "errors": ("InputError",), "adapter": ("LoRA",),
+    "conversation": ("Conversation", "Document", "Message"), "errors": ("InputError",), "peft_method": ("LoRA",),
     "tokenizer": ("Tokenizer", "TokenSequence"), "data.datamodule": ("TextDataModule",), "data.sources": ("Source",),
     "training.metrics": ("Perplexity",), "training.module": ("CausalLMModule",), "training.trainer": ("Trainer",),
     "inference.completion": ("TextEngine",), "inference.sampling": ("SamplingParams",), "inference.export": ("export",),

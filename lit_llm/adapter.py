@@ -1,141 +1,31 @@
-"""A causal LM and a PEFT method in, the model with its adapters out: wrapped, loaded, saved.
+"""Put the adapters of a PEFT method on a causal language model, load them from a folder, and save them.
 
-The home of peft; `merging.py` makes a plain model of it again. A method is data (`class_path`, `init_args`), as it
-stands in a config. Knows nothing of where models come from, of training or of Lightning.
+`peft_method.py` reads the method from a config or a folder, `trained_rows.py` has the rows of single tokens that learn
+too, and `merging.py` merges adapters into the model. Knows nothing of where models come from, or of training.
 """
 
 import json
-import re
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from types import MethodType
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from lit_llm import patterns, tying, vocabulary
-from lit_llm.class_paths import refuse_within
-from lit_llm.errors import InputError, did_you_mean
+from lit_llm.errors import InputError
+from lit_llm.peft_method import line, peft_config, stored_config
 from lit_llm.redaction import redact_text
+from lit_llm.trained_rows import embed, token_layers, with_bias
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-# Methods of peft that want more than tokens and labels: task numbers, other adapters, a second model.
-NO_METHOD = ("base_model_name_or_path", "inference_mode", "peft_type", "peft_version", "revision", "auto_mapping",
-             "task_type")                           # of an adapter's config: where it is from, not what it is
 WEIGHTS = "adapter_model.safetensors"
 ROWS = "vocabulary.json"                            # in an adapter's folder: rows of a base that has grown
-UNFIT = ("ArrowConfig", "CartridgeConfig", "CPTConfig", "MultitaskPromptTuningConfig", "PeftConfig", "PolyConfig",
-         "PromptLearningConfig", "ShadowConfig", "XLoraConfig")
 
-
-@dataclass(slots=True)
-class LoRA:
-    """Low-rank adapters (arXiv:2106.09685): the short form of `peft: {class_path: LoraConfig, ...}`.
-
-    Args:
-        r: Rank of the two matrices. 8 to 32 is usual; memory and capacity grow with it.
-        alpha: Scale: the adapter's output is multiplied by alpha / r.
-        dropout: Probability of dropping an adapter input, in training.
-        target_modules: Names of the layers to adapt, or `all-linear`: every linear layer (GPT-2's Conv1D too) but the
-            output head; adapting all of them learns most (arXiv:2305.14314 section 4).
-        dora: Train direction and magnitude apart (arXiv:2402.09353).
-        rslora: Scale by alpha / sqrt(r) (arXiv:2312.03732); for ranks above 32.
-        train_tokens: Tokens whose rows of the embedding and the output head learn too. `auto`: of the tokens in the
-            training data and of the chat template's control tokens those that the base was never trained on, since
-            adapters alone cannot make such a token likely; at most 4,096, the most frequent. Or spellings, e.g.
-            [<|im_end|>]; null trains none.
-    """
-
-    r: int = 16
-    alpha: float = 32.0
-    dropout: float = 0.0
-    target_modules: str | list[str] = "all-linear"
-    dora: bool = False
-    rslora: bool = False
-    train_tokens: str | list[str] | None = "auto"
-
-    def as_peft(self) -> dict[str, Any]:
-        """The long form."""
-        return {"class_path": "LoraConfig", "init_args": {
-            "r": self.r, "lora_alpha": self.alpha, "lora_dropout": self.dropout, "target_modules": self.target_modules,
-            "use_dora": self.dora, "use_rslora": self.rslora}}
-
-
-def spec_of(peft: dict[str, Any] | None, lora: LoRA | None) -> dict[str, Any] | None:
-    """The one PEFT spec of a config that may give the long form, the short form, or none.
-
-    Raises:
-        InputError: Both are given, or a class below `init_args`.
-    """
-    refuse_within((peft or {}).get("init_args"), "model.peft.init_args")
-    if peft is not None and lora is not None:
-        raise InputError("model.peft and model.lora are two ways to say one thing; keep one", where="model")
-    return peft if peft is not None else (lora.as_peft() if lora is not None else None)
-
-
-def spec_in(folder: Path) -> dict[str, Any]:
-    """The method of the adapter that lies in a folder in PEFT's format: its class, and keys that are not the default.
-
-    Raises:
-        InputError: Its config cannot be read, or names a method that is not trained here.
-    """
-    config = _stored_config(folder)
-    keys = config.to_dict()
-    plain = type(config)().to_dict()
-    kept = {key: sorted(value, key=str) if isinstance(value, set) else value for key, value in keys.items()
-            if value != plain.get(key) and key not in NO_METHOD}
-    spec = {"class_path": type(config).__name__, "init_args": kept}
-    _peft_config(spec)
-    return spec
-
-
-def stored_keys(folder: Path) -> dict[str, Any]:
-    """The keys of `adapter_config.json`, which may be a stranger's.
-
-    Raises:
-        InputError: It is no mapping.
-    """
-    file = folder / "adapter_config.json"
-    try:
-        keys = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"it cannot be read: {_line(error)}", where=str(file)) from None
-    if not isinstance(keys, dict):
-        raise InputError("it is no mapping of keys to values", where=str(file), fix="copy the adapter's folder again")
-    return keys
-
-
-def _stored_config(folder: Path) -> Any:
-    """PEFT's config of the adapter in a folder; nothing that it names is imported or fetched.
-
-    Raises:
-        InputError: It cannot be read, or its method needs more than this folder.
-    """
-    from peft import PeftConfig
-
-    keys = stored_keys(folder)
-    if keys.get("megatron_config") is not None:     # PEFT imports whatever module `megatron_core` names
-        raise InputError("it wants layers of Megatron, which are not supported", where=str(folder))
-    try:
-        config = PeftConfig.from_pretrained(str(folder))
-        config.to_dict()
-    except Exception as error:                      # forty methods, each with its own way to say no
-        raise InputError(f"its config cannot be read: {_line(error)}", where=str(folder)) from None
-    if type(config).__name__ in UNFIT:
-        raise InputError(f"adapters of {keys.get('peft_type')} need more than their folder and are not supported",
-                         where=str(folder))
-    return config
-
-
-def _line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:160] or type(error).__name__
 
 
 def wrap_peft(model: "PreTrainedModel", spec: dict[str, Any], *, tokens: Sequence[int] = ()) -> Any:
@@ -154,9 +44,9 @@ def wrap_peft(model: "PreTrainedModel", spec: dict[str, Any], *, tokens: Sequenc
     """
     from peft import get_peft_model
 
-    config = _peft_config(spec)
+    config = peft_config(spec)
     if tokens:
-        config.trainable_token_indices = {name: sorted(tokens) for name in _token_layers(model)}
+        config.trainable_token_indices = {name: sorted(tokens) for name in token_layers(model)}
     try:
         with _steady_start(config), tying.explained(model, config):
             wrapped = _as_trained_here(get_peft_model(model, config))
@@ -170,33 +60,6 @@ def wrap_peft(model: "PreTrainedModel", spec: dict[str, Any], *, tokens: Sequenc
                          fix=f"linear layers here: {', '.join(linears)}; all-linear takes all but the head") from None
 
 
-def _peft_config(spec: dict[str, Any]) -> Any:
-    from dataclasses import fields
-
-    import peft
-
-    unknown = sorted(set(spec) - {"class_path", "init_args"})
-    name = str(spec.get("class_path", "")).removeprefix("peft.")
-    known = [key for key, kind in vars(peft).items()
-             if isinstance(kind, type) and issubclass(kind, peft.PeftConfig) and key not in UNFIT]
-    if name not in known or unknown:
-        raise InputError(f"'{unknown[0] if unknown else name}' is not known here; give class_path: a config class of "
-                         f"peft, and init_args.{did_you_mean(name, known)}", where="model.peft")
-    kind = getattr(peft, name)
-    keys = {field.name for field in fields(kind)}
-    args = dict(spec.get("init_args") or {})
-    if wrong := sorted(set(args) - keys):
-        raise InputError(f"{name} has no key '{wrong[0]}'.{did_you_mean(wrong[0], sorted(keys))}", where="model.peft")
-    args.setdefault("task_type", "CAUSAL_LM")
-    own_layers = name in ("IA3Config", "AdaptionPromptConfig")
-    if "target_modules" in keys and args.get("target_modules") is None and not own_layers:
-        args["target_modules"] = "all-linear"
-    try:
-        return kind(**args)
-    except (ValueError, TypeError, ImportError) as error:
-        raise InputError(f"{name}: {str(error).splitlines()[0][:160]}", where="model.peft") from None
-
-
 @contextmanager
 def _steady_start(config: Any) -> Iterator[None]:
     """Fast PiSSA draws a part of the base by random numbers: the same in training and whenever it is loaded."""
@@ -208,58 +71,8 @@ def _steady_start(config: Any) -> Iterator[None]:
         yield
 
 
-def ties_adapters(spec: dict[str, Any] | None) -> bool:
-    """Whether embedding and head of one matrix would share one adapter."""
-    return bool(spec and (spec.get("init_args") or {}).get("ensure_weight_tying"))
-
-
-def learns_prompt_by(spec: dict[str, Any] | None) -> bool:
-    """Whether the method of a spec will put virtual tokens before each conversation."""
-    return spec is not None and bool(_peft_config(spec).is_prompt_learning)
-
-
 def _is_linear(layer: nn.Module) -> bool:
     return isinstance(layer, nn.Linear) or type(layer).__name__ == "Conv1D"
-
-
-# ---- rows of single tokens -------------------------------------------------------------------------------------------
-
-@dataclass(frozen=True, slots=True)
-class TrainedRows:
-    """A frozen output head of which some rows learn: `rows` (K, D) stand in place of `layer.weight[index]`."""
-
-    layer: nn.Linear
-    index: Tensor
-    rows: Tensor
-
-
-def trained_rows(layer: nn.Module) -> TrainedRows | None:
-    """The rows that learn in an output head; None where none do, or another thing is on it.
-
-    PEFT copies the whole matrix at each call to put them in; who knows them can do without.
-    """
-    inner: Any = getattr(layer, "token_adapter", None)      # a TrainableTokensWrapper
-    if inner is None or type(inner.base_layer) is not nn.Linear:
-        return None
-    if inner.merged or inner.disable_adapters or len(inner.active_adapters) != 1:
-        return None
-    name = inner.active_adapters[0]
-    index = _on_device(tuple(inner.token_indices[name]), inner.base_layer.weight.device)
-    return TrainedRows(inner.base_layer, index, inner.trainable_tokens_delta[name])
-
-
-@lru_cache(maxsize=8)
-def _on_device(ids: tuple[int, ...], device: torch.device) -> Tensor:
-    """Copied there once: each copy from pageable memory is a wait for the device."""
-    return torch.tensor(ids, device=device)
-
-
-@lru_cache(maxsize=8)
-def _places(ids: tuple[int, ...], vocabulary: int, device: torch.device) -> Tensor:
-    """(V,) where each token of the vocabulary stands in `ids`; -1 where it does not."""
-    places = torch.full((vocabulary,), -1)
-    places[list(ids)] = torch.arange(len(ids))
-    return places.to(device)
 
 
 def _as_trained_here(model: Any) -> Any:
@@ -276,83 +89,12 @@ def _as_trained_here(model: Any) -> Any:
                              "are one matrix; name only one of the two")
         if isinstance(layer, TrainableTokensLayer):
             if type(layer.base_layer) is nn.Embedding:
-                layer.forward = MethodType(_embed, layer)  # type: ignore[method-assign]
+                layer.forward = MethodType(embed, layer)  # type: ignore[method-assign]
             elif isinstance(layer.base_layer, nn.Linear) and layer.base_layer.bias is not None:
-                layer.forward = MethodType(_with_bias, layer)  # type: ignore[method-assign]
+                layer.forward = MethodType(with_bias, layer)  # type: ignore[method-assign]
     tying.tie(model)
     return model
 
-
-def _with_bias(layer: Any, hidden: Tensor) -> Tensor:
-    """A head's logits, its bias included wherever peft replaces the rows of its matrix."""
-    own: Tensor = type(layer).forward(layer, hidden)
-    replaced = not (layer.merged or layer.disable_adapters or not layer.active_adapters)
-    return own + layer.base_layer.bias if replaced else own
-
-
-def _embed(layer: Any, ids: Tensor) -> Tensor:
-    """The same embeddings and the same gradient as peft's."""
-    base = layer.base_layer
-    if layer.merged or layer.disable_adapters or len(layer.active_adapters) != 1 or base.max_norm is not None:
-        return type(layer).forward(layer, ids)
-    name = layer.active_adapters[0]
-    trained = tuple(layer.token_indices[name])
-    place = _places(trained, base.num_embeddings, ids.device)[ids]
-    padding = trained.index(base.padding_idx) if base.padding_idx in trained else None
-    rows = F.embedding(place.clamp_min(0), layer.trainable_tokens_delta[name].to(base.weight.dtype), padding)
-    return torch.where((place >= 0)[..., None], rows, base(ids))
-
-
-def chooses_rows(model: "PreTrainedModel", spec: dict[str, Any]) -> bool:
-    """Whether a spec itself says what learns of the vocabulary's rows: some tokens', or adapters on the whole layer."""
-    config = _peft_config(spec)
-    if "trainable_token_indices" in (spec.get("init_args") or {}) or hasattr(config, "token_indices"):
-        return True
-    names = [_name(model, layer) for layer in (model.get_input_embeddings(), model.get_output_embeddings())]
-    aims = (getattr(config, "target_modules", None), getattr(config, "modules_to_save", None))
-    return any(_hits(aim, name) for aim in aims for name in names)
-
-
-def _hits(aim: str | Collection[str] | None, name: str) -> bool:
-    """As PEFT matches: a pattern, or ends of dotted names."""
-    if isinstance(aim, str):
-        return aim != "all-linear" and re.fullmatch(aim, name) is not None
-    return any(name == end or name.endswith(f".{end}") for end in aim or ())
-
-
-def row_obstacle(model: "PreTrainedModel", spec: dict[str, Any]) -> str | None:
-    """Why the method of a spec cannot train rows of single tokens beside its adapters; None if it can."""
-    config = _peft_config(spec)
-    if not hasattr(config, "trainable_token_indices"):
-        return f"{type(config).__name__} trains no single rows (LoRA does)"
-    if getattr(model.get_output_embeddings(), "bias", None) is not None:
-        return "PEFT would lose the bias of this output head"
-    return None
-
-
-def stored_tokens(folder: Path) -> list[int]:
-    """Ids whose rows learned with the adapter that lies in a folder in PEFT's format."""
-    chosen = stored_keys(folder).get("trainable_token_indices")
-    lists = chosen.values() if isinstance(chosen, dict) else [chosen or []]
-    try:
-        return sorted({int(id_) for ids in lists for id_ in ids})
-    except (ValueError, TypeError) as error:
-        raise InputError(f"trainable_token_indices is no list of token ids: {_line(error)}",
-                         where=str(folder / "adapter_config.json")) from None
-
-
-def _token_layers(model: "PreTrainedModel") -> list[str]:
-    """Names of the embedding and, unless it is the same matrix, the head."""
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    layers = [embedding] if head is None or head.weight is embedding.weight else [embedding, head]
-    return [_name(model, layer) for layer in layers]
-
-
-def _name(model: nn.Module, layer: nn.Module) -> str:
-    return next(name for name, module in model.named_modules() if module is layer)
-
-
-# ---- load and save ---------------------------------------------------------------------------------------------------
 
 def load_adapter(model: "PreTrainedModel", folder: str | Path, *, trainable: bool = False) -> Any:
     """The model with the adapter that lies in a folder in PEFT's format.
@@ -366,7 +108,7 @@ def load_adapter(model: "PreTrainedModel", folder: str | Path, *, trainable: boo
     from peft import PeftModel
 
     folder = Path(folder)
-    config = _stored_config(folder)
+    config = stored_config(folder)
     if not (folder / WEIGHTS).is_file():            # PEFT would unpickle adapter_model.bin, or ask the hub
         raise InputError(f"it holds no {WEIGHTS}, and other files of weights are not read", where=str(folder))
     patterns.check(config.to_dict(), [name for name, _ in model.named_modules()], str(folder))
@@ -382,7 +124,7 @@ def load_adapter(model: "PreTrainedModel", folder: str | Path, *, trainable: boo
     except (InputError, MemoryError):
         raise
     except Exception as error:                      # a stranger's files, and forty methods
-        raise InputError(f"the adapter cannot be put on this model: {_line(error)}", where=str(folder),
+        raise InputError(f"the adapter cannot be put on this model: {line(error)}", where=str(folder),
                          fix="use it with the base that it was trained on, or copy its folder again") from None
 
 

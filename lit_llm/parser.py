@@ -127,8 +127,8 @@ def _unknown(key: str, where: str, known: list[str]) -> str:
 
 def _nested() -> list[str]:
     """Keys below `model.lora` and in the items of `data.sources`."""
-    from lit_llm.adapter import LoRA
     from lit_llm.data.sources import Source
+    from lit_llm.peft_method import LoRA
 
     return [field.name for kind in (Source, LoRA) for field in fields(kind)]
 

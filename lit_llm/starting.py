@@ -9,7 +9,7 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lit_llm import adapter, integrity, origin
+from lit_llm import adapter, integrity, origin, peft_method
 from lit_llm.errors import InputError
 from lit_llm.merging import merge
 
@@ -48,7 +48,7 @@ def check_base(folder: Path, base: str) -> None:
         InputError: They name another one.
     """
     manifest, fits = folder.parent / "manifest.json", True
-    named = str(adapter.stored_keys(folder).get("base_model_name_or_path") or "")
+    named = str(peft_method.stored_keys(folder).get("base_model_name_or_path") or "")
     if manifest.is_file():
         before = json.loads(manifest.read_text(encoding="utf-8")).get("base_hash")
         now = origin.content_hash(base)

@@ -8,21 +8,12 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lit_llm import anatomy
-from lit_llm.adapter import (
-    LoRA,
-    chooses_rows,
-    is_peft,
-    learns_prompt,
-    learns_prompt_by,
-    load_adapter,
-    row_obstacle,
-    save_adapter,
-    spec_of,
-    wrap_peft,
-)
+from lit_llm.adapter import is_peft, learns_prompt, load_adapter, save_adapter, wrap_peft
 from lit_llm.errors import InputError
 from lit_llm.merging import merge
 from lit_llm.model import load_causal_lm, save_causal_lm
+from lit_llm.peft_method import LoRA, learns_prompt_by, spec_of
+from lit_llm.trained_rows import chooses_rows, row_obstacle
 from tests.models import IDS, KINDS, disturb, logits
 
 

@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 NOUNS = {"answers", "calls", "conversation", "check", "jinja", "rendering", "template", "encoder", "tokenizer", "tying", "adapter",
-         "merging", "model", "anatomy", "quantize", "attention", "blockwise", "miniature", "vocabulary", "starting",
+         "peft_method", "trained_rows", "merging", "model", "anatomy", "quantize", "attention", "blockwise", "miniature", "vocabulary", "starting",
          "tokenizer_file"}
 GROUND = {"threads", "class_paths", "command", "disk", "errors", "hub", "integrity", "library_warnings", "lock", "origin", "patterns",
           "redaction", "samples"}
@@ -24,11 +24,12 @@ NOUNS_FROM = {"conversation": set(), "check": {"conversation"}, "miniature": set
               "answers": {"conversation", "rendering"},
               "tokenizer": {"answers", "check", "conversation", "jinja", "rendering", "template", "encoder", "tokenizer_file"},
               "tokenizer_file": set(), "tying": set(),
-              "vocabulary": set(), "adapter": {"tying", "vocabulary"}, "merging": {"adapter"},
-              "starting": {"adapter", "merging"}, "anatomy": {"adapter"}, "quantize": {"anatomy"},
+              "vocabulary": set(), "peft_method": set(), "trained_rows": {"peft_method"},
+              "adapter": {"peft_method", "trained_rows", "tying", "vocabulary"}, "merging": {"adapter"},
+              "starting": {"adapter", "merging", "peft_method"}, "anatomy": {"adapter"}, "quantize": {"anatomy"},
               "model": {"attention", "anatomy", "quantize"}}
 HOMES = {
-    "peft": {"adapter"}, "AutoModelForCausalLM": {"model"}, "AutoConfig": {"model", "inference.export"},
+    "peft": {"adapter", "peft_method"}, "AutoModelForCausalLM": {"model"}, "AutoConfig": {"model", "inference.export"},
     "tokenizers": {"tokenizer_file", "samples.make"}, "AutoTokenizer": {"tokenizer_file"}, "datasets": {"data.sources", "data.readers"},
     "torchmetrics": {"training.metrics"}, "triton": {"training.kernels"}, "cut_cross_entropy": {"training.borrowed"},
     "liger_kernel": {"training.borrowed"}, "litserve": set(),

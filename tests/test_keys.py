@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from lit_llm.adapter import LoRA
 from lit_llm.data.datamodule import TextDataModule
 from lit_llm.data.sources import Source
+from lit_llm.peft_method import LoRA
 from lit_llm.training.module import CausalLMModule
 from lit_llm.training.trainer import Trainer
 

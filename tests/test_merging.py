@@ -10,11 +10,12 @@ import torch
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
-from lit_llm.adapter import UNFIT, load_adapter, save_adapter, wrap_peft
+from lit_llm.adapter import load_adapter, save_adapter, wrap_peft
 from lit_llm.anatomy import causal_lm
 from lit_llm.errors import InputError
 from lit_llm.merging import UnmergeableError, merge
 from lit_llm.model import init_causal_lm, load_causal_lm, save_causal_lm
+from lit_llm.peft_method import UNFIT
 from tests.models import disturb
 
 V = 96

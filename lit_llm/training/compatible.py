@@ -6,7 +6,7 @@ Each of these would otherwise hang, fail deep inside a library, or train somethi
 import logging
 from typing import TYPE_CHECKING, Any
 
-from lit_llm import adapter, anatomy
+from lit_llm import anatomy, peft_method
 from lit_llm.errors import InputError, did_you_mean
 from lit_llm.tokenizer import Tokenizer, unlike
 from lit_llm.training.fsdp import Fsdp2Strategy
@@ -114,7 +114,7 @@ def check(module: "CausalLMModule", strategy: Any, world_size: int) -> None:
         raise InputError(f"{module.why_alone}; one by one, ranks have different numbers of them, and processes that "
                          "share each layer's weights would wait for each other forever", where="trainer.strategy",
                          fix="set --trainer.strategy deepspeed_stage_2")
-    if is_stage_3(strategy) and adapter.ties_adapters(module.peft_spec):
+    if is_stage_3(strategy) and peft_method.ties_adapters(module.peft_spec):
         raise InputError("ensure_weight_tying gives the head the adapter of the embedding, and stage 3 gathers only a "
                          "layer's weights", where="trainer.strategy", fix="set --trainer.strategy deepspeed_stage_2")
     if by_layer and module.quantize:
@@ -218,7 +218,7 @@ def check_windows(trainer: Any) -> None:
 
 def _check_prompts(module: "CausalLMModule", strategy: Any, world_size: int) -> None:
     """Prompt methods make a forward for each conversation; ZeRO-3 and FSDP2 wait for all ranks at each forward."""
-    if not adapter.learns_prompt_by(module.peft_spec):
+    if not peft_method.learns_prompt_by(module.peft_spec):
         return
     if module.neftune_alpha:
         raise InputError("prompt and prefix tuning have embeddings of their own, which take no noise",
@@ -245,7 +245,7 @@ def _check_cross_entropy(module: "CausalLMModule", strategy: Any) -> None:
     if module.way is not None and module.way.own_logits:
         raise InputError(f"the model makes its logits itself: {module.way.why_own_logits}",
                          where="model.cross_entropy", fix="set --model.cross_entropy fused")
-    if adapter.learns_prompt_by(module.peft_spec):
+    if peft_method.learns_prompt_by(module.peft_spec):
         raise InputError("prompt and prefix tuning make logits, and no head is left for other kernels",
                          where="model.cross_entropy", fix="set --model.cross_entropy fused")
     borrowed.check(module.cross_entropy, strategy.root_device, str(module.trainer.precision))

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from lit_llm import adapter, anatomy, model, vocabulary
+from lit_llm import adapter, anatomy, model, peft_method, trained_rows, vocabulary
 from lit_llm.errors import InputError
 from lit_llm.training import devices, estimate, learned_tokens, trace
 from lit_llm.training.devices import Device
@@ -133,7 +133,7 @@ def count(whole: Any, inner: Any, *, quantized: bool = False, muon: bool = False
     sizes = anatomy.count_parameters(whole)
     head, config = inner.get_output_embeddings(), inner.config
     linears = [layer for layer in whole.modules() if isinstance(layer, nn.Linear) or type(layer).__name__ == "Conv1D"]
-    if rows := adapter.trained_rows(head):          # whose `weight` is made anew at each call
+    if rows := trained_rows.trained_rows(head):          # whose `weight` is made anew at each call
         head = rows.layer
     head_weight = getattr(head, "weight", None)
     head_weight = head.base_layer.weight if head_weight is None else head_weight
@@ -191,7 +191,7 @@ def kinds(now: Footprint, module: Any, data: Any) -> list[Kind]:
         return Kind(counts, _steps(lambda: build(spec)[0], borders, of, now.rows, counts), said, precision)
 
     if spec is None:
-        spec = adapter.LoRA().as_peft()
+        spec = peft_method.LoRA().as_peft()
         found.append(kind(spec, "--config configs/with/lora.yaml"))
     return [*found, kind(spec, "--config configs/with/qlora.yaml", quantized=True)]
 
@@ -212,12 +212,12 @@ def _builder(module: Any, data: Any) -> Callable[[dict[str, Any] | None], tuple[
 
 def _trained_tokens(module: Any, data: Any, inner: Any) -> list[int]:
     """Those whose rows learn beside adapters; of `auto`, which asks the weights, all that it may choose."""
-    if module.peft_spec is None or module.train_tokens is None or adapter.row_obstacle(inner, module.peft_spec):
+    if module.peft_spec is None or module.train_tokens is None or trained_rows.row_obstacle(inner, module.peft_spec):
         return []
     if module.train_tokens != "auto":
         return learned_tokens.named(data.tokenizer, module.train_tokens)
     chats = any(not plan.corpus.is_document.all() for plan in data.plans.values())
-    if not chats or adapter.chooses_rows(inner, module.peft_spec):
+    if not chats or trained_rows.chooses_rows(inner, module.peft_spec):
         return []
     return learned_tokens.candidates(data.tokenizer)
 

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from lit_llm.adapter import TrainedRows, trained_rows
 from lit_llm.tokenizer import IGNORE_INDEX
+from lit_llm.trained_rows import TrainedRows, trained_rows
 from lit_llm.training import fused, tiles
 
 CHUNK_BYTES = 64 * 2**20                            # of float32 logits at a time

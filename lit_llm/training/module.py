@@ -14,10 +14,10 @@ import lightning as L
 import torch
 from torch import Tensor, nn
 
-from lit_llm import adapter, anatomy, attention, check, model, starting, vocabulary
-from lit_llm.adapter import spec_of
+from lit_llm import adapter, anatomy, attention, check, model, peft_method, starting, trained_rows, vocabulary
 from lit_llm.class_paths import refuse_within
 from lit_llm.errors import InputError
+from lit_llm.peft_method import spec_of
 from lit_llm.quantize import Quantize
 from lit_llm.samples import resolve
 from lit_llm.training import (
@@ -95,7 +95,7 @@ class CausalLMModule(L.LightningModule):
         self,
         base: str | None = None,
         init: dict[str, Any] | None = None,
-        lora: adapter.LoRA | None = None,
+        lora: peft_method.LoRA | None = None,
         peft: dict[str, Any] | None = None,
         quantize: Quantize | None = None,
         adapter: str | None = None,
@@ -164,7 +164,7 @@ class CausalLMModule(L.LightningModule):
         Args:
             facts: What a new model's config takes from the tokenizer.
         """
-        if adapter.learns_prompt_by(self.peft_spec):
+        if peft_method.learns_prompt_by(self.peft_spec):
             return None
         if self.way is None:                        # a model is asked once
             longest = getattr(getattr(self._trainer, "datamodule", None), "seq_len", None)
@@ -243,14 +243,14 @@ class CausalLMModule(L.LightningModule):
         starting.check_base(found, str(self.base))
         self.start = str(found)
         if not self.merge_start:
-            self.peft_spec, self.train_tokens = adapter.spec_in(found), "auto"
+            self.peft_spec, self.train_tokens = peft_method.spec_in(found), "auto"
 
     def _adapted(self, inner: Any) -> Any:
         """The model with what learns on it: a checkpoint's adapter, one to be continued, or a new one."""
         if self.checkpoint is not None and (self.checkpoint / "adapter").is_dir():
             return starting.load(inner, self.checkpoint / "adapter", trainable=True)
         if self.start is not None and not self.merge_start:
-            self.trained_ids = adapter.stored_tokens(Path(self.start))
+            self.trained_ids = trained_rows.stored_tokens(Path(self.start))
             return starting.load(inner, Path(self.start), trainable=True)
         if self.start is not None and (self.checkpoint is None or self.peft_spec is not None):
             inner = starting.merged(inner, Path(self.start))
@@ -265,7 +265,7 @@ class CausalLMModule(L.LightningModule):
         assert self.peft_spec is not None
         if self.train_tokens is None or data is None:
             return []
-        obstacle = adapter.row_obstacle(inner, self.peft_spec)
+        obstacle = trained_rows.row_obstacle(inner, self.peft_spec)
         if compatible.is_stage_3(self.trainer.strategy):
             obstacle = "stage 3 cuts the embedding into shards (stage 2 does not)"
         if self.train_tokens != "auto":
@@ -273,11 +273,11 @@ class CausalLMModule(L.LightningModule):
                 raise InputError(f"no rows of tokens can be trained: {obstacle}", where="model.lora.train_tokens",
                                  fix="set it to null")
             return learned_tokens.named(data.tokenizer, self.train_tokens)
-        if adapter.chooses_rows(inner, self.peft_spec):
+        if trained_rows.chooses_rows(inner, self.peft_spec):
             return []
         before = getattr(getattr(self.trainer, "run", None), "resumed_from", None)
         if before is not None and (before / "adapter").is_dir():        # what was chosen stays chosen
-            return adapter.stored_tokens(before / "adapter")
+            return trained_rows.stored_tokens(before / "adapter")
         embedding, head = inner.get_input_embeddings().weight, inner.get_output_embeddings().weight
         matrix = whole(embedding)
         choice = learned_tokens.choose(

@@ -84,8 +84,9 @@ def needs(shape, options, precision, rows, seq_len):
     import torch
 
     from lit_llm import attention
-    from lit_llm.adapter import LoRA, wrap_peft
+    from lit_llm.adapter import wrap_peft
     from lit_llm.model import skeleton
+    from lit_llm.peft_method import LoRA
     from lit_llm.training import estimate, footprint, trace
 
     def build():
@@ -109,7 +110,7 @@ def measure(name, smoke, seconds, rows):
     import torch
 
     import tests.shapes as shapes
-    from lit_llm.adapter import LoRA
+    from lit_llm.peft_method import LoRA
     from lit_llm.training import estimate
     from lit_llm.training.trainer import Trainer
 

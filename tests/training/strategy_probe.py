@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import lightning as L
 import torch
 
-from lit_llm.adapter import LoRA
+from lit_llm.peft_method import LoRA
 from lit_llm.training import fused, loss
 from lit_llm.training.module import CausalLMModule
 from lit_llm.training.trainer import Trainer

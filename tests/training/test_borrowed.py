@@ -19,8 +19,8 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lit_llm.adapter import LoRA
 from lit_llm.errors import InputError
+from lit_llm.peft_method import LoRA
 from lit_llm.training import borrowed
 from lit_llm.training.loss import as_matrices, nll_sum
 from lit_llm.training.module import CausalLMModule

@@ -12,7 +12,7 @@ from peft import PeftModel
 from test_checkpoint import fit  # noqa: F401
 from transformers import AutoModelForCausalLM
 
-from lit_llm import adapter, check, model
+from lit_llm import adapter, check, model, trained_rows
 from lit_llm.errors import InputError
 from lit_llm.inference.export import export
 from lit_llm.training import learned_tokens, manifest, rng
@@ -58,7 +58,7 @@ def test_rows_of_tokens_that_learn_under_fsdp2(fit, tiny_model, monkeypatch):  #
     """Their matrix is put together whenever it is asked for, from parts of which some are cut over processes."""
     monkeypatch.setattr(learned_tokens, "choose", lambda *_, **__: learned_tokens.Choice([1, 2, 5]))
     run = fit("run", strategy="fsdp2", **HOW)
-    assert adapter.stored_tokens(run / "checkpoints" / "step_3" / "adapter") == [1, 2, 5]
+    assert trained_rows.stored_tokens(run / "checkpoints" / "step_3" / "adapter") == [1, 2, 5]
     export(str(run))
     assert kept(run)["nll"] == pytest.approx(nll_of(AutoModelForCausalLM.from_pretrained(run / "export"), run), rel=1e-5)
 

@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lit_llm import anatomy
 from lit_llm import model as models
-from lit_llm.adapter import trained_rows
+from lit_llm.trained_rows import trained_rows
 from lit_llm.training import fused, loss, tiles
 from lit_llm.training.loss import nll_sum, shift
 

@@ -21,9 +21,10 @@ import yaml
 from test_cli import call, place  # noqa: F401
 
 from lit_llm import attention
-from lit_llm.adapter import LoRA, wrap_peft
+from lit_llm.adapter import wrap_peft
 from lit_llm.anatomy import backbone
 from lit_llm.model import init_causal_lm, load_causal_lm, skeleton
+from lit_llm.peft_method import LoRA
 from lit_llm.training import estimate, footprint, rmsnorm, trace
 
 SHAPE = dict(hidden_size=64, intermediate_size=192, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
