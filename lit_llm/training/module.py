@@ -1,10 +1,10 @@
-"""Batches in, gradients and perplexity out: the LightningModule around a causal LM.
+"""The LightningModule that trains and evaluates a causal language model.
 
-Builds the model when Lightning asks (never in the constructor, so that `--help`, `inspect` and `plan` cost nothing),
-and normalises the loss exactly. Knows nothing of files, formats or checkpoints.
+It normalises the loss exactly, by the supervised tokens of a whole step, and keeps the options of `model` in a config.
+The model itself is built in `build.py` when Lightning asks for it, never in the constructor, so that `--help`,
+`inspect` and `plan` load nothing. Knows nothing of files or formats.
 """
 
-import logging
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -14,37 +14,30 @@ import lightning as L
 import torch
 from torch import Tensor, nn
 
-from lit_llm import adapter, anatomy, attention, check, model, peft_method, starting, trained_rows, vocabulary
+from lit_llm import adapter, anatomy, attention, model, peft_method
 from lit_llm.class_paths import refuse_within
 from lit_llm.errors import InputError
 from lit_llm.peft_method import spec_of
 from lit_llm.quantize import Quantize
-from lit_llm.samples import resolve
 from lit_llm.training import (
     adapter_fault,
-    balance,
+    build,
     compatible,
     footprint,
     forward,
-    learned_tokens,
     optim,
     proof,
     recompute,
     reshard,
-    rmsnorm,
 )
 from lit_llm.training.fsdp import Fsdp2Strategy
 from lit_llm.training.hyperparameters import Hyperparameters
 from lit_llm.training.loss import CrossEntropy
 from lit_llm.training.metrics import Perplexity
 from lit_llm.training.strategy import ZeroStrategy
-from lit_llm.training.weights import whole
 
 if TYPE_CHECKING:
     from lit_llm.data.loader import Batch
-
-log = logging.getLogger(__name__)
-DTYPES = {"bf16-true": torch.bfloat16, "16-true": torch.float16, "64-true": torch.float64, "64": torch.float64}
 
 
 class CausalLMModule(L.LightningModule):
@@ -133,7 +126,7 @@ class CausalLMModule(L.LightningModule):
         self.cross_entropy, self.router_aux_loss = cross_entropy, router_aux_loss
         compatible.check_options(self)
         if adapter is not None:
-            self._check_start(adapter)
+            build.check_start(self, adapter)
         self.checkpoint: Path | None = None         # set by Trainer.validate and .test: weights of one checkpoint
         self.model: Any = None
         self.way: forward.Way | None = None         # what of the forward pass is ours; null before the model was asked
@@ -168,7 +161,7 @@ class CausalLMModule(L.LightningModule):
             return None
         if self.way is None:                        # a model is asked once
             longest = getattr(getattr(self._trainer, "datamodule", None), "seq_len", None)
-            self.way = proof.way_of(self._pretrained(), self.init, seq_len=longest, **facts)
+            self.way = proof.way_of(build.pretrained(self), self.init, seq_len=longest, **facts)
         return attention.NAME if self.way.packed else None
 
     @property
@@ -178,115 +171,16 @@ class CausalLMModule(L.LightningModule):
 
     def configure_model(self) -> None:
         """Load or build the model and wrap it; Lightning calls this at every verb, so it does so once."""
-        if self.model is not None:
-            return
-        dtype = DTYPES.get(str(self.trainer.precision), torch.float32)
-        kind = self.choose_attention(self._tokenizer_facts() if self.init else {})
-        compatible.check(self, self.trainer.strategy, self.trainer.world_size)
-        if path := self._pretrained():
-            inner = model.load_causal_lm(path, dtype=dtype, attention=kind, quantize=self.quantize,
-                                         half=str(self.trainer.precision).startswith("bf16"),
-                                         device=self.trainer.strategy.root_device)
-            check.check_weights(resolve(path), inner, quantize=self.quantize)
-        else:
-            assert self.init is not None
-            inner = model.init_causal_lm(self.init, dtype=dtype, attention=kind, **self._tokenizer_facts())
-        if dtype.itemsize < 4:                      # Lightning would cast buffers too, and positions would be wrong
-            self.trainer.precision_plugin.convert_module = lambda module: module  # type: ignore[method-assign]
-        data: Any = getattr(self.trainer, "datamodule", None)
-        if self.base is not None and data is not None:
-            compatible.check_tokenizer(self.base, data)
-            self._grow(inner, data.tokenizer.vocab_size)
-        compatible.check_data(inner, data)
-        inner.config.use_cache = False
-        self.model = self._adapted(inner)
-        compatible.check_head(self)
-        if not adapter.learns_prompt(self.model):
-            off = self.router_aux_loss is None and (self.init or {}).get("output_router_logits") is False
-            self.balance_coefficient = balance.coefficient(self.model, 0.0 if off else self.router_aux_loss)
-            compatible.check_balance(self, self.trainer.strategy, self.trainer.world_size)
-        self.half_adapters = self._autocasts()
-        if self.half_adapters:
-            adapter.spare_copies(self.model)
-        recompute.apply(inner, self.recompute)
-        self.model.train()
-        if self.compile_layers:
-            for layer in anatomy.decoder_layers(self.model):
-                layer.compile()                     # in place: names of weights stay
-        elif self.way is None or self.way.fast_norms:
-            rmsnorm.quicken(self.model)             # which compiled layers have fused
-        if isinstance(self.trainer.strategy, Fsdp2Strategy):
-            if self.trainer.state.fn == "fit":
-                self._keep_masters()                # FSDP2 would not see it later
-            half = DTYPES.get(str(self.trainer.precision).replace("mixed", "true"))
-            self.trainer.strategy.shard(self.model, anatomy.decoder_layers(self.model), dtype=half)
-        if self.trainer.is_global_zero and self.trainer.training:
-            log.info(str(anatomy.count_parameters(self.model)))
-
-    def _grow(self, inner: Any, tokens: int) -> None:
-        """A row for each token of a tokenizer that has more than the base."""
-        before = vocabulary.rows(inner)
-        new = vocabulary.grow(inner, tokens)
-        if new and self.trainer.is_global_zero and self.trainer.training:
-            log.info("the tokenizer has %s tokens and the base %s rows: %s rows are added to embedding and head, the "
-                     "mean of the others", f"{tokens:,}", f"{before:,}", f"{new:,}")
-
-    def _pretrained(self) -> str | None:
-        """Where whole weights come from: a checkpoint of a run that trained them all, else the base."""
-        if self.checkpoint is not None and (self.checkpoint / "model").is_dir():
-            return str(self.checkpoint / "model")
-        return self.base
-
-    def _check_start(self, folder: str) -> None:
-        """An adapter to start from must fit the base; one to be continued says what is trained."""
-        found = starting.find(folder)
-        starting.check_base(found, str(self.base))
-        self.start = str(found)
-        if not self.merge_start:
-            self.peft_spec, self.train_tokens = peft_method.spec_in(found), "auto"
+        if self.model is None:
+            build.build(self)
 
     def _adapted(self, inner: Any) -> Any:
         """The model with what learns on it: a checkpoint's adapter, one to be continued, or a new one."""
-        if self.checkpoint is not None and (self.checkpoint / "adapter").is_dir():
-            return starting.load(inner, self.checkpoint / "adapter", trainable=True)
-        if self.start is not None and not self.merge_start:
-            self.trained_ids = trained_rows.stored_tokens(Path(self.start))
-            return starting.load(inner, Path(self.start), trainable=True)
-        if self.start is not None and (self.checkpoint is None or self.peft_spec is not None):
-            inner = starting.merged(inner, Path(self.start))
-        if self.peft_spec is None:
-            return inner
-        self.trained_ids = self._choose_tokens(inner)
-        return adapter.wrap_peft(inner, self.peft_spec, tokens=self.trained_ids)
+        return build.adapted(self, inner)
 
     def _choose_tokens(self, inner: Any) -> list[int]:
         """Ids of `lora.train_tokens`: those named, or tokens of the data that the base was never trained on."""
-        data: Any = getattr(self.trainer, "datamodule", None)
-        assert self.peft_spec is not None
-        if self.train_tokens is None or data is None:
-            return []
-        obstacle = trained_rows.row_obstacle(inner, self.peft_spec)
-        if compatible.is_stage_3(self.trainer.strategy):
-            obstacle = "stage 3 cuts the embedding into shards (stage 2 does not)"
-        if self.train_tokens != "auto":
-            if obstacle is not None:
-                raise InputError(f"no rows of tokens can be trained: {obstacle}", where="model.lora.train_tokens",
-                                 fix="set it to null")
-            return learned_tokens.named(data.tokenizer, self.train_tokens)
-        if trained_rows.chooses_rows(inner, self.peft_spec):
-            return []
-        before = getattr(getattr(self.trainer, "run", None), "resumed_from", None)
-        if before is not None and (before / "adapter").is_dir():        # what was chosen stays chosen
-            return trained_rows.stored_tokens(before / "adapter")
-        embedding, head = inner.get_input_embeddings().weight, inner.get_output_embeddings().weight
-        matrix = whole(embedding)
-        choice = learned_tokens.choose(
-            data.tokenizer, matrix, matrix if head is embedding else whole(head), data.occurrences(),
-            every_token=data.train_on == "all", new=getattr(inner, "new_rows", 0),
-            chats=any(not plan.corpus.is_document.all() for plan in getattr(data, "plans", {}).values()))
-        if choice.ids and self.trainer.is_global_zero and self.trainer.training:
-            learned_tokens.say(data.tokenizer, choice, obstacle)
-        return choice.ids if obstacle is None else []
+        return build.tokens_to_train(self, inner)
 
     def _tokenizer_facts(self) -> dict[str, Any]:
         """What a new model's config takes from the tokenizer."""
@@ -397,11 +291,6 @@ class CausalLMModule(L.LightningModule):
         return forward.nll(self.model, batch, forward.Choices(
             self.way or forward.Way(), noise, self.cross_entropy, self.training and self.balance_coefficient > 0))
 
-    def _autocasts(self) -> bool:
-        """Whether adapters are float32 in a forward pass in bfloat16; DeepSpeed and FSDP2 make them bfloat16 for it."""
-        return (str(self.trainer.precision).startswith("bf16") and self.peft_spec is not None
-                and not isinstance(self.trainer.strategy, ZeroStrategy | Fsdp2Strategy))
-
     # ---- checkpoints -------------------------------------------------------------------------------------------------
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -431,7 +320,7 @@ class CausalLMModule(L.LightningModule):
 
     def configure_optimizers(self) -> Any:
         """The optimizer and its schedule, stepped after every optimizer step."""
-        self._keep_masters()
+        self.keep_masters()
         optimizer = optim.build(self.optimizer, self.named_parameters(), lr=self.lr, weight_decay=self.weight_decay,
                                 betas=self.betas, eps=self.eps, embeddings=anatomy.embeddings(self.model))
         total = self.trainer.estimated_stepping_batches
@@ -446,7 +335,7 @@ class CausalLMModule(L.LightningModule):
         if not self.step_skipped:
             super().lr_scheduler_step(scheduler, metric)
 
-    def _keep_masters(self) -> None:
+    def keep_masters(self) -> None:
         """What learns is float32: half precision would lose small updates. DeepSpeed keeps masters of its own."""
         if isinstance(self.trainer.strategy, ZeroStrategy):
             return

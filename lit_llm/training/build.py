@@ -1,0 +1,151 @@
+"""Build the model that a module trains: load or initialise it, put adapters on it, and prepare it for its strategy.
+
+The module calls this when Lightning asks it to configure its model. Combinations that cannot work are refused by
+`compatible.py`.
+"""
+
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from lit_llm import adapter, anatomy, check, model, peft_method, starting, trained_rows, vocabulary
+from lit_llm.errors import InputError
+from lit_llm.samples import resolve
+from lit_llm.training import balance, compatible, learned_tokens, recompute, rmsnorm
+from lit_llm.training.fsdp import Fsdp2Strategy
+from lit_llm.training.strategy import ZeroStrategy
+from lit_llm.training.weights import whole
+
+if TYPE_CHECKING:
+    from lit_llm.training.module import CausalLMModule
+
+log = logging.getLogger(__name__)
+DTYPES = {"bf16-true": torch.bfloat16, "16-true": torch.float16, "64-true": torch.float64, "64": torch.float64}
+
+
+def build(module: "CausalLMModule") -> None:
+    """Load or build the model of a module, put on it what learns, and prepare it for the strategy of its trainer."""
+    dtype = DTYPES.get(str(module.trainer.precision), torch.float32)
+    kind = module.choose_attention(module._tokenizer_facts() if module.init else {})
+    compatible.check(module, module.trainer.strategy, module.trainer.world_size)
+    if path := pretrained(module):
+        inner = model.load_causal_lm(path, dtype=dtype, attention=kind, quantize=module.quantize,
+                                     half=str(module.trainer.precision).startswith("bf16"),
+                                     device=module.trainer.strategy.root_device)
+        check.check_weights(resolve(path), inner, quantize=module.quantize)
+    else:
+        assert module.init is not None
+        inner = model.init_causal_lm(module.init, dtype=dtype, attention=kind, **module._tokenizer_facts())
+    if dtype.itemsize < 4:                          # Lightning would cast buffers too, and positions would be wrong
+        module.trainer.precision_plugin.convert_module = lambda module: module  # type: ignore[method-assign]
+    data: Any = getattr(module.trainer, "datamodule", None)
+    if module.base is not None and data is not None:
+        compatible.check_tokenizer(module.base, data)
+        _grow(module, inner, data.tokenizer.vocab_size)
+    compatible.check_data(inner, data)
+    inner.config.use_cache = False
+    module.model = module._adapted(inner)
+    compatible.check_head(module)
+    if not adapter.learns_prompt(module.model):
+        off = module.router_aux_loss is None and (module.init or {}).get("output_router_logits") is False
+        module.balance_coefficient = balance.coefficient(module.model, 0.0 if off else module.router_aux_loss)
+        compatible.check_balance(module, module.trainer.strategy, module.trainer.world_size)
+    module.half_adapters = _autocasts(module)
+    if module.half_adapters:
+        adapter.spare_copies(module.model)
+    recompute.apply(inner, module.recompute)
+    module.model.train()
+    if module.compile_layers:
+        for layer in anatomy.decoder_layers(module.model):
+            layer.compile()                         # in place: names of weights stay
+    elif module.way is None or module.way.fast_norms:
+        rmsnorm.quicken(module.model)           # which compiled layers have fused
+    if isinstance(module.trainer.strategy, Fsdp2Strategy):
+        if module.trainer.state.fn == "fit":
+            module.keep_masters()               # FSDP2 would not see it later
+        half = DTYPES.get(str(module.trainer.precision).replace("mixed", "true"))
+        module.trainer.strategy.shard(module.model, anatomy.decoder_layers(module.model), dtype=half)
+    if module.trainer.is_global_zero and module.trainer.training:
+        log.info(str(anatomy.count_parameters(module.model)))
+
+
+def _grow(module: "CausalLMModule", inner: Any, tokens: int) -> None:
+    """A row for each token of a tokenizer that has more than the base."""
+    before = vocabulary.rows(inner)
+    new = vocabulary.grow(inner, tokens)
+    if new and module.trainer.is_global_zero and module.trainer.training:
+        log.info("the tokenizer has %s tokens and the base %s rows: %s rows are added to embedding and head, each "
+                 "the mean of the others", f"{tokens:,}", f"{before:,}", f"{new:,}")
+
+
+def pretrained(module: "CausalLMModule") -> str | None:
+    """Where whole weights come from: a checkpoint of a run that trained them all, else the base."""
+    if module.checkpoint is not None and (module.checkpoint / "model").is_dir():
+        return str(module.checkpoint / "model")
+    return module.base
+
+
+def check_start(module: "CausalLMModule", folder: str) -> None:
+    """Find the adapter to start from and check that it fits the base; one that is continued says what is trained.
+
+    Raises:
+        InputError: There is none, or it was trained on another base.
+    """
+    found = starting.find(folder)
+    starting.check_base(found, str(module.base))
+    module.start = str(found)
+    if not module.merge_start:
+        module.peft_spec, module.train_tokens = peft_method.spec_in(found), "auto"
+
+
+def adapted(module: "CausalLMModule", inner: Any) -> Any:
+    """The model with what learns on it: a checkpoint's adapter, one to be continued, or a new one."""
+    if module.checkpoint is not None and (module.checkpoint / "adapter").is_dir():
+        return starting.load(inner, module.checkpoint / "adapter", trainable=True)
+    if module.start is not None and not module.merge_start:
+        module.trained_ids = trained_rows.stored_tokens(Path(module.start))
+        return starting.load(inner, Path(module.start), trainable=True)
+    if module.start is not None and (module.checkpoint is None or module.peft_spec is not None):
+        inner = starting.merged(inner, Path(module.start))
+    if module.peft_spec is None:
+        return inner
+    module.trained_ids = module._choose_tokens(inner)
+    return adapter.wrap_peft(inner, module.peft_spec, tokens=module.trained_ids)
+
+
+def tokens_to_train(module: "CausalLMModule", inner: Any) -> list[int]:
+    """Ids of `lora.train_tokens`: those named, or tokens of the data that the base was never trained on."""
+    data: Any = getattr(module.trainer, "datamodule", None)
+    assert module.peft_spec is not None
+    if module.train_tokens is None or data is None:
+        return []
+    obstacle = trained_rows.row_obstacle(inner, module.peft_spec)
+    if compatible.is_stage_3(module.trainer.strategy):
+        obstacle = "stage 3 cuts the embedding into shards (stage 2 does not)"
+    if module.train_tokens != "auto":
+        if obstacle is not None:
+            raise InputError(f"no rows of tokens can be trained: {obstacle}", where="model.lora.train_tokens",
+                             fix="set it to null")
+        return learned_tokens.named(data.tokenizer, module.train_tokens)
+    if trained_rows.chooses_rows(inner, module.peft_spec):
+        return []
+    before = getattr(getattr(module.trainer, "run", None), "resumed_from", None)
+    if before is not None and (before / "adapter").is_dir():        # what was chosen stays chosen
+        return trained_rows.stored_tokens(before / "adapter")
+    embedding, head = inner.get_input_embeddings().weight, inner.get_output_embeddings().weight
+    matrix = whole(embedding)
+    choice = learned_tokens.choose(
+        data.tokenizer, matrix, matrix if head is embedding else whole(head), data.occurrences(),
+        every_token=data.train_on == "all", new=getattr(inner, "new_rows", 0),
+        chats=any(not plan.corpus.is_document.all() for plan in getattr(data, "plans", {}).values()))
+    if choice.ids and module.trainer.is_global_zero and module.trainer.training:
+        learned_tokens.say(data.tokenizer, choice, obstacle)
+    return choice.ids if obstacle is None else []
+
+
+def _autocasts(module: "CausalLMModule") -> bool:
+    """Whether adapters are float32 in a forward pass in bfloat16; DeepSpeed and FSDP2 make them bfloat16 for it."""
+    return (str(module.trainer.precision).startswith("bf16") and module.peft_spec is not None
+            and not isinstance(module.trainer.strategy, ZeroStrategy | Fsdp2Strategy))
