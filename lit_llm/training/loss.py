@@ -126,7 +126,7 @@ class _Whole:
 
 
 class _WithRows:
-    """A frozen linear head of which some rows learn (`adapter.trained_rows`): no copy of the matrix is made."""
+    """A frozen linear head of which some rows learn (`trained_rows.trained_rows`): no copy of the matrix is made."""
 
     def __init__(self, trained: TrainedRows) -> None:
         self.head, self.index_K, self.rows_KD = trained.layer, trained.index, trained.rows
