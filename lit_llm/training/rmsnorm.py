@@ -40,10 +40,10 @@ def slow(model: nn.Module) -> None:
 def _is_plain(kind: Callable[..., Any]) -> bool:
     """Whether layers of a class compute the formula above, their weight in their `weight`: by trying a small one."""
     try:
-        layer: Any = kind(6, eps=0.5)
-        x = torch.arange(12.0).view(2, 6).cos()
+        layer: Any = kind(6, eps=0.5).float()      # torch's default type may be another while a model is built
+        x = torch.arange(12.0, dtype=torch.float32).view(2, 6).cos()
         with torch.no_grad():
-            layer.weight.copy_(torch.arange(6.0).sin())
+            layer.weight.copy_(torch.arange(6.0, dtype=torch.float32).sin())
             return _eps(layer) == 0.5 and torch.allclose(layer(x), norm(x, layer.weight, 0.5), atol=1e-6)
     except Exception:                               # another constructor, no weight, no eps: whatever it is
         return False
