@@ -28,7 +28,7 @@ from lit_llm.training.report import MetricsCSV, write_json
 from lit_llm.training.rng import RngState
 from lit_llm.training.run_folder import RunFolder
 from lit_llm.training.threadcount import ThreadCount
-from lit_llm.training.writing import unwritable
+from lit_llm.training.writing import of_writing, unwritable
 
 log = logging.getLogger(__name__)
 LEAST: dict[str, float] = {"accumulate_grad_batches": 1, "check_val_every_n_epoch": 1, "max_skipped_steps": 1,
@@ -143,6 +143,8 @@ class Trainer(L.Trainer):
             try:
                 super().fit(model, train_dataloaders, val_dataloaders, datamodule, ckpt_path=state, **kwargs)
             except OSError as error:                # a row or a figure; checkpoints say it themselves
+                if not of_writing(Path(self.default_root_dir), error):
+                    raise
                 raise unwritable(Path(self.default_root_dir), error) from error
             finally:
                 self.run.lock.release()

@@ -120,6 +120,14 @@ class Writing:
         return OSError(number, said), free
 
 
+def of_writing(run: Path, error: OSError) -> bool:
+    """Whether an error comes from writing the run folder, rather than from reading data or from a connection."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+        return True
+    name = error.filename2 or error.filename
+    return isinstance(name, str | os.PathLike) and Path(name).absolute().is_relative_to(run.absolute())
+
+
 def unwritable(run: Path, error: BaseException, what: str = "the record of the run", free: str = "") -> InputError:
     """Why something of a run could not be written, and the checkpoint from which to go on.
 
