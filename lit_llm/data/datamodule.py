@@ -4,7 +4,6 @@
 trainer's number of processes and accumulation, and nothing of models.
 """
 
-import math
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -13,7 +12,7 @@ from typing import Any
 import lightning as L
 import numpy as np
 
-from lit_llm.data import identity, stream_loader
+from lit_llm.data import identity, idle, stream_loader
 from lit_llm.data.corpus import Corpus, Occurrences
 from lit_llm.data.loader import Batch, RowLoader
 from lit_llm.data.mixture import Mixture, Stage, repeats, side
@@ -52,8 +51,8 @@ class TextDataModule(L.LightningDataModule):
 
     Args:
         sources: What to train on: a list of `{path: ...}`.
-        val_sources: What to validate on, each record once whatever its source's weight; null takes `val_fraction` of
-            the training records.
+        val_sources: What to validate on, each record once, so without weights; null takes `val_fraction` of the
+            training records.
         val_fraction: Share of the records of `sources` that is held out to validate on, by a hash of what each says: a
             record stays on its side when others are added, and its exact duplicates go with it. Not used with
             `val_sources`.
@@ -104,10 +103,10 @@ class TextDataModule(L.LightningDataModule):
         cache_dir: str | None = None,
         num_proc: int | None = None,
         dedup: bool = False,
-        bad_record_limit: float = 0.1,
+        bad_record_limit: float = idle.LIMIT,
         test_fraction: float = 0.0,
         streaming: bool = False,
-        stream_buffer: int = 4_000_000,
+        stream_buffer: int = idle.BUFFER,
         template_args: dict[str, bool | int | float | str | list[str] | None] | None = None,
     ) -> None:
         super().__init__()
@@ -216,9 +215,7 @@ class TextDataModule(L.LightningDataModule):
         at_least(1, {"data.batch_size": self.batch_size, "data.num_proc": self.num_proc,
                      "data.stream_buffer": self.stream_buffer})
         at_least(0, {"data.seed": self.seed})
-        for source in self.sources:
-            if not 0 < source.weight < math.inf:
-                raise InputError(f"weight {source.weight} draws nothing; use a number above 0", where=source.path)
+        idle.check(self)
 
     @property
     def _rank(self) -> int:
@@ -258,6 +255,7 @@ class TextDataModule(L.LightningDataModule):
         if stage == "train":
             again = repeats(corpus)
             notes["duplicates_left_out" if self.dedup else "duplicates"] = int(again.sum())
+            idle.note_documents(corpus, self.train_on, rank=self._rank)
             if self.dedup:
                 draws = [(store, which[~again[corpus.store_of == number]])
                          for number, (store, which) in enumerate(draws)]

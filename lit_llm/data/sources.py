@@ -119,6 +119,32 @@ def files(source: Source) -> list[Path]:
     if source.document not in DOCUMENT_CHOICES:
         raise InputError(f"document must be one of {', '.join(DOCUMENT_CHOICES)}, not '{source.document}'."
                          f"{did_you_mean(source.document, list(DOCUMENT_CHOICES))}", where=source.path)
+    found = _find(source)
+    _refuse_idle(source, found)
+    return found
+
+
+def _refuse_idle(source: Source, found: list[Path]) -> None:
+    """Refuse settings of a source that its files give no meaning to.
+
+    Raises:
+        InputError: It names the setting.
+    """
+    if source.subset is not None:
+        raise InputError(f"subset: {source.subset} would change nothing: only a dataset of the hub has several",
+                         where=source.path, fix="Leave `subset` out.")
+    saved = locate(source.path) / "dataset_dict.json"
+    wanted = [name for name, words in SPLITS.items() if source.split in (name, *words)]
+    if source.split != "train" and not saved.is_file() and not any(_split_of(path) in wanted for path in found):
+        raise InputError(f"split: {source.split} would change nothing: no file here is named after a split",
+                         where=source.path, fix="Leave `split` out, or name the files.")
+    if source.document != "auto" and source.format != "text" and not any(kind_of(path) == "text" for path in found):
+        raise InputError(f"document: {source.document} would change nothing: it divides text files (.txt, .md)",
+                         where=source.path, fix="Leave `document` out.")
+
+
+def _find(source: Source) -> list[Path]:
+    """The files that a path names."""
     path = locate(source.path)
     if path.is_dir():
         found = _folder(path, source.split)
@@ -211,6 +237,9 @@ def hub_dataset(source: Source, *, streaming: bool = False) -> Any:
     Raises:
         InputError: Whatever went wrong, in one line, with the ways that need no hub.
     """
+    if source.document != "auto":
+        raise InputError(f"document: {source.document} would change nothing: it divides text files, and a dataset of "
+                         "the hub has records", where=source.path, fix="Leave `document` out.")
     import datasets
     import huggingface_hub.constants
 

@@ -186,6 +186,8 @@ def check_trainer(trainer: Any) -> None:
     Raises:
         InputError: It names the key.
     """
+    if isinstance(trainer.strategy, ZeroStrategy):
+        trainer.strategy.check_arguments()
     for callback in trainer.callbacks:
         for kind in type(callback).__mro__:
             if kind.__name__ in CALLBACKS:

@@ -5,6 +5,7 @@ as under DDP. Knows nothing of data, losses or what a checkpoint means.
 """
 
 from collections.abc import Callable, Iterable, Mapping
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -25,12 +26,13 @@ class Fsdp2Strategy(ModelParallelStrategy):
     many copies as it has processes. Checkpoints hold what is trained, and any number of processes can read them.
 
     Args:
-        kwargs: Any argument of `lightning.pytorch.strategies.ModelParallelStrategy` but the sizes: all processes share
-            data, none splits a matrix product.
+        process_group_backend: nccl or gloo; null takes what fits the device.
+        timeout: How long a process waits for the others, as H:MM:SS.
     """
 
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(tensor_parallel_size=1, **kwargs)
+    def __init__(self, process_group_backend: str | None = None,
+                 timeout: timedelta | None = timedelta(minutes=30)) -> None:
+        super().__init__(tensor_parallel_size=1, process_group_backend=process_group_backend, timeout=timeout)
 
     def setup_environment(self) -> None:
         """Join the other processes; all of them are one axis."""

@@ -19,7 +19,7 @@ from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, Strateg
 from torch import Tensor, nn
 
 from lit_llm.errors import InputError, did_you_mean
-from lit_llm.training import deepspeed_setup, reshard, safe_load
+from lit_llm.training import deepspeed_setup, idle, reshard, safe_load
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
@@ -68,9 +68,15 @@ class ZeroStrategy(DeepSpeedStrategy):
             config=config,
             **kwargs,
         )
+        self._given = {"stage": stage, "offload_optimizer": offload_optimizer, "offload_parameters": offload_parameters,
+                       "config": config, **kwargs}
         self._environ: dict[str, str | None] = {}
         self._hf_config: object | None = None       # transformers keeps only a weak reference to it
         self._skipped = False                       # whether the micro-batch at hand has no forward
+
+    def check_arguments(self) -> None:
+        """Refuse arguments that change nothing; here, for the command line shows no reasons of constructors."""
+        idle.check_zero(self._given, DeepSpeedStrategy)
 
     @classmethod
     def from_name(cls, name: str) -> "ZeroStrategy":
@@ -86,7 +92,8 @@ class ZeroStrategy(DeepSpeedStrategy):
                 where="trainer.strategy",
                 fix=f"One of: {', '.join(known)}",
             )
-        return cls(**StrategyRegistry[name]["init_params"])
+        arguments = StrategyRegistry[name]["init_params"]
+        return cls(**{key: value for key, value in arguments.items() if key not in idle.ZERO})
 
     # ---- devices and processes
 
@@ -101,6 +108,7 @@ class ZeroStrategy(DeepSpeedStrategy):
         self._refuse_unsupported()
         deepspeed_setup.select_device(self.root_device.type)
         deepspeed_setup.check_float16(str(self.precision_plugin.precision))
+        idle.check_scale(self, str(self.precision_plugin.precision))
         DDPStrategy.setup_environment(self)         # the parent's own refuses anything but CUDA
 
     def setup_distributed(self) -> None:

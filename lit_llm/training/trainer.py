@@ -19,7 +19,7 @@ from lightning.pytorch.strategies import Strategy, StrategyRegistry
 from lit_llm import disk
 from lit_llm.errors import InputError, at_least, did_you_mean
 from lit_llm.redaction import redact, redacted_argv
-from lit_llm.training import compatible, manifest, safe_load
+from lit_llm.training import compatible, idle, manifest, safe_load
 from lit_llm.training.callbacks import Progress
 from lit_llm.training.checkpoint import StepCheckpoint
 from lit_llm.training.finite import FiniteGuard
@@ -83,6 +83,7 @@ class Trainer(L.Trainer):
         **kwargs: Any,
     ) -> None:
         _check_numbers(locals() | kwargs)
+        idle.check_trainer(locals() | kwargs)
         self.run = RunFolder(accept_changes or [])
         self.preemption = Preemption()
         self.thread_count = ThreadCount(threads)
@@ -130,6 +131,9 @@ class Trainer(L.Trainer):
                 where there is one and anew otherwise, for jobs that are started again by themselves.
             kwargs: Lightning's own.
         """
+        if kwargs.get("weights_only") is False and not safe_load.is_trusted():
+            raise InputError("a file may not decide that a checkpoint is loaded with pickle", where="weights_only",
+                             fix="leave it out; who trusts the checkpoint types --trust-checkpoint")
         state = None
         if automatic := ckpt_path == "auto" or (ckpt_path is None and is_requeued()):
             ckpt_path = "last" if manifest.folders(Path(self.default_root_dir)) else None
@@ -139,6 +143,8 @@ class Trainer(L.Trainer):
             state = self.run.resumed_from / "state"
             safe_load.check(state)
             kwargs["weights_only"] = not safe_load.is_trusted()     # a file may not decide it
+        elif self.run.accept_changes and not automatic:
+            log.warning("trainer.accept_changes: no checkpoint is resumed (--ckpt_path), so it changes nothing")
         with self.preemption.listening(self), self._own_environment():
             try:
                 super().fit(model, train_dataloaders, val_dataloaders, datamodule, ckpt_path=state, **kwargs)

@@ -231,10 +231,10 @@ def test_a_flood_of_bad_records_stops_early_or_at_the_end(module, jsonl, monkeyp
 
 def test_test_data_comes_from_where_it_is_said(module, jsonl):
     records = [talk(number) for number in range(200)]
-    mine = [Source(jsonl([talk("mine")], "mine.jsonl"), weight=3)]
+    mine = [Source(jsonl([talk("mine")], "mine.jsonl"))]
     for how, counts in (({"val_fraction": 0.3}, "same"), ({"test_fraction": 0.3}, "own"),
-                        ({"val_fraction": 0.2, "test_sources": mine}, 1), ({"val_sources": mine}, 1),
-                        ({"val_sources": mine, "test_fraction": 0.3}, "own"), ({"val_sources": mine, "val_fraction": 0.3}, 1)):
+                        ({"val_fraction": 0.2, "test_sources": mine}, 1),
+                        ({"val_sources": mine, "test_fraction": 0.3}, "own"), ({"val_sources": mine}, 1)):
         made = module(jsonl(records), stage=None, **how)
         found = {stage: set(places(made, stage)) for stage in made.plans}
         if counts == "same":
