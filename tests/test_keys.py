@@ -21,10 +21,10 @@ import torch
 import yaml
 
 from lit_llm import model as models
-from lit_llm.adapter import LoRA
 from lit_llm.data.datamodule import TextDataModule
 from lit_llm.data.sources import Source
 from lit_llm.errors import InputError
+from lit_llm.peft_method import LoRA
 from lit_llm.runs import LitLLMCLI
 from lit_llm.training.callbacks import Progress
 from lit_llm.training.checkpoint import StepCheckpoint
