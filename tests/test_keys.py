@@ -20,7 +20,7 @@ import pytest
 import torch
 import yaml
 
-from lit_llm import model as models
+from lit_llm.anatomy import decoder_layers
 from lit_llm.data.datamodule import TextDataModule
 from lit_llm.data.sources import Source
 from lit_llm.errors import InputError
@@ -190,7 +190,7 @@ def watched(config, how, patch):
                                                         for group in optimizer.param_groups])
 
     def watch_step(module, batch, batch_idx):
-        layer = models.decoder_layers(module.model)[-1]
+        layer = decoder_layers(module.model)[-1]
         if how == "build":
             seen["compiled"] = layer._compiled_call_impl is not None
             raise Stopped
