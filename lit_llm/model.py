@@ -136,8 +136,9 @@ def init_causal_lm(init: dict[str, Any], *, dtype: torch.dtype = torch.float32, 
         packed_attention.register()
     try:
         config: Any = AutoConfig.for_model(kind, **{**defaults, **keys})
-        heads, shared = (getattr(config, f"num_{name}_heads", None) for name in ("attention", "key_value"))
-        if heads and shared and heads % shared:
+        facts = config.to_dict()                    # attributes that differ between layers cannot be read
+        heads, shared = (facts.get(f"num_{name}_heads") for name in ("attention", "key_value"))
+        if isinstance(heads, int) and isinstance(shared, int) and shared and heads % shared:
             raise ValueError(f"{heads} attention heads cannot share {shared} key and value heads equally")
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
     except Exception as error:                      # each architecture refuses in its own way
