@@ -3,10 +3,11 @@
 Knows the verbs' keys, not what they mean.
 """
 
+import json
 import re
 import sys
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NoReturn
@@ -33,6 +34,7 @@ ALIASES = {
     "rank": "model.lora.r", "lora_dropout": "model.lora.dropout", "precision": "trainer.precision",
     "max_steps": "trainer.max_steps", "lrate": "model.lr", "seed": "seed_everything",
 }
+SOURCES = ("--data.sources", "--data.val_sources", "--data.test_sources")
 UNKNOWN = (r"[Uu]nrecognized arguments: --([\w.+-]+)", r"Key ['\"]([\w.]+)['\"] is not expected",
            r"Option ['\"]([\w.]+)['\"] is not accepted", r"does not accept option ['\"]([\w.]+)['\"]",
            r"No action for key ['\"]([\w.]+)['\"]")
@@ -145,6 +147,36 @@ def verb_first(args: Sequence[str], verbs: Sequence[str]) -> list[str]:
     if 0 < place < len(args) and args[place] in verbs:
         return [args[place], *args[:place], *args[place + 1:]]
     return list(args)
+
+
+def with_whole_sources(args: Sequence[str]) -> list[str]:
+    """Words of a command in which each typed source names all of its keys, so that it takes none of a config file's.
+
+    jsonargparse fills the items of a typed list from those of the list that a file gives, where both are as long: the
+    weight, columns or split of another file would be used for the typed one.
+
+    Args:
+        args: Words after `python -m lit_llm`.
+    """
+    from lit_llm.data.sources import Source
+
+    defaults = {field.name: field.default_factory() if field.default is MISSING and field.default_factory is not MISSING
+                else field.default for field in fields(Source) if field.name != "path"}
+    whole = list(args)
+    for place, word in enumerate(whole):
+        option, given, value = word.partition("=")
+        at = place if given else place + 1
+        if option not in SOURCES or at >= len(whole):
+            continue
+        try:
+            items = yaml.safe_load(value if given else whole[at])
+        except yaml.YAMLError:
+            continue                                # the parser says so
+        if isinstance(items, list) and items and all(isinstance(item, dict) and "path" in item for item in items):
+            text = json.dumps([item | {key: value for key, value in defaults.items() if key not in item}
+                               for item in items])
+            whole[at] = f"{option}={text}" if given else text
+    return whole
 
 
 def check_configs(args: Sequence[str]) -> None:

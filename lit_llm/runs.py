@@ -16,7 +16,7 @@ from lit_llm.data.datamodule import TextDataModule
 from lit_llm.ending import finish
 from lit_llm.errors import InputError
 from lit_llm.library_warnings import lower_loggers
-from lit_llm.parser import ShortErrors
+from lit_llm.parser import ShortErrors, with_whole_sources
 from lit_llm.training.module import CausalLMModule
 from lit_llm.training.trainer import Trainer
 
@@ -111,7 +111,7 @@ def run(args: list[str]) -> None:
     try:
         LitLLMCLI(CausalLMModule, TextDataModule, trainer_class=Trainer, parser_class=RunParser,
                   save_config_callback=None, seed_everything_default=42, auto_configure_optimizers=False,
-                  load_from_checkpoint_support=False, args=runconfig.located(args),
+                  load_from_checkpoint_support=False, args=with_whole_sources(runconfig.located(args)),
                   parser_kwargs={"allow_abbrev": False, "prog": "python -m lit_llm"})
     except (MisconfigurationException, ValueError, RuntimeError, ImportError) as error:
         if not (isinstance(error, MisconfigurationException) or _is_lightnings(error)):

@@ -316,6 +316,18 @@ def test_the_command_itself_says_so_too(place):
         assert not Path("run").exists()
 
 
+def test_a_typed_source_takes_no_key_of_the_file_s(place):
+    """As many sources typed as a file names: weight and split of the file's would be used for the typed ones."""
+    config = yaml.safe_load(Path("ok.yaml").read_text())
+    config["data"]["sources"] = [{"path": "other.jsonl", "columns": {"prompt": "q"}, "clean": "strip", "weight": 3}]
+    Path("ok.yaml").write_text(yaml.safe_dump(config))
+    for typed in ([source("good.jsonl")], ["--data.sources", '[{path: good.jsonl}]']):
+        code, _, err = call("fit", "--config", "ok.yaml", *typed)
+        assert code == 0, err
+        (kept,) = yaml.safe_load(Path("run/config.yaml").read_text())["data"]["sources"]
+        assert (Path(kept["path"]).name, kept["columns"], kept["clean"], kept["weight"]) == ("good.jsonl", {}, "none", 1.0)
+
+
 # ---- foreign code and secrets ----------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("key", ["trainer.callbacks", "trainer.logger", "trainer.strategy"])

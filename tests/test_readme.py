@@ -79,11 +79,12 @@ def first(shell) -> subprocess.CompletedProcess:
 
 @pytest.mark.slow
 def test_first_command_ends_with_what_came_out(first, shell):
-    """Perplexity before and after, three answers side by side, the next commands."""
+    """Perplexity before and after, answers side by side to three held-out and two trained prompts, the next commands."""
     before, after = map(float, re.search(r"perplexity on .*: ([\d.]+) before, ([\d.]+) after", first.stdout).groups())
     assert before / after >= 2.5
-    assert len(re.findall(r"^  prompt ", first.stdout, re.MULTILINE)) == 3
-    assert len(re.findall(r"^  base ", first.stdout, re.MULTILINE)) == 3
+    assert len(re.findall(r"^  prompt ", first.stdout, re.MULTILINE)) == 5
+    assert first.stdout.count("(trained)") == 2
+    assert len(re.findall(r"^  base ", first.stdout, re.MULTILINE)) == 5
     for verb in ("lit_llm chat", "lit_llm validate", "-m serve"):
         assert verb in first.stdout.split("next:")[1]
     figures = json.loads((shell.folder / "runs/sft/metrics.json").read_text())
