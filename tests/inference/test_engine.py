@@ -2,6 +2,7 @@
 character or part of its stop string, or goes on for ever. Oracle: `model.generate` of plain transformers.
 """
 
+import hashlib
 import json
 import random
 import shutil
@@ -306,6 +307,10 @@ def test_an_adapter_of_a_run_is_asked_with_the_template_of_its_run(beside, tiny_
     get_peft_model(AutoModelForCausalLM.from_pretrained(base), LoraConfig(r=2)).save_pretrained(folder)
     config = folder / "adapter_config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"base_model_name_or_path": base}))
+    files = {str(file.relative_to(folder.parent)): {"bytes": file.stat().st_size,
+                                                    "sha256": hashlib.sha256(file.read_bytes()).hexdigest()}
+             for file in folder.rglob("*") if file.is_file()}
+    (folder.parent / "manifest.json").write_text(json.dumps({"step": 1, "base": base, "files": files}))
     own = Tokenizer.load(base)
     own.hf.chat_template = own.hf.chat_template.replace("<|im_start|>", "<|im_start|>~")
     own.save(tmp_path / "run" / "tokenizer")
