@@ -198,3 +198,20 @@ def test_a_model_without_such_a_loss_refuses_a_coefficient(kind):
     assert balance.coefficient(model, None) == 0
     with pytest.raises(InputError, match="no load-balancing loss"):
         balance.coefficient(model, 0.01)
+
+
+@pytest.mark.parametrize(("stage", "ranks", "recompute", "coefficient", "refused"), [
+    (3, 2, "full", 0.01, True), (3, 2, "selective", 0.01, True), (3, 1, "full", 0.01, False),
+    (3, 2, "none", 0.01, False), (3, 2, "full", 0.0, False), (2, 2, "full", 0.01, False)])
+def test_what_would_hang_is_refused(stage, ranks, recompute, coefficient, refused):
+    """ZeRO-3 on several ranks with recomputed layers: the ranks would wait for each other forever."""
+    from contextlib import nullcontext
+    from types import SimpleNamespace
+
+    from lit_llm.errors import InputError
+    from lit_llm.training.compatible import check_balance
+    from lit_llm.training.strategy import ZeroStrategy
+
+    module = SimpleNamespace(balance_coefficient=coefficient, recompute=recompute)
+    with pytest.raises(InputError, match="load balance") if refused else nullcontext():
+        check_balance(module, ZeroStrategy(stage=stage), ranks)
