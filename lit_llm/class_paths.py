@@ -11,13 +11,13 @@ from typing import Any
 from lit_llm.errors import InputError
 
 # Public classes of Lightning by the package that exports them. Left out: LambdaCallback, whose arguments are functions;
-# classes for hardware that is not supported; the cloud's logger.
+# Timer, which no config can hold (trainer.max_time makes one); classes for unsupported hardware; the cloud's logger.
 EXPORTS = {
     "lightning.pytorch.callbacks": (
         "DeviceStatsMonitor", "EMAWeightAveraging", "EarlyStopping", "GradientAccumulationScheduler",
         "LearningRateMonitor", "ModelCheckpoint", "ModelSummary", "OnExceptionCheckpoint", "RichModelSummary",
         "RichProgressBar", "SpikeDetection", "StochasticWeightAveraging", "TQDMProgressBar", "ThroughputMonitor",
-        "Timer", "WeightAveraging"),
+        "WeightAveraging"),
     "lightning.pytorch.loggers": ("CSVLogger", "CometLogger", "MLFlowLogger", "TensorBoardLogger", "WandbLogger"),
     "lightning.pytorch.profilers": ("AdvancedProfiler", "PassThroughProfiler", "PyTorchProfiler", "SimpleProfiler"),
     "lightning.pytorch.strategies": ("DDPStrategy", "DeepSpeedStrategy", "FSDPStrategy", "ModelParallelStrategy",
