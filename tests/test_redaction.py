@@ -95,7 +95,7 @@ def test_no_planted_secret_is_written_printed_or_logged(place, monkeypatch):
     assert code == 0, err
     sources = {file.resolve() for file in Path(".").glob("*.yaml")}
     written = [file for file in Path(".").rglob("*") if file.is_file() and file.resolve() not in sources]
-    assert any("debug.log" in file.name for file in written)
+    assert any(file.suffix == ".wandb" for file in written)    # its debug.log may be that of this process's first run
     for name, secret in planted.items():
         found = [str(file) for file in written if secret.encode() in file.read_bytes()]
         assert not found, f"{name} is in {found}"

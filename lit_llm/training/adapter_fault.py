@@ -57,7 +57,7 @@ def _raised_by(place: TracebackType | None) -> nn.Module | None:
         if home.startswith("peft."):
             if isinstance(owner, nn.Module) and type(owner).__module__.startswith("peft."):
                 found = owner
-        elif home.partition(".")[0] != "torch":
+        elif home.partition(".")[0] not in ("torch", "deepspeed"):      # which replaces functions of torch
             found = None                            # a layer below, or a caller above
         place = place.tb_next
     return found
