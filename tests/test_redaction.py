@@ -88,13 +88,14 @@ def test_no_planted_secret_is_written_printed_or_logged(place, monkeypatch):
     monkeypatch.setenv("MY_SERVICE_TOKEN", planted["environment"])
     notes = f"see https://me:{planted['url']}@host.example/x and {planted['environment']}"
     logger = {"class_path": "lightning.pytorch.loggers.WandbLogger", "init_args": {
-        "offline": True, "project": "x", "save_dir": "logs", "notes": notes, "config": {**SECRETS, **BY_NAME}}}
+        "offline": True, "project": "x", "save_dir": str(place / "logs"), "notes": notes, "config": {**SECRETS, **BY_NAME}}}
     Path("wandb.yaml").write_text(yaml.safe_dump({"trainer": {"logger": logger}}))
     tags = ["--trainer.logger.init_args.tags", json.dumps([planted["typed"]])]
     words = ["fit", "--config", "ok.yaml", "--config", "wandb.yaml", *tags]
     monkeypatch.setattr("sys.argv", ["lit_llm", *words])
     code, out, err = call(*words)
     assert code == 0, err
+    wandb.finish()                                      # all of it is on the disk
     sources = {file.resolve() for file in Path(".").glob("*.yaml")}
     written = [file for file in Path(".").rglob("*") if file.is_file() and file.resolve() not in sources]
     assert {".wandb", "debug.log"} <= {part for file in written for part in (file.suffix, file.name)}
