@@ -187,14 +187,18 @@ def save_adapter(model: Any, folder: str | Path, state: dict[str, Tensor], base:
 def _under_all_names(model: Any, state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Weights under each of their names (VB-LoRA shares one bank) with the frozen parts beside them.
 
-    Frozen are VeRA's buffers, and one of MiCA's two matrices.
+    Frozen are VeRA's buffers, and one of MiCA's two matrices. One rank alone calls this, so the model is not asked for
+    its state dict: FSDP2 would split weights there that the other ranks still hold whole, and the ranks would gather
+    different ones in the next step.
     """
     named = list(model.named_parameters(remove_duplicate=False))
     known = {id(weight): state[name] for name, weight in named if name in state}
     prefix = getattr(model.base_model, "prefix", None)
-    kept = {name for name, _ in model.named_buffers(remove_duplicate=False)}
-    kept |= {name for name, weight in named if prefix and prefix in name and not weight.requires_grad}
-    frozen = {name: value.cpu() for name, value in model.state_dict().items() if name in kept}
+    frozen = {name: weight.detach().cpu() for name, weight in named
+              if prefix and prefix in name and not weight.requires_grad}
+    for place, part in model.named_modules(remove_duplicate=False):
+        frozen |= {f"{place}.{name}" if place else name: value.cpu() for name, value in part._buffers.items()
+                   if value is not None and name not in part._non_persistent_buffers_set}
     for name, matrix in tying.matrices(model):
         owner = next(key for key, weight in named if weight is matrix.source[0][matrix.source[1]])
         frozen[f"{name}.weight"] = state[owner].t()

@@ -18,7 +18,6 @@ from lightning.pytorch.utilities.seed import isolate_rng
 
 from lit_llm import check
 from lit_llm.data.loader import lay
-from lit_llm.training.fsdp import Fsdp2Strategy
 
 log = logging.getLogger(__name__)
 
@@ -46,9 +45,6 @@ class FixedRows:
         tokenizer: Any = getattr(getattr(trainer, "datamodule", None), "tokenizer", None)
         if not hasattr(tokenizer, "encode_document"):
             return {"skipped": "the data have no tokenizer that could make the fixed rows"}
-        if trainer.world_size > 1 and isinstance(trainer.strategy, Fsdp2Strategy):
-            # after a forward pass without gradients between two steps, ranks gather in different orders and gloo aborts
-            return {"skipped": "FSDP2 on several processes cannot score rows between two training steps"}
         try:
             if self._rows is None:
                 self._rows = check.rows_of(tokenizer, check.vocabulary(module.model))
