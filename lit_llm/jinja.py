@@ -121,7 +121,7 @@ def compiled(source: str, special_tokens: Mapping[str, Any]) -> Render:
         for piece in template.root_render_func(context):
             length += len(piece)
             if length > CHARACTERS:
-                raise InputError("it writes without end")
+                raise InputError(f"it writes more than {CHARACTERS:,} characters")
             pieces.append(piece)
         return "".join(pieces)
 
@@ -152,18 +152,18 @@ class _Clock:
 
 def _short(value: Any) -> Any:
     if isinstance(value, str | list | tuple) and len(value) > CHARACTERS:
-        raise InputError("it writes without end")
+        raise InputError(f"it writes more than {CHARACTERS:,} characters")
     return value
 
 
 def _times(left: Any, right: Any) -> Any:
     for one, other in ((left, right), (right, left)):
         if isinstance(one, str | list | tuple) and isinstance(other, int) and len(one) * other > CHARACTERS:
-            raise InputError("it writes without end")
+            raise InputError(f"it writes more than {CHARACTERS:,} characters")
     return left * right
 
 
 def _power(left: Any, right: Any) -> Any:
     if not (abs(left) < 1 << 64 and abs(right) < 1 << 10):
-        raise InputError("it reckons without end")
+        raise InputError("it computes a power that is too large")
     return left ** right

@@ -7,6 +7,7 @@ of the epoch has the gradient of the same model.
 
 import json
 import os
+import subprocess
 import sys
 from itertools import pairwise
 from pathlib import Path
@@ -92,6 +93,16 @@ def main():
         folder = Path(sys.argv[1]).parent / case["name"]
         steps, rank = run(case, folder)
         torch.save(steps, folder.with_suffix(f".rank{rank}"))
+
+
+def on_two_ranks(cases, folder):
+    """The steps of either rank for each case, computed under one command in `folder`."""
+    plan = folder / "plan.json"
+    plan.write_text(json.dumps(cases))
+    done = subprocess.run([sys.executable, __file__, str(plan)], capture_output=True, text=True, timeout=400,
+                          env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [tuple(torch.load(folder / f"{case['name']}.rank{rank}", weights_only=True) for rank in (0, 1)) for case in cases]
 
 
 if __name__ == "__main__":

@@ -5,16 +5,11 @@ Oracle: plain transformers in float64, one document at a time, with `output_rout
 `aux_loss`, which its own class computes.
 """
 
-import json
-import os
-import subprocess
-import sys
-
 import numpy as np
 import pytest
 import torch
-from gradient_probe import run
-from test_gradient import PROBE, data, distance, talks  # noqa: F401
+from gradient_probe import on_two_ranks, run
+from test_gradient import data, distance, talks  # noqa: F401
 from torch.nn.functional import cross_entropy
 
 from lit_llm.errors import InputError
@@ -132,13 +127,7 @@ def test_two_processes(base, data, tmp_path):  # noqa: F811
     cases = [case(folder, data, 4, rows=4, name=strategy, strategy=strategy, devices=2, **more) for strategy, more in (
         ("ddp", {}), ("deepspeed_stage_2", {}), ("deepspeed_stage_3", {}),
         ("fsdp2", dict(model=dict(gradient_checkpointing=True))))]
-    plan = tmp_path / "plan.json"
-    plan.write_text(json.dumps(cases))
-    done = subprocess.run([sys.executable, str(PROBE), str(plan)], capture_output=True, text=True, timeout=280,
-                          env=os.environ | {"PYTHONPATH": str(PROBE.parents[2]), "OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stderr[-3000:]
-    for each in cases:
-        one, other = (torch.load(tmp_path / f"{each['name']}.rank{rank}", weights_only=True)[0] for rank in (0, 1))
+    for each, ((one,), (other,)) in zip(cases, on_two_ranks(cases, tmp_path), strict=True):
         print(each["name"], end=": ")
         check(folder, one | {"documents": one["documents"] + other["documents"]})
 

@@ -5,13 +5,9 @@ Oracle: plain transformers in float64 on the same conversations (`test_gradient.
 single numbers by some percent; the norm of the whole gradient stays.
 """
 
-import json
-import os
-import subprocess
-import sys
-
 import torch
-from test_gradient import PROBE, Oracle, data, few, talks  # noqa: F401
+from gradient_probe import on_two_ranks
+from test_gradient import Oracle, data, few, talks  # noqa: F401
 
 CASES = [(strategy, kind, "bf16-mixed" if strategy in ("ddp", "fsdp2") else "bf16-true")
          for strategy in ("ddp", "deepspeed_stage_1", "deepspeed_stage_2", "deepspeed_stage_3", "fsdp2")
@@ -22,13 +18,7 @@ def test_norm_and_direction_on_two_ranks(tiny_model, talks, data, tmp_path):  # 
     file, seven = few(talks, data, tmp_path)
     cases = [dict(name=f"{strategy}-{kind}", base=tiny_model(kind), data=file, seq_len=256, batch_size=2, accumulate=2,
                   packing="none", strategy=strategy, devices=2, precision=precision) for strategy, kind, precision in CASES]
-    plan = tmp_path / "plan.json"
-    plan.write_text(json.dumps(cases))
-    done = subprocess.run([sys.executable, str(PROBE), str(plan)], capture_output=True, text=True, timeout=400,
-                          env=os.environ | {"PYTHONPATH": str(PROBE.parents[2]), "OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stderr[-3000:]
-    for case in cases:
-        one, other = (torch.load(tmp_path / f"{case['name']}.rank{rank}", weights_only=True)[0] for rank in (0, 1))
+    for case, ((one,), (other,)) in zip(cases, on_two_ranks(cases, tmp_path), strict=True):
         oracle = Oracle(case["base"], seven)
         rows = [row[0] for row in oracle.rows]
         loss, wanted = oracle.gradient([rows.index(ids) for ids in one["talks"] + other["talks"]])

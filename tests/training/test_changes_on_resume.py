@@ -10,18 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from lives import Lives, config_of, rows_of, write_config, write_data
+from lives import config_of, rows_of, write_config, write_data
 from safetensors.torch import load_file
 
 FIRST, LAST = 3, 6
 ROUNDS = [("auto", 1), ("ddp", 2), ("deepspeed_stage_1", 1), ("deepspeed_stage_2", 2), ("deepspeed_stage_3", 2), ("fsdp2", 2)]
-
-
-@pytest.fixture(scope="module")
-def lives(tmp_path_factory):
-    lives = Lives(tmp_path_factory.mktemp("lives"))
-    yield lives
-    lives.close()
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from contextlib import suppress
 
 import lightning as L
 import pytest
-from lives import Lives, config_of, rows_of, write_config, write_data
+from lives import config_of, rows_of, write_config, write_data
 
 from lit_llm import CausalLMModule, InputError, Source, TextDataModule, Trainer
 from lit_llm.training import manifest
@@ -40,13 +40,6 @@ def disk(tmp_path):
     yield sized
     if folder.is_mount():
         subprocess.run(["umount", "-l", str(folder)], check=True)
-
-
-@pytest.fixture(scope="module")
-def lives(tmp_path_factory):
-    lives = Lives(tmp_path_factory.mktemp("lives"))
-    yield lives
-    lives.close()
 
 
 def fill(folder):

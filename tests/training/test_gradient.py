@@ -6,18 +6,14 @@ the answers' tokens (stop token included) of exactly the conversations of a step
 """
 
 import json
-import os
 import random
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from gradient_probe import run
+from gradient_probe import on_two_ranks, run
 from torch.nn.functional import cross_entropy
 
-PROBE = Path(__file__).with_name("gradient_probe.py")
 WORDS = ["Tom", "has", "a", "red", "kite", "小明", "风筝", "flies", "high", "over", "the", "hill", "what", "one"]
 WINDOW = 8                                              # rows of an optimizer step, however they are divided
 TOLERANCE = 1e-6
@@ -158,14 +154,8 @@ def test_micro_batches_of_two_processes(tiny_model, talks, data, tmp_path):
                    packing="none", strategy=strategy, devices=2)
               for strategy in ("ddp", "deepspeed_stage_1", "deepspeed_stage_2", "deepspeed_stage_3", "fsdp2")]
     cases += shorts
-    plan = tmp_path / "plan.json"
-    plan.write_text(json.dumps(cases))
-    done = subprocess.run([sys.executable, str(PROBE), str(plan)], capture_output=True, text=True, timeout=280,
-                          env=os.environ | {"PYTHONPATH": str(PROBE.parents[2]), "OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stderr[-3000:]
     oracles = {base: Oracle(base, talks) for base in {case["base"] for case in cases}}
-    for case in cases:
-        ranks = [torch.load(tmp_path / f"{case['name']}.rank{rank}", weights_only=True) for rank in (0, 1)]
+    for case, ranks in zip(cases, on_two_ranks(cases, tmp_path), strict=True):
         steps = [dict(one, talks=one["talks"] + other["talks"]) for one, other in zip(*ranks, strict=True)]
         print(case["name"], end=": ")
         if case in shorts:

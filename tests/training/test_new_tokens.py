@@ -4,7 +4,9 @@ import json
 from pathlib import Path
 
 import pytest
+import short_runs
 import torch
+from short_runs import plain_nll
 
 from lit_llm import CausalLMModule, InputError, LoRA, Source, TextDataModule, Trainer, vocabulary
 from lit_llm.inference.completion import TextEngine
@@ -30,33 +32,8 @@ def more(tmp_path):
     return tmp_path
 
 
-def fit(folder, name="run", steps=2, ckpt_path=None, **options):
-    data = TextDataModule(sources=[Source(str(folder / "chats.jsonl"), weight=4)],
-                          val_sources=[Source(str(folder / "chats.jsonl"))],
-                          tokenizer=str(folder / "tokenizer"), seq_len=64, batch_size=2)
-    options = {"base": "sample:base", "lora": LoRA(r=4), "lr": 1e-2, "schedule": "constant", "warmup": 0} | options
-    module = CausalLMModule(**options)
-    torch.manual_seed(0)
-    trainer = Trainer(default_root_dir=str(folder / name), max_steps=steps, max_epochs=-1, accelerator="cpu", devices=1,
-                      enable_progress_bar=False)
-    trainer.fit(module, datamodule=data, ckpt_path=ckpt_path)
-    return module, trainer, data
-
-
-def nll(folder, data):
-    """Of the chats' supervised tokens, by plain transformers on an exported folder."""
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(folder)
-    corpus, total, count = data.plans["val"].corpus, 0.0, 0
-    for sequence in range(len(corpus)):
-        ids, learned = corpus.read(sequence, 0, int(corpus.lengths[sequence]))
-        row, where = torch.tensor(ids.astype(int)), torch.tensor(learned[1:])
-        with torch.no_grad():
-            logp = model(input_ids=row[None]).logits[0, :-1].double().log_softmax(-1)
-        total -= logp.gather(1, row[1:, None])[where].sum().item()
-        count += int(where.sum())
-    return total / count, model
+def fit(folder, name="run", **options):
+    return short_runs.fit(folder, name, **{"tokenizer": str(folder / "tokenizer"), "passes": 4, "lora": LoRA(r=4)} | options)
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -77,22 +54,22 @@ def test_a_grown_base_trains_resumes_and_exports(more, tied, caplog):
     assert all({1536, 1537, 1538} <= set(ids) for ids in indices.values())
     expected = float(trainer.callback_metrics["val/nll"])
     folder = export(str(more / "run"), "last")
-    ours, model = nll(folder, data)
+    ours, model = plain_nll(folder, data)
     assert ours == pytest.approx(expected, rel=1e-5)
     assert model.config.vocab_size == model.get_input_embeddings().num_embeddings == 1539
     assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
     (step,) = (more / "run/checkpoints").glob("step_*")
     engine = TextEngine.load(resolve(base), adapter=step / "adapter")       # grows as training did
     assert engine.engine.vocab_size == 1539
-    whole, *_ = fit(more, "whole", 4, base=base)
-    _, resumed, _ = fit(more, "run", 4, "last", base=base)
+    whole, *_ = fit(more, "whole", steps=4, base=base)
+    _, resumed, _ = fit(more, steps=4, ckpt_path="last", base=base)
     ours = dict(resumed.lightning_module.model.named_parameters())
     assert all(torch.equal(weight, ours[name]) for name, weight in whole.model.named_parameters())
 
 
 def test_every_weight_may_learn_with_new_tokens(more):
     _, trainer, data = fit(more, lora=None, lr=1e-3)
-    ours, model = nll(export(str(more / "run"), "last"), data)
+    ours, model = plain_nll(export(str(more / "run"), "last"), data)
     assert ours == pytest.approx(float(trainer.callback_metrics["val/nll"]), rel=1e-5)
     assert model.config.vocab_size == 1539
 

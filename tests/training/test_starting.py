@@ -3,9 +3,11 @@
 import json
 
 import pytest
+import short_runs
 import torch
+from short_runs import plain_nll
 
-from lit_llm import CausalLMModule, InputError, LoRA, Source, TextDataModule, Trainer
+from lit_llm import CausalLMModule, InputError, LoRA, Trainer
 from lit_llm.inference.completion import TextEngine
 from lit_llm.inference.export import export
 from lit_llm.samples import resolve
@@ -23,37 +25,13 @@ def trained(tmp_path_factory):
     return folder, float(trainer.callback_metrics["val/nll"])
 
 
-def fit(folder, name, *, steps=2, ckpt_path=None, **options):
-    source = str(folder / "chats.jsonl")
-    data = TextDataModule(sources=[Source(source, weight=8)], val_sources=[Source(source)], tokenizer="sample:base",
-                          seq_len=64, batch_size=2)
-    module = CausalLMModule(**{"base": "sample:base", "lr": 1e-2, "schedule": "constant", "warmup": 0} | options)
-    torch.manual_seed(0)
-    trainer = Trainer(default_root_dir=str(folder / name), max_steps=steps, max_epochs=-1, accelerator="cpu", devices=1,
-                      enable_progress_bar=False)
-    trainer.fit(module, datamodule=data, ckpt_path=ckpt_path)
-    return module, trainer, data
+def fit(folder, name, **options):
+    return short_runs.fit(folder, name, tokenizer="sample:base", passes=8, **options)
 
 
 def before(folder, name):
     """nll of the validation before training, as the run keeps it."""
     return json.loads((folder / name / "metrics.json").read_text())["before/val/nll"]
-
-
-def plain_nll(folder, data):
-    """Of an exported folder, by plain transformers in float64."""
-    from transformers import AutoModelForCausalLM
-
-    model, total, count = AutoModelForCausalLM.from_pretrained(folder).double(), 0.0, 0
-    corpus = data.plans["val"].corpus
-    for sequence in range(len(corpus)):
-        ids, learned = corpus.read(sequence, 0, int(corpus.lengths[sequence]))
-        row, where = torch.tensor(ids.astype(int)), torch.tensor(learned[1:])
-        with torch.no_grad():
-            logp = model(input_ids=row[None]).logits[0, :-1].log_softmax(-1)
-        total -= logp.gather(1, row[1:, None])[where].sum().item()
-        count += int(where.sum())
-    return total / count
 
 
 @pytest.mark.parametrize("how", [
@@ -68,7 +46,7 @@ def test_the_first_validation_is_the_adapters_last(trained, how, request):
     assert before(folder, name) == pytest.approx(last, rel=1e-5)
     now = float(trainer.callback_metrics["val/nll"])
     assert now != pytest.approx(last, rel=1e-5)
-    assert plain_nll(export(str(folder / name), "last"), data) == pytest.approx(now, rel=1e-5, abs=1e-6)     # float32
+    assert plain_nll(export(str(folder / name), "last"), data)[0] == pytest.approx(now, rel=1e-5, abs=1e-6)     # float32
     if (step := next((folder / name / "checkpoints").glob("step_*"))).joinpath("adapter").is_dir():
         one = TextEngine.load(resolve("sample:base"), adapter=step / "adapter").engine
         two = TextEngine.load(folder / name / "export").engine
@@ -83,7 +61,7 @@ def test_the_first_validation_is_the_adapters_last(trained, how, request):
     measured = Trainer(default_root_dir=str(folder / name), accelerator="cpu", devices=1, enable_progress_bar=False,
                        logger=False)
     figures = measured.validate(module, datamodule=data, ckpt_path=str(step), verbose=False)[0]
-    assert figures["val/nll"] == pytest.approx(plain_nll(export(str(folder / name), "last"), data), rel=1e-5, abs=1e-6)
+    assert figures["val/nll"] == pytest.approx(plain_nll(export(str(folder / name), "last"), data)[0], rel=1e-5, abs=1e-6)
 
 
 def test_wrong_company_is_refused_by_name(trained, tmp_path, stories):

@@ -19,7 +19,6 @@ from pathlib import Path
 import pytest
 from lives import (
     ROOT,
-    Lives,
     assert_same_end,
     config_of,
     content,
@@ -36,13 +35,6 @@ from lit_llm.training.preemption import resume_command
 from lit_llm.training.report import MetricsCSV
 
 TWO = 2
-
-
-@pytest.fixture(scope="module")
-def lives(tmp_path_factory):
-    lives = Lives(tmp_path_factory.mktemp("lives"))
-    yield lives
-    lives.close()
 
 
 @pytest.fixture

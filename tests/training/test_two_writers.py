@@ -17,17 +17,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from lives import ROOT, Lives, config_of, write_config, write_data
+from lives import ROOT, config_of, write_config, write_data
 
 from lit_llm.lock import NAME, Lock
 from lit_llm.training import manifest
-
-
-@pytest.fixture(scope="module")
-def lives(tmp_path_factory):
-    lives = Lives(tmp_path_factory.mktemp("lives"))
-    yield lives
-    lives.close()
 
 
 @contextmanager
