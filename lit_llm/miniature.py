@@ -129,6 +129,8 @@ def _cut_layers(facts: dict[str, Any]) -> None:
             keep = max(keep, value + 1)
         elif key in named:
             keep = max([keep, *(place + 1 for place in value[:1] if place < MOST_LAYERS)])
+        elif key.endswith("_types") and isinstance(value, list) and len(value) < min(count, MOST_LAYERS):
+            keep = max(keep, len(value))            # kinds of layers that are repeated
     keep = min(keep, count)
     if own:
         facts["per_layer_config"] = {place: value for place, value in own.items() if place < keep}

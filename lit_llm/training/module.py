@@ -25,6 +25,7 @@ from lit_llm.training import (
     compatible,
     footprint,
     forward,
+    init_keys,
     optim,
     proof,
     recompute,
@@ -147,6 +148,8 @@ class CausalLMModule(L.LightningModule):
             self.choose_attention(self._tokenizer_facts() if self.init else {})
             if self.trainer.is_global_zero:
                 forward.announce(self.way or forward.Way())
+                if self.init is not None and stage == "fit":
+                    init_keys.warn(self.init, **self._tokenizer_facts())
             if self.gradient_checkpointing == "auto" and stage == "fit":
                 data: Any = self.trainer.datamodule     # type: ignore[attr-defined]
                 self.recompute = footprint.agreed(self.trainer, self, data)
