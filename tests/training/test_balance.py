@@ -127,7 +127,7 @@ def test_two_processes(base, data, tmp_path):  # noqa: F811
     cases = [case(folder, data, 4, rows=4, name=strategy, strategy=strategy, devices=2, **more) for strategy, more in (
         ("ddp", {}), ("deepspeed_stage_2", {}), ("deepspeed_stage_3", {}),
         ("fsdp2", dict(model=dict(gradient_checkpointing=True))))]
-    for each, ((one,), (other,)) in zip(cases, on_two_ranks(cases, tmp_path), strict=True):
+    for each, ((one, *_), (other, *_)) in zip(cases, on_two_ranks(cases, tmp_path), strict=True):
         print(each["name"], end=": ")
         check(folder, one | {"documents": one["documents"] + other["documents"]})
 
