@@ -55,9 +55,9 @@ class _Trial:
     """A small model of a config, and what becomes of it with another value of a key."""
 
     def __init__(self, kind: str, defaults: dict[str, Any], keys: dict[str, Any]) -> None:
-        self.kind, self.defaults, self.keys = kind, defaults, keys
-        self.config = self._whole(keys)
+        self.defaults, self.keys = defaults, keys
         self.like = models.skeleton(None, {"model_type": kind, **keys}, **defaults)
+        self.config = self._whole(keys)
         self.way, self.small, self.base = self._first()
 
     def _first(self) -> tuple[int, Any, dict[str, Tensor] | None]:
@@ -115,9 +115,7 @@ class _Trial:
             return [(name, weight.shape) for name, weight in models.like(self.like, config, None).named_parameters()]
 
     def _whole(self, keys: dict[str, Any]) -> Any:
-        from transformers import AutoConfig
-
-        return AutoConfig.for_model(self.kind, **{**self.defaults, **keys})
+        return type(self.like.config)(**{**self.defaults, **keys})
 
     def _candidates(self, config: Any) -> Iterator[Any]:
         """As `miniature.candidates`, with the config's own dropout."""
