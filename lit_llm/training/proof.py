@@ -15,6 +15,7 @@ document, so no architecture is refused and none is computed differently.
 import json
 import logging
 import math
+from collections.abc import Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import replace
 from functools import partial
@@ -81,10 +82,10 @@ class Wide(TorchFunctionMode):
         """Runs an operation with float64 in place of float32 where it is asked for by name."""
         if func is Tensor.float and args[0].dtype == torch.float64:
             return args[0]
-        wider = {torch.float32: torch.float64}
-        args = tuple(wider.get(each, each) if isinstance(each, torch.dtype) else each for each in args)
-        more = {name: wider.get(each, each) if isinstance(each, torch.dtype) else each
-                for name, each in (kwargs or {}).items()}
+        more = kwargs or {}
+        if any(each is torch.float32 for each in args) or any(each is torch.float32 for each in more.values()):
+            args = tuple(torch.float64 if each is torch.float32 else each for each in args)
+            more = {name: torch.float64 if each is torch.float32 else each for name, each in more.items()}
         return func(*args, **more)
 
 
@@ -105,11 +106,13 @@ def prove(like: Any, config: Any, *, seed: int = 0) -> Way:
     Raises:
         InputError: The model sees tokens that follow, or cannot be run with tokens alone.
     """
-    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+    elsewhere = torch.get_default_device().type != "cpu"        # its context costs as much as these small operations do
+    with torch.random.fork_rng(devices=[]), torch.device("cpu") if elsewhere else nullcontext():
         torch.manual_seed(seed)
         plain = _built(like, config, None)
         perturb(plain)
-        batch, (packed, obstacle) = documents(plain, seed), _packing(plain)
+        packed, obstacle = _packing(plain)
+        batch = documents(plain, seed, LENGTHS if packed is not None else LENGTHS[::2])
         for dtype in TOLERANCE:
             with Wide() if dtype == torch.float64 else nullcontext():
                 try:
@@ -118,12 +121,13 @@ def prove(like: Any, config: Any, *, seed: int = 0) -> Way:
                 except Exception as error:          # parts that are written for float32 alone
                     failure = _line(error)
                     continue
-                _check_causal(plain, batch)
-                return _best(plain, packed.to(dtype) if packed is not None else None, obstacle, batch, standard)
+                logits = _first_logits(plain, batch)
+                _check_causal(plain, batch, logits)
+                return _best(plain, packed.to(dtype) if packed is not None else None, obstacle, batch, standard, logits)
         raise _NotBuiltError(f"transformers cannot run it with tokens alone: {failure}")
 
 
-def _best(plain: Any, packed: Any, alone: str, batch: Batch, standard: "_Sums") -> Way:
+def _best(plain: Any, packed: Any, alone: str, batch: Batch, standard: "_Sums", logits: Tensor) -> Way:
     """Walks down from the fastest way; norms of ours are tried where attention is ours too.
 
     Args:
@@ -132,8 +136,9 @@ def _best(plain: Any, packed: Any, alone: str, batch: Batch, standard: "_Sums") 
         alone: Why there is nothing.
         batch: Documents.
         standard: What plain says of them.
+        logits: Of the first document by plain, in evaluation mode.
     """
-    keep, adjusted = _keeps(plain, batch), _adjustment(plain, batch)
+    keep, adjusted = _keeps(plain, batch, logits), _adjustment(plain, batch, logits)
     own = "" if adjusted else "what it does to hidden states or logits around its output matrix is its own"
     for is_packed, fast_norms, own_logits in WAYS:
         model = packed if is_packed else plain
@@ -224,16 +229,21 @@ def _differs(model: Any, batch: Batch, way: Way, standard: _Sums) -> str:
 
 # ---- what stands around the output matrix ----------------------------------------------------------------------------
 
-def _adjustment(plain: Any, batch: Batch) -> tuple[float, float | None] | None:
+def _first_logits(plain: Any, batch: Batch) -> Tensor:
+    """Of the first document, (tokens, V), in evaluation mode."""
+    plain.eval()
+    with torch.no_grad():
+        return plain(input_ids=batch["input_ids"][:, :LENGTHS[0]]).logits[0]
+
+
+def _adjustment(plain: Any, batch: Batch, logits: Tensor) -> tuple[float, float | None] | None:
     """(factor, cap) that turn hidden states times the output matrix into the model's logits; null where none does.
 
     Only values of the config that speak of logits are tried, because another factor might depend on the model's width.
     """
     ids = batch["input_ids"][:, :LENGTHS[0]]
-    plain.eval()
     try:
         with torch.no_grad():
-            logits = plain(input_ids=ids).logits[0]
             multiplied = anatomy.head(plain)(anatomy.backbone(plain)(input_ids=ids).last_hidden_state[0])
     except Exception:                               # no backbone, no head, other outputs
         return None
@@ -255,25 +265,24 @@ def _adjustment(plain: Any, batch: Batch) -> tuple[float, float | None] | None:
     return None
 
 
-def _keeps(plain: Any, batch: Batch) -> bool:
+def _keeps(plain: Any, batch: Batch, logits: Tensor) -> bool:
     """Whether the model can be asked for the logits of some positions alone."""
     ids, places = batch["input_ids"][:, :LENGTHS[0]], torch.tensor([1, 4, 5])
     if not forward.accepts(plain, "logits_to_keep"):
         return False
-    plain.eval()
     try:
         with torch.no_grad():
-            some, whole = (plain(input_ids=ids, **more).logits[0] for more in ({"logits_to_keep": places}, {}))
+            some = plain(input_ids=ids, logits_to_keep=places).logits[0]
     except Exception:                               # it knows a number of positions, but not which ones
         return False
-    return some.shape == whole[places].shape and torch.allclose(some, whole[places], rtol=1e-5, atol=1e-7)
+    return some.shape == logits[places].shape and torch.allclose(some, logits[places], rtol=1e-5, atol=1e-7)
 
 
-def _check_causal(plain: Any, batch: Batch) -> None:
+def _check_causal(plain: Any, batch: Batch, logits: Tensor) -> None:
     """Encoders get a head for words too, and would see the words that they shall predict."""
     ids = batch["input_ids"][:, :LENGTHS[0]].clone()
+    before = logits[:-1]
     with torch.no_grad():
-        before = plain(input_ids=ids).logits[0, :-1]
         ids[0, -1] = ids[0, -2]
         after = plain(input_ids=ids).logits[0, :-1]
     if float((after - before).abs().max()) > 1e-5 * float(before.abs().max()):
@@ -312,18 +321,18 @@ def perturb(model: nn.Module) -> None:
                 weight.nan_to_num_(0.0).add_(torch.randn(weight.shape, dtype=weight.dtype), alpha=scale)
 
 
-def documents(model: Any, seed: int) -> Batch:
-    """A row of random documents, some tokens of which are unsupervised, with padding at its end."""
+def documents(model: Any, seed: int, lengths: Sequence[int] = LENGTHS) -> Batch:
+    """A row of random documents of these lengths, some tokens of which are unsupervised, with padding at its end."""
     draw = np.random.default_rng(seed)
     rows = min(len(model.get_input_embeddings().weight), model.config.get_text_config(decoder=True).vocab_size)
     special = {value for key, value in model.config.to_dict().items() if isinstance(value, int)
                and key.endswith(("_token_id", "_token_index")) and not key.startswith(("bos", "eos", "pad"))}
     words = np.array([word for word in range(rows) if word not in special])
     segments = []
-    for number, length in enumerate(LENGTHS):
+    for number, length in enumerate(lengths):
         ids = draw.choice(words, length)
         segments.append((ids, np.arange(length) >= number % 3))
-    return lay([segments], seq_len=sum(LENGTHS) + PADDING, pad_id=int(words[0]),
+    return lay([segments], seq_len=sum(lengths) + PADDING, pad_id=int(words[0]),
                token_bytes=np.ones((2, rows), np.int64))
 
 
