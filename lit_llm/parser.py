@@ -98,7 +98,8 @@ def explain(message: str, known: list[str]) -> str:
         has = [name for name in dir(sys.modules.get(found[1])) if name[0] != "_"]
         return f"{where}{found[1]} has no '{found[2]}'.{did_you_mean(found[2], has)}"
     if found := re.search(r"File does not exist: '(.*)'", message):
-        return f"there is no file {found[1]}"
+        beside = [each.name for each in Path(found[1]).parent.glob("*.yaml")]
+        return f"there is no file {found[1]}.{did_you_mean(Path(found[1]).name, beside)}"
     if found := re.search(r"Literal\[([^\]]*)\]\. Got value: (.*)", message):
         choices = [choice.strip("'\" ") for choice in found[1].split(",")]
         return f"{where}'{found[2]}' is none of {', '.join(choices)}.{did_you_mean(found[2], choices)}"

@@ -98,6 +98,11 @@ def test_each_mistake_in_a_process_of_its_own_group_is_told(place):
             distributed.destroy_process_group()
 
 
+def test_the_name_of_a_config_that_is_nearly_right(place):
+    Path("mine.yaml").write_text("{}")
+    refused("fit", "--config", "mien.yaml", says=["no file", "Did you mean 'mine.yaml'?"])
+
+
 # ---- what was typed --------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize(("words", "says"), [
