@@ -30,11 +30,15 @@ class InputError(ValueError):
         return self if self.where else InputError(self.what, where=where, fix=self.fix)
 
     def __reduce__(self) -> tuple:                  # worker processes pickle exceptions
-        return (_rebuild, (self.what, self.where, self.fix))
+        return (_rebuild, (type(self), self.what, self.where, self.fix))
 
 
-def _rebuild(what: str, where: str, fix: str) -> InputError:
-    return InputError(what, where=where, fix=fix)
+class GivenUpError(InputError):
+    """An error that ends the work, also where bad records are skipped."""
+
+
+def _rebuild(kind: type[InputError], what: str, where: str, fix: str) -> InputError:
+    return kind(what, where=where, fix=fix)
 
 
 def did_you_mean(word: str, known: list[str]) -> str:

@@ -1,18 +1,25 @@
-"""A chat template's source in; a function that renders messages with it out, in bounded time.
+"""A chat template's source in; a function that renders messages with it out, in bounded time and memory.
 
 A template is a stranger's program. The environment is the sandbox of transformers, so that the text is the one that
-`apply_chat_template` renders; added is a clock that loops and calls look at, and a bound on strings. What a single
-filter does is bounded by neither.
+`apply_chat_template` renders. What is cheap is rendered in this process (`jinja_guard.py`), and anything else in one
+whose time and memory can be cut (`jinja_process.py`). A template that is slow again and again is given up.
 """
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
+from contextlib import contextmanager, suppress
 from typing import Any
 
-from lit_llm.errors import InputError, did_you_mean
+from lit_llm import jinja_guard, jinja_process
+from lit_llm.errors import GivenUpError, InputError, did_you_mean
+from lit_llm.jinja_guard import WORK, OutsideError, Work, size_of
 
-SECONDS, CHARACTERS = 5, 50_000_000                     # of one text, which takes a thousandth of a second as a rule
-CLOCK = " clock"                                        # no name that a template could spell
+SECONDS, CHARACTERS = 5.0, 50_000_000                   # of one text, which takes a thousandth of a second as a rule
+LOST = 30.0                                             # seconds that slow texts may take together
+REGAINED = 0.1                                          # of the time that passes
+SLOW, SLOW_TURN, SLOW_CHARACTER = 0.05, 1e-3, 1e-7      # seconds that a text may take, a turn of it and a character
+SOURCE = 500_000                                        # characters of a template; published ones have up to 30,000
+TRIES = 8                                               # texts that leave the process before all do
 
 
 Render = Callable[[list[dict], list[dict] | None, bool, Mapping[str, Any]], str]
@@ -29,14 +36,11 @@ def variables(source: str, special_tokens: Mapping[str, Any]) -> frozenset[str]:
     Raises:
         InputError: The source is not jinja; it names the line.
     """
-    from jinja2 import TemplateSyntaxError, meta
-    from transformers.utils.chat_template_utils import _compile_jinja_template
+    from jinja2 import meta
 
-    environment = _compile_jinja_template("").environment
-    try:
-        read = meta.find_undeclared_variables(environment.parse(source))
-    except TemplateSyntaxError as error:
-        raise InputError(f"the chat template is not jinja: line {error.lineno}: {error.message}") from None
+    environment = _environment()
+    with _said_of(source):
+        read = meta.find_undeclared_variables(_parsed(environment, source))
     return frozenset(read - HANDED - environment.globals.keys() - special_tokens.keys())
 
 
@@ -77,93 +81,128 @@ def compiled(source: str, special_tokens: Mapping[str, Any]) -> Render:
     Raises:
         InputError: The source is not jinja; it names the line.
     """
-    from jinja2 import Template, TemplateSyntaxError, nodes, pass_context
-    from transformers.utils.chat_template_utils import _compile_jinja_template
+    return _Template(source, special_tokens).render
 
-    environment = _compile_jinja_template("").environment.overlay()
 
-    @pass_context
-    def counted(context: Any, items: Any) -> Iterator[Any]:
-        clock = context.parent[CLOCK]
-        for item in items:
-            clock.look()
-            yield item
+class _Template:
+    """A template and what its texts have cost."""
 
-    def call(context: Any, function: Any, *args: Any, **kwargs: Any) -> Any:
-        context.parent[CLOCK].look()
-        return type(environment).call(environment, context, function, *args, **kwargs)
+    def __init__(self, source: str, special_tokens: Mapping[str, Any]) -> None:
+        self._source, self._tokens = source, dict(special_tokens)
+        self._inner = _inner(source)
+        self._left, self._lost, self._then = 0, 0.0, time.monotonic()
 
-    environment.filters = environment.filters | {"counted": counted, "short": _short}
-    environment.call = call
-    environment.intercepted_binops = frozenset({"*", "**"})
-    environment.binop_table = environment.binop_table | {"*": _times, "**": _power}
-    try:
-        tree = environment.parse(source)
-        for loop in tree.find_all(nodes.For):
-            if not loop.recursive:                      # those call themselves, and calls are counted
-                loop.iter = _filtered(loop.iter, "counted")
-        for joined in tree.find_all(nodes.Concat):
-            joined.nodes = [_filtered(node, "short") for node in joined.nodes]
-        for added in tree.find_all(nodes.Add):
-            added.left, added.right = _filtered(added.left, "short"), _filtered(added.right, "short")
-        template = Template.from_code(environment, environment.compile(tree), environment.make_globals(None))
-    except TemplateSyntaxError as error:
-        raise InputError(f"the chat template is not jinja: line {error.lineno}: {error.message}") from None
-
-    def render(messages: list[dict], tools: list[dict] | None, generation_prompt: bool,
+    def render(self, messages: list[dict], tools: list[dict] | None, generation_prompt: bool,
                template_args: Mapping[str, Any]) -> str:
+        """The text.
+
+        Raises:
+            InputError: It takes too much time or memory, or writes too much.
+            GivenUpError: So many texts were slow that a run would not end.
+        """
+        if self._lost > LOST:
+            self._spent(0.0)
         told = [{**dict.fromkeys(REASONING, message["reasoning_content"]), **message}
                 if "reasoning_content" in message else message for message in messages]
-        context = template.new_context({
-            **special_tokens, **template_args, "messages": told, "tools": tools, "documents": None,
-            "add_generation_prompt": generation_prompt, CLOCK: _Clock()})
-        pieces, length = [], 0
-        for piece in template.root_render_func(context):
-            length += len(piece)
-            if length > CHARACTERS:
-                raise InputError(f"it writes more than {CHARACTERS:,} characters")
-            pieces.append(piece)
-        return "".join(pieces)
+        context = {**template_args, "messages": told, "tools": tools, "documents": None,
+                   "add_generation_prompt": generation_prompt}
+        began, most = time.monotonic(), SLOW + SLOW_TURN * len(messages)
+        try:
+            text = self._text(context)
+            most += SLOW_CHARACTER * len(text)
+        except InputError:
+            most = 0.0
+            raise
+        finally:
+            if (took := time.monotonic() - began) > most and took > SLOW:
+                self._spent(took - most)
+        return text
 
-    return render
+    def _text(self, context: dict[str, Any]) -> str:
+        if self._inner is not None and self._left < TRIES:
+            try:
+                if _size(context) > jinja_guard.LARGE:
+                    raise OutsideError
+                inner = self._inner
+                pieces, length = [], 0
+                for piece in inner.root_render_func(inner.new_context({**self._tokens, **context, WORK: Work()})):
+                    length += len(piece)
+                    if length > jinja_guard.BUDGET:
+                        raise OutsideError
+                    pieces.append(piece)
+                return "".join(pieces)
+            except OutsideError:
+                self._left += 1
+        return jinja_process.render(self._source, self._tokens, context, SECONDS, CHARACTERS)
 
-
-def _filtered(node: Any, name: str) -> Any:
-    from jinja2 import nodes
-
-    return nodes.Filter(node, name, [], [], None, None, lineno=node.lineno)
-
-
-class _Clock:
-    """Stops a template that takes too long; conversations as they are never make it look at the time."""
-
-    def __init__(self) -> None:
-        self._looks, self._end = 0, 0.0
-
-    def look(self) -> None:
-        """Once in every round of a loop, and for every call."""
-        self._looks += 1
-        if self._looks % 256 == 0:
-            now = time.monotonic()
-            self._end = self._end or now + SECONDS
-            if now > self._end:
-                raise InputError(f"it takes longer than {SECONDS} seconds")
-
-
-def _short(value: Any) -> Any:
-    if isinstance(value, str | list | tuple) and len(value) > CHARACTERS:
-        raise InputError(f"it writes more than {CHARACTERS:,} characters")
-    return value
-
-
-def _times(left: Any, right: Any) -> Any:
-    for one, other in ((left, right), (right, left)):
-        if isinstance(one, str | list | tuple) and isinstance(other, int) and len(one) * other > CHARACTERS:
-            raise InputError(f"it writes more than {CHARACTERS:,} characters")
-    return left * right
+    def _spent(self, seconds: float) -> None:
+        now = time.monotonic()
+        self._lost = max(0.0, self._lost - REGAINED * (now - self._then)) + seconds
+        self._then = now
+        if self._lost > LOST:
+            raise GivenUpError(f"the chat template was too slow too often: {self._lost:.0f} seconds were lost with "
+                               "texts that take a thousandth of a second as a rule", where="data.chat_template",
+                               fix="give another template, a .jinja file that you have read")
 
 
-def _power(left: Any, right: Any) -> Any:
-    if not (abs(left) < 1 << 64 and abs(right) < 1 << 10):
-        raise InputError("it computes a power that is too large")
-    return left ** right
+def _size(context: dict[str, Any]) -> int:
+    """Characters of the messages, roughly."""
+    size = 0
+    for message in context["messages"]:
+        for value in message.values():
+            if type(value) is str:
+                size += len(value)
+            elif value is not None:
+                size += size_of(value)
+    return size + (size_of(context["tools"]) if context["tools"] else 0)
+
+
+# ---- source to program -----------------------------------------------------------------------------------------------
+
+def _environment() -> Any:
+    """The sandbox of transformers, with guards; nothing is computed while a template is compiled."""
+    from transformers.utils.chat_template_utils import _compile_jinja_template
+
+    return jinja_guard.guard(_compile_jinja_template("").environment)
+
+
+def _parsed(environment: Any, source: str) -> Any:
+    if len(source) > SOURCE:
+        raise InputError(f"the chat template has {len(source):,} characters; {SOURCE:,} are read at most",
+                         where="data.chat_template")
+    with _said_of(source):
+        return environment.parse(source)
+
+
+@contextmanager
+def _said_of(source: str) -> Generator[None, None, None]:
+    """Whatever the compiler raises, as an error of the user."""
+    from jinja2 import TemplateSyntaxError
+
+    try:
+        yield
+    except (InputError, OutsideError):
+        raise
+    except TemplateSyntaxError as error:
+        raise InputError(f"the chat template is not jinja: line {error.lineno}: {error.message}") from None
+    except Exception as error:                      # nested too deeply, numbers too long, half a surrogate pair
+        raise InputError(f"the chat template cannot be compiled: {str(error)[:160] or type(error).__name__}",
+                         where="data.chat_template") from None
+
+
+def _inner(source: str) -> Any:
+    """The template as it is rendered in this process; null where it cannot be.
+
+    Raises:
+        InputError: The source is not jinja.
+    """
+    from jinja2 import Template
+
+    environment = _environment()
+    tree = _parsed(environment, source)
+    if len(source) > jinja_guard.SOURCE:
+        return None
+    with suppress(OutsideError), _said_of(source):
+        return Template.from_code(environment, environment.compile(jinja_guard.guard_tree(tree)),
+                                  environment.make_globals(None))
+    return None

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-NOUNS = {"answers", "calls", "conversation", "check", "jinja", "rendering", "template", "encoder", "tokenizer", "tying", "adapter",
+NOUNS = {"answers", "calls", "conversation", "check", "jinja", "jinja_guard", "jinja_process", "rendering", "template", "encoder", "tokenizer", "tying", "adapter",
          "peft_method", "trained_rows", "merging", "model", "anatomy", "quantize", "attention", "blockwise", "miniature", "vocabulary", "starting",
          "tokenizer_file"}
 GROUND = {"threads", "class_paths", "command", "disk", "errors", "hub", "integrity", "library_warnings", "lock", "origin", "patterns",
@@ -18,7 +18,7 @@ RIM = {"cli", "runs", "ending", "examples", "parser", "runconfig", "__main__", "
 WINGS = {"data": set(), "training": {"data"}, "inference": set()}
 ARROWS = {("training.callbacks", "inference.completion"), ("training.callbacks", "inference.sampling")}
 NOUNS_FROM = {"conversation": set(), "check": {"conversation"}, "miniature": set(), "attention": {"blockwise"},
-              "blockwise": set(), "jinja": set(),
+              "blockwise": set(), "jinja": {"jinja_guard", "jinja_process"}, "jinja_guard": set(), "jinja_process": set(),
               "calls": set(), "rendering": {"conversation", "calls", "jinja"},
               "template": {"conversation", "calls", "jinja", "rendering"}, "encoder": {"rendering"},
               "answers": {"conversation", "rendering"},

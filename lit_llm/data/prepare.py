@@ -29,7 +29,7 @@ from lit_llm.data.sources import Source
 from lit_llm.data.store import CONVERSATION, DOCUMENT, Block, Encoded, Report, TokenStore, Writer, block, token_dtype
 from lit_llm.data.workers import Workers
 from lit_llm.encoder import Piece
-from lit_llm.errors import InputError
+from lit_llm.errors import GivenUpError, InputError
 from lit_llm.tokenizer import IGNORE_INDEX, Tokenizer, TokenSequence, TrainOn
 
 __all__ = ["Item", "OnBadRecord", "Part", "Settings", "cache_root", "encode", "prepare", "size_of", "wait_for"]
@@ -171,6 +171,8 @@ def encode(items: list[Item], source: Source, tokenizer: Tokenizer,
             left_out: set[str] = set()
             out.append(_conversation(said, tokenizer, train_on, left_out) if isinstance(said, Conversation) else None)
             noted.update(left_out)
+        except GivenUpError:
+            raise
         except InputError as error:
             out.append(error.at(str(place)))
     ids = iter(zip(texts, tokenizer.encode_pieces(texts), strict=True))
