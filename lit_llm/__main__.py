@@ -1,4 +1,4 @@
-"""`python -m lit_llm VERB`."""
+"""`python -m lit_llm VERB`, and the command `lit-llm VERB`."""
 
 import os
 import signal
@@ -32,7 +32,8 @@ def _end(number: int, frame: FrameType | None) -> None:
     os._exit(130 if number == signal.SIGINT else 143)
 
 
-if __name__ == "__main__":
+def run() -> None:
+    """The command `lit-llm VERB`, which is `python -m lit_llm VERB`."""
     _whole_heap()
     for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
         if hasattr(signal, name):
@@ -40,3 +41,7 @@ if __name__ == "__main__":
     from lit_llm.cli import main
 
     main()
+
+
+if __name__ == "__main__":
+    run()

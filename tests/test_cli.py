@@ -103,6 +103,18 @@ def test_the_name_of_a_config_that_is_nearly_right(place):
     refused("fit", "--config", "mien.yaml", says=["no file", "Did you mean 'mine.yaml'?"])
 
 
+def test_the_installed_command_is_the_module(tmp_path):
+    """As pip writes it: the same answers, also where the process begins again for its heap."""
+    script = tmp_path / "lit-llm"
+    script.write_text("import sys\nfrom lit_llm.__main__ import run\nsys.exit(run())\n")
+    for words, code in ((["--help"], 0), (["fit", "--config", "nope.yaml"], 2)):
+        told = [subprocess.run([sys.executable, *command, *words], cwd=tmp_path, capture_output=True, text=True,
+                               env=os.environ | {"PYTHONPATH": str(ROOT)}, timeout=120)
+                for command in ([str(script)], ["-m", "lit_llm"])]
+        assert [each.returncode for each in told] == [code, code]
+        assert (told[0].stdout, told[0].stderr) == (told[1].stdout, told[1].stderr)
+
+
 # ---- what was typed --------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize(("words", "says"), [
