@@ -212,8 +212,8 @@ class ChatTemplate(Renderer):
         if thoughts is None and (found := re.match(r"\s*<think>(.*?)</think>(.*)", content, re.DOTALL)):
             thoughts, content = found[1], found[2]
         if thoughts is None or message.tool_calls:
-            raise InputError("the generation prompt opens a thinking that this answer lacks: it must come with "
-                             "reasoning_content, or begin with <think>")
+            raise InputError("the chat template begins the answer inside a block of reasoning, and this answer has "
+                             "none: it must come with reasoning_content, or begin with <think>")
         self.refuse_forgery("the answer", message.content)
         end = self._tail.strip() or self._own_end()
         return thoughts.strip("\n") + "\n</think>\n\n" + content.lstrip("\n") + end

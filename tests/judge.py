@@ -272,7 +272,7 @@ def refusal(forms_, places, why, tokenizer):
     if not best:
         return MISSED, why
     told = f"{why} | {best}"
-    if "opens a thinking" in why:
+    if "block of reasoning" in why:
         opens = any((talk.text(place, True) or "").rstrip().endswith("<think>") and not parts_of(talk.messages[place])[1].strip()
                     for talk in forms_ for place in places)
         return (REFUSED if opens else UNTRUE), told

@@ -442,7 +442,7 @@ def test_a_run_tells_what_it_drew(place):
     assert json.loads(Path("whole/metrics.json").read_text())["step"] == 10
     assert {name: said["sequences"] for name, said in whole["ledger"].items()} == {"good.jsonl": 16, "more.jsonl": 10}
     assert [source["read"] for source in whole["sources"]] == [8, 20]
-    assert re.search(r"drawn in training +sequences +tokens +learned +share\n +good.jsonl +16 ", out)
+    assert re.search(r"drawn in training +sequences +tokens +supervised +share\n +good.jsonl +16 ", out)
     assert call(*words, "--trainer.max_steps", 4)[0] == 0
     ledger = json.loads(Path("run/data.json").read_text())["ledger"]
     assert sum(said["sequences"] for said in ledger.values()) == 12

@@ -29,7 +29,7 @@ NOTES = {                                               # of `Plan.notes`, in wo
     "cut_in_an_answer": "of them cut in an answer, whose stop token is lost",
     "dropped_overlong": "left out: longer than a row",
     "dropped_nothing_left": "left out: no token is learned in what fits a row",
-    "also_in_train": "records that stand in the training data, too",
+    "also_in_train": "records that are exact duplicates of training records",
 }
 
 
@@ -230,7 +230,8 @@ def _doubtful(stages: Sequence[Stage], seq_len: int) -> Iterator[str]:
         if count := stage.notes.get("duplicates"):
             yield f"{stage.name}: {count:,} records say exactly what an earlier one says; data.dedup leaves them out"
         if count := stage.notes.get("also_in_train"):
-            yield f"{stage.name}: {count:,} records stand in the training data, too: its figures will flatter"
+            yield (f"{stage.name}: {count:,} records are exact duplicates of training records, so its figures "
+                   "will be too good")
         if (count := stage.notes.get("cut", 0)) > stage.sequences // 20:
             lost = stage.notes.get("cut_in_an_answer", 0)
             yield (f"{stage.name}: {count / stage.sequences:.0%} of the sequences are longer than {seq_len:,} tokens "

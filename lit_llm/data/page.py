@@ -53,7 +53,7 @@ def as_page(seen: Inspection, title: str) -> str:
         run = f"; {pace.run:,} in the run" if pace.run else ""
         body.append(f"<p>{pace.epoch:,} steps in an epoch, of {pace.rows:,} rows each{last}{run}.</p>")
     if seen.shown:
-        body.append('<h2>First rows</h2><p><span class="learned">learned</span>, '
+        body.append('<h2>First rows</h2><p><span class="learned">supervised</span>, '
                     '<span class="template">of the template</span>, <span class="special">control tokens</span>; '
                     'who says it appears where the pointer rests</p>')
     for number, segments in enumerate(seen.shown, 1):
@@ -72,13 +72,13 @@ def _stage(stage: Stage, seq_len: int) -> Iterator[str]:
     yield f"<h2>{stage.name}</h2>"
     facts = [["sequences", f"{stage.sequences:,}", ""], [f"rows of {seq_len:,}", f"{stage.rows:,}", ""],
              ["tokens", f"{stage.tokens:,}", ""],
-             ["learned", f"{stage.supervised:,}", f"{stage.supervised / stage.tokens:.1%}"],
+             ["supervised", f"{stage.supervised:,}", f"{stage.supervised / stage.tokens:.1%}"],
              ["padding", f"{stage.rows * seq_len - stage.tokens:,}", f"{stage.padding:.1%}"]]
     facts += [[NOTES.get(name, name), f"{count:,}", f"{count / stage.sequences:.1%}"]
               for name, count in stage.notes.items() if count]
     yield _table(["", "", ""], facts)
     yield f"<h3>What {'an epoch draws' if stage.name == 'train' else 'is read'}</h3>"
-    yield _table(["source", "sequences", "tokens", "learned", "share"], [
+    yield _table(["source", "sequences", "tokens", "supervised", "share"], [
         [source, *(f"{counts[key]:,}" for key in ("sequences", "tokens", "supervised")),
          f"{counts['tokens'] / stage.tokens:.1%}"] for source, counts in stage.drawn.items()])
     least, half, most = stage.spread
@@ -98,14 +98,14 @@ def _source(report: Report) -> Iterator[str]:
         *([f"dropped: {reason}", f"{count:,}", f"first at {first}"] for reason, (count, first) in
           sorted(report.dropped.items(), key=lambda item: -item[1][0])),
         *([name, f"{count:,}", ""] for name, count in report.noted.items())])
-    yield _table(["who says it", "tokens", "learned", ""], [
+    yield _table(["who says it", "tokens", "supervised", ""], [
         [name, f"{tokens:,}", f"{learned:,}", f"{learned / tokens:.1%}"]
         for name, (tokens, learned) in report.speakers.items()])
 
 
 def _segment(segment: Shown) -> str:
     part = f"tokens {segment.start:,} to {segment.stop:,} of {segment.length:,}"
-    return (f"<p>{html.escape(segment.place)}: {part}, {segment.learned:,} learned</p>"
+    return (f"<p>{html.escape(segment.place)}: {part}, {segment.learned:,} supervised</p>"
             f"<pre>{''.join(map(_span, segment.runs))}</pre>")
 
 

@@ -22,7 +22,7 @@ class Progress:
     """The line of one source.
 
     Args:
-        source: What is read; of the hub, nobody knows how much is left.
+        source: What is read; of the hub, how much is left is unknown.
     """
 
     def __init__(self, source: Source) -> None:

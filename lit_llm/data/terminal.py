@@ -24,7 +24,7 @@ def as_text(seen: Inspection, *, colour: bool, characters: int = 400) -> str:
         colour: Whether the terminal has colours; without them, what is learned stands in brackets.
         characters: Of a stretch of one speaker's text, the most that is shown; 0 shows all.
     """
-    say = "green is learned, bold are control tokens" if colour else "⟦...⟧ is learned"
+    say = "green is supervised, bold are control tokens" if colour else "⟦...⟧ is supervised"
     lines: list[str] = []
     for number, segments in enumerate(seen.shown, 1):
         used = sum(segment.stop - segment.start for segment in segments)
@@ -62,15 +62,15 @@ def ledger(drawn: Tally, name: str) -> list[str]:
     whole = max(1, sum(counts["tokens"] for counts in drawn.values()))
     rows = [[source, f"{counts['sequences']:,}", f"{counts['tokens']:,}", f"{counts['supervised']:,}",
              f"{counts['tokens'] / whole:.1%}"] for source, counts in drawn.items()]
-    return _table([name, "sequences", "tokens", "learned", "share"], rows)
+    return _table([name, "sequences", "tokens", "supervised", "share"], rows)
 
 
 # ---- rows ------------------------------------------------------------------------------------------------------------
 
 def _origin(segment: Shown) -> str:
-    tokens = f"{segment.stop - segment.start:,} tokens, {segment.learned:,} learned"
+    tokens = f"{segment.stop - segment.start:,} tokens, {segment.learned:,} supervised"
     if segment.stop - segment.start < segment.length:
-        tokens = f"tokens {segment.start:,} to {segment.stop:,} of {segment.length:,}, {segment.learned:,} learned"
+        tokens = f"tokens {segment.start:,} to {segment.stop:,} of {segment.length:,}, {segment.learned:,} supervised"
     return f"{_fitted(segment.place, 70 - len(tokens))}: {tokens}"
 
 
@@ -105,7 +105,7 @@ def _shortened(text: str, most: int) -> str:
 
 def _records(report: Report) -> Iterator[str]:
     """A source's records in words; one line, and one for each reason to drop."""
-    share = f", {report.supervised / report.tokens:.1%} learned" if report.tokens else ""
+    share = f", {report.supervised / report.tokens:.1%} supervised" if report.tokens else ""
     yield f"{_several(report.read, 'record')}, {report.kept:,} kept; {report.tokens:,} tokens{share}"
     yield from (f"{count:,} {name}" for name, count in report.noted.items())
     reasons = sorted(report.dropped.items(), key=lambda item: -item[1][0])
@@ -120,12 +120,12 @@ def _records(report: Report) -> Iterator[str]:
 def _speakers(report: Report) -> list[str]:
     rows = [[name, f"{tokens:,}", f"{learned:,}", f"{learned / tokens:.1%}"]
             for name, (tokens, learned) in report.speakers.items()]
-    return _table(["who says it", "tokens", "learned", ""], rows)
+    return _table(["who says it", "tokens", "supervised", ""], rows)
 
 
 def _stage(stage: Stage, seq_len: int) -> Iterator[str]:
     yield (f"  {_several(stage.sequences, 'sequence')} in {_several(stage.rows, 'row')} of {seq_len:,}, "
-           f"{1 - stage.padding:.1%} full; {stage.tokens:,} tokens, {stage.supervised / stage.tokens:.1%} learned")
+           f"{1 - stage.padding:.1%} full; {stage.tokens:,} tokens, {stage.supervised / stage.tokens:.1%} supervised")
     for name, count in stage.notes.items():
         if count:
             yield f"  {count:,} ({count / stage.sequences:.1%}) {NOTES.get(name, name)}"

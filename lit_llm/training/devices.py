@@ -30,7 +30,7 @@ class Device:
     Args:
         name: As it is typed, or as a driver says it.
         memory: GiB of one device; of a processor, what the machine has.
-        half: TFLOP/s of products of matrices in bfloat16 (float16 where there is none); 0 where nobody knows.
+        half: TFLOP/s of products of matrices in bfloat16 (float16 where there is none); 0 where it is unknown.
         single: The same in float32.
         utilisation: Share of that rate that a training step is assumed to reach.
         cpu: Whether it is a processor: then the process itself lies in the same memory, and processes share it.
@@ -46,7 +46,7 @@ class Device:
     bfloat16: bool = True
 
     def rate(self, half: bool) -> float:
-        """FLOP/s that a step is assumed to reach; 0 where nobody knows."""
+        """FLOP/s that a step is assumed to reach; 0 where it is unknown."""
         return (self.half if half else self.single) * self.utilisation * TERA
 
     def room(self, processes: int = 1) -> int:

@@ -97,7 +97,7 @@ def agreed(trainer: Any, module: Any, data: Any) -> Recompute:
     try:
         way = of(trainer, module, data, room(trainer)).setting.recompute
     except InputError as error:
-        log.warning("gradient checkpointing: full, for nobody knows what a step holds: %s", error)
+        log.warning("the memory of a step could not be estimated: using full gradient checkpointing (%s)", error)
         way = "full"
     place = torch.tensor(WAYS.index(way), device=trainer.strategy.root_device)
     way = WAYS[int(trainer.strategy.reduce(place, reduce_op="max"))]

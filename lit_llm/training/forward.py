@@ -56,7 +56,7 @@ class Way:
 def announce(way: Way) -> None:
     """Say in a line each what is not as fast as it could be, and why."""
     if way.why_alone:
-        log.warning("documents go through the model one by one, which is slower: %s", way.why_alone)
+        log.warning("packed documents are processed one by one, which is slower: %s", way.why_alone)
     if way.why_own_logits:
         log.warning("the loss is computed from the model's own logits, which takes more memory: %s", way.why_own_logits)
 

@@ -70,7 +70,7 @@ class Plan:
         memory: Of each stage of ZeRO that the number of devices allows; 0 is plain.
         room: Bytes of a device that a run may fill.
         device: What it is planned for.
-        pace: On that device; null where nobody knows its rate.
+        pace: On that device; null where its rate is unknown.
         options: What would make the run fit, the least change first; empty where it fits, or where nothing helps.
         paces: Of each option.
         checkpoint_bytes: Of each checkpoint on disk.
@@ -187,7 +187,7 @@ def as_text(plan: Plan) -> str:
     share = 100 * counts.trained / counts.total
     formula = f"{'4 N + 2 N_adapters' if counts.adapters else '6 N'} + 6 d T, causal"
     lines = [f"model    {counts.total:,} parameters, {counts.trained:,} of them learn ({share:.2f} %)",
-             f"data     {plan.tokens:,} tokens an epoch, {plan.supervised:,} of them learned"
+             f"data     {plan.tokens:,} tokens an epoch, {plan.supervised:,} of them supervised"
              + (f", {plan.steps:,} steps" if plan.steps else " (of the stream's beginning)")]
     if plan.steps_in_run:
         lines.append(f"run      {plan.steps_in_run:,} steps, about {plan.tokens_in_run:,} tokens")

@@ -322,8 +322,8 @@ def _check_numbers(options: dict[str, Any]) -> None:
         at_least(least, {f"trainer.{name}": options.get(name)})
     for name in NOTHING:
         if options.get(name) == 0:
-            raise InputError("0 would train, or measure, nothing", where=f"trainer.{name}", fix="leave it out, or set "
-                             "it to 1 or more; validate and export read a model without training")
+            raise InputError("must not be 0: nothing would be trained or measured", where=f"trainer.{name}",
+                             fix="leave it out, or set it to 1 or more; validate and export do not train")
 
 
 def _strategy(strategy: Any) -> Any:
