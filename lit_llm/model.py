@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_llm import attention as packed_attention
-from lit_llm import hub, integrity
+from lit_llm import config_limits, hub, integrity
 from lit_llm.anatomy import causal_lm
 from lit_llm.errors import InputError, did_you_mean
 from lit_llm.quantize import Quantize, answer_in_half, keep_differentiable, quantization
@@ -52,6 +52,7 @@ def load_causal_lm(path: str, *, dtype: torch.dtype = torch.float32, attention: 
     if folder.is_dir() and not (folder / "config.json").is_file():
         raise InputError(f"{path} holds no config.json, so it is no model folder", where="model.base")
     integrity.check_beside(folder, "model.base")
+    config_limits.check_folder(path, "model.base")
     if attention == packed_attention.NAME:
         packed_attention.register()
     if quantize is not None:
@@ -59,10 +60,13 @@ def load_causal_lm(path: str, *, dtype: torch.dtype = torch.float32, attention: 
     else:
         more = {}
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            str(folder) if folder.is_dir() else path, dtype=dtype, attn_implementation=attention,
-            use_safetensors=True, trust_remote_code=False, output_loading_info=True,
-            local_files_only=not folder.is_dir() and hub.offline(), **more)
+        with config_limits.building("model.base", most=config_limits.most_parameters(path), whole=False):
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                str(folder) if folder.is_dir() else path, dtype=dtype, attn_implementation=attention,
+                use_safetensors=True, trust_remote_code=False, output_loading_info=True,
+                local_files_only=not folder.is_dir() and hub.offline(), **more)
+    except InputError:
+        raise
     except Exception as error:                      # a stranger's files: transformers has no one error for them
         _check_interface(error, path)
         if folder.is_dir():
@@ -93,6 +97,7 @@ def stored_dtype(path: str) -> torch.dtype:
 
     path = resolve(path)
     folder = Path(path).expanduser()
+    config_limits.check_folder(path, "model")
     try:
         config = AutoConfig.from_pretrained(str(folder) if folder.is_dir() else path, trust_remote_code=False,
                                             local_files_only=not folder.is_dir() and hub.offline())
@@ -118,8 +123,10 @@ def init_causal_lm(init: dict[str, Any], *, dtype: torch.dtype = torch.float32, 
         InputError: An unknown architecture, or a key that its config does not have.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.integrations import is_deepspeed_zero3_enabled
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+    config_limits.check(init, "model.init")
     keys = dict(init)
     kind = str(keys.pop("model_type", None))
     if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
@@ -140,7 +147,10 @@ def init_causal_lm(init: dict[str, Any], *, dtype: torch.dtype = torch.float32, 
         heads, shared = (facts.get(f"num_{name}_heads") for name in ("attention", "key_value"))
         if isinstance(heads, int) and isinstance(shared, int) and shared and heads % shared:
             raise ValueError(f"{heads} attention heads cannot share {shared} key and value heads equally")
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
+        with config_limits.building("model.init", whole=not is_deepspeed_zero3_enabled()):
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
+    except InputError:
+        raise
     except Exception as error:                      # each architecture refuses in its own way
         _check_interface(error, kind)
         raise InputError(f"no {kind} can be built so: {_reason(error)}", where="model.init") from None
@@ -170,11 +180,15 @@ def skeleton(base: str | None, init: dict[str, Any] | None, *, dtype: torch.dtyp
         from transformers import AutoConfig, AutoModelForCausalLM
 
         path = str(Path(resolve(str(base))).expanduser())
+        config_limits.check_folder(path, "model.base")
         try:
             config = AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=hub.offline())
             if attention == packed_attention.NAME:
                 packed_attention.register()
-            return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
+            with config_limits.building("model.base", most=config_limits.most_parameters(path)):
+                return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
+        except InputError:
+            raise
         except Exception as error:                  # a stranger's file
             _check_interface(error, str(base))
             raise InputError(f"cannot read the architecture of {base}: {_reason(error)}", where="model.base") from None

@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from lit_llm import hub
+from lit_llm import config_limits, hub
 from lit_llm.errors import InputError
 
 STRESS = (
@@ -35,6 +35,7 @@ def load_fast(path: str) -> Any:
 
     if not Path(path).is_dir() and (Path(path).is_absolute() or path.startswith((".", "~")) or path.count("/") > 1):
         raise InputError(f"there is no folder {path}", where="tokenizer")
+    config_limits.check_folder(path, "tokenizer")      # transformers reads it here, too
     try:
         hf = AutoTokenizer.from_pretrained(
             path, trust_remote_code=False, local_files_only=not Path(path).is_dir() and hub.offline())

@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[1]
 NOUNS = {"answers", "calls", "conversation", "check", "jinja", "jinja_guard", "jinja_process", "rendering", "template", "encoder", "tokenizer", "tying", "adapter",
          "peft_method", "trained_rows", "merging", "model", "anatomy", "quantize", "attention", "blockwise", "miniature", "vocabulary", "starting",
          "tokenizer_file"}
-GROUND = {"threads", "class_paths", "command", "disk", "errors", "hub", "integrity", "library_warnings", "lock", "origin", "patterns",
+GROUND = {"threads", "class_paths", "command", "config_limits", "disk", "errors", "hub", "integrity", "library_warnings", "lock", "origin", "patterns",
           "redaction", "samples"}
 RIM = {"cli", "runs", "ending", "examples", "parser", "runconfig", "__main__", "__init__"}       # they may import everything
 WINGS = {"data": set(), "training": {"data"}, "inference": set()}

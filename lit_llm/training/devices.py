@@ -7,15 +7,13 @@ was `utilisation`, the share of the rate that a training step is assumed to reac
 """
 
 import math
-import os
 import time
-from contextlib import suppress
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 
+from lit_llm.config_limits import installed_memory
 from lit_llm.errors import InputError, did_you_mean
 
 MARGIN = 0.85                                       # of a device's memory; fragments, buffers and others have the rest
@@ -117,10 +115,7 @@ def here(root: Any) -> Device:
 
 def processor() -> Device:
     """This machine's, or what its container may have; its rate is not known before it is measured."""
-    have = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    with suppress(OSError, ValueError):             # a container may have less; there is none, or it says "max"
-        have = min(have, int(Path("/sys/fs/cgroup/memory.max").read_text(encoding="ascii")))
-    return Device("memory of this machine", have / GIB, utilisation=PROCESSOR, cpu=True)
+    return Device("memory of this machine", installed_memory() / GIB, utilisation=PROCESSOR, cpu=True)
 
 
 def measured(device: Device, seconds: float = 0.1) -> Device:
