@@ -5,6 +5,9 @@ Text is encoded whole, as the library would do it; only where that breaks one of
     <|im_start|> user\n say <|im_end|> twice <|im_end|> \n <|im_start|> assistant\n | yes <|im_end|>
     ~meant~~~~~~              ~spelled~~       ~meant~~~~     ~meant~~~~~~              ^ seam
 
+A text of more than `WHOLE` characters is read in pieces, to the same ids (`cutting.py`), so that memory is some tens of
+bytes for each of its bytes.
+
 Knows spans and ids, nothing of roles or labels.
 """
 
@@ -12,74 +15,22 @@ import json
 import re
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import pairwise
-from operator import itemgetter
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
+from lit_llm.cutting import Cutter, Piece, slices
 from lit_llm.errors import InputError
+from lit_llm.reading import LongReading, Reading, Stretch
 from lit_llm.rendering import Rendered, Span
 
 # Private use, no part of it twice: stands in for the token before a section.
 ANCHOR = "\U0010fffd\U0010f8ff\U0010fffc"
-CONTEXT = 128                                           # characters: further no rule of a tokenizer reaches
-PIECE = 1 << 13                                         # characters; larger ones are slower and take more memory
-BETWEEN = re.compile(r"\n(?=\S)|(?<=\S)(?=[ ]\S)")     # where a line or a word begins
-
-
-class Piece(NamedTuple):
-    """A stretch of plain text, what stands right before it in its document, and how many tokens that is."""
-
-    before: str
-    text: str
-    skip: int = 0
-
-
-class Reading:
-    """A text as tokens.
-
-    Where tokens stand is asked of the library a character at a time: all the spans together cost a fifth of reading.
-
-    Args:
-        ids: (T,).
-        spans: The characters that each stands for, or how to ask for them.
-        encoding: The library's; null where the text was read in sections.
-        torn: The seams at which the text had to be parted.
-    """
-
-    __slots__ = ("_encoding", "_spans", "ids", "torn")
-
-    def __init__(self, ids: list[int], spans: list[Span] | None = None, encoding: Any = None,
-                 torn: Sequence[int] = ()) -> None:
-        self.ids, self._spans, self._encoding, self.torn = ids, spans, encoding, list(torn)
-
-    @property
-    def spans(self) -> list[Span]:
-        """(T,) the characters that each token stands for."""
-        if self._spans is None:
-            self._spans = self._encoding.offsets
-        return self._spans
-
-    def begun(self, at: int) -> int:
-        """Tokens that begin before a character."""
-        clean = self._clean(at)
-        return bisect_left(self.spans, at, key=itemgetter(0)) if clean is None else clean
-
-    def ended(self, at: int) -> int | None:
-        """Tokens that end there or before; none where one straddles it."""
-        if (clean := self._clean(at)) is not None:
-            return clean
-        count = bisect_right(self.spans, at, key=itemgetter(1))
-        return None if count < len(self.ids) and self.spans[count][0] < at else count
-
-    def _clean(self, at: int) -> int | None:
-        """The token that begins just there, since the one before has ended; none where the library cannot tell."""
-        if self._encoding is None or self._spans is not None:
-            return None
-        number = self._encoding.char_to_token(at)
-        return number if number is not None and self._encoding.token_to_chars(number)[0] == at else None
+WHOLE = 1 << 18                                         # characters that the library reads at once
+HEADER = 1000                                           # characters of what stands before an answer, to be remembered
+SPACES = re.compile(r"\s*")
 
 
 class Encoder:
@@ -100,22 +51,29 @@ class Encoder:
         self._hints = {token.content[:2] for token in marks}
         self._sayable = _any_of(token.content for token in added.values() if not token.special)
 
-    def encode(self, rendered: Rendered, seams: Sequence[int] = ()) -> Reading:
+    def encode(self, rendered: Rendered, seams: Sequence[int] = ()) -> Reading | LongReading:
         """The text read whole; parted at those of the seams where a token would straddle.
 
         Raises:
-            InputError: Content would become a control token all the same, or holds half of a surrogate pair.
+            InputError: Content would become a control token all the same, it holds half of a surrogate pair, or it is
+                long and cannot be read in pieces.
         """
         text, tokens = rendered.text, self._tokens(rendered)
         forged = [start for start, *_ in tokens] != [found.start() for found in self._added.finditer(text)]
-        reading = Reading(*self._sections(text, tokens)) if forged else self.whole(text)
+        reading = self._parted(text, tokens) if forged else self.whole(text)
         torn = [seam for seam in seams if not self._clean_seam(text, seam, tokens, forged, reading)]
         if torn:
-            reading = Reading(*self._sections(text, tokens, torn), torn=torn)
+            reading = self._parted(text, tokens, torn)
         controls = [id_ for *_, id_ in tokens if id_ in self.special_ids]
-        if [id_ for id_ in reading.ids if id_ in self.special_ids] != controls:
+        if self._controls(reading.ids) != controls:
             raise InputError(f"text in {text[:80]!r} becomes a control token")
         return reading
+
+    def _controls(self, ids: "list[int] | np.ndarray") -> list[int]:
+        """The control tokens among some ids."""
+        if isinstance(ids, list):
+            return [id_ for id_ in ids if id_ in self.special_ids]
+        return [int(id_) for id_ in ids[np.isin(ids, self._specials)]]
 
     def _tokens(self, rendered: Rendered) -> list[tuple[int, int, int]]:
         """(start, stop, id) of the added tokens that are meant: the template's own, and what the assistant says."""
@@ -132,33 +90,69 @@ class Encoder:
             id_, token = self._by_spelling[match[0]]
             stop = match.end()
             if token.rstrip:                        # such a token swallows the space behind it
-                stop += len(text) - stop - len(text[stop:].lstrip())
+                stop = SPACES.match(text, stop).end()       # type: ignore[union-attr]
             tokens.append((match.start(), stop, id_))
         return tokens
 
+    def _parted(self, text: str, tokens: Sequence[tuple[int, int, int]],
+                seams: Sequence[int] = ()) -> Reading | LongReading:
+        """Encoded between the added tokens that are meant, where no other is known, and cut at the seams."""
+        if len(text) <= WHOLE:
+            return Reading(*self._sections(text, tokens, seams), torn=seams)
+        ids: list[np.ndarray] = []
+        stretches: list[Stretch] = []
+        count = 0
+        for start, stop, id_ in self._cuts(text, tokens, seams):
+            if id_ >= 0:
+                new = [(Stretch(start, stop, count, "", 0, None), np.array([id_], dtype=np.uint32))]
+            else:
+                new = list(self._stretches(self._plain, text, start, stop, count, ANCHOR if start else ""))
+            for stretch, more in new:
+                stretches.append(stretch)
+                ids.append(more)
+                count += len(more)
+        return LongReading(text, np.concatenate(ids), stretches, seams)
+
     def _sections(self, text: str, tokens: Sequence[tuple[int, int, int]],
                   seams: Sequence[int] = ()) -> tuple[list[int], list[Span]]:
-        """Encoded between the added tokens that are meant, where no other is known, and cut at the seams."""
+        """The same of a short text: all ids, and where they stand."""
         ids: list[int] = []
         offsets: list[Span] = []
+        for start, stop, id_ in self._cuts(text, tokens, seams):
+            more, spans = ([id_], [(start, stop)]) if id_ >= 0 else self._plainly(text, start, stop)
+            ids += more
+            offsets += spans
+        return ids, offsets
+
+    def _cuts(self, text: str, tokens: Sequence[tuple[int, int, int]],
+              seams: Sequence[int]) -> Iterator[tuple[int, int, int]]:
+        """(start, stop, id) of the added tokens that are meant, and with -1 of the sections between them."""
         at = 0
         seams = sorted({*seams, *(found.start() + 1 for found in re.finditer(ANCHOR, text))})
         for start, stop, id_ in [*tokens, (len(text), len(text), -1)]:
-            cuts = [at, *(seam for seam in seams if at < seam < start), start]
-            for begin, end in pairwise(cuts):
-                more, spans = self._plainly(text, begin, end)
-                ids += more
-                offsets += spans
+            inside = seams[bisect_right(seams, at):bisect_left(seams, start)]
+            yield from ((begin, end, -1) for begin, end in pairwise([at, *inside, start]) if begin < end)
             if id_ >= 0:
-                ids.append(id_)
-                offsets.append((start, stop))
+                yield start, stop, id_
             at = stop
-        return ids, offsets
+
+    def _stretches(self, backend: Any, text: str, start: int, stop: int, first: int = 0,
+                   anchor: str = "") -> Iterator[tuple[Stretch, np.ndarray]]:
+        """A section of a long text in pieces, each with its ids."""
+        at, run = start - len(anchor), partial(_run, backend)
+        for piece, *_ in self._cutter.pieces(slices(anchor + text[start:stop]), lambda _: backend):
+            end = at + len(piece.text)
+            before, skip = (anchor, int(bool(anchor))) if at < start else (piece.before, piece.skip)
+            ids = np.array(run(piece.before + piece.text).ids[max(skip, piece.skip):], dtype=np.uint32)
+            yield Stretch(max(at, start), end, first, before, skip, run), ids
+            at, first = end, first + len(ids)
 
     def _clean_seam(self, text: str, at: int, tokens: Sequence[tuple[int, int, int]], forged: bool,
-                    reading: Reading) -> bool:
+                    reading: Reading | LongReading) -> bool:
         """Whether the ids before `at` are those of the prompt alone, as the server will encode it."""
         ids, count = reading.ids, reading.ended(at)
+        if isinstance(reading, LongReading):            # its stretches are read independently
+            return count is not None and reading.is_alone(at, count)
         section = max((stop for _, stop, _ in tokens if stop <= at), default=0)
         first = reading.ended(section)
         if count is None or first is None:
@@ -166,20 +160,49 @@ class Encoder:
         if forged:
             return self._plainly(text, section, at)[0] == ids[first:count]
         header = text[section:at]                   # the same few words before every answer
-        if header not in self._headers and len(self._headers) < 1000:
-            self._headers[header] = self.whole(header).ids
+        if header not in self._headers and len(self._headers) < 1000 and len(header) <= HEADER:
+            self._headers[header] = _run(self._backend, header).ids
         if self._headers.get(header) == ids[first:count]:
             return True                             # added tokens split the text, so the last section decides
-        return self.whole(text[:at]).ids == ids[:count]
+        return _run(self._backend, text[:at]).ids == ids[:count]
 
-    def whole(self, text: str) -> Reading:
+    def whole(self, text: str) -> Reading | LongReading:
         """A text as the library reads it, control tokens included."""
-        return _run(self._backend, text)
+        if len(text) <= WHOLE:
+            return _run(self._backend, text)
+        stretches, ids = zip(*self._stretches(self._backend, text, 0, len(text)), strict=True)
+        return LongReading(text, np.concatenate(ids), stretches)
 
     # ---- plain text --------------------------------------------------------------------------------------------------
 
     def texts(self, pieces: Sequence[Piece]) -> list["np.ndarray | InputError"]:
         """Ids of pieces of plain text, each as it would be read within its document; spelled tokens stay text."""
+        if any(len(piece.text) > WHOLE for piece in pieces):
+            return [self._in_pieces(piece) if len(piece.text) > WHOLE else self._together([piece])[0]
+                    for piece in pieces]
+        return self._together(pieces)
+
+    def _in_pieces(self, whole: Piece) -> "np.ndarray | InputError":
+        """The same of a long one, some pieces at a time; one that was cut before could not be cut further."""
+        if whole.before:
+            return self._together([whole])[0]
+        ids: list[np.ndarray] = []
+        held: list[Piece] = []
+        try:
+            for piece, _, last in self.pieces(slices(whole.text)):
+                held.append(piece)
+                if last or sum(len(piece.text) for piece in held) >= WHOLE:
+                    for more in self._together(held):
+                        if isinstance(more, InputError):
+                            return more
+                        ids.append(more)
+                    held = []
+        except InputError as error:
+            return error
+        return np.concatenate(ids)
+
+    def _together(self, pieces: Sequence[Piece]) -> list["np.ndarray | InputError"]:
+        """Ids of pieces that are read at once."""
         spelled = [any(hint in piece.before + piece.text for hint in self._hints)
                    and bool(self._added.search(piece.before + piece.text)) for piece in pieces]
         out: dict[int, np.ndarray | InputError] = {}
@@ -202,31 +225,16 @@ class Encoder:
         return np.array(sorted(self.special_ids), dtype=np.uint32)
 
     def pieces(self, blocks: Iterable[str]) -> Iterator[tuple[Piece, bool, bool]]:
-        """A long text in pieces that can be read one by one: (piece, whether it is the first, whether the last)."""
-        before, skip, held, first = "", 0, "", True
-        for block in blocks:
-            held += block
-            while found := self._cut(held):
-                cut, count = found
-                yield Piece(before, held[:cut], skip), first, False
-                before, skip, held, first = held[max(0, cut - CONTEXT):cut], count, held[cut:], False
-        yield Piece(before, held, skip), first, True
+        """A long text in pieces that can be read one by one: (piece, whether it is the first, whether the last).
 
-    def _cut(self, text: str) -> tuple[int, int] | None:
-        """Where to cut a piece off, and the tokens of its last characters; none where it is short or no place clean."""
-        if len(text) < PIECE + 2 * CONTEXT:
-            return None
-        for tries, found in enumerate(BETWEEN.finditer(text, PIECE, len(text) - CONTEXT)):
-            at = found.end()
-            left, right = text[max(0, at - CONTEXT):at], text[at:at + CONTEXT]
-            backend = self._bare if self._added.search(left + right) else self._backend
-            alone, both = _run(backend, left).ids, _run(backend, left + right)
-            count = len(alone)
-            if both.ids[:count] == alone and both.begun(len(left)) == both.ended(len(left)) == count:
-                return at, count
-            if tries == 100:
-                break
-        return None
+        Raises:
+            InputError: It cannot be read in pieces.
+        """
+        return self._cutter.pieces(blocks, lambda text: self._bare if self._added.search(text) else self._backend)
+
+    @cached_property
+    def _cutter(self) -> Cutter:
+        return Cutter(self._backend)
 
     def _plainly(self, text: str, start: int, stop: int) -> tuple[list[int], list[Span]]:
         """A section's ids with every spelled token read as text; behind an anchor, since it does not begin the text."""

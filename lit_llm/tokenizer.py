@@ -20,9 +20,11 @@ import numpy as np
 from lit_llm import check
 from lit_llm.answers import EMPTY, UNASKED, TrainOn, hidden, spans_of, trained
 from lit_llm.conversation import ROLES, Conversation, Document
-from lit_llm.encoder import Encoder, Piece, Reading
+from lit_llm.cutting import Piece
+from lit_llm.encoder import Encoder
 from lit_llm.errors import InputError
 from lit_llm.jinja import Render, TemplateArgs, check_args, compiled, variables, with_defaults
+from lit_llm.reading import LongReading, Reading
 from lit_llm.rendering import Rendered, Span
 from lit_llm.samples import resolve
 from lit_llm.template import ChatTemplate, chosen
@@ -158,15 +160,15 @@ class Tokenizer:
     def framed(self, ids: np.ndarray, *, first: bool = True, last: bool = True) -> np.ndarray:
         """(T,) int32: a document's ids, with the tokenizer's beginning before it and its end of text behind it."""
         prefix, end = self._prefix if first else [], [self.eos_id] if last else []
-        return np.concatenate([prefix, ids, end]).astype(np.int32)
+        return np.concatenate([np.array(part, dtype=np.int32) for part in (prefix, ids, end)])
 
     def encode_text(self, text: str) -> list[int]:
         """Ids of plain text: no BOS, and a spelled control token stays text."""
-        return self._encoder.encode(Rendered(text, ((0, len(text)),))).ids
+        return _listed(self._encoder.encode(Rendered(text, ((0, len(text)),))))
 
     def encode_prompt(self, conversation: Conversation) -> list[int]:
         """What the model reads before it answers: exactly the ids that stand before that answer in training."""
-        return self._encoder.encode(self.template.render(conversation, generation_prompt=True)).ids
+        return _listed(self._encoder.encode(self.template.render(conversation, generation_prompt=True)))
 
     def encode_conversation(self, conversation: Conversation, *, train_on: TrainOn = "assistant",
                             notes: set[str] | None = None) -> tuple[TokenSequence, ...]:
@@ -230,15 +232,15 @@ class Tokenizer:
         spans = spans_of(rendered, [place])
         return self._labelled(rendered, self._encoder.encode(rendered, [spans[0][0]]), spans)
 
-    def _labelled(self, rendered: Rendered, reading: Reading, spans: Sequence[Span]) -> TokenSequence:
+    def _labelled(self, rendered: Rendered, reading: Reading | LongReading, spans: Sequence[Span]) -> TokenSequence:
         ids = np.asarray(reading.ids, dtype=np.int32)
-        labels, stops = np.full_like(ids, IGNORE_INDEX), set(self.stop_ids)
+        labels = np.full_like(ids, IGNORE_INDEX)
         for start, stop in spans:
             first, last = reading.begun(start), reading.begun(stop)
             labels[first:last] = ids[first:last]
-            *said, end = reading.ids[first:last]
-            if end not in stops or not stops.isdisjoint(said):
-                text = self.decode([*said, end], skip_special_tokens=False)
+            stops = np.flatnonzero(np.isin(ids[first:last], self.stop_ids))
+            if stops.tolist() != [last - first - 1]:
+                text = self.decode(ids[first:last][-1000:], skip_special_tokens=False)
                 raise InputError(f"serving would not stop where this answer does: {text[-80:]!r} must end with one of "
                                  f"{', '.join(self.hf.convert_ids_to_tokens(self.stop_ids))}, and hold none before")
         return TokenSequence(ids, labels, _speakers(rendered, reading))
@@ -326,7 +328,11 @@ def unlike(tokenizer: Tokenizer, base: str) -> str | None:
             f"{token!r} is {id_} there and {given.get(token, 'missing')} here")
 
 
-def _speakers(rendered: Rendered, reading: Reading) -> np.ndarray:
+def _listed(reading: Reading | LongReading) -> list[int]:
+    return reading.ids if isinstance(reading.ids, list) else reading.ids.tolist()
+
+
+def _speakers(rendered: Rendered, reading: Reading | LongReading) -> np.ndarray:
     """(T,) uint8: who says each token; of an answer, all that its model says: reasoning, calls and the stop token.
 
     A token belongs to where it begins; one that swallows spaces may end behind it.

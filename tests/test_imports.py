@@ -9,7 +9,11 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
+<<<<<<< HEAD
 NOUNS = {"answers", "calls", "conversation", "check", "jinja", "jinja_guard", "jinja_process", "rendering", "template", "encoder", "tokenizer", "tying", "adapter",
+=======
+NOUNS = {"answers", "calls", "conversation", "check", "jinja", "rendering", "template", "reading", "cutting", "encoder", "tokenizer", "tying", "adapter",
+>>>>>>> c7cc850 (Long texts are read in pieces wherever they stand, lines, rows and cells are bounded, weights too)
          "peft_method", "trained_rows", "merging", "model", "anatomy", "quantize", "attention", "blockwise", "miniature", "vocabulary", "starting",
          "tokenizer_file"}
 GROUND = {"threads", "class_paths", "command", "config_limits", "disk", "errors", "hub", "integrity", "library_warnings", "lock", "origin", "patterns",
@@ -20,9 +24,9 @@ ARROWS = {("training.callbacks", "inference.completion"), ("training.callbacks",
 NOUNS_FROM = {"conversation": set(), "check": {"conversation"}, "miniature": set(), "attention": {"blockwise"},
               "blockwise": set(), "jinja": {"jinja_guard", "jinja_process"}, "jinja_guard": set(), "jinja_process": set(),
               "calls": set(), "rendering": {"conversation", "calls", "jinja"},
-              "template": {"conversation", "calls", "jinja", "rendering"}, "encoder": {"rendering"},
+              "template": {"conversation", "calls", "jinja", "rendering"}, "reading": {"rendering"}, "cutting": set(), "encoder": {"rendering", "reading", "cutting"},
               "answers": {"conversation", "rendering"},
-              "tokenizer": {"answers", "check", "conversation", "jinja", "rendering", "template", "encoder", "tokenizer_file"},
+              "tokenizer": {"answers", "check", "conversation", "jinja", "rendering", "template", "reading", "cutting", "encoder", "tokenizer_file"},
               "tokenizer_file": set(), "tying": set(),
               "vocabulary": set(), "peft_method": set(), "trained_rows": {"peft_method"},
               "adapter": {"peft_method", "trained_rows", "tying", "vocabulary"}, "merging": {"adapter"},

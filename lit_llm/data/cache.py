@@ -26,7 +26,7 @@ from lit_llm.tokenizer import Tokenizer
 LARGE = 64 << 20                                        # bytes; of a smaller file the hash is not worth remembering
 SHAPERS = ("data.sources", "data.cleaning", "data.textfile", "data.record", "data.jsonfile", "data.readers",
            "data.recognition", "data.formats", "data.prepare", "data.store", "conversation", "calls", "jinja",
-           "jinja_guard", "jinja_process", "rendering", "template", "encoder", "answers",
+           "jinja_guard", "jinja_process", "rendering", "template", "cutting", "reading", "encoder", "answers",
            "tokenizer")                                 # what turns bytes into tokens
 SETTLED = 2.0                                           # seconds; a file changed since may change within one tick
 

@@ -13,8 +13,7 @@ from itertools import islice
 import numpy as np
 
 from lit_llm.data import sources
-from lit_llm.data.cleaning import clean_blocks
-from lit_llm.data.prepare import Item, Part
+from lit_llm.data.prepare import Item, parts_of
 from lit_llm.data.record import Found, LongText
 from lit_llm.data.sources import Source
 from lit_llm.errors import InputError
@@ -102,11 +101,10 @@ class Feed:
                 self.cursors[number] = behind
                 yield record, place
                 continue
-            blocks = clean_blocks(record.blocks, self.sources[number].clean)
-            for count, (piece, first, last) in enumerate(self.tokenizer.pieces(blocks)):
+            for count, part in enumerate(parts_of(record, self.sources[number], self.tokenizer)):
                 if count >= here.piece:
-                    self.cursors[number] = behind if last else replace(here, piece=count + 1)
-                    yield Part(piece, first, last), place
+                    self.cursors[number] = behind if part.last else replace(here, piece=count + 1)
+                    yield part, place
 
 
 def identity(source: Source) -> str:

@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from lit_llm.conversation import KNOWN_KEYS, Conversation, Document
-from lit_llm.data.recognition import BELOW, NAMED, PAIRS, TURNS, keys, listed, pair_keys, recognise, turns_key
+from lit_llm.data.recognition import BELOW, NAMED, PAIRS, TURNS, keys, listed, names, pair_keys, recognise, turns_key
+from lit_llm.data.record import shown
 from lit_llm.errors import InputError, did_you_mean
 
 SPEAKERS = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system",
@@ -117,7 +118,7 @@ def turns(record: _Seen) -> Conversation:
     key = turns_key(record.record) or next((key for key in TURNS if key in record.record), TURNS[0])
     told = listed(record.need(key))
     if not isinstance(told, list):
-        raise InputError(f"{key} must be a list, not {_shown(told)}")
+        raise InputError(f"{key} must be a list, not {shown(told)}")
     return _conversation(record, [message for number, turn in enumerate(told, 1) for message in _turn(turn, number)])
 
 
@@ -154,10 +155,10 @@ def _pair(record: _Seen, ask: str, answer: str) -> Conversation:
     messages = []
     history = listed(record.get("history") or [])
     if not isinstance(history, list):
-        raise InputError(f"history must be a list of pairs [question, answer], not {_shown(history)}")
+        raise InputError(f"history must be a list of pairs [question, answer], not {shown(history)}")
     for number, pair in enumerate(history, start=1):
         if not isinstance(pair, list | tuple) or len(pair) != 2:
-            raise InputError(f"history {number} must be a pair [question, answer], not {_shown(pair)}")
+            raise InputError(f"history {number} must be a pair [question, answer], not {shown(pair)}")
         messages += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
     if isinstance(asked, list):
         before = [message for number, turn in enumerate(asked, 1) for message in _turn(turn, number)]
@@ -199,7 +200,7 @@ def _turn(turn: Any, number: int) -> list[dict[str, Any]]:
     if isinstance(turn, str):                           # LIMA's: questions and answers in turn
         return [{"role": ("assistant", "user")[number % 2], "content": turn}]
     if not isinstance(turn, Mapping):
-        raise InputError(f"message {number}: a message must be an object with role and content, not {_shown(turn)}")
+        raise InputError(f"message {number}: a message must be an object with role and content, not {shown(turn)}")
     for pair in PAIRS:
         if all(key in turn for key in pair):
             both = [{"role": role, "content": turn[key]} for role, key in zip(("user", "assistant"), pair, strict=True)]
@@ -212,9 +213,9 @@ def _turn(turn: Any, number: int) -> list[dict[str, Any]]:
         raise InputError(f"message {number} needs the keys {needs}; it has {keys(turn)}")
     speaker = SPEAKERS.get(str(turn[by]).lower())
     if speaker is None:
-        names = list(SPEAKERS) if by == "from" else ["system", "user", "assistant", "tool"]
+        known = list(SPEAKERS) if by == "from" else ["system", "user", "assistant", "tool"]
         raise InputError(f"message {number}: unknown {'speaker' if by == 'from' else by} '{str(turn[by])[:40]}'; use "
-                         f"one of {', '.join(names[:8])}.{did_you_mean(str(turn[by]), names)}")
+                         f"one of {', '.join(known[:8])}.{did_you_mean(str(turn[by])[:40], known)}")
     message = {key: value for key, value in turn.items() if key not in ("role", "from", "value")}
     if words in turn:
         message["content"] = turn[words]
@@ -226,7 +227,7 @@ def _turn(turn: Any, number: int) -> list[dict[str, Any]]:
             calls = json.loads(calls)
         except (ValueError, RecursionError):
             raise InputError(f"message {number}: a {turn[by]}'s value must be JSON with name and arguments, "
-                             f"not {_shown(calls)}") from None
+                             f"not {shown(calls)}") from None
     functions = [{"function": call} for call in (calls if isinstance(calls, list) else [calls])]
     return [{**message, "role": "assistant", "content": "", "tool_calls": functions}]
 
@@ -237,11 +238,11 @@ def _tools(tools: Any) -> Any:
         try:
             tools = json.loads(tools) if tools.strip() else None
         except (ValueError, RecursionError):
-            raise InputError(f"tools is a string that is not JSON: {_shown(tools)}") from None
+            raise InputError(f"tools is a string that is not JSON: {shown(tools)}") from None
     if not isinstance(tools, list):
         return tools
     if bad := [tool for tool in tools if not isinstance(tool, Mapping)]:
-        raise InputError(f"a tool must be an object with a name, not {_shown(bad[0])}")
+        raise InputError(f"a tool must be an object with a name, not {shown(bad[0])}")
     return [dict(tool) if "function" in tool else {"type": "function", "function": dict(tool)} for tool in tools]
 
 
@@ -263,23 +264,19 @@ def _renamed(record: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str,
                              f"{did_you_mean(ours, list(OURS))}")
         if theirs not in record:
             raise InputError(f"columns names '{theirs}', and the record's keys are {keys(record)}."
-                             f"{did_you_mean(theirs, list(map(str, record)))}")
+                             f"{did_you_mean(theirs, names(record))}")
     kept = {key: value for key, value in record.items() if key not in columns.values() and key not in columns}
     return {**kept, **{ours: record[theirs] for ours, theirs in columns.items()}}
 
 
 def _absent(key: str, record: Mapping[str, Any]) -> InputError:
     return InputError(f"the key '{key}' is missing; the record has {keys(record)}."
-                      f"{did_you_mean(key, list(map(str, record)))}")
-
-
-def _shown(value: Any) -> str:
-    return json.dumps(value, default=str, ensure_ascii=False)[:40]
+                      f"{did_you_mean(key, names(record))}")
 
 
 def _string(value: Any, key: str) -> str:
     if not isinstance(value, str):
         kind = "null" if value is None else type(value).__name__
         hint = " (NaN is how pandas writes a missing value; null is JSON's)" if value != value else ""
-        raise InputError(f"{key} must be a string, not {kind}: {_shown(value)}{hint}")
+        raise InputError(f"{key} must be a string, not {kind}: {shown(value)}{hint}")
     return value

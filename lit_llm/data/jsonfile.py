@@ -6,12 +6,13 @@ that holds no object is given as an error with its place, and the lines that fol
 
 import json
 import re
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from lit_llm.data.record import Found, Place, Record
-from lit_llm.data.textfile import LONGEST, blocks, decode, lines
+from lit_llm.data.record import Found, Place, Record, shown
+from lit_llm.data.textfile import BLOCK, DAMAGE, LONGEST, blocks, decode, lines, open_bytes
 from lit_llm.errors import InputError
 
 _BLANK_OR_COMMA = re.compile(r"[\s,]*")
@@ -21,8 +22,8 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """An object; of a key that stands twice, Python would keep the last in silence."""
     found = dict(pairs)
     if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
+        seen = Counter(name for name, _ in pairs)
+        twice = next(name for name, count in seen.items() if count > 1)
         raise ValueError(f"the key '{twice[:40]}' stands twice in an object")
     return found
 
@@ -37,14 +38,18 @@ def scan_json(path: Path, notes: set[str], parse: bool) -> Iterator[Found]:
         return
     done, size = 0, max(path.stat().st_size, 1)
     for raw, number in lines(path, notes):
-        done += len(raw) + 1
-        if raw.strip():
-            yield parse_line(raw, path, number) if parse else raw, Place(str(path), number, share=min(done / size, 1))
+        done += 1 if isinstance(raw, InputError) else len(raw) + 1
+        yield parse_line(raw, path, number) if parse else raw, Place(str(path), number, share=min(done / size, 1))
 
 
 def _is_lines(path: Path) -> bool:
     """By the first line that is not blank; a `.json` file may hold JSON lines, too."""
-    first = next((raw for raw, _ in lines(path) if raw.strip()), b"").strip()
+    if _begins(path).startswith(b"["):                  # perhaps all of it in one line
+        return False
+    first, _ = next(lines(path), (b"", 1))
+    if isinstance(first, InputError):
+        return True
+    first = first.strip()
     if first.startswith(b"[") or first == b"{":
         return False
     if ".jsonl" in path.name.lower() or ".ndjson" in path.name.lower():
@@ -52,9 +57,19 @@ def _is_lines(path: Path) -> bool:
     return not isinstance(parse_line(first, path, 1), InputError)
 
 
-def parse_line(raw: bytes, path: Path, number: int) -> Record | InputError:
+def _begins(path: Path) -> bytes:
+    with open_bytes(path) as stream:
+        try:
+            return stream.read(BLOCK).lstrip()
+        except DAMAGE:                                  # who reads the records will name the place
+            return b""
+
+
+def parse_line(raw: bytes | InputError, path: Path, number: int) -> Record | InputError:
     """The object that a JSON line holds, or why it holds none."""
     where = f"{path}:{number}"
+    if isinstance(raw, InputError):
+        return raw
     try:
         text = decode(raw, path, number)
         return _record(DECODER.decode(text), text)
@@ -66,7 +81,7 @@ def parse_line(raw: bytes, path: Path, number: int) -> Record | InputError:
 
 def _whole(path: Path, notes: set[str]) -> Iterator[Found]:
     """Array elements, or objects one after another, decoded one at a time so that each has its line."""
-    stream, text, here, share = blocks(path, notes, whole_lines=False), "", 0, 0.0
+    stream, text, here, share = blocks(path, notes, ends="any"), "", 0, 0.0
     line, column, counted, last = 1, 1, 0, 0            # of text[counted]; the last record's line
     is_array: bool | None = None
     while True:
@@ -94,7 +109,11 @@ def _whole(path: Path, notes: set[str]) -> Iterator[Found]:
                 value, end = DECODER.raw_decode(text, here)
                 break
             except (ValueError, RecursionError) as error:
-                more = _as_much(stream, len(text) - here) if _cut_short(error, text, here) else []
+                short = _cut_short(error, text)
+                if short and len(text) - here > LONGEST:
+                    raise InputError(f"a value of more than {LONGEST >> 20} MB", where=where, fix="Is a quote or a "
+                                     "bracket left open? Else divide the record into several.") from None
+                more = _as_much(stream, len(text) - here) if short else []
                 if not more:                            # where the next element begins, nobody can say
                     line, column = _moved(text[here:getattr(error, "pos", here)], line, column)
                     raise _broken(error, text, f"{path}:{line}:{column}") from None
@@ -123,9 +142,9 @@ def _moved(passed: str, line: int, column: int) -> tuple[int, int]:
     return line, column + len(passed)
 
 
-def _cut_short(error: Exception, text: str, here: int) -> bool:
+def _cut_short(error: Exception, text: str) -> bool:
     """Whether a value may only want the text that has not been read yet."""
-    if not isinstance(error, json.JSONDecodeError) or len(text) - here > LONGEST:
+    if not isinstance(error, json.JSONDecodeError):
         return False
     return error.msg.startswith("Unterminated string") or error.pos >= len(text.rstrip()) - 8
 
@@ -142,7 +161,7 @@ def _broken(error: Exception, text: str, where: str) -> InputError:
 
 def _record(value: Any, text: str) -> Record | InputError:
     if not isinstance(value, dict):
-        return InputError(f"a record must be an object in braces, not {json.dumps(value)[:40]}")
+        return InputError(f"a record must be an object in braces, not {shown(value)}")
     if "\\ud" in text or "\\uD" in text:                # a pair of escapes is a character; half a pair is none
         try:
             json.dumps(value, ensure_ascii=False).encode()

@@ -14,6 +14,7 @@ from lit_llm.data.packing import Overlong, Packing, Rows, Segments
 from lit_llm.errors import InputError
 
 Stage = Literal["train", "val", "test"]
+COPIES = 10_000_000                                     # sequences that weights may put into an epoch
 
 
 class Mixture:
@@ -52,6 +53,7 @@ class Mixture:
         stream = packing == "concat"
         pieces = self._pieces(overlong) if rest.any() or not stream else pack.whole(corpus.lengths)
         whole = pack.whole(corpus.lengths) if stream else pieces
+        _refuse_flood(corpus, whole, weights, seq_len)
         always = _copied(corpus.store_of[whole.sequence], copies)
         self._always = self._packed(whole[np.random.default_rng(seed).permutation(always) if stream else always])
         owner = corpus.store_of[pieces.sequence]
@@ -106,6 +108,17 @@ class _Part:
 
     def take(self, epoch: int) -> Segments:
         return self.segments[(epoch * self.size + np.arange(self.size)) % len(self.segments)]
+
+
+def _refuse_flood(corpus: Corpus, whole: Segments, weights: Sequence[float], seq_len: int) -> None:
+    """Refuse weights whose copies would not fit in memory, where each takes some hundred bytes."""
+    counts = np.bincount(corpus.store_of[whole.sequence], np.maximum(1, whole.lengths // seq_len), len(weights))
+    drawn, most = counts * np.asarray(weights, dtype=np.float64), max(COPIES, 2 * int(counts.sum()))
+    if drawn.sum() > most:
+        store = int(drawn.argmax())
+        raise InputError(f"with a weight of {weights[store]:g} an epoch would have {drawn[store]:,.0f} sequences of it; "
+                         f"all sources together may have {most:,}", where=corpus.names[store],
+                         fix="Lower the weight, and raise trainer.max_epochs.")
 
 
 def _copied(owner: np.ndarray, copies: np.ndarray) -> np.ndarray:

@@ -19,16 +19,16 @@ from typing import Any, Literal
 
 from lit_llm import disk
 from lit_llm.conversation import Conversation, Document
+from lit_llm.cutting import Piece, UncutError
 from lit_llm.data import formats, sources
 from lit_llm.data.cache import cache_root, folder_of, opened, sole_writer, waited_for
 from lit_llm.data.cleaning import clean_blocks, cleaned
 from lit_llm.data.jsonfile import parse_line
 from lit_llm.data.progress import Progress
-from lit_llm.data.record import LongText, Place, Record
+from lit_llm.data.record import LongText, Place, Record, size_of_value
 from lit_llm.data.sources import Source
 from lit_llm.data.store import CONVERSATION, DOCUMENT, Block, Encoded, Report, TokenStore, Writer, block, token_dtype
 from lit_llm.data.workers import Workers
-from lit_llm.encoder import Piece
 from lit_llm.errors import GivenUpError, InputError
 from lit_llm.tokenizer import IGNORE_INDEX, Tokenizer, TokenSequence, TrainOn
 
@@ -38,15 +38,16 @@ OnBadRecord = Literal["error", "quarantine"]
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """A stretch of a long document: its beginning, its end, or neither."""
+    """A stretch of a long document: its beginning, its end, or neither; or why it cannot be read on."""
 
-    piece: Piece
+    piece: Piece | InputError
     first: bool
     last: bool
 
 
 Item = tuple[Record | Part | InputError, Place]
 BATCH_RECORDS, BATCH_SIZE = 512, 1 << 20                # of a batch, records or about characters, what comes first
+UNDER_WAY = 64 << 20                                    # characters of batches that other processes work on
 ENOUGH = 10_000                                         # records after which a share of bad ones says something
 ALONE = 4 << 20                                         # bytes of a source that one process does sooner
 
@@ -110,11 +111,24 @@ def _items(source: Source, tokenizer: Tokenizer) -> Iterator[Item]:
     for record, place in sources.scan(source, parse=False):
         if isinstance(record, LongText):
             size, done = max(Path(place.path).stat().st_size, 1), 0
-            for piece, first, last in tokenizer.pieces(clean_blocks(record.blocks, source.clean)):
-                done += len(piece.text.encode("utf-8", "surrogatepass"))
-                yield Part(piece, first, last), replace(place, share=min(place.share + done / size, 1))
+            for part in parts_of(record, source, tokenizer):
+                if isinstance(part.piece, Piece):
+                    done += len(part.piece.text.encode("utf-8", "surrogatepass"))
+                yield part, replace(place, share=min(place.share + done / size, 1))
         else:
             yield record, place
+
+
+def parts_of(record: LongText, source: Source, tokenizer: Tokenizer) -> Iterator[Part]:
+    """A long document in parts, each to be read on its own; where it cannot be read on, the last one says why."""
+    first = True
+    try:
+        for piece, _, last in tokenizer.pieces(clean_blocks(record.blocks, source.clean)):
+            yield Part(piece, first, last)
+            first = False
+    except UncutError as error:
+        deque(record.blocks, maxlen=0)
+        yield Part(error, first, True)
 
 
 def _batches(items: Iterable[Item]) -> Iterator[list[Item]]:
@@ -123,7 +137,8 @@ def _batches(items: Iterable[Item]) -> Iterator[list[Item]]:
     for item in items:
         batch.append(item)
         size += size_of(item[0])
-        if len(batch) >= BATCH_RECORDS or size >= BATCH_SIZE:
+        broken = isinstance(item[0], Part) and isinstance(item[0].piece, InputError)
+        if len(batch) >= BATCH_RECORDS or size >= BATCH_SIZE or broken:     # `Writer.add` wants those to come last
             yield batch
             batch, size = [], 0
     if batch:
@@ -132,13 +147,9 @@ def _batches(items: Iterable[Item]) -> Iterator[list[Item]]:
 
 def size_of(record: Any) -> int:
     """About how many characters a record has."""
-    if isinstance(record, str | bytes):
-        return len(record)
     if isinstance(record, Part):
-        return len(record.piece.text)
-    if isinstance(record, dict):
-        return sum(map(size_of, record.values()))
-    return sum(map(size_of, record)) if isinstance(record, list) else 8
+        return len(record.piece.text) if isinstance(record.piece, Piece) else 0
+    return size_of_value(record)
 
 
 # ---- batches to tokens -----------------------------------------------------------------------------------------------
@@ -154,6 +165,8 @@ def encode(items: list[Item], source: Source, tokenizer: Tokenizer,
             if isinstance(record, InputError):
                 raise record
             if isinstance(record, Part):
+                if isinstance(record.piece, InputError):
+                    raise record.piece
                 said: Part | Document | Conversation = record
                 texts.append(record.piece)
             else:
@@ -216,10 +229,13 @@ def _blocks(batches: Iterable[list[Item]], work: Callable[[list[Item]], Block],
     """Each batch with its block, in order; a few batches are under way in other processes."""
     waiting: deque[tuple[list[Item], Callable[[], Block]]] = deque()
     with contextlib.closing(Workers(work, num_proc)) as workers:
+        sizes: deque[int] = deque()
         for batch in batches:
             waiting.append((batch, workers.submit(batch)))
-            if num_proc == 1 or len(waiting) > 2 * num_proc:
+            sizes.append(sum(size_of(record) for record, _ in batch))
+            while waiting and (num_proc == 1 or len(waiting) > 2 * num_proc or sum(sizes) > UNDER_WAY):
                 first, later = waiting.popleft()
+                sizes.popleft()
                 yield first, later()
         for first, later in waiting:
             yield first, later()

@@ -9,21 +9,23 @@ import csv
 import io
 import itertools
 import re
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from lit_llm.data.jsonfile import scan_json
-from lit_llm.data.record import Found, LongText, Place
-from lit_llm.data.textfile import CRLF_NOTE, LONGEST, PACKED, blocks, open_bytes
+from lit_llm.data.record import Found, LongText, Place, size_of_value
+from lit_llm.data.textfile import CRLF_NOTE, DIVIDE, LONGEST, PACKED, blocks, open_bytes, refuse_blank
 from lit_llm.errors import InputError
 
 KINDS = {".txt": "text", ".md": "text", ".jsonl": "json", ".ndjson": "json", ".json": "json", ".csv": "csv",
          ".tsv": "csv", ".parquet": "table", ".arrow": "table"}
 SEPARATOR = "<|endoftext|>"
 SEPARATOR_LINE = re.compile(rf"^{re.escape(SEPARATOR)}$", re.MULTILINE)
-LONG = 4 << 20                                          # characters of a document that is handed on in blocks
+PACKED_AT_MOST = 50                                     # unpacked bytes of a table for each byte; text has 2 to 10
+LONG = 1 << 20                                          # characters of a document that is handed on in blocks
 
 
 def kind_of(path: Path) -> str | None:
@@ -72,24 +74,39 @@ def scan_file(path: Path, *, document: str = "auto", parse: bool = True) -> Iter
 def _csv(path: Path, notes: set[str]) -> Iterator[Found]:
     """Rows as strings, verbatim: a data frame would turn 007 into 7 and NA into null."""
     csv.field_size_limit(LONGEST)
-    rows = (row for text, _ in blocks(path, notes) for row in io.StringIO(text, newline=""))
+    held = 0                                            # characters of the row that is being read
+
+    def measured() -> Iterator[str]:
+        nonlocal held
+        for text, _ in blocks(path, notes):
+            for line in io.StringIO(text, newline=""):
+                held += len(line)
+                if held > LONGEST:
+                    raise InputError(f"a row of more than {LONGEST >> 20} MB", where=f"{path}:{row_begins}", fix="Is a "
+                                     "quote left open? Else divide the record into several.")
+                yield line
+
+    rows, row_begins = measured(), 1
     head = next(rows, "")
     delimiter = "\t" if ".tsv" in path.name.lower() else max(",;\t", key=head.count)
     reader = csv.reader(itertools.chain([head], rows), delimiter=delimiter, strict=True)
     names: list[str] | None = None
+    blank = 0
     while True:
-        line = reader.line_num + 1
+        row_begins = line = reader.line_num + 1
         try:
             row = next(reader)
         except StopIteration:
             return
         except csv.Error as error:                      # where the next row begins, nobody can say
             raise InputError(f"not CSV: {error}", where=f"{path}:{line}") from None
+        held, blank = 0, 0 if row else blank + 1
         if not row:
+            refuse_blank(blank, path, line)
             continue
         if names is None:
             names = row
-            if twice := [name for name in names if names.count(name) > 1]:
+            if twice := [name for name, count in Counter(names).items() if count > 1]:
                 raise InputError(f"the header has '{twice[0][:40]}' twice", where=f"{path}:{line}")
         elif len(row) != len(names):
             yield InputError(f"the row has {len(row)} fields, and the header {len(names)}"), Place(str(path), line)
@@ -100,19 +117,44 @@ def _csv(path: Path, notes: set[str]) -> Iterator[Found]:
 def _text(path: Path, document: str, notes: set[str]) -> Iterator[Found]:
     """Documents of a text file; what lies between separator lines is kept to the last character."""
     if document == "line":
-        yield from ((row, place) for row, place in _rows(path, notes) if row.strip())
+        yield from ((row, place) for row, place in _rows(path, notes) if row)
     elif document == "paragraph":
         yield from _paragraphs(path, notes)
     else:
         yield from _separated(path, SEPARATOR_LINE if document == "auto" else None, notes)
 
 
-def _rows(path: Path, notes: set[str]) -> Iterator[tuple[str, Place]]:
-    number = 0
-    for block, share in blocks(path, notes):
-        for row in _unix(block, notes).removesuffix("\n").split("\n"):
+def _rows(path: Path, notes: set[str]) -> Iterator[tuple[str | InputError, Place]]:
+    """Lines; a blank one is empty, and one longer than `LONGEST` is an error."""
+    number = blank = lost = 0
+    held, share = "", 0.0
+    for block, share in blocks(path, notes, ends="torn"):
+        rows = _unix(block, notes).split("\n")
+        rows[0], held = held + rows[0], ""
+        if lost and len(rows) > 1:
             number += 1
-            yield row, Place(str(path), number, share=share)
+            yield _too_long("line", lost + len(rows.pop(0))), Place(str(path), number, share=share)
+            lost = 0
+        held = rows.pop()
+        if lost or len(held) > LONGEST:
+            lost, held = lost + len(held), ""
+        for row in rows:
+            number += 1
+            if row and not row.isspace():
+                blank = 0
+                yield row, Place(str(path), number, share=share)
+            else:
+                blank += 1
+                refuse_blank(blank, path, number)
+                yield "", Place(str(path), number, share=share)
+    if held or lost:
+        where = Place(str(path), number + 1, share=share)
+        yield _too_long("line", lost + len(held)) if lost else "" if held.isspace() else held, where
+
+
+def _too_long(what: str, size: int) -> InputError:
+    return InputError(f"a {what} of {size / 2**20:,.1f} million characters; the longest that is read has "
+                      f"{LONGEST / 2**20:,.0f} (2^20 each)", fix="Give the text line ends.")
 
 
 def _unix(block: str, notes: set[str]) -> str:
@@ -124,16 +166,22 @@ def _unix(block: str, notes: set[str]) -> str:
 
 def _paragraphs(path: Path, notes: set[str]) -> Iterator[Found]:
     held: list[str] = []
-    place = Place(str(path), 1)
-    for row, here in _rows(path, notes):
-        if row.strip():
-            place = place if held else here
-            held.append(row)
-        elif held:
-            yield "\n".join(held), place
-            held = []
-    if held:
-        yield "\n".join(held), place
+    size, place, wrong = 0, Place(str(path), 1), None
+    for row, here in itertools.chain(_rows(path, notes), [("", place)]):
+        if row:
+            place = here if not (held or wrong) else place
+            size += 0 if isinstance(row, InputError) else len(row) + 1
+            if isinstance(row, InputError):
+                wrong = row
+            elif size > LONGEST:
+                wrong = _too_long("paragraph", size)
+            if wrong:
+                held = []
+            else:
+                held.append(row)                        # type: ignore[arg-type]
+        elif held or wrong:
+            yield wrong or "\n".join(held), place
+            held, size, wrong = [], 0, None
 
 
 def _separated(path: Path, separator: re.Pattern[str] | None, notes: set[str]) -> Iterator[Found]:
@@ -147,6 +195,9 @@ def _separated(path: Path, separator: re.Pattern[str] | None, notes: set[str]) -
             place = Place(str(path), line + text.count("\n", 0, blank), share=share)
         held.append(text)
         size += len(text)
+        if not place and size > LONGEST:
+            raise InputError(f"more than {LONGEST >> 20} MB of white space", where=f"{path}:{line}",
+                             fix="Is this the right file? If so, take it out.")
         if place and size > LONG and not ends:
             yield LongText(_until_end(held, stretches)), place
         elif place and ends:
@@ -168,7 +219,7 @@ def _stretches(path: Path, separator: re.Pattern[str] | None,
                notes: set[str]) -> Iterator[tuple[str, bool, int, float]]:
     """(text, whether its document ends with it, its first line, share of the file read)."""
     line = 1
-    for block, share in blocks(path, notes):
+    for block, share in blocks(path, notes, ends="torn"):
         text = _unix(block, notes)
         parts = separator.split(text) if separator else [text]
         for number, part in enumerate(parts, 1):
@@ -184,9 +235,33 @@ def _open_table(path: Path) -> Any:
 
     kind = path.suffix.lower().removeprefix(".")
     try:
-        return datasets.load_dataset(kind, data_files=[str(path)], split="train", streaming=True)
+        rows = {"batch_size": _rows_at_once(path)} if kind == "parquet" else {}
+        return datasets.load_dataset(kind, data_files=[str(path)], split="train", streaming=True, **rows)
+    except InputError:
+        raise
     except Exception as error:
         raise InputError(f"cannot be read as {kind}: {str(error).splitlines()[0][:200]}", where=str(path)) from None
+
+
+def _rows_at_once(path: Path) -> int:
+    """How many rows of a parquet file are unpacked together: one, where they are packed as no text is.
+
+    Raises:
+        InputError: It would unpack to far more than its size says.
+    """
+    import pyarrow.parquet
+
+    table, most = pyarrow.parquet.ParquetFile(path).metadata, 1000
+    for number in range(table.num_row_groups):
+        group = table.row_group(number)
+        columns = [group.column(at) for at in range(group.num_columns)]
+        size, packed = (sum(getattr(column, f"total_{how}_size") for column in columns)
+                        for how in ("uncompressed", "compressed"))
+        if size > max(LONGEST, PACKED_AT_MOST * packed) or size > LONGEST * max(group.num_rows, 1):
+            raise InputError(f"{packed / 2**20:,.1f} MB of it unpack to {size / 2**20:,.0f} MB in {group.num_rows:,} "
+                             "rows", where=str(path), fix="Is this the right file? If so, write it with smaller row groups.")
+        most = 1 if size > PACKED_AT_MOST * packed else min(most, max(1, LONGEST * group.num_rows // max(size, 1)))
+    return most
 
 
 def scan_table(rows: Any, name: str) -> Iterator[Found]:
@@ -201,7 +276,12 @@ def scan_table(rows: Any, name: str) -> Iterator[Found]:
         except Exception as error:
             raise InputError(f"the table is damaged: {(str(error) or type(error).__name__).splitlines()[0][:200]}",
                              where=f"{name}:record {number}") from None
-        yield {key: _without_nulls(value) for key, value in row.items()}, Place(name, number, "record")
+        place, size = Place(name, number, "record"), size_of_value(row)
+        if size > LONGEST:
+            yield InputError(f"a record of {size / 2**20:,.1f} MB; the largest that is read has {LONGEST / 2**20:,.0f}",
+                             fix=DIVIDE), place
+        else:
+            yield {key: _without_nulls(value) for key, value in row.items()}, place
 
 
 def _without_nulls(value: Any) -> Any:

@@ -9,6 +9,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from lit_llm.data.record import shown
 from lit_llm.errors import InputError
 
 TURNS = ("messages", "conversations", "conversation", "data")   # the last only with strings in it: UltraChat's
@@ -19,6 +20,7 @@ BELOW = ("input", "context")                            # stands below what is a
 ANSWERS = ("output", "completion", "response", "answer", "solution", "target", "instances")
 BESIDE = ("text", "choices", "options", "A", "documents", "passage")    # a question is not whole without these
 PREFERENCES = (("chosen", "rejected"), ("chosen_messages", "rejected_messages"), ("response_j", "response_k"))
+NAMES = 200                                             # keys of a record that a misspelled one is compared with
 
 
 def recognise(record: Mapping[str, Any]) -> str:
@@ -96,7 +98,7 @@ def _preference(record: Mapping[str, Any], good: str, bad: str) -> InputError:
 
 def _unknown(record: Mapping[str, Any]) -> InputError:
     if wrong := [key for key in TURNS[:3] if record.get(key) is not None]:
-        return InputError(f"{wrong[0]} must be a list, not {json.dumps(record[wrong[0]], default=str)[:40]}")
+        return InputError(f"{wrong[0]} must be a list, not {shown(record[wrong[0]])}")
     what = f"no known format has the keys {keys(record)}"
     if "input_ids" in record:
         return InputError(f"{what}; input_ids are tokens of some tokenizer already, and text is needed")
@@ -128,7 +130,7 @@ def _plain(record: Mapping[str, Any]) -> str:
     """The key that most looks like running text: a list of verses or paragraphs, else the longest string."""
     lists = [key for key, value in record.items() if isinstance(value, list) and _is_text(value)]
     texts = lists or [key for key, value in record.items() if _is_text(value)]
-    longest = max(texts, default="", key=lambda key: len(str(record[key])))
+    longest = max(texts, default="", key=lambda key: sum(map(len, record[key])) if key in lists else len(record[key]))
     return f", or `{{text: {str(longest)[:40]}}}` for plain text" if longest else ""
 
 
@@ -148,3 +150,8 @@ def keys(record: Mapping[str, Any]) -> str:
     """The first keys of a record, to be shown."""
     shown = ", ".join(str(key)[:30] for key in list(record)[:8])
     return (shown + (", ..." if len(record) > 8 else "")) or "none"
+
+
+def names(record: Mapping[str, Any]) -> list[str]:
+    """The keys of a record that a misspelled one is compared with: a comparison takes some 20 us."""
+    return [str(key)[:40] for key in list(record)[:NAMES]]

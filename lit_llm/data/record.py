@@ -3,6 +3,7 @@
 What a record means is decided in `formats.py`.
 """
 
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -38,10 +39,34 @@ class Place:
 
 @dataclass(frozen=True, slots=True)
 class LongText:
-    """One document, in blocks that end with a line, to be read to their end before the next record is asked for."""
+    """One document, in blocks that end with a line as a rule; all are read before the next record is asked for."""
 
     blocks: Iterator[str]
 
 
 Record = dict[str, Any] | str | bytes | LongText        # bytes: a JSON line for `parse_line`
 Found = tuple[Record | InputError, Place]
+
+
+def shown(value: Any) -> str:
+    """The beginning of a value as JSON, without writing all of it.
+
+    >>> shown({"a": [1, 2]})
+    '{"a": [1, 2]}'
+    """
+    parts: list[str] = []
+    encoder = json.JSONEncoder(ensure_ascii=False, default=str)
+    for part in encoder.iterencode(value[:40] if isinstance(value, str | list | tuple) else value):
+        parts.append(part[:40])
+        if sum(map(len, parts)) >= 40:
+            break
+    return "".join(parts)[:40]
+
+
+def size_of_value(value: Any) -> int:
+    """About how many characters the texts of a record have."""
+    if isinstance(value, str | bytes):
+        return len(value)
+    if isinstance(value, dict):
+        return sum(map(size_of_value, value.values()))
+    return sum(map(size_of_value, value)) if isinstance(value, list) else 8

@@ -31,6 +31,7 @@ SEQUENCE = np.dtype([
     ("file", "<i4"), ("number", "<i8"),                             # where its record stands, for people
     ("content", "<u8"), ("record", "<i8")])                         # content: a hash, equal for equal records
 
+WRITTEN = 1 << 20                                       # tokens that are written at a time
 MANY = 100                                              # reasons and notes that are told apart
 CONTROLS = {code: "\ufffd" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
 CONTROLS |= {code: "\ufffd" for code in (*range(0x202A, 0x202F), *range(0x2066, 0x206A))}   # they reorder what is read
@@ -267,12 +268,28 @@ class Writer:
         for (_, place), begin in zip(items, begins, strict=True):
             if begin and place.notes:
                 _count(self.report.mended, dict.fromkeys(place.notes, 1))
-        counts = np.bincount(new.marks, minlength=len(self.report.marks))
-        self.report.marks = (counts + self.report.marks).tolist()
+        for start in range(0, len(new.marks), WRITTEN):     # it takes eight bytes for each of these
+            counts = np.bincount(new.marks[start:start + WRITTEN], minlength=len(self.report.marks))
+            self.report.marks = (counts + self.report.marks).tolist()
         rows = self._joined(rows, new.unbroken, str(items[-1][1]))
         self.report.sequences += len(rows)
         for stream, array in zip(self._streams, (new.tokens, new.marks, rows), strict=True):
-            stream.write(array.tobytes())
+            for start in range(0, len(array), WRITTEN):
+                stream.write(array[start:start + WRITTEN].tobytes())
+        if new.faults and new.faults[-1][0] == len(items) - 1 and not begins[-1]:
+            self._forget()
+
+    def _forget(self) -> None:
+        """Take back what was written of a document that cannot be read on."""
+        assert self._open is not None
+        offset, length = int(self._open["offset"]), int(self._open["length"])
+        self.report.tokens -= length
+        self.report.supervised -= int(self._open["supervised"])
+        self.report.marks[int(DOCUMENTS[0]) << 1 | 1] -= length
+        for stream, size in zip(self._streams, (self.dtype.itemsize, 1), strict=False):
+            stream.truncate(offset * size)
+            stream.seek(offset * size)
+        self._open = None
 
     def _joined(self, rows: np.ndarray, unbroken: np.ndarray | None, place: str) -> np.ndarray:
         """Rows of sequences that are complete now; parts of one document become one row."""
@@ -298,10 +315,10 @@ class Writer:
     def _quarantine(self, error: InputError, record: Any, place: Place) -> None:
         self.report.drop(error.what[:120], error.where, error.fix)
         self.report.quarantined += 1
-        line = {"where": error.where, "reason": error.what, **({"fix": error.fix} if error.fix else {})}
+        line: dict[str, Any] = {"where": error.where, "reason": error.what, **({"fix": error.fix} if error.fix else {})}
         if isinstance(record, bytes):
             record = parse_line(record, Path(place.path), place.number)
-        if not isinstance(record, InputError):
+        if isinstance(record, dict | str):              # a part of a long document is left where it is
             line["record"] = record
         with (self.folder / "quarantine.jsonl").open("a", encoding="utf-8", errors="backslashreplace") as stream:
             stream.write(json.dumps(line, ensure_ascii=False, default=str) + "\n")

@@ -2,6 +2,9 @@
 
 Knows packing (gzip, zstd) and encodings: UTF-8 is read, others are named; what is mended is added to the caller's
 `notes`. `readers.py` and `jsonfile.py` read records from the text.
+
+What is held at a time is bounded: by `LONGEST` for a line, which is one record or a part of one. Packed files may hold
+much more than their size says, so what is only skipped is bounded, too.
 """
 
 import gzip
@@ -9,12 +12,17 @@ import io
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Literal
 
 from lit_llm.errors import InputError
 
 BLOCK = 1 << 20                                         # bytes, up to the next line end
-LONGEST = 256 << 20                                     # bytes of a line, of a JSON value, of a CSV field
+LONGEST = 64 << 20                                      # bytes of a line, of a JSON value, of a CSV row, of a cell
+SKIPPED = 1 << 30                                       # bytes of a line without end, of which nothing is read
+BLANK = 10_000_000                                      # blank lines in a row
+BUFFER = 1 << 17                                       # bytes that are unpacked at a time
+DIVIDE = "Divide the record into several, or leave it out (data.on_bad_record: quarantine)."
+TAIL = 64                                               # bytes that are held back where a line is torn
 PACKED = (".gz", ".zst")
 DAMAGE = (OSError, EOFError, zlib.error)
 BOM_NOTE, CRLF_NOTE = "byte order mark taken away", "CRLF line ends made LF"
@@ -31,11 +39,11 @@ def open_bytes(path: Path, notes: set[str] | None = None) -> BinaryIO:
         raw: Any = path.open("rb")
         head = raw.peek(4)[:4]
         if head[:2] == b"\x1f\x8b":
-            raw = io.BufferedReader(gzip.GzipFile(fileobj=raw))
+            raw = io.BufferedReader(gzip.GzipFile(fileobj=raw), BUFFER)
         elif head == b"\x28\xb5\x2f\xfd":
             import pyarrow
 
-            raw = io.BufferedReader(pyarrow.CompressedInputStream(raw, "zstd"))
+            raw = io.BufferedReader(pyarrow.CompressedInputStream(raw, "zstd"), BUFFER)
         head = raw.peek(64)[:64]
     except DAMAGE as error:
         raise InputError(f"cannot be read: {error}", where=str(path)) from None
@@ -105,37 +113,76 @@ def _encoding(path: Path, name: str) -> InputError:
                       fix=f"Convert it: iconv -f {name} -t UTF-8 '{path.name}' > 'utf8-{path.name}'")
 
 
-def lines(path: Path, notes: set[str] | None = None) -> Iterator[tuple[bytes, int]]:
-    """Lines without their end, with their number from 1."""
+def lines(path: Path, notes: set[str] | None = None) -> Iterator[tuple[bytes | InputError, int]]:
+    """Lines that are not blank, without their end, with their number from 1; an error for one longer than `LONGEST`.
+
+    Raises:
+        InputError: The file is damaged, or has `BLANK` blank lines in a row.
+    """
     with open_bytes(path, notes) as stream:
-        number = 0
+        number = last = 0                               # of the last line that is not blank
         while line := _read_line(stream, path, number + 1):
             number += 1
-            yield line.removesuffix(b"\n").removesuffix(b"\r"), number
+            if isinstance(line, InputError) or not line.isspace():
+                last = number
+                yield line if isinstance(line, InputError) else line.removesuffix(b"\n").removesuffix(b"\r"), number
+                continue
+            number += _blank_ahead(stream, path, number).count(b"\n")
+            refuse_blank(number - last, path, number)
+
+
+def refuse_blank(count: int, path: Path, number: int) -> None:
+    """Refuse a file with very many blank lines in a row: a packed one of a megabyte may hold a billion of them.
+
+    Raises:
+        InputError: There are more than `BLANK`.
+    """
+    if count > BLANK:
+        raise InputError(f"more than {BLANK:,} blank lines in a row", where=f"{path}:{number}",
+                         fix="Is this the right file? If so, take them out.")
+
+
+def _blank_ahead(stream: BinaryIO, path: Path, number: int) -> bytes:
+    """Blank lines that are in the buffer already, read at once: a packed file may hold millions of them."""
+    try:
+        ahead = stream.peek(1)                          # type: ignore[attr-defined]
+        blank = ahead[:len(ahead) - len(ahead.lstrip())]
+        return stream.read(blank.rfind(b"\n") + 1)
+    except DAMAGE as error:
+        raise _damaged(error, path, number) from None
 
 
 def blocks(path: Path, notes: set[str] | None = None, *,
-           whole_lines: bool = True) -> Iterator[tuple[str, float]]:
+           ends: Literal["line", "torn", "any"] = "line") -> Iterator[tuple[str, float]]:
     """Decoded text, about a megabyte at a time, with the share of the file that has been read.
 
     Args:
         path: The file.
         notes: What is mended is added to it.
-        whole_lines: End each block with a line; JSON may be one line of any length.
+        ends: Where a block ends: behind a line (a line longer than `LONGEST` is an error); behind a line, or within one
+            that is longer than a block, never near its ends; or anywhere.
     """
     size, done, line, held = max(path.stat().st_size, 1), 0, 1, b""
     with open_bytes(path, notes) as stream:
         while True:
+            rest: bytes | InputError = b""
             try:
                 raw = stream.read(BLOCK)
+                inside = len(raw) == BLOCK and not raw.endswith(b"\n")
+                if inside and ends == "torn":
+                    rest = stream.readline(BLOCK + TAIL)
             except DAMAGE as error:
                 raise _damaged(error, path, line) from None
             if not raw and not held:
                 return
-            if whole_lines and len(raw) == BLOCK and not raw.endswith(b"\n"):
-                raw += _read_line(stream, path, line + raw.count(10))
-            done, raw = done + len(raw), held + raw
-            cut = len(raw) if whole_lines or len(raw) < BLOCK else _character_end(raw)
+            if inside and ends == "line":
+                rest = _read_line(stream, path, line + raw.count(10))
+            if isinstance(rest, InputError):            # where a CSV file's next row begins, nobody can say
+                raise rest
+            torn = ends == "torn" and len(rest) == BLOCK + TAIL and not rest.endswith(b"\n")
+            whole = len(raw) < BLOCK or (ends != "any" and not torn)
+            done, raw = done + len(raw) + len(rest), held + raw + rest
+            cut = len(raw) if whole else _character_end(raw[:-TAIL] if torn else raw)
             raw, held = raw[:cut], raw[cut:]
             text = decode(raw, path, line)
             line += text.count("\n")
@@ -152,15 +199,24 @@ def _character_end(raw: bytes) -> int:
     return len(raw)
 
 
-def _read_line(stream: BinaryIO, path: Path, number: int) -> bytes:
+def _read_line(stream: BinaryIO, path: Path, number: int) -> bytes | InputError:
+    """A line with its end; of one that is too long, an error with its size, and the rest of it is skipped."""
     try:
         line = stream.readline(LONGEST)
+        if len(line) < LONGEST or line.endswith(b"\n"):
+            return line
+        size, line = len(line), b""
+        while size < SKIPPED and (more := stream.readline(BLOCK)):
+            size += len(more)
+            if more.endswith(b"\n"):
+                break
     except DAMAGE as error:
         raise _damaged(error, path, number) from None
-    if len(line) == LONGEST:
-        raise InputError(f"a line of more than {LONGEST >> 20} MB", where=f"{path}:{number}",
-                         fix="Is this text? If so, give it line ends.")
-    return line
+    where = f"{path}:{number}"
+    if size >= SKIPPED:
+        raise InputError(f"a line without end: {size >> 20:,} MB were read of it", where=where, fix="Is this text?")
+    return InputError(f"a line of {size / 2**20:,.1f} MB; the longest that is read has {LONGEST / 2**20:,.0f}",
+                      where=where, fix=DIVIDE)
 
 
 def _damaged(error: Exception, path: Path, line: int) -> InputError:

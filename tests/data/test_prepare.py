@@ -17,7 +17,7 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from lit_llm import encoder
+from lit_llm import cutting
 from lit_llm.conversation import Document
 from lit_llm.data import prepare as preparing
 from lit_llm.data import readers, textfile
@@ -38,7 +38,7 @@ def bytes_of(store):
 @pytest.fixture
 def small(monkeypatch):
     """Blocks, batches and pieces of some hundred characters, so that a small text has many."""
-    for module, name, value in ((textfile, "BLOCK", 700), (readers, "LONG", 3000), (encoder, "PIECE", 1500),
+    for module, name, value in ((textfile, "BLOCK", 700), (readers, "LONG", 3000), (cutting, "PIECE", 1500),
                                 (preparing, "BATCH_RECORDS", 7), (preparing, "BATCH_SIZE", 4000)):
         monkeypatch.setattr(module, name, value)
 
@@ -92,12 +92,12 @@ def test_a_long_document_is_the_tokens_of_the_whole(kind, name, load, shared_dat
 @example(words=["kite"] * 5 + [" "] + ["kite"] * 8, kind="stories", size=1)       # a cut nearer to the start than the context
 def test_pieces_are_read_as_their_document(words, kind, size, load):
     tokenizer, text = load(kind), "".join(words)
-    before = encoder.PIECE, encoder.CONTEXT
-    encoder.PIECE, encoder.CONTEXT = size, 24
+    before = cutting.PIECE, cutting.CONTEXT
+    cutting.PIECE, cutting.CONTEXT = size, 24
     try:
         pieces = list(tokenizer.pieces([text[:7], text[7:]]))
     finally:
-        encoder.PIECE, encoder.CONTEXT = before
+        cutting.PIECE, cutting.CONTEXT = before
     assert "".join(piece.text for piece, *_ in pieces) == text
     ids = np.concatenate(tokenizer.encode_pieces([piece for piece, *_ in pieces]))
     assert ids.tolist() == tokenizer.encode_text(text)

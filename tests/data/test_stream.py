@@ -15,7 +15,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from lit_llm import encoder
+from lit_llm import cutting
 from lit_llm.cli import main
 from lit_llm.data import packing, readers, sources, textfile
 from lit_llm.data.datamodule import TextDataModule
@@ -72,8 +72,8 @@ def small_pieces(monkeypatch):
     """A text of some hundred characters is long here: read in blocks, cut into pieces."""
     monkeypatch.setattr(textfile, "BLOCK", 64)
     monkeypatch.setattr(readers, "LONG", 60)
-    monkeypatch.setattr(encoder, "PIECE", 50)
-    monkeypatch.setattr(encoder, "CONTEXT", 8)
+    monkeypatch.setattr(cutting, "PIECE", 50)
+    monkeypatch.setattr(cutting, "CONTEXT", 8)
 
 
 # ---- what an epoch holds ---------------------------------------------------------------------------------------------
