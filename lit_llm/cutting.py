@@ -78,8 +78,8 @@ class Cutter:
                 at += WINDOW
                 if at > UNCUT:
                     raise UncutError(
-                        f"{at:,} characters in which no place was found where tokens are sure to part, so that they cannot "
-                        f"be read in pieces; they begin with {held[begin:begin + 40]!r}",
+                        f"{at:,} characters in which no place was found where tokens are sure to part, so that they "
+                        f"cannot be read in pieces; they begin with {held[begin:begin + 40]!r}",
                         fix="Put spaces or line ends into the text, or leave it out.")
         yield Piece(before, held[begin:], skip), first, True
 

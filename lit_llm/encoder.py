@@ -30,6 +30,7 @@ from lit_llm.rendering import Rendered, Span
 ANCHOR = "\U0010fffd\U0010f8ff\U0010fffc"
 WHOLE = 1 << 18                                         # characters that the library reads at once
 HEADER = 1000                                           # characters of what stands before an answer, to be remembered
+SEAMS = 64                                              # answers of which each costs little more than the text
 SPACES = re.compile(r"\s*")
 
 
@@ -60,10 +61,11 @@ class Encoder:
         """
         text, tokens = rendered.text, self._tokens(rendered)
         forged = [start for start, *_ in tokens] != [found.start() for found in self._added.finditer(text)]
-        reading = self._parted(text, tokens) if forged else self.whole(text)
+        size = len(text) * max(1, len(seams) // SEAMS)      # each seam may ask for all that stands before it
+        reading = self._parted(text, tokens, size=size) if forged else self.whole(text, size)
         torn = [seam for seam in seams if not self._clean_seam(text, seam, tokens, forged, reading)]
         if torn:
-            reading = self._parted(text, tokens, torn)
+            reading = self._parted(text, tokens, torn, size=size)
         controls = [id_ for *_, id_ in tokens if id_ in self.special_ids]
         if self._controls(reading.ids) != controls:
             raise InputError(f"text in {text[:80]!r} becomes a control token")
@@ -94,10 +96,10 @@ class Encoder:
             tokens.append((match.start(), stop, id_))
         return tokens
 
-    def _parted(self, text: str, tokens: Sequence[tuple[int, int, int]],
-                seams: Sequence[int] = ()) -> Reading | LongReading:
+    def _parted(self, text: str, tokens: Sequence[tuple[int, int, int]], seams: Sequence[int] = (),
+                size: int = 0) -> Reading | LongReading:
         """Encoded between the added tokens that are meant, where no other is known, and cut at the seams."""
-        if len(text) <= WHOLE:
+        if size <= WHOLE:
             return Reading(*self._sections(text, tokens, seams), torn=seams)
         ids: list[np.ndarray] = []
         stretches: list[Stretch] = []
@@ -151,24 +153,25 @@ class Encoder:
                     reading: Reading | LongReading) -> bool:
         """Whether the ids before `at` are those of the prompt alone, as the server will encode it."""
         ids, count = reading.ids, reading.ended(at)
-        if isinstance(reading, LongReading):            # its stretches are read independently
-            return count is not None and reading.is_alone(at, count)
         section = max((stop for _, stop, _ in tokens if stop <= at), default=0)
         first = reading.ended(section)
         if count is None or first is None:
             return False
+        header = text[section:at]                   # the same few words before every answer
+        if not forged and len(header) <= HEADER:
+            if header not in self._headers and len(self._headers) < 1000:
+                self._headers[header] = _run(self._backend, header).ids
+            if self._headers.get(header) == [int(id_) for id_ in ids[first:count]]:
+                return True                         # added tokens split the text, so the last section decides
+        if isinstance(reading, LongReading):        # its stretches are read independently
+            return reading.is_alone(at, count)
         if forged:
             return self._plainly(text, section, at)[0] == ids[first:count]
-        header = text[section:at]                   # the same few words before every answer
-        if header not in self._headers and len(self._headers) < 1000 and len(header) <= HEADER:
-            self._headers[header] = _run(self._backend, header).ids
-        if self._headers.get(header) == ids[first:count]:
-            return True                             # added tokens split the text, so the last section decides
         return _run(self._backend, text[:at]).ids == ids[:count]
 
-    def whole(self, text: str) -> Reading | LongReading:
-        """A text as the library reads it, control tokens included."""
-        if len(text) <= WHOLE:
+    def whole(self, text: str, size: int = 0) -> Reading | LongReading:
+        """A text as the library reads it, control tokens included; in pieces where `size` is more than `WHOLE`."""
+        if size <= WHOLE:
             return _run(self._backend, text)
         stretches, ids = zip(*self._stretches(self._backend, text, 0, len(text)), strict=True)
         return LongReading(text, np.concatenate(ids), stretches)

@@ -12,7 +12,7 @@ from typing import Any
 
 from lit_llm.conversation import KNOWN_KEYS, Conversation, Document
 from lit_llm.data.recognition import BELOW, NAMED, PAIRS, TURNS, keys, listed, names, pair_keys, recognise, turns_key
-from lit_llm.data.record import shown
+from lit_llm.data.record import shown, size_of_value
 from lit_llm.errors import InputError, did_you_mean
 
 SPEAKERS = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system",
@@ -22,6 +22,7 @@ SPEAKERS = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "a
 SYSTEM, TOOLS = ("system", "system_prompt"), ("tools", "functions")
 TEMPLATE_ARGS = ("chat_template_kwargs", "template_args")   # variables of the chat template; TRL's name and ours
 MEDIA = ("image", "images", "video", "videos", "audio", "audios")
+MESSAGES, RENDERED = 4000, 4_000_000_000                # of a conversation; its messages times their characters
 OURS = ("text", "instruction", "input", "output", "history", "system", "prompt", "completion", "tools", "label", *TURNS)
 
 
@@ -192,6 +193,7 @@ def _conversation(record: _Seen, messages: list[dict[str, Any]]) -> Conversation
         messages.insert(0, {"role": "system", "content": system})
     elif system and messages[0].get("content") != system:
         raise InputError("two system prompts: one under a key of the record, another in its first message")
+    _refuse_huge(messages)
     return Conversation.from_openai(messages, _tools(record.get(*TOOLS)), record.get(*TEMPLATE_ARGS))
 
 
@@ -247,6 +249,17 @@ def _tools(tools: Any) -> Any:
 
 
 # ---- what is wrong ---------------------------------------------------------------------------------------------------
+
+def _refuse_huge(messages: list[dict[str, Any]]) -> None:
+    """Refuse what would take minutes: each answer is rendered with all that stands before it."""
+    if len(messages) > MESSAGES:
+        raise InputError(f"a conversation of {len(messages):,} messages; at most {MESSAGES:,} are read",
+                         fix="Divide it into several records.")
+    if (size := size_of_value(messages)) * len(messages) > RENDERED:
+        raise InputError(f"a conversation of {len(messages):,} messages with {size:,} characters is too long: with so "
+                         f"many messages, at most {RENDERED // len(messages):,} are read",
+                         fix="Divide it into several records.")
+
 
 def _refuse_what_is_not_to_learn(record: _Seen) -> None:
     if record.get("label", "kto_tag") is False:

@@ -116,8 +116,8 @@ def _refuse_flood(corpus: Corpus, whole: Segments, weights: Sequence[float], seq
     drawn, most = counts * np.asarray(weights, dtype=np.float64), max(COPIES, 2 * int(counts.sum()))
     if drawn.sum() > most:
         store = int(drawn.argmax())
-        raise InputError(f"with a weight of {weights[store]:g} an epoch would have {drawn[store]:,.0f} sequences of it; "
-                         f"all sources together may have {most:,}", where=corpus.names[store],
+        raise InputError(f"with a weight of {weights[store]:g} an epoch has {drawn[store]:,.0f} sequences of it, "
+                         f"and all sources together may have {most:,}", where=corpus.names[store],
                          fix="Lower the weight, and raise trainer.max_epochs.")
 
 

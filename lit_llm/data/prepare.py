@@ -191,7 +191,8 @@ def encode(items: list[Item], source: Source, tokenizer: Tokenizer,
     ids = iter(zip(texts, tokenizer.encode_pieces(texts), strict=True))
     done = [_document(*next(ids), record, tokenizer) if encoded is None else encoded
             for encoded, (record, _) in zip(out, items, strict=True)]
-    return done, changed, noted
+    return [one.at(str(place)) if isinstance(one, InputError) else one
+            for one, (_, place) in zip(done, items, strict=True)], changed, noted
 
 
 def _document(piece: Piece, ids: Any, record: Any, tokenizer: Tokenizer) -> Encoded | InputError:

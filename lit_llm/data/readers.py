@@ -129,6 +129,11 @@ def _rows(path: Path, notes: set[str]) -> Iterator[tuple[str | InputError, Place
     number = blank = lost = 0
     held, share = "", 0.0
     for block, share in blocks(path, notes, ends="torn"):
+        if block.isspace() and block.endswith("\n") and not (held or lost):      # a packed file may hold very many of these
+            blank, number = blank + block.count("\n"), number + block.count("\n")
+            refuse_blank(blank, path, number)
+            yield "", Place(str(path), number, share=share)
+            continue
         rows = _unix(block, notes).split("\n")
         rows[0], held = held + rows[0], ""
         if lost and len(rows) > 1:
@@ -153,8 +158,7 @@ def _rows(path: Path, notes: set[str]) -> Iterator[tuple[str | InputError, Place
 
 
 def _too_long(what: str, size: int) -> InputError:
-    return InputError(f"a {what} of {size / 2**20:,.1f} million characters; the longest that is read has "
-                      f"{LONGEST / 2**20:,.0f} (2^20 each)", fix="Give the text line ends.")
+    return InputError(f"a {what} of more than {LONGEST:,} characters, {size:,}", fix="Give the text line ends.")
 
 
 def _unix(block: str, notes: set[str]) -> str:
@@ -259,7 +263,8 @@ def _rows_at_once(path: Path) -> int:
                         for how in ("uncompressed", "compressed"))
         if size > max(LONGEST, PACKED_AT_MOST * packed) or size > LONGEST * max(group.num_rows, 1):
             raise InputError(f"{packed / 2**20:,.1f} MB of it unpack to {size / 2**20:,.0f} MB in {group.num_rows:,} "
-                             "rows", where=str(path), fix="Is this the right file? If so, write it with smaller row groups.")
+                             "rows", where=str(path),
+                             fix="Is this the right file? If so, write it with smaller row groups.")
         most = 1 if size > PACKED_AT_MOST * packed else min(most, max(1, LONGEST * group.num_rows // max(size, 1)))
     return most
 
@@ -278,8 +283,7 @@ def scan_table(rows: Any, name: str) -> Iterator[Found]:
                              where=f"{name}:record {number}") from None
         place, size = Place(name, number, "record"), size_of_value(row)
         if size > LONGEST:
-            yield InputError(f"a record of {size / 2**20:,.1f} MB; the largest that is read has {LONGEST / 2**20:,.0f}",
-                             fix=DIVIDE), place
+            yield InputError(f"a record of more than {LONGEST >> 20} MB, {size / 2**20:,.1f} MB", fix=DIVIDE), place
         else:
             yield {key: _without_nulls(value) for key, value in row.items()}, place
 

@@ -215,8 +215,7 @@ def _read_line(stream: BinaryIO, path: Path, number: int) -> bytes | InputError:
     where = f"{path}:{number}"
     if size >= SKIPPED:
         raise InputError(f"a line without end: {size >> 20:,} MB were read of it", where=where, fix="Is this text?")
-    return InputError(f"a line of {size / 2**20:,.1f} MB; the longest that is read has {LONGEST / 2**20:,.0f}",
-                      where=where, fix=DIVIDE)
+    return InputError(f"a line of more than {LONGEST >> 20} MB, {size / 2**20:,.1f} MB", where=where, fix=DIVIDE)
 
 
 def _damaged(error: Exception, path: Path, line: int) -> InputError:
