@@ -9,11 +9,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-<<<<<<< HEAD
-NOUNS = {"answers", "calls", "conversation", "check", "jinja", "jinja_guard", "jinja_process", "rendering", "template", "encoder", "tokenizer", "tying", "adapter",
-=======
-NOUNS = {"answers", "calls", "conversation", "check", "jinja", "rendering", "template", "reading", "cutting", "encoder", "tokenizer", "tying", "adapter",
->>>>>>> c7cc850 (Long texts are read in pieces wherever they stand, lines, rows and cells are bounded, weights too)
+NOUNS = {"answers", "calls", "conversation", "check", "jinja", "jinja_guard", "jinja_process", "rendering", "template", "reading", "cutting",
+         "encoder", "tokenizer", "tying", "adapter",
          "peft_method", "trained_rows", "merging", "model", "anatomy", "quantize", "attention", "blockwise", "miniature", "vocabulary", "starting",
          "tokenizer_file"}
 GROUND = {"threads", "class_paths", "command", "config_limits", "disk", "errors", "hub", "integrity", "library_warnings", "lock", "origin", "patterns",

@@ -129,7 +129,7 @@ def _rows(path: Path, notes: set[str]) -> Iterator[tuple[str | InputError, Place
     number = blank = lost = 0
     held, share = "", 0.0
     for block, share in blocks(path, notes, ends="torn"):
-        if block.isspace() and block.endswith("\n") and not (held or lost):      # a packed file may hold very many of these
+        if block.isspace() and block.endswith("\n") and not (held or lost):      # perhaps one of very many
             blank, number = blank + block.count("\n"), number + block.count("\n")
             refuse_blank(blank, path, number)
             yield "", Place(str(path), number, share=share)
