@@ -45,8 +45,9 @@ class Source:
             are counted in the report. Preference records need `columns`; answers with `label: false` are refused.
         split: The split of a hub dataset, of a saved one, or of a folder whose files name splits.
         subset: The configuration of a hub dataset that has several, such as `wikitext-2-raw-v1`.
-        weight: How often its records are drawn per epoch, above 0 and at most 1,000: 2 takes each twice; 0.25 a quarter of them, in each epoch
-            the next one, so that four epochs see all. Of a long document, a quarter of its windows.
+        weight: How often its records are drawn per epoch, above 0 and at most 1,000: 2 takes each twice; 0.25 a quarter
+            of them, in each epoch the next one, so that four epochs see all. Of a long document, a quarter of its
+            windows.
         columns: Our key to the record's own, where they differ: `{prompt: question, completion: answer}`,
             `{text: paragraphs}`, or of a preference record `{prompt: conversations, completion: chosen}`.
         document: What one document of a text file is. `auto` splits at lines that are exactly `<|endoftext|>`, the
