@@ -13,7 +13,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, NoReturn
 
-from lit_llm import class_paths, disk, library_warnings
+from lit_llm import class_paths, disk, library_warnings, ranges, settings
 from lit_llm.errors import InputError, did_you_mean
 from lit_llm.parser import ToolParser, check_configs, verb_first
 from lit_llm.redaction import redact_text
@@ -51,6 +51,7 @@ MEMORY = """there is not enough memory for the batch
   `python -m lit_llm plan` with the options of this run says which of these would fit"""
 DISK = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR,
         errno.EISDIR)
+NO_PATH = (errno.ENAMETOOLONG, errno.ELOOP)
 
 
 def main(args: list[str] | None = None) -> None:
@@ -71,6 +72,8 @@ def main(args: list[str] | None = None) -> None:
         _refuse(MEMORY)
     except OSError as error:
         name = error.filename2 or error.filename
+        if error.errno in NO_PATH:
+            _refuse(f"{ranges.shown(name)}: {error.strerror}\n  give a shorter path")
         if not disk.is_full(error) and (error.errno not in (*DISK, *disk.GONE) or not name):
             raise
         remedy = disk.remedy(error, Path(str(name)).parent if name else Path.cwd())
@@ -126,6 +129,8 @@ def _tool(verb: str, options: list[str]) -> None:
     parser.add_function_arguments(function, as_group=False)
     given = parser.parse_args(options).as_dict()
     given.pop("config", None)
+    settings.check_plain(given)
+    settings.check_arguments("", given, function, prefix=verb)
     result = function(**given)
     if result is not None:
         print(result)

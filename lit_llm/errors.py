@@ -47,14 +47,3 @@ def did_you_mean(word: str, known: list[str]) -> str:
 
     close = get_close_matches(word, known, n=1, cutoff=0.6)
     return f" Did you mean '{close[0]}'?" if close else ""
-
-
-def at_least(least: float, values: dict[str, float | None]) -> None:
-    """Refuse numbers that are too small; null is none.
-
-    Raises:
-        InputError: With the key of the first of them.
-    """
-    for where, value in values.items():
-        if value is not None and not value >= least:
-            raise InputError(f"{value} is too small; use {least} or more", where=where)

@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 import yaml
 from jsonargparse import ArgumentParser
 
-from lit_llm import class_paths
+from lit_llm import class_paths, ranges, settings
 from lit_llm.errors import InputError, did_you_mean
 
 # What the same thing is called elsewhere.
@@ -46,6 +46,39 @@ class ShortErrors:
     """What a parser does with a mistake; mixed into jsonargparse's and Lightning's."""
 
     _actions: list[Any]
+    prog: Any
+    description: Any
+
+    def parse_args(self, args: Any = None, *more: Any, **named: Any) -> Any:
+        """As jsonargparse, which lets errors of Python's own conversions through.
+
+        Raises:
+            InputError: A number has too many digits, or lists and mappings lie inside each other without end.
+        """
+        try:
+            return super().parse_args(args, *more, **named)  # type: ignore[misc]
+        except (OverflowError, RecursionError) as error:
+            long = [place for place, word in enumerate(args or ()) if re.search(r"\d{19}|[\[{]{50}", str(word))]
+            option = str(args[max(0, long[0] - ("=" not in str(args[long[0]])))]) if long else "options"
+            raise InputError("it cannot be read: " + ("a number has too many digits" if isinstance(error, OverflowError)
+                             else "lists and mappings lie too deep inside each other"),
+                             where=option.partition("=")[0].lstrip("-")) from None
+
+    def format_help(self, *more: Any, **named: Any) -> str:
+        """The manual, in which each key also says what numbers it takes, and whether it is never null."""
+        verb = str(self.prog).split()[-1].replace("-", "_")
+        of_class = re.search(r"\.help=([\w.]+)\.(\w+)$", str(self.description))
+        own = settings.names(getattr(sys.modules.get(of_class[1]), of_class[2], None)) if of_class else []
+        for action in self._actions:
+            if not hasattr(action, "_typehint") or hasattr(action, "said") or action.help is None:
+                continue
+            last = action.dest.rpartition(".")[2]
+            keys = [f"{name}.{last}" for name in own]
+            keys += [action.dest] if "." in action.dest else [f"{verb}.{action.dest}", action.dest]
+            key = next((key for key in keys if ranges.of(key)), action.dest)
+            action.said = settings.help_of(key, action._typehint, required=action.required or action.default is None)
+            action.help = (action.help or "") + action.said
+        return super().format_help(*more, **named)  # type: ignore[misc]
 
     def error(self, message: str, *args: Any, **kwargs: Any) -> NoReturn:
         """A few lines and exit code 2, never the usage of 400 options."""
@@ -105,18 +138,26 @@ def explain(message: str, known: list[str]) -> str:
         return f"{where}'{found[2]}' is none of {', '.join(choices)}.{did_you_mean(found[2], choices)}"
     if found := re.search(r"Expected a (?:<class ')?(\w+)(?:'>)?\. Got value: (.*)", message):
         example = ", such as [{path: FILE}]" if where.endswith("sources: ") else ""
-        return f"{where}'{found[2]}' is not {WORDS.get(found[1], found[1])}{example}"
+        came = "null" if found[2] == "None" else f"'{ranges.shown(found[2])}'"
+        return f"{where}{came} is not {WORDS.get(found[1], found[1])}{example}{_takes(place and place[1])}"
     if found := re.search(r"Subtypes: \[(.*)\]\n(?:.|\n)*Given value: (.*)", message):
         kinds = re.findall(r"<class '(?:\w+\.)*(\w+)'>", found[1])
         choices = re.findall(r"'([^']+)'", re.sub(r"<class '.*?'>", "", found[1]))
         fits = dict.fromkeys([*choices, *(WORDS.get(kind, kind) for kind in kinds)])
-        return f"{where}'{found[2]}' is none of {', '.join(fits)}.{did_you_mean(found[2], choices)}"
+        came = ranges.shown(found[2])
+        return f"{where}'{came}' is none of {', '.join(fits)}.{did_you_mean(came, choices)}{_takes(place and place[1])}"
     if where.endswith("sources: "):                 # a file's name alone, which was read as if it were a config
         return f"{where}it is not a list of files, such as [{{path: FILE}}]"
     lines = [re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", line.strip(" -")) for line in message.splitlines()]
     noise = r"[Pp]arser key ['\"][\w.]+['\"]:$|Errors:|Subtypes:|usage:"
     lines = [line for line in lines if line and not re.match(noise, line)]
     return "\n  ".join(line[:240] for line in [where + lines[0], *lines[1:4]]) if lines else message
+
+
+def _takes(key: str | None) -> str:
+    """What the table says of a key, as a line of its own."""
+    numbers = ranges.of(key or "")
+    return f"\n  {key} takes {numbers}; for example --{key} {numbers.example}" if numbers else ""
 
 
 def _unknown(key: str, where: str, known: list[str]) -> str:
@@ -203,9 +244,15 @@ def check_configs(args: Sequence[str]) -> None:
             raise InputError(f"not YAML: {reason}", where=where) from None
         except UnicodeDecodeError:
             raise InputError("not text in UTF-8", where=str(file)) from None
+        except ValueError as error:                 # a date that is none, a number of thousands of digits
+            raise InputError(f"a value cannot be read: {ranges.shown(error)}", where=str(file),
+                             fix="quote what is a text") from None
+        except RecursionError:
+            raise InputError("lists and mappings lie too deep inside each other", where=str(file)) from None
         if not isinstance(content, dict):
             raise InputError("a config is a mapping such as `model: {base: gpt2}`", where=str(file))
         _check_twice(yaml.compose(text, Loader=yaml.SafeLoader), file)
+        settings.check_plain(content)
 
 
 def _check_twice(root: yaml.Node | None, file: Path) -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lit_llm import ranges
 from lit_llm.class_paths import refuse_within
 from lit_llm.errors import InputError, did_you_mean
 
@@ -60,6 +61,10 @@ def spec_of(peft: dict[str, Any] | None, lora: LoRA | None) -> dict[str, Any] | 
     refuse_within((peft or {}).get("init_args"), "model.peft.init_args")
     if peft is not None and lora is not None:
         raise InputError("model.peft and model.lora are two ways to say one thing; keep one", where="model")
+    if lora is not None:
+        ranges.check_all("model.lora", {name: getattr(lora, name) for name in ("r", "alpha", "dropout")})
+    for name, value in ((peft or {}).get("init_args") or {}).items():
+        ranges.check(f"model.peft.init_args.{name}", value)
     return peft if peft is not None else (lora.as_peft() if lora is not None else None)
 
 

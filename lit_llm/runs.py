@@ -5,13 +5,14 @@ Knows the links between config keys and what follows a verb; errors are `cli.py`
 
 import os
 from pathlib import Path
+from typing import Any
 
 import jsonargparse
 import torch
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from lit_llm import class_paths, examples, runconfig
+from lit_llm import class_paths, examples, ranges, runconfig, settings
 from lit_llm.data.datamodule import TextDataModule
 from lit_llm.ending import finish
 from lit_llm.errors import InputError
@@ -40,6 +41,12 @@ class LitLLMCLI(LightningCLI):
         ours = {verb: lightnings[verb] for verb in ("fit", "validate", "test")}
         return ours | {verb: {"model", "datamodule"} for verb in LOOKS}
 
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse, and refuse values that no key takes before anything is done with one."""
+        super().parse_arguments(parser, args)
+        verb = self.config["subcommand"]            # which Lightning keeps only later
+        check_values(verb, self.config[verb])
+
     def _parse_ckpt_path(self) -> None:
         """What is typed and what stands in the file wins over what a checkpoint remembers."""
 
@@ -63,7 +70,7 @@ class LitLLMCLI(LightningCLI):
         except InputError:
             raise
         except (ValueError, TypeError) as error:
-            raise InputError(str(error).splitlines()[0][:300], where="trainer") from None
+            raise refusal(error) from None
 
     def after_instantiate_classes(self) -> None:
         """Give the run folder the config it is to keep."""
@@ -116,7 +123,38 @@ def run(args: list[str]) -> None:
     except (MisconfigurationException, ValueError, RuntimeError, ImportError) as error:
         if not (isinstance(error, MisconfigurationException) or _is_lightnings(error)):
             raise
-        raise InputError(str(error).strip().splitlines()[0][:300], where="trainer") from None
+        raise refusal(error) from None
+
+
+def check_values(verb: str, config: Any) -> None:
+    """Refuse nulls and numbers that a key does not take.
+
+    Args:
+        verb: Whose options stand beside those of the run.
+        config: As it was parsed.
+
+    Raises:
+        InputError: It names the key and what it takes.
+    """
+    given = settings.plain(config)
+    kinds = {"model": CausalLMModule, "data": TextDataModule, "trainer": Trainer}
+    settings.check(given, kinds)
+    if (seed := given.get("seed_everything", 42)) is None:
+        raise InputError("null is no seed", where="seed_everything", fix="--seed_everything 42; true takes another one "
+                         "each time, false none")
+    ranges.check("seed_everything", seed)
+    options = {name: value for name, value in given.items() if name not in ("config", "seed_everything", *kinds)}
+    settings.check_arguments("", options, getattr(Trainer, verb), prefix=verb)
+
+
+def refusal(error: BaseException) -> InputError:
+    """What a constructor, Lightning's or of a class that a config names, says of its arguments, in a line."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    reasons = [line.strip(" -") for line in lines[1:] if line.startswith("  - ") and "Expected a <class" not in line]
+    said = reasons[-1] if reasons else lines[0]
+    where, colon, what = said.partition(": ")
+    at = where if colon and where.startswith("trainer.") else "trainer"
+    return InputError((what if at != "trainer" else said)[:300], where=at)
 
 
 def _is_lightnings(error: BaseException) -> bool:

@@ -7,7 +7,7 @@ import signal
 import sys
 from typing import Any
 
-from lit_llm import library_warnings
+from lit_llm import library_warnings, ranges
 from lit_llm.errors import InputError
 from lit_llm.threads import number
 
@@ -21,12 +21,13 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     add("--model", required=True, help="a run's folder (its export/ is taken), or any folder that transformers loads")
     add("--name", help="what clients call the model (default: the folder's name, or the run's)")
     add("--host", default="127.0.0.1", choices=("127.0.0.1", "0.0.0.0", "::"), help="default: %(default)s")
-    add("--port", default=8000, type=int, help="1024 to 65535, default: %(default)s")
+    add("--port", default=8000, type=int, help=f"{ranges.of('serve.port')}, default: %(default)s")
     add("--api-key", action="append", default=[], help="let in only `Authorization: Bearer KEY`; may be given several "
         "times; $LIT_LLM_API_KEY is another way, which no process list shows")
     add("--allow-no-key", action="store_true", help="listen to other machines without a key")
     add("--device", default="auto", help="auto, cpu, cuda or mps")
-    add("--dtype", default="auto", help="auto (the checkpoint's own), float32, bfloat16 or float16")
+    add("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"),
+        help="auto takes the checkpoint's own, default: %(default)s")
     add("--threads", default="auto", help="of a CPU: a number, or auto, which measures at the start which is fastest")
     add("--adapter", help="a PEFT adapter's folder to put on the model")
     add("--max-running", default=8, type=int, help="requests computed at a time, default: %(default)s")
@@ -45,6 +46,9 @@ def main(words: list[str] | None = None) -> None:
         server, settings = _build(options)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except OSError as error:
+        print(f"error: {ranges.shown(error.filename)}: {error.strerror}", file=sys.stderr)
         raise SystemExit(2) from None
     _end_on_sigterm()
     from serve.server import end_children
@@ -68,11 +72,8 @@ def _build(options: argparse.Namespace) -> tuple[Any, Any]:
     if options.host not in LOCAL and not keys and not options.allow_no_key:
         raise InputError(f"{options.host} lets other machines in, and there is no key", where="--host",
                          fix="add --api-key KEY, or --allow-no-key if a proxy in front asks for one")
-    if not 1024 <= options.port <= 65535:
-        raise InputError("must be from 1024 to 65535", where="--port")
-    for flag in ("max_running", "max_body_bytes"):
-        if getattr(options, flag) < 1:
-            raise InputError("must be at least 1", where=f"--{flag.replace('_', '-')}")
+    for flag in ("port", "max_running", "max_waiting", "max_body_bytes", "drain_seconds"):
+        ranges.check(f"serve.{flag}", getattr(options, flag), where=f"--{flag.replace('_', '-')}")
     if options.threads != "auto":
         number(options.threads)
     from lit_llm.inference.engine import model_folder
@@ -81,13 +82,13 @@ def _build(options: argparse.Namespace) -> tuple[Any, Any]:
     from serve.line import Limits
     from serve.server import Settings, build
 
-    limits = Limits(options.max_running, max(0, options.max_waiting), options.max_body_bytes)
+    limits = Limits(options.max_running, options.max_waiting, options.max_body_bytes)
     engine = {"device": options.device, "dtype": options.dtype, "adapter": options.adapter,
               "threads": options.threads}
     settings = Settings(options.model, options.name, options.host, options.port, keys, limits, engine,
                         options.log_level)
     server = build(settings)
-    server.uvicorn_graceful_timeout = max(1, options.drain_seconds)
+    server.uvicorn_graceful_timeout = options.drain_seconds
     return server, settings
 
 

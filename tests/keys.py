@@ -52,7 +52,7 @@ STOPS = {"trainer.callbacks": [{"class_path": "lightning.pytorch.callbacks.Early
     "trainer.max_steps": -1}
 STREAM = {"data.streaming": True}
 DOCUMENTS = {"data.sources": [{"path": "text.txt"}], "data.seq_len": 16}
-NAN = {"model.lr": 1e38, "trainer.max_steps": 4, "data.batch_size": 1, "model.lora": None, "model.warmup": 0}
+NAN = {"model.base": "BROKEN", "trainer.max_steps": 4, "data.batch_size": 1}
 
 KEYS: dict[str, Entry] = {
     "seed_everything": Entry(7, "weights"),

@@ -14,8 +14,8 @@ NOUNS = {"answers", "calls", "conversation", "check", "jinja", "jinja_guard", "j
          "peft_method", "trained_rows", "merging", "model", "anatomy", "quantize", "attention", "blockwise", "miniature", "vocabulary", "starting",
          "tokenizer_file"}
 GROUND = {"threads", "class_paths", "command", "config_limits", "disk", "errors", "hub", "integrity", "library_warnings", "lock", "origin", "patterns",
-          "redaction", "samples"}
-RIM = {"cli", "runs", "ending", "examples", "parser", "runconfig", "__main__", "__init__"}       # they may import everything
+          "ranges", "redaction", "samples"}
+RIM = {"cli", "runs", "ending", "examples", "parser", "runconfig", "settings", "__main__", "__init__"}       # they may import everything
 WINGS = {"data": set(), "training": {"data"}, "inference": set()}
 ARROWS = {("training.callbacks", "inference.completion"), ("training.callbacks", "inference.sampling")}
 NOUNS_FROM = {"conversation": set(), "check": {"conversation"}, "miniature": set(), "attention": {"blockwise"},

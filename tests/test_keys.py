@@ -19,6 +19,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file, save_file
 
 from lit_llm.anatomy import decoder_layers
 from lit_llm.data.datamodule import TextDataModule
@@ -82,7 +83,12 @@ def place(tmp_path_factory, tiny_model):
         Path(base) / "chat_template.jinja").read_text()
     (home / "greets.jinja").write_text("Hello. " + template)
     (home / "style.jinja").write_text("{% if style is defined %}{{ style }}{% endif %}" + template)
-    names = {"BASE": base, "OTHER": tiny_model("qwen3")}
+    broken = home.parent / "broken"                  # a weight that is none
+    shutil.copytree(base, broken)
+    weights = load_file(broken / "model.safetensors")
+    weights["model.layers.1.mlp.up_proj.weight"][0] = float("nan")
+    save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
+    names = {"BASE": base, "OTHER": tiny_model("qwen3"), "BROKEN": str(broken)}
     return Place(home, names, tmp_path_factory)
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import lightning as L
 import numpy as np
 
+from lit_llm import ranges
 from lit_llm.data import identity, idle, stream_loader
 from lit_llm.data.corpus import Corpus, Occurrences
 from lit_llm.data.loader import Batch, RowLoader
@@ -21,7 +22,7 @@ from lit_llm.data.prepare import OnBadRecord, prepare, wait_for
 from lit_llm.data.sources import Source
 from lit_llm.data.store import Report, TokenStore
 from lit_llm.data.stream_loader import StreamLoader
-from lit_llm.errors import InputError, at_least
+from lit_llm.errors import InputError
 from lit_llm.tokenizer import Tokenizer, TrainOn
 
 
@@ -202,19 +203,10 @@ class TextDataModule(L.LightningDataModule):
     def _check(self) -> None:
         if not self.sources:
             raise InputError("there is nothing to read", where="data.sources", fix="Add `- path: FILE`.")
-        for name, share in (("val", self.val_fraction), ("test", self.test_fraction)):
-            if not 0 <= share < 1:
-                raise InputError(f"{share} is not a share from 0 to below 1", where=f"data.{name}_fraction")
+        ranges.check_all("data", vars(self))
         if self.val_fraction + self.test_fraction >= 1:
             raise InputError(f"{self.val_fraction} to validate and {self.test_fraction} to test leave nothing to learn",
                              where="data.test_fraction")
-        if not 0 <= self.bad_record_limit <= 1:
-            raise InputError(f"{self.bad_record_limit} is not a share from 0 to 1", where="data.bad_record_limit")
-        if self.seq_len < 2:
-            raise InputError(f"{self.seq_len} leaves nothing to predict; use 2 or more", where="data.seq_len")
-        at_least(1, {"data.batch_size": self.batch_size, "data.num_proc": self.num_proc,
-                     "data.stream_buffer": self.stream_buffer})
-        at_least(0, {"data.seed": self.seed})
         idle.check(self)
 
     @property

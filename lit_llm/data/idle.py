@@ -6,6 +6,7 @@ What a file decides (`split`, `subset`, `document` of a source) is refused where
 import logging
 from typing import TYPE_CHECKING
 
+from lit_llm import ranges
 from lit_llm.data.corpus import Corpus
 from lit_llm.errors import InputError
 
@@ -13,7 +14,6 @@ if TYPE_CHECKING:
     from lit_llm.data.datamodule import TextDataModule
 
 log = logging.getLogger(__name__)
-WEIGHT = 1000                                       # the largest of a source
 LIMIT, BUFFER = 0.1, 4_000_000                      # what bad_record_limit and stream_buffer are where nothing is said
 
 
@@ -24,9 +24,7 @@ def check(data: "TextDataModule") -> None:
         InputError: It names the key, and the option that would have to change.
     """
     for source in data.sources:
-        if not 0 < source.weight <= WEIGHT:
-            raise InputError(f"a weight of {source.weight:g}; use a number above 0 and at most {WEIGHT:,}: it says how "
-                             "often the records are drawn in an epoch", where=source.path)
+        ranges.check("data.sources.weight", source.weight)
     for stage in ("val", "test"):
         own, share = getattr(data, f"{stage}_sources"), getattr(data, f"{stage}_fraction")
         if own and share:

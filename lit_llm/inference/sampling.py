@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from lit_llm import ranges
 from lit_llm.errors import InputError
 
 if TYPE_CHECKING:
@@ -39,13 +40,8 @@ class SamplingParams:
     seed: int | None = None
 
     def __post_init__(self) -> None:
-        _integer("max_tokens", self.max_tokens, least=1, most=2**31 - 1)
-        _integer("top_k", self.top_k, least=0)
-        _integer("seed", self.seed, least=-(2**63), most=2**63 - 1)
-        _number("temperature", self.temperature, low=0.0, high=2.0)
-        _number("top_p", self.top_p, low=0.0, high=1.0)
-        if self.top_p == 0:
-            raise InputError("must be above 0; temperature 0 asks for the likeliest token", where="top_p")
+        for name in ("max_tokens", "top_k", "seed", "temperature", "top_p"):
+            _check(name, getattr(self, name))
         if not isinstance(self.stop, tuple) or not all(isinstance(text, str) and text for text in self.stop):
             raise InputError("must be strings, none of them empty", where="stop")
         if len(self.stop) > MAX_STOPS or any(len(text) > MAX_STOP_CHARS for text in self.stop):
@@ -118,18 +114,10 @@ def probabilities(logits_V: "Tensor", params: SamplingParams) -> "Tensor":
 
 # ---- checks ----------------------------------------------------------------------------------------------------------
 
-def _integer(name: str, value: object, *, least: int, most: int | None = None) -> None:
+def _check(name: str, value: object) -> None:
+    """A number within the range of its key; null where it is optional."""
     if value is None and name in ("max_tokens", "seed"):
         return
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise InputError(f"must be a whole number, not {type(value).__name__}", where=name)
-    if value < least or (most is not None and value > most):
-        reach = f"at least {least}" if most is None else f"from {least} to {most}"
-        raise InputError(f"must be {reach}", where=name)
-
-
-def _number(name: str, value: object, *, low: float, high: float) -> None:
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise InputError(f"must be a number, not {type(value).__name__}", where=name)
-    if not (math.isfinite(value) and low <= value <= high):
-        raise InputError(f"must be from {low:g} to {high:g}", where=name)
+        raise InputError(f"must be {ranges.of(f'chat.{name}')}, not {type(value).__name__}", where=name)
+    ranges.check(f"chat.{name}", value, where=name)

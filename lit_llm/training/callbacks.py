@@ -7,6 +7,8 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.callbacks import ProgressBar
 
+from lit_llm import ranges
+
 REFRESH = 0.2                                       # seconds between two looks of a bar
 
 
@@ -21,6 +23,7 @@ class Progress(ProgressBar):
 
     def __init__(self, every_seconds: float = 10.0) -> None:
         super().__init__()
+        ranges.check("Progress.every_seconds", every_seconds)
         self.every_seconds = every_seconds
         self._bar: Any = None
         self._enabled = True

@@ -21,9 +21,9 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.loops.evaluation_loop import RestartStage
 
-from lit_llm import adapter, disk, model, origin, starting
+from lit_llm import adapter, disk, model, origin, ranges, starting
 from lit_llm.data.identity import differences
-from lit_llm.errors import InputError, at_least
+from lit_llm.errors import InputError
 from lit_llm.training import in_memory, manifest
 from lit_llm.training.evaluation import figures_of
 from lit_llm.training.manifest import step_of
@@ -67,9 +67,7 @@ class StepCheckpoint(Checkpoint):
         Raises:
             InputError: A number is too small; said here, for the command line knows no reasons of constructors.
         """
-        at_least(1, {f"StepCheckpoint.{name}": getattr(self, name)
-                     for name in ("every_n_steps", "keep_last", "keep_every_n_steps")})
-        at_least(0, {"StepCheckpoint.keep_best": self.keep_best})
+        ranges.check_all("StepCheckpoint", vars(self))
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             trainer.strategy.checkpoint_io = _StateFile()
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from lit_llm import ranges
 from lit_llm.config_limits import installed_memory
 from lit_llm.errors import InputError, did_you_mean
 
@@ -79,8 +80,7 @@ def named(name: str | None, memory: float | None) -> Device | None:
     Raises:
         InputError: No such device, or no memory.
     """
-    if memory is not None and not 0 < memory < math.inf:
-        raise InputError(f"{memory:g} GiB hold nothing; use a number above 0", where="memory")
+    ranges.check("plan.memory", memory, where="memory")
     if name is None:
         return None if memory is None else Device(f"a GPU of {memory:g} GiB", memory)
     key = name.lower().replace("_", "-").replace(" ", "")

@@ -12,8 +12,7 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch.callbacks import Callback
 
-from lit_llm import threads
-from lit_llm.errors import at_least
+from lit_llm import ranges, threads
 
 log = logging.getLogger(__name__)
 
@@ -26,8 +25,7 @@ class ThreadCount(Callback):
     """
 
     def __init__(self, wanted: threads.Threads = "auto") -> None:
-        if wanted != "auto":
-            at_least(1, {"trainer.threads": wanted})
+        ranges.check("trainer.threads", wanted)
         self.wanted = wanted
         self._ranks: list[int] = []                 # of a stopped run
 

@@ -16,10 +16,10 @@ from lightning.pytorch.callbacks import ProgressBar as AnyProgressBar
 from lightning.pytorch.loggers import Logger, WandbLogger
 from lightning.pytorch.strategies import Strategy, StrategyRegistry
 
-from lit_llm import disk
-from lit_llm.errors import InputError, at_least, did_you_mean
+from lit_llm import disk, ranges
+from lit_llm.errors import InputError, did_you_mean
 from lit_llm.redaction import redact, redacted_argv
-from lit_llm.training import compatible, idle, manifest, safe_load
+from lit_llm.training import compatible, duration, idle, manifest, safe_load
 from lit_llm.training.callbacks import Progress
 from lit_llm.training.checkpoint import StepCheckpoint
 from lit_llm.training.finite import FiniteGuard
@@ -31,8 +31,6 @@ from lit_llm.training.threadcount import ThreadCount
 from lit_llm.training.writing import of_writing, unwritable
 
 log = logging.getLogger(__name__)
-LEAST: dict[str, float] = {"accumulate_grad_batches": 1, "check_val_every_n_epoch": 1, "max_skipped_steps": 1,
-                           "gradient_clip_val": 0}
 NOTHING = ("max_steps", "max_epochs", "limit_train_batches", "val_check_interval")     # what 0 makes of a run
 RENDEZVOUS = ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "RANK", "LOCAL_RANK", "WORLD_SIZE")
 
@@ -52,7 +50,7 @@ class Trainer(L.Trainer):
         log_every_n_steps: Steps between two rows of `metrics.csv`. A run of fewer steps has a row for each.
         max_epochs: Passes over the data; with no limit of any kind it is one, and -1 is none.
         max_steps: Optimizer steps at most; -1 is no limit.
-        max_time: Time at most, as DD:HH:MM:SS.
+        max_time: Time at most, as "DD:HH:MM:SS" (in quotes), or as a mapping such as {hours: 12}.
         enable_model_summary: Lightning's table of layers; parameters are counted without it.
         max_skipped_steps: A step whose loss or gradient is not finite is skipped, counted and its records named; after
             so many in a row the run stops.
@@ -75,7 +73,7 @@ class Trainer(L.Trainer):
         log_every_n_steps: int = 10,
         max_epochs: int | None = None,
         max_steps: int = -1,
-        max_time: Any = None,
+        max_time: duration.Duration | None = None,
         enable_model_summary: bool = False,
         max_skipped_steps: int = 5,
         accept_changes: list[manifest.Change] | None = None,
@@ -213,7 +211,8 @@ class Trainer(L.Trainer):
         from lit_llm.data.page import as_page
         from lit_llm.data.terminal import as_text
 
-        at_least(0, {"rows": rows, "characters": characters})
+        for name, value in (("rows", rows), ("characters", characters)):
+            ranges.check(f"inspect.{name}", value, where=name)
         datamodule.quiet = True  # type: ignore[attr-defined]      # the same follows at length
         self.prepare(model, datamodule)
         seen = examine(datamodule, rows)  # type: ignore[arg-type]
@@ -270,7 +269,7 @@ class Trainer(L.Trainer):
         """
         from lit_llm.training.doctor import selftest
 
-        at_least(1, {"processes": processes})
+        ranges.check("selftest.processes", processes, where="processes")
         processes = self.world_size if processes is None else processes
         if not selftest(self.run.config, datamodule, devices=self.world_size, processes=processes):
             raise SystemExit(1)
@@ -318,12 +317,13 @@ class Trainer(L.Trainer):
 
 def _check_numbers(options: dict[str, Any]) -> None:
     """What Lightning takes, and then divides by or does nothing with."""
-    for name, least in LEAST.items():
-        at_least(least, {f"trainer.{name}": options.get(name)})
     for name in NOTHING:
         if options.get(name) == 0:
             raise InputError("must not be 0: nothing would be trained or measured", where=f"trainer.{name}",
                              fix="leave it out, or set it to 1 or more; validate and export do not train")
+    ranges.check_all("trainer", options)
+    for name in ("max_time", "val_check_interval"):
+        duration.check(f"trainer.{name}", options.get(name))
 
 
 def _strategy(strategy: Any) -> Any:
