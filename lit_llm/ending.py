@@ -4,14 +4,16 @@ Runs on rank 0, from what the run left on disk.
 """
 
 import json
+import math
 from pathlib import Path
 
 from lit_llm import command, examples
 from lit_llm.data.terminal import ledger
+from lit_llm.errors import InputError
 from lit_llm.inference.export import checkpoint_folder, export
 from lit_llm.merging import UnmergeableError
 from lit_llm.samples import resolve
-from lit_llm.training import evaluation, manifest, verdict
+from lit_llm.training import divergence, evaluation, manifest, verdict
 from lit_llm.training.report import last_logged
 
 
@@ -25,13 +27,20 @@ def finish(run: Path, *, base: str | None, before: dict[str, float], shown: list
         shown: Prompts to answer, held out and trained on.
     """
     folder = None
+    for wanted in ("best", "last"):
+        facts = manifest.read(checkpoint_folder(run, wanted))
+        if not divergence.are_finite(facts.get("figures") or {}):
+            raise InputError("perplexity of this checkpoint is inf or nan: training diverged, and nothing is exported",
+                             where=f"step {facts['step']}", fix="lower model.lr and train again; or export an earlier "
+                             "checkpoint: python -m lit_llm export --checkpoint step_N")
     try:
         folder = export(str(run))
         print(f"\nexported to {folder}")
     except UnmergeableError as error:                    # what was trained is in the checkpoints all the same
         print(f"\nnot exported: {error.what}\n  {error.fix}")
     if logged := last_logged(run, "train/loss"):
-        print(f"training loss at step {logged[0]:,}: {logged[1]:.3f}")
+        number = f"{logged[1]:.3f}" if math.isfinite(logged[1]) else "no finite number, so this step was skipped"
+        print(f"training loss at step {logged[0]:,}: {number}")
     _say_figures(run, before)
     if (file := run / "data.json").exists() and (drawn := json.loads(file.read_text(encoding="utf-8"))["ledger"]):
         print("\n".join(ledger(drawn, "drawn in training")))

@@ -4,11 +4,12 @@ Reads what the run left on disk, so it works after any strategy, also on another
 """
 
 import logging
+import math
 import shutil
 from pathlib import Path
 from typing import Any, Literal
 
-from lit_llm import check, disk, integrity, origin
+from lit_llm import check, disk, integrity, origin, ranges
 from lit_llm.errors import InputError
 from lit_llm.inference.card import card, read_values
 from lit_llm.samples import resolve
@@ -48,6 +49,9 @@ def export(run: str, checkpoint: str = "best", out: str | None = None, dtype: Dt
     integrity.check_beside(folder / ("adapter" if (folder / "adapter").is_dir() else "model"), "checkpoint")
     if (folder / "adapter").is_dir():
         base = origin.found(str(facts["base"]), facts.get("base_hash"), Path(run), base)
+    elif base is not None:
+        raise InputError(f"{ranges.shown(base)} would change nothing: this run trained every weight and needs no base",
+                         where="base", fix="leave --base out")
     target = _target(Path(run), out, base) if out else Path(run) / "export"
     tokenizer = Tokenizer.load(str(Path(run) / "tokenizer"))
     if (folder / "adapter").is_dir():
@@ -67,6 +71,10 @@ def export(run: str, checkpoint: str = "best", out: str | None = None, dtype: Dt
     wanted = stored if dtype == "auto" else getattr(torch, dtype)
     rows = check.rows_of(tokenizer, check.vocabulary(trained))
     before = reloaded = check.scores(trained, rows)
+    if not all(map(math.isfinite, before)):
+        raise InputError("the model gives no finite number for a text, so its training diverged; nothing was exported",
+                         where=str(folder), fix="export an earlier checkpoint (--checkpoint step_N), or train again "
+                         "with a lower model.lr")
     if quantize:
         four_bits = starting.load(model.load_causal_lm(str(base), quantize=quantize), folder / "adapter")
         reloaded = check.scores(four_bits, rows)

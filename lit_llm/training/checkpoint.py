@@ -24,7 +24,7 @@ from lightning.pytorch.loops.evaluation_loop import RestartStage
 from lit_llm import adapter, disk, model, origin, ranges, starting
 from lit_llm.data.identity import differences
 from lit_llm.errors import InputError
-from lit_llm.training import in_memory, manifest
+from lit_llm.training import divergence, in_memory, manifest
 from lit_llm.training.evaluation import figures_of
 from lit_llm.training.manifest import step_of
 from lit_llm.training.processes import end_together
@@ -144,6 +144,7 @@ class StepCheckpoint(Checkpoint):
                 manifest.set_score(folder, score, figures)          # saved before it was measured
                 self._point_and_prune(folder)
             return
+        divergence.check_weights(trainer)
         self._saved, self._unfinished = step, unfinished
         partial = folder.with_name(folder.name + ".partial")
         writing = Writing(trainer, partial)

@@ -17,7 +17,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 
 from lit_llm.errors import InputError
-from lit_llm.training import compatible
+from lit_llm.training import compatible, divergence
 from lit_llm.training.processes import end_together
 from lit_llm.training.strategy import ZeroStrategy
 
@@ -56,6 +56,7 @@ class FiniteGuard(Callback):
         """Fused optimizers would undo float16's loss scale in their step, after clipping and after this look."""
         for optimizer in trainer.optimizers:
             optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]
+        divergence.check_weights(trainer)
 
     def on_before_optimizer_step(self, trainer: L.Trainer, module: Any, optimizer: Any) -> None:
         """Without gradients, the optimizer has nothing to do."""
@@ -76,6 +77,7 @@ class FiniteGuard(Callback):
         if not module.step_skipped:
             self.in_a_row = 0
         else:
+            divergence.check_weights(trainer)       # with broken weights, no later step would be better
             self.skipped += 1
             reason = _reason(trainer, module, window)
             scale = _loss_scale(trainer) if reason is None else None
@@ -98,8 +100,14 @@ class FiniteGuard(Callback):
                 fix="checkpoints hold the weights before them; mend the records named above, or lower model.lr, and go "
                     "on with --ckpt_path last")
 
+    def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        """Before its figures are kept and its checkpoint is written: they must be numbers."""
+        if trainer.state.fn == "fit":
+            divergence.check_figures(trainer, "val")
+
     def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         """The count, once more."""
+        divergence.check_learned(trainer, self.skipped)
         if self.skipped:
             _warn(f"{self.skipped:,} of {trainer.global_step:,} steps were skipped, since they were not finite")
 

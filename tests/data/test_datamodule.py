@@ -172,7 +172,7 @@ def test_no_source_and_no_weight_are_refused(module, jsonl):
     with pytest.raises(InputError, match=r"data\.sources: there is nothing to read"):
         module()
     for weight in (0, -1, float("inf"), float("nan"), 1e12, 1e308):
-        with pytest.raises(InputError, match="use a number above 0 and at most 1,000"):
+        with pytest.raises(InputError, match=r"data\.sources\.weight: .* is not a number above 0, at most 1,000"):
             module(Source(jsonl([talk(1)]), weight=weight))
 
 

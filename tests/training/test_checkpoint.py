@@ -322,12 +322,12 @@ def test_other_data_is_refused(fit, tmp_path):
 class Scores(L.Callback):
     """Gives each validation the figure it is told to; stands before the checkpoint callback."""
 
-    def __init__(self, values):
-        self.values = list(values)
+    def __init__(self, values, name="val/nll"):
+        self.values, self.name = list(values), name
 
     def on_validation_end(self, trainer, module):
         if not trainer.sanity_checking:
-            trainer.callback_metrics["val/nll"].fill_(self.values.pop(0))
+            trainer.callback_metrics[self.name].fill_(self.values.pop(0))
 
 
 def score_of(run, name):
@@ -338,8 +338,9 @@ def score_of(run, name):
 def test_best_follows_the_metric(mode, best, fit):
     """A validation after each step; a value that is no number is never best, and is no reason to keep a folder."""
     values = [2.0, math.nan, 1.0, 1.5, 7.0, math.nan]
-    keeper = StepCheckpoint(mode=mode, keep_best=2, keep_last=1)
-    run = fit("run", callbacks=[Scores(values), keeper], val_check_interval=2)
+    name = "val/token_accuracy"                         # of perplexity, no number would end the run
+    keeper = StepCheckpoint(monitor=name, mode=mode, keep_best=2, keep_last=1)
+    run = fit("run", callbacks=[Scores(values, name), keeper], val_check_interval=2)
     names = {path.name for path in (run / "checkpoints").glob("step_*")}
     assert (run / "checkpoints" / "BEST").read_text().strip() == f"step_{best}"
     assert (run / "checkpoints" / "LATEST").read_text().strip() == "step_6"
