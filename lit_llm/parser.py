@@ -140,6 +140,8 @@ def explain(message: str, known: list[str]) -> str:
         example = ", such as [{path: FILE}]" if where.endswith("sources: ") else ""
         came = "null" if found[2] == "None" else f"'{ranges.shown(found[2])}'"
         return f"{where}{came} is not {WORDS.get(found[1], found[1])}{example}{_takes(place and place[1])}"
+    if place and (found := re.search(r"- (\w+) is not given; set it", message)):
+        return f"{where}init_args.{found[1]} is not given"
     if found := re.search(r"Subtypes: \[(.*)\]\n(?:.|\n)*Given value: (.*)", message):
         kinds = re.findall(r"<class '(?:\w+\.)*(\w+)'>", found[1])
         choices = re.findall(r"'([^']+)'", re.sub(r"<class '.*?'>", "", found[1]))
