@@ -20,6 +20,7 @@ from itertools import chain
 from typing import Any, NamedTuple
 
 from lit_llm.errors import InputError
+from lit_llm.tokenizer_limits import panicked
 
 CONTEXT = 128                                           # characters that are looked at on each side of a cut
 PIECE = 1 << 13                                         # characters; larger ones are slower and take more memory
@@ -100,8 +101,10 @@ class Cutter:
         """How many tokens `left` is, if it may be cut from `right`."""
         try:
             alone, both = (backend.encode(text, add_special_tokens=False) for text in (left, left + right))
-        except TypeError:                               # half of a surrogate pair; the piece will say so
-            return None
+        except BaseException as error:                  # half of a surrogate pair, or a panic; the piece will say so
+            if isinstance(error, TypeError) or panicked(error, "") is not error:
+                return None
+            raise
         count = len(alone.ids)
         if not 0 < count < len(both.ids) or both.ids[:count] != alone.ids:
             return None

@@ -12,6 +12,11 @@ GONE = (errno.ENOENT, errno.ESTALE, errno.ENOTCONN, errno.EIO, errno.ENODEV)
 GIB = 2**30
 
 
+def cache_root(cache_dir: str | None) -> Path:
+    """The folder of all that is kept to be faster next time."""
+    return Path(cache_dir or os.environ.get("LIT_LLM_CACHE") or "~/.cache/lit_llm").expanduser()
+
+
 def is_full(error: BaseException) -> bool:
     """Whether an error of Python, torch or a library in Rust says that a disk is full."""
     if isinstance(error, OSError) and error.errno is not None:

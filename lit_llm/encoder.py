@@ -25,12 +25,14 @@ from lit_llm.cutting import Cutter, Piece, slices
 from lit_llm.errors import InputError
 from lit_llm.reading import LongReading, Reading, Stretch
 from lit_llm.rendering import Rendered, Span
+from lit_llm.tokenizer_limits import panicked
 
 # Private use, no part of it twice: stands in for the token before a section.
 ANCHOR = "\U0010fffd\U0010f8ff\U0010fffc"
 WHOLE = 1 << 18                                         # characters that the library reads at once
 HEADER = 1000                                           # characters of what stands before an answer, to be remembered
 SEAMS = 64                                              # answers of which each costs little more than the text
+SURROGATE = "text holds half of a surrogate pair, which is no character"
 SPACES = re.compile(r"\s*")
 
 
@@ -39,10 +41,11 @@ class Encoder:
 
     Args:
         backend: A `tokenizers.Tokenizer`.
+        source: Its folder, for messages.
     """
 
-    def __init__(self, backend: Any) -> None:
-        self._backend = backend
+    def __init__(self, backend: Any, source: str = "") -> None:
+        self._backend, self._source = backend, source
         self._headers: dict[str, list[int]] = {}
         added = backend.get_added_tokens_decoder()
         self.special_ids = frozenset(id_ for id_, token in added.items() if token.special)
@@ -141,7 +144,7 @@ class Encoder:
     def _stretches(self, backend: Any, text: str, start: int, stop: int, first: int = 0,
                    anchor: str = "") -> Iterator[tuple[Stretch, np.ndarray]]:
         """A section of a long text in pieces, each with its ids."""
-        at, run = start - len(anchor), partial(_run, backend)
+        at, run = start - len(anchor), partial(self._run, backend)
         for piece, *_ in self._cutter.pieces(slices(anchor + text[start:stop]), lambda _: backend):
             end = at + len(piece.text)
             before, skip = (anchor, int(bool(anchor))) if at < start else (piece.before, piece.skip)
@@ -160,19 +163,19 @@ class Encoder:
         header = text[section:at]                   # the same few words before every answer
         if not forged and len(header) <= HEADER:
             if header not in self._headers and len(self._headers) < 1000:
-                self._headers[header] = _run(self._backend, header).ids
+                self._headers[header] = self._run(self._backend, header).ids
             if self._headers.get(header) == [int(id_) for id_ in ids[first:count]]:
                 return True                         # added tokens split the text, so the last section decides
         if isinstance(reading, LongReading):        # its stretches are read independently
             return reading.is_alone(at, count)
         if forged:
             return self._plainly(text, section, at)[0] == ids[first:count]
-        return _run(self._backend, text[:at]).ids == ids[:count]
+        return self._run(self._backend, text[:at]).ids == ids[:count]
 
     def whole(self, text: str, size: int = 0) -> Reading | LongReading:
         """A text as the library reads it, control tokens included; in pieces where `size` is more than `WHOLE`."""
         if size <= WHOLE:
-            return _run(self._backend, text)
+            return self._run(self._backend, text)
         stretches, ids = zip(*self._stretches(self._backend, text, 0, len(text)), strict=True)
         return LongReading(text, np.concatenate(ids), stretches)
 
@@ -212,7 +215,7 @@ class Encoder:
         for plain in (False, True):
             mine = [number for number in range(len(pieces)) if spelled[number] == plain]
             backend = self._bare if plain and mine else self._backend
-            out |= zip(mine, _batch(backend.encode_batch_fast, [pieces[number] for number in mine]), strict=True)
+            out |= zip(mine, self._batch(backend.encode_batch_fast, [pieces[number] for number in mine]), strict=True)
         arrays = [ids for ids in out.values() if isinstance(ids, np.ndarray)]
         if arrays and np.isin(np.concatenate(arrays), self._specials).any():        # one look, since it is never so
             out = {number: self._checked(ids, pieces[number]) for number, ids in out.items()}
@@ -244,7 +247,7 @@ class Encoder:
         if start >= stop:
             return [], []
         anchor = ANCHOR if start else ""
-        reading = _run(self._plain, anchor + text[start:stop])
+        reading = self._run(self._plain, anchor + text[start:stop])
         shift, skip = start - len(anchor), int(bool(anchor))
         return reading.ids[skip:], [(shift + a, shift + b) for a, b in reading.spans[skip:]]
 
@@ -262,25 +265,30 @@ class Encoder:
         plain.add_special_tokens([ANCHOR])
         return plain
 
+    # ---- the library -------------------------------------------------------------------------------------------------
 
-def _run(backend: Any, text: str) -> Reading:
-    try:
-        encoding = backend.encode(text, add_special_tokens=False)
-    except TypeError:
-        raise InputError("text holds half of a surrogate pair, which is no character") from None
-    return Reading(encoding.ids, encoding=encoding)
+    def _run(self, backend: Any, text: str) -> Reading:
+        try:
+            encoding = backend.encode(text, add_special_tokens=False)
+        except TypeError:
+            raise InputError(SURROGATE) from None
+        except BaseException as error:
+            raise panicked(error, self._source) from None
+        return Reading(encoding.ids, encoding=encoding)
 
-
-def _batch(run: Any, pieces: Sequence[Piece]) -> list["np.ndarray | InputError"]:
-    """Ids of each piece, what stands before it left out."""
-    try:
-        encodings = run([piece.before + piece.text for piece in pieces], add_special_tokens=False)
-    except TypeError:
-        if len(pieces) > 1:                             # one of them spoils the batch
-            return [_batch(run, [piece])[0] for piece in pieces]
-        return [InputError("text holds half of a surrogate pair, which is no character")]
-    return [np.array(encoding.ids, dtype=np.uint32)[piece.skip:]
-            for encoding, piece in zip(encodings, pieces, strict=True)]
+    def _batch(self, run: Any, pieces: Sequence[Piece]) -> list["np.ndarray | InputError"]:
+        """Ids of each piece, what stands before it left out."""
+        try:
+            encodings = run([piece.before + piece.text for piece in pieces], add_special_tokens=False)
+        except BaseException as error:
+            reason = InputError(SURROGATE) if isinstance(error, TypeError) else panicked(error, self._source)
+            if not isinstance(reason, InputError):
+                raise
+            if len(pieces) > 1:                         # one of them spoils the batch
+                return [self._batch(run, [piece])[0] for piece in pieces]
+            return [reason]
+        return [np.array(encoding.ids, dtype=np.uint32)[piece.skip:]
+                for encoding, piece in zip(encodings, pieces, strict=True)]
 
 
 def _any_of(spellings: Iterable[str]) -> re.Pattern[str]:

@@ -29,6 +29,7 @@ from lit_llm.rendering import Rendered, Span
 from lit_llm.samples import resolve
 from lit_llm.template import ChatTemplate, chosen
 from lit_llm.tokenizer_file import load_fast
+from lit_llm.tokenizer_limits import panicked
 
 __all__ = ["IGNORE_INDEX", "SPEAKERS", "TokenSequence", "Tokenizer", "TrainOn"]
 IGNORE_INDEX = -100
@@ -68,7 +69,7 @@ class Tokenizer:
         self.hf, self.source, self.note = hf, source, note
         self._backend = hf.backend_tokenizer
         added = self._backend.get_added_tokens_decoder()
-        self._encoder = Encoder(self._backend)
+        self._encoder = Encoder(self._backend, source)
         self.special_ids = self._encoder.special_ids
         self.template = ChatTemplate(self._jinja, [token.content for token in added.values() if token.special],
                                      str(hf.eos_token))
@@ -271,7 +272,10 @@ class Tokenizer:
 
     def decode(self, ids: Iterable[int], *, skip_special_tokens: bool = True) -> str:
         """Text of token ids."""
-        return self._backend.decode([int(id_) for id_ in ids], skip_special_tokens=skip_special_tokens)
+        try:
+            return self._backend.decode([int(id_) for id_ in ids], skip_special_tokens=skip_special_tokens)
+        except BaseException as error:
+            raise panicked(error, self.source) from None
 
     @cached_property
     def token_bytes(self) -> np.ndarray:

@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from lit_llm import config_limits, hub
+from lit_llm import config_limits, hub, tokenizer_limits
 from lit_llm.errors import InputError
 
 STRESS = (
@@ -29,13 +29,21 @@ def load_fast(path: str) -> Any:
 
     Raises:
         InputError: No such folder, the hub cannot be reached, it is not a fast tokenizer, it has no end-of-text token,
-            or it reads text otherwise than its own `tokenizer.json`.
+            it reads text otherwise than its own `tokenizer.json`, or its rules have no bound.
     """
+    try:
+        return _load(path)
+    except BaseException as error:                  # the library in Rust panics with one that is no Exception
+        raise tokenizer_limits.panicked(error, path) from None
+
+
+def _load(path: str) -> Any:
     from transformers import AutoTokenizer
 
     if not Path(path).is_dir() and (Path(path).is_absolute() or path.startswith((".", "~")) or path.count("/") > 1):
         raise InputError(f"there is no folder {path}", where="tokenizer")
     config_limits.check_folder(path, "tokenizer")      # transformers reads it here, too
+    tokenizer_limits.check_folder(path)
     try:
         hf = AutoTokenizer.from_pretrained(
             path, trust_remote_code=False, local_files_only=not Path(path).is_dir() and hub.offline())
@@ -49,6 +57,8 @@ def load_fast(path: str) -> Any:
                          where="tokenizer")
     if hf.eos_token_id is None:
         raise InputError(f"the tokenizer of {path} names no eos_token, so no text would have an end", where="tokenizer")
+    hf.backend_tokenizer.no_truncation()            # lengths are for `data` to say
+    hf.backend_tokenizer.no_padding()
     check_reading(hf, Path(path))
     return hf
 

@@ -13,7 +13,7 @@ NOUNS = {"answers", "calls", "conversation", "check", "jinja", "jinja_guard", "j
          "encoder", "tokenizer", "tying", "adapter",
          "peft_method", "trained_rows", "merging", "model", "anatomy", "quantize", "attention", "blockwise", "miniature", "vocabulary", "starting",
          "tokenizer_file"}
-GROUND = {"threads", "class_paths", "command", "config_limits", "disk", "errors", "hub", "integrity", "library_warnings", "lock", "origin", "patterns",
+GROUND = {"threads", "class_paths", "command", "config_limits", "tokenizer_limits", "disk", "errors", "hub", "integrity", "library_warnings", "lock", "origin", "patterns",
           "ranges", "redaction", "samples"}
 RIM = {"cli", "runs", "ending", "examples", "parser", "runconfig", "settings", "__main__", "__init__"}       # they may import everything
 WINGS = {"data": set(), "training": {"data"}, "inference": set()}

@@ -20,6 +20,7 @@ from lit_llm import disk
 from lit_llm.data import sources
 from lit_llm.data.sources import Source
 from lit_llm.data.store import TokenStore
+from lit_llm.disk import cache_root
 from lit_llm.errors import InputError
 from lit_llm.tokenizer import Tokenizer
 
@@ -29,11 +30,6 @@ SHAPERS = ("data.sources", "data.cleaning", "data.textfile", "data.record", "dat
            "jinja_guard", "jinja_process", "rendering", "template", "cutting", "reading", "encoder", "answers",
            "tokenizer")                                 # what turns bytes into tokens
 SETTLED = 2.0                                           # seconds; a file changed since may change within one tick
-
-
-def cache_root(cache_dir: str | None) -> Path:
-    """The folder of all stores."""
-    return Path(cache_dir or os.environ.get("LIT_LLM_CACHE") or "~/.cache/lit_llm").expanduser()
 
 
 # ---- the key ---------------------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from lit_llm import disk
 from lit_llm.conversation import Conversation, Document
 from lit_llm.cutting import Piece, UncutError
 from lit_llm.data import formats, sources
-from lit_llm.data.cache import cache_root, folder_of, opened, sole_writer, waited_for
+from lit_llm.data.cache import folder_of, opened, sole_writer, waited_for
 from lit_llm.data.cleaning import clean_blocks, cleaned
 from lit_llm.data.jsonfile import parse_line
 from lit_llm.data.progress import Progress
@@ -29,6 +29,7 @@ from lit_llm.data.record import LongText, Place, Record, size_of_value
 from lit_llm.data.sources import Source
 from lit_llm.data.store import CONVERSATION, DOCUMENT, Block, Encoded, Report, TokenStore, Writer, block, token_dtype
 from lit_llm.data.workers import Workers
+from lit_llm.disk import cache_root
 from lit_llm.errors import GivenUpError, InputError
 from lit_llm.tokenizer import IGNORE_INDEX, Tokenizer, TokenSequence, TrainOn
 

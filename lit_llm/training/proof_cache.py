@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from lit_llm import disk
-from lit_llm.data.cache import cache_root
+from lit_llm.disk import cache_root
 from lit_llm.training.forward import Way
 
 FORMAT = 2                                          # of answers on disk; raised whenever `proof.py` judges otherwise
