@@ -38,7 +38,9 @@ class GivenUpError(InputError):
 
 
 def _rebuild(kind: type[InputError], what: str, where: str, fix: str) -> InputError:
-    return kind(what, where=where, fix=fix)
+    error = kind.__new__(kind)                      # a subclass may take other arguments
+    InputError.__init__(error, what, where=where, fix=fix)
+    return error
 
 
 def did_you_mean(word: str, known: list[str]) -> str:
