@@ -64,9 +64,9 @@ def shown(value: Any) -> str:
 
 
 def size_of_value(value: Any) -> int:
-    """About how many characters the texts of a record have."""
+    """About how many characters the texts of a record have; what is empty takes memory, too, and counts as some."""
     if isinstance(value, str | bytes):
-        return len(value)
+        return len(value) or 8
     if isinstance(value, dict):
-        return sum(map(size_of_value, value.values()))
-    return sum(map(size_of_value, value)) if isinstance(value, list) else 8
+        return sum(map(size_of_value, value.values())) or 8
+    return (sum(map(size_of_value, value)) or 8) if isinstance(value, list) else 8

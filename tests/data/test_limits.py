@@ -256,6 +256,15 @@ def test_a_small_packed_file_of_very_many_line_ends(ending, document, tmp_path, 
     assert time.process_time() - began < 20
 
 
+def test_rows_of_empty_cells_are_not_gathered_by_the_hundred(tmp_path):
+    """Each takes some megabytes, though nothing stands in it."""
+    from lit_llm.data.prepare import BATCH_SIZE, _batches
+
+    (tmp_path / "a.csv").write_text("text" + ",c".join(map(str, range(30_000))) + "\n" + ("," * 29_999 + "\n") * 40)
+    batches = list(_batches(scan(Source(str(tmp_path / "a.csv")))))
+    assert max(len(batch) for batch in batches) <= BATCH_SIZE // (8 * 30_000) + 1
+
+
 def test_a_text_that_cannot_be_read_on_is_taken_back(tokenizer, tmp_path, monkeypatch):
     """The beginning of the document was written already."""
     for module, name, value in ((textfile, "BLOCK", 700), (readers, "LONG", 3000), (cutting, "PIECE", 300), (cutting, "WINDOW", 500),
