@@ -44,17 +44,13 @@ def scan_json(path: Path, notes: set[str], parse: bool) -> Iterator[Found]:
 
 def _is_lines(path: Path) -> bool:
     """By the first line that is not blank; a `.json` file may hold JSON lines, too."""
-    if _begins(path).startswith(b"["):                  # perhaps all of it in one line
-        return False
-    first, _ = next(lines(path), (b"", 1))
-    if isinstance(first, InputError):
-        return True
-    first = first.strip()
-    if first.startswith(b"[") or first == b"{":
+    begins = _begins(path)
+    if begins.startswith(b"[") or begins.partition(b"\n")[0].strip() == b"{":       # perhaps all of it in one line
         return False
     if ".jsonl" in path.name.lower() or ".ndjson" in path.name.lower():
         return True
-    return not isinstance(parse_line(first, path, 1), InputError)
+    first, _ = next(lines(path), (b"", 1))
+    return isinstance(first, InputError) or not isinstance(parse_line(first.strip(), path, 1), InputError)
 
 
 def _begins(path: Path) -> bytes:
