@@ -48,6 +48,7 @@ class Part:
 
 Item = tuple[Record | Part | InputError, Place]
 BATCH_RECORDS, BATCH_SIZE = 512, 1 << 20                # of a batch, records or about characters, what comes first
+LEFT = 1 << 30                                          # characters of a document that are passed over
 UNDER_WAY = 64 << 20                                    # characters of batches that other processes work on
 ENOUGH = 10_000                                         # records after which a share of bad ones says something
 ALONE = 4 << 20                                         # bytes of a source that one process does sooner
@@ -112,10 +113,13 @@ def _items(source: Source, tokenizer: Tokenizer) -> Iterator[Item]:
     for record, place in sources.scan(source, parse=False):
         if isinstance(record, LongText):
             size, done = max(Path(place.path).stat().st_size, 1), 0
-            for part in parts_of(record, source, tokenizer):
-                if isinstance(part.piece, Piece):
-                    done += len(part.piece.text.encode("utf-8", "surrogatepass"))
-                yield part, replace(place, share=min(place.share + done / size, 1))
+            try:
+                for part in parts_of(record, source, tokenizer):
+                    if isinstance(part.piece, Piece):
+                        done += len(part.piece.text.encode("utf-8", "surrogatepass"))
+                    yield part, replace(place, share=min(place.share + done / size, 1))
+            except InputError as error:
+                raise error.at(str(place)) from None
         else:
             yield record, place
 
@@ -128,8 +132,13 @@ def parts_of(record: LongText, source: Source, tokenizer: Tokenizer) -> Iterator
             yield Part(piece, first, last)
             first = False
     except UncutError as error:
-        deque(record.blocks, maxlen=0)
         yield Part(error, first, True)
+        left = LEFT                                     # what of it is passed over, for the record behind it
+        for block in record.blocks:
+            left -= len(block)
+            if left < 0:
+                raise InputError(f"{error.what}; and {LEFT:,} characters behind it belong to the same document",
+                                 fix=error.fix) from None
 
 
 def _batches(items: Iterable[Item]) -> Iterator[list[Item]]:
