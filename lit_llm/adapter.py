@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from lit_llm import patterns, tying, vocabulary
+from lit_llm import config_limits, patterns, tying, vocabulary
 from lit_llm.errors import InputError
 from lit_llm.peft_method import line, peft_config, stored_config
 from lit_llm.redaction import redact_text
@@ -115,7 +115,9 @@ def load_adapter(model: "PreTrainedModel", folder: str | Path, *, trainable: boo
     try:
         if (folder / ROWS).is_file():
             vocabulary.grow(model, int(json.loads((folder / ROWS).read_text(encoding="utf-8"))["rows"]))
-        with _steady_start(config), tying.explained(model, config, say=False), warnings.catch_warnings():
+        _check_finite(folder / WEIGHTS)
+        with (_steady_start(config), tying.explained(model, config, say=False), warnings.catch_warnings(),
+              config_limits.building(str(folder), most=_most_parameters(model, folder))):
             warnings.filterwarnings("error", message="Found missing adapter keys")
             return _as_trained_here(PeftModel.from_pretrained(model, str(folder), is_trainable=trainable))
     except UserWarning as error:
@@ -126,6 +128,26 @@ def load_adapter(model: "PreTrainedModel", folder: str | Path, *, trainable: boo
     except Exception as error:                      # a stranger's files, and forty methods
         raise InputError(f"the adapter cannot be put on this model: {line(error)}", where=str(folder),
                          fix="use it with the base that it was trained on, or copy its folder again") from None
+
+
+def _most_parameters(model: nn.Module, folder: Path) -> int:
+    """That an adapter may have: as many as its base, and those that its file holds."""
+    base = sum(weight.numel() for weight in model.parameters())
+    size: int = (folder / WEIGHTS).stat().st_size
+    return config_limits.SPARE + base + config_limits.PER_BYTE * size
+
+
+def _check_finite(file: Path) -> None:
+    """Refuse weights that are not all numbers: every answer of such a model is nonsense."""
+    from safetensors import safe_open
+
+    with safe_open(file, framework="pt") as tensors:
+        names = tensors.keys()
+        for name in names:
+            weight = tensors.get_tensor(name)
+            if weight.is_floating_point() and not torch.isfinite(weight).all():
+                raise InputError(f"{name} holds values that are no numbers", where=str(file),
+                                 fix="copy the adapter's folder again, or train it again")
 
 
 def spare_copies(model: Any) -> None:

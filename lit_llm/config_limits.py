@@ -46,7 +46,7 @@ def check(keys: dict[str, Any], where: str, file: str = "") -> None:
     Raises:
         InputError: It names the key and the value.
     """
-    for key, value in _scalars(keys):
+    for key, value in scalars(keys):
         counted = COUNTS.search(key) or EXPERTS.search(key) or WIDTHS.search(key)
         shown = f"{value:,}"[:60] if isinstance(value, int) and abs(value) < 10**60 else str(value)[:60]
         if counted and value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 0):
@@ -59,7 +59,7 @@ def check(keys: dict[str, Any], where: str, file: str = "") -> None:
             raise InputError(f"{file}{key} is {shown}, which is no number to compute with", where=where)
 
 
-def _scalars(keys: Any) -> Iterator[tuple[str, Any]]:
+def scalars(keys: Any) -> Iterator[tuple[str, Any]]:
     """Each key with its value, those of lists one by one; no list and no mapping."""
     stack: list[tuple[str, Any]] = [("", keys)]
     while stack:

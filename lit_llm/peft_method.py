@@ -4,14 +4,18 @@ A method is data: `class_path` and `init_args`, as they stand in a config. `adap
 """
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lit_llm import ranges
 from lit_llm.class_paths import refuse_within
+from lit_llm.config_limits import scalars
 from lit_llm.errors import InputError, did_you_mean
 
+MOST, MOST_TOKEN = 1 << 20, 1 << 27                  # of ranks, layers and tokens that learn; of an id of a token
+STRONGEST = 1e9                                     # of scales
 NO_METHOD = ("base_model_name_or_path", "inference_mode", "peft_type", "peft_version", "revision", "auto_mapping",
              "task_type")                           # of an adapter's config: where it is from, not what it is
 # Methods of peft that need more than tokens and labels: task numbers, other adapters, a second model.
@@ -109,6 +113,7 @@ def stored_config(folder: Path) -> Any:
     from peft import PeftConfig
 
     keys = stored_keys(folder)
+    _check_numbers(keys, str(folder / "adapter_config.json"))
     if keys.get("megatron_config") is not None:     # PEFT imports whatever module `megatron_core` names
         raise InputError("it wants layers of Megatron, which are not supported", where=str(folder))
     try:
@@ -120,6 +125,20 @@ def stored_config(folder: Path) -> Any:
         raise InputError(f"adapters of {keys.get('peft_type')} need more than their folder and are not supported",
                          where=str(folder))
     return config
+
+
+def _check_numbers(keys: Any, where: str) -> None:
+    """Refuse numbers that make adapters of nan, or larger than any model.
+
+    Raises:
+        InputError: It names the key and the value.
+    """
+    for key, value in scalars(keys):
+        if isinstance(value, bool) or not isinstance(value, int | float) or re.search(r"seed|prng", key):
+            continue
+        most = (MOST_TOKEN if "token" in key else MOST) if isinstance(value, int) else STRONGEST
+        if not abs(value) <= most:                  # nan is no number that it could be compared with
+            raise InputError(f"{key} is {str(value)[:40]}; {most:,.0f} at most", where=where)
 
 
 def line(error: BaseException) -> str:
@@ -149,6 +168,7 @@ def peft_config(spec: dict[str, Any]) -> Any:
     args = dict(spec.get("init_args") or {})
     if wrong := sorted(set(args) - keys):
         raise InputError(f"{name} has no key '{wrong[0]}'.{did_you_mean(wrong[0], sorted(keys))}", where="model.peft")
+    _check_numbers(args, "model.peft")
     args.setdefault("task_type", "CAUSAL_LM")
     own_layers = name in ("IA3Config", "AdaptionPromptConfig")
     if "target_modules" in keys and args.get("target_modules") is None and not own_layers:

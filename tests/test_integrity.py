@@ -142,6 +142,8 @@ FOREIGN = {
     "no such layer": {"target_modules": ["nothing"]}, "bad regex": {"target_modules": "(q_proj"},
     "bad rank regex": {"rank_pattern": {"(": 4}}, "bad exclude": {"exclude_modules": "*"},
     "slow regex": {"target_modules": SLOW}, "tokens": {"trainable_token_indices": "x"},
+    "large rank": {"r": 10**9}, "large rank of a layer": {"rank_pattern": {".*": 10**9}}, "nested": {"r": {"a": {"b": 4}}},
+    "alpha of nan": {"lora_alpha": float("nan")}, "endless alpha": {"alpha_pattern": {".*": float("inf")}},
     "imports": {"megatron_config": {"hidden_size": 3}, "megatron_core": "antigravity"}}
 
 
@@ -178,7 +180,7 @@ def test_a_config_that_is_none(run, text):
     read_by_all(["adapter_config.json"])
 
 
-@pytest.mark.parametrize("damage", ["cut", "empty", "other shapes", "bin"])
+@pytest.mark.parametrize("damage", ["cut", "empty", "other shapes", "nan", "bin"])
 def test_foreign_weights(run, damage):
     run()
     file = Path("adapter/adapter_model.safetensors")
@@ -186,10 +188,11 @@ def test_foreign_weights(run, damage):
         cut(file)
     elif damage == "empty":
         file.write_bytes(b"")
-    elif damage == "other shapes":
+    elif damage in ("other shapes", "nan"):
         from safetensors.torch import load_file, save_file
 
-        save_file({name: torch.zeros(3, 3) for name in load_file(file)}, file)
+        save_file({name: torch.zeros(3, 3) if damage == "other shapes" else torch.full_like(weight, torch.nan)
+                   for name, weight in load_file(file).items()}, file)
     else:
         torch.save({}, file.with_suffix(".bin"))
         file.unlink()
