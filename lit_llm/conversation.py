@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from functools import lru_cache
+from itertools import islice
 from typing import Any, Literal, get_args
 
 from lit_llm.errors import InputError, did_you_mean
@@ -21,6 +22,7 @@ PARTS = {"text": "text", "input_text": "text", "output_text": "text", "reasoning
 REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
 KNOWN_KEYS = frozenset(("role", "content", "tool_calls", "tool_call_id", "name", "function_call", "refusal", "audio",
                         "annotations", *TRAIN_KEYS, *REASONING_KEYS))
+UNKNOWN = 20                                            # keys of a message that are compared with those that are known
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,8 +231,8 @@ def _train_flag(raw: Mapping[str, Any]) -> bool | None:
 
 
 def _refuse_typos(raw: Mapping[str, Any]) -> None:
-    for key in raw:
-        if key not in KNOWN_KEYS and (meant := _nearly(str(key)[:40])) and meant not in raw:
+    for key in islice((key for key in raw if key not in KNOWN_KEYS), UNKNOWN):
+        if (meant := _nearly(str(key)[:40])) and meant not in raw:
             raise InputError(f"unknown key '{str(key)[:40]}' in a message. Did you mean '{meant}'?")
 
 
