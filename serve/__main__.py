@@ -3,8 +3,10 @@
 import argparse
 import logging
 import os
+import re
 import signal
 import sys
+from pathlib import Path
 from typing import Any
 
 from lit_llm import library_warnings, ranges
@@ -74,6 +76,11 @@ def _build(options: argparse.Namespace) -> tuple[Any, Any]:
                          fix="add --api-key KEY, or --allow-no-key if a proxy in front asks for one")
     for flag in ("port", "max_running", "max_waiting", "max_body_bytes", "drain_seconds"):
         ranges.check(f"serve.{flag}", getattr(options, flag), where=f"--{flag.replace('_', '-')}")
+    if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", options.device):
+        raise InputError(f"'{ranges.shown(options.device)}' is none of auto, cpu, mps, cuda, cuda:N", where="--device")
+    if options.adapter is not None and not Path(options.adapter, "adapter_config.json").is_file():
+        raise InputError(f"{ranges.shown(options.adapter)} holds no adapter_config.json, so it is no adapter",
+                         where="--adapter", fix="give a folder in PEFT's format")
     if options.threads != "auto":
         number(options.threads)
     from lit_llm.inference.engine import model_folder

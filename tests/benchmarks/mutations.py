@@ -238,6 +238,7 @@ def main() -> None:
     parser.add_argument("--only", default="", help="keys that contain this")
     parser.add_argument("--verbs", default="fit,others")
     parser.add_argument("--every", type=int, default=1, help="take one case of so many")
+    parser.add_argument("--first", type=int, default=0, help="begin with this one")
     options = parser.parse_args()
     home = Path(options.out)
     shutil.rmtree(home, ignore_errors=True)
@@ -267,10 +268,10 @@ def main() -> None:
     every = cases(base) if "fit" in options.verbs else []
     others = other_verbs(base, run) if "others" in options.verbs else []
     for number, (name, key, value, made) in enumerate(every):
-        if options.only in key and number % options.every == 0:
+        if options.only in key and number % options.every == options.first:
             sweep.go({"config": name, "key": key, "value": value}, ["fit", "--config", "run.yaml"], made)
     for number, (verb, key, value, words) in enumerate(others):
-        if options.only in key and number % options.every == 0:
+        if options.only in key and number % options.every == options.first:
             sweep.go({"config": verb, "key": key, "value": value}, words, config)
     sweep.finish()
     with open(home / "results.jsonl", "w") as file:

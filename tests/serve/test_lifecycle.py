@@ -146,6 +146,8 @@ def test_a_killed_main_process_leaves_nothing(start_server, endless_model):
     (("--model", "no/such/folder"), "no folder"), (("--model", "."), "no model"), (("--model", "MODEL", "--port", "80"), "--port"),
     (("--model", "MODEL", "--host", "0.0.0.0"), "--api-key"), (("--model", "MODEL", "--port", "TAKEN"), "another --port"),
     (("--model", "BROKEN"), "cannot load"), ((), "--model"), (("--model", "MODEL", "--max-running", "0"), "--max-running"),
+    (("--model", "MODEL", "--device", "x"), "--device"), (("--model", "MODEL", "--adapter", "x"), "--adapter"),
+    (("--model", "a" * 400), "too long"),
 ])
 def test_a_mistake_takes_a_few_lines_and_code_2(words, said, server, endless_model, tmp_path):
     import shutil

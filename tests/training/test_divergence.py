@@ -90,7 +90,7 @@ def test_broken_weights_are_never_saved(tiny_model, tmp_path):
 
 
 @pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="needs two cores")
-@pytest.mark.parametrize("strategy", ["ddp", "deepspeed_stage_3"])
+@pytest.mark.parametrize("strategy", ["ddp", "deepspeed_stage_3", "fsdp2"])
 def test_two_processes_end_alike(strategy, lives, tiny_model):
     config = config_of(tiny_model("llama"), write_data(lives.folder), ranks=2, strategy=strategy, lora=False)
     config["model"] |= {"lr": 10.0, "warmup": 0, "schedule": "constant"}
