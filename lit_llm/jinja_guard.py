@@ -253,14 +253,14 @@ def _call(environment: Any) -> Callable[..., Any]:
     sequence, plain = environment.globals["range"], type(environment).call
 
     def call(context: Any, function: Any, *args: Any, **keys: Any) -> Any:
-        owner = getattr(function, "__self__", None)
+        owner = function.__self__ if type(function) is BuiltinMethodType else getattr(function, "__self__", None)
         if type(owner) is str and type(function) is BuiltinMethodType:
             name = function.__name__
             if name not in METHODS or len(owner) > SMALL or (name.startswith("r") and _width(args) > 64):
                 context.parent[WORK].charge(_cost_of_method(name, owner, args))
-            if keys.keys() <= INTERNAL:
-                return function(*args)
-            raise OutsideError
+            if keys and not keys.keys() <= INTERNAL:
+                raise OutsideError
+            return function(*args)
         work, given = context.parent[WORK], [*args, *(value for key, value in keys.items() if key not in INTERNAL)]
         name, size = getattr(function, "__name__", ""), sum(map(_length, given))
         if isinstance(function, Macro) or name == "_generation_support":
