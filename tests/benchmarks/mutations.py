@@ -39,7 +39,7 @@ SMALL: dict[str, Any] = {
                 "max_epochs": None, "default_root_dir": "run", "log_every_n_steps": 1, "threads": 1}}
 RANDOM: dict[str, Any] = {"model": {"base": None, "init": INIT, "lora": None}, "data": {"tokenizer": "sample:base",
                                                                                        "packing": "best_fit"}}
-SLOW = {"selftest", "verify-resume", "model.compile"}       # they train several times, or start a compiler
+SLOW = {"selftest", "verify-resume", "model.compile", "data.streaming"}   # several runs, a compiler, a filled buffer
 EXECUTABLE = str(mutations.ROOT / "lit_llm" / "__main__.py")
 
 
