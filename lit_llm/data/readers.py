@@ -248,7 +248,9 @@ def _open_table(path: Path) -> Any:
 
 
 def _rows_at_once(path: Path) -> int:
-    """How many rows of a parquet file are unpacked together: one, where they are packed as no text is.
+    """How many rows of a parquet file become Python objects together: few where each may be large.
+
+    Arrow itself unpacks a row group as a whole; one in which a large cell is repeated takes what all its rows take.
 
     Raises:
         InputError: It would unpack to far more than its size says.
@@ -265,7 +267,8 @@ def _rows_at_once(path: Path) -> int:
             raise InputError(f"{packed / 2**20:,.1f} MB of it unpack to {size / 2**20:,.0f} MB in {group.num_rows:,} "
                              "rows", where=str(path),
                              fix="Is this the right file? If so, write it with smaller row groups.")
-        most = 1 if size > PACKED_AT_MOST * packed else min(most, max(1, LONGEST * group.num_rows // max(size, 1)))
+        least = 1 if size > PACKED_AT_MOST * packed else 4
+        most = min(most, max(least, LONGEST // max(size, 1)))   # equal cells are stored once, so each may be so large
     return most
 
 
