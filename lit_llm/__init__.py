@@ -7,30 +7,42 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lit_llm.conversation import Conversation, Document, Message
     from lit_llm.data.datamodule import TextDataModule
-    from lit_llm.data.sources import Source
+    from lit_llm.data.records.sources import Source
+    from lit_llm.data.rows.loader import Batch
     from lit_llm.errors import InputError
     from lit_llm.inference.completion import TextEngine
     from lit_llm.inference.export import export
     from lit_llm.inference.sampling import SamplingParams
-    from lit_llm.peft_method import LoRA
-    from lit_llm.tokenizer import Tokenizer, TokenSequence
+    from lit_llm.models.adapters.peft_method import LoRA
+    from lit_llm.text.conversation import Conversation, Document, Message
+    from lit_llm.text.tokenizer import Tokenizer, TokenSequence
     from lit_llm.training.metrics import Perplexity
     from lit_llm.training.module import CausalLMModule
+    from lit_llm.training.parallel.fsdp import Fsdp2Strategy
+    from lit_llm.training.parallel.zero import ZeroStrategy
+    from lit_llm.training.run.checkpoint import StepCheckpoint
+    from lit_llm.training.run.finite import FiniteGuard
     from lit_llm.training.trainer import Trainer
 
 __version__ = "0.1.0"
-__all__ = ["CausalLMModule", "Conversation", "Document", "InputError", "LoRA", "Message", "Perplexity",
-           "SamplingParams", "Source", "TextDataModule", "TextEngine", "TokenSequence", "Tokenizer", "Trainer",
-           "export"]
+__all__ = ["Batch", "CausalLMModule", "Conversation", "Document", "FiniteGuard", "Fsdp2Strategy", "InputError", "LoRA",
+           "Message", "Perplexity", "SamplingParams", "Source", "StepCheckpoint", "TextDataModule", "TextEngine",
+           "TokenSequence", "Tokenizer", "Trainer", "ZeroStrategy", "export"]
 
 _HOMES = {
-    "conversation": ("Conversation", "Document", "Message"), "errors": ("InputError",), "peft_method": ("LoRA",),
-    "tokenizer": ("Tokenizer", "TokenSequence"), "data.datamodule": ("TextDataModule",), "data.sources": ("Source",),
+    "text.conversation": ("Conversation", "Document", "Message"), "errors": ("InputError",),
+    "text.tokenizer": ("Tokenizer", "TokenSequence"), "models.adapters.peft_method": ("LoRA",),
+    "data.datamodule": ("TextDataModule",), "data.records.sources": ("Source",), "data.rows.loader": ("Batch",),
     "training.metrics": ("Perplexity",), "training.module": ("CausalLMModule",), "training.trainer": ("Trainer",),
+    "training.parallel.zero": ("ZeroStrategy",), "training.parallel.fsdp": ("Fsdp2Strategy",),
+    "training.run.checkpoint": ("StepCheckpoint",), "training.run.finite": ("FiniteGuard",),
     "inference.completion": ("TextEngine",), "inference.sampling": ("SamplingParams",), "inference.export": ("export",),
 }
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
 
 
 def __getattr__(name: str) -> Any:

@@ -38,7 +38,7 @@ def run() -> None:
     for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), _end)
-    from lit_llm.cli import main
+    from lit_llm.cli.main import main
 
     main()
 

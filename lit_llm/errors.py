@@ -1,6 +1,6 @@
 """What a user did, said so that the user can mend it.
 
-Raised anywhere, caught once, at the rim (`cli.py`, `serve`): there it becomes a few lines and exit code 2, never a
+Raised anywhere, caught once, at the rim (`cli/main.py`, `serve`): there it becomes a few lines and exit code 2, never a
 traceback. Our own bugs are `assert`s and keep theirs.
 """
 

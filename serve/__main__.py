@@ -9,9 +9,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from lit_llm import library_warnings, ranges
 from lit_llm.errors import InputError
-from lit_llm.threads import number
+from lit_llm.system import library_warnings, ranges
+from lit_llm.system.threads import number
 
 LOCAL = ("127.0.0.1",)
 

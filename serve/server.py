@@ -19,7 +19,7 @@ from starlette.exceptions import HTTPException
 
 from lit_llm.errors import InputError
 from lit_llm.inference.engine import model_folder, tokenizer_folder
-from lit_llm.tokenizer import Tokenizer
+from lit_llm.text.tokenizer import Tokenizer
 from serve.line import Limits
 from serve.schema import ApiError
 from serve.spec import Routes

@@ -16,12 +16,12 @@ from fastapi import Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from litserve.specs.base import LitSpec
 
-from lit_llm.conversation import Conversation, Document, Message
 from lit_llm.errors import InputError
 from lit_llm.inference.completion import Completion, Detokenizer
 from lit_llm.inference.engine import budget
 from lit_llm.inference.sampling import SamplingParams
-from lit_llm.tokenizer import Tokenizer
+from lit_llm.text.conversation import Conversation, Document, Message
+from lit_llm.text.tokenizer import Tokenizer
 from serve.line import EngineLine, Limits
 from serve.schema import ApiError, ChatBody, ChatCompletionBody, CompletionBody, Sampling, Shape, bad_request
 

@@ -9,8 +9,8 @@ import re
 
 from transformers import AddedToken
 
-from lit_llm.conversation import Conversation, Message
-from lit_llm.tokenizer import Tokenizer
+from lit_llm.text.conversation import Conversation, Message
+from lit_llm.text.tokenizer import Tokenizer
 from tests.chats import FORGED, runs, said
 
 CONTROL = re.compile(r"<\|[^|<>\s{}']+\|>|<｜[^｜]+｜>|<\[[^\]\s]+\]>|\[\|\w+\|\]|<\|[A-Za-z_]+>|<\w+\|>|\[/?[A-Z_]{3,}\]|\[gMASK\]|</?s>|<s?bos>"

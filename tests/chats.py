@@ -8,10 +8,10 @@ import numpy as np
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
-from lit_llm.conversation import Conversation, Message
-from lit_llm.encoder import ANCHOR
 from lit_llm.errors import InputError
-from lit_llm.tokenizer import IGNORE_INDEX, Tokenizer
+from lit_llm.text.conversation import Conversation, Message
+from lit_llm.text.encoder import ANCHOR
+from lit_llm.text.tokenizer import IGNORE_INDEX, Tokenizer
 
 quick = settings(deadline=None, max_examples=15, derandomize=True, database=None,
                  suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -66,7 +66,7 @@ def tiny_tokenizer(tmp_path_factory) -> str:
     """A byte-level BPE of 320 tokens with ChatML."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-    from lit_llm.template import chatml
+    from lit_llm.text.templates.template import chatml
 
     specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     tokenizer = Tokenizer(models.BPE())
@@ -134,8 +134,8 @@ def tiny_model(tmp_path_factory, tiny_tokenizer) -> Callable[[str], str]:
         if kind not in made:
             import torch
 
-            from lit_llm.model import init_causal_lm
-            from lit_llm.tokenizer import Tokenizer
+            from lit_llm.models.load import init_causal_lm
+            from lit_llm.text.tokenizer import Tokenizer
 
             tokenizer = Tokenizer.load(tiny_tokenizer)
             torch.manual_seed(7)
@@ -164,7 +164,7 @@ def endless_model(tiny_model, tmp_path_factory):
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from lit_llm.tokenizer import Tokenizer
+    from lit_llm.text.tokenizer import Tokenizer
 
     folder = tmp_path_factory.mktemp("endless") / "endless"
     shutil.copytree(tiny_model("llama"), folder)

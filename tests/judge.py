@@ -10,7 +10,7 @@ import re
 from contextlib import suppress
 from itertools import product
 
-from lit_llm.data import formats
+from lit_llm.data.records import formats
 from lit_llm.errors import InputError
 from tests.chats import runs, said
 

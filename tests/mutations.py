@@ -24,7 +24,7 @@ VALUES: dict[str, str] = {
     "unicode": '"\\u98CE\\u202E\\uFEFF\\U0001F642"', "nul": '"a\\0b"',
 }
 CONFIGS = sorted(path for folder in ("configs", "configs/with") for path in (ROOT / folder).glob("*.yaml"))
-ZERO = "lit_llm.training.strategy.ZeroStrategy"
+ZERO = "lit_llm.training.parallel.zero.ZeroStrategy"
 CALLBACKS = ("StepCheckpoint", "Progress")
 
 
@@ -74,9 +74,10 @@ def schema() -> dict[str, tuple[dict[str, Any], tuple[str | int, ...]]]:
     """Every key of `fit`, those of sources, adapters, callbacks and ZeRO too: what it needs beside it, and its path."""
     from lightning.pytorch.strategies import DeepSpeedStrategy
 
-    from lit_llm.data.sources import Source
-    from lit_llm.peft_method import LoRA
-    from lit_llm.training import callbacks, checkpoint
+    from lit_llm.data.records.sources import Source
+    from lit_llm.models.adapters.peft_method import LoRA
+    from lit_llm.training.run import checkpoint
+    from lit_llm.training.run import progress as callbacks
     from tests.test_class_paths import fit_parser
 
     found: dict[str, tuple[dict[str, Any], tuple[str | int, ...]]] = {}
@@ -97,6 +98,6 @@ def schema() -> dict[str, tuple[dict[str, Any], tuple[str | int, ...]]]:
             {"trainer": {"strategy": {"class_path": ZERO, "init_args": {}}}}, ("trainer", "strategy", "init_args", name))
     for name in ("process_group_backend", "timeout"):
         found[f"trainer.strategy.fsdp2.{name}"] = (
-            {"trainer": {"strategy": {"class_path": "lit_llm.training.fsdp.Fsdp2Strategy", "init_args": {}}}},
+            {"trainer": {"strategy": {"class_path": "lit_llm.training.parallel.fsdp.Fsdp2Strategy", "init_args": {}}}},
             ("trainer", "strategy", "init_args", name))
     return found

@@ -6,7 +6,7 @@ For what is asked of a GPU: no file is read, nothing is downloaded, no weight pa
 import numpy as np
 import torch
 
-from lit_llm.data.loader import lay
+from lit_llm.data.rows.loader import lay
 from lit_llm.training.module import CausalLMModule
 
 LLAMA = {"model_type": "llama", "rms_norm_eps": 1e-5, "tie_word_embeddings": False}

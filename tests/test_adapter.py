@@ -7,13 +7,13 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lit_llm import anatomy
-from lit_llm.adapter import is_peft, learns_prompt, load_adapter, save_adapter, wrap_peft
 from lit_llm.errors import InputError
-from lit_llm.merging import merge
-from lit_llm.model import load_causal_lm, save_causal_lm
-from lit_llm.peft_method import LoRA, learns_prompt_by, spec_of
-from lit_llm.trained_rows import chooses_rows, row_obstacle
+from lit_llm.models import anatomy
+from lit_llm.models.adapters.adapter import is_peft, learns_prompt, load_adapter, save_adapter, wrap_peft
+from lit_llm.models.adapters.merging import merge
+from lit_llm.models.adapters.peft_method import LoRA, learns_prompt_by, spec_of
+from lit_llm.models.adapters.trained_rows import chooses_rows, row_obstacle
+from lit_llm.models.load import load_causal_lm, save_causal_lm
 from tests.models import IDS, KINDS, disturb, logits
 
 

@@ -5,10 +5,10 @@ import json
 import pytest
 import torch
 
-from lit_llm import adapter, starting
 from lit_llm.errors import InputError
-from lit_llm.model import load_causal_lm
-from lit_llm.peft_method import peft_config
+from lit_llm.models.adapters import adapter, starting
+from lit_llm.models.adapters.peft_method import peft_config
+from lit_llm.models.load import load_causal_lm
 
 METHODS = {"LoraConfig": {"r": 2}, "IA3Config": {"target_modules": ["k_proj", "down_proj"], "feedforward_modules": ["down_proj"]},
            "VeraConfig": {"r": 4}, "PromptEncoderConfig": {"num_virtual_tokens": 3}, "LoHaConfig": {"r": 2}}

@@ -7,9 +7,9 @@ import torch
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from lit_llm import attention
 from lit_llm.errors import InputError
-from lit_llm.model import init_causal_lm
+from lit_llm.kernels import attention
+from lit_llm.models.load import init_causal_lm
 from tests.conftest import SHAPES
 
 KINDS = {

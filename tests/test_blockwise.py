@@ -5,7 +5,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from lit_llm import blockwise
+from lit_llm.kernels import blockwise
 
 
 def states(shared, groups, tokens, width, dtype=torch.float64, seed=0):

@@ -7,14 +7,16 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from lit_llm import check, integrity, merging
-from lit_llm.adapter import save_adapter, wrap_peft
 from lit_llm.errors import InputError
 from lit_llm.inference.completion import TextEngine
 from lit_llm.inference.export import export
-from lit_llm.model import load_causal_lm
-from lit_llm.peft_method import LoRA
-from lit_llm.tokenizer import Tokenizer
+from lit_llm.models.adapters import merging
+from lit_llm.models.adapters.adapter import save_adapter, wrap_peft
+from lit_llm.models.adapters.peft_method import LoRA
+from lit_llm.models.load import load_causal_lm
+from lit_llm.system import integrity
+from lit_llm.text import check
+from lit_llm.text.tokenizer import Tokenizer
 from tests.models import disturb
 
 

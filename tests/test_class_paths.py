@@ -11,8 +11,8 @@ import jsonargparse
 import pytest
 import yaml
 
-from lit_llm import class_paths
 from lit_llm.errors import InputError
+from lit_llm.system import class_paths
 from tests.test_cli import call, place, refused
 
 assert place                                        # a fixture
@@ -27,7 +27,7 @@ def payload(trace):
 
 def fit_parser():
     """The parser of `fit`, with all its keys."""
-    from lit_llm import runs
+    from lit_llm.cli import runs
 
     class_paths.restrict(jsonargparse, class_paths.allowed())
     parser = jsonargparse.capture_parser(lambda: runs.LitLLMCLI(
@@ -71,7 +71,7 @@ def test_a_run_config_with_a_program_in_it_is_refused(verb, place):
 @pytest.mark.parametrize("value", [
     {"class_path": "lightning.pytorch.callbacks.LambdaCallback", "init_args": {"setup": "os.system"}},
     {"class_path": "lightning.pytorch.loggers.wandb.os.system", "init_args": {"command": "touch TRACE"}},
-    {"class_path": "lit_llm.training.trial.subprocess.Popen", "init_args": {"args": ["touch", "TRACE"]}},
+    {"class_path": "lit_llm.training.planning.trial.subprocess.Popen", "init_args": {"args": ["touch", "TRACE"]}},
     {"class_path": "torch.hub.load", "init_args": {"repo_or_dir": "x"}},
     {"class_path": "lightning.pytorch.profilers.AdvancedProfiler"},     # allowed, but no callback
 ])
@@ -83,11 +83,11 @@ def test_only_listed_callbacks_are_built(value, place):
 def test_classes_that_people_use_are_built(place):
     callbacks = [{"class_path": "EarlyStopping", "init_args": {"monitor": "val/nll"}},
                  {"class_path": "lightning.pytorch.callbacks.LearningRateMonitor"},
-                 {"class_path": "lit_llm.training.checkpoint.StepCheckpoint", "init_args": {"every_n_steps": 1}}]
+                 {"class_path": "lit_llm.training.run.checkpoint.StepCheckpoint", "init_args": {"every_n_steps": 1}}]
     code, _, err = call("fit", "--config", "ok.yaml", "--trainer.callbacks", json.dumps(callbacks),
                         "--trainer.profiler", json.dumps({"class_path": "lightning.pytorch.profilers.SimpleProfiler",
                                                           "init_args": {"dirpath": "run", "filename": "profile"}}),
-                        "--trainer.strategy", json.dumps({"class_path": "lit_llm.training.strategy.ZeroStrategy",
+                        "--trainer.strategy", json.dumps({"class_path": "lit_llm.training.parallel.zero.ZeroStrategy",
                                                           "init_args": {"stage": 1}}))
     assert code == 0, err
     assert Path("run/checkpoints/step_2").is_dir()

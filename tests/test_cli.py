@@ -21,7 +21,7 @@ import pytest
 import yaml
 
 from lit_llm.__main__ import HEAP
-from lit_llm.cli import main
+from lit_llm.cli.main import main
 
 ROOT = Path(__file__).resolve().parents[1]
 RANDOM = ["--model.base", "null", "--model.lora", "null", "--data.tokenizer", "sample:base", "--model.init"]
@@ -185,7 +185,7 @@ def test_a_wrong_option(words, says, place):
     ({"class_path": "lightning.pytorch.callbacks.EarlyStopping", "init_args": {"monitor": "val_nll"}}, "'val/nll'"),
     ({"class_path": "lightning.pytorch.callbacks.EarlyStopping"}, "monitor"),
     ({"class_path": "lightning.pytorch.callbacks.EarlyStopping", "init_args": {"monitor": "nll"}}, "'val/nll'"),
-    ({"class_path": "lit_llm.training.checkpoint.StepCheckpoint", "init_args": {"monitor": "perplexity"}},
+    ({"class_path": "lit_llm.training.run.checkpoint.StepCheckpoint", "init_args": {"monitor": "perplexity"}},
      "'val/perplexity'"),
     ({"class_path": "lightning.pytorch.callbacks.EMAWeightAveraging"}, "averaged weights"),
     ({"class_path": "lightning.pytorch.callbacks.GradientAccumulationScheduler", "init_args": {"scheduling": {"0": 2}}},

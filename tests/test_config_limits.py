@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from lit_llm import config_limits, model
 from lit_llm.errors import InputError
-from lit_llm.model import init_causal_lm, load_causal_lm, skeleton, stored_dtype
-from lit_llm.tokenizer_file import load_fast
+from lit_llm.models import load as model
+from lit_llm.models.load import init_causal_lm, load_causal_lm, skeleton, stored_dtype
+from lit_llm.system import config_limits
+from lit_llm.text.tokenizer_file import load_fast
 from tests.conftest import NARROW
 from tests.test_cli import call, place
 

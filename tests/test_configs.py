@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from lit_llm.cli.runs import LitLLMCLI, RunParser, TextDataModule, Trainer
 from lit_llm.errors import InputError
-from lit_llm.runs import LitLLMCLI, RunParser, TextDataModule, Trainer
 from lit_llm.training.module import CausalLMModule
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"

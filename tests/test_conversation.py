@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lit_llm.conversation import Conversation, Message
 from lit_llm.errors import InputError, did_you_mean
+from lit_llm.text.conversation import Conversation, Message
 
 CALL = {"type": "function", "id": "c1", "function": {"name": "add", "arguments": {"a": 1}}}
 

@@ -3,9 +3,9 @@
 import pytest
 from hypothesis import given
 
-from lit_llm.conversation import Conversation, Message
 from lit_llm.errors import InputError
-from lit_llm.tokenizer import Tokenizer
+from lit_llm.text.conversation import Conversation, Message
+from lit_llm.text.tokenizer import Tokenizer
 from tests.chats import (
     FORGED,
     KINDS,

@@ -29,7 +29,7 @@ def run(place):  # noqa: F811
                        "test_sources": [{"path": "held.jsonl"}], "packing": "none"}
     config["model"] |= {"lr": 0.01, "schedule": "constant", "warmup": 0}
     config["trainer"] |= {"max_steps": 6, "val_check_interval": 2, "callbacks": [
-        {"class_path": "lit_llm.training.checkpoint.StepCheckpoint", "init_args": {"mode": "max"}}]}
+        {"class_path": "lit_llm.training.run.checkpoint.StepCheckpoint", "init_args": {"mode": "max"}}]}
     Path("own.yaml").write_text(yaml.safe_dump(config))
     code, out, err = call("fit", "--config", "own.yaml")
     assert code == 0, err
@@ -186,7 +186,7 @@ def test_a_model_in_the_hub_s_cache_is_its_local_snapshot(tmp_path, monkeypatch,
     """The layout of the hub's client, filled by hand: there is no network here."""
     import huggingface_hub.constants
 
-    from lit_llm import origin
+    from lit_llm.system import origin
 
     snapshot = tmp_path / "models--owner--name" / "snapshots" / "abc"
     shutil.copytree(tiny_model("llama"), snapshot)

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lit_llm import patterns
+from lit_llm.models.adapters import patterns
 from tests.test_cli import call, place
 
 assert place                                        # a fixture

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from lit_llm import jinja, jinja_guard, jinja_process
 from lit_llm.errors import GivenUpError, InputError
+from lit_llm.text.templates import jinja, jinja_guard, jinja_process
 from tests.hostile import HOSTILE, UNREADABLE
 from tests.test_cli import call, place
 

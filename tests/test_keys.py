@@ -21,17 +21,17 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from lit_llm.anatomy import decoder_layers
+from lit_llm.cli.runs import LitLLMCLI
 from lit_llm.data.datamodule import TextDataModule
-from lit_llm.data.sources import Source
+from lit_llm.data.records.sources import Source
 from lit_llm.errors import InputError
-from lit_llm.peft_method import LoRA
-from lit_llm.runs import LitLLMCLI
-from lit_llm.training.callbacks import Progress
-from lit_llm.training.checkpoint import StepCheckpoint
-from lit_llm.training.fsdp import Fsdp2Strategy
+from lit_llm.models.adapters.peft_method import LoRA
+from lit_llm.models.anatomy import decoder_layers
 from lit_llm.training.module import CausalLMModule
-from lit_llm.training.strategy import ZeroStrategy
+from lit_llm.training.parallel.fsdp import Fsdp2Strategy
+from lit_llm.training.parallel.zero import ZeroStrategy
+from lit_llm.training.run.checkpoint import StepCheckpoint
+from lit_llm.training.run.progress import Progress
 from lit_llm.training.trainer import Trainer
 from tests import keys
 from tests.test_class_paths import fit_parser
@@ -325,7 +325,7 @@ def test_an_argument_of_zero_that_changes_nothing_is_refused(name):
 
 def test_each_argument_of_fsdp2_reaches_torch(place):
     assert set(inspect.signature(Fsdp2Strategy).parameters) == {"process_group_backend", "timeout"}
-    seen = place.run({"trainer.strategy": {"class_path": "lit_llm.training.fsdp.Fsdp2Strategy", "init_args": {
+    seen = place.run({"trainer.strategy": {"class_path": "lit_llm.training.parallel.fsdp.Fsdp2Strategy", "init_args": {
         "process_group_backend": "gloo", "timeout": "0:00:10"}}}, "look")
     assert seen["code"] == 0, seen["error"]
     assert seen["strategy"].process_group_backend == "gloo"

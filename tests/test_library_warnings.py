@@ -11,8 +11,8 @@ import warnings
 import pytest
 import torch
 
-from lit_llm import library_warnings
-from lit_llm.library_warnings import KNOWN, Listener, listen
+from lit_llm.system import library_warnings
+from lit_llm.system.library_warnings import KNOWN, Listener, listen
 
 
 @pytest.fixture
@@ -29,8 +29,8 @@ def heard(capsys, monkeypatch):
 
 
 def adapter_with_a_useless_key(tiny_model):
-    from lit_llm.adapter import wrap_peft
-    from lit_llm.model import load_causal_lm
+    from lit_llm.models.adapters.adapter import wrap_peft
+    from lit_llm.models.load import load_causal_lm
 
     spec = {"class_path": "LoraConfig", "init_args": {"r": 2, "target_modules": ["q_proj"], "exclude_modules": ["other"]}}
     return wrap_peft(load_causal_lm(tiny_model("llama")), spec)
@@ -63,7 +63,7 @@ def test_a_warning_of_a_logger_is_shown_once_and_its_progress_is_not(heard):
 
 
 def test_known_texts_are_silent(heard, tiny_model):
-    from lit_llm.model import load_causal_lm
+    from lit_llm.models.load import load_causal_lm
 
     model = load_causal_lm(tiny_model("llama"))
     heard()

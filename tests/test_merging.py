@@ -10,12 +10,12 @@ import torch
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
-from lit_llm.adapter import load_adapter, save_adapter, wrap_peft
-from lit_llm.anatomy import causal_lm
 from lit_llm.errors import InputError
-from lit_llm.merging import UnmergeableError, merge
-from lit_llm.model import init_causal_lm, load_causal_lm, save_causal_lm
-from lit_llm.peft_method import UNFIT
+from lit_llm.models.adapters.adapter import load_adapter, save_adapter, wrap_peft
+from lit_llm.models.adapters.merging import UnmergeableError, merge
+from lit_llm.models.adapters.peft_method import UNFIT
+from lit_llm.models.anatomy import causal_lm
+from lit_llm.models.load import init_causal_lm, load_causal_lm, save_causal_lm
 from tests.models import disturb
 
 V = 96
@@ -175,9 +175,9 @@ def test_stage_3_refuses_an_adapter_that_two_layers_share(bases):
     """The head would be computed with an empty shard of the embedding's adapter."""
     from types import SimpleNamespace
 
-    from lit_llm.training import compatible
+    from lit_llm.training.checks import compatible
     from lit_llm.training.module import CausalLMModule
-    from lit_llm.training.strategy import ZeroStrategy
+    from lit_llm.training.parallel.zero import ZeroStrategy
 
     spec = spec_of("LoraConfig", bases["tied"], "both", ensure_weight_tying=True)
     module = CausalLMModule(base=str(bases["tied"]), peft=spec)

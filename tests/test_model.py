@@ -6,10 +6,10 @@ import shutil
 import pytest
 import torch
 
-from lit_llm import anatomy
-from lit_llm import model as models
 from lit_llm.errors import InputError
-from lit_llm.model import init_causal_lm, load_causal_lm, save_causal_lm
+from lit_llm.models import anatomy
+from lit_llm.models import load as models
+from lit_llm.models.load import init_causal_lm, load_causal_lm, save_causal_lm
 from tests.models import IDS, KINDS, disturb, logits
 
 

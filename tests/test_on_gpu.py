@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from lit_llm.adapter import wrap_peft
-from lit_llm.model import init_causal_lm
-from lit_llm.peft_method import LoRA
-from lit_llm.training import estimate
+from lit_llm.models.adapters.adapter import wrap_peft
+from lit_llm.models.adapters.peft_method import LoRA
+from lit_llm.models.load import init_causal_lm
+from lit_llm.training.planning import estimate
 from tests.benchmarks import cross_entropy, on_gpu, train
 from tests.shapes import LLAMA, SMALL
 

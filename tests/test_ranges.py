@@ -15,10 +15,13 @@ import yaml
 from jsonargparse import Namespace
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from lit_llm import CausalLMModule, LoRA, Source, TextDataModule, Trainer, peft_method, ranges, runs, settings
+from lit_llm import CausalLMModule, LoRA, Source, TextDataModule, Trainer
+from lit_llm.cli import runs, settings
 from lit_llm.errors import InputError
-from lit_llm.training.callbacks import Progress
-from lit_llm.training.checkpoint import StepCheckpoint
+from lit_llm.models.adapters import peft_method
+from lit_llm.system import ranges
+from lit_llm.training.run.checkpoint import StepCheckpoint
+from lit_llm.training.run.progress import Progress
 from tests import mutations
 from tests.test_class_paths import fit_parser
 from tests.test_cli import call, place, refused
@@ -166,7 +169,7 @@ def test_a_refusal_says_key_value_range_and_what_to_type(place):
     ("model: {lora: null, peft: {class_path: LoraConfig, init_args: {lora_dropout: -0.5}}}\n", "lora_dropout"),
     ("trainer: {max_time: 12:00:00:00}\n", "trainer.max_time"),
     ("trainer: {max_time: {months: 1}}\n", ["trainer.max_time", "{hours: 12}"]),
-    ("trainer: {callbacks: [{class_path: lit_llm.training.checkpoint.StepCheckpoint, init_args: {keep_last: null}}]}\n",
+    ("trainer: {callbacks: [{class_path: lit_llm.training.run.checkpoint.StepCheckpoint, init_args: {keep_last: null}}]}\n",
      "keep_last: null is not allowed"),
     ("a: &a [x, x, x, x, x, x, x, x, x, x]\nb: &b [*a, *a, *a, *a, *a, *a, *a, *a, *a, *a]\n"
      "c: &c [*b, *b, *b, *b, *b, *b, *b, *b, *b, *b]\nd: &d [*c, *c, *c, *c, *c, *c, *c, *c, *c, *c]\n"
@@ -233,9 +236,9 @@ def test_every_number_in_a_signature_has_a_range():
 @pytest.mark.parametrize(("words", "says"), [
     (["fit", "--help"], ["A number above 0, at most 10. Never null.", "A whole number from 1 to 1,024, or null."]),
     (["fit", "--model.lora.help"], ["A number from 0 to below 1. Never null.", "A whole number from 1 to 65,536."]),
-    (["fit", "--trainer.callbacks.help", "lit_llm.training.checkpoint.StepCheckpoint"],
+    (["fit", "--trainer.callbacks.help", "lit_llm.training.run.checkpoint.StepCheckpoint"],
      ["A whole number from 1 to 1,000,000. Never null.", "A whole number from 1 to 1,000,000,000, or null."]),
-    (["fit", "--trainer.strategy.help", "lit_llm.training.strategy.ZeroStrategy"], "A whole number from 1 to 3."),
+    (["fit", "--trainer.strategy.help", "lit_llm.training.parallel.zero.ZeroStrategy"], "A whole number from 1 to 3."),
     (["inspect", "--help"], "Training rows to show. A whole number from 0 to 10,000."),
     (["chat", "--help"], "A number from 0 to 2. Never null."),
 ])

@@ -10,7 +10,7 @@ import pytest
 import wandb
 import yaml
 
-from lit_llm.redaction import looks_random, names_secret, redact, redact_text
+from lit_llm.system.redaction import looks_random, names_secret, redact, redact_text
 from tests.test_cli import call, place, refused
 
 assert place                                        # a fixture

@@ -18,7 +18,8 @@ import pytest
 import yaml
 from test_cli import call, place, refused, write  # noqa: F401
 
-from lit_llm import command, runconfig
+from lit_llm.cli import runconfig
+from lit_llm.system import command
 
 ROOT = Path(__file__).resolve().parents[1]
 MINE = [{"prompt": f"count to {number}", "completion": f"it is {number} and {number}"} for number in range(12)]

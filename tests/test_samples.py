@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from lit_llm.conversation import Conversation
 from lit_llm.errors import InputError
 from lit_llm.samples import make
 from lit_llm.samples.world import LANGUAGES, draw_facts
+from lit_llm.text.conversation import Conversation
 
 SAMPLES = Path(make.__file__).parent
 TEXTS = ("documents.jsonl", "documents_val.jsonl", "conversations.jsonl", "conversations_val.jsonl")

@@ -3,7 +3,7 @@
 import pytest
 
 from lit_llm import CausalLMModule, InputError, Source, TextDataModule, Trainer
-from lit_llm.training.checkpoint import StepCheckpoint
+from lit_llm.training.run.checkpoint import StepCheckpoint
 
 
 @pytest.mark.parametrize("key", ["batch_size", "num_proc", "stream_buffer"])

@@ -7,10 +7,10 @@ What must be learned is found by `tests/battery.py`, which renders with transfor
 import pytest
 from transformers import AutoTokenizer
 
-from lit_llm import jinja
-from lit_llm.conversation import Conversation, Message
 from lit_llm.errors import InputError
-from lit_llm.tokenizer import Tokenizer
+from lit_llm.text.conversation import Conversation, Message
+from lit_llm.text.templates import jinja
+from lit_llm.text.tokenizer import Tokenizer
 from tests.battery import BATTERY, CALL, TOOLS, check, fitted, of
 from tests.chats import FORGED, chat, runs, said, with_template
 

@@ -9,12 +9,12 @@ import json
 import pytest
 from transformers import AutoTokenizer
 
-from lit_llm.data import formats
-from lit_llm.data.cache import folder_of
-from lit_llm.data.prepare import prepare
-from lit_llm.data.sources import Source
+from lit_llm.data.records import formats
+from lit_llm.data.records.sources import Source
+from lit_llm.data.tokens.cache import folder_of
+from lit_llm.data.tokens.prepare import prepare
 from lit_llm.errors import InputError
-from lit_llm.tokenizer import Tokenizer
+from lit_llm.text.tokenizer import Tokenizer
 from tests.chats import chat, runs, said
 
 # as templates of reasoning models do: the prompt opens the thinking, or closes an empty one

@@ -9,9 +9,9 @@ import json
 import pytest
 from transformers import AutoTokenizer
 
-from lit_llm.data import formats
+from lit_llm.data.records import formats
 from lit_llm.errors import InputError
-from lit_llm.tokenizer import IGNORE_INDEX
+from lit_llm.text.tokenizer import IGNORE_INDEX
 from tests.battery import fitted
 from tests.chats import runs, said
 from tests.judge import OTHERWISE, REFUSED, SERVED, judge

@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import load_file
 from test_cli import call, place  # noqa: F401
 
-from lit_llm import threads
 from lit_llm.errors import InputError
+from lit_llm.system import threads
 
 
 @pytest.fixture(autouse=True)

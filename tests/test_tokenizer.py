@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lit_llm.conversation import Conversation, Document, Message
 from lit_llm.errors import InputError
-from lit_llm.tokenizer import IGNORE_INDEX, Tokenizer
+from lit_llm.text.conversation import Conversation, Document, Message
+from lit_llm.text.tokenizer import IGNORE_INDEX, Tokenizer
 from tests.chats import (
     KINDS,
     NEMO,

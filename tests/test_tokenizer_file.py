@@ -9,7 +9,7 @@ from transformers import AutoTokenizer
 
 from lit_llm.errors import InputError
 from lit_llm.samples import resolve
-from lit_llm.tokenizer import Tokenizer
+from lit_llm.text.tokenizer import Tokenizer
 
 
 def copied(source, folder, **keys):

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from lit_llm import tokenizer_limits
 from lit_llm.errors import InputError
-from lit_llm.tokenizer import Tokenizer
+from lit_llm.text import tokenizer_limits
+from lit_llm.text.tokenizer import Tokenizer
 from tests.test_cli import call, place
 
 assert place                                        # a fixture
@@ -132,7 +132,7 @@ def test_a_panic_in_rust_is_a_user_error(tiny_tokenizer, tmp_path, monkeypatch):
 
 
 def tokenizer_piece(text):
-    from lit_llm.cutting import Piece
+    from lit_llm.text.cutting import Piece
 
     return Piece("", text)
 

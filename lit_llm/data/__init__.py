@@ -1,0 +1,1 @@
+"""Files of records to batches of packed rows: records, tokens, rows, stream."""

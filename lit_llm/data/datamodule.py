@@ -12,18 +12,20 @@ from typing import Any
 import lightning as L
 import numpy as np
 
-from lit_llm import ranges
-from lit_llm.data import identity, idle, stream_loader
-from lit_llm.data.corpus import Corpus, Occurrences
-from lit_llm.data.loader import Batch, RowLoader
-from lit_llm.data.mixture import Mixture, Stage, repeats, side
-from lit_llm.data.packing import Overlong, Packing, Rows
-from lit_llm.data.prepare import OnBadRecord, prepare, wait_for
-from lit_llm.data.sources import Source
-from lit_llm.data.store import Report, TokenStore
-from lit_llm.data.stream_loader import StreamLoader
+from lit_llm.data import idle
+from lit_llm.data.records.sources import Source
+from lit_llm.data.rows import identity
+from lit_llm.data.rows.corpus import Corpus, Occurrences
+from lit_llm.data.rows.loader import Batch, RowLoader
+from lit_llm.data.rows.mixture import Mixture, Stage, repeats, side
+from lit_llm.data.rows.packing import Overlong, Packing, Rows
+from lit_llm.data.stream import loader as stream_loader
+from lit_llm.data.stream.loader import StreamLoader
+from lit_llm.data.tokens.prepare import OnBadRecord, prepare, wait_for
+from lit_llm.data.tokens.store import Report, TokenStore
 from lit_llm.errors import InputError
-from lit_llm.tokenizer import Tokenizer, TrainOn
+from lit_llm.system import ranges
+from lit_llm.text.tokenizer import Tokenizer, TrainOn
 
 
 @dataclass(frozen=True, slots=True)
@@ -333,8 +335,8 @@ class TextDataModule(L.LightningDataModule):
 
     def summary(self) -> str:
         """Some lines: records read, kept, dropped and why; tokens, supervised share, rows and fill per stage; steps."""
-        from lit_llm.data.inspection import examine
-        from lit_llm.data.terminal import short
+        from lit_llm.data.inspect.inspection import examine
+        from lit_llm.data.inspect.terminal import short
 
         streamed = [f"train: streamed from {', '.join(source.path for source in self.sources)}"
                     + (f"; below, its first {self.stream_buffer:,} characters" if "train" in self.plans else "")]

@@ -6,9 +6,9 @@ What a file decides (`split`, `subset`, `document` of a source) is refused where
 import logging
 from typing import TYPE_CHECKING
 
-from lit_llm import ranges
-from lit_llm.data.corpus import Corpus
+from lit_llm.data.rows.corpus import Corpus
 from lit_llm.errors import InputError
+from lit_llm.system import ranges
 
 if TYPE_CHECKING:
     from lit_llm.data.datamodule import TextDataModule

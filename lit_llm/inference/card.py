@@ -6,7 +6,7 @@ from typing import Any
 
 import yaml
 
-from lit_llm.redaction import redact_text
+from lit_llm.system.redaction import redact_text
 
 
 def card(run: Path, facts: dict[str, Any], name: str) -> str:

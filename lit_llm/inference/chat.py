@@ -7,11 +7,11 @@ import sys
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
-from lit_llm.conversation import Conversation, Message
 from lit_llm.errors import InputError
 from lit_llm.inference.completion import TextEngine
 from lit_llm.inference.engine import budget, model_folder
 from lit_llm.inference.sampling import SamplingParams
+from lit_llm.text.conversation import Conversation, Message
 
 EXIT_WORDS = ("exit", "quit", "退出")
 CONTROLS = {code: None for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}

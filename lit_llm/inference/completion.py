@@ -10,12 +10,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lit_llm.conversation import Conversation, Document
 from lit_llm.inference.engine import Engine, FinishReason, tokenizer_folder
 from lit_llm.inference.sampling import SamplingParams
+from lit_llm.text.conversation import Conversation, Document
 
 if TYPE_CHECKING:
-    from lit_llm.tokenizer import Tokenizer
+    from lit_llm.text.tokenizer import Tokenizer
 
 Prompt = Conversation | Document | Sequence[int]
 HALF_CHARACTER = re.compile("(?<!\ufffd)\ufffd{1,3}$")    # a longer run is no character cut short: show it
@@ -110,7 +110,7 @@ class TextEngine:
     def load(cls, folder: str | Path, *, device: str = "auto", dtype: str = "auto",
              adapter: str | Path | None = None, threads: int | str = "auto") -> "TextEngine":
         """Model and tokenizer of a folder; arguments and errors are `Engine.load`'s."""
-        from lit_llm.tokenizer import Tokenizer
+        from lit_llm.text.tokenizer import Tokenizer
 
         tokenizer = Tokenizer.load(tokenizer_folder(str(folder), adapter))   # before the weights, which take longer
         return cls(Engine.load(folder, device=device, dtype=dtype, adapter=adapter, threads=threads), tokenizer)

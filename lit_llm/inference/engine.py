@@ -11,13 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from lit_llm import check, origin
 from lit_llm.errors import InputError
 from lit_llm.inference.sampling import SamplingParams, next_ids
 from lit_llm.samples import resolve
+from lit_llm.system import origin
+from lit_llm.text import check
 
 if TYPE_CHECKING:
-    from lit_llm.threads import Choice
+    from lit_llm.system.threads import Choice
 
 FinishReason = Literal["stop", "length"]
 
@@ -119,7 +120,7 @@ class Engine:
         Raises:
             InputError: No such folder, or it holds no loadable model; or no such number of threads.
         """
-        from lit_llm.threads import number, settle
+        from lit_llm.system.threads import number, settle
 
         if threads != "auto":
             number(threads)                         # before the weights, which take longer
@@ -289,8 +290,8 @@ def _load(folder: str, device: str, dtype: str, adapter: str | Path | None) -> A
     import torch
     from safetensors import SafetensorError
 
-    from lit_llm.model import load_causal_lm, stored_dtype
-    from lit_llm.starting import merged
+    from lit_llm.models.adapters.starting import merged
+    from lit_llm.models.load import load_causal_lm, stored_dtype
 
     facts = _trained_on(adapter or folder) if adapter or _adapter_base(folder) else {}
     if base := _adapter_base(folder):

@@ -9,11 +9,13 @@ import shutil
 from pathlib import Path
 from typing import Any, Literal
 
-from lit_llm import check, disk, integrity, origin, ranges
+from lit_llm import disk
 from lit_llm.errors import InputError
 from lit_llm.inference.card import card, read_values
 from lit_llm.samples import resolve
-from lit_llm.tokenizer import Tokenizer
+from lit_llm.system import integrity, origin, ranges
+from lit_llm.text import check
+from lit_llm.text.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
@@ -40,9 +42,10 @@ def export(run: str, checkpoint: str = "best", out: str | None = None, dtype: Dt
     """
     import torch
 
-    from lit_llm import model, starting
-    from lit_llm.merging import merge
-    from lit_llm.quantize import quantization_drift
+    from lit_llm.models import load as model
+    from lit_llm.models.adapters import starting
+    from lit_llm.models.adapters.merging import merge
+    from lit_llm.models.quantize import quantization_drift
 
     folder = checkpoint_folder(Path(run), checkpoint)
     facts = integrity.read(folder)

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from lit_llm import ranges
 from lit_llm.errors import InputError
+from lit_llm.system import ranges
 
 if TYPE_CHECKING:
     from torch import Generator, Tensor

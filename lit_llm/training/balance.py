@@ -20,9 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lit_llm import anatomy
 from lit_llm.errors import InputError
-from lit_llm.tokenizer import IGNORE_INDEX
+from lit_llm.models import anatomy
+from lit_llm.text.tokenizer import IGNORE_INDEX
 
 COEFFICIENTS = ("router_aux_loss_coef", "aux_loss_coef")    # attributes of causal LMs; the second is JetMoe's
 GIVEN = {"gate_logits", "num_experts", "top_k", "attention_mask", "num_keys"}

@@ -10,13 +10,18 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lit_llm import adapter, anatomy, check, model, peft_method, starting, trained_rows, vocabulary
 from lit_llm.errors import InputError
+from lit_llm.kernels import rmsnorm
+from lit_llm.models import anatomy, recompute, vocabulary
+from lit_llm.models import load as model
+from lit_llm.models.adapters import adapter, peft_method, starting, trained_rows
 from lit_llm.samples import resolve
-from lit_llm.training import balance, compatible, learned_tokens, recompute, rmsnorm
-from lit_llm.training.fsdp import Fsdp2Strategy
-from lit_llm.training.strategy import ZeroStrategy
-from lit_llm.training.weights import whole
+from lit_llm.text import check
+from lit_llm.training import balance, learned_tokens
+from lit_llm.training.checks import compatible
+from lit_llm.training.parallel.fsdp import Fsdp2Strategy
+from lit_llm.training.parallel.shards import whole
+from lit_llm.training.parallel.zero import ZeroStrategy
 
 if TYPE_CHECKING:
     from lit_llm.training.module import CausalLMModule

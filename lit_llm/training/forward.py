@@ -16,13 +16,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lit_llm import adapter, anatomy
-from lit_llm.tokenizer import IGNORE_INDEX
+from lit_llm.models import anatomy
+from lit_llm.models.adapters import adapter
+from lit_llm.text.tokenizer import IGNORE_INDEX
 from lit_llm.training.balance import balance_sum, merged
 from lit_llm.training.loss import CrossEntropy, Nll, nll_sum, of_logits, supervised
 
 if TYPE_CHECKING:
-    from lit_llm.data.loader import Batch
+    from lit_llm.data.rows.loader import Batch
 
 log = logging.getLogger(__name__)
 

@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 from torch import Tensor
 
-from lit_llm.conversation import Conversation, Message
 from lit_llm.errors import InputError, did_you_mean
-from lit_llm.training.untrained import untrained
+from lit_llm.models.untrained import untrained
+from lit_llm.text.conversation import Conversation, Message
 
 if TYPE_CHECKING:
-    from lit_llm.data.corpus import Occurrences
-    from lit_llm.tokenizer import Tokenizer
+    from lit_llm.data.rows.corpus import Occurrences
+    from lit_llm.text.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
 MOST = 4096                                         # rows that learn: 268 MB in training where they are 4,096 wide

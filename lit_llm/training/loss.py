@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from lit_llm.tokenizer import IGNORE_INDEX
-from lit_llm.trained_rows import TrainedRows, trained_rows
-from lit_llm.training import fused, tiles
+from lit_llm.kernels import cross_entropy as fused
+from lit_llm.kernels import tiles
+from lit_llm.models.adapters.trained_rows import TrainedRows, trained_rows
+from lit_llm.text.tokenizer import IGNORE_INDEX
 
 CHUNK_BYTES = 64 * 2**20                            # of float32 logits at a time
 CrossEntropy = Literal["fused", "cut_cross_entropy", "liger"]
@@ -142,7 +143,7 @@ def _train(hidden_ND: Tensor, targets_N: Tensor, head: Any, factor: float, cap: 
     zero = torch.zeros((), dtype=torch.int64, device=hidden_ND.device)
     linear = _linear(head, factor, cap)
     if by != "fused" and not per_token:
-        from lit_llm.training import borrowed
+        from lit_llm.kernels import borrowed
 
         return Nll(borrowed.nll(by, hidden_ND, targets_N, linear), zero)
     if linear is not None and not per_token:

@@ -14,31 +14,26 @@ import lightning as L
 import torch
 from torch import Tensor, nn
 
-from lit_llm import adapter, anatomy, attention, model, peft_method
-from lit_llm.class_paths import refuse_within
 from lit_llm.errors import InputError
-from lit_llm.peft_method import spec_of
-from lit_llm.quantize import Quantize
-from lit_llm.training import (
-    adapter_fault,
-    build,
-    compatible,
-    footprint,
-    forward,
-    init_keys,
-    optim,
-    proof,
-    recompute,
-    reshard,
-)
-from lit_llm.training.fsdp import Fsdp2Strategy
+from lit_llm.kernels import attention
+from lit_llm.models import anatomy, recompute
+from lit_llm.models import load as model
+from lit_llm.models.adapters import adapter, peft_method
+from lit_llm.models.adapters.peft_method import spec_of
+from lit_llm.models.quantize import Quantize
+from lit_llm.system.class_paths import refuse_within
+from lit_llm.training import build, forward, optim
+from lit_llm.training.checks import adapter_fault, compatible, init_keys, proof
 from lit_llm.training.hyperparameters import Hyperparameters
 from lit_llm.training.loss import CrossEntropy
 from lit_llm.training.metrics import Perplexity
-from lit_llm.training.strategy import ZeroStrategy
+from lit_llm.training.parallel import reshard
+from lit_llm.training.parallel.fsdp import Fsdp2Strategy
+from lit_llm.training.parallel.zero import ZeroStrategy
+from lit_llm.training.planning import footprint
 
 if TYPE_CHECKING:
-    from lit_llm.data.loader import Batch
+    from lit_llm.data.rows.loader import Batch
 
 
 class CausalLMModule(L.LightningModule):

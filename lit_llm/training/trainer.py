@@ -5,6 +5,7 @@ Knows nothing of what is trained.
 
 import logging
 import os
+import re
 import sys
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
@@ -16,19 +17,22 @@ from lightning.pytorch.callbacks import ProgressBar as AnyProgressBar
 from lightning.pytorch.loggers import Logger, WandbLogger
 from lightning.pytorch.strategies import Strategy, StrategyRegistry
 
-from lit_llm import disk, ranges
+from lit_llm import disk
 from lit_llm.errors import InputError, did_you_mean
-from lit_llm.redaction import redact, redacted_argv
-from lit_llm.training import compatible, duration, idle, manifest, safe_load
-from lit_llm.training.callbacks import Progress
-from lit_llm.training.checkpoint import StepCheckpoint
-from lit_llm.training.finite import FiniteGuard
-from lit_llm.training.preemption import Preemption, is_requeued
-from lit_llm.training.report import MetricsCSV, write_json
-from lit_llm.training.rng import RngState
-from lit_llm.training.run_folder import RunFolder
-from lit_llm.training.threadcount import ThreadCount
-from lit_llm.training.writing import of_writing, unwritable
+from lit_llm.system import ranges
+from lit_llm.system.redaction import redact, redacted_argv
+from lit_llm.training.checks import compatible, duration, idle
+from lit_llm.training.parallel import safe_load
+from lit_llm.training.planning.threadcount import ThreadCount
+from lit_llm.training.run import manifest
+from lit_llm.training.run.checkpoint import StepCheckpoint
+from lit_llm.training.run.finite import FiniteGuard
+from lit_llm.training.run.preemption import Preemption, is_requeued
+from lit_llm.training.run.progress import Progress
+from lit_llm.training.run.report import MetricsCSV, write_json
+from lit_llm.training.run.rng import RngState
+from lit_llm.training.run.run_folder import RunFolder
+from lit_llm.training.run.writing import of_writing, unwritable
 
 log = logging.getLogger(__name__)
 NOTHING = ("max_steps", "max_epochs", "limit_train_batches", "val_check_interval")     # what 0 makes of a run
@@ -207,9 +211,9 @@ class Trainer(L.Trainer):
             characters: Of a stretch of one speaker's text, the most that the terminal shows; 0 shows all of it.
             html: Also write it as a page, into this file.
         """
-        from lit_llm.data.inspection import examine
-        from lit_llm.data.page import as_page
-        from lit_llm.data.terminal import as_text
+        from lit_llm.data.inspect.inspection import examine
+        from lit_llm.data.inspect.page import as_page
+        from lit_llm.data.inspect.terminal import as_text
 
         for name, value in (("rows", rows), ("characters", characters)):
             ranges.check(f"inspect.{name}", value, where=name)
@@ -234,7 +238,7 @@ class Trainer(L.Trainer):
             probe: Also train four steps in a process of its own, and measure time and memory.
             json: Also write all figures into this file.
         """
-        from lit_llm.training import devices, plan
+        from lit_llm.training.planning import devices, plan
 
         devices.named(device, memory)                   # before the data are read
         datamodule.quiet = True  # type: ignore[attr-defined]
@@ -253,7 +257,7 @@ class Trainer(L.Trainer):
             datamodule: The data.
             steps: Optimizer steps of each.
         """
-        from lit_llm.training.doctor import verify_resume
+        from lit_llm.training.planning.doctor import verify_resume
 
         if not verify_resume(self.run.config, steps):
             raise SystemExit(1)
@@ -267,7 +271,7 @@ class Trainer(L.Trainer):
             datamodule: The data, of which one step's worth is used.
             processes: Compare one process with so many; null takes `trainer.devices`.
         """
-        from lit_llm.training.doctor import selftest
+        from lit_llm.training.planning.doctor import selftest
 
         ranges.check("selftest.processes", processes, where="processes")
         processes = self.world_size if processes is None else processes
@@ -331,16 +335,22 @@ def _strategy(strategy: Any) -> Any:
     if isinstance(strategy, dict):                  # what the command line could not build
         raise InputError(f"{strategy.get('class_path')} is no strategy that can be made here", where="trainer.strategy")
     if isinstance(strategy, str) and strategy.startswith("deepspeed"):
-        from lit_llm.training.strategy import ZeroStrategy
+        from lit_llm.training.parallel.zero import ZeroStrategy
 
         strategy = ZeroStrategy.from_name(strategy)
     elif isinstance(strategy, str) and strategy.endswith("spawn"):
         raise InputError("processes that are spawned cannot be stopped together", where="trainer.strategy",
                          fix="set it to ddp, which starts the command once for each")
     elif strategy == "fsdp2":
-        from lit_llm.training.fsdp import Fsdp2Strategy
+        from lit_llm.training.parallel.fsdp import Fsdp2Strategy
 
         strategy = Fsdp2Strategy()
+    elif isinstance(strategy, str) and (named := re.match(r"\{class_path: ([\w.]+)", strategy)):
+        own = ["lit_llm.Fsdp2Strategy", "lit_llm.ZeroStrategy"]
+        near = [path for path in own if path.endswith(f".{named[1].rpartition('.')[2]}")]
+        raise InputError(f"there is no strategy '{named[1]}'" + (f". Did you mean '{near[0]}'?" if near else ""),
+                         where="trainer.strategy", fix=f"this project's are {' and '.join(own)}; Lightning's are in "
+                         "lightning.pytorch.strategies")
     elif isinstance(strategy, str) and strategy not in (
             known := ["auto", "fsdp2", *StrategyRegistry.available_strategies()]):
         raise InputError(f"no strategy is named '{strategy}'.{did_you_mean(strategy, known)}", where="trainer.strategy",

@@ -3,7 +3,7 @@
 For each `model_type` a small config is made, a `CausalLMModule` is built of it as `fit` builds one, its weights are
 replaced by random ones, and what its `sums` gives for a packed batch, in training and in evaluation, is compared with
 transformers' own forward pass of every document by itself, in float64 where the model can (weights, documents and the
-comparison have nothing in common with those of `training/proof.py`). Prints which way was chosen, the relative
+comparison have nothing in common with those of `training/checks/proof.py`). Prints which way was chosen, the relative
 difference of the loss, and the largest of the gradient's: |difference| / |gradient| over all weights.
 
     python -m tests.benchmarks.architectures                     # all, some minutes
@@ -86,7 +86,7 @@ def tiny(keys):
     """A small config by the keys of `model.init`: what they name stays as it is."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from lit_llm import miniature
+    from lit_llm.models import miniature
 
     kind, more = keys["model_type"], {key: value for key, value in keys.items() if key != "model_type"}
     config, last = AutoConfig.for_model(kind, **more), "no config"
@@ -109,7 +109,7 @@ def tiny(keys):
 
 def batch_of(words, seed):
     """Two rows of documents with unsupervised beginnings, and padding."""
-    from lit_llm.data.loader import lay
+    from lit_llm.data.rows.loader import lay
 
     draw = np.random.default_rng(seed)
     rows = [[(draw.choice(words, length), np.arange(length) >= draw.integers(0, 4)) for length in lengths]
@@ -160,7 +160,7 @@ def difference(config, precision, seed):
     """(way, relative difference of the loss in training and evaluation, that of the gradient)."""
     from transformers import AutoModelForCausalLM
 
-    from lit_llm.training import proof
+    from lit_llm.training.checks import proof
 
     module = module_of(config, precision)
     randomize(module.model, seed)

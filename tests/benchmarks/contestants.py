@@ -127,8 +127,8 @@ def ours(spec, rows, seconds):
     import lightning as L
 
     from lit_llm.data.datamodule import TextDataModule
-    from lit_llm.data.sources import Source
-    from lit_llm.library_warnings import listen
+    from lit_llm.data.records.sources import Source
+    from lit_llm.system.library_warnings import listen
     from lit_llm.training.module import CausalLMModule
     from lit_llm.training.trainer import Trainer
 

@@ -46,9 +46,9 @@ def written(data, folder, count, turns):
 
 
 def ours(tokenizer, path, num_proc):
-    from lit_llm.data.prepare import prepare
-    from lit_llm.data.sources import Source
-    from lit_llm.tokenizer import Tokenizer
+    from lit_llm.data.records.sources import Source
+    from lit_llm.data.tokens.prepare import prepare
+    from lit_llm.text.tokenizer import Tokenizer
 
     loaded = Tokenizer.load(tokenizer)
     with tempfile.TemporaryDirectory(dir=Path(path).parent) as cache, watch() as took:

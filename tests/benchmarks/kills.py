@@ -18,9 +18,9 @@ from tests.benchmarks.prepare import TEXTS, written
 
 
 def ready_and_prepare(tokenizer, path, cache):
-    from lit_llm.data.prepare import prepare
-    from lit_llm.data.sources import Source
-    from lit_llm.tokenizer import Tokenizer
+    from lit_llm.data.records.sources import Source
+    from lit_llm.data.tokens.prepare import prepare
+    from lit_llm.text.tokenizer import Tokenizer
 
     loaded = Tokenizer.load(tokenizer)
     print("ready", flush=True)

@@ -20,7 +20,7 @@ from tests.benchmarks.contest import alone, medians
 
 def module(file, cache, seq_len, batch_size):
     from lit_llm.data.datamodule import TextDataModule
-    from lit_llm.data.sources import Source
+    from lit_llm.data.records.sources import Source
 
     made = TextDataModule([Source(file)], tokenizer="sample:base", seq_len=seq_len, batch_size=batch_size, cache_dir=cache,
                           on_bad_record="quarantine")
@@ -48,7 +48,9 @@ def loader(*given):
 def step(threads, *given):
     import torch
 
-    from lit_llm import anatomy, attention, model
+    from lit_llm.kernels import attention
+    from lit_llm.models import anatomy
+    from lit_llm.models import load as model
     from lit_llm.samples import resolve
     from lit_llm.training.loss import nll_sum
 

@@ -146,7 +146,7 @@ def child(folder: Path, words: list[str]) -> None:
 
             code = _served(_build, parse(words[1:]))
         else:
-            from lit_llm.cli import main
+            from lit_llm.cli.main import main
 
             main(words)
             code = 0
@@ -250,8 +250,8 @@ def main() -> None:
     import torch
     import transformers.models.llama.modeling_llama  # noqa: F401
 
+    import lit_llm.cli.runs
     import lit_llm.inference.export
-    import lit_llm.runs
     import lit_llm.training.trainer  # noqa: F401
     import serve.server  # noqa: F401
 

@@ -83,11 +83,11 @@ def needs(shape, options, precision, rows, seq_len):
     """(the model's counts, bytes at the height of a step), by the arithmetic of `plan`."""
     import torch
 
-    from lit_llm import attention
-    from lit_llm.adapter import wrap_peft
-    from lit_llm.model import skeleton
-    from lit_llm.peft_method import LoRA
-    from lit_llm.training import estimate, footprint, trace
+    from lit_llm.kernels import attention
+    from lit_llm.models.adapters.adapter import wrap_peft
+    from lit_llm.models.adapters.peft_method import LoRA
+    from lit_llm.models.load import skeleton
+    from lit_llm.training.planning import estimate, footprint, trace
 
     def build():
         with torch.device("meta"):
@@ -110,8 +110,8 @@ def measure(name, smoke, seconds, rows):
     import torch
 
     import tests.shapes as shapes
-    from lit_llm.peft_method import LoRA
-    from lit_llm.training import estimate
+    from lit_llm.models.adapters.peft_method import LoRA
+    from lit_llm.training.planning import estimate
     from lit_llm.training.trainer import Trainer
 
     shape, options, precision, _ = case(name, smoke)

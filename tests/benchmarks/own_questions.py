@@ -14,9 +14,9 @@ import tempfile
 import time
 from pathlib import Path
 
-from lit_llm.conversation import Conversation
 from lit_llm.inference.completion import TextEngine
 from lit_llm.inference.sampling import SamplingParams
+from lit_llm.text.conversation import Conversation
 
 ROOT = Path(__file__).resolve().parents[2]
 QUESTIONS = Path(__file__).with_name("own_questions.jsonl")

@@ -16,7 +16,7 @@ def pack(count, seq_len):
     """Lengths as chats have them: lognormal, half of them below 256 tokens, a few longer than a row."""
     import numpy as np
 
-    from lit_llm.data import packing
+    from lit_llm.data.rows import packing
 
     lengths = np.random.default_rng(0).lognormal(np.log(256), 1.0, count).astype(np.int64).clip(2)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -33,7 +33,7 @@ def fill(file, tokenizer, seq_len):
 
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     from lit_llm.data.datamodule import TextDataModule
-    from lit_llm.data.sources import Source
+    from lit_llm.data.records.sources import Source
 
     with tempfile.TemporaryDirectory() as cache:
         module = TextDataModule([Source(file)], tokenizer=tokenizer, seq_len=seq_len, cache_dir=cache, num_proc=1,

@@ -17,8 +17,8 @@ os.environ.update(TRANSFORMERS_VERBOSITY="error", HF_HUB_OFFLINE="1", DS_ACCELER
 
 import torch
 
-from lit_llm import anatomy
-from lit_llm import model as models
+from lit_llm.models import anatomy
+from lit_llm.models import load as models
 from lit_llm.training.loss import nll_sum
 
 WORDS, TOKENS = 131072, 2048
@@ -89,8 +89,8 @@ def overhead(lightning):
     import lightning as L
 
     from lit_llm.data.datamodule import TextDataModule
-    from lit_llm.data.sources import Source
-    from lit_llm.library_warnings import listen
+    from lit_llm.data.records.sources import Source
+    from lit_llm.system.library_warnings import listen
     from lit_llm.training.module import CausalLMModule
     from lit_llm.training.trainer import Trainer
 

@@ -31,12 +31,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import torch
 from torchmetrics.text import Perplexity as TheirPerplexity
 
-from lit_llm import anatomy
-from lit_llm import model as models
 from lit_llm.__main__ import HEAP
-from lit_llm.cli import quiet
+from lit_llm.cli.main import quiet
 from lit_llm.data.datamodule import TextDataModule
-from lit_llm.data.sources import Source
+from lit_llm.data.records.sources import Source
+from lit_llm.models import anatomy
+from lit_llm.models import load as models
 from lit_llm.training.loss import nll_sum
 from lit_llm.training.metrics import Perplexity
 from lit_llm.training.module import CausalLMModule

@@ -64,9 +64,9 @@ def config(init, keys):
 
 def base(init):
     """A folder with a model of random weights."""
-    from lit_llm.model import init_causal_lm, save_causal_lm
+    from lit_llm.models.load import init_causal_lm, save_causal_lm
     from lit_llm.samples import resolve
-    from lit_llm.tokenizer import Tokenizer
+    from lit_llm.text.tokenizer import Tokenizer
 
     folder, tokenizer = tempfile.mkdtemp(prefix="base-"), Tokenizer.load(resolve("sample:base"))
     save_causal_lm(init_causal_lm(init, vocab_size=tokenizer.vocab_size, pad_token_id=tokenizer.pad_id), folder,

@@ -50,7 +50,7 @@ def written(text, folder, size):
 
 def bare(tokenizer, rows):
     os.environ["TOKENIZERS_PARALLELISM"] = "true"
-    from lit_llm.tokenizer import Tokenizer
+    from lit_llm.text.tokenizer import Tokenizer
 
     encode = Tokenizer.load(tokenizer).hf.backend_tokenizer.encode_batch_fast
     with open(rows, encoding="utf-8") as stream:
@@ -62,9 +62,9 @@ def bare(tokenizer, rows):
 
 
 def ours(tokenizer, path, num_proc=None):
-    from lit_llm.data.prepare import prepare
-    from lit_llm.data.sources import Source
-    from lit_llm.tokenizer import Tokenizer
+    from lit_llm.data.records.sources import Source
+    from lit_llm.data.tokens.prepare import prepare
+    from lit_llm.text.tokenizer import Tokenizer
 
     loaded = Tokenizer.load(tokenizer)
     with tempfile.TemporaryDirectory(dir=Path(path).parent) as cache, watch() as took:

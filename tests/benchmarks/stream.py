@@ -16,11 +16,11 @@ import tempfile
 import time
 from pathlib import Path
 
-from lit_llm.data.prepare import prepare
-from lit_llm.data.sources import Source, scan
-from lit_llm.data.stream import Stream
-from lit_llm.data.stream_loader import StreamLoader
-from lit_llm.tokenizer import Tokenizer
+from lit_llm.data.records.sources import Source, scan
+from lit_llm.data.stream.chunks import Stream
+from lit_llm.data.stream.loader import StreamLoader
+from lit_llm.data.tokens.prepare import prepare
+from lit_llm.text.tokenizer import Tokenizer
 
 
 def write(path, megabytes):

@@ -48,8 +48,8 @@ def build(folder, tokenizer_folder, words=0):
     """The model that all start from, with its tokenizer; with more words than that has where asked for."""
     import torch
 
-    from lit_llm import model
-    from lit_llm.tokenizer import Tokenizer
+    from lit_llm.models import load as model
+    from lit_llm.text.tokenizer import Tokenizer
 
     torch.manual_seed(0)
     tokenizer = Tokenizer.load(tokenizer_folder)
@@ -62,8 +62,8 @@ def build(folder, tokenizer_folder, words=0):
 
 def conversations(tokenizer, files, folder):
     """The same conversations twice: as messages for us, as ids and labels for the others; none longer than PAD_TO."""
-    from lit_llm.data import formats
-    from lit_llm.data.sources import Source, read
+    from lit_llm.data.records import formats
+    from lit_llm.data.records.sources import Source, read
 
     rows, records = [], []
     for file in files:
@@ -82,7 +82,7 @@ def conversations(tokenizer, files, folder):
 
 def documents(tokenizer, file, folder):
     """Plain text: equal blocks for the others, the text itself for us."""
-    from lit_llm.conversation import Document
+    from lit_llm.text.conversation import Document
 
     text = Path(file).read_text(encoding="utf-8")
     ids = tokenizer.encode_document(Document(text)).input_ids.tolist()

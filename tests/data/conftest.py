@@ -30,7 +30,7 @@ def tokenizer_folder(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def tokenizer(tokenizer_folder):
-    from lit_llm.tokenizer import Tokenizer
+    from lit_llm.text.tokenizer import Tokenizer
 
     return Tokenizer.load(str(tokenizer_folder))
 

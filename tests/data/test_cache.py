@@ -12,11 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from lit_llm.data import cache
-from lit_llm.data.prepare import prepare, wait_for
-from lit_llm.data.sources import Source
+from lit_llm.data.records.sources import Source
+from lit_llm.data.tokens import cache
+from lit_llm.data.tokens.prepare import prepare, wait_for
 from lit_llm.errors import InputError
-from tests.test_imports import TREES, inner
 
 
 def rank(tmp_path, call, path, tokenizer, here, **more):
@@ -134,7 +133,7 @@ def test_touched_is_not_changed(tokenizer, jsonl, monkeypatch, tmp_path):
 def test_the_key_follows_tokenizer_and_template(tokenizer, jsonl, load):
     from copy import copy
 
-    from lit_llm.tokenizer import Tokenizer
+    from lit_llm.text.tokenizer import Tokenizer
 
     path = jsonl([{"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}])
     other = copy(tokenizer.hf)
@@ -143,15 +142,26 @@ def test_the_key_follows_tokenizer_and_template(tokenizer, jsonl, load):
     assert len(keys) == 3
 
 
-def test_all_code_that_makes_tokens_is_in_the_key():
-    """A module that is forgotten there leaves stale stores."""
-    reached, ahead = set(), {"data.prepare"}
-    while ahead:
-        reached |= ahead
-        ahead = {name for one in ahead for name in inner(TREES[one])} - reached
-    only_refuse = {"check", "config_limits", "tokenizer_file", "tokenizer_limits"}               # they stop a run; the tokenizer itself is in the key
-    reached -= {"", "data", "disk", "errors", "hub", "samples", "data.cache", "data.progress", "data.workers"}
-    assert reached - only_refuse == set(cache.SHAPERS)
+KNOWN = (1, "7f551160ff42c8e1")                                      # RULES, and what the records of TOKENS become under them
+TOKENS = [
+    {"text": "A kite.\r\nIt flies\thigh, 风筝飞得很高。 <|im_end|>"},
+    {"prompt": "say one", "completion": "one"}, {"instruction": "add", "input": "1 2", "output": "3"},
+    {"conversations": [{"from": "system", "value": "be kind"}, {"from": "human", "value": "hi"},
+                       {"from": "gpt", "value": "hello"}, {"from": "human", "value": "bye"}, {"from": "gpt", "value": "再见"}]},
+    {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a", "weight": 0},
+                  {"role": "user", "content": "r"}, {"role": "assistant", "content": "b"}]}]
+
+
+def test_what_tokens_are_made_of_is_a_version(tokenizer, jsonl, tmp_path):
+    """Stores of other rules are not read. If this fails on purpose, raise `cache.RULES` and write the digest here."""
+    import hashlib
+
+    made = hashlib.sha256()
+    for number, record in enumerate(TOKENS):
+        store = prepare(Source(jsonl([record], f"{number}.jsonl")), tokenizer, cache_dir=str(tmp_path / "cache"))
+        for file in sorted(store.folder.glob("*.bin")):
+            made.update(file.name.encode() + file.read_bytes())
+    assert (cache.RULES, made.hexdigest()[:16]) == KNOWN
 
 
 def test_a_cache_that_is_read_only_is_read(tokenizer, jsonl, tmp_path, monkeypatch):

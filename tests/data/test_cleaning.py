@@ -6,10 +6,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lit_llm.conversation import Conversation, Document
-from lit_llm.data.cleaning import clean, clean_blocks, cleaned
-from lit_llm.data.prepare import prepare
-from lit_llm.data.sources import Source
+from lit_llm.data.records.cleaning import clean, clean_blocks, cleaned
+from lit_llm.data.records.sources import Source
+from lit_llm.data.tokens.prepare import prepare
+from lit_llm.text.conversation import Conversation, Document
 
 spaced = st.text(alphabet="ab的 \t\u3000\n", max_size=60)
 

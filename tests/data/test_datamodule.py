@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lit_llm.conversation import Document
 from lit_llm.data.datamodule import TextDataModule
-from lit_llm.data.loader import RowLoader
-from lit_llm.data.sources import Source
+from lit_llm.data.records.sources import Source
+from lit_llm.data.rows.loader import RowLoader
 from lit_llm.errors import InputError
+from lit_llm.text.conversation import Document
 
 
 def talk(number, answer="a"):
@@ -214,7 +214,7 @@ def test_answers_that_are_not_learned_teach_no_stop_and_need_none(module, jsonl)
 
 def test_a_flood_of_bad_records_stops_early_or_at_the_end(module, jsonl, monkeypatch):
     """While it is read, so that nobody waits for the end of a long file; what was set aside adds up."""
-    from lit_llm.data import prepare
+    from lit_llm.data.tokens import prepare
 
     records = [talk(number) if number % 4 else {"prompt": 5} for number in range(400)]
     with pytest.raises(InputError, match=r"100 of 400 records are bad, more than a share of 0\.2;") as caught:

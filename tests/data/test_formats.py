@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lit_llm.conversation import Conversation, Document
-from lit_llm.data.formats import FORMATS, convert
-from lit_llm.data.sources import Source, read
+from lit_llm.data.records.formats import FORMATS, convert
+from lit_llm.data.records.sources import Source, read
 from lit_llm.errors import InputError
+from lit_llm.text.conversation import Conversation, Document
 
 TOOL = {"name": "add", "description": "adds", "parameters": {}}
 CALL = {"name": "add", "arguments": {"a": 1}}

@@ -5,13 +5,13 @@ import re
 import numpy as np
 import pytest
 
-from lit_llm.conversation import Conversation
 from lit_llm.data.datamodule import TextDataModule
-from lit_llm.data.inspection import examine
-from lit_llm.data.page import as_page
-from lit_llm.data.sources import Source
-from lit_llm.data.terminal import as_text, ledger
+from lit_llm.data.inspect.inspection import examine
+from lit_llm.data.inspect.page import as_page
+from lit_llm.data.inspect.terminal import as_text, ledger
+from lit_llm.data.records.sources import Source
 from lit_llm.errors import InputError
+from lit_llm.text.conversation import Conversation
 
 TALKS = [{"messages": [{"role": "system", "content": "Be <b>kind</b>."}, {"role": "user", "content": f"Say {n} \x1b[31m红"},
                        {"role": "assistant", "content": f"it is {n}"}]} for n in range(20)]

@@ -15,14 +15,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lit_llm import cutting, encoder
-from lit_llm.conversation import Conversation, Message
-from lit_llm.data import formats, readers, textfile
-from lit_llm.data.mixture import Mixture
-from lit_llm.data.prepare import prepare
-from lit_llm.data.sources import Source, scan
-from lit_llm.data.stream import Stream
+from lit_llm.data.records import formats, readers, textfile
+from lit_llm.data.records.sources import Source, scan
+from lit_llm.data.rows.mixture import Mixture
+from lit_llm.data.stream.chunks import Stream
+from lit_llm.data.tokens.prepare import prepare
 from lit_llm.errors import InputError
+from lit_llm.text import cutting, encoder
+from lit_llm.text.conversation import Conversation, Message
 from tests.chats import QWEN3, QWEN25
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -136,10 +136,10 @@ def test_a_long_conversation_is_read_as_a_short_one(kind, train_on, load, monkey
 CHILD = """
 import json, resource, sys
 import datasets
-from lit_llm.data.prepare import prepare
-from lit_llm.data.sources import Source
+from lit_llm.data.tokens.prepare import prepare
+from lit_llm.data.records.sources import Source
 from lit_llm.errors import InputError
-from lit_llm.tokenizer import Tokenizer
+from lit_llm.text.tokenizer import Tokenizer
 
 tokenizer = Tokenizer.load(sys.argv[1])
 held = [int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmData")][0] * 1024
@@ -233,7 +233,7 @@ def test_a_packed_table_that_unpacks_to_far_more_is_refused(tmp_path, small):
     ("a.txt", "\n" * 9000 + "x", r"a\.txt:\d+: more than .* white space"),
 ])
 def test_where_the_next_record_begins_nobody_can_say(name, content, said, tmp_path, small, monkeypatch):
-    from lit_llm.data import jsonfile
+    from lit_llm.data.records import jsonfile
 
     monkeypatch.setattr(jsonfile, "LONGEST", 4000)
     (tmp_path / name).write_text(content)
@@ -258,7 +258,7 @@ def test_a_small_packed_file_of_very_many_line_ends(ending, document, tmp_path, 
 
 def test_rows_of_empty_cells_are_not_gathered_by_the_hundred(tmp_path):
     """Each takes some megabytes, though nothing stands in it."""
-    from lit_llm.data.prepare import BATCH_SIZE, _batches
+    from lit_llm.data.tokens.prepare import BATCH_SIZE, _batches
 
     (tmp_path / "a.csv").write_text("text" + ",c".join(map(str, range(30_000))) + "\n" + ("," * 29_999 + "\n") * 40)
     batches = list(_batches(scan(Source(str(tmp_path / "a.csv")))))
@@ -321,8 +321,8 @@ def test_a_conversation_that_would_be_rendered_for_minutes_is_named(monkeypatch)
 
 
 def test_weights_that_fill_the_memory_are_named(tokenizer, jsonl, monkeypatch):
-    from lit_llm.data import mixture
-    from lit_llm.data.corpus import Corpus
+    from lit_llm.data.rows import mixture
+    from lit_llm.data.rows.corpus import Corpus
 
     stores = [prepare(Source(jsonl([{"text": f"{name} {number}"} for number in range(50)], f"{name}.jsonl")), tokenizer, num_proc=1)
               for name in "ab"]

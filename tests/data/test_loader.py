@@ -9,10 +9,10 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from lit_llm.data.loader import Corpus, RowLoader, collate
-from lit_llm.data.packing import pack, split
-from lit_llm.data.prepare import prepare
-from lit_llm.data.sources import Source
+from lit_llm.data.records.sources import Source
+from lit_llm.data.rows.loader import Corpus, RowLoader, collate
+from lit_llm.data.rows.packing import pack, split
+from lit_llm.data.tokens.prepare import prepare
 from lit_llm.errors import InputError
 
 SEQ_LEN, PAD = 24, 0

@@ -13,12 +13,12 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from lit_llm.data.corpus import Corpus
 from lit_llm.data.datamodule import TextDataModule
-from lit_llm.data.loader import RowLoader
-from lit_llm.data.mixture import Mixture, side
-from lit_llm.data.prepare import prepare
-from lit_llm.data.sources import Source
+from lit_llm.data.records.sources import Source
+from lit_llm.data.rows.corpus import Corpus
+from lit_llm.data.rows.loader import RowLoader
+from lit_llm.data.rows.mixture import Mixture, side
+from lit_llm.data.tokens.prepare import prepare
 
 SEQ_LEN, PAD = 48, 0
 LETTERS = "xyz"                                         # what the records of each source are made of

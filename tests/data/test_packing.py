@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lit_llm.data.packing import best_fit, pack, split, whole
+from lit_llm.data.rows.packing import best_fit, pack, split, whole
 from lit_llm.errors import InputError
 
 lengths_lists = st.lists(st.integers(1, 40), max_size=60)

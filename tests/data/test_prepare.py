@@ -17,16 +17,16 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from lit_llm import cutting
-from lit_llm.conversation import Document
-from lit_llm.data import prepare as preparing
-from lit_llm.data import readers, textfile
-from lit_llm.data.prepare import prepare
-from lit_llm.data.progress import Progress
-from lit_llm.data.record import Place
-from lit_llm.data.sources import Source
-from lit_llm.data.store import Report
+from lit_llm.data.records import readers, textfile
+from lit_llm.data.records.record import Place
+from lit_llm.data.records.sources import Source
+from lit_llm.data.tokens import prepare as preparing
+from lit_llm.data.tokens.prepare import prepare
+from lit_llm.data.tokens.progress import Progress
+from lit_llm.data.tokens.store import Report
 from lit_llm.errors import InputError
+from lit_llm.text import cutting
+from lit_llm.text.conversation import Document
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -132,8 +132,8 @@ def test_packed_files(kind, tokenizer, jsonl, tmp_path):
 
 def test_killed_with_its_processes_it_leaves_none_behind(tokenizer_folder, tokenizer, jsonl, tmp_path):
     path = jsonl([{"text": f"text {number} " * 50} for number in range(10_000)])
-    code = (f"from lit_llm.data.prepare import prepare; from lit_llm.data.sources import Source; "
-            f"from lit_llm.tokenizer import Tokenizer; prepare(Source({path!r}), Tokenizer.load({str(tokenizer_folder)!r}), "
+    code = (f"from lit_llm.data.tokens.prepare import prepare; from lit_llm.data.records.sources import Source; "
+            f"from lit_llm.text.tokenizer import Tokenizer; prepare(Source({path!r}), Tokenizer.load({str(tokenizer_folder)!r}), "
             f"num_proc=2, cache_dir={str(tmp_path / 'cut')!r})")
     process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, start_new_session=True)
     end = time.monotonic() + 60

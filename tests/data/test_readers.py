@@ -12,11 +12,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from lit_llm.data import textfile
-from lit_llm.data.prepare import prepare
-from lit_llm.data.readers import scan_file
-from lit_llm.data.record import LongText
-from lit_llm.data.sources import Source, files, read, scan
+from lit_llm.data.records import textfile
+from lit_llm.data.records.readers import scan_file
+from lit_llm.data.records.record import LongText
+from lit_llm.data.records.sources import Source, files, read, scan
+from lit_llm.data.tokens.prepare import prepare
 from lit_llm.errors import InputError
 from tests.data.test_sources import faults, records, write
 

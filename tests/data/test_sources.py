@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from lit_llm.data.sources import Source, files, is_hub, read, scan
+from lit_llm.data.records.sources import Source, files, is_hub, read, scan
 from lit_llm.errors import InputError
 
 

@@ -9,13 +9,13 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
-from lit_llm.conversation import Conversation, Document
-from lit_llm.data.prepare import prepare
-from lit_llm.data.record import Place
-from lit_llm.data.sources import Source
-from lit_llm.data.store import SEQUENCE, Block, Writer
-from lit_llm.data.terminal import _records
+from lit_llm.data.inspect.terminal import _records
+from lit_llm.data.records.record import Place
+from lit_llm.data.records.sources import Source
+from lit_llm.data.tokens.prepare import prepare
+from lit_llm.data.tokens.store import SEQUENCE, Block, Writer
 from lit_llm.errors import InputError
+from lit_llm.text.conversation import Conversation, Document
 
 
 def chat(question="q", answer="a"):

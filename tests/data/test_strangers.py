@@ -6,12 +6,12 @@ import json
 import numpy as np
 import pytest
 
-from lit_llm.conversation import Document
 from lit_llm.data.datamodule import TextDataModule
-from lit_llm.data.prepare import prepare
-from lit_llm.data.sources import Source, files
+from lit_llm.data.records.sources import Source, files
+from lit_llm.data.tokens.prepare import prepare
 from lit_llm.errors import InputError
-from lit_llm.tokenizer import Tokenizer
+from lit_llm.text.conversation import Document
+from lit_llm.text.tokenizer import Tokenizer
 
 
 @pytest.fixture(autouse=True)
@@ -43,7 +43,7 @@ def test_another_end_of_text_is_another_tokenizer(tokenizer_folder, tmp_path):
 
 
 def test_no_text_becomes_an_id_that_the_vocabulary_lacks(tokenizer, jsonl):
-    from lit_llm.encoder import ANCHOR
+    from lit_llm.text.encoder import ANCHOR
 
     text = f"say <|im_end|> {ANCHOR} z"
     store = prepare(Source(jsonl([{"text": text}])), tokenizer, num_proc=1)

@@ -15,17 +15,18 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from lit_llm import cutting
-from lit_llm.cli import main
-from lit_llm.data import packing, readers, sources, textfile
+from lit_llm.cli.main import main
 from lit_llm.data.datamodule import TextDataModule
-from lit_llm.data.feed import Feed
-from lit_llm.data.prepare import prepare
-from lit_llm.data.sources import Source
-from lit_llm.data.stream import Stream
-from lit_llm.data.stream_loader import StreamLoader
-from lit_llm.data.workers import Exchange
+from lit_llm.data.records import readers, sources, textfile
+from lit_llm.data.records.sources import Source
+from lit_llm.data.rows import packing
+from lit_llm.data.stream.chunks import Stream
+from lit_llm.data.stream.feed import Feed
+from lit_llm.data.stream.loader import StreamLoader
+from lit_llm.data.tokens.prepare import prepare
+from lit_llm.data.tokens.workers import Exchange
 from lit_llm.errors import InputError
+from lit_llm.text import cutting
 
 SEQ_LEN = 24
 DEFAULTS = {"train_on": "assistant", "seq_len": SEQ_LEN, "packing": "best_fit", "overlong": "cut", "seed": 1,
@@ -223,8 +224,8 @@ def one_rank(rank, meeting, tokenizer, paths, bad, results):
     """A real process of two, which tokenizes only its share."""
     import torch.distributed as dist
 
-    from lit_llm.data import stream
-    from lit_llm.tokenizer import Tokenizer
+    from lit_llm.data.stream import chunks as stream
+    from lit_llm.text.tokenizer import Tokenizer
 
     stream.BLOCK_RECORDS, tokenizer = 4, Tokenizer.load(tokenizer)
     dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=2)
@@ -239,7 +240,7 @@ def one_rank(rank, meeting, tokenizer, paths, bad, results):
 
 def test_two_processes_share_the_work_and_stop_together(tokenizer, files, tmp_path, monkeypatch):
     """New processes, not forks: a test before may have left a process group in this one."""
-    monkeypatch.setattr("lit_llm.data.stream.BLOCK_RECORDS", 4)
+    monkeypatch.setattr("lit_llm.data.stream.chunks.BLOCK_RECORDS", 4)
     bad = tmp_path / "bad.jsonl"
     bad.write_text('{"text": "fine"}\n' * 5 + "{broken\n" + '{"text": "fine"}\n' * 5)
     paths = [files / "*.jsonl", files / "text.txt"]
@@ -419,7 +420,7 @@ def test_a_run_that_streams_goes_on_where_it_stopped(lit_llm, tiny_model, files,
              "--data.val_sources", json.dumps([{"path": str(files / "part0.jsonl")}]), "--data.seq_len", "24",
              "--data.streaming", "true", "--data.stream_buffer", "150", "--trainer.max_steps", "4",
              "--trainer.accelerator", "cpu", "--trainer.accumulate_grad_batches", "2", "--trainer.log_every_n_steps", "1",
-             "--trainer.callbacks", json.dumps([{"class_path": "lit_llm.training.checkpoint.StepCheckpoint",
+             "--trainer.callbacks", json.dumps([{"class_path": "lit_llm.training.run.checkpoint.StepCheckpoint",
                                                  "init_args": {"every_n_steps": 1, "keep_last": 9}}])]
     alone = [*words, "--data.batch_size", "2", "--trainer.devices", "1"]
     resume = ["--ckpt_path", "whole/checkpoints/step_2", "--trainer.default_root_dir"]

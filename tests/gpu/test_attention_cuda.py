@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lit_llm.attention import lit_varlen
+from lit_llm.kernels.attention import lit_varlen
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 BORDERS = [0, 5, 12, 76, 77, 128]

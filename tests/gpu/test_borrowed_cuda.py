@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from lit_llm.training import borrowed
+from lit_llm.kernels import borrowed
 from lit_llm.training.loss import nll_sum
 from tests.gpu.test_loss_cuda import DEVICE, case, oracle
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from lit_llm import LoRA, Source, TextDataModule, Trainer
-from lit_llm.anatomy import backbone
-from lit_llm.model import init_causal_lm
+from lit_llm.models.anatomy import backbone
+from lit_llm.models.load import init_causal_lm
 from lit_llm.training.module import CausalLMModule
 from tests.benchmarks import on_gpu
 from tests.shapes import LLAMA, QWEN3, SMALL, Rounds, Shaped, batches

@@ -14,11 +14,11 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
-from lit_llm.conversation import Conversation
 from lit_llm.errors import InputError
 from lit_llm.inference.chat import Session
 from lit_llm.inference.completion import TextEngine
 from lit_llm.inference.sampling import SamplingParams
+from lit_llm.text.conversation import Conversation
 
 ROOT = Path(__file__).resolve().parents[2]
 GREEDY = SamplingParams(max_tokens=12, temperature=0)

@@ -13,12 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
-from lit_llm.conversation import Conversation, Document
 from lit_llm.errors import InputError
 from lit_llm.inference.completion import Detokenizer, TextEngine
 from lit_llm.inference.engine import Engine, budget, model_folder
 from lit_llm.inference.sampling import SamplingParams
-from lit_llm.tokenizer import Tokenizer
+from lit_llm.text.conversation import Conversation, Document
+from lit_llm.text.tokenizer import Tokenizer
 
 KINDS = ["llama", "qwen3", "gpt2"]
 QUESTION = Conversation.from_openai([{"role": "system", "content": "Be kind."}, {"role": "user", "content": "风筝? a kite"}])

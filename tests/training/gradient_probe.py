@@ -16,8 +16,8 @@ import lightning as L
 import torch
 
 from lit_llm.data.datamodule import TextDataModule
-from lit_llm.data.sources import Source
-from lit_llm.peft_method import LoRA
+from lit_llm.data.records.sources import Source
+from lit_llm.models.adapters.peft_method import LoRA
 from lit_llm.training.module import CausalLMModule
 from lit_llm.training.trainer import Trainer
 

@@ -57,7 +57,7 @@ Builder.cast_impl, Builder.binary_op, Builder.create_dot = cast_impl, binary_op,
 if __name__ == "__main__":
     import strategy_probe
 
-    from lit_llm.training import borrowed
+    from lit_llm.kernels import borrowed
 
     calls, nll = [], borrowed.nll
     borrowed.nll = lambda name, *given: calls.append(name) or nll(name, *given)

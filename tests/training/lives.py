@@ -60,7 +60,7 @@ def config_of(base, data, *, ranks=1, strategy="auto", lora=True, save_every=2, 
                  "packing": "none"},
         "trainer": {"strategy": strategy, "accelerator": "cpu", "devices": ranks, "max_epochs": 2,
                     "accumulate_grad_batches": 2 // ranks, "log_every_n_steps": 1, "num_sanity_val_steps": 0,
-                    "callbacks": [{"class_path": "lit_llm.training.checkpoint.StepCheckpoint",
+                    "callbacks": [{"class_path": "lit_llm.training.run.checkpoint.StepCheckpoint",
                                    "init_args": {"every_n_steps": save_every, "keep_last": keep_last}}]} | trainer}
 
 
@@ -70,7 +70,7 @@ def float16(strategy, power=18):
     if strategy.startswith("deepspeed"):
         settings = {"stage": int(strategy[-1]), "initial_scale_power": power, "loss_scale_window": 2, "hysteresis": 1}
         return {"precision": "16-mixed",
-                "strategy": {"class_path": "lit_llm.training.strategy.ZeroStrategy", "init_args": settings}}
+                "strategy": {"class_path": "lit_llm.training.parallel.zero.ZeroStrategy", "init_args": settings}}
     scaler = {"device": "cpu", "init_scale": 2.0**power, "growth_interval": 2}
     return {"strategy": strategy, "plugins": [{"class_path": "lightning.pytorch.plugins.MixedPrecision", "init_args": {
         "precision": "16-mixed", "device": "cpu",

@@ -14,11 +14,12 @@ from types import SimpleNamespace
 import lightning as L
 import torch
 
-from lit_llm.peft_method import LoRA
-from lit_llm.training import fused, loss
+from lit_llm.kernels import cross_entropy as fused
+from lit_llm.models.adapters.peft_method import LoRA
+from lit_llm.training import loss
 from lit_llm.training.module import CausalLMModule
+from lit_llm.training.parallel.shards import gathered_trainable_state
 from lit_llm.training.trainer import Trainer
-from lit_llm.training.weights import gathered_trainable_state
 
 CLIP, LR, DECAY, RANK = 0.5, 1e-2, 0.1, 4
 WHOLE = loss.CHUNK_BYTES, fused.SLICE_BYTES["cpu"]

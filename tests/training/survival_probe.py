@@ -20,21 +20,21 @@ from pathlib import Path
 
 POINTS = {                                          # name -> module, attribute, whether before or after it
     "setup": ("lit_llm.training.module", "CausalLMModule.configure_model", "before"),
-    "folder": ("lit_llm.training.run_folder", "_set_aside", "after"),
+    "folder": ("lit_llm.training.run.run_folder", "_set_aside", "after"),
     "step": ("lit_llm.training.module", "CausalLMModule.training_step", "before"),
     "backward": ("lit_llm.training.module", "CausalLMModule.training_step", "after"),
-    "data": ("lit_llm.data.loader", "RowLoader.batch", "before"),
+    "data": ("lit_llm.data.rows.loader", "RowLoader.batch", "before"),
     "validation": ("lit_llm.training.module", "CausalLMModule.validation_step", "before"),
-    "row": ("lit_llm.training.report", "MetricsCSV.log_metrics", "before"),
-    "save": ("lit_llm.training.checkpoint", "StepCheckpoint.save", "before"),
+    "row": ("lit_llm.training.run.report", "MetricsCSV.log_metrics", "before"),
+    "save": ("lit_llm.training.run.checkpoint", "StepCheckpoint.save", "before"),
     "state": ("lightning.pytorch", "Trainer.save_checkpoint", "after"),
-    "weights": ("lit_llm.training.checkpoint", "StepCheckpoint._write_weights", "after"),
-    "manifest": ("lit_llm.training.manifest", "write", "after"),
+    "weights": ("lit_llm.training.run.checkpoint", "StepCheckpoint._write_weights", "after"),
+    "manifest": ("lit_llm.training.run.manifest", "write", "after"),
     "rename": ("lit_llm.disk", "replace_folder", "after"),
-    "pointer": ("lit_llm.training.checkpoint", "StepCheckpoint._point_and_prune", "after"),
+    "pointer": ("lit_llm.training.run.checkpoint", "StepCheckpoint._point_and_prune", "after"),
     "prune": ("pathlib", "Path.unlink", "after"),
     "set aside": ("pathlib", "Path.rename", "before"),
-    "export": ("lit_llm.runs", "finish", "before"),
+    "export": ("lit_llm.cli.runs", "finish", "before"),
 }
 
 
@@ -84,7 +84,7 @@ def live(order, rank, port):
         if "point" in strike and rank in strike["ranks"]:
             arm(strike)
         sys.argv = ["lit_llm", *order["args"]]
-        from lit_llm.cli import main
+        from lit_llm.cli.main import main
 
         main(order["args"])
     except SystemExit as end:
@@ -144,8 +144,8 @@ def main():
     import transformers.models.llama.modeling_llama  # noqa: F401
     from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
 
+    import lit_llm.cli.runs
     import lit_llm.inference.export
-    import lit_llm.runs
     import lit_llm.training.trainer  # noqa: F401
 
     torch.set_num_threads(1)

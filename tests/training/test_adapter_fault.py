@@ -5,10 +5,10 @@ import torch
 from test_cli import call, place  # noqa: F401
 from torch import nn
 
-from lit_llm.adapter import wrap_peft
 from lit_llm.errors import InputError
-from lit_llm.model import load_causal_lm
-from lit_llm.training.adapter_fault import explained
+from lit_llm.models.adapters.adapter import wrap_peft
+from lit_llm.models.load import load_causal_lm
+from lit_llm.training.checks.adapter_fault import explained
 
 OLORA = {"class_path": "LoraConfig", "init_args": {"r": 4, "init_lora_weights": "olora", "target_modules": ["c_attn"]}}
 

@@ -31,8 +31,8 @@ CACHE = {}
 @pytest.fixture
 def base(tiny_tokenizer, tmp_path_factory):
     """`base(kind)`: a folder with a tiny mixture of experts in float64, whose config leaves `output_router_logits` false."""
-    from lit_llm.model import init_causal_lm
-    from lit_llm.tokenizer import Tokenizer
+    from lit_llm.models.load import init_causal_lm
+    from lit_llm.text.tokenizer import Tokenizer
 
     def make(kind):
         if kind not in CACHE:
@@ -104,7 +104,7 @@ def test_false_in_a_new_models_config_turns_it_off(tmp_path, tiny_tokenizer, dat
     import lightning as L
 
     from lit_llm.data.datamodule import TextDataModule
-    from lit_llm.data.sources import Source
+    from lit_llm.data.records.sources import Source
     from lit_llm.training.module import CausalLMModule
     from lit_llm.training.trainer import Trainer
 
@@ -146,8 +146,8 @@ def test_what_the_models_own_class_computes(kind):
     """Of one document, through the backbone and through the whole model: transformers' `aux_loss` and its gradient."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from lit_llm import miniature
-    from lit_llm.data.loader import lay
+    from lit_llm.data.rows.loader import lay
+    from lit_llm.models import miniature
     from lit_llm.training import balance, forward
     from tests.benchmarks.architectures import SPECIAL
 
@@ -179,7 +179,7 @@ def test_what_the_models_own_class_computes(kind):
 def test_a_model_without_such_a_loss_refuses_a_coefficient(kind):
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from lit_llm import miniature
+    from lit_llm.models import miniature
     from lit_llm.training import balance
 
     torch.manual_seed(0)                                # Doge declares a coefficient and has experts on request alone
@@ -198,8 +198,8 @@ def test_what_would_hang_is_refused(stage, ranks, recompute, coefficient, refuse
     from types import SimpleNamespace
 
     from lit_llm.errors import InputError
-    from lit_llm.training.compatible import check_balance
-    from lit_llm.training.strategy import ZeroStrategy
+    from lit_llm.training.checks.compatible import check_balance
+    from lit_llm.training.parallel.zero import ZeroStrategy
 
     module = SimpleNamespace(balance_coefficient=coefficient, recompute=recompute)
     with pytest.raises(InputError, match="load balance") if refused else nullcontext():

@@ -20,8 +20,8 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lit_llm.errors import InputError
-from lit_llm.peft_method import LoRA
-from lit_llm.training import borrowed
+from lit_llm.kernels import borrowed
+from lit_llm.models.adapters.peft_method import LoRA
 from lit_llm.training.loss import as_matrices, nll_sum
 from lit_llm.training.module import CausalLMModule
 from lit_llm.training.trainer import Trainer
@@ -281,8 +281,8 @@ def test_cut_cross_entropy_is_not_deterministic_and_has_no_bias(tiny_llama, tmp_
 def test_the_plan_is_made_with_the_option(tmp_path):
     """By our own kernels' arithmetic; nothing of a third party is needed for it."""
     from lit_llm.data.datamodule import TextDataModule
-    from lit_llm.data.sources import Source
-    from lit_llm.training import plan
+    from lit_llm.data.records.sources import Source
+    from lit_llm.training.planning import plan
 
     data = TextDataModule([Source("sample:documents.jsonl")], tokenizer="sample:base", seq_len=64, packing="concat")
     data.prepare_data()

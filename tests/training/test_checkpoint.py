@@ -20,13 +20,13 @@ from lives import assert_same_end
 from safetensors.torch import load_file, save_file
 
 from lit_llm.data.datamodule import TextDataModule
-from lit_llm.data.sources import Source
+from lit_llm.data.records.sources import Source
 from lit_llm.errors import InputError
 from lit_llm.inference.export import export
-from lit_llm.peft_method import LoRA
-from lit_llm.training import checkpoint, manifest
-from lit_llm.training.checkpoint import StepCheckpoint
+from lit_llm.models.adapters.peft_method import LoRA
 from lit_llm.training.module import CausalLMModule
+from lit_llm.training.run import checkpoint, manifest
+from lit_llm.training.run.checkpoint import StepCheckpoint
 from lit_llm.training.trainer import Trainer
 
 STEPS, STOP = 6, 3

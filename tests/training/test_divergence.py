@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save_file
 
 from lit_llm import CausalLMModule, Source, TextDataModule, Trainer
 from lit_llm.errors import InputError
-from lit_llm.training import manifest
-from lit_llm.training.checkpoint import StepCheckpoint
+from lit_llm.training.run import manifest
+from lit_llm.training.run.checkpoint import StepCheckpoint
 from tests.test_cli import call, place
 from tests.training.lives import config_of, write_config, write_data
 

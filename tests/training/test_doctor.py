@@ -11,7 +11,7 @@ import torch
 import yaml
 from test_cli import call, place  # noqa: F401
 
-from lit_llm.training import doctor, trial
+from lit_llm.training.planning import doctor, trial
 
 
 @pytest.fixture

@@ -8,8 +8,8 @@ from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from lit_llm import CausalLMModule, InputError, LoRA, Source, TextDataModule, Trainer
-from lit_llm.tokenizer import Tokenizer
-from lit_llm.training.proof import way_of
+from lit_llm.text.tokenizer import Tokenizer
+from lit_llm.training.checks.proof import way_of
 from tests.conftest import SHAPES
 
 WIDTHS = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64,
@@ -91,8 +91,8 @@ def test_adapters_learn_there_too(base, tmp_path):
 @pytest.mark.parametrize("base", ["gemma2"], indirect=True)
 def test_processes_that_share_layers_are_refused(base, tmp_path, monkeypatch):
     module, _ = module_and_data(base, tmp_path)
-    from lit_llm.training import compatible
-    from lit_llm.training.strategy import ZeroStrategy
+    from lit_llm.training.checks import compatible
+    from lit_llm.training.parallel.zero import ZeroStrategy
 
     module.trainer = Trainer(accelerator="cpu", devices=1, strategy="deepspeed_stage_3", logger=False,
                              enable_checkpointing=False)

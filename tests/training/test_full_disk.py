@@ -14,7 +14,7 @@ import pytest
 from lives import config_of, rows_of, write_config, write_data
 
 from lit_llm import CausalLMModule, InputError, Source, TextDataModule, Trainer
-from lit_llm.training import manifest
+from lit_llm.training.run import manifest
 from tests.test_cli import MANY, call, place, write
 
 assert place                                        # a fixture

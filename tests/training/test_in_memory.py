@@ -12,11 +12,14 @@ from peft import PeftModel
 from test_checkpoint import fit  # noqa: F401
 from transformers import AutoModelForCausalLM
 
-from lit_llm import adapter, check, model, trained_rows
 from lit_llm.errors import InputError
 from lit_llm.inference.export import export
-from lit_llm.training import learned_tokens, manifest, rng
-from lit_llm.training.in_memory import FixedRows
+from lit_llm.models import load as model
+from lit_llm.models.adapters import adapter, trained_rows
+from lit_llm.text import check
+from lit_llm.training import learned_tokens
+from lit_llm.training.checks.in_memory import FixedRows
+from lit_llm.training.run import manifest, rng
 
 HOW = dict(rows=6, max_steps=3, limit_val_batches=0)
 

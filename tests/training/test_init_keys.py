@@ -6,7 +6,7 @@ Oracle for what acts: the key's description in transformers, and `test_keys.py`,
 import pytest
 
 from lit_llm import CausalLMModule, Source, TextDataModule, Trainer
-from lit_llm.training import init_keys
+from lit_llm.training.checks import init_keys
 
 FACTS = {"vocab_size": 1536, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 SIZES = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 96}

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from lit_llm.training import fused
+from lit_llm.kernels import cross_entropy as fused
 from lit_llm.training.loss import nll_sum
 
 CASES = [(5, 37, 1.0, None), (3, 64, 0.25, None), (4, 200, 1.0, 1.5), (2, 40, 2.0, 0.8)]     # rows, columns, factor, cap
@@ -31,7 +31,7 @@ def oracle(logits, targets, factor, cap):
 
 def interpreted():
     """In a process of its own: Triton reads at import whether it interprets. 16 columns at a time make several passes."""
-    from lit_llm.training import kernels
+    from lit_llm.kernels import cross_entropy_triton as kernels
 
     kernels.BLOCK = 16
     torch.manual_seed(0)
@@ -54,7 +54,7 @@ def compiled():
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from lit_llm.training import kernels
+    from lit_llm.kernels import cross_entropy_triton as kernels
 
     for capped in (False, True):
         names = {"logits_ptr": "*fp32", "targets_ptr": "*i64", "losses_ptr": "*fp32", "delta_ptr": "*bf16",

@@ -9,15 +9,15 @@ import pytest
 import torch
 
 from lit_llm import CausalLMModule, InputError, LoRA, Source, TextDataModule, Tokenizer, Trainer
-from lit_llm.adapter import is_peft
-from lit_llm.conversation import Conversation, Message
 from lit_llm.inference.completion import TextEngine
 from lit_llm.inference.export import export
-from lit_llm.model import load_causal_lm
+from lit_llm.models.adapters.adapter import is_peft
+from lit_llm.models.load import load_causal_lm
+from lit_llm.models.untrained import untrained
 from lit_llm.samples import resolve
-from lit_llm.template import chatml
+from lit_llm.text.conversation import Conversation, Message
+from lit_llm.text.templates.template import chatml
 from lit_llm.training import learned_tokens
-from lit_llm.training.untrained import untrained
 
 START, END = "<|im_start|>", "<|im_end|>"           # in the sample tokenizer, and never in its base's corpus
 ANIMALS = ["cat", "dog", "fox", "hen", "owl", "cow", "pig", "bee", "ant", "bat", "elk", "ram"]

@@ -6,10 +6,12 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lit_llm import anatomy
-from lit_llm import model as models
-from lit_llm.trained_rows import trained_rows
-from lit_llm.training import fused, loss, tiles
+from lit_llm.kernels import cross_entropy as fused
+from lit_llm.kernels import tiles
+from lit_llm.models import anatomy
+from lit_llm.models import load as models
+from lit_llm.models.adapters.trained_rows import trained_rows
+from lit_llm.training import loss
 from lit_llm.training.loss import nll_sum, shift
 
 TOKENS, WIDTH, VOCABULARY = 90, 12, 37

@@ -14,8 +14,9 @@ import yaml
 from transformers import AutoTokenizer
 
 from lit_llm import CausalLMModule, InputError, LoRA, Source, TextDataModule, Trainer
-from lit_llm.data.loader import lay
-from lit_llm.training import footprint, recompute
+from lit_llm.data.rows.loader import lay
+from lit_llm.models import recompute
+from lit_llm.training.planning import footprint
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -105,8 +106,8 @@ def test_all_ranks_compute_again_what_the_narrowest_must(tiny_model, chats, tmp_
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(config))
     (tmp_path / "narrow.py").write_text("""
 import os
-from lit_llm.cli import main
-from lit_llm.training import footprint
+from lit_llm.cli.main import main
+from lit_llm.training.planning import footprint
 if os.environ.get("LOCAL_RANK") == "1":
     footprint.room = lambda trainer: 1
 if __name__ == "__main__":
@@ -194,7 +195,7 @@ def test_adapters_make_no_float32_copies_of_their_inputs(precision, tiny_model, 
     _, ours = fit(tiny_model("llama"), chats, tmp_path, lora=LoRA(r=4), trainer={"precision": precision})
     assert (torch.bfloat16, torch.bfloat16) in seen
     assert all(came == left for came, left in seen)
-    monkeypatch.setattr("lit_llm.adapter.spare_copies", lambda model: None)
+    monkeypatch.setattr("lit_llm.models.adapters.adapter.spare_copies", lambda model: None)
     seen.clear()
     _, theirs = fit(tiny_model("llama"), chats, tmp_path, lora=LoRA(r=4), trainer={"precision": precision}, name="copies")
     assert (torch.bfloat16, torch.float32) in seen
@@ -213,7 +214,7 @@ def test_adapters_make_no_float32_copies_of_their_inputs(precision, tiny_model, 
 )
 def test_any_peft_method_learns(peft, tiny_model, chats, tmp_path):
     """Weights of the method move, the base's do not, and the loss falls."""
-    from lit_llm.model import load_causal_lm
+    from lit_llm.models.load import load_causal_lm
 
     module, losses = fit(tiny_model("llama"), chats, tmp_path, peft=peft, steps=12, lr=3e-2, schedule="constant")
     assert sum(losses[-3:]) < 0.98 * sum(losses[:3])
@@ -246,9 +247,9 @@ def test_rows_longer_than_the_model_are_refused(tiny_model, chats, tmp_path):
 def test_qlora_learns_on_four_bits_and_merges_into_the_exact_base(tiny_model, chats, tmp_path):
     """The loss is that of the base with its linear layers rounded to NF4; checkpoints hold adapters alone."""
     functional = pytest.importorskip("bitsandbytes", reason="pip install bitsandbytes").functional
-    from lit_llm.anatomy import count_parameters
-    from lit_llm.model import load_causal_lm
-    from lit_llm.quantize import quantization_drift
+    from lit_llm.models.anatomy import count_parameters
+    from lit_llm.models.load import load_causal_lm
+    from lit_llm.models.quantize import quantization_drift
 
     base, rounded = tiny_model("llama"), tmp_path / "rounded"
     model = load_causal_lm(base)
@@ -277,8 +278,8 @@ def test_qlora_learns_on_four_bits_and_merges_into_the_exact_base(tiny_model, ch
 def test_four_bits_leave_no_more_for_the_backward_pass_than_whole_weights(tiny_model, targets):
     """bitsandbytes answers in float32 behind a norm, which would double what all layers keep."""
     pytest.importorskip("bitsandbytes", reason="pip install bitsandbytes")
-    from lit_llm.adapter import spare_copies, wrap_peft
-    from lit_llm.model import load_causal_lm
+    from lit_llm.models.adapters.adapter import spare_copies, wrap_peft
+    from lit_llm.models.load import load_causal_lm
 
     def kept(quantize):
         inner = load_causal_lm(tiny_model("llama"), quantize=quantize, half=True)
@@ -305,8 +306,8 @@ def test_four_bits_leave_no_more_for_the_backward_pass_than_whole_weights(tiny_m
 def test_an_evaluation_between_two_steps_leaves_qlora_its_gradient(tiny_model):
     """On CPUs with AVX512-BF16, bitsandbytes would convert the weights to a layout without a backward pass: 95 % off."""
     functional = pytest.importorskip("bitsandbytes", reason="pip install bitsandbytes").functional
-    from lit_llm.adapter import wrap_peft
-    from lit_llm.model import load_causal_lm
+    from lit_llm.models.adapters.adapter import wrap_peft
+    from lit_llm.models.load import load_causal_lm
 
     def gradient(inner, *, evaluated):
         model, draw = wrap_peft(inner, LoRA(r=4).as_peft()), torch.Generator().manual_seed(3)

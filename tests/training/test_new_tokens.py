@@ -8,10 +8,11 @@ import short_runs
 import torch
 from short_runs import plain_nll
 
-from lit_llm import CausalLMModule, InputError, LoRA, Source, TextDataModule, Trainer, vocabulary
+from lit_llm import CausalLMModule, InputError, LoRA, Source, TextDataModule, Trainer
 from lit_llm.inference.completion import TextEngine
 from lit_llm.inference.export import export
-from lit_llm.model import load_causal_lm
+from lit_llm.models import vocabulary
+from lit_llm.models.load import load_causal_lm
 from lit_llm.samples import resolve
 
 NEW = ["<tool>", "</tool>", "<zzz>"]

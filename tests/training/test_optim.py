@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import nn
 
-from lit_llm.adapter import wrap_peft
-from lit_llm.anatomy import embeddings
 from lit_llm.errors import InputError
-from lit_llm.model import init_causal_lm, load_causal_lm
-from lit_llm.peft_method import LoRA
+from lit_llm.models.adapters.adapter import wrap_peft
+from lit_llm.models.adapters.peft_method import LoRA
+from lit_llm.models.anatomy import embeddings
+from lit_llm.models.load import init_causal_lm, load_causal_lm
 from lit_llm.training.optim import build, parameter_groups, scheduler, shape, warmup_steps
 from tests.conftest import SHAPES
 

@@ -15,8 +15,8 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from lit_llm.data.datamodule import TextDataModule
-from lit_llm.data.sources import Source
-from lit_llm.peft_method import LoRA
+from lit_llm.data.records.sources import Source
+from lit_llm.models.adapters.peft_method import LoRA
 from lit_llm.training.module import CausalLMModule
 from lit_llm.training.trainer import Trainer
 

@@ -20,12 +20,12 @@ import torch
 import yaml
 from test_cli import call, place  # noqa: F401
 
-from lit_llm import attention
-from lit_llm.adapter import wrap_peft
-from lit_llm.anatomy import backbone
-from lit_llm.model import init_causal_lm, load_causal_lm, skeleton
-from lit_llm.peft_method import LoRA
-from lit_llm.training import estimate, footprint, rmsnorm, trace
+from lit_llm.kernels import attention, rmsnorm
+from lit_llm.models.adapters.adapter import wrap_peft
+from lit_llm.models.adapters.peft_method import LoRA
+from lit_llm.models.anatomy import backbone
+from lit_llm.models.load import init_causal_lm, load_causal_lm, skeleton
+from lit_llm.training.planning import estimate, footprint, trace
 
 SHAPE = dict(hidden_size=64, intermediate_size=192, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
              vocab_size=300)
@@ -233,7 +233,7 @@ def test_the_peak_of_a_real_run(tmp_path, init, model, data, trainer):
 def test_the_verb_says_it_all_and_loads_no_weights(place, monkeypatch):  # noqa: F811
     base = Path(yaml.safe_load(Path("ok.yaml").read_text())["model"]["base"])
     total = sum(weight.numel() for weight in load_causal_lm(str(base)).parameters())
-    monkeypatch.setattr("lit_llm.model.load_causal_lm", None)
+    monkeypatch.setattr("lit_llm.models.load.load_causal_lm", None)
     code, out, err = call("plan", "--config", "ok.yaml", "--json", "plan.json")
     assert code == 0, err
     seen = json.loads(Path("plan.json").read_text())

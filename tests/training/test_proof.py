@@ -7,7 +7,9 @@ import pytest
 import torch
 
 from lit_llm import CausalLMModule, InputError
-from lit_llm.training import forward, proof, proof_cache, rmsnorm
+from lit_llm.kernels import rmsnorm
+from lit_llm.training import forward
+from lit_llm.training.checks import proof, proof_cache
 from tests.benchmarks.architectures import VARIANTS, difference, tiny
 
 SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -111,8 +113,9 @@ def test_adapters_are_in_the_models_own_logits():
     """Packed, by the model's whole forward pass, as PEFT's model gives them for each document by itself."""
     from transformers import AutoModelForCausalLM
 
-    from lit_llm import LoRA, attention
-    from lit_llm.adapter import wrap_peft
+    from lit_llm import LoRA
+    from lit_llm.kernels import attention
+    from lit_llm.models.adapters.adapter import wrap_peft
     from tests.models import disturb
 
     attention.register()

@@ -4,12 +4,12 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lit_llm import attention
-from lit_llm.adapter import wrap_peft
-from lit_llm.anatomy import backbone
-from lit_llm.model import init_causal_lm
-from lit_llm.peft_method import LoRA
-from lit_llm.training import recompute
+from lit_llm.kernels import attention
+from lit_llm.models import recompute
+from lit_llm.models.adapters.adapter import wrap_peft
+from lit_llm.models.adapters.peft_method import LoRA
+from lit_llm.models.anatomy import backbone
+from lit_llm.models.load import init_causal_lm
 
 WIDE = dict(vocab_size=100, hidden_size=64, intermediate_size=192, num_attention_heads=4, num_key_value_heads=2)
 DOCUMENTS = torch.tensor([0, 40, 64], dtype=torch.int32)

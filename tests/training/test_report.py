@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from lit_llm.training.report import MetricsCSV, last_logged, rows_of
+from lit_llm.training.run.report import MetricsCSV, last_logged, rows_of
 from tests.test_cli import call, place
 
 assert place                                        # a fixture

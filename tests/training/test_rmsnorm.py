@@ -9,7 +9,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.olmo2.modeling_olmo2 import Olmo2RMSNorm
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
-from lit_llm.training import rmsnorm
+from lit_llm.kernels import rmsnorm
 
 SHAPES = [(1, 40, 96), (2, 7, 3, 16), (1, 1, 5)]
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lit_llm.training import safe_load
+from lit_llm.training.parallel import safe_load
 from tests.test_cli import call, place
 
 assert place                                        # a fixture

@@ -411,7 +411,7 @@ def test_a_deepspeed_config_that_does_something_else(config, says, folder, tmp_p
     from strategy_probe import Data
 
     from lit_llm.training.module import CausalLMModule
-    from lit_llm.training.strategy import ZeroStrategy
+    from lit_llm.training.parallel.zero import ZeroStrategy
 
     with pytest.raises(InputError, match=says):
         trainer(ZeroStrategy(config=config), tmp_path).fit(CausalLMModule(base=folder), datamodule=Data(STEPS, 1))
@@ -419,7 +419,7 @@ def test_a_deepspeed_config_that_does_something_else(config, says, folder, tmp_p
 
 def test_names_and_stages():
     """Names are Lightning's; a typo is met with the name that was meant."""
-    from lit_llm.training.strategy import ZeroStrategy
+    from lit_llm.training.parallel.zero import ZeroStrategy
 
     strategy = ZeroStrategy.from_name("deepspeed_stage_3_offload")
     assert strategy.config["zero_optimization"]["stage"] == 3

@@ -30,9 +30,9 @@ from lives import (
 )
 from survive import STEPS, at_points, finish, strike
 
-from lit_llm.command import python
-from lit_llm.training.preemption import resume_command
-from lit_llm.training.report import MetricsCSV
+from lit_llm.system.command import python
+from lit_llm.training.run.preemption import resume_command
+from lit_llm.training.run.report import MetricsCSV
 
 TWO = 2
 
@@ -201,7 +201,7 @@ def poisoned(tiny_model, lives):
     """A base in which one token is NaN, and data in which one record, line 7, has that token."""
     from safetensors.torch import load_file, save_file
 
-    from lit_llm.tokenizer import Tokenizer
+    from lit_llm.text.tokenizer import Tokenizer
 
     folder = lives.folder / "poisoned"
     if not folder.exists():

@@ -19,8 +19,8 @@ from pathlib import Path
 import pytest
 from lives import ROOT, config_of, write_config, write_data
 
-from lit_llm.lock import NAME, Lock
-from lit_llm.training import manifest
+from lit_llm.system.lock import NAME, Lock
+from lit_llm.training.run import manifest
 
 
 @contextmanager

@@ -1,0 +1,168 @@
+"""Words typed in; a verb done, or a few lines that say what to type instead.
+
+Those of `RUNS` read a run config (`runs.py`); `export chat` read a folder. Each is imported when it
+is asked for, so that `--help` and a mistyped word cost nothing. The only module that knows all others; none knows it.
+"""
+
+import errno
+import os
+import sys
+import time
+from collections.abc import Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import Any, NoReturn
+
+from lit_llm import disk
+from lit_llm.cli import settings
+from lit_llm.cli.parser import ToolParser, check_configs, verb_first
+from lit_llm.errors import InputError, did_you_mean
+from lit_llm.system import class_paths, library_warnings, ranges
+from lit_llm.system.redaction import redact_text
+
+RUNS = {
+    "fit": "Train, evaluate and export: pretraining, all weights, or adapters.",
+    "validate": "Perplexity on the validation data, of the base or of a checkpoint.",
+    "test": "The same on the test data.",
+    "prepare": "Tokenize the data of a run into the cache, and say what it holds.",
+    "inspect": "Show the data of a run as the model will see it, and what was dropped and why.",
+    "plan": "Say before training what a run costs: memory, steps, FLOPs, disk; and what would fit.",
+    "verify-resume": "Prove on a run's own config that a stopped run goes on exactly.",
+    "selftest": "Prove on it that batch division, packing and processes leave the gradient as it is.",
+}
+TOOLS = {
+    "export": ("lit_llm.inference.export:export", "Write a run's model as a folder that transformers loads."),
+    "chat": ("lit_llm.inference.chat:chat", "Talk to a model in the terminal."),
+}
+HELP = """usage: python -m lit_llm VERB [options]
+
+A language model's whole life.
+
+verbs that read a run config (python -m lit_llm fit --config configs/sft.yaml):
+{runs}
+
+verbs that read a folder:
+{tools}
+
+python -m lit_llm VERB --help is the manual of a verb; python -m serve --help that of the server.
+fit --trust-checkpoint (typed only) also resumes from a checkpoint that holds more than data; it can run any program."""
+NOT_ENOUGH_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "bad_alloc")
+MEMORY = """there is not enough memory for the batch
+  halve data.batch_size and double trainer.accumulate_grad_batches (the same step), lower data.seq_len,
+  set model.gradient_checkpointing: true, or split the model with trainer.strategy: deepspeed_stage_3;
+  `python -m lit_llm plan` with the options of this run says which of these would fit"""
+DISK = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR,
+        errno.EISDIR)
+NO_PATH = (errno.ENAMETOOLONG, errno.ELOOP)
+
+
+def main(args: list[str] | None = None) -> None:
+    """Do a verb; what the user got wrong ends in a few lines on stderr and exit code 2."""
+    library_warnings.listen()
+    args = verb_first(sys.argv[1:] if args is None else args, [*RUNS, *TOOLS])
+    try:
+        _dispatch(args)
+    except InputError as error:
+        _refuse(str(error))
+    except KeyboardInterrupt:
+        _refuse("stopped", code=130)
+    except MemoryError:
+        _refuse(MEMORY)
+    except RuntimeError as error:
+        if not any(words in str(error).lower() for words in NOT_ENOUGH_MEMORY):
+            raise
+        _refuse(MEMORY)
+    except OSError as error:
+        name = error.filename2 or error.filename
+        if error.errno in NO_PATH:
+            _refuse(f"{ranges.shown(name)}: {error.strerror}\n  give a shorter path")
+        if not disk.is_full(error) and (error.errno not in (*DISK, *disk.GONE) or not name):
+            raise
+        remedy = disk.remedy(error, Path(str(name)).parent if name else Path.cwd())
+        _refuse(f"{name or 'writing'}: {error.strerror}\n  {remedy}, or write elsewhere: --trainer.default_root_dir")
+    except Exception as error:
+        if disk.is_full(error):                     # libraries in Rust and C++ have errors of their own
+            _refuse(f"{str(error).splitlines()[0][:200]}\n  make room, or write elsewhere")
+        if not type(error).__module__.startswith("wandb."):
+            raise
+        _refuse(f"trainer.logger: wandb: {str(error).splitlines()[0][:300]}\n"
+                "  without an account: --trainer.logger.init_args.offline true; with one: wandb login")
+
+
+def _dispatch(args: Sequence[str]) -> None:
+    verb, *options = args or [""]
+    if verb in ("-h", "--help"):
+        print(HELP.format(runs=_table(RUNS), tools=_table({name: what for name, (_, what) in TOOLS.items()})))
+        raise SystemExit(0)
+    if verb not in RUNS and verb not in TOOLS:
+        came = f"unknown verb '{verb}'" if verb else "no verb is given"
+        raise InputError(f"{came}; use one of {', '.join([*RUNS, *TOOLS])}.{did_you_mean(verb, [*RUNS, *TOOLS])}",
+                         fix="python -m lit_llm --help says what they do")
+    import jsonargparse
+
+    class_paths.restrict(jsonargparse, [])          # `runs.py` allows those of a run
+    check_configs(options)
+    if verb in TOOLS:
+        _tool(verb, options)
+    else:
+        from lit_llm.cli.runs import run
+
+        run([verb.replace("-", "_"), *_trusting(options)])
+
+
+def _trusting(options: list[str]) -> list[str]:
+    """Options without `--trust-checkpoint`, which is typed and never read from a file."""
+    from lit_llm.training.parallel import safe_load
+
+    os.environ.pop(safe_load.TRUST, None)
+    if safe_load.OPTION in options:
+        os.environ[safe_load.TRUST] = "1"
+        print(f"{safe_load.OPTION}: the checkpoint's files are loaded with pickle and can run any program with your "
+              "rights", file=sys.stderr)
+    return [option for option in options if option != safe_load.OPTION]
+
+
+def _tool(verb: str, options: list[str]) -> None:
+    """Call a function with options that are its arguments."""
+    module, _, name = TOOLS[verb][0].partition(":")
+    function = getattr(import_module(module), name)
+    parser = ToolParser(prog=f"python -m lit_llm {verb}", description=TOOLS[verb][1], allow_abbrev=False)
+    parser.add_argument("-c", "--config", action="config", help="YAML with this verb's options")
+    parser.add_function_arguments(function, as_group=False)
+    given = parser.parse_args(options).as_dict()
+    given.pop("config", None)
+    settings.check_plain(given)
+    settings.check_arguments("", given, function, prefix=verb)
+    result = function(**given)
+    if result is not None:
+        print(result)
+
+
+def _table(verbs: dict[str, str]) -> str:
+    return "\n".join(f"    {name:<13} {what}" for name, what in verbs.items())
+
+
+def _refuse(message: str, code: int = 2) -> NoReturn:
+    if _speaks_for_all():
+        lines = redact_text(message).splitlines()[:6]
+        print("error: " + "\n".join(lines), file=sys.stderr, flush=True)
+    raise SystemExit(code)
+
+
+def _speaks_for_all() -> bool:
+    """Whether this is the process that tells of an error: rank 0, or the first of others where that has none."""
+    distributed: Any = sys.modules.get("torch.distributed")
+    if distributed is None or not distributed.is_available() or not distributed.is_initialized():
+        return int(os.environ.get("LOCAL_RANK", 0)) == 0
+    store = distributed.distributed_c10d._get_default_store()
+    try:
+        if distributed.get_rank() == 0:
+            store.set("lit_llm refused", "")
+            return not store.check(["lit_llm told"])
+        for _ in range(20):                         # rank 0 may be about to say the same
+            if store.check(["lit_llm refused"]):
+                return False
+            time.sleep(0.1)
+        return bool(store.add("lit_llm told", 1) == 1)
+    except RuntimeError:                            # rank 0, which keeps the store, is gone
+        return False

@@ -1,0 +1,278 @@
+"""Options typed in or written in YAML; what jsonargparse says about a wrong one, in a line or two.
+
+Knows the verbs' keys, not what they mean.
+"""
+
+import json
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import MISSING, fields
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, NoReturn
+
+import yaml
+from jsonargparse import ArgumentParser
+
+from lit_llm.cli import settings
+from lit_llm.errors import InputError, did_you_mean
+from lit_llm.system import class_paths, ranges
+
+# What the same thing is called elsewhere.
+ALIASES = {
+    "learning_rate": "model.lr", "lr": "model.lr", "epochs": "trainer.max_epochs", "num_epochs": "trainer.max_epochs",
+    "num_train_epochs": "trainer.max_epochs", "batch_size": "data.batch_size",
+    "per_device_train_batch_size": "data.batch_size",
+    "micro_batch_size": "data.batch_size", "max_length": "data.seq_len", "max_seq_length": "data.seq_len",
+    "sequence_len": "data.seq_len", "cutoff_len": "data.seq_len", "output_dir": "trainer.default_root_dir",
+    "model_name_or_path": "model.base", "base_model": "model.base",
+    "gradient_accumulation_steps": "trainer.accumulate_grad_batches",
+    "lora_rank": "model.lora.r", "lora_r": "model.lora.r", "lora_alpha": "model.lora.alpha", "dataset": "data.sources",
+    "datasets": "data.sources", "weight_decay": "model.weight_decay", "warmup_ratio": "model.warmup",
+    "warmup_steps": "model.warmup", "lr_scheduler_type": "model.schedule", "max_grad_norm": "trainer.gradient_clip_val",
+    "gradient_checkpointing": "model.gradient_checkpointing", "bf16": "trainer.precision", "fp16": "trainer.precision",
+    "rank": "model.lora.r", "lora_dropout": "model.lora.dropout", "precision": "trainer.precision",
+    "max_steps": "trainer.max_steps", "lrate": "model.lr", "seed": "seed_everything",
+}
+SOURCES = ("--data.sources", "--data.val_sources", "--data.test_sources")
+UNKNOWN = (r"[Uu]nrecognized arguments: --([\w.+-]+)", r"Key ['\"]([\w.]+)['\"] is not expected",
+           r"Option ['\"]([\w.]+)['\"] is not accepted", r"does not accept option ['\"]([\w.]+)['\"]",
+           r"No action for key ['\"]([\w.]+)['\"]")
+WORDS = {"int": "a whole number", "float": "a number", "bool": "true or false", "NoneType": "null", "str": "a text",
+         "list": "a list", "dict": "a mapping such as {key: value}"}
+
+
+class ShortErrors:
+    """What a parser does with a mistake; mixed into jsonargparse's and Lightning's."""
+
+    _actions: list[Any]
+    prog: Any
+    description: Any
+
+    def parse_args(self, args: Any = None, *more: Any, **named: Any) -> Any:
+        """As jsonargparse, which lets errors of Python's own conversions through.
+
+        Raises:
+            InputError: A number has too many digits, or lists and mappings lie inside each other without end.
+        """
+        try:
+            return super().parse_args(args, *more, **named)  # type: ignore[misc]
+        except (OverflowError, RecursionError) as error:
+            long = [place for place, word in enumerate(args or ()) if re.search(r"\d{19}|[\[{]{50}", str(word))]
+            option = str(args[max(0, long[0] - ("=" not in str(args[long[0]])))]) if long else "options"
+            raise InputError("it cannot be read: " + ("a number has too many digits" if isinstance(error, OverflowError)
+                             else "lists and mappings lie too deep inside each other"),
+                             where=option.partition("=")[0].lstrip("-")) from None
+
+    def format_help(self, *more: Any, **named: Any) -> str:
+        """The manual, in which each key also says what numbers it takes, and whether it is never null."""
+        verb = str(self.prog).split()[-1].replace("-", "_")
+        of_class = re.search(r"\.help=([\w.]+)\.(\w+)$", str(self.description))
+        own = settings.names(getattr(sys.modules.get(of_class[1]), of_class[2], None)) if of_class else []
+        for action in self._actions:
+            if not hasattr(action, "_typehint") or hasattr(action, "said") or action.help is None:
+                continue
+            last = action.dest.rpartition(".")[2]
+            keys = [f"{name}.{last}" for name in own]
+            keys += [action.dest] if "." in action.dest else [f"{verb}.{action.dest}", action.dest]
+            key = next((key for key in keys if ranges.of(key)), action.dest)
+            action.said = settings.help_of(key, action._typehint, required=action.required or action.default is None)
+            action.help = (action.help or "") + action.said
+        return super().format_help(*more, **named)  # type: ignore[misc]
+
+    def error(self, message: str, *args: Any, **kwargs: Any) -> NoReturn:
+        """A few lines and exit code 2, never the usage of 400 options."""
+        if isinstance(kwargs.get("ex"), InputError):
+            raise kwargs["ex"]
+        raise InputError(explain(str(message), self.known()))
+
+    def known(self) -> list[str]:
+        """Keys that can be set, of this parser and of its verbs."""
+        keys = [action.dest for action in self._actions]
+        for verbs in self._actions:                 # an action that holds parsers of its own
+            for parser in verbs.choices.values() if isinstance(verbs.choices, dict) else ():
+                keys += [action.dest for action in getattr(parser, "_actions", ())]
+        return sorted({key for key in keys if key and not key.startswith(("help", "print"))})
+
+
+class ToolParser(ShortErrors, ArgumentParser):
+    """jsonargparse's parser with short errors."""
+
+
+def explain(message: str, known: list[str]) -> str:
+    """What jsonargparse says in a line or two, with the key or value that was probably meant.
+
+    >>> explain("Key 'model.lrr' is not expected", ["model.lr", "data.seq_len"])
+    "unknown key 'model.lrr'. Did you mean 'model.lr'?"
+    >>> explain('Parser key "data.packing": Expected a Literal["best_fit", "none"]. Got value: bestfit', [])
+    "data.packing: 'bestfit' is none of best_fit, none. Did you mean 'best_fit'?"
+    """
+    place = re.search(r"[Pp]arser key ['\"]([\w.]+)['\"]", message)
+    where = f"{place[1]}: " if place else ""
+    if found := re.search(r"(?:unknown key '|write a space after)[^\n]*", message):    # said for a nested option
+        return where + found[0]
+    if place and (found := re.search(r"- (\w+: '[^\n]*' is no[^\n]*)", message)):
+        return f"{place[1]}.{found[1]}"
+    if found := re.search(r"ption '([\w.]+):(.+?)'(?: is not accepted|$)", message):
+        return f"{where}write a space after the colon: {found[1].rpartition('.')[2]}: {found[2]}"
+    if found := re.search(r"arguments are required: (?:\w+\.)??(\w+(?:\.\w+)?)(?:,|$)", message):
+        return f"{found[1]} is not given; set it with --{found[1]}, or in a file that --config names"
+    if found := re.search(r"[Uu]nrecognized arguments: (\S+\.ya?ml)\b", message):
+        return f"unknown argument '{found[1]}'. Did you mean '--config {found[1]}'?"
+    for pattern in UNKNOWN:
+        if found := re.search(pattern, message):
+            return _unknown(found[1].rstrip("+"), where, known)
+    if found := re.search(r"Importing '([^']+)' is not allowed", message):
+        names = [name for exported in class_paths.EXPORTS.values() for name in exported]
+        return (f"{where}'{found[1]}' is not imported; a class_path may name Lightning's callbacks, loggers, "
+                "strategies, plugins and profilers, and those of lit_llm.training."
+                f"{did_you_mean(found[1].rpartition('.')[2], names)}")
+    if found := re.search(r"module '([\w.]+)' has no attribute '(\w+)'", message):
+        has = [name for name in dir(sys.modules.get(found[1])) if name[0] != "_"]
+        return f"{where}{found[1]} has no '{found[2]}'.{did_you_mean(found[2], has)}"
+    if found := re.search(r"File does not exist: '(.*)'", message):
+        beside = [each.name for each in Path(found[1]).parent.glob("*.yaml")]
+        return f"there is no file {found[1]}.{did_you_mean(Path(found[1]).name, beside)}"
+    if found := re.search(r"Literal\[([^\]]*)\]\. Got value: (.*)", message):
+        choices = [choice.strip("'\" ") for choice in found[1].split(",")]
+        return f"{where}'{found[2]}' is none of {', '.join(choices)}.{did_you_mean(found[2], choices)}"
+    if found := re.search(r"Expected a (?:<class ')?(\w+)(?:'>)?\. Got value: (.*)", message):
+        example = ", such as [{path: FILE}]" if where.endswith("sources: ") else ""
+        came = "null" if found[2] == "None" else f"'{ranges.shown(found[2])}'"
+        return f"{where}{came} is not {WORDS.get(found[1], found[1])}{example}{_takes(place and place[1])}"
+    if place and (found := re.search(r"- (\w+) is not given; set it", message)):
+        return f"{where}init_args.{found[1]} is not given"
+    if found := re.search(r"Subtypes: \[(.*)\]\n(?:.|\n)*Given value: (.*)", message):
+        kinds = re.findall(r"<class '(?:\w+\.)*(\w+)'>", found[1])
+        choices = re.findall(r"'([^']+)'", re.sub(r"<class '.*?'>", "", found[1]))
+        fits = dict.fromkeys([*choices, *(WORDS.get(kind, kind) for kind in kinds)])
+        came = ranges.shown(found[2])
+        return f"{where}'{came}' is none of {', '.join(fits)}.{did_you_mean(came, choices)}{_takes(place and place[1])}"
+    if where.endswith("sources: "):                 # a file's name alone, which was read as if it were a config
+        return f"{where}it is not a list of files, such as [{{path: FILE}}]"
+    lines = [re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", line.strip(" -")) for line in message.splitlines()]
+    noise = r"[Pp]arser key ['\"][\w.]+['\"]:$|Errors:|Subtypes:|usage:"
+    lines = [line for line in lines if line and not re.match(noise, line)]
+    return "\n  ".join(line[:240] for line in [where + lines[0], *lines[1:4]]) if lines else message
+
+
+def _takes(key: str | None) -> str:
+    """What the table says of a key, as a line of its own."""
+    numbers = ranges.of(key or "")
+    return f"\n  {key} takes {numbers}; for example --{key} {numbers.example}" if numbers else ""
+
+
+def _unknown(key: str, where: str, known: list[str]) -> str:
+    if key in known:
+        return f"{where}this verb takes no '{key}'; other verbs do"
+    elsewhere = get_close_matches(key.rsplit(".", 1)[-1], ALIASES, n=1, cutoff=0.9)     # misspelt there, too
+    if elsewhere and ALIASES[elsewhere[0]] != key:
+        return f"{where}unknown key '{key}'. Did you mean '{ALIASES[elsewhere[0]]}'?"
+    return f"{where}unknown key '{key}'.{did_you_mean(key, [*known, *_nested()])}"
+
+
+def _nested() -> list[str]:
+    """Keys below `model.lora` and in the items of `data.sources`."""
+    from lit_llm.data.records.sources import Source
+    from lit_llm.models.adapters.peft_method import LoRA
+
+    return [field.name for kind in (Source, LoRA) for field in fields(kind)]
+
+
+def verb_first(args: Sequence[str], verbs: Sequence[str]) -> list[str]:
+    """Arguments with the verb before the config files, for who types them the other way round.
+
+    >>> verb_first(["--config", "a.yaml", "fit", "--model.lr", "1"], ["fit"])
+    ['fit', '--config', 'a.yaml', '--model.lr', '1']
+    """
+    place = 0
+    while place < len(args) and args[place].split("=")[0] in ("-c", "--config"):
+        place += 1 if "=" in args[place] else 2
+    if 0 < place < len(args) and args[place] in verbs:
+        return [args[place], *args[:place], *args[place + 1:]]
+    return list(args)
+
+
+def with_whole_sources(args: Sequence[str]) -> list[str]:
+    """Words of a command in which each typed source names all of its keys, so that it takes none of a config file's.
+
+    jsonargparse fills the items of a typed list from those of the list that a file gives, where both are as long: the
+    weight, columns or split of another file would be used for the typed one.
+
+    Args:
+        args: Words after `python -m lit_llm`.
+    """
+    from lit_llm.data.records.sources import Source
+
+    defaults = {field.name: field.default_factory() if field.default is MISSING and field.default_factory is not MISSING
+                else field.default for field in fields(Source) if field.name != "path"}
+    whole = list(args)
+    for place, word in enumerate(whole):
+        option, given, value = word.partition("=")
+        at = place if given else place + 1
+        if option not in SOURCES or at >= len(whole):
+            continue
+        try:
+            items = yaml.safe_load(value if given else whole[at])
+        except yaml.YAMLError:
+            continue                                # the parser says so
+        if isinstance(items, list) and items and all(isinstance(item, dict) and "path" in item for item in items):
+            text = json.dumps([item | {key: value for key, value in defaults.items() if key not in item}
+                               for item in items])
+            whole[at] = f"{option}={text}" if given else text
+    return whole
+
+
+def check_configs(args: Sequence[str]) -> None:
+    """Read each config file once, because what the parser says about bad YAML names no file.
+
+    Raises:
+        InputError: A file that is not YAML, with its line, or no mapping of keys, or a key twice in one mapping.
+    """
+    for place, word in enumerate(args):
+        name, _, value = word.partition("=")
+        if name not in ("-c", "--config"):
+            continue
+        file = Path(value or "".join(args[place + 1:place + 2]))
+        if not file.is_file():
+            continue                                # the parser says so
+        try:
+            text = file.read_text(encoding="utf-8")
+            content = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            mark = getattr(error, "problem_mark", None)
+            where = f"{file}:{mark.line + 1}" if mark else str(file)
+            reason = getattr(error, "problem", None) or "it cannot be read"
+            raise InputError(f"not YAML: {reason}", where=where) from None
+        except UnicodeDecodeError:
+            raise InputError("not text in UTF-8", where=str(file)) from None
+        except ValueError as error:                 # a date that is none, a number of thousands of digits
+            raise InputError(f"a value cannot be read: {ranges.shown(error)}", where=str(file),
+                             fix="quote what is a text") from None
+        except RecursionError:
+            raise InputError("lists and mappings lie too deep inside each other", where=str(file)) from None
+        if not isinstance(content, dict):
+            raise InputError("a config is a mapping such as `model: {base: gpt2}`", where=str(file))
+        _check_twice(yaml.compose(text, Loader=yaml.SafeLoader), file)
+        settings.check_plain(content)
+
+
+def _check_twice(root: yaml.Node | None, file: Path) -> None:
+    """YAML takes the last of two equal keys and drops the first in silence, a whole block at times."""
+    left, seen = [root], set()                      # an alias may lead back to where it stands
+    while left:
+        node = left.pop()
+        if not isinstance(node, yaml.CollectionNode) or id(node) in seen:
+            continue
+        seen.add(id(node))
+        if isinstance(node, yaml.SequenceNode):
+            left += node.value
+            continue
+        first: dict[str, Any] = {}
+        for key, value in node.value:
+            left.append(value)
+            earlier = first.setdefault(str(key.value), key)
+            if earlier is not key:
+                raise InputError(f"'{key.value}' stands here and in line {earlier.start_mark.line + 1}, which would be "
+                                 "dropped", where=f"{file}:{key.start_mark.line + 1}", fix="put both under one of them")

@@ -1,0 +1,225 @@
+"""Values of a config: whether they are plain, whether null and numbers are what their keys take, what the help says.
+
+`check_plain` looks at what YAML gave before any type is known, `check` at a parsed config. What a key takes is derived
+from the signature of the class or function that is given it, and from the table in `ranges.py`.
+"""
+
+import inspect
+import math
+import types
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import is_dataclass
+from importlib import import_module
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from lit_llm.errors import InputError
+from lit_llm.system import ranges
+
+LARGEST = 2**63                                     # whole numbers beyond are no numbers of anything
+LONGEST = 4096                                      # characters of a text; a path may have no more
+MOST = 100_000                                      # values in a config
+FREE_TEXTS = ("data.template_args", "chat.prompt", "chat.system", "chat.stop", "chat.template_args", "model.init")
+FREE_LENGTH = 1_000_000
+DEPTH = 50
+
+
+def check_plain(value: Any, where: str = "", *, depth: int = 0) -> int:
+    """Refuse what no key takes, before anything tries to use it: infinity, NaN, endless numbers, texts and nesting.
+
+    Args:
+        value: As YAML or JSON gave it, or a parsed config.
+        where: Its key.
+        depth: Mappings and lists around it.
+
+    Returns:
+        How many values there are, also inside of lists and mappings.
+
+    Raises:
+        InputError: With the key, what came and what is allowed.
+    """
+    if depth > DEPTH:
+        raise InputError(f"more than {DEPTH} mappings and lists lie inside each other", where=where[:80],
+                         fix="give numbers, texts, and lists and mappings of a few levels")
+    inside_model = where.startswith("model.init.")      # some models have limits that are infinite
+    if isinstance(value, float) and not math.isfinite(value) and not inside_model:
+        raise InputError(f"{value} is no number that can be computed with", where=where, fix=_example(where))
+    if isinstance(value, int) and abs(value) > LARGEST:
+        raise InputError(f"{ranges.shown(value)} is too large for any key", where=where, fix=_example(where))
+    if isinstance(value, str):
+        _check_text(value, where)
+    count = 1
+    for key, part in _parts(value):
+        named = isinstance(value, Mapping)
+        if named:
+            check_plain(key, where, depth=depth + 1)
+        count += check_plain(part, _join(where, key) if named else where, depth=depth + 1)
+        if count > MOST:
+            raise InputError(f"more than {MOST:,} values", where=where, fix="a config holds settings; data belong in "
+                             "files that data.sources names")
+    return count
+
+
+def _check_text(text: str, where: str) -> None:
+    most = FREE_LENGTH if where.startswith(FREE_TEXTS) else LONGEST
+    if len(text) > most:
+        raise InputError(f"a text of {len(text):,} characters; at most {most:,} are taken", where=where)
+    if "\0" in text:
+        raise InputError(f"'{ranges.shown(text)}' holds a NUL character, which no name or path can hold", where=where,
+                         fix="write it again without")
+    if any("\ud800" <= each <= "\udfff" for each in text):
+        raise InputError(f"'{ranges.shown(text)}' is not text in UTF-8", where=where, fix="write it again")
+
+
+def _parts(value: Any) -> Iterable[tuple[Any, Any]]:
+    if isinstance(value, Mapping):
+        return list(value.items())
+    return enumerate(value) if isinstance(value, list | tuple) else ()
+
+
+def _join(where: str, key: Any) -> str:
+    return f"{where}.{key}" if where else str(key)
+
+
+def _example(where: str) -> str:
+    numbers = ranges.of(where)
+    return f"{where} takes {numbers}, for example --{where} {numbers.example}" if numbers else (
+        "a config holds finite numbers; leave the key out to have its default")
+
+
+def plain(value: Any) -> Any:
+    """A parsed config as mappings, lists and single values."""
+    if hasattr(value, "as_dict"):
+        value = value.as_dict()
+    if isinstance(value, Mapping):
+        return {key: plain(part) for key, part in value.items()}
+    return [plain(part) for part in value] if isinstance(value, list | tuple) else value
+
+
+# ---- a parsed config -------------------------------------------------------------------------------------------------
+
+def check(config: Mapping[str, Any], kinds: Mapping[str, Callable[..., Any]]) -> None:
+    """Refuse nulls where a key takes none, and numbers that are not in the range of their key.
+
+    Args:
+        config: Plain values after parsing.
+        kinds: Key -> the class that is given what lies below it.
+
+    Raises:
+        InputError: With the key, what came, what is allowed and what to type.
+    """
+    check_plain(config)
+    for key, kind in kinds.items():
+        if isinstance(config.get(key), Mapping):
+            check_arguments(key, config[key], kind)
+        elif key in config:
+            raise InputError(f"{ranges.shown(config[key])} is no mapping of keys to values", where=key,
+                             fix=f"{key}: {{KEY: VALUE}}; or leave it out")
+
+
+def check_arguments(where: str, given: Mapping[str, Any], kind: Callable[..., Any], *, prefix: str = "") -> None:
+    """The same for the arguments of one class or function.
+
+    Args:
+        where: The key that they are given under; empty for options of a verb.
+        given: By name.
+        kind: Whose arguments they are.
+        prefix: Of their keys in the table; `where` if empty.
+    """
+    hints = arguments(kind)
+    for name, value in given.items():
+        place = _join(where, name)
+        key = next((f"{own}.{name}" for own in names(kind) if not prefix and ranges.knows(f"{own}.{name}")),
+                   f"{prefix or where}.{name}")
+        hint, default = hints.get(name, (Any, inspect.Parameter.empty))
+        if value is None and default is not None and not takes_null(hint):
+            raise InputError(f"null is not allowed; {place} takes {_words(key, hint)}", where=place,
+                             fix=_typed(place, key, default))
+        if value == "" and default != "" and not key.startswith(FREE_TEXTS):
+            raise InputError(f"an empty text names nothing; {place} takes {_words(key, hint)}", where=place,
+                             fix=_typed(place, key, default))
+        ranges.check(key, value, where=place)
+        for one in value if isinstance(value, list) else [value]:
+            _check_inside(place, key, one, hint)
+
+
+def _check_inside(where: str, key: str, value: Any, hint: Any) -> None:
+    """What a class that is named by class_path, or a dataclass, is given."""
+    if not isinstance(value, Mapping):
+        return
+    classes = [each for each in flat(hint) if isinstance(each, type)]
+    if isinstance(named := value.get("class_path"), str) and "." in named:
+        if not any(each is dict for each in classes):
+            module, _, name = named.rpartition(".")
+            init_args = value.get("init_args")
+            check_arguments(f"{where}.init_args", init_args if isinstance(init_args, Mapping) else {},
+                            getattr(import_module(module), name))
+        return
+    for each in classes:
+        if is_dataclass(each):
+            check_arguments(where, value, each, prefix=key)
+
+
+def arguments(kind: Callable[..., Any]) -> dict[str, tuple[Any, Any]]:
+    """Name -> (annotation, default) of a class or function, and of its base classes where it takes `**kwargs`."""
+    found: dict[str, tuple[Any, Any]] = {}
+    functions = [each.__dict__["__init__"] for each in kind.__mro__ if "__init__" in each.__dict__] if isinstance(
+        kind, type) else [kind]
+    for function in functions:
+        try:
+            parameters = inspect.signature(function).parameters
+            hints = get_type_hints(function)
+        except (NameError, TypeError, ValueError):  # a name that only type checkers see, or a function in C
+            break
+        for name, parameter in parameters.items():
+            if parameter.kind not in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL) and name != "self":
+                found.setdefault(name, (hints.get(name, Any), parameter.default))
+        if not any(each.kind is each.VAR_KEYWORD for each in parameters.values()):
+            break
+    return found
+
+
+def names(kind: Any) -> list[str]:
+    """Of a class and its base classes, under which the table may hold an argument."""
+    return [each.__name__ for each in kind.__mro__] if isinstance(kind, type) else []
+
+
+def takes_null(hint: Any) -> bool:
+    """Whether a key may be null, by its annotation."""
+    return any(each in (Any, type(None)) for each in flat(hint))
+
+
+def flat(hint: Any) -> list[Any]:
+    """The types that a union or a list names."""
+    origin = get_origin(hint)
+    if origin in (Union, types.UnionType, list):
+        return [each for part in get_args(hint) for each in ([part] if part is type(None) else flat(part))
+                if not (origin is list and part is type(None))]
+    return [hint if origin is None else origin if origin is not Literal else hint]
+
+
+# ---- in words --------------------------------------------------------------------------------------------------------
+
+def _words(key: str, hint: Any) -> str:
+    numbers = ranges.of(key)
+    choices = [str(choice) for each in flat(hint) if get_origin(each) is Literal for choice in get_args(each)]
+    names = {bool: "true or false", int: "a whole number", float: "a number", str: "a text", list: "a list",
+             dict: "a mapping", tuple: "a list"}
+    said = [str(numbers)] if numbers else []
+    said += [words for kind, words in names.items() if kind in flat(hint) and not (numbers and kind in (int, float))]
+    return ", ".join([*said, *choices]) or "a value of its type"
+
+
+def _typed(place: str, key: str, default: Any) -> str:
+    numbers = ranges.of(key)
+    if default is not inspect.Parameter.empty and isinstance(default, bool | int | float | str):
+        shown = str(default).lower() if isinstance(default, bool) else default
+        return f"leave it out, or set it to its default: --{place} {shown}"
+    return f"for example --{place} {numbers.example}" if numbers else "leave it out"
+
+
+def help_of(key: str, hint: Any, *, required: bool = False) -> str:
+    """What the help page adds to a key's own words: its range, and that it is never null."""
+    numbers = ranges.of(key)
+    nullable = required or takes_null(hint)
+    said = f" {str(numbers)[0].upper()}{str(numbers)[1:]}{', or null' if nullable else ''}." if numbers else ""
+    return said if nullable else f"{said} Never null."

@@ -1,0 +1,91 @@
+"""A finished fit in, out what its user sees last: the export, perplexity before and after, answers, the next commands.
+
+Runs on rank 0, from what the run left on disk.
+"""
+
+import json
+import math
+from pathlib import Path
+
+from lit_llm.cli import examples, verdict
+from lit_llm.data.inspect.terminal import ledger
+from lit_llm.errors import InputError
+from lit_llm.inference.export import checkpoint_folder, export
+from lit_llm.models.adapters.merging import UnmergeableError
+from lit_llm.samples import resolve
+from lit_llm.system import command
+from lit_llm.training.checks import divergence
+from lit_llm.training.run import evaluation, manifest
+from lit_llm.training.run.report import last_logged
+
+
+def finish(run: Path, *, base: str | None, before: dict[str, float], shown: list[examples.Example]) -> None:
+    """Export the best checkpoint and print the summary of the run on stdout.
+
+    Args:
+        run: The run folder.
+        base: What training started from; null if from random weights.
+        before: Validation figures before the first step; empty if there was no validation.
+        shown: Prompts to answer, held out and trained on.
+    """
+    folder = None
+    for wanted in ("best", "last"):
+        facts = manifest.read(checkpoint_folder(run, wanted))
+        if not divergence.are_finite(facts.get("figures") or {}):
+            raise InputError("perplexity of this checkpoint is inf or nan: training diverged, and nothing is exported",
+                             where=f"step {facts['step']}", fix="lower model.lr and train again; or export an earlier "
+                             "checkpoint: python -m lit_llm export --checkpoint step_N")
+    try:
+        folder = export(str(run))
+        print(f"\nexported to {folder}")
+    except UnmergeableError as error:                    # what was trained is in the checkpoints all the same
+        print(f"\nnot exported: {error.what}\n  {error.fix}")
+    if logged := last_logged(run, "train/loss"):
+        number = f"{logged[1]:.3f}" if math.isfinite(logged[1]) else "no finite number, so this step was skipped"
+        print(f"training loss at step {logged[0]:,}: {number}")
+    _say_figures(run, before)
+    if (file := run / "data.json").exists() and (drawn := json.loads(file.read_text(encoding="utf-8"))["ledger"]):
+        print("\n".join(ledger(drawn, "drawn in training")))
+    for words in verdict.warnings(verdict.course_of(run, before.get("val/nll"))):
+        print(f"warning: {words}")
+    if folder is None:
+        return
+    if shown:
+        examples.compare(resolve(base) if base else None, folder, shown)
+    _next(run, folder)
+
+
+def _say_figures(run: Path, before: dict[str, float]) -> None:
+    """What was measured of the exported checkpoint, and of the last one where that is another.
+
+    `metrics.json` then has the figures of the exported one, too.
+    """
+    best, last = (manifest.read(checkpoint_folder(run, wanted)) for wanted in ("best", "last"))
+    after, newest = best.get("figures") or {}, last.get("figures") or {}
+    if not after:
+        return
+    apart = best["step"] != last["step"]
+    tokens = f"{after['val/tokens']:,.0f} held-out tokens"
+    which = f" (the best checkpoint, step {best['step']:,}, which is exported)" if apart else ""
+    if before:
+        factor = before["val/perplexity"] / after["val/perplexity"]
+        print(f"validation perplexity on {tokens}: {before['val/perplexity']:.3f} before, "
+              f"{after['val/perplexity']:.3f} after ({factor:.1f} times lower){which}")
+    else:
+        print(f"validation perplexity on {tokens}: {after['val/perplexity']:.3f}{which}")
+    print(f"bits per byte {after['val/bits_per_byte']:.3f}, token accuracy {after['val/token_accuracy']:.1%}")
+    if apart and newest:
+        print(f"the last checkpoint, step {last['step']:,}, has perplexity {newest['val/perplexity']:.3f}; to export "
+              f"it: {command.line('lit_llm', 'export', '--run', run.absolute(), '--checkpoint', 'last')}")
+    more = {"last/step": last["step"], **{f"last/{name}": value for name, value in newest.items()}} if apart else {}
+    evaluation.write_metrics(run, best["step"], after, before, more)
+
+
+def _next(run: Path, folder: Path) -> None:
+    """Commands that work from any directory: paths are absolute, and the run's own config holds what was typed."""
+    place, config = folder.absolute(), run.absolute() / "config.yaml"
+    print("\nnext:")
+    print(f"  {command.line('lit_llm', 'chat', '--model', place)}")
+    if (run / "checkpoints" / "BEST").is_file():        # else there is nothing to validate on
+        print(f"  {command.line('lit_llm', 'validate', '--config', config, '--ckpt_path', 'best')}")
+    print(f"  {command.line('serve', '--model', place)}", flush=True)

@@ -1,0 +1,1 @@
+"""What the data hold, for a terminal and for a page."""

@@ -1,0 +1,271 @@
+"""A source's name in, its files or its hub dataset found, and their raw records out.
+
+Knows folders, globs, packaged samples and the hub. How one file is read is `readers.py`; what a record means is
+`formats.py`.
+"""
+
+import contextlib
+import glob
+import logging
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from lit_llm import hub
+from lit_llm.data.records.cleaning import Clean
+from lit_llm.data.records.readers import KINDS, kind_of, scan_file, scan_table
+from lit_llm.data.records.record import Found, Record
+from lit_llm.errors import InputError, did_you_mean
+
+DOCUMENT_CHOICES = ("auto", "file", "paragraph", "line")
+SPLITS = {"train": ("training",), "validation": ("valid", "val", "dev"), "test": ("testing",)}     # as the hub has it
+_ABOUT = re.compile(r"(?i)(readme|licen[sc]e)(?![a-z])|(changelog|notice|contributing)(\.\w+)*$|"
+                    r"(dataset_infos?|state|config)\.json$")
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+
+@dataclass
+class Source:
+    """One named corpus.
+
+    Args:
+        path: A file, a folder, a glob (`data/*.jsonl`), or a hub id (`owner/name`). `sample:NAME` is a file that ships
+            with the package. Extensions: .txt .md .jsonl .ndjson .json .csv .tsv .parquet .arrow; all but the last two
+            also .gz and .zst. Of a folder every such file is read, recursively, but for hidden ones and those that
+            speak about the data (README*, LICENSE*, dataset_info.json); where their names tell splits apart
+            (`train.jsonl`, `test-00000.parquet`), those of `split`. Text is UTF-8: a BOM goes and is counted, other
+            encodings are named and refused, and so is damage (NUL, half a surrogate pair, a key twice in an object).
+        format: What a record means. `auto` recognises each record by its keys and refuses what can be read in two
+            ways; `text` is {text}; `alpaca` {instruction, input, output, system, history} and others' names for these
+            (question and answer, instruction and context and response); `prompt` {prompt, completion}; `messages`,
+            `sharegpt` and `firefly` are turns under messages, conversations or conversation. Keys that are not read
+            are counted in the report. Preference records need `columns`; answers with `label: false` are refused.
+        split: The split of a hub dataset, of a saved one, or of a folder whose files name splits.
+        subset: The configuration of a hub dataset that has several, such as `wikitext-2-raw-v1`.
+        weight: How often its records are drawn per epoch, above 0 and at most 1,000: 2 takes each twice; 0.25 a quarter
+            of them, in each epoch the next one, so that four epochs see all. Of a long document, a quarter of its
+            windows.
+        columns: Our key to the record's own, where they differ: `{prompt: question, completion: answer}`,
+            `{text: paragraphs}`, or of a preference record `{prompt: conversations, completion: chosen}`.
+        document: What one document of a text file is. `auto` splits at lines that are exactly `<|endoftext|>`, the
+            separator in the field's published corpora, and else takes the whole file; `file`; `paragraph` (blank
+            lines between); `line`. The text itself is kept as it stands; CRLF becomes LF and a BOM goes.
+        clean: White space to take away. `strip`: at the ends of a text or message; `collapse`: also runs of blanks
+            become one space, runs of empty lines one.
+    """
+
+    path: str
+    format: str = "auto"
+    split: str = "train"
+    subset: str | None = None
+    weight: float = 1.0
+    columns: dict[str, str] = field(default_factory=dict)
+    document: str = "auto"
+    clean: Clean = "none"
+
+
+def read(source: Source) -> Iterator[tuple[Record, str]]:
+    """Each record with its place, `file:line`.
+
+    Raises:
+        InputError: At the first thing that cannot be read; it names the place.
+    """
+    for record, place in scan(source):
+        if isinstance(record, InputError):
+            raise record.at(str(place))
+        yield record, str(place)
+
+
+def scan(source: Source, *, parse: bool = True) -> Iterator[Found]:
+    """Each record, or the reason why it is none, with its place; a file that cannot be opened raises.
+
+    Args:
+        source: What to read.
+        parse: False leaves JSON lines as bytes, for another process to parse.
+    """
+    if is_hub(source.path):
+        yield from scan_table(hub_dataset(source), source.path)
+        return
+    for path in files(source):
+        yield from scan_file(path, document=source.document, parse=parse)
+
+
+def parts(source: Source) -> list[Callable[[], Iterator[Found]]]:
+    """A source in parts that can be scanned on their own, without the rest: its files, or a hub dataset's shards.
+
+    JSON lines come as bytes, for who tokenizes them to parse.
+    """
+    if is_hub(source.path):
+        return shards(hub_dataset(source, streaming=True), source.path)
+    return [partial(scan_file, path, document=source.document, parse=False) for path in files(source)]
+
+
+def shards(rows: Any, name: str) -> list[Callable[[], Iterator[Found]]]:
+    """The shards of a streamed `datasets` table."""
+    count = rows.num_shards
+    return [partial(scan_table, rows.shard(count, number), f"{name} shard {number}") for number in range(count)]
+
+
+# ---- which files -----------------------------------------------------------------------------------------------------
+
+def files(source: Source) -> list[Path]:
+    """The local files of a source, sorted. A named file needs no known extension when `format` is `text`.
+
+    Raises:
+        InputError: Nothing there (with what stands beside it), or nothing of a kind that is read.
+    """
+    if source.document not in DOCUMENT_CHOICES:
+        raise InputError(f"document must be one of {', '.join(DOCUMENT_CHOICES)}, not '{source.document}'."
+                         f"{did_you_mean(source.document, list(DOCUMENT_CHOICES))}", where=source.path)
+    found = _find(source)
+    _refuse_idle(source, found)
+    return found
+
+
+def _refuse_idle(source: Source, found: list[Path]) -> None:
+    """Refuse settings of a source that its files give no meaning to.
+
+    Raises:
+        InputError: It names the setting.
+    """
+    if source.subset is not None:
+        raise InputError(f"subset: {source.subset} would change nothing: only a dataset of the hub has several",
+                         where=source.path, fix="Leave `subset` out.")
+    saved = locate(source.path) / "dataset_dict.json"
+    wanted = [name for name, words in SPLITS.items() if source.split in (name, *words)]
+    if source.split != "train" and not saved.is_file() and not any(_split_of(path) in wanted for path in found):
+        raise InputError(f"split: {source.split} would change nothing: no file here is named after a split",
+                         where=source.path, fix="Leave `split` out, or name the files.")
+    if source.document != "auto" and source.format != "text" and not any(kind_of(path) == "text" for path in found):
+        raise InputError(f"document: {source.document} would change nothing: it divides text files (.txt, .md)",
+                         where=source.path, fix="Leave `document` out.")
+
+
+def _find(source: Source) -> list[Path]:
+    """The files that a path names."""
+    path = locate(source.path)
+    if path.is_dir():
+        found = _folder(path, source.split)
+    elif path.exists():
+        if not path.is_file():                          # a pipe would block, and can be read only once
+            raise InputError("not a regular file", where=str(path), fix="Write what it gives to a file first.")
+        if not kind_of(path) and source.format != "text":
+            raise InputError(f"cannot tell what '{path.suffix}' is; read are {', '.join(KINDS)}", where=str(path),
+                             fix="Rename it, or set `format: text` if it is plain text.")
+        return [path]
+    elif glob.has_magic(str(path)):
+        found = sorted(Path(name) for name in glob.glob(str(path), recursive=True)
+                       if kind_of(Path(name)) and Path(name).is_file())
+    else:
+        raise _missing(path)
+    if not found:
+        raise InputError(f"no file here that can be read; read are {', '.join(KINDS)}", where=source.path)
+    return found
+
+
+def locate(path: str) -> Path:
+    """The local path of `path`; `sample:NAME` lies in the installed package, so configs run from anywhere."""
+    if not path:
+        raise InputError("a source has an empty path", where="data.sources", fix="Name a file, a folder or a hub id.")
+    if path.startswith("sample:"):
+        import lit_llm.samples
+
+        return Path(str(lit_llm.samples.__file__)).parent / path.removeprefix("sample:")
+    try:
+        found = Path(path).expanduser()
+        found.exists()
+    except (OSError, RuntimeError, ValueError) as error:
+        raise InputError(f"{path[:80]} is no path: {str(error)[:80]}", where="data.sources") from None
+    return found
+
+
+def is_hub(path: str) -> bool:
+    """Whether `path` reads as a hub id, `owner/name`: nothing of that name is here, nor a folder called `owner`."""
+    if not _HUB_ID.fullmatch(path) or kind_of(Path(path)):
+        return False
+    return not Path(path).exists() and not Path(path).parent.exists()
+
+
+def _folder(folder: Path, split: str) -> list[Path]:
+    if (folder / "dataset_dict.json").exists():         # what `DatasetDict.save_to_disk` wrote
+        folder = folder / split
+        if not folder.is_dir():
+            raise InputError(f"the saved dataset has no split '{split}'", where=str(folder.parent))
+    if (folder / "state.json").exists():                # `Dataset.save_to_disk`: its .json files are no records
+        return sorted(folder.glob("*.arrow"))
+    found = sorted(path for path in folder.rglob("*") if path.is_file() and kind_of(path)
+                   and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+                   and not _ABOUT.match(path.name))
+    named = {path: _split_of(path.relative_to(folder)) for path in found}
+    if len(set(named.values()) - {None}) < 2:
+        return found
+    wanted = [name for name, words in SPLITS.items() if split in (name, *words)]
+    if not (chosen := [path for path in found if named[path] in wanted]):
+        there = ", ".join(sorted(name for name in set(named.values()) if name))
+        raise InputError(f"the files here are split into {there}, and none is '{split}'", where=str(folder),
+                         fix="Set `split` of the source, or name the files.")
+    return chosen
+
+
+def _split_of(path: Path) -> str | None:
+    """The split that a file's name, or a folder's above it, names; the nearest to the file counts."""
+    for part in reversed(path.parts):
+        words = re.split(r"[^a-z]+", part.lower())
+        for name, also in SPLITS.items():
+            if any(word in words for word in (name, *also)):
+                return name
+    return None
+
+
+def _missing(path: Path) -> InputError:
+    if path.is_symlink():
+        return InputError(f"a symbolic link that leads nowhere: it points to '{path.readlink()}'", where=str(path))
+    above = path.parent
+    while not above.exists():
+        above = above.parent
+    if above != path.parent:
+        return InputError("no such file or folder", where=str(path), fix=f"The path exists as far as '{above}'.")
+    close = did_you_mean(path.name, [entry.name for entry in above.iterdir()])
+    return InputError(f"no such file or folder.{close}", where=str(path))
+
+
+def hub_dataset(source: Source, *, streaming: bool = False) -> Any:
+    """A hub dataset, from the cache where it is there; with `streaming` its rows come as they are asked for.
+
+    Raises:
+        InputError: Whatever went wrong, in one line, with the ways that need no hub.
+    """
+    if source.document != "auto":
+        raise InputError(f"document: {source.document} would change nothing: it divides text files, and a dataset of "
+                         "the hub has records", where=source.path, fix="Leave `document` out.")
+    import datasets
+    import huggingface_hub.constants
+
+    if hub.offline():                                   # both clients would try again for half a minute
+        datasets.config.HF_HUB_OFFLINE = huggingface_hub.constants.HF_HUB_OFFLINE = True
+    try:
+        with quiet_hub():
+            return datasets.load_dataset(source.path, source.subset, split=source.split, streaming=streaming)
+    except Exception as error:                          # the hub client raises some thirty kinds
+        reason = str(error).strip().split("\n")[0][:200] or type(error).__name__
+        raise InputError(
+            f"no file or folder of that name, and the hub dataset cannot be read: {reason}", where=source.path,
+            fix="Without the hub: give a local folder or file; or set HF_HOME to a cache that holds it, with "
+                "HF_HUB_OFFLINE=1; or HF_ENDPOINT to a mirror.") from None
+
+
+@contextlib.contextmanager
+def quiet_hub() -> Iterator[None]:
+    """The clients log each of their retries; we say once what came of them."""
+    loggers = [logging.getLogger(name) for name in ("datasets", "huggingface_hub")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

@@ -1,0 +1,169 @@
+"""Several token stores as one list of sequences.
+
+Arrays in memory say where each lies and how long it is; tokens stay on disk until they are read. Knows nothing of
+rows' order, of batches or ranks.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from lit_llm.data.rows.packing import Rows, Segments
+from lit_llm.data.tokens.store import DOCUMENT
+from lit_llm.text.tokenizer import SPEAKERS
+
+Tally = dict[str, dict[str, int]]                       # source -> {sequences, tokens, supervised}
+ANSWER = SPEAKERS.index("assistant") << 1 | 1           # the mark of a learned token that the assistant says
+COUNTED = 2**28                                         # tokens that `occurrences` looks at, some seconds' worth
+BLOCK = 2**24
+
+
+@dataclass(frozen=True, slots=True)
+class Occurrences:
+    """How often each token of a vocabulary stands in a corpus.
+
+    Args:
+        read: (V,) anywhere.
+        supervised: (V,) where it is learned.
+        whole: Whether all of the corpus was counted.
+    """
+
+    read: np.ndarray
+    supervised: np.ndarray
+    whole: bool = True
+
+
+class Store(Protocol):
+    """Token sequences where they lie: on disk, or those of a stream that are in memory now."""
+
+    tokens: np.ndarray
+    marks: np.ndarray
+    sequences: np.ndarray
+
+    def place(self, sequence: int) -> str:
+        """Where the record of a sequence stands."""
+
+
+class Corpus:
+    """Several stores as one list of N sequences.
+
+    Args:
+        draws: Of each store, which of its sequences, in what order.
+        end: Whether documents keep their end-of-text token: so in training; not in evaluation, which scores the text.
+        names: Of the stores, for a tally.
+    """
+
+    def __init__(self, draws: Sequence[tuple[Store, np.ndarray]], *, end: bool = True,
+                 names: Sequence[str] = ()) -> None:
+        self.stores, self.names = [store for store, _ in draws], list(names or [""] * len(draws))
+        self.store_of = np.repeat(np.arange(len(draws)), [len(which) for _, which in draws])
+        self.index = np.concatenate([which for _, which in draws] or [np.empty(0, np.int64)])
+        self.lengths, self.learned = np.zeros(len(self.index), np.int64), np.zeros(len(self.index), np.int64)
+        self.is_document = np.zeros(len(self.index), bool)
+        for number, (store, which) in enumerate(draws):
+            here, rows = self.store_of == number, store.sequences[which]
+            without = 0 if end else rows["ended"].astype(np.int64)
+            self.lengths[here] = rows["length"] - without
+            self.learned[here] = rows["supervised"] - without
+            self.is_document[here] = rows["kind"] == DOCUMENT
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def read(self, sequence: int, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens `start:stop` of a sequence, and whether each is supervised."""
+        tokens, marks = self.marked(sequence, start, stop)
+        return tokens, (marks & 1).view(bool)
+
+    def marked(self, sequence: int, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens `start:stop` of a sequence, and their marks as the store keeps them."""
+        store = self.stores[self.store_of[sequence]]
+        first = int(store.sequences["offset"][self.index[sequence]])
+        part = slice(first + start, first + stop)
+        return store.tokens[part], store.marks[part]
+
+    def count(self, segments: Segments) -> np.ndarray:
+        """(S,) supervised tokens of each segment beyond its first: all of a document, else looked up where cut."""
+        counts = segments.lengths - 1
+        talk = np.flatnonzero(~self.is_document[segments.sequence])
+        counts[talk] = self.learned[segments.sequence[talk]]
+        cut = talk[segments.lengths[talk] != self.lengths[segments.sequence[talk]]]
+        for segment in cut.tolist():
+            place = (int(values[segment]) for values in (segments.sequence, segments.start, segments.stop))
+            counts[segment] = int(self.read(*place)[1][1:].sum())
+        return counts
+
+    def marks_at(self, sequence: np.ndarray, place: np.ndarray) -> np.ndarray:
+        """(S,) marks of one token in each of these sequences."""
+        marks = np.zeros(len(sequence), np.uint8)
+        for number, store in enumerate(self.stores):
+            here = np.flatnonzero(self.store_of[sequence] == number)
+            marks[here] = store.marks[store.sequences["offset"][self.index[sequence[here]]] + place[here]]
+        return marks
+
+    def endless(self, segments: Segments, stop_ids: Sequence[int]) -> bool:
+        """Whether answers are learned here and none of them with its stop token; it reads up to the first that is."""
+        answers = False
+        for talk in np.flatnonzero(~self.is_document[segments.sequence]).tolist():
+            place = (int(values[talk]) for values in (segments.sequence, segments.start, segments.stop))
+            tokens, marks = self.marked(*place)
+            if np.isin(tokens[1:][(marks[1:] & 1).view(bool)], stop_ids).any():
+                return False
+            answers = answers or bool((marks == ANSWER).any())
+        return answers
+
+    def occurrences(self, vocabulary: int) -> Occurrences:
+        """How often each token is read and learned; of a huge corpus, in an equal part of each store.
+
+        Args:
+            vocabulary: V; ids are below it.
+        """
+        read, learned = np.zeros(vocabulary, np.int64), np.zeros(vocabulary, np.int64)
+        most = max(1, COUNTED // max(1, len(self.stores)))
+        whole = True
+        for number, store in enumerate(self.stores):
+            wanted = np.zeros(len(store.sequences), bool)
+            wanted[self.index[self.store_of == number]] = True
+            ends = np.cumsum(store.sequences["length"], dtype=np.int64)
+            whole &= not len(ends) or int(ends[-1]) <= most
+            first = 0
+            while first < len(ends) and (begun := int(ends[first - 1]) if first else 0) < most:
+                last = max(first + 1, int(np.searchsorted(ends, begun + BLOCK, side="right")))
+                place = int(store.sequences["offset"][first])
+                part = slice(place, place + int(ends[last - 1]) - begun)
+                kept = np.repeat(wanted[first:last], store.sequences["length"][first:last])
+                tokens = store.tokens[part][kept]
+                read += np.bincount(tokens, minlength=vocabulary)[:vocabulary]
+                marks = (store.marks[part][kept] & 1).view(bool)
+                learned += np.bincount(tokens[marks], minlength=vocabulary)[:vocabulary]
+                first = last
+        return Occurrences(read, learned, whole)
+
+    def column(self, name: str) -> np.ndarray:
+        """(N,) what the stores know of each sequence, such as its `content`."""
+        parts = [store.sequences[name][self.index[self.store_of == number]] for number, store in enumerate(self.stores)]
+        return np.concatenate(parts or [np.empty(0, np.int64)])
+
+    def tally(self, rows: Rows) -> np.ndarray:
+        """(stores, 3): sequences, tokens and supervised tokens of each store in these rows.
+
+        A sequence that is cut into several segments counts where its first one is.
+        """
+        owner, segments = self.store_of[rows.segments.sequence], rows.segments
+        counts = [np.bincount(owner, weights=values, minlength=len(self.stores))
+                  for values in (segments.start == 0, segments.lengths, rows.learned)]
+        return np.stack(counts, axis=1).astype(np.int64)    # exact: float64 holds counts up to 2^53
+
+    def named(self, tally: np.ndarray) -> Tally:
+        """A tally by the names of the stores; two of one name are one."""
+        out = {name: dict.fromkeys(("sequences", "tokens", "supervised"), 0) for name in self.names}
+        for name, values in zip(self.names, tally.tolist(), strict=True):
+            for key, value in zip(out[name], values, strict=True):
+                out[name][key] += value
+        return out
+
+    def place(self, sequence: int) -> str:
+        """Where the record of a sequence stands."""
+        return self.stores[self.store_of[sequence]].place(int(self.index[sequence]))

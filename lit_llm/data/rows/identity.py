@@ -1,0 +1,56 @@
+"""What a run's rows are made of, as parts with names: which records, and which settings lay them into rows.
+
+Records are known by what they say, so a file may lie elsewhere, under another path or name, and be the same data.
+"""
+
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from lit_llm.data.tokens.store import TokenStore
+
+COLUMNS = ("length", "supervised", "kind", "ended", "content")      # of a store's table; not where a record stands
+
+
+def of_store(store: TokenStore, name: str) -> dict[str, Any]:
+    """The records of one source.
+
+    Args:
+        store: Its sequences.
+        name: The source's path, of which the last part is kept for messages and never compared.
+    """
+    digest = sha256()
+    for column in COLUMNS:
+        digest.update(store.sequences[column].tobytes())
+    return {"name": Path(name).name or name, "sequences": len(store), "content": digest.hexdigest()[:16]}
+
+
+def differences(before: Any, now: Any) -> list[str]:
+    """How two identities differ, in words with the names of the keys; empty where they do not.
+
+    >>> differences({"data.seq_len": 64}, {"data.seq_len": 128})
+    ['data.seq_len was 64 and is 128']
+    """
+    if isinstance(now, dict) and not isinstance(before, dict):
+        return ["data was recorded by another version of lit_llm and cannot be compared"]
+    if not isinstance(before, dict) or not isinstance(now, dict):
+        return [] if before == now else [f"data was {before} and is {now}"]
+    found = []
+    for key, value in now.items():
+        then = before.get(key)
+        if key == "data.sources":
+            found += _sources(then or [], value)
+        elif key == "tokenizer":
+            found += ["the tokenizer or its chat template is another"] if then != value else []
+        elif then != value:
+            found.append(f"{key} was {then} and is {value}")
+    return found
+
+
+def _sources(before: list[dict[str, Any]], now: list[dict[str, Any]]) -> list[str]:
+    if len(before) != len(now):
+        return [f"data.sources was {len(before)} sources and is {len(now)}"]
+    return [f"data.sources[{number}] was {then['sequences']:,} sequences ({then['name']}) and is "
+            f"{one['sequences']:,} ({one['name']}), with other records"
+            for number, (then, one) in enumerate(zip(before, now, strict=True))
+            if (then["content"], then["sequences"]) != (one["content"], one["sequences"])]

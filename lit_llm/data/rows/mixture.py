@@ -1,0 +1,153 @@
+"""Sources with their weights in, each epoch's rows out; and which records belong to training, validation and test.
+
+Everything is a function of the records, the settings and the seed. Knows nothing of files, ranks, batches or Lightning.
+"""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+
+from lit_llm.data.rows import packing as pack
+from lit_llm.data.rows.corpus import ANSWER, Corpus
+from lit_llm.data.rows.packing import Overlong, Packing, Rows, Segments
+from lit_llm.errors import InputError
+
+Stage = Literal["train", "val", "test"]
+COPIES = 10_000_000                                     # sequences that weights may put into an epoch
+
+
+class Mixture:
+    """A stage's sequences as rows, of one epoch after another.
+
+    A weight of 2.25 puts a source's sequences into every epoch twice, and a quarter of them once more. The quarter
+    moves on: of n in a seeded order, epoch e takes k from place `e * k`, around the end, so all have come after
+    `ceil(n / k)` epochs. With n = 5, k = 2:
+
+        order      c a e b d
+        epoch 0    c a
+        epoch 1        e b
+        epoch 2    c       d
+
+    What comes every epoch is packed once; the moving part is packed anew for each, and fills as many rows as in the
+    first epoch, because the steps of a run are counted before it begins: where the packing came out a few rows longer
+    or shorter, that many of the part stay out or come twice. The ledger counts what came.
+
+    Args:
+        corpus: The sequences, each once.
+        weights: Of each of its stores.
+        seq_len: Tokens of a row.
+        packing: As in `packing.py`. Under `concat` the moving part is windows of `seq_len`, then a stream as well.
+        overlong: What becomes of conversations longer than a row.
+        seed: Of the moving part's order, and of the stream's under `concat`.
+
+    Raises:
+        InputError: A conversation too long where `overlong` is `error`; it names the place.
+    """
+
+    def __init__(self, corpus: Corpus, weights: Sequence[float], *, seq_len: int, packing: Packing = "best_fit",
+                 overlong: Overlong = "cut", seed: int = 0) -> None:
+        self.corpus, self.seq_len, self.packing, self.seed = corpus, seq_len, packing, seed
+        self.notes: dict[str, int] = {}                 # what was cut or dropped -> sequences
+        copies, rest = np.divmod(np.asarray(weights, dtype=np.float64), 1)
+        stream = packing == "concat"
+        pieces = self._pieces(overlong) if rest.any() or not stream else pack.whole(corpus.lengths)
+        whole = pack.whole(corpus.lengths) if stream else pieces
+        _refuse_flood(corpus, whole, weights, seq_len)
+        always = _copied(corpus.store_of[whole.sequence], copies)
+        self._always = self._packed(whole[np.random.default_rng(seed).permutation(always) if stream else always])
+        owner = corpus.store_of[pieces.sequence]
+        self._parts = [_Part(pieces[np.flatnonzero(owner == store)], share, [seed, store])
+                       for store, share in enumerate(rest.tolist()) if share and (owner == store).any()]
+        self.first = self._always + self._moving(0) if self._parts else self._always
+
+    def rows(self, epoch: int) -> Rows:
+        """The rows of an epoch: as many in each."""
+        if not self._parts or not epoch:
+            return self.first
+        part, room = self._moving(epoch), len(self.first) - len(self._always)
+        order = np.random.default_rng([self.seed, epoch, 1]).permutation(len(part))
+        return self._always + part.take(np.resize(order, room))
+
+    @property
+    def moves(self) -> bool:
+        """Whether epochs differ in more than their order."""
+        return bool(self._parts)
+
+    def _pieces(self, overlong: Overlong) -> Segments:
+        """Segments that fit a row and teach something; what did not is noted."""
+        corpus = self.corpus
+        windows = corpus.is_document if self.packing != "concat" else np.ones(len(corpus), dtype=bool)
+        try:
+            split = pack.split(corpus.lengths, windows, seq_len=self.seq_len, overlong=overlong)
+        except InputError as error:
+            raise InputError(error.what, where=corpus.place(int(error.where)), fix=error.fix) from None
+        learns = corpus.count(split.segments) > 0
+        kept = split.segments[learns]
+        cut = np.flatnonzero((kept.stop < corpus.lengths[kept.sequence]) & ~windows[kept.sequence])
+        last, lost = (corpus.marks_at(kept.sequence[cut], kept.stop[cut] - back) for back in (1, 0))
+        self.notes = {"cut": len(split.cut), "cut_in_an_answer": int(((last == ANSWER) & (lost == ANSWER)).sum()),
+                      "dropped_overlong": len(split.dropped), "dropped_nothing_left": int((~learns).sum())}
+        return kept
+
+    def _moving(self, epoch: int) -> Rows:
+        first, *others = (part.take(epoch) for part in self._parts)
+        return self._packed(sum(others, first))
+
+    def _packed(self, segments: Segments) -> Rows:
+        rows = pack.pack(segments, seq_len=self.seq_len, packing=self.packing)
+        return rows.counted(self.corpus.count(rows.segments))
+
+
+class _Part:
+    """The moving part of one source: `share` of its segments in each epoch, at least one."""
+
+    def __init__(self, segments: Segments, share: float, seed: list[int]) -> None:
+        self.segments = segments[np.random.default_rng(seed).permutation(len(segments))]
+        self.size = max(1, round(share * len(segments)))
+
+    def take(self, epoch: int) -> Segments:
+        return self.segments[(epoch * self.size + np.arange(self.size)) % len(self.segments)]
+
+
+def _refuse_flood(corpus: Corpus, whole: Segments, weights: Sequence[float], seq_len: int) -> None:
+    """Refuse weights whose copies would not fit in memory, where each takes some hundred bytes."""
+    counts = np.bincount(corpus.store_of[whole.sequence], np.maximum(1, whole.lengths // seq_len), len(weights))
+    drawn, most = counts * np.asarray(weights, dtype=np.float64), max(COPIES, 2 * int(counts.sum()))
+    if drawn.sum() > most:
+        store = int(drawn.argmax())
+        raise InputError(f"with a weight of {weights[store]:g} an epoch has {drawn[store]:,.0f} sequences of it, "
+                         f"and all sources together may have {most:,}", where=corpus.names[store],
+                         fix="Lower the weight, and raise trainer.max_epochs.")
+
+
+def _copied(owner: np.ndarray, copies: np.ndarray) -> np.ndarray:
+    """Places of what is drawn whole, as often as its owner wants: all once, then again those that want it."""
+    return np.concatenate([np.flatnonzero(copies[owner] > turn) for turn in range(int(copies.max(initial=0)))]
+                          or [np.empty(0, np.int64)])
+
+
+# ---- who belongs where -----------------------------------------------------------------------------------------------
+
+def side(content: np.ndarray, stage: Stage, *, val_fraction: float, test_fraction: float) -> np.ndarray:
+    """(N,) bool: which records belong to a stage, by the hash of what they say.
+
+    Validation takes hashes from the bottom and test from the top, so that a record moves only when the share of its
+    own side changes, and never because others were added; equal records stay together.
+
+        0 |--- val ---|---------------- train ----------------|-- test --| 2^64
+    """
+    val = content < np.uint64(val_fraction * 2.0**64)
+    test = content > np.uint64(2**64 - 1 - int(test_fraction * 2.0**64))
+    return {"val": val, "test": test, "train": ~val & ~test}[stage]
+
+
+def repeats(corpus: Corpus) -> np.ndarray:
+    """(N,) bool: whether a sequence belongs to a record that says exactly what an earlier one says, of any source.
+
+    A record may be several sequences, which say the same and stay together.
+    """
+    keys = np.stack([corpus.store_of, corpus.column("record")])
+    record = np.cumsum((np.diff(keys, axis=1, prepend=-1) != 0).any(axis=0))
+    _, first, said = np.unique(corpus.column("content"), return_index=True, return_inverse=True)
+    return record != record[first][said]

@@ -1,0 +1,1 @@
+"""The same without a store, for corpora larger than memory or disk."""

@@ -1,0 +1,274 @@
+"""Rows of a stream in, batches out; a run's state is some numbers, the same on all ranks, and fits any number of them.
+
+The counterpart of `loader.RowLoader` for a corpus that is never held as a whole. Knows ranks and accumulation as
+numbers; nothing of text or devices.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from lit_llm.data.records import sources
+from lit_llm.data.rows.loader import Batch, deal, lay
+from lit_llm.data.stream.chunks import Chunk, Position, Stream
+from lit_llm.data.stream.feed import Cursor, identity
+from lit_llm.data.stream.memory import Memory
+from lit_llm.data.tokens.prepare import ALONE, cache_root
+from lit_llm.data.tokens.store import SEQUENCE
+from lit_llm.data.tokens.workers import Exchange
+from lit_llm.errors import InputError
+
+if TYPE_CHECKING:
+    from lit_llm.data.datamodule import TextDataModule
+
+COUNTED = ("sequences", "tokens", "supervised")
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One row of a chunk.
+
+    Args:
+        segments: Tokens of each, and whether each is supervised.
+        counts: (S, 4), as a chunk's.
+        length: Tokens.
+    """
+
+    segments: list[tuple[np.ndarray, np.ndarray]]
+    counts: np.ndarray
+    length: int
+
+
+class StreamLoader:
+    """Batches of one rank, `steps` whole accumulation windows of them: an epoch is what the trainer makes of it.
+
+    Rows come in one order, a function of the stream alone, and a step takes the next
+    `G = world * accumulate * batch_size` of them, dealt as `RowLoader` deals them. Each rank sees all rows pass, so
+    what is supervised in a step is known without asking the others.
+
+    Args:
+        stream: The rows.
+        steps: Optimizer steps of an epoch, for Lightning, which wants a length.
+        batch_size: Rows per micro-batch and rank.
+        pad_id: Fills the rest of a row; never supervised.
+        token_bytes: (2, V) bytes of each token, and of a text's first one.
+        rank: This process, of `world`.
+        world: Processes that share each step.
+        accumulate: Micro-batches of a step.
+        trim: Pad to the longest row of the batch, not to the row's full length.
+        identity: Of data and settings, by names for messages; a checkpoint of others is refused.
+    """
+
+    def __init__(self, stream: Stream, *, steps: int, batch_size: int, pad_id: int, token_bytes: np.ndarray,
+                 rank: int = 0, world: int = 1, accumulate: int = 1, trim: bool = False,
+                 identity: dict[str, Any] | None = None) -> None:
+        self.stream, self.steps, self.batch_size = stream, steps, batch_size
+        self.pad_id, self.token_bytes, self.rank, self.world = pad_id, token_bytes, rank, world
+        self.accumulate, self.trim, self.identity = accumulate, trim, dict(identity or {})
+        self._at = (stream.beginning, 0, 0)             # the window's chunk, its first row, micro-batches handed out
+        self._drawn = np.zeros((len(stream.sources), len(COUNTED)), dtype=np.int64)
+
+    def __len__(self) -> int:
+        """Micro-batches of an epoch."""
+        return self.steps * self.accumulate
+
+    def __iter__(self) -> Iterator[Batch]:
+        begin, first, done = self._at
+        rows = self._rows(begin, first)
+        for _ in range(self.steps + bool(done)):
+            window, behind = [], (begin, first)
+            for _ in range(self.world * self.accumulate * self.batch_size):
+                row, behind = next(rows)
+                window.append(row)
+            for micro in range(done, self.accumulate):
+                batch = self._batch(window, micro)
+                if batch["last_in_step"]:               # before the yield: Lightning saves while it holds this batch,
+                    self._at = (*behind, 0)             # and never comes back after the last one
+                    self._drawn = self._drawn + self._counted(window)
+                else:
+                    self._at = (begin, first, micro + 1)
+                yield batch
+            (begin, first), done = behind, 0
+
+    def _rows(self, begin: Position, first: int) -> Iterator[tuple[Row, tuple[Position, int]]]:
+        """Each row, and where the one after it is."""
+        for chunk in self.stream.chunks(begin):
+            skip = first if chunk.begin.number == begin.number else 0
+            for at, number in enumerate(chunk.order.tolist()[skip:], skip + 1):
+                yield _row(chunk, number), (chunk.begin, at)
+
+    def _batch(self, window: list[Row], micro: int) -> Batch:
+        learned = [row for row in window if row.counts[:, 3].any()]
+        share = deal(len(learned), micro, rank=self.rank, world=self.world, accumulate=self.accumulate,
+                     batch_size=self.batch_size)
+        mine = learned[share.start:share.stop]
+        width = max(2, *(row.length for row in mine)) if self.trim and mine else self.stream.seq_len
+        batch = lay([row.segments for row in mine], seq_len=width, pad_id=self.pad_id, token_bytes=self.token_bytes)
+        assert batch["num_supervised"] == sum(int(row.counts[:, 3].sum()) for row in mine)
+        batch["num_supervised_in_step"] = sum(int(row.counts[:, 3].sum()) for row in learned)
+        batch["num_tokens_in_step"] = sum(row.length for row in learned)
+        batch["last_in_step"] = micro == self.accumulate - 1
+        batch["idle"] = share.idle
+        return batch
+
+    def _counted(self, window: list[Row]) -> np.ndarray:
+        counts, drawn = np.concatenate([row.counts for row in window]), np.zeros_like(self._drawn)
+        np.add.at(drawn, counts[:, 0], counts[:, 1:])
+        return drawn
+
+    @property
+    def ledger(self) -> dict[str, dict[str, int]]:
+        """Of each source what the steps so far really held, over all ranks."""
+        out = {source.path: dict.fromkeys(COUNTED, 0) for source in self.stream.sources}
+        for source, counts in zip(self.stream.sources, self._drawn.tolist(), strict=True):
+            for name, count in zip(COUNTED, counts, strict=True):
+                out[source.path][name] += count
+        return out
+
+    @property
+    def passes(self) -> list[int]:
+        """How often each source was read to its end."""
+        return [cursor.turn for cursor in self._at[0].cursors]
+
+    def told(self) -> list[str]:
+        """How often the sources were read to their end, and what this process saw cut, dropped or set aside."""
+        lines = [f"train: {source.path} was read to its end {turns:,} times" for source, turns in
+                 zip(self.stream.sources, self.passes, strict=True) if turns]
+        notes = self.stream.notes | {"bad_records_set_aside": sum(self._at[0].bad)}
+        if found := [f"{count:,} {name.replace('_', ' ')}" for name, count in notes.items() if count]:
+            lines.append(f"train: {', '.join(found)}")
+        return lines
+
+    # ---- resuming ----------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the run stands: equal on all ranks, plain numbers and text, less than a row of tokens."""
+        begin, first, done = self._at
+        return {"chunk": begin.number, "row": first, "micro": done, "drawn": self._drawn.tolist(),
+                "cursors": [asdict(cursor) for cursor in begin.cursors], "kept": list(begin.kept),
+                "bad": list(begin.bad), "held": _as_lists(begin.held), **self._settings()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue with the very next row; the chunk that it is in is made again, nothing before it.
+
+        Raises:
+            InputError: The state belongs to other data or settings; it names what differs.
+        """
+        settings = self._settings()
+        if not state.get("micro"):                      # between two steps, their rows may be divided anew
+            settings = {key: value for key, value in settings.items() if key not in ("processes", "batch_size")}
+        differs = [f"{key} was {state.get(key)} and is {value}" for key, value in settings.items()
+                   if state.get(key) != value]
+        if differs:
+            raise InputError("the checkpoint cannot continue on this stream: " + "; ".join(differs), where="data",
+                             fix="Give the same data and settings, or start a new run from its weights.")
+        cursors = tuple(Cursor(**cursor) for cursor in state["cursors"])
+        begin = Position(int(state["chunk"]), cursors, tuple(state["kept"]), tuple(state["bad"]),
+                         _from_lists(state["held"], self.stream.beginning.held))
+        self._at = (begin, int(state["row"]), int(state["micro"]))
+        self._drawn = np.array(state["drawn"], dtype=np.int64).reshape(self._drawn.shape)
+
+    def _settings(self) -> dict[str, Any]:
+        return {"processes": self.world, "batch_size": self.batch_size, "accumulate_grad_batches": self.accumulate,
+                **self.identity}
+
+
+def _row(chunk: Chunk, number: int) -> Row:
+    part = slice(chunk.rows.offsets[number], chunk.rows.offsets[number + 1])
+    return Row([chunk.corpus.read(*segment) for segment in chunk.rows.row(number)], chunk.counts[part],
+               int(chunk.rows.lengths[number]))
+
+
+def _as_lists(held: Memory) -> dict[str, Any]:
+    return {"tokens": held.tokens.tolist(), "marks": held.marks.tolist(), "open": held.open,
+            "source": held.source.tolist(), "begins": held.begins.tolist(),
+            "sequences": [[int(value) for value in row] for row in held.sequences.tolist()]}
+
+
+def _from_lists(state: dict[str, Any], like: Memory) -> Memory:
+    return Memory(np.array(state["tokens"], like.tokens.dtype), np.array(state["marks"], np.uint8),
+                  np.array([tuple(row) for row in state["sequences"]], dtype=SEQUENCE),
+                  np.array(state["source"], np.int64), np.array(state["begins"], bool), bool(state["open"]))
+
+
+# ---- from a datamodule -----------------------------------------------------------------------------------------------
+
+def trains(data: "TextDataModule") -> bool:
+    """Whether a fit is under way; else its data are only looked at."""
+    return data.trainer is not None and data.trainer.state.fn == "fit"
+
+
+def check(data: "TextDataModule") -> None:
+    """Refuse what a stream cannot do.
+
+    Raises:
+        InputError: It names the key and what to set instead.
+    """
+    for name in ("val", "test"):
+        if getattr(data, f"{name}_fraction"):
+            raise InputError("a share of a stream cannot be held out before all of it was read",
+                             where=f"data.{name}_fraction",
+                             fix=f"Set it to 0, and name files of their own in data.{name}_sources.")
+    if data.dedup:
+        raise InputError("a stream does not remember what it has read", where="data.dedup",
+                         fix="Remove duplicates before, or set data.streaming to false.")
+    if data.trainer is not None and trains(data) and data.trainer.max_steps < 1:
+        raise InputError("a stream has no end", where="trainer.max_steps",
+                         fix="Set --trainer.max_steps N; a run of N steps reads N * accumulate_grad_batches * "
+                         "batch_size * processes rows.")
+
+
+def open_loader(data: "TextDataModule") -> StreamLoader:
+    """The training loader of a datamodule that streams."""
+    trainer, tokenizer = data.trainer, data.tokenizer
+    rank, world, accumulate, local = (
+        (trainer.global_rank, trainer.world_size, trainer.accumulate_grad_batches, trainer.num_devices)
+        if trainer else (0, 1, 1, 1))
+    known = _identity(data)
+    fingerprint = hashlib.sha256(json.dumps(known).encode()).hexdigest()[:16]
+    stream = Stream(
+        data.sources, tokenizer, train_on=data.train_on, seq_len=data.seq_len, packing=data.packing,
+        overlong=data.overlong, seed=data.seed, buffer=data.stream_buffer, on_bad_record=data.on_bad_record,
+        bad_record_limit=data.bad_record_limit, rank=rank, world=world, share=Exchange() if world > 1 else None,
+        quarantine=cache_root(data.cache_dir) / f"stream-{fingerprint}" / "quarantine.jsonl",
+        num_proc=_processes(data, local), fingerprint=fingerprint)
+    pad_id = tokenizer.pad_id if tokenizer.pad_id is not None else tokenizer.eos_id
+    return StreamLoader(stream, steps=trainer.max_steps if trainer else 1, batch_size=data.batch_size, pad_id=pad_id,
+                        token_bytes=tokenizer.token_bytes, rank=rank, world=world, accumulate=accumulate,
+                        trim=data.packing == "none", identity=known)
+
+
+def first_chunk(data: "TextDataModule") -> tuple[Stream, Chunk]:
+    """The stream's beginning, read by each process for itself."""
+    stream = open_loader(data).stream
+    stream.share, stream.rank, stream.world, stream.is_first = None, 0, 1, False
+    with closing(stream.chunks(stream.beginning)) as chunks:
+        return stream, next(chunks)
+
+
+def _identity(data: "TextDataModule") -> dict[str, Any]:
+    """All that decides which row comes when, by the names that a user knows."""
+    names = ("train_on", "seq_len", "packing", "overlong", "seed", "stream_buffer")
+    known = {name: getattr(data, name) for name in names} | {"tokenizer": data.tokenizer.fingerprint[:16]}
+    for number, source in enumerate(data.sources):
+        settings = {key: value for key, value in asdict(source).items() if key != "path"}
+        known |= {f"the data of sources[{number}]": identity(source),
+                  f"the settings of sources[{number}]": json.dumps(settings, sort_keys=True)}
+    return known
+
+
+def _processes(data: "TextDataModule", local: int) -> int:
+    """Processes that tokenize for one of `local` ranks of a machine."""
+    if data.num_proc is not None:
+        return max(1, data.num_proc)
+    paths = [path for source in data.sources if not sources.is_hub(source.path) for path in sources.files(source)]
+    if paths and sum(path.stat().st_size for path in paths) < ALONE:
+        return 1
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // local)

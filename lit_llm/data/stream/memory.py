@@ -1,0 +1,96 @@
+"""Blocks of tokenized records in, their sequences in memory out, as a loader reads those of a store.
+
+What a stream holds at a time. Knows nothing of rows but that they cut sequences into segments.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import chain
+from typing import Self
+
+import numpy as np
+
+from lit_llm.data.rows.packing import Segments
+from lit_llm.data.tokens.prepare import Item
+from lit_llm.data.tokens.store import SEQUENCE, Block
+
+
+@dataclass(slots=True)
+class Memory:
+    """Sequences in memory, as the loader reads a store's.
+
+    Args:
+        tokens: All sequences end to end.
+        marks: As a store's.
+        sequences: (N,) SEQUENCE; `number` is a place in `places`.
+        source: (N,) the source of each.
+        begins: (N,) bool, whether it is the beginning of a document or conversation, not the rest of one.
+        open: Whether the last one goes on in the next chunk.
+        places: Of records.
+    """
+
+    tokens: np.ndarray
+    marks: np.ndarray
+    sequences: np.ndarray
+    source: np.ndarray
+    begins: np.ndarray
+    open: bool = False
+    places: Sequence[str] = ()
+
+    @classmethod
+    def empty(cls, dtype: np.dtype) -> Self:
+        """No sequence."""
+        return cls(np.zeros(0, dtype), np.zeros(0, np.uint8), np.zeros(0, SEQUENCE), np.zeros(0, np.int64),
+                   np.zeros(0, bool))
+
+    def place(self, sequence: int) -> str:
+        """Where the record of a sequence stands."""
+        return self.places[int(self.sequences["number"][sequence])]
+
+    def taken(self, segments: Segments, *, open: bool) -> "Memory":
+        """Some stretches of sequences, each as a sequence of its own."""
+        old = self.sequences[segments.sequence]
+        where = [slice(at, at + length) for at, length in
+                 zip((old["offset"] + segments.start).tolist(), segments.lengths.tolist(), strict=True)]
+        table = old.copy()
+        table["length"], table["number"] = segments.lengths, 0
+        table["supervised"] = [int((self.marks[part][1:] & 1).sum()) for part in where]
+        table["offset"] = np.cumsum(segments.lengths) - segments.lengths
+        nothing = Memory.empty(self.tokens.dtype)
+        return Memory(np.concatenate([nothing.tokens, *(self.tokens[part] for part in where)]),
+                      np.concatenate([nothing.marks, *(self.marks[part] for part in where)]), table,
+                      self.source[segments.sequence], self.begins[segments.sequence] & (segments.start == 0), open)
+
+
+def joined(held: Memory, batches: Sequence[Sequence[tuple[int, Item]]], blocks: Sequence[Block]) -> Memory:
+    """All sequences of a chunk behind those held; pieces of one document, which lie side by side, are one sequence.
+
+    Args:
+        held: Left over of the chunk before.
+        batches: Records, each with the number of its source.
+        blocks: Their tokens.
+    """
+    tables, flags = [held.sequences], [np.ones((len(held.sequences), 2), dtype=bool)]
+    sources, tokens, records = [held.source], len(held.tokens), 0
+    if held.open:
+        flags[0][-1, 1] = False
+    for batch, done in zip(batches, blocks, strict=True):
+        table = done.rows.copy()
+        sources.append(np.array([number for number, _ in batch], dtype=np.int64)[table["number"]])
+        table["offset"] += tokens
+        table["number"] += records
+        tables.append(table)
+        flags.append(np.ones((len(table), 2), dtype=bool) if done.unbroken is None else done.unbroken.reshape(-1, 2))
+        tokens, records = tokens + len(done.tokens), records + len(batch)
+    table, unbroken = np.concatenate(tables), np.concatenate(flags)
+    begins = unbroken[:, 0].copy()
+    begins[:len(held.sequences)] = held.begins
+    starts = np.flatnonzero(unbroken[:, 0] | np.concatenate([[True], unbroken[:-1, 1]])[:len(table)])
+    whole = table[starts]
+    if len(starts):
+        whole["length"] = np.add.reduceat(table["length"], starts, dtype=np.int64)
+        whole["ended"] = table["ended"][np.append(starts[1:], len(table)) - 1]
+    places = [str(place) for _, (_, place) in chain.from_iterable(batches)]
+    return Memory(np.concatenate([held.tokens, *(done.tokens for done in blocks)]),
+                  np.concatenate([held.marks, *(done.marks for done in blocks)]), whole,
+                  np.concatenate(sources)[starts], begins[starts], bool(len(table)) and not unbroken[-1, 1], places)

@@ -1,0 +1,1 @@
+"""Records to token sequences, kept in a store on disk."""

@@ -1,0 +1,196 @@
+"""A source, a tokenizer and settings in; the folder of their tokens out, and who is writing it.
+
+A store lies in a folder named by a hash of all that shapes it. Beside it lies a lock, held by the one process that
+writes it; the file says why the last writer failed. Knows nothing of how tokens are made.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import IO, Any
+
+from lit_llm import disk
+from lit_llm.data.records import sources
+from lit_llm.data.records.sources import Source
+from lit_llm.data.tokens.store import TokenStore
+from lit_llm.disk import cache_root
+from lit_llm.errors import InputError
+from lit_llm.text.tokenizer import Tokenizer
+
+LARGE = 64 << 20                                        # bytes; of a smaller file the hash is not worth remembering
+RULES = 1                                               # raised whenever the same data give other tokens or masks
+SETTLED = 2.0                                           # seconds; a file changed since may change within one tick
+
+
+# ---- the key ---------------------------------------------------------------------------------------------------------
+
+def folder_of(source: Source, tokenizer: Tokenizer, settings: dict[str, Any], cache_dir: str | None) -> Path:
+    """Where a source's tokens lie: another folder as soon as data, tokenizer, template, a setting or `RULES` differs.
+
+    Raises:
+        InputError: A file of the source cannot be read.
+    """
+    root = cache_root(cache_dir)
+    read = {key: value for key, value in asdict(source).items() if key != "weight"}
+    if sources.is_hub(source.path):
+        data = [[source.path, str(sources.hub_dataset(source)._fingerprint)]]
+    else:
+        data = [[str(path), _digest(path, root / "digests")] for path in sources.files(source)]
+    parts = [read, data, tokenizer.fingerprint, settings, RULES]
+    return root / hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def _digest(path: Path, memory: Path) -> str:
+    """sha256 of a file. Of a large one it is remembered while the file system says that nobody has touched the file."""
+    try:
+        with path.open("rb") as stream:
+            seen = os.fstat(stream.fileno())
+            name = str(path.absolute())
+            identity = [name, seen.st_size, seen.st_mtime_ns, seen.st_ctime_ns, seen.st_ino]
+            note = memory / hashlib.sha256(os.fsencode(name)).hexdigest()[:32]
+            if seen.st_size >= LARGE and (known := _remembered(note, identity)):
+                return known
+            digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    except OSError as error:
+        raise InputError(f"cannot be read: {error.strerror}", where=str(path)) from None
+    if seen.st_size >= LARGE and time.time() - max(seen.st_mtime, seen.st_ctime) > SETTLED:
+        with contextlib.suppress(OSError):              # a cache that is read only
+            disk.replace_text(note, json.dumps([identity, digest]))
+    return digest
+
+
+def _remembered(note: Path, identity: list[Any]) -> str | None:
+    try:
+        known, digest = json.loads(note.read_text(encoding="utf-8"))
+        return str(digest) if known == identity else None
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+# ---- reading ---------------------------------------------------------------------------------------------------------
+
+def opened(folder: Path, *, say: bool = False) -> TokenStore | None:
+    """The store, if it is there and whole.
+
+    Args:
+        folder: Where it lies; it came by a rename, so it is whole unless someone has changed it since.
+        say: Whether to name damage on stderr.
+    """
+    if not folder.exists():
+        return None
+    try:
+        return TokenStore(folder)
+    except InputError as error:
+        if say:
+            print(f"the token store {folder} is damaged ({error.what}); it is made again", file=sys.stderr)
+        return None
+
+
+def waited_for(folder: Path, patience: float) -> TokenStore:
+    """The store that another process writes: looks at the disk now and then, for as long as someone is at work.
+
+    Raises:
+        InputError: What stopped that process; or nobody has been at work for `patience` seconds.
+    """
+    began, lock = time.time(), folder.with_suffix(".lock")
+    idle = time.monotonic()
+    while not (store := opened(folder)):
+        failure = _failure(lock)
+        if _is_held(lock):
+            idle = time.monotonic()
+        elif failure and (lock.stat().st_mtime >= began or time.monotonic() - idle > patience):
+            raise failure
+        elif time.monotonic() - idle > patience:
+            raise InputError(f"the tokens of this source are not there, and for {patience:.0f} seconds nobody has been "
+                             "preparing them", where=str(folder.parent), fix="Did another process stop? Run `python -m "
+                             "lit_llm prepare` first, on each machine that does not share data.cache_dir.")
+        time.sleep(0.25)
+    return store
+
+
+def size_of(root: Path) -> tuple[int, int]:
+    """Stores in a cache, and their bytes."""
+    stores = [meta.parent for meta in root.glob("*/meta.json")]
+    return len(stores), sum(file.stat().st_size for store in stores for file in store.iterdir())
+
+
+# ---- writing ---------------------------------------------------------------------------------------------------------
+
+@contextlib.contextmanager
+def sole_writer(folder: Path) -> Iterator[None]:
+    """The right to write a store, waited for. What interrupted writers left behind goes; a failure leaves a note.
+
+    Raises:
+        InputError: The cache cannot be written.
+    """
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with _locked(folder.with_suffix(".lock")) as note:
+            note.truncate(0)
+            _sweep(folder)
+            try:
+                yield
+            except (InputError, OSError) as error:
+                said = error if isinstance(error, InputError) else _unwritable(error, folder.parent)
+                with contextlib.suppress(OSError):
+                    note.write(json.dumps([said.what, said.where, said.fix]))
+                    note.flush()
+                raise said from None
+    except OSError as error:
+        raise _unwritable(error, folder.parent) from None
+
+
+def _unwritable(error: OSError, root: Path) -> InputError:
+    return InputError(f"the token cache cannot be written: {error}", where=str(root),
+                      fix="Make room, or set data.cache_dir (or LIT_LLM_CACHE) to another folder.")
+
+
+@contextlib.contextmanager
+def _locked(path: Path, *, wait: bool = True) -> Iterator[IO[str]]:
+    """Held by one process; the system frees it when that process dies, however it dies."""
+    import fcntl
+
+    with path.open("a+", encoding="utf-8") as stream:
+        fcntl.flock(stream, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        yield stream
+
+
+def _sweep(mine: Path) -> None:
+    """Remove half-written stores that nobody writes any more; the caller holds the lock of its own.
+
+    One whose lock is held, or another user's, is left alone.
+    """
+    for debris in mine.parent.glob("*.tmp-*"):
+        owner = mine.parent / debris.name.split(".")[0]
+        with contextlib.suppress(OSError), \
+                contextlib.nullcontext() if owner == mine else _locked(owner.with_suffix(".lock"), wait=False):
+            shutil.rmtree(debris, ignore_errors=True)
+
+
+def _is_held(lock: Path) -> bool:
+    import fcntl
+
+    try:
+        with lock.open(encoding="utf-8") as stream:
+            fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return False
+
+
+def _failure(lock: Path) -> InputError | None:
+    """Why the last writer failed, as it said itself."""
+    try:
+        what, where, fix = json.loads(lock.read_text(encoding="utf-8"))
+        return InputError(what, where=where, fix=fix)
+    except (OSError, ValueError):
+        return None

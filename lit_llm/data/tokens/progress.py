@@ -1,0 +1,95 @@
+"""What has been prepared of a source in; a line on stderr out, with tokens/s and the time that is left.
+
+Silent about what takes less than two seconds. Knows nothing of tokens or processes.
+"""
+
+import sys
+import time
+from pathlib import Path
+
+from lit_llm.data.records import sources
+from lit_llm.data.records.record import Place
+from lit_llm.data.records.sources import Source
+from lit_llm.data.records.textfile import PACKED
+from lit_llm.data.tokens.cache import size_of
+from lit_llm.data.tokens.store import Report
+
+MUCH = 1_000_000_000                                    # bytes of a cache that are worth a word
+QUIET, OFTEN, SELDOM = 2.0, 0.5, 10.0                   # seconds: before the first line; on a terminal; in a log
+
+
+class Progress:
+    """The line of one source.
+
+    Args:
+        source: What is read; of the hub, how much is left is unknown.
+    """
+
+    def __init__(self, source: Source) -> None:
+        self.began = self.shown = time.monotonic()
+        self.name = str(source.path)
+        self.sizes = {} if sources.is_hub(source.path) else {
+            str(path): path.stat().st_size for path in sources.files(source)}
+        self.total = sum(self.sizes.values())
+        self._before = dict(zip(self.sizes, _running(list(self.sizes.values())), strict=True))
+        self._terminal = sys.stderr.isatty()
+
+    def show(self, report: Report, place: Place) -> None:
+        """Say how far it is, if it is time to say it.
+
+        Args:
+            report: What is done.
+            place: Of the last record that is done.
+        """
+        now = time.monotonic()
+        if now - self.began < QUIET or now - self.shown < (OFTEN if self._terminal else SELDOM):
+            return
+        self.shown, spent, share = now, now - self.began, self.share(place)
+        left = f", {share:.0%} done, {_duration(spent / share - spent)} left" if share else ""
+        self._say(f"preparing {self.name}: {report.read:,} records, {report.tokens:,} tokens, "
+                  f"{report.tokens / spent:,.0f} tokens/s{left}", end="\r" if self._terminal else "\n")
+
+    def share(self, place: Place) -> float:
+        """Of the source's bytes, how many are done: 0 to 1; 0 where that is not known.
+
+        How much of a packed file has been read is not known, only that those before it are done.
+        """
+        size = self.sizes.get(place.path, 0)
+        read = 0.0 if place.path.lower().endswith(PACKED) else place.share
+        return (self._before[place.path] + size * read) / self.total if size else 0.0
+
+    def end(self, report: Report, root: Path) -> None:
+        """Say what it came to, if it took a while; and what the cache has come to, since nobody empties it."""
+        spent = time.monotonic() - self.began
+        if spent < QUIET:
+            return
+        self._say(f"prepared {self.name}: {report.read:,} records, {report.tokens:,} tokens in {_duration(spent)}, "
+                  f"{report.tokens / spent:,.0f} tokens/s")
+        stores, size = size_of(root)
+        if size > MUCH:
+            self._say(f"the token cache {root} holds {stores} store{'s' * (stores > 1)}, {size / 1e9:,.1f} GB; delete "
+                      "it whenever you like")
+
+    def _say(self, line: str, end: str = "\n") -> None:
+        print(f"  {line}" + ("\x1b[K" if self._terminal else ""), end=end, file=sys.stderr, flush=True)
+
+
+def _running(sizes: list[int]) -> list[int]:
+    """What lies before each.
+
+    >>> _running([3, 4, 5])
+    [0, 3, 7]
+    """
+    return [sum(sizes[:number]) for number in range(len(sizes))]
+
+
+def _duration(seconds: float) -> str:
+    """Seconds as one reads them.
+
+    >>> _duration(7.2), _duration(200), _duration(7300)
+    ('7 s', '3 min 20 s', '2 h 1 min')
+    """
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    return f"{whole // 60} min {whole % 60} s" if whole < 3600 else f"{whole // 3600} h {whole % 3600 // 60} min"

@@ -1,0 +1,351 @@
+"""Token sequences in, a memory-mapped folder of them out: written once, read where they are touched.
+
+The folder appears under its final name by one rename, so it is complete or not there: safe against kill -9 and against
+a second process. Who makes the sequences is `prepare.py`. Knows nothing of rows, batches or Lightning.
+
+    tokens.bin      uint16 or uint32, all sequences end to end
+    marks.bin       uint8, bit 0 where the token is learned; above it who says it, a place in SPEAKERS
+    sequences.bin   one SEQUENCE for each: where it lies, what it is, which record it came from
+    meta.json       files, counts; with quarantine.jsonl the records that were set aside
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lit_llm import disk
+from lit_llm.data.records.jsonfile import parse_line
+from lit_llm.data.records.record import Place
+from lit_llm.errors import InputError
+from lit_llm.text.tokenizer import IGNORE_INDEX, SPEAKERS, Tokenizer, TokenSequence
+
+CONVERSATION, DOCUMENT = 0, 1
+DOCUMENTS = np.array([SPEAKERS.index("document")], dtype=np.uint8)
+SEQUENCE = np.dtype([
+    ("offset", "<i8"), ("length", "<i4"), ("supervised", "<i4"),    # supervised: beyond the first token
+    ("kind", "u1"), ("ended", "u1"),                                # ended: its last token is the end-of-text token
+    ("file", "<i4"), ("number", "<i8"),                             # where its record stands, for people
+    ("content", "<u8"), ("record", "<i8")])                         # content: a hash, equal for equal records
+
+WRITTEN = 1 << 20                                       # tokens that are written at a time
+MANY = 100                                              # reasons and notes that are told apart
+CONTROLS = {code: "\ufffd" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
+CONTROLS |= {code: "\ufffd" for code in (*range(0x202A, 0x202F), *range(0x2066, 0x206A))}   # they reorder what is read
+LONGEST = int(np.iinfo("<i4").max)                      # tokens of a sequence
+
+
+@dataclass
+class Report:
+    """What became of a source's records. `read` = `kept` + the dropped; tokens are those of kept records."""
+
+    source: str
+    read: int = 0
+    kept: int = 0
+    sequences: int = 0
+    tokens: int = 0
+    supervised: int = 0
+    dropped: dict[str, tuple[int, str]] = field(default_factory=dict)       # reason -> count, first place
+    quarantined: int = 0
+    marks: list[int] = field(default_factory=lambda: [0] * 2 * len(SPEAKERS))
+    stopless: int = 0                                   # conversations that teach no stop token
+    cleaned: int = 0                                    # records that lost white space
+    double_bos: int = 0                                 # sequences that begin with it twice
+    notes: dict[str, int] = field(default_factory=dict)         # what else was seen -> records
+    mended: dict[str, int] = field(default_factory=dict)        # what was mended -> files
+    fixes: dict[str, str] = field(default_factory=dict)         # reason -> what would settle it
+
+    def drop(self, reason: str, place: str, fix: str = "") -> None:
+        """Count one more; a reason quotes its record, so a bad file may have one of its own for each."""
+        reason = reason.translate(CONTROLS)
+        if reason not in self.dropped and len(self.dropped) >= MANY:
+            reason = "other reasons"
+        count, first = self.dropped.get(reason, (0, place))
+        self.dropped[reason] = (count + 1, first)
+        if fix and reason != "other reasons":
+            self.fixes.setdefault(reason, fix.translate(CONTROLS))
+
+    def refuse_flood(self, limit: float, fix: str) -> None:
+        """Raise where a larger share than `limit` of the records read so far was set aside."""
+        if self.quarantined > limit * self.read:
+            reason, (count, first) = max(self.dropped.items(), key=lambda item: item[1][0])
+            raise InputError(f"{self.quarantined:,} of {self.read:,} records are bad, more than a share of {limit:g}; "
+                             f"{count:,} of them: {reason} (first at {first})", where=self.source,
+                             fix=" ".join(filter(None, (self.fixes.get(reason), fix))))
+
+    @property
+    def noted(self) -> dict[str, int]:
+        """What was mended or looks odd, in words, with how often; nothing that never came."""
+        counts = {"cleaned": self.cleaned, **{f"files: {name}": count for name, count in self.mended.items()},
+                  **{f"records: {name}": count for name, count in self.notes.items()},
+                  "conversations teach no stop token": self.stopless,
+                  "sequences begin with two BOS tokens": self.double_bos}
+        return {name: count for name, count in counts.items() if count}
+
+    @property
+    def speakers(self) -> dict[str, tuple[int, int]]:
+        """Who says something -> (tokens, supervised tokens)."""
+        pairs = zip(SPEAKERS, self.marks[::2], self.marks[1::2], strict=True)
+        return {name: (silent + learned, learned) for name, silent, learned in pairs if silent + learned}
+
+
+class TokenStore:
+    """A finished store, opened: arrays on disk that are read where they are touched.
+
+    Args:
+        folder: What `prepare` wrote.
+
+    Raises:
+        InputError: A file of it is missing, or not of the size it was written with.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.key = folder, folder.name
+        try:
+            meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+            self.files: list[str] = meta["files"]
+            self.unit: str = meta["unit"]
+            self.report = Report(**meta["report"])
+            dtype = np.dtype(meta["dtype"])
+        except (OSError, ValueError, KeyError, TypeError):
+            raise InputError("meta.json is missing or cannot be read", where=str(folder)) from None
+        self.tokens = _mapped(folder / "tokens.bin", dtype, self.report.tokens)
+        self.marks = _mapped(folder / "marks.bin", np.dtype("u1"), self.report.tokens)
+        self.sequences = _mapped(folder / "sequences.bin", SEQUENCE, self.report.sequences)
+
+    def __len__(self) -> int:
+        return len(self.sequences)
+
+    def place(self, sequence: int) -> str:
+        """Where the record of a sequence stands."""
+        row = self.sequences[sequence]
+        return str(Place(self.files[row["file"]], int(row["number"]), self.unit))
+
+
+# ---- writing ---------------------------------------------------------------------------------------------------------
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """A record's sequences; none, with the reason in `dropped`, where it holds nothing.
+
+    Args:
+        kind: CONVERSATION or DOCUMENT.
+        content: Hash of what it says.
+        sequences: Its tokens.
+        dropped: Why it is left out.
+        first: Whether its sequence begins here; the parts of a long document come one after another.
+        last: Whether it ends here.
+    """
+
+    kind: int
+    content: int
+    sequences: tuple[TokenSequence, ...]
+    dropped: str = ""
+    first: bool = True
+    last: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """A batch of records as arrays, ready to be appended: cheap to send from one process to another.
+
+    Args:
+        tokens: Of all its sequences.
+        marks: (as many,) uint8, as in marks.bin.
+        rows: (S,) SEQUENCE; offsets count from the block's beginning, `number` is the record's place in the batch.
+        faults: (place in the batch, why it is left out): an error, or a reason to drop it.
+        unbroken: (S, 2) bool, whether a sequence begins and ends here; null where all do.
+        stopless: Conversations that teach no stop token.
+        double_bos: Sequences that begin with it twice.
+        cleaned: Records that lost white space.
+        notes: What else was seen, such as keys that are not read -> records.
+    """
+
+    tokens: np.ndarray
+    marks: np.ndarray
+    rows: np.ndarray
+    faults: list[tuple[int, InputError | str]]
+    unbroken: np.ndarray | None
+    stopless: int
+    double_bos: int
+    cleaned: int
+    notes: dict[str, int]
+
+
+def token_dtype(tokenizer: Tokenizer) -> np.dtype:
+    """The smallest that holds every id."""
+    return np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
+
+
+def block(encoded: Sequence[Encoded | InputError], tokenizer: Tokenizer, *, cleaned: int = 0,
+          notes: dict[str, int] | None = None) -> Block:
+    """The arrays of a batch of records."""
+    faults: list[tuple[int, InputError | str]] = []
+    rows: list[tuple[int, ...]] = []
+    ids: list[np.ndarray] = []
+    labels: list[np.ndarray] = []
+    speakers: list[np.ndarray] = []
+    flags: list[tuple[bool, bool]] = []
+    offset = 0
+    for number, record in enumerate(encoded):
+        if isinstance(record, InputError) or record.dropped:
+            faults.append((number, record if isinstance(record, InputError) else record.dropped))
+            continue
+        for sequence in record.sequences:
+            ended = record.kind == DOCUMENT and record.last and sequence.input_ids[-1] == tokenizer.eos_id
+            rows.append((offset, len(sequence), 0, record.kind, ended, 0, number, record.content, 0))
+            ids.append(sequence.input_ids)
+            labels.append(sequence.labels)
+            speakers.append(DOCUMENTS.repeat(len(sequence)) if sequence.speakers is None else sequence.speakers)
+            flags.append((record.first, record.last))
+            offset += len(sequence)
+    table = np.array(rows, dtype=SEQUENCE)
+    mask = (np.concatenate(labels) != IGNORE_INDEX) if labels else np.zeros(0, dtype=bool)
+    tokens = np.concatenate([*ids, np.zeros(0, dtype=np.int32)]).astype(token_dtype(tokenizer))
+    stopless = double_bos = 0
+    if rows:
+        firsts = mask[table["offset"]] & [first for first, _ in flags]      # nothing predicts a sequence's first token
+        table["supervised"] = np.add.reduceat(mask, table["offset"], dtype=np.int64) - firsts
+        stops = np.add.reduceat(mask & np.isin(tokens, tokenizer.stop_ids), table["offset"], dtype=np.int64)
+        stopless = int(((stops == 0) & (table["kind"] == CONVERSATION)).sum())
+        begins = table["offset"][(table["length"] > 1) & [first for first, _ in flags]]
+        double_bos = int(((tokens[begins] == tokenizer.bos_id) & (tokens[begins + 1] == tokenizer.bos_id)).sum())
+    marks = mask.view(np.uint8) | (np.concatenate(speakers) << 1 if speakers else mask.view(np.uint8))
+    whole = all(first and last for first, last in flags)
+    unbroken = None if whole else np.array(flags)
+    return Block(tokens, marks, table, faults, unbroken, stopless, double_bos, cleaned, notes or {})
+
+
+class Writer:
+    """Appends blocks to the files of a store.
+
+    Args:
+        folder: Exists and is empty.
+        source: Its name, for the report.
+        dtype: Of the tokens.
+    """
+
+    def __init__(self, folder: Path, source: str, dtype: np.dtype) -> None:
+        self.folder, self.dtype = folder, dtype
+        self.files: dict[str, int] = {}
+        self.report, self.unit = Report(source), "line"
+        self._open: np.ndarray | None = None            # the row of a document whose end has not come yet
+        self._streams = [(folder / name).open("wb") for name in ("tokens.bin", "marks.bin", "sequences.bin")]
+
+    def add(self, new: Block, items: Sequence[tuple[Any, Place]], begins: Sequence[bool]) -> None:
+        """Append a block.
+
+        Args:
+            new: The arrays.
+            items: The records of the block with their places.
+            begins: Which of them begin a record; the others go on with one.
+        """
+        self.unit = items[-1][1].unit
+        for number, reason in new.faults:
+            record, place = items[number]
+            if isinstance(reason, InputError):
+                self._quarantine(reason, record, place)
+            else:
+                self.report.drop(reason, str(place))
+        rows = new.rows.copy()
+        rows["offset"] += self.report.tokens
+        files = [self.files.setdefault(place.path, len(self.files)) for _, place in items]
+        numbers = [place.number for _, place in items]
+        at = rows["number"]
+        rows["record"] = self.report.read + np.cumsum(begins)[at]
+        rows["file"], rows["number"] = np.take(files, at), np.take(numbers, at)
+        self.report.read += sum(begins)
+        self.report.kept += sum(begins) - len(new.faults)
+        self.report.tokens += len(new.tokens)
+        self.report.supervised += int(new.rows["supervised"].sum())
+        self.report.stopless += new.stopless
+        self.report.double_bos += new.double_bos
+        self.report.cleaned += new.cleaned
+        _count(self.report.notes, new.notes)
+        for (_, place), begin in zip(items, begins, strict=True):
+            if begin and place.notes:
+                _count(self.report.mended, dict.fromkeys(place.notes, 1))
+        for start in range(0, len(new.marks), WRITTEN):     # it takes eight bytes for each of these
+            counts = np.bincount(new.marks[start:start + WRITTEN], minlength=len(self.report.marks))
+            self.report.marks = (counts + self.report.marks).tolist()
+        rows = self._joined(rows, new.unbroken, str(items[-1][1]))
+        self.report.sequences += len(rows)
+        for stream, array in zip(self._streams, (new.tokens, new.marks, rows), strict=True):
+            for start in range(0, len(array), WRITTEN):
+                stream.write(array[start:start + WRITTEN].tobytes())
+        if new.faults and new.faults[-1][0] == len(items) - 1 and not begins[-1]:
+            self._forget()
+
+    def _forget(self) -> None:
+        """Take back what was written of a document that cannot be read on."""
+        assert self._open is not None
+        offset, length = int(self._open["offset"]), int(self._open["length"])
+        self.report.tokens -= length
+        self.report.supervised -= int(self._open["supervised"])
+        self.report.marks[int(DOCUMENTS[0]) << 1 | 1] -= length
+        for stream, size in zip(self._streams, (self.dtype.itemsize, 1), strict=False):
+            stream.truncate(offset * size)
+            stream.seek(offset * size)
+        self._open = None
+
+    def _joined(self, rows: np.ndarray, unbroken: np.ndarray | None, place: str) -> np.ndarray:
+        """Rows of sequences that are complete now; parts of one document become one row."""
+        if unbroken is None:
+            return rows
+        complete = []
+        for row, (first, last) in zip(rows, unbroken, strict=True):
+            if first:
+                self._open = row.copy()
+            else:
+                assert self._open is not None
+                if int(self._open["length"]) + int(row["length"]) > LONGEST:
+                    raise InputError(f"a document of more than {LONGEST:,} tokens", where=place, fix="Put a line "
+                                     "<|endoftext|> between its documents, or set `document: paragraph` or `line`.")
+                self._open["length"] += row["length"]
+                self._open["supervised"] += row["supervised"]
+                self._open["content"] = (int(self._open["content"]) * 1000003 ^ int(row["content"])) % 2**64
+                self._open["ended"] = row["ended"]
+            if last:
+                complete.append(self._open)
+        return np.array(complete, dtype=SEQUENCE)
+
+    def _quarantine(self, error: InputError, record: Any, place: Place) -> None:
+        self.report.drop(error.what[:120], error.where, error.fix)
+        self.report.quarantined += 1
+        line: dict[str, Any] = {"where": error.where, "reason": error.what, **({"fix": error.fix} if error.fix else {})}
+        if isinstance(record, bytes):
+            record = parse_line(record, Path(place.path), place.number)
+        if isinstance(record, dict | str):              # a part of a long document is left where it is
+            line["record"] = record
+        with (self.folder / "quarantine.jsonl").open("a", encoding="utf-8", errors="backslashreplace") as stream:
+            stream.write(json.dumps(line, ensure_ascii=False, default=str) + "\n")
+
+    def close(self) -> None:
+        """Write what is known of it and wait for the disk."""
+        meta = {"dtype": self.dtype.str, "files": list(self.files), "unit": self.unit, "report": asdict(self.report)}
+        (self.folder / "meta.json").write_text(json.dumps(meta, indent=1, ensure_ascii=False), encoding="utf-8")
+        for stream in self._streams:
+            stream.close()
+        for path in self.folder.iterdir():
+            disk.sync(path)
+        disk.sync(self.folder)
+
+
+def _count(into: dict[str, int], more: dict[str, int]) -> None:
+    for name, count in more.items():
+        name = name.translate(CONTROLS)
+        if name in into or len(into) < MANY:            # a hostile file may have a key of its own in each record
+            into[name] = into.get(name, 0) + count
+
+
+def _mapped(path: Path, dtype: np.dtype, count: int) -> np.ndarray:
+    try:
+        size = path.stat().st_size
+    except OSError as error:
+        raise InputError(f"{path.name}: {error.strerror}", where=str(path.parent)) from None
+    if size != count * dtype.itemsize:
+        raise InputError(f"{path.name} has {size:,} bytes, not {count * dtype.itemsize:,}", where=str(path.parent))
+    return np.memmap(path, dtype=dtype, mode="r") if size else np.empty(0, dtype=dtype)

@@ -1,0 +1,1 @@
+"""Operations written by hand for speed, each tested against its plain definition."""

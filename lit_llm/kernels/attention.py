@@ -1,0 +1,161 @@
+"""Attention over packed rows: each document sees itself and nothing else.
+
+Queries, keys and values of all documents in a row flow in side by side with the borders between them (`cu_seqlens`);
+each document's causal attention flows out. Registered with transformers as `lit_varlen`, without a mask function: the
+model then builds no mask, hands our keyword arguments to every layer, and cannot leak across documents (with
+`position_ids` alone it can: a cache or a 2-D mask silently switches isolation off). Knows nothing of tokens or losses.
+
+    cu_seqlens  [0        4      7   8]        documents occupy [0, 4), [4, 7), [7, 8) of the flattened row
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+from torch.nn.functional import scaled_dot_product_attention as sdpa
+
+from lit_llm.errors import InputError
+from lit_llm.kernels import blockwise
+
+NAME = "lit_varlen"
+
+
+class PackingError(InputError):
+    """Documents in one row could not be kept apart."""
+
+
+def register() -> str:
+    """Make `lit_varlen` known to transformers; returns the name for `attn_implementation`."""
+    from transformers import AttentionInterface
+
+    AttentionInterface.register(NAME, lit_varlen)
+    return NAME
+
+
+def lit_varlen(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    cu_seqlens: Tensor | None = None,
+    max_seqlen: int = 0,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """Causal attention per document, in the shape that transformers' models call.
+
+    Args:
+        module: The attention layer; only its training flag is read.
+        query: (1, H, T, D).
+        key: (1, K, T, D); K divides H (grouped-query attention).
+        value: (1, K, T, E); E is D but in latent attention (DeepSeek).
+        attention_mask: Always None; a mask would mean that somebody else isolates documents.
+        cu_seqlens: (documents + 1,) int32, from 0 to T.
+        max_seqlen: Tokens of the longest document, known on the host.
+        scaling: Factor on the scores; null is 1/sqrt(D).
+        dropout: Probability of dropping an attention weight, in training.
+        sliding_window: Tokens that a query sees, itself included; null sees the whole document.
+        softcap: Gemma-2's cap on scores; not supported here.
+        s_aux: GPT-OSS's attention sinks; not supported here.
+
+    Returns:
+        (1, T, H, E) and None for the weights.
+    """
+    if softcap is not None or s_aux is not None:
+        raise PackingError("this model's attention caps its scores or uses sinks, which packed attention cannot do",
+                           where="model.base")
+    if attention_mask is not None or cu_seqlens is None:    # it makes a mask itself, or keeps our keywords to itself
+        raise PackingError("this model does not hand the borders of documents to its attention, so documents packed "
+                           "into one row could not be kept apart", where="model.base")
+    dropout = dropout if module.training else 0.0
+    kind = query.device.type
+    if torch.is_autocast_enabled(kind):             # rotary positions have made float32 of queries and keys
+        query, key, value = (states.to(torch.get_autocast_dtype(kind)) for states in (query, key, value))
+    if _flash(query, dropout):
+        return _on_cuda(query, key, value, cu_seqlens, max_seqlen, scaling, sliding_window), None
+    return _by_length(query, key, value, tuple(cu_seqlens.tolist()), scaling, dropout, sliding_window), None
+
+
+def _flash(query: Tensor, dropout: float) -> bool:
+    """Torch's own variable-length kernel: half precision, no dropout, heads of up to 256 numbers, Ampere or later."""
+    width = query.shape[-1]
+    return (query.is_cuda and query.dtype in (torch.float16, torch.bfloat16) and dropout == 0.0
+            and width <= 256 and width % 8 == 0 and _generation(query.device) >= 8)
+
+
+@torch.compiler.assume_constant_result              # else a compiled layer would fall apart here
+def _generation(device: torch.device) -> int:
+    """Of a GPU: 7 is Volta and Turing (T4), 8 Ampere, 9 Hopper."""
+    return torch.cuda.get_device_capability(device)[0]
+
+
+def _on_cuda(query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, max_seqlen: int,
+             scaling: float | None, sliding_window: int | None) -> Tensor:
+    from torch.nn.attention.varlen import varlen_attn
+
+    groups = query.shape[1] // key.shape[1]
+    flat_query, flat_key, flat_value = (states[0].transpose(0, 1).contiguous() for states in (query, key, value))
+    if groups > 1:                                  # torch 2.11 has no enable_gqa here
+        flat_key, flat_value = (states.repeat_interleave(groups, 1) for states in (flat_key, flat_value))
+    width, missing = value.shape[-1], query.shape[-1] - value.shape[-1]
+    if missing:                                     # latent attention's values; the kernel knows one width
+        flat_value = pad(flat_value, (0, missing))
+    left = -1 if sliding_window is None else sliding_window - 1
+    out = varlen_attn(flat_query, flat_key, flat_value, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, scale=scaling,
+                      window_size=(left, 0))
+    assert isinstance(out, Tensor)
+    return out[..., :width].unsqueeze(0)
+
+
+@torch.compiler.disable                             # documents are cut where the data says, which no graph can hold
+def _by_length(query: Tensor, key: Tensor, value: Tensor, borders: tuple[int, ...], scaling: float | None,
+               dropout: float, sliding_window: int | None) -> Tensor:
+    """One call for all documents of about equal length, stacked.
+
+    Cost: sum of squared lengths instead of T squared, and no mask over a row.
+    """
+    device = query.device.type
+    with torch.autocast(device, enabled=False):
+        if device == "cpu" and not dropout:
+            return blockwise.causal(query[0], key[0], value[0], borders, scale=scaling or query.shape[-1] ** -0.5,
+                                    window=sliding_window).unsqueeze(0)
+        order, back, _, stacks = blockwise.stacks(borders)
+        if order is not None and back is not None:
+            order, back = order.to(query.device), back.to(query.device)
+            query, key, value = (states.index_select(2, order) for states in (query, key, value))
+        sizes = [count * length for count, length in stacks]
+        parts = (states[0].split(sizes, dim=1) for states in (query, key, value))
+        out = torch.cat([_sdpa(asked, seen, said, count, scale=scaling, window=sliding_window, dropout=dropout)
+                         for (count, _), asked, seen, said in zip(stacks, *parts, strict=True)])
+        return (out if back is None else out.index_select(0, back)).unsqueeze(0)
+
+
+def _sdpa(query: Tensor, key: Tensor, value: Tensor, count: int, *, scale: float | None, window: int | None,
+          dropout: float) -> Tensor:
+    """(H, count * length, D) and (K, count * length, D or E) in, (count * length, H, E) out, by torch.
+
+    It drops attention weights, and runs anywhere.
+    """
+    heads, tokens, _ = query.shape
+    length, groups = tokens // count, heads // len(key)
+    if groups > 1:
+        key, value = key.repeat_interleave(groups, 0), value.repeat_interleave(groups, 0)
+    stack_query, stack_key, stack_value = (
+        states.reshape(heads, count, length, -1).transpose(0, 1) for states in (query, key, value))
+    mask = _band(length, window, query) if window is not None and length > window else None
+    out = sdpa(stack_query, stack_key, stack_value, attn_mask=mask, is_causal=mask is None, dropout_p=dropout,
+               scale=scale)
+    return out.transpose(1, 2).reshape(tokens, heads, -1)
+
+
+def _band(length: int, window: int, like: Tensor) -> Tensor:
+    """(length, length) bool: causal, and no further back than `window` tokens."""
+    ones = torch.ones(length, length, dtype=torch.bool, device=like.device)
+    return ones.tril().triu(1 - window)

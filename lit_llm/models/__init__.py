@@ -1,0 +1,1 @@
+"""A causal language model: loaded or built, taken apart, quantized."""

@@ -1,0 +1,1 @@
+"""PEFT's adapters on a model: made, saved, loaded, merged."""

@@ -1,0 +1,229 @@
+"""Put the adapters of a PEFT method on a causal language model, load them from a folder, and save them.
+
+`peft_method.py` reads the method from a config or a folder, `trained_rows.py` has the rows of single tokens that learn
+too, and `merging.py` merges adapters into the model. Knows nothing of where models come from, or of training.
+"""
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import MethodType
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from lit_llm.errors import InputError
+from lit_llm.models import vocabulary
+from lit_llm.models.adapters import patterns, tying
+from lit_llm.models.adapters.peft_method import line, peft_config, stored_config
+from lit_llm.models.adapters.trained_rows import embed, token_layers, with_bias
+from lit_llm.system import config_limits
+from lit_llm.system.redaction import redact_text
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+WEIGHTS = "adapter_model.safetensors"
+ROWS = "vocabulary.json"                            # in an adapter's folder: rows of a base that has grown
+
+
+
+def wrap_peft(model: "PreTrainedModel", spec: dict[str, Any], *, tokens: Sequence[int] = ()) -> Any:
+    """The model with a PEFT method's adapters: base frozen, adapters trainable.
+
+    Nearly every method starts exactly at the base (FourierFT and C3A with `init_weights: true`; VB-LoRA and Uni-LoRA
+    only close to it).
+
+    Args:
+        model: The base.
+        spec: `class_path` (a config class of peft, with or without the `peft.` prefix) and `init_args`, its keys.
+        tokens: Ids whose rows learn too, in the embedding and in the head; where there is no `row_obstacle`.
+
+    Raises:
+        InputError: No such class or key, or the model has no such layer.
+    """
+    from peft import get_peft_model
+
+    config = peft_config(spec)
+    if tokens:
+        config.trainable_token_indices = {name: sorted(tokens) for name in token_layers(model)}
+    try:
+        with _steady_start(config), tying.explained(model, config):
+            wrapped = _as_trained_here(get_peft_model(model, config))
+            if not any(weight.requires_grad and getattr(weight, "ds_numel", weight.numel())
+                       for weight in wrapped.parameters()):
+                raise ValueError(f"{type(config).__name__} has nothing to train on these layers of this model")
+            return wrapped
+    except Exception as error:                      # forty methods, each with its own way to say no
+        linears = sorted({name.rsplit(".", 1)[-1] for name, layer in model.named_modules() if _is_linear(layer)})
+        raise InputError(f"{str(error).splitlines()[0][:160]}", where="model.peft",
+                         fix=f"linear layers here: {', '.join(linears)}; all-linear takes all but the head") from None
+
+
+@contextmanager
+def _steady_start(config: Any) -> Iterator[None]:
+    """Fast PiSSA draws a part of the base by random numbers: the same in training and whenever it is loaded."""
+    if not str(getattr(config, "init_lora_weights", "")).startswith("pissa_niter"):
+        yield
+        return
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        yield
+
+
+def _is_linear(layer: nn.Module) -> bool:
+    return isinstance(layer, nn.Linear) or type(layer).__name__ == "Conv1D"
+
+
+def _as_trained_here(model: Any) -> Any:
+    """PEFT's model, its embeddings without a copy of the matrix, its heads with their bias, tied adapters as one."""
+    from peft.tuners.lora.layer import ParamWrapper
+    from peft.tuners.trainable_tokens import TrainableTokensLayer
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    for name, layer in model.named_modules():
+        below, dora = getattr(layer, "base_layer", None), any(getattr(layer, "use_dora", {}).values())
+        twice = isinstance(below, BaseTunerLayer) and not isinstance(layer, ParamWrapper)   # experts' are nested
+        if twice or (dora and hasattr(below, "token_adapter")):
+            raise ValueError(f"{name.removeprefix('base_model.model.')} would be adapted twice: it and the embedding "
+                             "are one matrix; name only one of the two")
+        if isinstance(layer, TrainableTokensLayer):
+            if type(layer.base_layer) is nn.Embedding:
+                layer.forward = MethodType(embed, layer)  # type: ignore[method-assign]
+            elif isinstance(layer.base_layer, nn.Linear) and layer.base_layer.bias is not None:
+                layer.forward = MethodType(with_bias, layer)  # type: ignore[method-assign]
+    tying.tie(model)
+    return model
+
+
+def load_adapter(model: "PreTrainedModel", folder: str | Path, *, trainable: bool = False) -> Any:
+    """The model with the adapter that lies in a folder in PEFT's format.
+
+    Raises:
+        InputError: The folder holds no safetensors, or none for some of the adapters that its config names; or its
+            config or weights do not fit the model.
+    """
+    import warnings
+
+    from peft import PeftModel
+
+    folder = Path(folder)
+    config = stored_config(folder)
+    if not (folder / WEIGHTS).is_file():            # PEFT would unpickle adapter_model.bin, or ask the hub
+        raise InputError(f"it holds no {WEIGHTS}, and other files of weights are not read", where=str(folder))
+    patterns.check(config.to_dict(), [name for name, _ in model.named_modules()], str(folder))
+    try:
+        if (folder / ROWS).is_file():
+            vocabulary.grow(model, int(json.loads((folder / ROWS).read_text(encoding="utf-8"))["rows"]))
+        _check_finite(folder / WEIGHTS)
+        with (_steady_start(config), tying.explained(model, config, say=False), warnings.catch_warnings(),
+              config_limits.building(str(folder), most=_most_parameters(model, folder))):
+            warnings.filterwarnings("error", message="Found missing adapter keys")
+            return _as_trained_here(PeftModel.from_pretrained(model, str(folder), is_trainable=trainable))
+    except UserWarning as error:
+        raise InputError(f"it lacks weights that its config names: {str(error).partition(': ')[2][:160]}",
+                         where=str(folder), fix="copy the adapter's folder again, or train it again") from None
+    except (InputError, MemoryError):
+        raise
+    except Exception as error:                      # a stranger's files, and forty methods
+        raise InputError(f"the adapter cannot be put on this model: {line(error)}", where=str(folder),
+                         fix="use it with the base that it was trained on, or copy its folder again") from None
+
+
+def _most_parameters(model: nn.Module, folder: Path) -> int:
+    """That an adapter may have: as many as its base, and those that its file holds."""
+    base = sum(weight.numel() for weight in model.parameters())
+    size: int = (folder / WEIGHTS).stat().st_size
+    return config_limits.SPARE + base + config_limits.PER_BYTE * size
+
+
+def _check_finite(file: Path) -> None:
+    """Refuse weights that are not all numbers: every answer of such a model is nonsense."""
+    from safetensors import safe_open
+
+    with safe_open(file, framework="pt") as tensors:
+        names = tensors.keys()
+        for name in names:
+            weight = tensors.get_tensor(name)
+            if weight.is_floating_point() and not torch.isfinite(weight).all():
+                raise InputError(f"{name} holds values that are no numbers", where=str(file),
+                                 fix="copy the adapter's folder again, or train it again")
+
+
+def spare_copies(model: Any) -> None:
+    """Let LoRA take its inputs as they come, where autocast brings them and its weights together.
+
+    peft makes a float32 copy of every adapted layer's input first, since its weights are float32; autocast then makes a
+    bfloat16 copy of the copy. The numbers are the same without. DoRA measures weights by that dtype and keeps it.
+    """
+    from peft.tuners.lora import LoraLayer
+
+    for layer in model.modules():
+        if isinstance(layer, LoraLayer) and not any(getattr(layer, "use_dora", {}).values()):
+            layer.cast_input_dtype_enabled = False
+
+
+def is_peft(model: Any) -> bool:
+    """Whether adapters are on it."""
+    return hasattr(model, "peft_config") and hasattr(model, "get_base_model")
+
+
+def learns_prompt(model: Any) -> bool:
+    """Whether the PEFT method puts virtual tokens before each conversation (prompt and prefix tuning)."""
+    return is_peft(model) and bool(model.active_peft_config.is_prompt_learning)
+
+
+def save_adapter(model: Any, folder: str | Path, state: dict[str, Tensor], base: str) -> None:
+    """Write adapter weights and config in PEFT's format.
+
+    Args:
+        model: The PEFT model, for its config.
+        folder: Made if absent.
+        state: Trainable weights by their name in `model`, on CPU.
+        base: Where the base came from, kept in the config so that others find it.
+    """
+    import warnings
+
+    from peft.utils.save_and_load import get_peft_model_state_dict
+    from safetensors.torch import save_file
+
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Setting `save_embedding_layers`")    # the state holds no base weight
+        adapter = get_peft_model_state_dict(model, state_dict=_under_all_names(model, state))
+    save_file({name: weight.clone().contiguous() for name, weight in adapter.items()},
+              folder / WEIGHTS)
+    config = model.active_peft_config.to_dict() | {"base_model_name_or_path": base, "inference_mode": True}
+    if not isinstance(config.get("target_modules"), str | None):        # peft takes tied heads out of it
+        tied = getattr(model.active_peft_config, "target_modules_to_tie", None) or ()
+        config["target_modules"] = {*config["target_modules"], *tied}
+    text = json.dumps(config, indent=2, sort_keys=True,
+                      default=lambda value: sorted(value) if isinstance(value, set) else str(value))
+    (folder / "adapter_config.json").write_text(redact_text(text) + "\n", encoding="utf-8")
+    inner = model.get_base_model()
+    if getattr(inner, "new_rows", 0):               # who loads it must give the base as many
+        (folder / ROWS).write_text(json.dumps({"rows": inner.all_rows}) + "\n", encoding="utf-8")
+
+
+def _under_all_names(model: Any, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Weights under each of their names (VB-LoRA shares one bank) with the frozen parts beside them.
+
+    Frozen are VeRA's buffers, and one of MiCA's two matrices. One rank alone calls this, so the model is not asked for
+    its state dict: FSDP2 would split weights there that the other ranks still hold whole, and the ranks would gather
+    different ones in the next step.
+    """
+    named = list(model.named_parameters(remove_duplicate=False))
+    known = {id(weight): state[name] for name, weight in named if name in state}
+    prefix = getattr(model.base_model, "prefix", None)
+    frozen = {name: weight.detach().cpu() for name, weight in named
+              if prefix and prefix in name and not weight.requires_grad}
+    for place, part in model.named_modules(remove_duplicate=False):
+        frozen |= {f"{place}.{name}" if place else name: value.cpu() for name, value in part._buffers.items()
+                   if value is not None and name not in part._non_persistent_buffers_set}
+    for name, matrix in tying.matrices(model):
+        owner = next(key for key, weight in named if weight is matrix.source[0][matrix.source[1]])
+        frozen[f"{name}.weight"] = state[owner].t()
+    return frozen | state | {name: known[id(weight)] for name, weight in named if id(weight) in known}

@@ -1,0 +1,131 @@
+"""A causal LM with adapters in, a plain one out that computes the same.
+
+PEFT adds each adapter to the weight it sits on. That is another model where the weight belongs to two layers: with LoRA
+on the embedding of a tied base, training applies the adapter where tokens are read, and merging would also change the
+output head. Knows nothing of files or of training.
+"""
+
+from collections import defaultdict
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from lit_llm.errors import InputError
+from lit_llm.models.adapters.adapter import is_peft
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+SAME = 1e-6                                         # of the largest weight: what rounding alone may differ by
+IDS = 1 << 14                                       # rows of an embedding that are looked up at a time
+
+
+class UnmergeableError(InputError):
+    """Adapters of a method that cannot become part of the base's weights."""
+
+    def __init__(self, why: str = "") -> None:
+        super().__init__(f"this PEFT method cannot be merged into the base{why}", where="model.peft",
+                         fix="the adapter folder of a checkpoint loads with peft.PeftModel.from_pretrained")
+
+
+def merge(model: Any) -> "PreTrainedModel":
+    """Adapter weights folded into the base; a model without adapters comes back as it is.
+
+    What the model computes stays as it was in training. Where the adapters made the two layers of a tied weight differ,
+    the model comes back untied: two matrices, and `tie_word_embeddings: false` in its config.
+
+    Args:
+        model: With adapters on it; it is changed in place.
+
+    Raises:
+        UnmergeableError: The method cannot be merged.
+    """
+    if not is_peft(model):
+        return model
+    if not hasattr(model, "merge_and_unload"):
+        raise UnmergeableError()
+    inner = model.get_base_model()
+    was_tied = _declares_tied(inner)
+    _untie_adapted(inner)
+    tables = _scaled_tables(inner)
+    _merge_rows_below(inner)
+    _declare_tied(inner, False)                     # else PEFT warns of what was just prevented
+    try:
+        merged: PreTrainedModel = model.merge_and_unload()
+    except (ValueError, NotImplementedError, RuntimeError) as error:
+        raise UnmergeableError(f": {str(error).splitlines()[0][:200]}") from None
+    for name, rows in tables.items():
+        merged.get_submodule(name).weight.data = rows
+    if was_tied:
+        _declare_tied(merged, _tie_equal(merged))
+    return merged
+
+
+def _untie_adapted(inner: nn.Module) -> None:
+    """Give each layer under an adapter a weight of its own where it shares one with another layer."""
+    owners: dict[int, list[tuple[str, nn.Module, str]]] = defaultdict(list)
+    for name, module in inner.named_modules():
+        for key, weight in module._parameters.items():
+            if weight is not None:
+                owners[id(weight)].append((name, module, key))
+    for places in owners.values():
+        if len(places) > 1 and any("base_layer" in name.split(".") for name, *_ in places):
+            for _, module, key in places[1:]:
+                module._parameters[key] = nn.Parameter(module.get_parameter(key).detach().clone(), requires_grad=False)
+
+
+def _merge_rows_below(inner: nn.Module) -> None:
+    """Merge rows of single tokens that lie below another adapter on the same layer, where PEFT would leave them out."""
+    for layer in list(inner.modules()):
+        rows = getattr(getattr(layer, "base_layer", None), "token_adapter", None)
+        if rows is not None:
+            rows.merge()
+            layer.base_layer = rows.base_layer
+
+
+def _scaled_tables(inner: nn.Module) -> dict[str, Tensor]:
+    """Merged rows of adapted embeddings that scale what they give, as Gemma's do: name -> (V, D).
+
+    Some of PEFT's methods scale the sum of row and adapter, some the row alone, and all merge in one way. What the
+    layer gives for each id says which it is.
+    """
+    tables = {}
+    for name, layer in inner.named_modules():
+        base = getattr(layer, "base_layer", None)
+        scale = getattr(base, "embed_scale", None)
+        inside = {"base_layer", "token_adapter"} & set(name.split("."))     # rows of single tokens merge as they are
+        if isinstance(base, nn.Embedding) and scale is not None and not inside:
+            ids = torch.arange(base.num_embeddings, device=base.weight.device)
+            with torch.no_grad():
+                rows = [layer(part[None])[0] / scale for part in ids.split(IDS)]
+            tables[name] = torch.cat(rows).to(base.weight.dtype)
+    return tables
+
+
+def _tie_equal(merged: "PreTrainedModel") -> bool:
+    """Whether embedding and head are one matrix; they are made one again where they came out equal."""
+    embedding, head = merged.get_input_embeddings(), merged.get_output_embeddings()
+    if head is None or not isinstance(embedding.weight, Tensor) or embedding.weight.shape != head.weight.shape:
+        return False
+    if head.weight is embedding.weight:
+        return True
+    most = max((one - other).abs().max() for one, other in zip(
+        embedding.weight.detach().split(IDS), head.weight.detach().split(IDS), strict=True))
+    if most > SAME * embedding.weight.detach().abs().max():
+        return False
+    head.weight = embedding.weight
+    return True
+
+
+def _declares_tied(inner: Any) -> bool:
+    configs = inner.config, inner.config.get_text_config()
+    return any(getattr(config, "tie_word_embeddings", False) for config in configs)
+
+
+def _declare_tied(inner: Any, tied: bool) -> None:
+    """Say in every config that speaks of it whether embedding and head are one matrix."""
+    for config in {id(config): config for config in (inner.config, inner.config.get_text_config())}.values():
+        with suppress(AttributeError):              # some configs compute it
+            config.tie_word_embeddings = tied

@@ -1,0 +1,78 @@
+"""Find the parts of a causal language model, with or without adapters, and count its parameters.
+
+Backbone, head, embeddings and decoder layers have other names in each architecture; the rest of the code asks here.
+"""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from lit_llm.models.adapters.adapter import is_peft
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def causal_lm(model: Any) -> "PreTrainedModel":
+    """The transformers model inside, adapters or not."""
+    return model.get_base_model() if is_peft(model) else model
+
+
+def backbone(model: Any) -> nn.Module:
+    """What turns token ids into hidden states: the model without its head."""
+    inner = causal_lm(model)
+    named = [getattr(inner, name, None) for name in (inner.base_model_prefix, "model", "transformer")]
+    return next(part for part in (*named, inner.get_decoder()) if isinstance(part, nn.Module))
+
+
+def head(model: Any) -> nn.Module:
+    """What turns hidden states into logits."""
+    return causal_lm(model).get_output_embeddings()
+
+
+def embeddings(model: Any) -> list[nn.Parameter]:
+    """Tables with a row for each token or place, and the head, which is one too."""
+    tables = [layer for layer in causal_lm(model).modules() if isinstance(layer, nn.Embedding)]
+    out = head(model)
+    return [weight for layer in (*tables, *([out] if out is not None else [])) for weight in layer.parameters()]
+
+
+def decoder_layers(model: Any) -> list[nn.Module]:
+    """The blocks that a backbone stacks, in their order: what sharding, recomputing and compiling work by."""
+    kinds = set(causal_lm(model)._no_split_modules or ())
+    return [layer for layer in causal_lm(model).modules() if type(layer).__name__ in kinds]
+
+
+def logit_adjustment(model: Any) -> tuple[float, float | None]:
+    """(factor, cap): what some architectures do to logits behind the head: scale them, or squash them softly.
+
+    Cohere multiplies by `logit_scale`, Granite divides by `logits_scaling`, Gemma-2 caps at `final_logit_softcapping`.
+    """
+    config = causal_lm(model).config
+    factor = float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0)
+    cap = getattr(config, "final_logit_softcapping", None)
+    return factor, float(cap) if cap else None
+
+
+@dataclass(frozen=True, slots=True)
+class ParameterCount:
+    """How many numbers a model has, and how many of them learn."""
+
+    total: int
+    trainable: int
+
+    def __str__(self) -> str:
+        share = 100 * self.trainable / max(1, self.total)
+        return f"{self.trainable:,} of {self.total:,} parameters are trained ({share:.2f} %)"
+
+
+def count_parameters(model: nn.Module) -> ParameterCount:
+    """Counts tied weights once, and ZeRO-3's shards and 4-bit weights at their full size."""
+    sizes = [(_full_size(weight), weight.requires_grad) for weight in model.parameters()]
+    return ParameterCount(sum(size for size, _ in sizes), sum(size for size, learns in sizes if learns))
+
+
+def _full_size(weight: Any) -> int:
+    packed = getattr(weight, "quant_state", None)   # two numbers in a byte
+    return int(packed.shape.numel() if packed is not None else getattr(weight, "ds_numel", weight.numel()))

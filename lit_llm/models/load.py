@@ -1,0 +1,304 @@
+"""Load a causal language model from a folder or the hub, build one from a config, and save it.
+
+The only file that imports `AutoModelForCausalLM`. The parts of a model are found in `anatomy.py`, and 4-bit weights are
+prepared in `quantize.py`. Knows nothing of data, losses or Lightning.
+"""
+
+import copy
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from lit_llm import hub
+from lit_llm.errors import InputError, did_you_mean
+from lit_llm.kernels import attention as packed_attention
+from lit_llm.models.anatomy import causal_lm
+from lit_llm.models.quantize import Quantize, answer_in_half, keep_differentiable, quantization
+from lit_llm.samples import resolve
+from lit_llm.system import config_limits, integrity
+
+if TYPE_CHECKING:
+    from transformers import GenerationConfig, PreTrainedModel
+
+
+# ---- build and load --------------------------------------------------------------------------------------------------
+
+def load_causal_lm(path: str, *, dtype: torch.dtype = torch.float32, attention: str | None = None,
+                   quantize: Quantize | None = None, half: bool = False,
+                   device: torch.device | None = None) -> "PreTrainedModel":
+    """A pretrained model from a folder or hub id, in evaluation mode.
+
+    Args:
+        path: Folder in Hugging Face's layout, or a hub id. Only safetensors are read and no remote code is run.
+        dtype: Of the weights; never "auto", which would train bf16 weights without a float32 master.
+        attention: `lit_varlen` for packed rows; null is transformers' choice for the model (sdpa where it can).
+        quantize: Keep linear layers but the head in 4 bits, in blocks with scales that are quantized too.
+        half: Whether quantized layers multiply in bfloat16.
+        device: Of a quantized model, which is quantized where it will stay.
+
+    Raises:
+        InputError: No such folder, the hub cannot be reached, weights are missing, the architecture cannot be packed,
+            or they are a checkpoint's and not as it says.
+    """
+    from transformers import AutoModelForCausalLM
+
+    _quiet_bars()
+    path = resolve(path)
+    folder = Path(path).expanduser()
+    if not folder.is_dir() and (folder.is_absolute() or path.startswith((".", "~")) or path.count("/") > 1):
+        raise InputError(f"there is no folder {path}", where="model.base")
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        raise InputError(f"{path} holds no config.json, so it is no model folder", where="model.base")
+    integrity.check_beside(folder, "model.base")
+    config_limits.check_folder(path, "model.base")
+    if attention == packed_attention.NAME:
+        packed_attention.register()
+    if quantize is not None:
+        more = {"quantization_config": quantization(quantize, half), "device_map": {"": device or torch.device("cpu")}}
+    else:
+        more = {}
+    try:
+        with config_limits.building("model.base", most=config_limits.most_parameters(path), whole=False):
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                str(folder) if folder.is_dir() else path, dtype=dtype, attn_implementation=attention,
+                use_safetensors=True, trust_remote_code=False, output_loading_info=True,
+                local_files_only=not folder.is_dir() and hub.offline(), **more)
+    except InputError:
+        raise
+    except Exception as error:                      # a stranger's files: transformers has no one error for them
+        _check_interface(error, path)
+        if folder.is_dir():
+            raise InputError(f"cannot load the model in {path}: {_reason(error)}", where="model.base") from None
+        raise hub.unreachable(path, where="model.base") from None
+    model, report = loaded
+    if report["missing_keys"]:
+        raise InputError(f"the weights in {path} lack {len(report['missing_keys'])} tensors, "
+                         f"e.g. {sorted(report['missing_keys'])[0]}", where="model.base")
+    if quantize is not None:                        # what stayed whole lies in the mapped file and would hold it all
+        for weight in model.parameters():
+            weight.data = weight.data.clone()
+        answer_in_half(model)
+        keep_differentiable(model)
+    _check_causal(model)
+    if attention == packed_attention.NAME:
+        check_packable(model)
+    return model
+
+
+def stored_dtype(path: str) -> torch.dtype:
+    """What the weights of a pretrained model lie in, as its config says; float32 where it says nothing.
+
+    Raises:
+        InputError: There is no config, or none that transformers reads.
+    """
+    from transformers import AutoConfig
+
+    path = resolve(path)
+    folder = Path(path).expanduser()
+    config_limits.check_folder(path, "model")
+    try:
+        config = AutoConfig.from_pretrained(str(folder) if folder.is_dir() else path, trust_remote_code=False,
+                                            local_files_only=not folder.is_dir() and hub.offline())
+    except Exception as error:                      # a stranger's files
+        if folder.is_dir():
+            raise InputError(f"cannot read the config.json in {path}: {_reason(error)}", where="model") from None
+        raise hub.unreachable(path, where="model") from None
+    dtype = getattr(config, "dtype", None)
+    return dtype if isinstance(dtype, torch.dtype) else torch.float32
+
+
+def init_causal_lm(init: dict[str, Any], *, dtype: torch.dtype = torch.float32, attention: str | None = None,
+                   **defaults: Any) -> "PreTrainedModel":
+    """A model with random weights, to train from scratch.
+
+    Args:
+        init: `model_type` (llama, qwen3, gpt2 ...) and any keys of that architecture's transformers config.
+        dtype: Of the weights.
+        attention: As in `load_causal_lm`.
+        defaults: Keys taken where `init` has none: vocabulary size and control tokens of the tokenizer.
+
+    Raises:
+        InputError: An unknown architecture, or a key that its config does not have.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.integrations import is_deepspeed_zero3_enabled
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    config_limits.check(init, "model.init")
+    keys = dict(init)
+    kind = str(keys.pop("model_type", None))
+    if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        raise InputError(f"unknown model_type '{kind}'; it is the architecture's name in transformers, such as llama."
+                         f"{did_you_mean(kind, list(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES))}", where="model.init")
+    plain = AutoConfig.for_model(kind)
+    known = {*plain.to_dict(), *plain.attribute_map}            # other names of the same keys
+    known |= {"rope_theta", "rope_scaling"} if "rope_parameters" in known else set()    # as older configs spell it
+    known |= {"head_dim"} if "num_key_value_heads" in known else set()      # Qwen3-MoE reads it, and names it nowhere
+    if unknown := sorted(set(keys) - known):
+        raise InputError(f"{kind} has no key '{unknown[0]}'.{did_you_mean(unknown[0], sorted(known))}",
+                         where="model.init")
+    if attention == packed_attention.NAME:
+        packed_attention.register()
+    try:
+        config: Any = AutoConfig.for_model(kind, **{**defaults, **keys})
+        facts = config.to_dict()                    # attributes that differ between layers cannot be read
+        heads, shared = (facts.get(f"num_{name}_heads") for name in ("attention", "key_value"))
+        if isinstance(heads, int) and isinstance(shared, int) and shared and heads % shared:
+            raise ValueError(f"{heads} attention heads cannot share {shared} key and value heads equally")
+        with config_limits.building("model.init", whole=not is_deepspeed_zero3_enabled()):
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
+    except InputError:
+        raise
+    except Exception as error:                      # each architecture refuses in its own way
+        _check_interface(error, kind)
+        raise InputError(f"no {kind} can be built so: {_reason(error)}", where="model.init") from None
+    _check_causal(model)
+    if attention == packed_attention.NAME:
+        check_packable(model)
+    return model
+
+
+def skeleton(base: str | None, init: dict[str, Any] | None, *, dtype: torch.dtype = torch.float32,
+             attention: str | None = None, **defaults: Any) -> "PreTrainedModel":
+    """The same model without its weights, on the meta device: names, shapes and counts for the price of a config.
+
+    Args:
+        base: As in `load_causal_lm`; its config alone is read.
+        init: As in `init_causal_lm`.
+        dtype: Of the weights it would have.
+        attention: As in `load_causal_lm`.
+        defaults: As in `init_causal_lm`.
+
+    Raises:
+        InputError: No such base, or no such architecture.
+    """
+    with torch.device("meta"):
+        if init is not None:
+            return init_causal_lm(init, dtype=dtype, attention=attention, **defaults)
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        path = str(Path(resolve(str(base))).expanduser())
+        config_limits.check_folder(path, "model.base")
+        try:
+            config = AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=hub.offline())
+            if attention == packed_attention.NAME:
+                packed_attention.register()
+            with config_limits.building("model.base", most=config_limits.most_parameters(path)):
+                return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
+        except InputError:
+            raise
+        except Exception as error:                  # a stranger's file
+            _check_interface(error, str(base))
+            raise InputError(f"cannot read the architecture of {base}: {_reason(error)}", where="model.base") from None
+
+
+def like(model: "PreTrainedModel", config: Any, attention: str | None) -> Any:
+    """A model of the same class with random float32 weights and this config; what transformers raises is raised."""
+    if attention == packed_attention.NAME:
+        packed_attention.register()
+    return type(model)._from_config(copy.deepcopy(config), dtype=torch.float32, attn_implementation=attention)
+
+
+def tokenizer_facts(tokenizer: Any) -> dict[str, Any]:
+    """What a new model's config takes from a tokenizer."""
+    return {"vocab_size": tokenizer.vocab_size, "bos_token_id": tokenizer.bos_id,
+            "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
+
+
+def _quiet_bars() -> None:
+    """Progress bars of loading and saving belong into a terminal, not into a log."""
+    import sys
+
+    from transformers.utils import logging
+
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
+
+
+def _reason(error: Exception) -> str:
+    """What transformers said, in one line."""
+    if "ignore_mismatched_sizes" in str(error):
+        return "its weights have other shapes than its config.json says"
+    return " ".join(str(error).split())[:240] or type(error).__name__
+
+
+def _check_interface(error: Exception, what: str) -> None:
+    """Old architectures look their attention up in a table of their own."""
+    if isinstance(error, KeyError) and error.args == (packed_attention.NAME,):
+        raise packed_attention.PackingError(f"{what} has attention of its own, so documents packed into one row could "
+                                            "not be kept apart", where="model") from None
+
+
+def _check_causal(model: "PreTrainedModel") -> None:
+    """Encoders get a head for words too, and would see the words that they shall predict."""
+    said = {part.is_causal for part in model.modules() if isinstance(getattr(part, "is_causal", None), bool)}
+    if said == {False} and not getattr(model.config, "is_decoder", False):
+        raise InputError(f"{type(model).__name__} is an encoder here: each token sees those that follow it",
+                         where="model", fix="take a causal model, like Llama or Qwen; of BERT's kin those with "
+                         "is_decoder: true are")
+
+
+def check_packable(model: "PreTrainedModel") -> None:
+    """Refuse what can be told without computing: not all architectures let another attention in.
+
+    Raises:
+        PackingError: It says why.
+    """
+    kinds = set(getattr(model.config, "layer_types", None) or ["full_attention"])
+    if not model._supports_attention_backend or not kinds <= {"full_attention", "sliding_attention"}:
+        raise packed_attention.PackingError(f"{type(model).__name__} does not mix tokens by plain attention alone, so "
+                                            "documents packed into one row could not be kept apart", where="model.base")
+
+
+# ---- save ------------------------------------------------------------------------------------------------------------
+
+def save_causal_lm(model: "PreTrainedModel", folder: str | Path, *, stop_ids: tuple[int, ...], pad_id: int | None,
+                   dtype: torch.dtype | None = None) -> None:
+    """Write a folder that `AutoModelForCausalLM.from_pretrained` loads as it stands.
+
+    Args:
+        model: Merged, on CPU or GPU.
+        folder: Made if absent.
+        stop_ids: Go into the generation config, so that every library stops where training taught the model to stop.
+        pad_id: Goes there too.
+        dtype: Of the written weights; null keeps theirs.
+    """
+    if dtype is not None:
+        nn.Module.to(model, dtype)
+    model.config._attn_implementation = None        # packed attention is a matter of training alone
+    model.config.use_cache = True
+    model.generation_config = generation_config(model, stop_ids, pad_id)
+    model.save_pretrained(str(folder), safe_serialization=True)
+
+
+def generation_config(model: Any, stop_ids: tuple[int, ...], pad_id: int | None) -> "GenerationConfig":
+    """The model's own settings for generating, but greedy, and stopping where training taught it to stop."""
+    own = causal_lm(model).generation_config
+    assert own is not None
+    settings = copy.deepcopy(own)
+    settings.eos_token_id, settings.pad_token_id = list(stop_ids), pad_id
+    settings.do_sample = False
+    settings.temperature = settings.top_p = settings.top_k = None
+    return settings
+
+
+def save_weights(model: "PreTrainedModel", folder: str | Path, state: dict[str, Tensor]) -> None:
+    """Write weights gathered elsewhere (from ZeRO's shards, say) as a model folder: config and safetensors.
+
+    Args:
+        model: Gives config and names; its own weights are not read.
+        folder: Made if absent.
+        state: All weights by name, on CPU; tied ones may be there once.
+    """
+    from safetensors.torch import save_file
+
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    config = model.config.to_dict() | {"architectures": [type(model).__name__], "use_cache": True}
+    config["dtype"] = str(next(iter(state.values())).dtype).removeprefix("torch.")
+    config.pop("_attn_implementation", None)
+    (folder / "config.json").write_text(json.dumps(config, indent=2, default=str) + "\n", encoding="utf-8")

@@ -1,0 +1,1 @@
+"""A conversation or a document to token ids, and back."""

@@ -1,0 +1,1 @@
+"""Chat templates: their analysis, and their rendering within limits."""

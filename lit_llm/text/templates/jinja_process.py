@@ -1,0 +1,209 @@
+"""Chat templates rendered in a process of their own, whose time and memory are cut.
+
+One such process serves all templates of this one. It starts when a template first asks for what `jinja_guard.py` cannot
+bound, and ends with this process, however that ends. A render costs about 30 microseconds more there.
+"""
+
+import atexit
+import os
+import pickle
+import select
+import struct
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import IO, Any
+
+from lit_llm.errors import InputError
+
+MEMORY = 1 << 30                                        # bytes that one render may take
+START = 120.0                                           # seconds in which the process must be there, on a busy machine
+LENGTH = struct.Struct("<cQ")                           # what comes back: how it ended, and bytes that follow
+DONE, REFUSED, TOO_LONG, NO_MEMORY = b"d", b"r", b"l", b"m"
+
+
+class TemplateFaultError(Exception):
+    """What a template raised, in its words."""
+
+
+class _Process:
+    """The process and the pipes to it; one render at a time."""
+
+    def __init__(self) -> None:
+        code = "from lit_llm.text.templates.jinja_process import main; main()"
+        root = str(Path(__file__).resolve().parents[1])
+        paths = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
+        self._source: tuple[str, Any] | None = None
+        self._child = subprocess.Popen(
+            [sys.executable, "-P", "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL, env=os.environ | {"PYTHONPATH": paths}, bufsize=0)
+        self._receive(START)
+
+    def render(self, source: str, special_tokens: Mapping[str, Any], context: dict[str, Any], seconds: float,
+               most: int) -> tuple[bytes, str]:
+        """How it ended, and the text or the reason."""
+        known = (source, dict(special_tokens))
+        sent = None if known == self._source else known
+        data = pickle.dumps((sent, context, seconds, most))
+        assert self._child.stdin is not None
+        whole = memoryview(struct.pack("<Q", len(data)) + data)
+        while whole:
+            whole = whole[self._child.stdin.write(whole):]
+        self._source = known
+        return self._receive(seconds)
+
+    def _receive(self, seconds: float) -> tuple[bytes, str]:
+        kind, length = LENGTH.unpack(self._read(LENGTH.size, time.monotonic() + seconds))
+        return kind, self._read(length, time.monotonic() + seconds + START).decode("utf-8", "surrogatepass")
+
+    def _read(self, count: int, end: float) -> bytes:
+        assert self._child.stdout is not None
+        handle, parts = self._child.stdout.fileno(), []
+        while count:
+            if not select.select([handle], [], [], max(0.0, end - time.monotonic()))[0]:
+                raise TimeoutError
+            part = os.read(handle, min(count, 1 << 20))
+            if not part:
+                raise EOFError
+            parts.append(part)
+            count -= len(part)
+        return b"".join(parts)
+
+    def ended(self) -> bool:
+        """Whether someone else ended it."""
+        return self._child.poll() is not None
+
+    def end(self) -> None:
+        """Kill it."""
+        self._child.kill()
+        self._child.wait()
+        for pipe in (self._child.stdin, self._child.stdout):
+            if pipe is not None:
+                with suppress(OSError):
+                    pipe.close()
+
+
+class _Home:
+    """The process of this process; one that was forked makes its own."""
+
+    def __init__(self) -> None:
+        self.pid, self.lock = os.getpid(), threading.Lock()
+        self.process: _Process | None = None
+
+    def close(self) -> None:
+        """End the process; the next render starts another."""
+        if self.process is not None and self.pid == os.getpid():
+            self.process.end()
+        self.process = None
+
+
+_home = _Home()
+atexit.register(lambda: _home.close())
+
+
+def render(source: str, special_tokens: Mapping[str, Any], context: dict[str, Any], seconds: float, most: int) -> str:
+    """A template's text.
+
+    Args:
+        source: The template.
+        special_tokens: What it may name.
+        context: Its variables, which must travel between processes.
+        seconds: That it may take.
+        most: Characters that it may write.
+
+    Raises:
+        InputError: It takes too much time or memory, or writes too much.
+        TemplateFaultError: What the template itself raises.
+    """
+    global _home
+    if _home.pid != os.getpid():
+        _home = _Home()
+    with _home.lock:
+        try:
+            if _home.process is None or _home.process.ended():
+                _home.close()
+                _home.process = _Process()
+            kind, text = _home.process.render(source, special_tokens, context, seconds, most)
+        except BaseException as error:
+            _home.close()
+            if isinstance(error, TimeoutError):
+                raise InputError(f"it takes longer than {seconds:g} seconds") from None
+            if isinstance(error, EOFError | BrokenPipeError):       # the kernel ended it
+                raise InputError(f"it takes more than {MEMORY >> 30} GiB of memory, or longer than {seconds:g} "
+                                 "seconds") from None
+            raise
+        if kind == NO_MEMORY:
+            _home.close()                               # its memory may lie in pieces
+            raise InputError(f"it takes more than {MEMORY >> 30} GiB of memory")
+    if kind == TOO_LONG:
+        raise InputError(f"it writes more than {most:,} characters")
+    if kind == REFUSED:
+        raise TemplateFaultError(text)
+    return text
+
+
+# ---- in the process --------------------------------------------------------------------------------------------------
+
+def main() -> None:
+    """Render what standard input asks for, until it ends."""
+    import resource
+    import signal
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)        # Ctrl-C is for the parent
+    from transformers.utils.chat_template_utils import _compile_jinja_template
+
+    environment = _compile_jinja_template("").environment
+    asked, answers = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
+    _answer(answers, DONE, "")
+    template, tokens = None, {}
+    _limit(resource.RLIMIT_AS, _memory() + MEMORY)
+    while head := asked.read(8):
+        sent, context, seconds, most = pickle.loads(asked.read(*struct.unpack("<Q", head)))
+        used = sum(resource.getrusage(resource.RUSAGE_SELF)[:2])
+        _limit(resource.RLIMIT_CPU, int(used + seconds) + 2)        # if the parent is gone
+        try:
+            if sent is not None:
+                template, tokens = environment.from_string(sent[0]), sent[1]
+            assert template is not None
+            _answer(answers, *_rendered(template, {**tokens, **context}, most))
+        except MemoryError:
+            _answer(answers, NO_MEMORY, "")
+        except Exception as error:                      # a stranger's program may raise anything
+            _answer(answers, REFUSED, (str(error) or type(error).__name__)[:2000])
+
+
+def _rendered(template: Any, context: dict[str, Any], most: int) -> tuple[bytes, str]:
+    pieces, length = [], 0
+    for piece in template.root_render_func(template.new_context(context)):
+        length += len(piece)
+        if length > most:
+            return TOO_LONG, ""
+        pieces.append(piece)
+    return DONE, "".join(pieces)
+
+
+def _answer(answers: IO[bytes], kind: bytes, text: str) -> None:
+    data = text.encode("utf-8", "surrogatepass")
+    answers.write(LENGTH.pack(kind, len(data)))
+    answers.write(data)
+    answers.flush()
+
+
+def _limit(what: int, value: int) -> None:
+    """Of this process; never above what it was given."""
+    import resource
+
+    hard = resource.getrlimit(what)[1]
+    resource.setrlimit(what, (value if hard == resource.RLIM_INFINITY else min(value, hard), hard))
+
+
+def _memory() -> int:
+    """Bytes of addresses in use."""
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, ValueError):
+        return MEMORY

@@ -1,0 +1,1 @@
+"""What a run proves or refuses before and while it trains."""

@@ -1,0 +1,108 @@
+"""Weights and validation figures of a run in; nothing out, or an error where they are no finite numbers any more.
+
+A run that goes on, saves or exports after that gives a model that is worth nothing, and a later checkpoint would
+replace the last good one.
+"""
+
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor
+
+from lit_llm.errors import InputError
+from lit_llm.training.parallel.processes import end_together
+from lit_llm.training.run import manifest
+
+
+def check_weights(trainer: L.Trainer) -> None:
+    """Refuse trained weights that are inf or nan; one pass over them, the same verdict on all ranks. A collective.
+
+    Args:
+        trainer: In a fit, after a step.
+
+    Raises:
+        InputError: It names the step, the learning rate and the last good checkpoint.
+    """
+    module: Any = trainer.lightning_module
+    parts = list(_parts(module))
+    largest = torch._foreach_norm(parts, math.inf) if parts else ()
+    finite = not parts or bool(torch.stack([norm.float().to(largest[0].device) for norm in largest]).isfinite().all())
+    if trainer.strategy.reduce_boolean_decision(finite, all=True):
+        return
+    if trainer.global_step:
+        raise _diverged(trainer, "the trained weights are no finite numbers any more (inf or nan)")
+    end_together(trainer)
+    raise InputError(f"its weights are no finite numbers in {trainer.precision} (inf or nan) before the first step",
+                     where="model.base" if module.base else "model.init", fix="give other weights, or set "
+                     "--trainer.precision 32-true or bf16-true")
+
+
+def check_figures(trainer: L.Trainer, split: str) -> None:
+    """Refuse a validation in which perplexity is inf or nan; of data without a supervised token it is not looked at.
+
+    Args:
+        trainer: After the pass, which gave all ranks the same figures.
+        split: Whose figures.
+
+    Raises:
+        InputError: Before training it speaks of the model, later of the step and the learning rate.
+    """
+    figures = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith(f"{split}/")}
+    if are_finite(figures, split):
+        return
+    module: Any = trainer.lightning_module
+    seen = f"perplexity on the validation data is {figures.get(f'{split}/perplexity')}"
+    if trainer.sanity_checking:
+        end_together(trainer)
+        raise InputError(f"{seen} before the first step, so the model is broken, or its numbers do not fit "
+                         f"{trainer.precision}", where="model.base" if module.base else "model.init",
+                         fix="set --trainer.precision 32-true or bf16-true; or give other weights")
+    raise _diverged(trainer, seen)
+
+
+def are_finite(figures: Mapping[str, Any], split: str = "val") -> bool:
+    """Whether loss and perplexity are finite; also where nothing was measured."""
+    if not figures.get(f"{split}/tokens"):
+        return True
+    return all(isinstance(value := figures.get(f"{split}/{name}"), int | float) and math.isfinite(value)
+               for name in ("nll", "perplexity"))
+
+
+def check_learned(trainer: L.Trainer, skipped: int) -> None:
+    """Refuse a run at its end of which every single step was skipped: it would be told as trained.
+
+    Raises:
+        InputError: With their number.
+    """
+    if skipped and skipped >= trainer.global_step:
+        end_together(trainer)
+        raise InputError(f"all {skipped:,} steps were skipped, for loss or gradient was inf or nan: nothing is learned",
+                         where=f"step {trainer.global_step}", fix="mend the records named above, lower model.lr, or "
+                         "set --trainer.precision bf16-mixed or 32-true")
+
+
+def _diverged(trainer: L.Trainer, what: str) -> InputError:
+    """The error, once all ranks are ready to raise it."""
+    end_together(trainer)
+    rate = float(trainer.optimizers[0].param_groups[0]["lr"]) if trainer.optimizers else math.nan
+    good = [folder for folder in manifest.folders(Path(trainer.default_root_dir))
+            if manifest.step_of(folder.name) < trainer.global_step and are_finite(
+                manifest.read(folder).get("figures") or {})]
+    kept = f"; {good[-1]} is the last checkpoint before it" if good else ""
+    return InputError(f"{what}: training diverged, and nothing of this step is saved or exported{kept}",
+                      where=f"step {trainer.global_step}", fix=f"the likely cause is the learning rate, {rate:.3g} in "
+                      "this step: lower model.lr, raise model.warmup, or set --trainer.gradient_clip_val 1.0")
+
+
+def _parts(module: Any) -> Iterator[Tensor]:
+    """What this rank holds of each trained weight: a shard under ZeRO-3 and FSDP2."""
+    for weight in module.parameters():
+        if weight.requires_grad and weight.is_floating_point():
+            held = getattr(weight, "ds_tensor", weight)
+            held = held.to_local() if hasattr(held, "to_local") else held
+            if held.numel():
+                yield held.detach()

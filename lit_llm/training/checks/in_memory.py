@@ -1,0 +1,94 @@
+"""A model in training in, the nll of the fixed rows of `check.py` by the weights that are in memory out.
+
+Each checkpoint's manifest keeps it. `export` scores the same rows with the model that it reloads from the checkpoint,
+so that a fault in writing or reading the weights is seen. Knows nothing of files.
+"""
+
+import logging
+import math
+from collections.abc import Generator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import lightning as L
+import numpy as np
+import torch
+from lightning.pytorch.utilities.model_helpers import _ModuleMode
+from lightning.pytorch.utilities.seed import isolate_rng
+
+from lit_llm.data.rows.loader import lay
+from lit_llm.text import check
+
+log = logging.getLogger(__name__)
+
+
+class FixedRows:
+    """The fixed rows of a run, made once and scored at each checkpoint."""
+
+    def __init__(self) -> None:
+        self._rows: list[check.Row] | None = None
+
+    def measured(self, trainer: L.Trainer) -> dict[str, Any]:
+        """Facts for the manifest; a collective of all ranks, since ZeRO-3 and FSDP2 gather each layer from them.
+
+        Random generators, gradients and the mode of each layer stay as they are. A failure never costs a checkpoint: it
+        is logged, and the facts say why there is no figure.
+
+        Args:
+            trainer: In a fit.
+
+        Returns:
+            A digest of the rows' ids, their nll by the forward pass of training without dropout and noise, in which
+            precision and on which kind of device it was computed; or `skipped`, the reason.
+        """
+        module: Any = trainer.lightning_module
+        tokenizer: Any = getattr(getattr(trainer, "datamodule", None), "tokenizer", None)
+        if not hasattr(tokenizer, "encode_document"):
+            return {"skipped": "the data have no tokenizer that could make the fixed rows"}
+        try:
+            if self._rows is None:
+                self._rows = check.rows_of(tokenizer, check.vocabulary(module.model))
+            with _undisturbed(trainer):
+                nll = _nll(trainer, [row.ids[: check.room(module.model)] for row in self._rows])
+        except Exception as error:                  # a subclass with another kind of model, or no memory for it
+            why = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            if trainer.is_global_zero:
+                log.warning("the fixed rows of a checkpoint could not be scored in memory, so an export cannot be "
+                            "compared with the model in training: %s", why)
+            return {"skipped": why}
+        if not math.isfinite(nll):
+            return {"skipped": "their nll in memory is not a number"}
+        return {"rows": check.digest(self._rows), "nll": nll,
+                "precision": str(trainer.precision), "device": trainer.strategy.root_device.type}
+
+
+def _nll(trainer: L.Trainer, documents: list[tuple[int, ...]]) -> float:
+    """Mean nats per token but each document's first, of all documents in one packed row."""
+    strategy, module = trainer.strategy, trainer.lightning_module
+    length, most = sum(map(len, documents)), max(map(max, documents))
+    segments = [(np.array(ids), np.ones(len(ids), bool)) for ids in documents]
+    batch: Any = strategy.batch_to_device(
+        lay([segments], seq_len=length, pad_id=0, token_bytes=np.zeros((2, most + 1), np.int64)))
+    with trainer.precision_plugin.val_step_context():
+        if strategy.model is module:
+            total: Any = module.rows_nll(batch)  # type: ignore[operator]
+        else:                                       # as Lightning calls `validation_step`: DeepSpeed's engine gathers
+            assert strategy.model is not None
+            total = strategy._forward_redirection(strategy.model, module, "rows_nll", batch)
+    return float(total) / (length - len(documents))
+
+
+@contextmanager
+def _undisturbed(trainer: L.Trainer) -> Generator[None, None, None]:
+    """Evaluation for a moment, in the middle of whatever the trainer does."""
+    outer: Any = trainer.model                      # DeepSpeed's engine has a mode of its own
+    mode = _ModuleMode()
+    mode.capture(outer)
+    compiled = getattr(trainer.lightning_module, "compile_layers", False)
+    stance = torch.compiler.set_stance("force_eager") if compiled else nullcontext()    # these shapes are not compiled
+    outer.eval()
+    try:
+        with torch.no_grad(), stance, isolate_rng():
+            yield
+    finally:
+        mode.restore(outer)

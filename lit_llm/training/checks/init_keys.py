@@ -1,0 +1,162 @@
+"""Find keys of `model.init` that its architecture accepts and never reads, and name them.
+
+Configs of transformers hold keys that no forward pass uses, such as Llama's `pretraining_tp`. A key is named where
+neither its absence nor any other value of it changes the rest of the config, nor a small model of it: the shapes and
+first values of its weights, and its logits in training and evaluation, in float32 and in bfloat16.
+"""
+
+import logging
+import re
+from collections.abc import Iterator
+from contextlib import suppress
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lit_llm.models import load as models
+from lit_llm.models import miniature
+from lit_llm.training.checks.proof import documents, perturb
+
+log = logging.getLogger(__name__)
+OVERRULED = ("dtype", "torch_dtype")                # by trainer.precision
+ELSEWHERE = re.compile(r"_token_id$|_token_index$|^max_position_embeddings$|router|aux_loss")  # read outside of logits
+LARGE = 5_000_000                                   # parameters: no model is tried that has more
+
+
+def unread(init: dict[str, Any], **defaults: Any) -> list[str]:
+    """Keys that change nothing in a model of this architecture.
+
+    Args:
+        init: As in `model.init_causal_lm`, which accepts it.
+        defaults: There too.
+    """
+    keys = {key: value for key, value in init.items() if key != "model_type"}
+    tried = [key for key, value in keys.items() if isinstance(value, bool | int | float | str | None)
+             and not ELSEWHERE.search(key)]
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+        trial = _Trial(str(init["model_type"]), defaults, keys)
+        return [key for key in tried if key in OVERRULED or (trial.base is not None and trial.is_dead(key))]
+
+
+def warn(init: dict[str, Any], **defaults: Any) -> None:
+    """Name the keys that change nothing. A config that was copied whole holds some, so they do not end a run.
+
+    Args:
+        init: As in `unread`.
+        defaults: There too.
+    """
+    if names := unread(init, **defaults):
+        log.warning("model.init: %s does not use %s: no value of %s changes this model", init["model_type"],
+                    ", ".join(f"'{name}'" for name in names), "it" if len(names) == 1 else "them")
+
+
+class _Trial:
+    """A small model of a config, and what becomes of it with another value of a key."""
+
+    def __init__(self, kind: str, defaults: dict[str, Any], keys: dict[str, Any]) -> None:
+        self.defaults, self.keys = defaults, keys
+        self.like = models.skeleton(None, {"model_type": kind, **keys}, **defaults)
+        self.config = self._whole(keys)
+        self.way, self.small, self.base = self._first()
+
+    def _first(self) -> tuple[int, Any, dict[str, Tensor] | None]:
+        """The first small config of which a model can be built, with its number and what there is to compare."""
+        for way, small in enumerate(self._candidates(self.config)):
+            with suppress(Exception):               # each architecture refuses in its own way
+                return way, small, _evidence(self.like, small)
+        return 0, None, None
+
+    def is_dead(self, key: str) -> bool:
+        """Whether the model is the same without the key and with other values of it."""
+        name = self.config.attribute_map.get(key, key)
+        try:
+            absent = self._whole({other: value for other, value in self.keys.items() if other != key})
+        except Exception:                           # the other keys need it
+            return False
+        taken = getattr(self.config, name, None)
+        if taken == self.keys[key] == getattr(absent, name, None):
+            return False                            # the default, written down
+        if taken != self.keys[key] and absent.to_dict() == self.config.to_dict():
+            return True                             # the config itself drops it
+        try:
+            return not (any(map(self._differs, self._changed(key, name, absent)))
+                        or any(self._shapes(other) != self._shapes(self.config) for other in self._wholes(key, absent)))
+        except Exception:                           # who refuses a value has read it
+            return False
+
+    def _changed(self, key: str, name: str, absent: Any) -> Iterator[Any]:
+        """Small configs with other values of a key.
+
+        Raises:
+            LookupError: The rest of a config changed with it.
+        """
+        rest = _without(self.config, name)
+        for other in self._wholes(key, absent):
+            if _without(other, name) != rest:
+                raise LookupError(name)
+        yield list(self._candidates(absent))[self.way]
+        facts = self.small.to_dict()
+        for value in _others(facts.get(name, self.keys[key])):
+            yield type(self.config).from_dict({**facts, name: value})
+
+    def _differs(self, small: Any) -> bool:
+        ours, theirs = self.base or {}, _evidence(self.like, small)
+        return ours.keys() != theirs.keys() or not all(torch.equal(ours[each], theirs[each]) for each in ours)
+
+    def _wholes(self, key: str, absent: Any) -> Iterator[Any]:
+        """The config without a key, and with other values of it."""
+        yield absent
+        yield from (self._whole({**self.keys, key: value}) for value in _others(self.keys[key]))
+
+    def _shapes(self, config: Any) -> list[Any]:
+        """Of the model as large as it shall be: one with a single head, say, hides how heads are shared."""
+        with torch.device("meta"):
+            return [(name, weight.shape) for name, weight in models.like(self.like, config, None).named_parameters()]
+
+    def _whole(self, keys: dict[str, Any]) -> Any:
+        return type(self.like.config)(**{**self.defaults, **keys})
+
+    def _candidates(self, config: Any) -> Iterator[Any]:
+        """As `miniature.candidates`, with the config's own dropout."""
+        for small in miniature.candidates(config, whole=False):
+            for key, value in config.to_dict().items():
+                if miniature.RANDOM.search(key) and isinstance(value, float):
+                    setattr(small, key, value)
+            yield small
+
+
+def _without(config: Any, name: str) -> dict[str, Any]:
+    return {key: value for key, value in config.to_dict().items() if key != name}
+
+
+def _others(value: Any) -> list[Any]:
+    """Other values of the same kind."""
+    if isinstance(value, bool):
+        return [not value]
+    if isinstance(value, int):
+        return [other for other in (2 * value, value // 2, value + 1) if other != value]
+    if isinstance(value, float):
+        return [value / 2, value * 2] if value else [0.25]
+    return ["another"] if isinstance(value, str) else [1]
+
+
+def _evidence(like: Any, config: Any) -> dict[str, Tensor]:
+    """Weights of a new model, its buffers, and its logits."""
+    with torch.device("meta"):
+        size = sum(weight.numel() for weight in models.like(like, config, None).parameters())
+    if size > LARGE:
+        raise OverflowError(size)
+    torch.manual_seed(0)
+    model = models.like(like, config, None)
+    found = {name: weight.detach().clone() for name, weight in model.state_dict(keep_vars=False).items()}
+    found |= {name: buffer.clone() for name, buffer in model.named_buffers()}
+    perturb(model)
+    ids = documents(model, 0)["input_ids"][:, :40]
+    for dtype in (torch.float32, torch.bfloat16):
+        model.to(dtype)
+        for training in (True, False):
+            torch.manual_seed(0)
+            with torch.no_grad():
+                found[f"logits {dtype} {training}"] = model.train(training)(input_ids=ids).logits
+    return found

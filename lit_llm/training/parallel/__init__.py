@@ -1,0 +1,1 @@
+"""Strategies of several processes, and the shards of weights that they keep."""

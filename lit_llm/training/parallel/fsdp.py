@@ -1,0 +1,144 @@
+"""A LightningModule in, the same module trained by torch's FSDP2 out: weights, gradients and optimizer split by layer.
+
+What ZeRO-3 does, in torch alone (arXiv:2304.11277; each weight is a DTensor). The gradient is averaged over processes,
+as under DDP. Knows nothing of data, losses or what a checkpoint means.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from lightning.pytorch.strategies import ModelParallelStrategy
+from torch import nn
+
+from lit_llm.training.parallel import safe_load
+
+T = TypeVar("T")
+REST = "rest.pt"                                    # what is no tensor of weights or optimizer: loops, schedule
+
+
+class Fsdp2Strategy(ModelParallelStrategy):
+    """Torch's FSDP2 as a Lightning strategy, on CUDA and on CPU.
+
+    Every process builds the model whole in its own CPU memory and then keeps its share of it: the host must hold as
+    many copies as it has processes. Checkpoints hold what is trained, and any number of processes can read them.
+
+    Args:
+        process_group_backend: nccl or gloo; null takes what fits the device.
+        timeout: How long a process waits for the others, as H:MM:SS.
+    """
+
+    def __init__(self, process_group_backend: str | None = None,
+                 timeout: timedelta | None = timedelta(minutes=30)) -> None:
+        super().__init__(tensor_parallel_size=1, process_group_backend=process_group_backend, timeout=timeout)
+
+    def setup_environment(self) -> None:
+        """Join the other processes; all of them are one axis."""
+        self._data_parallel_size = self.num_nodes * self.num_processes
+        super().setup_environment()
+
+    # ---- sharding
+
+    def shard(self, model: nn.Module, layers: Iterable[nn.Module], *, dtype: torch.dtype | None = None) -> None:
+        """Split a model that all processes have built alike; its layers are gathered one by one.
+
+        Args:
+            model: All of it; what is in no layer (embedding, last norm, head) is gathered once a step.
+            layers: Decoder layers.
+            dtype: Weights are gathered and multiplied in it, and stay as they are at rest; null is their own.
+        """
+        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+        self._align(model)
+        policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32 if dtype else None)
+        for part in (*layers, model):
+            fully_shard(part, mesh=self.device_mesh["data_parallel"], mp_policy=policy)
+
+    def _align(self, model: nn.Module) -> None:
+        """Rank 0's values of what learns, on all ranks: adapters and new models are random."""
+        for weight in model.parameters():
+            if weight.requires_grad:
+                here = weight.detach().to(self.root_device)
+                torch.distributed.broadcast(here, 0)
+                weight.data.copy_(here)
+
+    @staticmethod
+    def gathered(model: nn.Module, compute: Callable[[], T]) -> T:
+        """What `compute` gives, with the weights outside layers gathered meanwhile.
+
+        FSDP2 gathers around a call of the module, but embedding, norm and head are used one by one here; so the call
+        is made with another inside.
+        """
+        model.forward = compute
+        try:
+            return model()
+        finally:
+            del model.forward                       # the class's own is back
+
+    # ---- checkpoints
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """Shards of what is trained; a frozen base is not saved again and again."""
+        from torch.distributed.checkpoint.state_dict import get_model_state_dict
+
+        assert self.model is not None
+        return get_model_state_dict(self.model, options=_options())
+
+    def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
+        """Shards of an optimizer's state."""
+        from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
+
+        assert self.model is not None
+        return get_optimizer_state_dict(self.model, getattr(optimizer, "_optimizer", optimizer), options=_options())
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
+        """Write a folder: every process its shards, the first one the rest."""
+        from torch.distributed.checkpoint import save
+
+        path = Path(self.broadcast(filepath))
+        path.mkdir(parents=True, exist_ok=True)
+        tensors = {"model": checkpoint.pop("state_dict"), "optimizer": checkpoint.pop("optimizer_states", [{}])[0]}
+        save(tensors, checkpoint_id=path)
+        if self.is_global_zero:
+            torch.save(checkpoint, path / REST)
+
+    def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
+        """Restore weights and optimizer from shards of any number of processes; Lightning restores the rest."""
+        from torch.distributed.checkpoint import load
+        from torch.distributed.checkpoint.state_dict import set_state_dict
+
+        path = Path(self.broadcast(checkpoint_path))
+        assert self.model is not None
+        tensors = {"model": self.lightning_module_state_dict(), "optimizer": self.optimizer_state(self.optimizers[0])}
+        with safe_load.data_only():
+            load(tensors, storage_reader=_reader(path))
+        set_state_dict(self.model, self.optimizers[0], model_state_dict=tensors["model"],
+                       optim_state_dict=tensors["optimizer"], options=_options())
+        with safe_load.data_only():
+            return torch.load(path / REST, map_location="cpu", weights_only=bool(weights_only))
+
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        """Nothing to do: `load_checkpoint` did it."""
+
+
+def _reader(path: Path) -> Any:
+    """Torch's reader of a distributed checkpoint, whose index is unpickled from known classes only."""
+    from torch.distributed.checkpoint import FileSystemReader
+    from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
+
+    class DataReader(FileSystemReader):
+        def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+            index: Metadata = safe_load.read_index(path / ".metadata")
+            index.storage_meta = index.storage_meta or StorageMeta()
+            index.storage_meta.load_id = self.load_id
+            return index
+
+    return DataReader(path)
+
+
+def _options() -> Any:
+    from torch.distributed.checkpoint.state_dict import StateDictOptions
+
+    return StateDictOptions(ignore_frozen_params=True, strict=False)

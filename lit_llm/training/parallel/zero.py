@@ -1,0 +1,335 @@
+"""DeepSpeed's ZeRO stages 1, 2 and 3 as a strategy of Lightning, on CUDA and on CPU with gloo.
+
+It joins the process group, shards weights while they are loaded, says where an optimizer step ends, and saves and loads
+shards. The gradient that reaches the optimizer is exactly that of the loss that the module returned: Lightning divides
+it by the accumulated micro-batches, ZeRO averages it over processes, and nothing is divided twice.
+`deepspeed_setup.py` imports DeepSpeed and tells it the device, and `reshard.py` checks and converts shards on disk.
+"""
+
+import atexit
+import os
+from collections.abc import Generator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from lightning.pytorch.plugins.precision import DeepSpeedPrecision, Precision
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, StrategyRegistry
+from torch import Tensor, nn
+
+from lit_llm.errors import InputError, did_you_mean
+from lit_llm.training.checks import idle
+from lit_llm.training.parallel import deepspeed_setup, reshard, safe_load
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Trainer
+
+_RENDEZVOUS = ("MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE", "LOCAL_RANK")
+
+
+class ZeroStrategy(DeepSpeedStrategy):
+    """DeepSpeed's ZeRO as a Lightning strategy (arXiv:1910.02054, section 5).
+
+    Differs from Lightning's own in five ways: it runs on CPU too; an optimizer step ends where Lightning says so, also
+    in a short last window; gradients are not divided by the accumulation a second time and are summed in float32;
+    transformers models are sharded while they load and adapters start at zero; checkpoints leave out frozen weights.
+
+    Args:
+        stage: What is split over processes. 1: optimizer states; 2: gradients too; 3: weights too, gathered by layer.
+            2 costs nothing over 1; 3 is for a model whose weights alone do not fit on one device.
+        offload_optimizer: Keep optimizer states in CPU memory. Saves 12 bytes per trainable parameter of device memory.
+        offload_parameters: Keep the weights in CPU memory, stage 3 only. Slow; for models that fit in no other way.
+        config: A DeepSpeed config, as a dict or the path of a JSON file, in place of all other arguments here. Must not
+            name `gradient_accumulation_steps`, and not `gradient_clipping` where `trainer.gradient_clip_val` is set.
+        kwargs: Any other argument of `lightning.pytorch.strategies.DeepSpeedStrategy`.
+
+    Raises:
+        InputError: If `stage` is not 1, 2 or 3, or an option needs another stage.
+    """
+
+    def __init__(
+        self,
+        *,
+        stage: int = 2,
+        offload_optimizer: bool = False,
+        offload_parameters: bool = False,
+        config: str | dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if stage not in (1, 2, 3):
+            raise InputError(f"stage must be 1, 2 or 3, not {stage!r}", where="trainer.strategy")
+        if offload_parameters and stage != 3:
+            raise InputError(f"offload_parameters needs stage 3, not {stage}", where="trainer.strategy")
+        deepspeed_setup.load()
+        super().__init__(
+            stage=stage,
+            offload_optimizer=offload_optimizer,
+            offload_parameters=offload_parameters,
+            config=config,
+            **kwargs,
+        )
+        self._given = {"stage": stage, "offload_optimizer": offload_optimizer, "offload_parameters": offload_parameters,
+                       "config": config, **kwargs}
+        self._environ: dict[str, str | None] = {}
+        self._hf_config: object | None = None       # transformers keeps only a weak reference to it
+        self._skipped = False                       # whether the micro-batch at hand has no forward
+
+    def check_arguments(self) -> None:
+        """Refuse arguments that change nothing; here, for the command line shows no reasons of constructors."""
+        idle.check_zero(self._given, DeepSpeedStrategy)
+
+    @classmethod
+    def from_name(cls, name: str) -> "ZeroStrategy":
+        """The strategy of a name like `deepspeed`, `deepspeed_stage_3` or `deepspeed_stage_2_offload`.
+
+        Raises:
+            InputError: If Lightning registers no DeepSpeed strategy of that name.
+        """
+        known = [word for word in StrategyRegistry.available_strategies() if word.startswith("deepspeed")]
+        if name not in known:
+            raise InputError(
+                f"no strategy is named {name!r}.{did_you_mean(name, known)}",
+                where="trainer.strategy",
+                fix=f"One of: {', '.join(known)}",
+            )
+        arguments = StrategyRegistry[name]["init_params"]
+        return cls(**{key: value for key, value in arguments.items() if key not in idle.ZERO})
+
+    # ---- devices and processes
+
+    @property
+    def root_device(self) -> torch.device:
+        """This process's device; a CPU too gets an index, since DeepSpeed takes it for the rank."""
+        device = super().root_device
+        return torch.device("cpu", self.local_rank) if device.type == "cpu" else device
+
+    def setup_environment(self) -> None:
+        """Check what DeepSpeed cannot do, then join the other processes."""
+        self._refuse_unsupported()
+        deepspeed_setup.select_device(self.root_device.type)
+        deepspeed_setup.check_float16(str(self.precision_plugin.precision))
+        idle.check_scale(self, str(self.precision_plugin.precision))
+        DDPStrategy.setup_environment(self)         # the parent's own refuses anything but CUDA
+
+    def setup_distributed(self) -> None:
+        """Join the process group: NCCL on CUDA, gloo on CPU."""
+        self._environ = {key: os.environ.get(key) for key in _RENDEZVOUS}
+        if self.root_device.type == "cpu":
+            from lightning.fabric.utilities.seed import reset_seed
+
+            reset_seed()
+            self.set_world_ranks()
+            self._init_deepspeed_distributed()
+        else:
+            super().setup_distributed()
+        # Not in teardown: `fit` and then `validate` on one trainer share the group.
+        atexit.unregister(deepspeed_setup.leave_process_group)
+        atexit.register(deepspeed_setup.leave_process_group)
+
+    def teardown(self) -> None:
+        """Release the model; leave the environment of a lone process as it was."""
+        super().teardown()
+        self._hf_config = None
+        if self.world_size > 1:
+            return                                  # the started processes live on, Lightning must not start more
+        for key, value in self._environ.items():
+            os.environ.pop(key, None)
+            if value is not None:
+                os.environ[key] = value
+
+    def _refuse_unsupported(self) -> None:
+        module = self.lightning_module
+        assert module is not None
+        assert isinstance(self.config, dict)
+        stage = self.config.get("zero_optimization", {}).get("stage")
+        if stage not in (1, 2, 3):                  # DeepSpeed overlooks a misspelt key, and nobody could resume
+            raise InputError(f"the DeepSpeed config names stage {stage}, not 1, 2 or 3", where="trainer.strategy",
+                             fix="Give it zero_optimization: {stage: 2}")
+        for key in ("optimizer", "scheduler"):
+            if key in self.config:
+                raise InputError(f"'{key}' of the DeepSpeed config would replace what model.optimizer, model.lr and "
+                                 "model.schedule say", where="trainer.strategy", fix="Remove it")
+        clip = module.trainer.gradient_clip_val
+        if clip and not self._config_initialized and "gradient_clipping" in self.config:
+            raise InputError(
+                "clipping is set twice: here and as gradient_clipping in the DeepSpeed config",
+                where="trainer.gradient_clip_val",
+                fix="Remove one of them",
+            )
+
+    # ---- model and precision
+
+    @property
+    def precision_plugin(self) -> Precision:
+        """DeepSpeed's precision, which leaves casting to the engine."""
+        return super().precision_plugin
+
+    @precision_plugin.setter
+    def precision_plugin(self, plugin: Precision | None) -> None:
+        if isinstance(plugin, DeepSpeedPrecision) and not isinstance(plugin, _EnginePrecision):
+            plugin = _EnginePrecision(plugin.precision)  # type: ignore[arg-type]
+        self._precision_plugin = plugin
+
+    @contextmanager
+    def model_sharded_context(self) -> Generator[None, None, None]:
+        """Around `configure_model`: transformers shards what it builds or loads under stage 3.
+
+        Lightning's own context partitions every new module at once, so that weights load into empty tensors and LoRA's
+        zeros go nowhere. transformers knows the right way, if it can see the config; everything else (adapters) stays
+        whole until the engine starts, which broadcasts rank 0's values and partitions them.
+        """
+        self._init_config_if_needed()
+        if self.zero_stage_3:
+            from transformers.integrations.deepspeed import HfDeepSpeedConfig
+
+            self._hf_config = HfDeepSpeedConfig(self.config)
+        yield
+
+    def setup(self, trainer: "Trainer") -> None:
+        """Start the engine on the configured module."""
+        self._init_config_if_needed()
+        self._halve_what_was_added()
+        self._fit_buckets()
+        super().setup(trainer)
+        if self.float16_scale is not None:             # FiniteGuard ends such a run, with a message
+            self.deepspeed_engine.optimizer.loss_scaler.raise_error_at_min_scale = False
+
+    def _format_config(self) -> None:
+        super()._format_config()
+        config = self.config
+        assert isinstance(config, dict)
+        config.setdefault("zero_allow_untested_optimizer", True)
+        config.setdefault("zero_force_ds_cpu_optimizer", False)     # offload steps with our AdamW, nothing is compiled
+        config.setdefault("communication_data_type", "fp32")
+        if any(config.get(kind, {}).get("enabled") for kind in ("bf16", "fp16")):
+            config.setdefault("data_types", {}).setdefault("grad_accum_dtype", "fp32")
+
+    def _halve_what_was_added(self) -> None:
+        """Adapters to 16 bits under stage 3, as the engine does it under 1 and 2; masters are float32 all the same.
+
+        It takes the type of what is trained for the model's: with float32 it would scale no loss in float16.
+        """
+        assert isinstance(self.config, dict)
+        assert self.model is not None
+        for kind, dtype in (("fp16", torch.float16), ("bf16", torch.bfloat16)):
+            if self.zero_stage_3 and self.config.get(kind, {}).get("enabled"):
+                for weight in self.model.parameters():
+                    if weight.requires_grad and not hasattr(weight, "ds_id"):
+                        weight.data = weight.data.to(dtype)
+
+    def _fit_buckets(self) -> None:
+        """Shrink the reduce bucket to what is trained: it is allocated whole, 800 MB and more for a small adapter."""
+        assert isinstance(self.config, dict)
+        assert self.model is not None
+        zero = self.config.get("zero_optimization", {})
+        if isinstance(zero.get("reduce_bucket_size"), int):
+            trained = sum(_full_numel(weight) for weight in self.model.parameters() if weight.requires_grad)
+            zero["reduce_bucket_size"] = max(1024, min(zero["reduce_bucket_size"], trained))
+
+    # ---- steps
+
+    @property
+    def handles_gradient_accumulation(self) -> bool:
+        """No: Lightning says where a step ends, so that its counters, the schedule and the engine agree."""
+        return False
+
+    def block_backward_sync(self) -> AbstractContextManager[None]:  # type: ignore[override]
+        """Nothing to block: the engine itself reduces at the end of a step only."""
+        return nullcontext()
+
+    def training_step(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
+        """Of a micro-batch; one that the module skips on all ranks does not enter the engine."""
+        module: Any = self.lightning_module
+        self._skipped = hasattr(module, "is_skipped") and module.is_skipped(batch)
+        return module.training_step(batch, *args) if self._skipped else super().training_step(batch, *args, **kwargs)
+
+    def backward(self, closure_loss: Tensor, optimizer: Any, *args: Any, **kwargs: Any) -> Tensor:
+        """Backward of one micro-batch; gradients are reduced for the step in its last one."""
+        if self._skipped:
+            return closure_loss
+        assert self.lightning_module is not None
+        last = not self.lightning_module.trainer.fit_loop._should_accumulate()
+        self.deepspeed_engine.set_gradient_accumulation_boundary(last)
+        # Lightning has divided by accumulate_grad_batches, the engine would once more
+        return super().backward(closure_loss, optimizer, *args, scale_wrt_gas=False, **kwargs)
+
+    def optimizer_step(self, optimizer: Any, closure: Any, model: Any = None, **kwargs: Any) -> Any:
+        """A step; the engine skips it on all ranks where the gradient is not finite, and the schedule must know."""
+        done = super().optimizer_step(optimizer, closure, model, **kwargs)
+        module: Any = self.lightning_module
+        module.step_skipped = bool(getattr(self.deepspeed_engine.optimizer, "overflow", False))
+        return done
+
+    @property
+    def float16_scale(self) -> float | None:
+        """What float16 multiplies the loss by and lowers when a gradient overflows; None where nothing is lowered."""
+        optimizer: Any = getattr(self.model, "optimizer", None)
+        return float(optimizer.loss_scale) if getattr(optimizer, "dynamic_loss_scale", False) else None
+
+    @property
+    def gradient_norm(self) -> float | None:
+        """Norm of the last step's whole gradient before clipping; None before the first step."""
+        norm = getattr(self.model, "get_global_grad_norm", lambda: None)()
+        return None if norm is None else float(norm)
+
+    # ---- checkpoints
+
+    def save_checkpoint(self, checkpoint: dict, filepath: str | Path, storage_options: Any = None) -> None:
+        """Write a folder of shards, one part per process; frozen weights are left out where only a part is trained."""
+        self.exclude_frozen_parameters = self._has_frozen_weights()
+        super().save_checkpoint(checkpoint, filepath, storage_options)
+
+    def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
+        """Restore weights and, when fitting, the optimizer; Lightning restores loops and schedule from the rest.
+
+        Shards of stage 1 and 2 may come from another number of processes: they are put together on the way.
+
+        Raises:
+            InputError: If the folder was written by another stage, by stage 3 with another number of processes, or by
+                stage 3 and now only to evaluate.
+        """
+        module = self.lightning_module
+        assert module is not None
+        fitting = module.trainer.state.fn == "fit"
+        writers = reshard.check_shards(Path(checkpoint_path), stage_3=self.zero_stage_3, world=self.world_size,
+                                       fitting=fitting)
+        strict, module.strict_loading = module.strict_loading, not self._has_frozen_weights()
+        try:
+            with safe_load.data_only():             # DeepSpeed itself asks for pickle
+                if fitting and writers != self.world_size:
+                    state = self._load_resharded(Path(checkpoint_path))
+                else:
+                    state = super().load_checkpoint(checkpoint_path, weights_only)
+        finally:
+            module.strict_loading = strict
+        if fitting:
+            assert self.deepspeed_engine.global_steps == state["global_step"], "engine and trainer count steps apart"
+        return state
+
+    def _load_resharded(self, path: Path) -> dict[str, Any]:
+        config = self.deepspeed_engine._config
+        with reshard.universal(path, first=self.is_global_zero, barrier=self.barrier) as folder:
+            config.load_universal_checkpoint = True
+            try:
+                return super().load_checkpoint(folder)
+            finally:
+                config.load_universal_checkpoint = False
+
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        """Nothing to do: the engine loaded the weights."""
+
+    def _has_frozen_weights(self) -> bool:
+        assert self.lightning_module is not None
+        return not all(weight.requires_grad for weight in self.lightning_module.parameters())
+
+
+class _EnginePrecision(DeepSpeedPrecision):
+    """DeepSpeed's precision, without Lightning's cast of buffers: rotary frequencies in bf16 are wrong positions."""
+
+    def convert_module(self, module: nn.Module) -> nn.Module:
+        return module                               # the engine casts parameters, and only them
+
+
+def _full_numel(weight: nn.Parameter) -> int:
+    return int(getattr(weight, "ds_numel", weight.numel()))

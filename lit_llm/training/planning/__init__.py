@@ -1,0 +1,1 @@
+"""Memory, time and devices of a run before it begins."""

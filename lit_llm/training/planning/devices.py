@@ -1,0 +1,131 @@
+"""A device's name in, what it can hold and compute out; or what this machine has.
+
+The one table of devices. Rates are dense (without sparsity), with sums in float32, from the vendors' data sheets and
+architecture papers: tensor cores for 16 bits, and torch's default for float32, which is not TF32. Memory is what
+drivers report, which is less than the name says where ECC or the system takes some. None of it was measured here; nor
+was `utilisation`, the share of the rate that a training step is assumed to reach. Knows nothing of models.
+"""
+
+import math
+import time
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from lit_llm.errors import InputError, did_you_mean
+from lit_llm.system import ranges
+from lit_llm.system.config_limits import installed_memory
+
+MARGIN = 0.85                                       # of a device's memory; fragments, buffers and others have the rest
+GIB, TERA = 2**30, 1e12
+SERVER, DESKTOP, PROCESSOR = 0.40, 0.35, 0.50       # assumed utilisation of a class of devices
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """What a run is planned for.
+
+    Args:
+        name: As it is typed, or as a driver says it.
+        memory: GiB of one device; of a processor, what the machine has.
+        half: TFLOP/s of products of matrices in bfloat16 (float16 where there is none); 0 where it is unknown.
+        single: The same in float32.
+        utilisation: Share of that rate that a training step is assumed to reach.
+        cpu: Whether it is a processor: then the process itself lies in the same memory, and processes share it.
+        bfloat16: Whether it multiplies in bfloat16.
+    """
+
+    name: str
+    memory: float
+    half: float = 0.0
+    single: float = 0.0
+    utilisation: float = DESKTOP
+    cpu: bool = False
+    bfloat16: bool = True
+
+    def rate(self, half: bool) -> float:
+        """FLOP/s that a step is assumed to reach; 0 where it is unknown."""
+        return (self.half if half else self.single) * self.utilisation * TERA
+
+    def room(self, processes: int = 1) -> int:
+        """Bytes that one process of a run may fill, of so many on this machine."""
+        return int(MARGIN * self.memory * GIB) // (processes if self.cpu else 1)
+
+
+DEVICES = {device.name: device for device in (
+    Device("t4", 14.6, 65, 8.1, SERVER, bfloat16=False),            # Turing data sheet
+    Device("v100-32", 31.7, 125, 15.7, SERVER, bfloat16=False),     # Volta data sheet, SXM2
+    Device("rtx3090", 23.7, 71, 35.6),                              # Ampere GA102 paper
+    Device("rtx4080", 15.7, 97.5, 48.7),                            # Ada paper
+    Device("rtx4090", 23.6, 165.2, 82.6),                           # Ada paper
+    Device("rtx5090", 31.4, 209.5, 104.8),                          # Blackwell RTX paper
+    Device("l4", 22.0, 121, 30.3, SERVER),                          # data sheet (half of the figure with sparsity)
+    Device("l40s", 44.5, 362, 91.6, SERVER),                        # the same
+    Device("a10", 22.0, 125, 31.2, SERVER),                         # data sheet
+    Device("a6000", 47.5, 154.8, 38.7),                             # data sheet (half of the figure with sparsity)
+    Device("a100-40", 39.4, 312, 19.5, SERVER),                     # data sheet
+    Device("a100-80", 79.2, 312, 19.5, SERVER),                     # data sheet
+    Device("h100", 79.2, 989.4, 66.9, SERVER),                      # data sheet, SXM5 (half of that with sparsity)
+    Device("h200", 139.8, 989.4, 66.9, SERVER),                     # the same
+    Device("b200", 178.0, 2250, 75, SERVER),                        # HGX data sheet (half of that with sparsity)
+    Device("mi300x", 191.9, 1307.4, 163.4, SERVER),                 # data sheet
+)}
+ALIASES = {"a100": "a100-80", "v100": "v100-32", "h100-80": "h100", "h200-141": "h200"}
+
+
+def named(name: str | None, memory: float | None) -> Device | None:
+    """The device that somebody typed; a number of GiB alone is a GPU of that memory. None where nothing was typed.
+
+    Raises:
+        InputError: No such device, or no memory.
+    """
+    ranges.check("plan.memory", memory, where="memory")
+    if name is None:
+        return None if memory is None else Device(f"a GPU of {memory:g} GiB", memory)
+    key = name.lower().replace("_", "-").replace(" ", "")
+    key = ALIASES.get(key, key)
+    if key == "cpu":
+        found = processor()
+    elif key in DEVICES:
+        found = DEVICES[key]
+    else:
+        known = [*DEVICES, "cpu"]
+        raise InputError(f"unknown device '{name}'.{did_you_mean(key, known)}", where="device",
+                         fix=f"one of {', '.join(known)}; or --memory GIB alone, for another GPU")
+    return found if memory is None else replace(found, memory=memory)
+
+
+def here(root: Any) -> Device:
+    """The device that a run has on this machine.
+
+    Args:
+        root: The torch device of its first process.
+    """
+    if root.type != "cuda":
+        return processor()
+    seen = torch.cuda.get_device_properties(root)
+    words = seen.name.lower().replace("-", " ").split()
+    joined = "".join(words)
+    like = [device for device in DEVICES.values()
+            if device.name.split("-")[0] in words or (device.name.startswith("rtx") and device.name in joined)]
+    close = min(like, key=lambda device: abs(device.memory - seen.total_memory / GIB), default=Device("", 0))
+    return replace(close, name=seen.name, memory=seen.total_memory / GIB)
+
+
+def processor() -> Device:
+    """This machine's, or what its container may have; its rate is not known before it is measured."""
+    return Device("memory of this machine", installed_memory() / GIB, utilisation=PROCESSOR, cpu=True)
+
+
+def measured(device: Device, seconds: float = 0.1) -> Device:
+    """A processor with its rate: products of matrices that fit its cache, in float32, on the threads torch has now."""
+    with torch.random.fork_rng(devices=[]):
+        left = torch.randn(512, 512)
+    best, until = math.inf, time.perf_counter() + seconds
+    while time.perf_counter() < until:
+        begun = time.perf_counter()
+        left @ left
+        best = min(best, time.perf_counter() - begun)
+    rate = 2 * 512**3 / best / TERA
+    return replace(device, half=rate, single=rate)

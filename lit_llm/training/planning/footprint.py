@@ -1,0 +1,274 @@
+"""A run that has not begun in, what a device of it must hold out: as it is, and in ways that would take less.
+
+The model is built without weights, anew for each way of recomputing and of training. A step's bytes are `trace.py`'s,
+their sum is `estimate.py`'s. Knows nothing of reports, files or what becomes of the answer.
+"""
+
+import logging
+import os
+import resource
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cache
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from lit_llm.errors import InputError
+from lit_llm.models import anatomy, vocabulary
+from lit_llm.models import load as model
+from lit_llm.models.adapters import adapter, peft_method, trained_rows
+from lit_llm.models.recompute import WAYS, Recompute, of_config
+from lit_llm.training import learned_tokens
+from lit_llm.training.parallel.fsdp import Fsdp2Strategy
+from lit_llm.training.planning import devices, estimate, trace
+from lit_llm.training.planning.devices import Device
+from lit_llm.training.planning.estimate import Counts, Kind, Memory, Setting
+from lit_llm.training.planning.trace import Step
+
+log = logging.getLogger(__name__)
+CONTEXT = 512 * 2**20                               # of CUDA in a process; what others report, not measured here
+
+
+@dataclass(frozen=True, slots=True)
+class Footprint:
+    """What a run holds.
+
+    Args:
+        kind: How its model is trained: what of it takes memory, what a step of so many rows holds.
+        setting: Of the run; its `recompute` is chosen where the config leaves that to us.
+        rows: Of a micro-batch.
+        process: Bytes of the process before it has a model.
+    """
+
+    kind: Kind
+    setting: Setting
+    rows: int
+    process: int
+
+    def memory(self, **changes: Any) -> Memory:
+        """Bytes on one device at the height of a step, with these changes of the setting."""
+        setting = replace(self.setting, **changes)
+        return estimate.memory(self.kind.counts, setting, self.kind.step(self.rows, setting.recompute), self.process)
+
+
+def of(trainer: Any, module: Any, data: Any, room: int, device: Device | None = None) -> Footprint:
+    """Of a run whose data are set up and whose model is not built.
+
+    Args:
+        trainer: Not begun.
+        module: Its settings are read.
+        data: Its plans are made.
+        room: Bytes of a device, for who leaves recomputing to us.
+        device: In place of this machine's.
+
+    Raises:
+        InputError: No step of this architecture can be traced without its weights.
+    """
+    build = _builder(module, data)
+    counts = count(*build(module.peft_spec), quantized=module.quantize is not None, muon=module.optimizer == "muon")
+    borders, supervised = heaviest(data)
+    auto = module.gradient_checkpointing == "auto"
+    rows = rows_at_once(data)
+    setting = _setting(trainer, module, "none" if auto else of_config(module.gradient_checkpointing),
+                       tokens=borders[-1], supervised=supervised,
+                       cpu=trainer.strategy.root_device.type == "cpu" if device is None else device.cpu)
+    kind = Kind(counts, _steps(lambda: build(module.peft_spec)[0], borders, setting, rows, counts))
+    kind.step(rows, setting.recompute)              # walks through a step, and so through libraries
+    found = Footprint(kind, setting, rows, resident_bytes() if setting.cpu else CONTEXT)
+    return replace(found, setting=replace(setting, recompute=cheapest(found, room))) if auto else found
+
+
+def cheapest(footprint: Footprint, room: int) -> Recompute:
+    """The way that computes least again and still fits; all of it where nothing does."""
+    for way in WAYS:
+        if footprint.memory(recompute=way).total < room:
+            return way
+    return "full"
+
+
+def agreed(trainer: Any, module: Any, data: Any) -> Recompute:
+    """What all ranks compute again: what the narrowest must, or some would gather layers twice and wait for the others.
+
+    A collective: every rank calls it.
+    """
+    try:
+        way = of(trainer, module, data, room(trainer)).setting.recompute
+    except InputError as error:
+        log.warning("the memory of a step could not be estimated: using full gradient checkpointing (%s)", error)
+        way = "full"
+    place = torch.tensor(WAYS.index(way), device=trainer.strategy.root_device)
+    way = WAYS[int(trainer.strategy.reduce(place, reduce_op="max"))]
+    if trainer.is_global_zero:
+        log.info("gradient checkpointing: %s", way)
+    return way
+
+
+def room(trainer: Any, device: Device | None = None) -> int:
+    """Bytes of a device that a run may fill; processes on CPUs share a machine's memory.
+
+    Args:
+        trainer: Not begun.
+        device: In place of this machine's.
+    """
+    return (device or devices.here(trainer.strategy.root_device)).room(int(trainer.num_devices))
+
+
+def rows_at_once(data: Any) -> int:
+    """Rows of the largest micro-batch that the data can make."""
+    return data.batch_size if data.streaming else min(data.batch_size, len(data.plans["train"].rows))
+
+
+def count(whole: Any, inner: Any, *, quantized: bool = False, muon: bool = False) -> Counts:
+    """What of a model takes memory and time.
+
+    Args:
+        whole: With its adapters.
+        inner: The transformers model in it.
+        quantized: Whether its frozen linear layers lie in 4 bits.
+        muon: Whether Muon moves its matrices.
+    """
+    sizes = anatomy.count_parameters(whole)
+    head, config = inner.get_output_embeddings(), inner.config
+    linears = [layer for layer in whole.modules() if isinstance(layer, nn.Linear) or type(layer).__name__ == "Conv1D"]
+    if rows := trained_rows.trained_rows(head):          # whose `weight` is made anew at each call
+        head = rows.layer
+    head_weight = getattr(head, "weight", None)
+    head_weight = head.base_layer.weight if head_weight is None else head_weight
+    weights = {id(layer.weight): layer.weight for layer in linears} | {id(head_weight): head_weight}
+    tables = {id(weight) for weight in anatomy.embeddings(whole)}
+    frozen = [weight for key, weight in weights.items() if not weight.requires_grad and key != id(head_weight)]
+    learns = [weight for weight in whole.parameters() if weight.requires_grad]
+    one = sum(weight.numel() // len(weight) for weight in inner.parameters() if weight.ndim == 3)   # of all experts
+    seen = one * (getattr(config, "num_experts_per_tok", None) or 1)
+    return Counts(sizes.total, sizes.trainable, sum(weight.numel() for weight in weights.values()) + seen,
+                  sizes.trainable if whole is not inner else 0,
+                  sum(weight.numel() for weight in frozen) if quantized else 0,
+                  sum(weight.numel() for weight in learns if weight.ndim == 2 and id(weight) not in tables) if muon
+                  else 0, head_weight.numel(), head_weight.requires_grad, head_weight.shape[0], config.hidden_size,
+                  config.num_attention_heads * _head_width(config) * config.num_hidden_layers)
+
+
+def _head_width(config: Any) -> int:
+    """Numbers of a query, and of a value; their mean in latent attention (DeepSeek), which has both."""
+    if getattr(config, "kv_lora_rank", None):
+        return int(config.qk_nope_head_dim + config.qk_rope_head_dim + config.v_head_dim) // 2
+    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+
+
+def heaviest(data: Any) -> tuple[list[int], int]:
+    """Borders of documents in the heaviest micro-batch that the data can make, and its supervised tokens.
+
+    That of the longest documents: attention on CPU keeps a matrix of tokens by tokens of each where it drops weights.
+    """
+    rows = data.plans["train"].rows
+    squares = np.add.reduceat(np.square(rows.segments.lengths), rows.offsets[:-1])
+    count = rows_at_once(data)
+    chosen = np.argsort(-squares, kind="stable")[:count]
+    width = int(rows.lengths[chosen].max()) if data.packing == "none" else data.seq_len
+    borders = [0]
+    for place in range(count):
+        lengths = [stop - start for _, start, stop in rows.row(chosen[place % len(chosen)])]
+        ends = [place * width + end for end in accumulate(lengths)]
+        borders += [*ends, (place + 1) * width] if ends[-1] < (place + 1) * width else ends
+    return borders, max(1, int(rows.supervised[chosen].sum()))
+
+
+def kinds(now: Footprint, module: Any, data: Any) -> list[Kind]:
+    """Ways to train it: as configured, with adapters, with adapters on 4 bits."""
+    found, spec, setting = [now.kind], module.peft_spec, now.setting
+    if module.base is None or module.quantize is not None:
+        return found                                # adapters on random weights would learn nothing
+    build, (borders, _) = _builder(module, data), heaviest(data)
+
+    def kind(spec: dict[str, Any], said: str, *, quantized: bool = False) -> Kind:
+        counts = count(*build(spec), quantized=quantized, muon=module.optimizer == "muon")
+        precision = "bf16-true" if quantized else None      # as that config says
+        of = replace(setting, precision=precision or setting.precision,
+                     stage=min(setting.stage, 2) if quantized else setting.stage)
+        return Kind(counts, _steps(lambda: build(spec)[0], borders, of, now.rows, counts), said, precision)
+
+    if spec is None:
+        spec = peft_method.LoRA().as_peft()
+        found.append(kind(spec, "--config configs/with/lora.yaml"))
+    return [*found, kind(spec, "--config configs/with/qlora.yaml", quantized=True)]
+
+
+def _builder(module: Any, data: Any) -> Callable[[dict[str, Any] | None], tuple[Any, Any]]:
+    """What makes the model anew without weights, with adapters of a spec and without, for who changes its layers."""
+    def build(spec: dict[str, Any] | None) -> tuple[Any, Any]:
+        facts = model.tokenizer_facts(data.tokenizer)
+        inner = model.skeleton(module.base, module.init, attention=module.choose_attention(facts), **facts)
+        if module.base is not None:
+            vocabulary.grow(inner, data.tokenizer.vocab_size)
+        with torch.device("meta"):
+            whole = adapter.wrap_peft(inner, spec, tokens=_trained_tokens(module, data, inner)) if spec else inner
+        return whole, inner
+
+    return build
+
+
+def _trained_tokens(module: Any, data: Any, inner: Any) -> list[int]:
+    """Those whose rows learn beside adapters; of `auto`, which asks the weights, all that it may choose."""
+    if module.peft_spec is None or module.train_tokens is None or trained_rows.row_obstacle(inner, module.peft_spec):
+        return []
+    if module.train_tokens != "auto":
+        return learned_tokens.named(data.tokenizer, module.train_tokens)
+    chats = any(not plan.corpus.is_document.all() for plan in data.plans.values())
+    if not chats or trained_rows.chooses_rows(inner, module.peft_spec):
+        return []
+    return learned_tokens.candidates(data.tokenizer)
+
+
+def _steps(build: Callable[[], Any], borders: list[int], setting: Setting, whole: int, counts: Counts
+           ) -> Callable[[float, Recompute], Step]:
+    """What a step of so many rows holds. Traced for all rows and for one, a straight line between."""
+    one = borders[-1] // whole
+    autocast = setting.half and setting.stage == 0
+
+    @cache
+    def traced(rows: int, way: Recompute) -> Step:
+        part = [border for border in borders if border <= rows * one]
+        half = setting.half and (not autocast or setting.precision.endswith("true"))
+        try:
+            return trace.step(build, part, supervised=max(1, setting.supervised * rows // whole), recompute_=way,
+                              half=half, autocast=autocast, quantized=setting.half and counts.quantized > 0,
+                              cuda=not setting.cpu)
+        except InputError:
+            raise
+        except Exception as error:                  # a forward pass that asks its numbers, each in its own way
+            raise InputError(f"what a step of this architecture holds cannot be said without its weights "
+                             f"({type(error).__name__}: {' '.join(str(error).split())[:120]})", where="model") from None
+
+    def step(rows: float, way: Recompute) -> Step:
+        if rows == whole:
+            return traced(whole, way)
+        few = traced(1, way)
+        if rows <= 1:
+            return few.times(rows)
+        return few.towards(traced(whole, way), (rows - 1) / (whole - 1))
+
+    return step
+
+
+def resident_bytes() -> int:
+    """Of this process, which has imported all that a run imports and walked through a step: what libraries take."""
+    try:
+        return int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:                                 # macOS tells the most it ever was
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def _setting(trainer: Any, module: Any, way: Recompute, *, tokens: int, supervised: int, cpu: bool) -> Setting:
+    config = getattr(trainer.strategy, "config", None)
+    zero = config.get("zero_optimization", {}) if isinstance(config, dict) else {}
+    stage = 3 if isinstance(trainer.strategy, Fsdp2Strategy) else int(zero.get("stage", 0))
+    return Setting(stage, trainer.world_size, tokens, supervised, way, module.optimizer, str(trainer.precision),
+                   bool(zero.get("offload_optimizer")), bool(zero.get("offload_param")),
+                   trainer.accumulate_grad_batches, cpu,
+                   getattr(trainer, "exports", False) and bool(trainer.checkpoint_callbacks))

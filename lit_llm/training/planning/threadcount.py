@@ -1,0 +1,59 @@
+"""The threads of every process of a run: chosen before its first forward, kept in its checkpoints.
+
+Another number of threads adds in another order, so a resumed run goes on with the number that it had. What is measured
+is `threads.py`'s. Knows nothing of what is trained but its width.
+"""
+
+import logging
+from typing import Any
+
+import lightning as L
+import torch
+import torch.distributed as dist
+from lightning.pytorch.callbacks import Callback
+
+from lit_llm.system import ranges, threads
+
+log = logging.getLogger(__name__)
+
+
+class ThreadCount(Callback):
+    """Chooses torch's threads on CPUs; on a GPU only a number that was typed is set.
+
+    Args:
+        wanted: A number, or auto.
+    """
+
+    def __init__(self, wanted: threads.Threads = "auto") -> None:
+        ranges.check("trainer.threads", wanted)
+        self.wanted = wanted
+        self._ranks: list[int] = []                 # of a stopped run
+
+    def state_dict(self) -> dict[str, Any]:
+        """Of all ranks; a collective."""
+        ranks: list[Any] = [torch.get_num_threads()]
+        if dist.is_available() and dist.is_initialized():
+            ranks = [None] * dist.get_world_size()
+            dist.all_gather_object(ranks, torch.get_num_threads())
+        return {"ranks": ranks}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Keep them until the first step."""
+        self._ranks = list(state_dict["ranks"])
+
+    def settle(self, trainer: L.Trainer) -> None:
+        """Before the first forward of a verb: choose, set and say."""
+        if trainer.strategy.root_device.type != "cpu" and self.wanted == "auto":
+            return
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        config: Any = getattr(getattr(trainer.lightning_module, "model", None), "config", None)
+        config = config.get_text_config() if hasattr(config, "get_text_config") else config
+        width, tokens = getattr(config, "hidden_size", None) or 512, 1024
+        if hasattr(data, "seq_len"):
+            tokens = data.seq_len * getattr(data, "batch_size", 1)
+        before = self._ranks[trainer.global_rank] if len(self._ranks) == trainer.world_size else None
+        choice = threads.settle(self.wanted, threads.training_work(int(width), int(tokens)),
+                                processes=int(trainer.num_devices), before=before)
+        if trainer.is_global_zero and threads.cores() > 1:
+            log.info("threads: %d of %d cores, %s (--trainer.threads N sets it)", choice.count, threads.cores(),
+                     choice.why)

@@ -1,0 +1,282 @@
+"""A running fit in, checkpoint folders out: complete or not there.
+
+    runs/sft/checkpoints/
+      step_40/   state           Lightning's or DeepSpeed's: optimizer, schedule, loops, generators, place in the data
+                 adapter/        or model/: the trained weights in the field's formats (safetensors)
+                 manifest.json   sizes and hashes of all of it; written last, then the folder gets its name
+      LATEST     the newest folder's name; BEST the one with the best monitored metric
+
+Knows nothing of losses or data; `manifest.py` tells what is a checkpoint.
+"""
+
+import logging
+import math
+import shutil
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning as L
+import torch
+from lightning.fabric.plugins import TorchCheckpointIO
+from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.loops.evaluation_loop import RestartStage
+
+from lit_llm import disk
+from lit_llm.data.rows.identity import differences
+from lit_llm.errors import InputError
+from lit_llm.models import load as model
+from lit_llm.models.adapters import adapter, starting
+from lit_llm.system import origin, ranges
+from lit_llm.training.checks import divergence, in_memory
+from lit_llm.training.parallel.processes import end_together
+from lit_llm.training.parallel.shards import gathered_trainable_state
+from lit_llm.training.run import manifest
+from lit_llm.training.run.evaluation import figures_of
+from lit_llm.training.run.manifest import step_of
+from lit_llm.training.run.report import MetricsCSV
+from lit_llm.training.run.writing import Writing
+
+log = logging.getLogger(__name__)
+PREFIX = "model."                                   # the LightningModule's name for what it trains
+GIB = 2**30
+
+
+class StepCheckpoint(Checkpoint):
+    """Saves at optimizer-step ends, after each validation and at the end; keeps the newest, the best and milestones.
+
+    Args:
+        every_n_steps: Save every so many optimizer steps; null saves at validations and at the end only. A run that is
+            killed loses no more steps than these.
+        monitor: Metric that decides which checkpoint is best; `val/nll` is perplexity on a log scale.
+        mode: Whether small or large values of it are good.
+        keep_best: Best checkpoints kept on disk.
+        keep_last: Newest checkpoints kept on disk.
+        keep_every_n_steps: Also save every so many steps, and keep these for good; null keeps none so.
+    """
+
+    def __init__(self, every_n_steps: int | None = None, monitor: str = "val/nll", mode: Literal["min", "max"] = "min",
+                 keep_best: int = 1, keep_last: int = 1, keep_every_n_steps: int | None = None) -> None:
+        self.every_n_steps, self.monitor, self.mode = every_n_steps, monitor, mode
+        self.keep_best, self.keep_last, self.keep_every_n_steps = keep_best, keep_last, keep_every_n_steps
+        self.scores: dict[str, float] = {}          # folder name -> monitored value
+        self._saved = -1
+        self._fixed_rows = in_memory.FixedRows()    # which each checkpoint is scored on
+        self._unfinished = False                    # whether what is saved stands inside a validation
+
+    # ---- when --------------------------------------------------------------------------------------------------------
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """States go straight to their file: Lightning would hold them in memory, then in /tmp, a second time.
+
+        Raises:
+            InputError: A number is too small; said here, for the command line knows no reasons of constructors.
+        """
+        ranges.check_all("StepCheckpoint", vars(self))
+        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
+            trainer.strategy.checkpoint_io = _StateFile()
+
+    def on_train_start(self, trainer: L.Trainer, *_: Any) -> None:
+        """A resumed run compares with what lies there; folders behind the step where it goes on are set aside."""
+        step = trainer.global_step
+        _check_disk(trainer, copies=1 if step else 2)
+        if step and trainer.is_global_zero:
+            plans = getattr(trainer.datamodule, "plans", {})  # type: ignore[attr-defined]
+            self._recall(checkpoints(trainer), step, plans["val"].fingerprint if "val" in plans else None)
+        if self._unfinished:                        # Lightning would take the validation for done
+            validation = trainer.fit_loop.epoch_loop.val_loop
+            validation.restarting, validation._restart_stage = False, RestartStage.RESTARTED_MID_EVALUATION
+            self._unfinished = False
+        epochs: Any = trainer.fit_loop.epoch_progress.total
+        if trainer.fit_loop.restarted_mid_epoch and epochs.processed == epochs.started:
+            # The checkpoint was written after an epoch's last batch, and Lightning has counted that epoch as done; it
+            # would still go on as in the middle of one, and neither call `on_train_epoch_start` for the next epoch nor
+            # count it as started. A second resume would then count one epoch less than was trained.
+            trainer.fit_loop.reset_restart_stage()
+
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        """Every n optimizer steps, at an epoch's last and at the run's last; where a validation is due, after it.
+
+        Never inside an accumulation window, whose gradients a file would lose; and not only in `on_train_end`, where
+        Lightning's counters already stand in the next epoch and a resumed run would mix two windows.
+        """
+        if trainer.fit_loop._should_accumulate():
+            return
+        step = trainer.global_step
+        due = any(every and step % every == 0 for every in (self.every_n_steps, self.keep_every_n_steps))
+        if (due or trainer.is_last_batch or step == trainer.max_steps) and not validation_is_due(trainer):
+            self.save(trainer)
+
+    def on_validation_end(self, trainer: L.Trainer, *_: Any) -> None:
+        """After a validation inside fit, with its score."""
+        if trainer.state.fn == "fit" and not trainer.sanity_checking and not trainer.fit_loop._should_accumulate():
+            score = trainer.callback_metrics.get(self.monitor)
+            self.save(trainer, None if score is None else float(score), figures_of(trainer, "val/"))
+
+    def on_train_end(self, trainer: L.Trainer, *_: Any) -> None:
+        """At the end, unless the last step is on disk already."""
+        self.save(trainer)
+
+    # ---- what --------------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where it was saved."""
+        return {"step": self._saved, "unfinished": self._unfinished}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """That step lies on disk."""
+        self._saved, self._unfinished = state_dict["step"], state_dict["unfinished"]
+
+    def save(self, trainer: L.Trainer, score: float | None = None, figures: dict[str, float] | None = None, *,
+             unfinished: bool = False) -> None:
+        """Write the folder of this step; a collective of all ranks.
+
+        Args:
+            trainer: In a fit.
+            score: The monitored metric at this very step; null if it was not measured here.
+            figures: All that was measured at this very step.
+            unfinished: Inside a validation, which a resumed run begins again.
+
+        Raises:
+            InputError: It cannot be written; the older ones are whole.
+        """
+        step = trainer.global_step
+        folder = checkpoints(trainer) / f"step_{step}"
+        if score is not None and math.isfinite(score):              # a NaN is never best
+            self.scores[folder.name] = score
+        if step == self._saved or not step:
+            if figures and trainer.is_global_zero and (folder / manifest.NAME).is_file():
+                manifest.set_score(folder, score, figures)          # saved before it was measured
+                self._point_and_prune(folder)
+            return
+        divergence.check_weights(trainer)
+        self._saved, self._unfinished = step, unfinished
+        partial = folder.with_name(folder.name + ".partial")
+        writing = Writing(trainer, partial)
+        with writing.noted():
+            if trainer.is_global_zero:
+                writing.begin()
+        writing.agree(f"the checkpoint of step {step}")
+        with writing.noted(), writing.deferred():
+            trainer.save_checkpoint(partial / "state")
+        writing.agree(f"the checkpoint of step {step}")
+        scored = self._fixed_rows.measured(trainer)
+        state = gathered_trainable_state(trainer.lightning_module)
+        with writing.noted():
+            if trainer.is_global_zero:
+                assert state is not None
+                writing.release()
+                self._write_weights(trainer, partial, state)
+                manifest.write(partial, trainer, score, figures, scored)
+                for logger in trainer.loggers:
+                    if isinstance(logger, MetricsCSV):
+                        logger.sync()               # no checkpoint survives the rows that led to it
+                disk.replace_folder(partial, folder)
+                self._point_and_prune(folder)
+        writing.agree(f"the checkpoint of step {step}")
+        self._unfinished = False
+
+    def _recall(self, folders: Path, step: int, measured_on: Any) -> None:
+        for half in folders.glob("*.partial"):
+            shutil.rmtree(half, ignore_errors=True)
+        for folder in manifest.folders(folders.parent):
+            if step_of(folder.name) > step:
+                aside = folder.with_name(f"abandoned_{folder.name}")
+                shutil.rmtree(aside, ignore_errors=True)
+                folder.rename(aside)
+                log.info("%s lies behind step %d, where this run goes on; it is now in %s", folder, step, aside)
+            elif not (folder / manifest.NAME).is_file():
+                shutil.rmtree(folder, ignore_errors=True)           # half deleted when the run was killed
+            elif (score := self._score_of(folder, measured_on)) is not None:
+                self.scores[folder.name] = float(score)
+        if (folders / f"step_{step}").is_dir():
+            self._point_and_prune(folders / f"step_{step}")
+
+    def _score_of(self, folder: Path, measured_on: Any) -> float | None:
+        """The metric that is monitored now, of an earlier checkpoint; null if it was measured on other data."""
+        facts = manifest.read(folder)
+        data = facts.get("data")
+        if isinstance(data, dict) and differences(data.get("val"), measured_on):
+            return None
+        score: float | None = (facts.get("figures") or {}).get(self.monitor)
+        return score if facts.get("figures") else facts["score"]
+
+    @staticmethod
+    def _write_weights(trainer: L.Trainer, folder: Path, state: dict[str, Any]) -> None:
+        module: Any = trainer.lightning_module
+        state = {name.removeprefix(PREFIX): weight for name, weight in state.items()}
+        if adapter.is_peft(module.model):
+            adapter.save_adapter(module.model, folder / "adapter", state, base=str(origin.recorded(module.base)))
+            if module.start is not None and module.merge_start:
+                starting.carry(Path(module.start), folder / "adapter")
+        else:
+            model.save_weights(module.model, folder / "model", state)
+        tokenizer: Any = getattr(getattr(trainer, "datamodule", None), "tokenizer", None)
+        if stop_ids := getattr(tokenizer, "stop_ids", ()):          # where answers end, beside what learned it
+            settings = model.generation_config(module.model, stop_ids, tokenizer.pad_id)
+            settings.save_pretrained(folder / ("adapter" if adapter.is_peft(module.model) else "model"))
+
+    def _point_and_prune(self, newest: Path) -> None:
+        disk.replace_text(newest.parent / "LATEST", newest.name + "\n")
+        here = {path.name for path in manifest.folders(newest.parent.parent)}
+        ranked = sorted((name for name in self.scores if name in here), key=lambda name: (
+            self.scores[name] if self.mode == "min" else -self.scores[name], step_of(name)))
+        if ranked:
+            disk.replace_text(newest.parent / "BEST", ranked[0] + "\n")
+        keep = {*ranked[: self.keep_best], *sorted(here, key=step_of)[-self.keep_last:]}
+        if self.keep_every_n_steps:
+            keep |= {name for name in here if step_of(name) % self.keep_every_n_steps == 0}
+        for name in here - keep:
+            (newest.parent / name / manifest.NAME).unlink(missing_ok=True)      # first: half a folder is none
+            shutil.rmtree(newest.parent / name, ignore_errors=True)
+
+
+class _StateFile(TorchCheckpointIO):
+    """One file, written in place: the folder around it is complete or not there."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)    # of Lightning's own callbacks
+        torch.save(checkpoint, path)
+
+
+def checkpoints(trainer: L.Trainer) -> Path:
+    """Where a run keeps its checkpoints."""
+    return Path(trainer.default_root_dir) / "checkpoints"
+
+
+def validation_is_due(trainer: L.Trainer) -> bool:
+    """Whether Lightning validates after this training batch; asked at the batch's end."""
+    epoch = trainer.fit_loop.epoch_loop
+    fetcher = trainer.fit_loop._data_fetcher
+    assert fetcher is not None
+    if not epoch._should_check_val_fx(fetcher):
+        return False
+    epoch.val_loop.setup_data()                     # else it does not know yet whether there is anything
+    return not epoch.val_loop.skip
+
+
+def estimated_bytes(module: L.LightningModule) -> int:
+    """Bytes of one checkpoint, from what is trained: weights twice, AdamW's two averages, ZeRO's float32 masters."""
+    total = 1 << 20
+    zero = hasattr(module.trainer.strategy, "deepspeed_engine")
+    for weight in module.parameters():
+        if weight.requires_grad:
+            each = weight.element_size()
+            total += int(getattr(weight, "ds_numel", weight.numel())) * (each + 16 if zero else 4 * each)
+    return total
+
+
+def _check_disk(trainer: L.Trainer, copies: int) -> None:
+    """Before the first step: room for the next checkpoint while the last one is still there; rank 0 tells the others.
+
+    Raises:
+        InputError: There is less.
+    """
+    folder = checkpoints(trainer)
+    while not folder.is_dir():
+        folder = folder.parent
+    need, free = copies * estimated_bytes(trainer.lightning_module), shutil.disk_usage(folder).free
+    need, free = trainer.strategy.broadcast((need, free))
+    if free < need:
+        end_together(trainer)
+        raise InputError(f"{copies} checkpoints take about {need / GIB:.2f} GiB and {free / GIB:.2f} GiB are free",
+                         where=str(folder), fix="make room, or write elsewhere: --trainer.default_root_dir")

@@ -1,0 +1,126 @@
+"""Figures of a validation or a test, and where they are kept: with the run whose checkpoint was measured, or apart.
+
+`metrics.json` of a run speaks of one checkpoint, which it names, on the run's own data. What is measured of another
+model or on other data gets a line in `evaluations.jsonl` and changes nothing else.
+"""
+
+import json
+import logging
+import time
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import yaml
+
+from lit_llm.data.rows.identity import differences
+from lit_llm.system.redaction import redact_text
+from lit_llm.training.run import manifest
+from lit_llm.training.run.report import write_json
+
+log = logging.getLogger(__name__)
+METRICS, RECORD = "metrics.json", "evaluations.jsonl"
+OF_DATA = ("sources", "val_sources", "val_fraction", "test_sources", "test_fraction", "train_on", "seq_len", "packing",
+           "overlong", "seed", "dedup")             # keys that decide what is measured
+
+
+def figures_of(trainer: L.Trainer, prefix: str) -> dict[str, float]:
+    """What was measured, of names that begin with a prefix such as `val/`."""
+    return {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith(prefix)}
+
+
+def write_metrics(run: Path, step: int, figures: dict[str, float], before: dict[str, float],
+                  more: dict[str, Any] | None = None) -> None:
+    """Write `metrics.json`.
+
+    Args:
+        run: The run folder.
+        step: Optimizer step of the checkpoint that was measured.
+        figures: Of it.
+        before: Figures before training.
+        more: Other facts.
+    """
+    facts = {"checkpoint": f"step_{step}" if step else None, "step": step, **figures,
+             **{f"before/{name}": value for name, value in before.items()}, **(more or {})}
+    write_json(run / METRICS, facts)
+
+
+def read_metrics(run: Path) -> dict[str, Any]:
+    """`metrics.json`; empty where there is none that can be read."""
+    try:
+        facts = json.loads((run / METRICS).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return facts if isinstance(facts, dict) else {}
+
+
+def keep(trainer: L.Trainer, split: str, config: dict[str, Any] | None) -> dict[str, float]:
+    """Record what `validate` or `test` measured; on rank 0.
+
+    Args:
+        trainer: After the pass.
+        split: `val` or `test`.
+        config: Settings of this command.
+
+    Returns:
+        The figures.
+    """
+    figures = figures_of(trainer, f"{split}/")
+    run, module = Path(trainer.default_root_dir), trainer.lightning_module
+    checkpoint: Path | None = getattr(module, "checkpoint", None)
+    if not trainer.is_global_zero:
+        return figures
+    step = int(manifest.read(checkpoint)["step"]) if checkpoint is not None else 0
+    own = checkpoint is not None and checkpoint.resolve().parent.parent == run.resolve()
+    other = _other_data(trainer, split, checkpoint, config)
+    listed = (config or {}).get("data") or {}
+    line: dict[str, Any] = {
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S"), "verb": "validate" if split == "val" else "test",
+        "checkpoint": checkpoint.name if own and checkpoint is not None else checkpoint and str(checkpoint.absolute()),
+        "base": getattr(module, "base", None), "step": step, "other_data": other,
+        "data": {key: listed[key] for key in OF_DATA if key in listed}, **figures}
+    run.mkdir(parents=True, exist_ok=True)
+    with open(run / RECORD, "a", encoding="utf-8") as stream:
+        stream.write(redact_text(json.dumps(line, ensure_ascii=False, default=str)) + "\n")
+    if own and not other:
+        known = read_metrics(run)
+        same = known.get("step") == step            # then figures of the other split still are this checkpoint's
+        kept = {key: value for key, value in known.items() if key.startswith(("val/", "test/", "last/")) and same}
+        before = {key.removeprefix("before/"): value for key, value in known.items() if key.startswith("before/")}
+        write_metrics(run, step, kept | figures, before)
+    elif not (run / "checkpoints").is_dir():        # no run is here whose record this could be taken for
+        write_json(run / METRICS, {"checkpoint": line["checkpoint"], "base": line["base"], "step": step, **figures})
+    else:
+        why = f"measured on other data than the run's ({other})" if own else "measured is no checkpoint of this run"
+        log.warning("%s: the figures are in %s, and metrics.json stays as it is", why, run / RECORD)
+    return figures
+
+
+def _other_data(trainer: L.Trainer, split: str, checkpoint: Path | None, config: dict[str, Any] | None) -> str:
+    """How the data differ from those on which the checkpoint's run measures, in words; empty where they do not."""
+    if checkpoint is None:
+        return ""
+    data: Any = trainer.datamodule  # type: ignore[attr-defined]
+    plan = getattr(data, "plans", {}).get(split)
+    then = manifest.read(checkpoint).get("data")
+    known = then.get(split) if isinstance(then, dict) else None
+    found = []
+    if known is not None and plan is not None:
+        found = differences(known, plan.fingerprint)
+    elif config is not None and (old := _config_of(checkpoint.parent.parent).get("data")):
+        new = config.get("data") or {}
+        found = [f"data.{key} {old.get(key)}, not {new.get(key)}" for key in OF_DATA if old.get(key) != new.get(key)]
+    limit = getattr(trainer, f"limit_{split}_batches")
+    usual = (_config_of(checkpoint.parent.parent).get("trainer") or {}).get(f"limit_{split}_batches")
+    usual = 1.0 if usual is None else usual
+    if (type(usual), usual) != (type(limit), limit):                # 1 is a batch, 1.0 is all of them
+        found.append(f"trainer.limit_{split}_batches {usual}, not {limit}")
+    return "; ".join(found)
+
+
+def _config_of(run: Path) -> dict[str, Any]:
+    try:
+        config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        return {}
+    return config if isinstance(config, dict) else {}

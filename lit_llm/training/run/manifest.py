@@ -1,0 +1,233 @@
+"""A finished checkpoint folder in, its manifest out; and back: a wish like `last` in, a folder known to be whole out.
+
+`manifest.json` holds size and sha256 of each file, and what the checkpoint belongs to. It is written last: a folder
+without a valid one is no checkpoint. Knows nothing of when to save.
+"""
+
+import hashlib
+import json
+import logging
+import math
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning as L
+from lightning.pytorch.utilities import rank_zero_only
+
+from lit_llm import disk
+from lit_llm.errors import InputError
+from lit_llm.system import integrity, origin
+from lit_llm.system.integrity import NAME, faults, read
+from lit_llm.system.redaction import redact_text
+
+log = logging.getLogger(__name__)
+Change = Literal["base", "peft", "tokenizer", "template", "quantize"]
+NOUNS: dict[str, str] = {"base": "base_hash", "peft": "peft", "tokenizer": "tokenizer", "template": "template",
+                         "quantize": "quantize"}
+FIXED = ("init", "optimizer")                       # what a resumed run cannot change in any case
+
+
+# ---- writing ---------------------------------------------------------------------------------------------------------
+
+def write(folder: Path, trainer: L.Trainer, score: float | None, figures: dict[str, float] | None = None,
+          check: dict[str, Any] | None = None) -> None:
+    """Wait until every file of the folder is on the disk, then write its manifest.
+
+    Args:
+        folder: Complete but for the manifest.
+        trainer: In a fit.
+        score: The monitored metric, if measured.
+        figures: All that was measured of it.
+        check: The nll of fixed rows by the model in memory, as `in_memory.FixedRows` gives it.
+    """
+    import torch
+    import transformers
+
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    with ThreadPoolExecutor() as pool:              # ZeRO writes a file a rank; hashing lets go of Python's lock
+        hashes = list(pool.map(integrity.sha256, files))
+    for path in (*files, *(path for path in folder.rglob("*") if path.is_dir())):
+        disk.sync(path)
+    facts = {
+        "step": trainer.global_step, "epoch": trainer.current_epoch, "score": finite(score),
+        "figures": _finite_only(figures), "check": check,
+        **identity(trainer), "world_size": trainer.world_size, "strategy": type(trainer.strategy).__name__,
+        "stage": getattr(trainer.strategy, "config", {}).get("zero_optimization", {}).get("stage"),
+        "precision": str(trainer.precision),
+        "versions": {"torch": torch.__version__, "transformers": transformers.__version__, "lightning": L.__version__},
+        "files": {str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": sha256}
+                  for path, sha256 in zip(files, hashes, strict=True)},
+    }
+    _replace(folder, facts)
+    disk.sync(folder)
+
+
+def set_score(folder: Path, score: float | None, figures: dict[str, float]) -> None:
+    """The monitored metric, and all others, of a folder that was saved before it was measured."""
+    _replace(folder, read(folder) | {"score": finite(score), "figures": _finite_only(figures)})
+
+
+def _finite_only(figures: dict[str, float] | None) -> dict[str, float | None]:
+    return {name: finite(value) for name, value in (figures or {}).items()}
+
+
+def finite(score: float | None) -> float | None:
+    """The score, or null where it is no number."""
+    return score if score is not None and math.isfinite(score) else None
+
+
+def _replace(folder: Path, facts: dict[str, Any]) -> None:
+    disk.replace_text(folder / NAME, redact_text(json.dumps(facts, indent=1, default=str)) + "\n")
+
+
+# ---- what it belongs to ----------------------------------------------------------------------------------------------
+
+def identity(trainer: L.Trainer) -> dict[str, Any]:
+    """What a checkpoint must have in common with the run that goes on from it; null where it cannot be told."""
+    module: Any = trainer.lightning_module
+    data: Any = trainer.datamodule  # type: ignore[attr-defined]
+    tokenizer, plans = getattr(data, "tokenizer", None), getattr(data, "plans", {})
+    template = getattr(getattr(tokenizer, "hf", None), "chat_template", None)
+    facts = {
+        "base": origin.recorded(module.base), "base_hash": origin.content_hash(module.base), "init": module.init,
+        "peft": _method(module), "quantize": module.quantize, "optimizer": module.optimizer,
+        "tokenizer": getattr(tokenizer, "fingerprint", None),
+        "template": template and hashlib.sha256(json.dumps(template).encode()).hexdigest(),
+        "data": {stage: plan.fingerprint for stage, plan in plans.items()},
+    }
+    plain: dict[str, Any] = json.loads(json.dumps(facts, default=str))
+    return plain
+
+
+def _method(module: Any) -> Any:
+    """The PEFT spec, and upon which merged adapter it is trained."""
+    if module.peft_spec is None or getattr(module, "start", None) is None or not module.merge_start:
+        return module.peft_spec
+    return module.peft_spec | {"upon": integrity.sha256(Path(module.start) / "adapter_model.safetensors")}
+
+
+def check_same(folder: Path, trainer: L.Trainer, accepted: Sequence[Change]) -> None:
+    """Refuse a checkpoint of another model, method, tokenizer or template: to go on from, or to measure.
+
+    Data, batches and processes are checked by those who divide them: the loader and the strategy.
+
+    Raises:
+        InputError: It names all that differs.
+    """
+    before, now = read(folder), identity(trainer)
+    fitting = trainer.state.fn == "fit"
+    differs = [noun for noun, key in NOUNS.items() if noun != "base" and before.get(key, now[key]) != now[key]]
+    if not origin.same(before.get("base"), before.get("base_hash"), now["base"], now["base_hash"]):
+        differs.insert(0, "base")
+    fixed = [noun for noun in (FIXED if fitting else ("init",)) if before.get(noun, now[noun]) != now[noun]]
+    differs = [noun for noun in differs if noun not in accepted]
+    if "tokenizer" in differs and "template" in differs:
+        differs.remove("tokenizer")                 # whose fingerprint holds the template's
+    if differs or fixed:
+        facts = {"base": f" ({before.get('base')}, not {now['base']})",
+                 "peft": f" ({_apart(before.get('peft'), now['peft'])})",
+                 "quantize": f" ({before.get('quantize')}, not {now['quantize']})"}
+        told = [f"another {noun}{facts.get(noun, '')}" for noun in differs]
+        told += [f"another model.{noun} ({_apart(before[noun], now[noun])})" for noun in fixed]
+        known = f"; or, if you know that nothing of it matters, --trainer.accept_changes '[{', '.join(differs)}]'"
+        raise InputError(f"the checkpoint was written with {'; '.join(told)}", where=str(folder),
+                         fix="give what it was trained with" + ("" if fixed else known))
+    then, zero = before.get("precision"), before.get("strategy") == "ZeroStrategy"
+    if fitting and zero and _half(then) != _half(trainer.precision):
+        raise InputError(f"the checkpoint was written with {then}, and DeepSpeed cannot go on from it with "
+                         f"{trainer.precision}", where="trainer.precision", fix="set it to what it was")
+    state = folder / "state"
+    if fitting and state.is_dir() != _writes_folders(trainer):
+        raise InputError(f"the checkpoint was written under {before['strategy']}, and "
+                         f"{type(trainer.strategy).__name__} cannot read it", where="trainer.strategy",
+                         fix="resume with the strategy that wrote it; for "
+                         "another, start a new run from its weights: export it, and give that folder as model.base")
+
+
+def _apart(one: Any, other: Any) -> str:
+    """Where two values of a config differ: keys of a mapping, the whole of others."""
+    if not isinstance(one, dict) or not isinstance(other, dict):
+        return f"{_named(one)}, not {_named(other)}"
+    if one.get("class_path") != other.get("class_path"):
+        return f"{_named(one)}, not {_named(other)}"
+    first, second = one.get("init_args", one) or {}, other.get("init_args", other) or {}
+    keys = [key for key in first | second if first.get(key) != second.get(key)]
+    return ", ".join(f"{key} {first.get(key)}, not {second.get(key)}" for key in keys)
+
+
+def _half(precision: Any) -> str:
+    """The 16-bit type that a precision computes in; empty for float32."""
+    return next((kind for kind in ("bf16", "16") if str(precision).startswith(kind)), "")
+
+
+def _named(value: Any) -> str:
+    return str(value.get("class_path", value)) if isinstance(value, dict) else str(value)
+
+
+def _writes_folders(trainer: L.Trainer) -> bool:
+    from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+
+    from lit_llm.training.parallel.zero import ZeroStrategy
+
+    plain = isinstance(trainer.strategy, SingleDeviceStrategy | DDPStrategy)
+    return not plain or isinstance(trainer.strategy, ZeroStrategy)
+
+
+# ---- reading ---------------------------------------------------------------------------------------------------------
+
+def step_of(name: str) -> int:
+    """40 of `step_40`; -1 of any other name."""
+    digits = name.removeprefix("step_")
+    return int(digits) if name.startswith("step_") and digits.isdigit() else -1
+
+
+def folders(run: Path) -> list[Path]:
+    """Checkpoint folders of a run, the newest first; not all of them need be whole."""
+    found = [path for path in (run / "checkpoints").glob("step_*") if path.is_dir() and step_of(path.name) >= 0]
+    return sorted(found, key=lambda path: -step_of(path.name))
+
+
+def find(run: Path, wanted: str) -> Path:
+    """A whole checkpoint folder: `last`, `best`, or the path of one.
+
+    Every file is read and hashed, on each rank. `last` is the newest folder that is whole: a torn one is named and
+    passed over.
+
+    Raises:
+        InputError: There is none; it names the file that is missing or was changed.
+    """
+    if wanted == "last":
+        return _newest(run)
+    folder = Path(wanted).expanduser()
+    if wanted == "best":
+        pointer = run / "checkpoints" / "BEST"
+        if not pointer.is_file():
+            raise InputError(f"{run} has no best checkpoint", where="ckpt_path", fix="--ckpt_path last")
+        folder = pointer.parent / pointer.read_text(encoding="utf-8").strip()
+    if not folder.is_dir():
+        raise InputError(f"there is no checkpoint folder {wanted}", where="ckpt_path",
+                         fix="give `last`, `best`, or a folder like runs/sft/checkpoints/step_40")
+    for fault in faults(folder):
+        raise InputError(fault, where="ckpt_path", fix="use another checkpoint of the run: --ckpt_path last")
+    return folder
+
+
+def _newest(run: Path) -> Path:
+    torn: list[str] = []
+    for folder in folders(run):
+        fault = next(faults(folder), None)
+        if fault is None:
+            for words in torn:
+                _warn(f"{words}; going on from {folder.name}")
+            return folder
+        torn.append(fault)
+    if torn:
+        raise InputError(torn[0], where="ckpt_path", fix="no older one is whole; start a fit without --ckpt_path")
+    raise InputError(f"{run} has no last checkpoint", where="ckpt_path", fix="start a fit without --ckpt_path")
+
+
+@rank_zero_only
+def _warn(words: str) -> None:
+    log.warning(words)

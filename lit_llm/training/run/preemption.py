@@ -1,0 +1,278 @@
+"""Signals to any process in, one agreed end out: at a step's end, with a checkpoint, on all ranks.
+
+SIGTERM, SIGINT (Ctrl-C) and SIGUSR1 only leave a note. Ranks tell each other what they noted at each step's end and
+between batches of a validation, and read the answer at the next one: nobody waits, and collectives stay in order.
+Knows nothing of what is saved.
+"""
+
+import logging
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Generator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+import torch.distributed as dist
+from lightning.pytorch.callbacks import Callback
+
+from lit_llm.system import command
+from lit_llm.system.redaction import redact_words
+from lit_llm.training.parallel.processes import Watch, end_together, kill_started, tell_parent
+from lit_llm.training.run import manifest
+from lit_llm.training.run.checkpoint import StepCheckpoint, validation_is_due
+
+log = logging.getLogger(__name__)
+PATIENCE = 5.0                                      # seconds
+SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGUSR1", "SIGTERM") if hasattr(signal, name)]
+
+
+class Stopped(SystemExit):
+    """A run that was told to stop and did: exit code 143, after Ctrl-C 130."""
+
+
+class Preemption(Callback):
+    """Stops a run when a signal says so.
+
+    Before the first step there is nothing to save, and a signal ends the process at once. A second Ctrl-C does so at
+    any time; the checkpoints on disk are whole, whenever that is.
+    """
+
+    def __init__(self) -> None:
+        self.noted = 0                              # the signal this process got
+        self._agreeing = False                      # from the first step on
+        self._met = False                           # whether the others have come there, too
+        self._asked: tuple[Any, torch.Tensor] | None = None
+        self.watch: Watch | None = None             # over the other processes
+
+    # ---- others that die ---------------------------------------------------------------------------------------------
+
+    def begin_watch(self, trainer: L.Trainer) -> None:
+        """As soon as all processes of this machine are there."""
+        def go_on() -> str:
+            if trainer.state.fn != "fit":
+                return "its last words are above, if it had any"
+            saved = any(manifest.folders(Path(trainer.default_root_dir)))
+            return f"go on with: {resume_command()}" if saved else "nothing was saved"
+
+        self.watch = Watch(trainer, go_on)
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """All is done."""
+        if self.watch is not None:
+            self.watch.stop()
+
+    def on_exception(self, trainer: L.Trainer, module: L.LightningModule, exception: BaseException) -> None:
+        """Its own, or what it is like when another process is gone."""
+        if self.watch is not None:
+            self.watch.explain(exception)
+
+    # ---- noting ------------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def listening(self, trainer: L.Trainer) -> Generator[None, None, None]:
+        """Around a fit: take the signals, and give them back. Lightning's own handlers make ranks wait for ever."""
+        quiet: Any = lambda *_: None  # noqa: E731
+        trainer._signal_connector.register_signal_handlers = quiet  # type: ignore[method-assign]
+        trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = quiet  # type: ignore[method-assign]
+        if threading.current_thread() is not threading.main_thread():
+            yield                                   # Python gives signals to the main thread alone
+            return
+        self.noted, self._agreeing, self._met, self._asked = 0, False, False, None
+        owner = os.getpid()
+
+        def note(number: int, _: Any) -> None:
+            if os.getpid() != owner:                # a worker that was forked
+                signal.signal(number, signal.SIG_DFL)
+                os.kill(os.getpid(), number)
+            elif number == signal.SIGINT == self.noted:
+                os._exit(130)
+            else:
+                self.noted = max(self.noted, number)
+                self._noticed(trainer)
+
+        before = {number: signal.signal(number, note) for number in SIGNALS}
+        try:
+            with self._insisting(trainer):
+                yield
+        except Exception:
+            if not self.noted or self._met:
+                raise
+            raise _at_once(self.noted, trainer) from None       # another rank was told to end, and did
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _noticed(self, trainer: L.Trainer) -> None:
+        if self._agreeing:
+            if trainer.is_global_zero and self.noted == signal.SIGINT:
+                os.write(2, b"\nstopping after this step, with a checkpoint; Ctrl-C again stops at once\n")
+            return
+        tell_parent(trainer, self.noted)
+        raise _at_once(self.noted, trainer)
+
+    @contextmanager
+    def _insisting(self, trainer: L.Trainer) -> Generator[None, None, None]:
+        """While torch waits for another process, Python handles no signal; before the first step that may be for ever.
+
+        So a thread hears of signals too, and ends this process where nobody has noted one after a while.
+        """
+        _deafen_children()
+        ear, mouth = os.pipe()
+        os.set_blocking(mouth, False)
+        before = signal.set_wakeup_fd(mouth, warn_on_full_buffer=False)
+
+        def hear() -> None:
+            while heard := os.read(ear, 1):
+                time.sleep(PATIENCE if heard[0] in SIGNALS else 0)
+                if heard[0] in SIGNALS and not self.noted and not self._agreeing:
+                    tell_parent(trainer, heard[0])
+                    os._exit(int(str(_at_once(heard[0], trainer).code)))
+            os.close(ear)
+
+        threading.Thread(target=hear, name="signals", daemon=True).start()
+        try:
+            yield
+        finally:
+            signal.set_wakeup_fd(before)
+            os.close(mouth)                         # which the thread hears, too
+
+    # ---- agreeing ----------------------------------------------------------------------------------------------------
+
+    def on_train_start(self, trainer: L.Trainer, *_: Any) -> None:
+        """From here on signals are a matter for all ranks."""
+        self._agreeing = True
+        self._agreed(trainer)
+        signum = self._agreed(trainer)
+        self._met = True
+        if signum:
+            self._end(trainer, signum)
+
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        """At a step's end; where a validation is due, that begins and then ends at once."""
+        if trainer.fit_loop._should_accumulate() or not (signum := self._agreed(trainer)):
+            return
+        if not validation_is_due(trainer):
+            for keeper in _keepers(trainer):
+                keeper.save(trainer)
+            self._end(trainer, signum)
+
+    def on_validation_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        """A validation inside fit can be long; it is begun again by the resumed run."""
+        if self._agreeing and not trainer.sanity_checking and (signum := self._agreed(trainer)):
+            for keeper in _keepers(trainer):
+                keeper.save(trainer, unfinished=True)
+            self._end(trainer, signum)
+
+    def on_train_end(self, trainer: L.Trainer, *_: Any) -> None:
+        """The last occasion; after it the run ends by itself."""
+        self._agreed(trainer)
+        if signum := self._agreed(trainer):
+            for keeper in _keepers(trainer):
+                keeper.save(trainer)
+            self._end(trainer, signum)
+
+    def _agreed(self, trainer: L.Trainer) -> int:
+        """What all ranks had noted when they were asked last time, 0 if nothing; and ask anew. A collective."""
+        if trainer.world_size == 1:
+            return self.noted
+        answered, self._asked = self._asked, _ask(self.noted, trainer.strategy.root_device)
+        if answered is None:
+            return 0
+        wait, answer = answered
+        wait()
+        return int(answer)
+
+    # ---- ending ------------------------------------------------------------------------------------------------------
+
+    def _end(self, trainer: L.Trainer, signum: int) -> None:
+        """Say how to go on, ask SLURM for a new turn, leave. All ranks come here together."""
+        end_together(trainer)
+        if trainer.is_global_zero:
+            name, step = signal.Signals(signum).name, trainer.global_step
+            saved = next(iter(manifest.folders(Path(trainer.default_root_dir))), None) if step else None
+            told = f"{name}: stopped after step {step:,}" if step else f"{name}: stopped before the first step"
+            told += f", which is in {saved}\n  go on with: {resume_command()}" if saved else "; nothing was saved"
+            print(told, file=sys.stderr, flush=True)
+            if signum == getattr(signal, "SIGUSR1", None):
+                requeue()
+        raise Stopped(_code(signum))
+
+
+@cache
+def _deafen_children() -> None:
+    """What ends a forked worker must not be heard here."""
+    os.register_at_fork(after_in_child=lambda: signal.set_wakeup_fd(-1))
+
+
+def _ask(noted: int, device: torch.device) -> tuple[Any, torch.Tensor]:
+    """Start to find the largest of all ranks' signals: (what waits for it, where it will stand on the host)."""
+    value = torch.tensor(noted, device=device)
+    work: Any = dist.all_reduce(value, op=dist.ReduceOp.MAX, async_op=True)
+    if device.type != "cuda":
+        return work.wait, value
+    work.wait()                                     # the stream waits, not the host
+    host = torch.empty_like(value, device="cpu", pin_memory=True).copy_(value, non_blocking=True)
+    done = torch.cuda.Event()
+    done.record()
+    return done.synchronize, host
+
+
+def _at_once(signum: int, trainer: L.Trainer) -> Stopped:
+    """Nothing was learned yet."""
+    kill_started(trainer)
+    words = f"{signal.Signals(signum).name}: stopped before the first step; nothing was saved\n"
+    os.write(2, words.encode())
+    return Stopped(_code(signum))
+
+
+def _code(signum: int) -> int:
+    return 130 if signum == signal.SIGINT else 143
+
+
+def _keepers(trainer: L.Trainer) -> list[StepCheckpoint]:
+    return [callback for callback in trainer.checkpoint_callbacks if isinstance(callback, StepCheckpoint)]
+
+
+def resume_command() -> str:
+    """What to type to go on: this very command with `--ckpt_path last`, or words for a script or notebook."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    if spec is None or spec.name.split(".")[0] != "lit_llm":
+        return 'trainer.fit(..., ckpt_path="last")'
+    words = iter(sys.argv[1:])
+    kept = []
+    for word in words:
+        if word == "--ckpt_path":
+            next(words, None)
+        elif not word.startswith("--ckpt_path="):
+            kept.append(word)
+    return command.line("lit_llm", *redact_words(kept), "--ckpt_path", "last")
+
+
+def requeue() -> None:
+    """Under SLURM, put this job back into the queue; its next life goes on from the last checkpoint."""
+    job = os.environ.get("SLURM_JOB_ID", "")
+    if array := os.environ.get("SLURM_ARRAY_JOB_ID"):
+        job = f"{array}_{os.environ.get('SLURM_ARRAY_TASK_ID', '')}"
+    if not re.fullmatch(r"\d+(_\d+)?", job):
+        return
+    try:
+        done = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True, timeout=60, check=False)
+        failed = done.stderr.strip() if done.returncode else ""
+    except (OSError, subprocess.TimeoutExpired) as error:
+        failed = str(error)
+    told = f"job {job} could not be requeued: {failed}" if failed else f"job {job} is requeued"
+    print(told, file=sys.stderr, flush=True)
+
+
+def is_requeued() -> bool:
+    """Whether SLURM started this job before."""
+    return os.environ.get("SLURM_RESTART_COUNT", "0") not in ("", "0")

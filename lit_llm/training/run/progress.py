@@ -1,0 +1,114 @@
+"""What shows a run while a model learns; it is not needed for correctness."""
+
+import sys
+import time
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.callbacks import ProgressBar
+
+from lit_llm.system import ranges
+
+REFRESH = 0.2                                       # seconds between two looks of a bar
+
+
+class Progress(ProgressBar):
+    """One bar for the whole run: steps, loss, validation perplexity, tokens/s, time left.
+
+    Where stderr is no terminal, a plain line every `every_seconds` instead.
+
+    Args:
+        every_seconds: Between two plain lines.
+    """
+
+    def __init__(self, every_seconds: float = 10.0) -> None:
+        super().__init__()
+        ranges.check("Progress.every_seconds", every_seconds)
+        self.every_seconds = every_seconds
+        self._bar: Any = None
+        self._enabled = True
+        self._tokens, self._since, self._said = 0, 0.0, 0.0
+        self._first = self._seen = 0                # optimizer steps
+
+    def disable(self) -> None:
+        """On ranks that should be silent."""
+        self._enabled = False
+
+    def enable(self) -> None:
+        """Speak again."""
+        self._enabled = True
+
+    def on_train_start(self, trainer: L.Trainer, *_: Any) -> None:
+        """Open the bar at the step where the run stands."""
+        self._tokens, self._since = 0, time.monotonic()
+        self._said, self._first, self._seen = self._since, trainer.global_step, trainer.global_step
+        if self._enabled and trainer.is_global_zero:
+            self._bar = _bar(int(trainer.estimated_stepping_batches), trainer.global_step, "train")
+
+    def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, batch: Any,
+                           batch_idx: int) -> None:
+        """Count tokens; move at step ends."""
+        self._tokens += int(batch["num_tokens"]) * trainer.world_size
+        moved, self._seen = trainer.global_step - self._seen, trainer.global_step
+        if self._bar is None or not moved:
+            return
+        now = time.monotonic()
+        self._bar.update(moved)
+        if now - self._said < (self.every_seconds if self._bar.disable else REFRESH):   # figures wait for the device
+            return
+        self._said = now
+        shown = self._figures(trainer) | {"tok/s": f"{self._tokens / max(1e-9, now - self._since):,.0f}"}
+        self._bar.set_postfix(shown, refresh=False)
+        if self._bar.disable:
+            total = int(trainer.estimated_stepping_batches)
+            left = (now - self._since) / (self._seen - self._first) * (total - self._seen)
+            facts = ", ".join(f"{name} {value}" for name, value in shown.items())
+            print(f"step {self._seen}/{total}: {facts}, {left:.0f} s left", file=sys.stderr, flush=True)
+
+    @staticmethod
+    def _figures(trainer: L.Trainer) -> dict[str, str]:
+        known = trainer.callback_metrics
+        keys = {"loss": ("train/loss", ".3f"), "val ppl": ("val/perplexity", ".3f"),
+                "skipped": ("train/skipped_steps", ".0f")}
+        return {name: format(float(known[key]), form) for name, (key, form) in keys.items() if key in known}
+
+    def on_train_end(self, *_: Any) -> None:
+        """Close it."""
+        self._close()
+
+    def on_exception(self, *_: Any) -> None:
+        """Close it, so that the error stands on a line of its own."""
+        self._close()
+
+    def _close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+    def on_validation_start(self, trainer: L.Trainer, *_: Any) -> None:
+        """A bar of its own for a long validation outside fit."""
+        if self._enabled and trainer.is_global_zero and trainer.state.fn != "fit":
+            self._bar = _bar(sum(int(count) for count in trainer.num_val_batches), 0, "validate", unit="batch")
+
+    on_test_start = on_validation_start  # type: ignore[assignment]
+
+    def on_validation_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        """Move it."""
+        if self._bar is not None and trainer.state.fn != "fit":
+            self._bar.update(1)
+
+    on_test_batch_end = on_validation_batch_end  # type: ignore[assignment]
+
+    def on_validation_end(self, trainer: L.Trainer, *_: Any) -> None:
+        """Close it."""
+        if trainer.state.fn != "fit":
+            self._close()
+
+    on_test_end = on_validation_end  # type: ignore[assignment]
+
+
+def _bar(total: int, initial: int, name: str, unit: str = "step") -> Any:
+    from tqdm import tqdm
+
+    return tqdm(total=total, initial=initial, desc=name, unit=unit, dynamic_ncols=True, file=sys.stderr,
+                disable=not sys.stderr.isatty(), mininterval=REFRESH)

@@ -1,0 +1,234 @@
+"""Logged figures in, `metrics.csv` and `metrics.json` out: what a run leaves behind without any account anywhere.
+
+Knows nothing of models or training; a row is what somebody logged at a step.
+"""
+
+import csv
+import io
+import json
+import logging
+import math
+import os
+import time
+from argparse import Namespace
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.loggers import Logger
+from lightning.pytorch.utilities import rank_zero_only
+
+from lit_llm import disk
+from lit_llm.system.redaction import redact_text
+
+log = logging.getLogger(__name__)
+FIRST = ["step", "epoch", "seconds"]
+LONGEST = 1 << 16                                   # bytes of a line
+
+
+class MetricsCSV(Logger):
+    """`metrics.csv` of a run folder: one row for each step at which something was logged, a column for each metric.
+
+    Rows are appended, and only the last one is kept in memory. The whole file is written anew, row by row, where a new
+    metric needs a column and where a run is resumed. A resumed run continues the file: rows behind the step it resumes
+    from are dropped, so that no step stands twice, and so are those that a power cut left in pieces.
+
+    Args:
+        folder: The run folder; made with the first row.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        super().__init__()
+        self.file = Path(folder) / "metrics.csv"
+        self._columns: list[str] = []               # none: the file is not this run's yet
+        self._last: dict[str, Any] = {}             # the last row,
+        self._at = self._end = 0                    # and the bytes of the file where it begins and ends
+        self._started = time.monotonic()
+        self.recording = True                       # false outside fit: the file is the record of the training
+
+    @property
+    def name(self) -> str:
+        """Of the run."""
+        return self.file.parent.name
+
+    @property
+    def version(self) -> str:
+        """None: the folder is the version."""
+        return ""
+
+    @rank_zero_only
+    def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
+        """Nothing: `config.yaml` holds them."""
+
+    def resume(self, step: int) -> None:
+        """Keep the whole rows up to a step."""
+        if not self.file.is_file():
+            return
+        columns = columns_of(self.file)
+        if not columns:
+            aside = self.file.with_name("metrics.csv.damaged")
+            os.replace(self.file, aside)
+            log.warning("%s had no whole first line; it is now %s, and a new one is begun", self.file, aside)
+            return
+        if broken := self._rewrite(columns, step):
+            log.warning("%s: %d lines were not whole, as a power cut leaves them, and are dropped", self.file, broken)
+
+    def sync(self) -> None:
+        """Wait until all rows are on the disk."""
+        if self._columns:
+            disk.sync(self.file)
+
+    @rank_zero_only
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        """Add figures to the row of a step, which Lightning counts from 0 and this file, as all others do, from 1."""
+        if self.recording:
+            self.add(metrics, (step or 0) + 1)
+
+    @rank_zero_only
+    def add(self, metrics: dict[str, float], step: int) -> None:
+        """Add figures to the row of a step.
+
+        Args:
+            metrics: By name; `epoch` has a column of its own.
+            step: Optimizer steps done; 0 is before training.
+        """
+        figures = {key: value for key, value in metrics.items() if key != "epoch"}
+        if not figures:
+            return
+        if self._columns and self.file.stat().st_size != self._end:     # somebody else wrote into it
+            self.resume(step)
+        row = {"step": step, "epoch": int(metrics.get("epoch", 0)),
+               "seconds": round(time.monotonic() - self._started, 3)} | figures
+        at = self._end
+        if self._last.get("step") == step:          # written for a checkpoint before Lightning did, or measured again
+            if all(str(self._last.get(key)) == str(value) for key, value in figures.items()):
+                return
+            row, at = self._last | figures, self._at
+        columns = list(dict.fromkeys([*(self._columns or FIRST), *figures]))
+        if columns != self._columns:
+            grown = at == self._at and self._end > at
+            self._rewrite(columns, step, keeping=bool(self._columns))
+            at = self._at if grown else self._end
+        line = _line(row, self._columns)
+        _replace_end(self.file, at, line)
+        self._last, self._at, self._end = row, at, at + len(line)
+
+    def _rewrite(self, columns: list[str], step: int, *, keeping: bool = True) -> int:
+        """The file anew with these columns and, if wanted, its whole rows up to a step; how many were not whole."""
+        fresh, last, at, broken = self.file.with_name("metrics.csv.partial"), {}, 0, 0
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with open(fresh, "wb") as stream:
+                end = stream.write(_line(dict(zip(columns, columns, strict=True)), columns))
+                for row in whole_rows(self.file) if keeping else ():
+                    if row is None:
+                        broken += 1
+                    elif int(row["step"]) <= step:
+                        last, at = row, end
+                        end += stream.write(_line(row, columns))
+            disk.sync(fresh)
+            os.replace(fresh, self.file)
+        except OSError:
+            fresh.unlink(missing_ok=True)
+            raise
+        self._columns, self._at, self._end = columns, at, end
+        self._last = {key: value for key, value in last.items() if value != ""}
+        if last:
+            self._last["step"] = int(last["step"])
+        return broken
+
+
+def _line(row: dict[str, Any], columns: list[str]) -> bytes:
+    text = io.StringIO(newline="")
+    csv.DictWriter(text, columns, restval="").writerow(row)
+    return text.getvalue().encode()
+
+
+def _replace_end(file: Path, at: int, line: bytes) -> None:
+    """Write a line from a place to the end of a file; where the disk is full, the file stays as it was."""
+    with open(file, "r+b", buffering=0) as handle:
+        handle.seek(at)
+        before = handle.readall()
+        try:
+            _write(handle, at, line)
+        except OSError:
+            with suppress(OSError):                 # its own bytes: there is room for them
+                _write(handle, at, before)
+            raise
+
+
+def _write(handle: io.FileIO, at: int, content: bytes) -> None:
+    handle.seek(at)
+    left = memoryview(content)
+    while left:
+        left = left[handle.write(left):]
+    handle.truncate()
+
+
+# ---- reading ---------------------------------------------------------------------------------------------------------
+
+def columns_of(file: Path) -> list[str]:
+    """The columns of a `metrics.csv`; none where its first line is not whole."""
+    try:
+        with open(file, "rb") as stream:
+            columns = _fields(stream.readline(LONGEST))
+    except OSError:
+        return []
+    return columns if columns[:1] == FIRST[:1] else []
+
+
+def whole_rows(file: Path) -> Iterator[dict[str, str] | None]:
+    """The rows of a `metrics.csv`, one at a time; null for each line that is not whole.
+
+    A row is whole if its line ends, has a number or nothing in each column, and stands behind the step before it.
+    """
+    columns, step = columns_of(file), -1
+    if not columns:
+        return
+    with open(file, "rb") as stream:
+        stream.readline(LONGEST)
+        while line := stream.readline(LONGEST):
+            fields = _fields(line)
+            if len(fields) == len(columns) and fields[0].isdecimal() and int(fields[0]) > step and _are_numbers(fields):
+                step = int(fields[0])
+                yield dict(zip(columns, fields, strict=True))
+            else:
+                yield None
+
+
+def rows_of(file: Path) -> list[dict[str, str]]:
+    """The whole rows of a `metrics.csv`; none where there is no file."""
+    return [row for row in whole_rows(file) if row is not None]
+
+
+def _fields(line: bytes) -> list[str]:
+    if not line.endswith(b"\n") or b"\0" in line:
+        return []
+    try:
+        return next(csv.reader([line.decode()]), [])
+    except (UnicodeDecodeError, csv.Error):
+        return []
+
+
+def _are_numbers(fields: list[str]) -> bool:
+    try:
+        return all(not field or float(field) is not None for field in fields)
+    except ValueError:
+        return False
+
+
+def last_logged(folder: Path, name: str) -> tuple[int, float] | None:
+    """The last step at which a metric was logged in a run's `metrics.csv`, and its value; null if there is none."""
+    found = None
+    for row in whole_rows(folder / "metrics.csv"):
+        if row is not None and row.get(name):
+            found = int(row["step"]), float(row[name])
+    return found
+
+
+def write_json(file: Path, figures: dict[str, Any]) -> None:
+    """Write figures as JSON in one move; what is not finite becomes null."""
+    clean = {key: (None if isinstance(value, float) and not math.isfinite(value) else value)
+             for key, value in figures.items()}
+    disk.replace_text(file, redact_text(json.dumps(clean, indent=1, ensure_ascii=False)) + "\n")

@@ -1,0 +1,144 @@
+"""A checkpoint being written by all processes: what one of them cannot write, all of them learn, and end alike.
+
+An error in one process alone would leave the others waiting for it in a collective. Errors are therefore kept until
+all come together, and only then raised. Knows nothing of what is written.
+"""
+
+import errno
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch.distributed as dist
+from safetensors import SafetensorError
+from torch.distributed.checkpoint import CheckpointException
+
+from lit_llm import disk
+from lit_llm.errors import InputError
+from lit_llm.training.parallel.processes import end_together
+from lit_llm.training.run import manifest
+
+ERRORS = (OSError, RuntimeError, SafetensorError, CheckpointException)  # torch has a RuntimeError for a full disk
+ROOM = 1 << 16                                      # bytes that small files find when a large one met the end
+
+
+class Writing:
+    """One checkpoint.
+
+    Args:
+        trainer: In a fit.
+        partial: The folder as it is called until it is complete.
+    """
+
+    def __init__(self, trainer: L.Trainer, partial: Path) -> None:
+        self.trainer, self.partial, self.run = trainer, partial, Path(trainer.default_root_dir)
+        self.error: BaseException | None = None
+        self.free = ""
+        self._room = partial / "room"
+
+    def begin(self) -> None:
+        """Make the folder, and in it a small file that keeps room; of the first process."""
+        if not self.run.is_dir():
+            raise FileNotFoundError(errno.ENOENT, "the run folder is gone", str(self.run))
+        shutil.rmtree(self.partial, ignore_errors=True)
+        self.partial.mkdir(parents=True)
+        self._room.write_bytes(bytes(ROOM))
+
+    def release(self) -> None:
+        """Give the room free."""
+        self._room.unlink(missing_ok=True)
+
+    @contextmanager
+    def noted(self) -> Iterator[None]:
+        """Errors of writing within are kept, not raised."""
+        try:
+            yield
+        except ERRORS as error:
+            self._note(error)
+
+    @contextmanager
+    def deferred(self) -> Iterator[None]:
+        """Within, errors of writing a file do not keep Lightning and DeepSpeed from coming to their next barrier."""
+        strategy: Any = self.trainer.strategy
+        engine = getattr(getattr(strategy, "deepspeed_engine", None), "checkpoint_engine", None)
+        writers = [(strategy.checkpoint_io, "save_checkpoint")] + ([(engine, "save")] if engine is not None else [])
+        for owner, name in writers:
+            setattr(owner, name, self._keeping(getattr(owner, name)))
+        try:
+            yield
+        finally:
+            for owner, name in writers:
+                delattr(owner, name)                # the class's own again
+
+    def _keeping(self, write: Callable[..., Any]) -> Callable[..., Any]:
+        def keep(*args: Any, **kwargs: Any) -> None:
+            try:
+                write(*args, **kwargs)
+            except ERRORS as error:
+                self._note(error)
+                for path in (*args, *kwargs.values()):      # what is half written takes the room of what is to come
+                    if isinstance(path, str | os.PathLike):
+                        with suppress(OSError):
+                            os.unlink(path)
+
+        return keep
+
+    def _note(self, error: BaseException) -> None:
+        if self.error is None:
+            self.error, self.free = error, disk.free(self.run)
+        with suppress(OSError):
+            self.release()
+
+    def agree(self, what: str) -> None:
+        """All go on, or all end. A collective.
+
+        Args:
+            what: What is being written.
+
+        Raises:
+            InputError: Any of the processes could not write; nothing of it stays.
+        """
+        if self.trainer.strategy.reduce_boolean_decision(self.error is None, all=True):
+            return
+        error, free = self._first()
+        if self.trainer.is_global_zero:
+            shutil.rmtree(self.partial, ignore_errors=True)
+        end_together(self.trainer)
+        raise unwritable(self.run, error, what, free) from self.error
+
+    def _first(self) -> tuple[OSError, str]:
+        """The error of the first process that had one, and the room it saw."""
+        mine = (None if self.error is None else disk.number_of(self.error), disk.said(self.error), self.free)
+        told: list[Any] = [mine] * self.trainer.world_size
+        if self.trainer.world_size > 1:
+            dist.all_gather_object(told, mine)
+        number, said, free = next(each for each in told if each[1])
+        return OSError(number, said), free
+
+
+def of_writing(run: Path, error: OSError) -> bool:
+    """Whether an error comes from writing the run folder, rather than from reading data or from a connection."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+        return True
+    name = error.filename2 or error.filename
+    return isinstance(name, str | os.PathLike) and Path(name).absolute().is_relative_to(run.absolute())
+
+
+def unwritable(run: Path, error: BaseException, what: str = "the record of the run", free: str = "") -> InputError:
+    """Why something of a run could not be written, and the checkpoint from which to go on.
+
+    Args:
+        run: The run folder.
+        error: What the system or a library said.
+        what: What was to be written.
+        free: The room there was, in words; empty asks now.
+    """
+    room = f"; {free or disk.free(run)}" if disk.is_full(error) else ""
+    whole = next((folder for folder in manifest.folders(run) if next(manifest.faults(folder), None) is None), None)
+    then = f"then go on from {whole} with --ckpt_path last" if whole else "and start again: there is no checkpoint yet"
+    return InputError(f"{what} could not be written: {disk.said(error)}{room}", where=str(run),
+                      fix=f"{disk.remedy(error, run)}, {then}")
