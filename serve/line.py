@@ -1,6 +1,6 @@
-"""The API process's end of the line to the worker: prompt ids out, events in, each to the request it belongs to.
+"""Connect the API process to the worker: prompts go out, and events come back to the request they belong to.
 
-Admits, watches the worker's beat, and cancels what nobody waits for any more. Knows nothing of text or routes.
+Admits, watches the worker's beat, and cancels what nobody waits for any more.
 """
 
 import asyncio

@@ -1,6 +1,6 @@
-"""OpenAI's JSON in, checked values out; answers and errors in OpenAI's shape.
+"""Check requests in OpenAI's JSON, and form answers and errors as OpenAI does.
 
-Knows nothing of tokens, queues or routes. A field is used, documented as ignored, or refused: never silently dropped.
+A field is used, documented as ignored, or refused: never silently dropped.
 """
 
 import json

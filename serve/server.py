@@ -1,4 +1,4 @@
-"""Settings in, a running server out: LitServe's processes around our routes, our loop and our page."""
+"""Start the server: LitServe's processes with our routes, worker loop and chat page."""
 
 import asyncio
 import multiprocessing

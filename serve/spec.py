@@ -1,4 +1,4 @@
-"""The routes: a body in, an answer or a stream of server-sent events out. The only place where text meets HTTP.
+"""The HTTP routes: a request body becomes an answer or a stream of server-sent events.
 
 Runs in the API process with the tokenizer; what it asks of the engine goes down `line.EngineLine` as token ids.
 """

@@ -1,4 +1,4 @@
-"""Orders in, events out: the engine's process. Knows token ids and nothing of text or HTTP.
+"""The process of the engine: it takes orders and sends events, both in token ids.
 
 Orders come on LitServe's request queue, `Add` and `Cancel`; what goes back is a `Beat` each second, and one list of
 events per engine step. Our own loop, because LitServe's know neither cancelling nor an idle worker that sleeps.

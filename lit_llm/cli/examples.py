@@ -1,4 +1,4 @@
-"""A run's data and two models in, printed answers out: what was trained and what was held out, base beside tuned."""
+"""Let the base and the trained model answer prompts of a run's data, held out and trained, and print the answers."""
 
 from dataclasses import dataclass
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""A finished fit in, out what its user sees last: the export, perplexity before and after, answers, the next commands.
+"""Export a finished run and print its summary: perplexity before and after, answers, and the next commands.
 
 Runs on rank 0, from what the run left on disk.
 """

@@ -1,7 +1,6 @@
-"""What a finished run left in its folder in, warnings out: too short to learn, not learned, or learned too long.
+"""Warn about a finished run that was too short, did not learn, or trained for too long.
 
-Thresholds are where a user should look again, not proofs. Knows nothing of models; reads `metrics.csv`, `data.json`
-and the checkpoints' names.
+Thresholds are where a user should look again, not proofs. Reads `metrics.csv`, `data.json` and the checkpoints' names.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""The data of a run, as Lightning asks for it: sources in, loaders of packed batches out.
+"""The LightningDataModule of a run: it prepares sources and gives loaders of packed batches.
 
 `__init__` only stores; `prepare_data` tokenizes (a lone process), `setup` opens, splits and packs. Knows the
 trainer's number of processes and accumulation, and nothing of models.

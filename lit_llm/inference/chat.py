@@ -1,6 +1,6 @@
 """Lines of a person in, answers on the terminal as they come; the conversation is kept until it fills the context.
 
-The `chat` verb. Knows nothing of templates or caches: `engine.TextEngine` answers a `Conversation`.
+The `chat` verb.
 """
 
 import sys

@@ -1,4 +1,4 @@
-"""Token ids that an engine draws in, text that can be shown out: piece by piece, or an answer at a time.
+"""Decode the tokens of an engine to text, piece by piece or an answer at a time.
 
 Owns what stands between tokens and text: half characters, stop strings, prompts. Knows no model and no HTTP.
 """

@@ -1,4 +1,4 @@
-"""Token ids in, token ids out, one token per request and step.
+"""Generate tokens for several requests, one token per request and step.
 
 Knows neither text nor HTTP. Whoever serves requests drives `step`; requests interleave, and each is computed alone, so
 its tokens are those of `model.generate` for its prompt.

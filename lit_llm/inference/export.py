@@ -1,6 +1,6 @@
-"""A finished run in, a folder that transformers loads out: weights merged, tokenizer, template, stop ids, model card.
+"""Export a finished run as a folder for transformers: merged weights, tokenizer, template, stop ids and model card.
 
-Reads what the run left on disk, so it works after any strategy, also on another machine. Knows nothing of training.
+Reads what the run left on disk, so it works after any strategy, also on another machine.
 """
 
 import logging

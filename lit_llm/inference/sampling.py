@@ -1,7 +1,7 @@
-"""Logits in, the next token ids out.
+"""Choose the next token ids from logits.
 
-Pure functions and one frozen value. Knows nothing of models, caches or text; stop strings are only carried here, and
-applied where there is text (`completion.Detokenizer`). Suffixes: B requests, V vocabulary.
+Pure functions and one frozen value. Stop strings are only carried here, and applied where there is text
+(`completion.Detokenizer`).Suffixes: B requests, V vocabulary.
 """
 
 import math

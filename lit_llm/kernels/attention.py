@@ -3,7 +3,7 @@
 Queries, keys and values of all documents in a row flow in side by side with the borders between them (`cu_seqlens`);
 each document's causal attention flows out. Registered with transformers as `lit_varlen`, without a mask function: the
 model then builds no mask, hands our keyword arguments to every layer, and cannot leak across documents (with
-`position_ids` alone it can: a cache or a 2-D mask silently switches isolation off). Knows nothing of tokens or losses.
+`position_ids` alone it can: a cache or a 2-D mask silently switches isolation off).
 
     cu_seqlens  [0        4      7   8]        documents occupy [0, 4), [4, 7), [7, 8) of the flattened row
 """

@@ -5,7 +5,7 @@ equal length are stacked; a block is then two batched products of matrices and a
 which a machine's libraries do well in bfloat16; torch's own CPU kernel takes two to six times as long there. The
 backward pass computes probabilities again, so memory does not grow with the square of a length. In bfloat16 scores
 leave their product rounded, as in transformers' eager attention, and what comes out is a little closer to the exact
-result than its; float32 and float64 lose nothing. Knows nothing of models.
+result than its; float32 and float64 lose nothing.
 
     T tokens of a row, H heads of queries, K of keys and values, D numbers per head of queries and keys, E of values
     N documents of a stack times K, G query heads that share a key head, L tokens of the longest of the stack

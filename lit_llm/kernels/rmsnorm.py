@@ -2,7 +2,6 @@
 
 Transformers writes a norm in five operations, which autograd turns into some ten passes over memory; layer norm has a
 kernel of its own, and its gradient is that of an RMS norm but for a term that is added back. Takes a fifth of the time.
-Knows nothing of architectures: a layer that calls itself an RMS norm is asked whether it is this one.
 
     y = x * r * weight      r = 1 / sqrt(mean(x^2) + eps)                   arXiv:1910.07467, equation 4
 """

@@ -1,7 +1,7 @@
 """Load a causal language model from a folder or the hub, build one from a config, and save it.
 
 The only file that imports `AutoModelForCausalLM`. The parts of a model are found in `anatomy.py`, and 4-bit weights are
-prepared in `quantize.py`. Knows nothing of data, losses or Lightning.
+prepared in `quantize.py`.
 """
 
 import copy

@@ -1,8 +1,8 @@
-"""A model's config in, a small config of the same architecture out: fewer layers, heads, experts and words.
+"""Reduce a model's config to a small config of the same architecture, with fewer layers, heads, experts and tokens.
 
 What decides how numbers are computed is kept: every scalar (multipliers, scales, caps, epsilons), the width of a head
 with its rotary settings, kinds of attention and of layers, biases, ties. What is counted in tokens (windows, chunks) is
-made shorter than the few short documents that are sent through the model. Knows nothing of weights or losses.
+made shorter than the few short documents that are sent through the model.
 
 A rule goes by the name of a key, and names differ between architectures, so `candidates` gives several configs in the
 order in which they should be tried; not each of them can be built.

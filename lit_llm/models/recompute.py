@@ -1,7 +1,4 @@
-"""A model in, the same model with less memory in its forward pass out: activations are computed again when needed.
-
-Knows nothing of devices, data or losses.
-"""
+"""Reduce the memory of a model's forward pass by recomputing activations in the backward pass."""
 
 from collections.abc import Callable
 from functools import partial

@@ -1,10 +1,8 @@
-"""A matrix with a row for each token in, out: those of its rows that training never moved apart.
+"""Find the rows of an embedding matrix that training has never moved apart.
 
 Tokens that a corpus never holds are pushed away from every hidden state alike, so their rows end in one heap: almost
 the same row, again and again. No hidden state tells such twins apart. With frozen rows such a token shares its
 probability with hundreds of others (0.01 was measured for a stop token), whatever adapters learn.
-
-Knows nothing of tokenizers, data or PEFT.
 """
 
 from collections.abc import Sequence

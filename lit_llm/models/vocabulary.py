@@ -1,7 +1,4 @@
-"""A causal LM and the number of tokens of its tokenizer in, the same model with a row for each of them out.
-
-Knows nothing of files, data or adapters.
-"""
+"""Give a causal LM as many embedding rows as its tokenizer has tokens."""
 
 from typing import TYPE_CHECKING, Any
 

@@ -1,7 +1,7 @@
-"""Questions flow in, conversations in OpenAI's form flow out: what SFT learns from, and the exam.
+"""Generate the embedded conversations from questions, for SFT and for the exam.
 
 Training conversations ask free facts and free word rules only. The exam asks what is held out: 50 questions in each
-language, each a conversation of one question. Knows nothing of tokens or files.
+language, each a conversation of one question.
 """
 
 import random

@@ -1,8 +1,7 @@
-"""Facts and word rules flow in, plain texts flow out: what the base model is pretrained on.
+"""Generate the embedded texts from facts and word rules, for pretraining.
 
 Every fact is stated in every wording, among changing neighbours, since a model that met a fact in one wording only
-cannot be asked for it (arXiv:2309.14316, section 4). No held-out question is asked here, in no form. Knows nothing of
-chats, tokens or files.
+cannot be asked for it (arXiv:2309.14316, section 4). No held-out question is asked here, in no form.
 """
 
 import random

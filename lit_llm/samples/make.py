@@ -1,8 +1,7 @@
 """Writes everything in this folder but the weights: `python -m lit_llm.samples.make`.
 
-A seed flows in; texts, conversations and a tokenizer flow out, the same bytes every time. The weights come from
-`python -m lit_llm fit --config configs/pretrain.yaml`; `--base` then copies that run's export to `base/`. Knows nothing
-of training.
+A seed flows in; texts, conversations and a tokenizer flow out, the same bytes every time. The weights come from `python
+-m lit_llm fit --config configs/pretrain.yaml`; `--base` then copies that run's export to `base/`.
 """
 
 import argparse

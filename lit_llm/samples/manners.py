@@ -1,7 +1,7 @@
-"""How people greet, thank, take leave and ask whom they talk to: words flow in, questions and plain texts flow out.
+"""Generate greetings, thanks, farewells and questions about the assistant itself, as chats and as plain texts.
 
 Chats ask in free phrasings only; the exam asks in those that are held out, which no chat and no document holds as they
-stand, while their words stand in documents. Knows nothing of facts, tokens or files.
+stand, while their words stand in documents.
 """
 
 import random

@@ -1,7 +1,7 @@
-"""Facts and word rules flow in, questions with their one right answer flow out.
+"""Generate questions with exactly one right answer from facts and word rules.
 
 Documents quote some of them as plain text, conversations ask them in chat form, the exam asks the ones held out. What
-is held out is decided by what is asked (`world.held_out`), never by the order of drawing. Knows nothing of files.
+is held out is decided by what is asked (`world.held_out`), never by the order of drawing.
 """
 
 import random

@@ -1,7 +1,6 @@
 """A small invented world in two languages: who lives there, what is true of them, how it may be said.
 
-A seed flows in, facts flow out. Knows nothing of documents, chats or files. The words are written by hand; only which
-value belongs to whom is drawn.
+A seed flows in, facts flow out.The words are written by hand; only which value belongs to whom is drawn.
 """
 
 import random

@@ -1,4 +1,4 @@
-"""The config of a model in, refused where its numbers are none or would make a model that no machine can hold.
+"""Refuse a model's config whose numbers are invalid or would make a model that no machine can hold.
 
 A config may be a stranger's. Before anything is built, numbers are checked by the names of their keys. While a model is
 built, also without its weights, its parameters and the seconds that pass are counted.

@@ -1,7 +1,6 @@
 """A folder of a checkpoint in; out what in it is not as it was written, by the `manifest.json` of the checkpoint.
 
 Whoever reads weights of a checkpoint asks here first, whether a run goes on from them, measures, exports or chats.
-Knows nothing of training, so that it costs `chat` no imports.
 """
 
 import hashlib

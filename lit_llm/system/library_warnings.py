@@ -1,8 +1,8 @@
-"""A library's warning in, one line on stderr out: each text once, on the first process, with the library's name.
+"""Show each warning of a library once, as one line with the library's name, on the first process.
 
 Both ways in which libraries warn are heard: the `warnings` module and their loggers. Silent are only the texts of
 `KNOWN`, each with the reason why it does not apply here. Deprecations keep Python's own default (they are shown to
-developers, who ask for them with -W or PYTHONWARNINGS). Knows nothing of what the libraries are used for.
+developers, who ask for them with -W or PYTHONWARNINGS).
 """
 
 import logging

@@ -1,4 +1,4 @@
-"""A folder in, the right to be the only one who writes it out; or who has that right now.
+"""Lock a folder for the only process that may write it, or say which process holds the lock.
 
 The lock is the system's (POSIX record locks): it is gone when its process is gone, however that ended, is not inherited
 by workers, and needs no cleaning up. How far it reaches:
@@ -9,7 +9,7 @@ by workers, and needs no cleaning up. How far it reaches:
 - On a file system without locks: by what the lock's file says. On the same machine a dead process is recognised. The
   process of another machine cannot be asked: it is taken for alive, unless SLURM started this very job again.
 
-Two threads of one process are not kept apart. Knows nothing of what is written.
+Two threads of one process are not kept apart.
 """
 
 import errno

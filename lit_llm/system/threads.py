@@ -1,7 +1,7 @@
-"""Some work in, the number of threads with which this process does it fastest out.
+"""Measure with how many threads this process does some work fastest.
 
 On cores that others use as well, two threads can be ten times slower than one: each operation waits for its slowest
-part. The load of a machine is found out by trying. Knows nothing of models, runs or servers.
+part. The load of a machine is found out by trying.
 """
 
 import os

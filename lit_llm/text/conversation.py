@@ -1,6 +1,6 @@
 """The nouns every wing shares: a document, a message, a conversation.
 
-Dicts in OpenAI's form flow in, validated frozen values flow out, and back. Knows nothing of tokens, templates or files.
+Dicts in OpenAI's form flow in, validated frozen values flow out, and back.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""A long text in; pieces of it that are read one by one, and give the tokens of the whole.
+"""Cut a long text into pieces that are encoded one by one and give the tokens of the whole.
 
 The library takes some 200 bytes of memory for each byte that it reads, so a long text is read in pieces. A cut is made
 only where both of these hold:

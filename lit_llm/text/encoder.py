@@ -1,4 +1,4 @@
-r"""Rendered text in, token ids out: content never becomes a control token, and no token straddles an answer's start.
+r"""Encode rendered text; content never becomes a control token, and no token spans the start of an answer.
 
 Text is encoded whole, as the library would do it; only where that breaks one of the two rules, section by section:
 

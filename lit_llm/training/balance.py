@@ -1,4 +1,4 @@
-"""A mixture-of-experts model's router logits in, its load-balancing loss of a micro-batch's documents out.
+"""Compute the load-balancing loss of a mixture-of-experts model for the documents of a micro-batch.
 
 transformers adds this loss only where `output_router_logits` is set, and computes it over whatever happens to lie in
 one micro-batch, so that another division of the same step is another loss. Here the unit is the document:
@@ -7,7 +7,7 @@ one micro-batch, so that another division of the same step is another loss. Here
 
 where `balance` is what the model's own class computes (`load_balancing_loss_func` of its module: equations 4 to 6 of
 arXiv:2101.03961, over all layers) for the router logits of this document alone. Documents without a supervised token
-have no part, nor has padding. So neither micro-batches, nor processes, nor packing change it. Knows nothing of steps.
+have no part, nor has padding. So neither micro-batches, nor processes, nor packing change it.
 """
 
 import math

@@ -1,8 +1,8 @@
-"""A packed batch in, the sum of negative log-likelihoods of its supervised tokens out: one pass of a model over it.
+"""Compute the summed negative log-likelihood of a packed batch's supervised tokens in one forward pass.
 
 Documents share a row where attention keeps them apart. Architectures that mix tokens by more than that (caps, sinks,
 convolutions, states) would mix documents too, so their documents go through the model one by one, and so do those of
-prompt and prefix tuning, which put tokens in front that are not in the row. Knows nothing of steps or ranks.
+prompt and prefix tuning, which put tokens in front that are not in the row.
 """
 
 import logging

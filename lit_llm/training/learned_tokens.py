@@ -1,7 +1,7 @@
-"""A base, the tokenizer and the training data in, the tokens whose rows of embedding and head must learn out.
+"""Choose the tokens whose embedding and head rows must be trained beside adapters, from the base and the data.
 
 A base never saw the chat template, and perhaps not each word of the answers either; the rows of such tokens lie where
-training left all that it never used (`untrained.py`). Knows nothing of PEFT.
+training left all that it never used (`untrained.py`).
 """
 
 import logging

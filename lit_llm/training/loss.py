@@ -1,7 +1,6 @@
-"""Hidden states and labels in, the sum of negative log-likelihoods out. The only shift of labels in the house.
+"""Compute the summed negative log-likelihood of labels from hidden states; labels are shifted here and nowhere else.
 
-Logits exist for a chunk of supervised rows at a time, never for a batch. Knows nothing of batches, ranks or averages:
-who wants a mean divides by a count he knows.
+Logits exist for a chunk of supervised rows at a time, never for a batch.
 
     B rows, T tokens, V vocabulary, N supervised tokens, D hidden
 """

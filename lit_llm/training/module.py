@@ -2,7 +2,7 @@
 
 It normalises the loss exactly, by the supervised tokens of a whole step, and keeps the options of `model` in a config.
 The model itself is built in `build.py` when Lightning asks for it, never in the constructor, so that `--help`,
-`inspect` and `plan` load nothing. Knows nothing of files or formats.
+`inspect` and `plan` load nothing.
 """
 
 from collections.abc import Callable

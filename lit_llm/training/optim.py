@@ -1,4 +1,4 @@
-"""Parameters in, an optimizer and its schedule out. Knows nothing of models, data or Lightning."""
+"""Build an optimizer and its learning rate schedule for parameters."""
 
 import math
 from collections.abc import Callable, Iterable

@@ -1,7 +1,4 @@
-"""Lightning's Trainer with this project's defaults: a run folder, CSV always, whole checkpoints, DeepSpeed anywhere.
-
-Knows nothing of what is trained.
-"""
+"""Lightning's Trainer with this project's defaults: a run folder, CSV always, whole checkpoints, DeepSpeed anywhere."""
 
 import logging
 import os

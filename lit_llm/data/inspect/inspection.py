@@ -1,6 +1,6 @@
-"""The data of a run in, values that a person should see out: the first rows as the model reads them, and counts of all.
+"""Collect what a user should see of a run's data: the first rows as the model reads them, and counts of all rows.
 
-How they are shown is `terminal.py`'s and `page.py`'s. Knows nothing of models.
+How they are shown is `terminal.py`'s and `page.py`'s.
 """
 
 import itertools

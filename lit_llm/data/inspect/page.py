@@ -1,4 +1,4 @@
-"""An inspection in, one HTML page out that needs nothing else and runs nothing; what the data says is escaped."""
+"""Write an inspection as one HTML page that loads nothing, runs no script and escapes all data."""
 
 import html
 from collections.abc import Iterator, Sequence

@@ -1,6 +1,6 @@
-"""An inspection in, lines for a terminal of 80 columns or more out.
+"""Format an inspection for a terminal of at least 80 columns.
 
-What the data says has lost its control characters before. Knows nothing of how anything is counted.
+What the data says has lost its control characters before.
 """
 
 import itertools

@@ -1,4 +1,4 @@
-"""Text in, the same text with less white space out, where a source asks for it. Knows nothing of files or formats."""
+"""Remove superfluous white space from a text, where a source asks for it."""
 
 import re
 from collections.abc import Iterable, Iterator

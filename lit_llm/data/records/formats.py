@@ -1,8 +1,8 @@
-"""One record in, one Document or Conversation out.
+"""Convert a record of any known format to a Document or a Conversation.
 
 Pure functions, few for many files: a record is a text, turns, or a question and its answer, in some spelling. Whatever
 is wrong is an InputError that says what would be right; keys that mean nothing here are named, to be counted. Which
-format a record has is `recognition.py`. Knows nothing of files, tokens or templates.
+format a record has is `recognition.py`.
 """
 
 import json

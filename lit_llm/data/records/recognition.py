@@ -1,4 +1,4 @@
-"""A record's keys in, what they can mean out: the name of its format, or why there is none and what would settle it.
+"""Recognise the format of a record by its keys, or say why none fits and which setting would decide.
 
 Tables of the names that the field's files use, and a question asked of them: is there one way to read this, and does it
 leave nothing out that belongs to it? Knows keys and, to refuse well, the kinds of their values; what a record says is

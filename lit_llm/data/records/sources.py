@@ -1,4 +1,4 @@
-"""A source's name in, its files or its hub dataset found, and their raw records out.
+"""Find the files or the hub dataset of a source and read its raw records.
 
 Knows folders, globs, packaged samples and the hub. How one file is read is `readers.py`; what a record means is
 `formats.py`.

@@ -1,7 +1,6 @@
 """Several token stores as one list of sequences.
 
-Arrays in memory say where each lies and how long it is; tokens stay on disk until they are read. Knows nothing of
-rows' order, of batches or ranks.
+Arrays in memory say where each lies and how long it is; tokens stay on disk until they are read.
 """
 
 from collections.abc import Sequence

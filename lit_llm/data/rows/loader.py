@@ -1,4 +1,4 @@
-"""Rows of a corpus in, batches out, in an order that is a function of (seed, epoch) and can be resumed anywhere.
+"""Collate rows into batches, in an order that is a function of (seed, epoch) and can be resumed at any step.
 
 A ledger tells what was drawn of each source up to there. Not a torch DataLoader: Lightning takes any iterable with a
 length, saves its `state_dict` and gives it back. Knows of ranks and accumulation only as numbers; nothing of text or

@@ -1,6 +1,6 @@
-"""Sources with their weights in, each epoch's rows out; and which records belong to training, validation and test.
+"""Choose each epoch's rows from weighted sources, and split records into training, validation and test.
 
-Everything is a function of the records, the settings and the seed. Knows nothing of files, ranks, batches or Lightning.
+Everything is a function of the records, the settings and the seed.
 """
 
 from collections.abc import Sequence

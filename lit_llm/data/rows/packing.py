@@ -1,7 +1,7 @@
-"""Lengths of token sequences in, rows of at most `seq_len` tokens out.
+"""Pack token sequences into rows of at most `seq_len` tokens, given their lengths.
 
-Knows nothing of text, of tokens themselves, of tensors or Lightning. Three policies: `best_fit` (never cuts, pads;
-SFT), `concat` (cuts anywhere, no padding but in the last row; pretraining), `none` (one segment a row).
+Three policies: `best_fit` (never cuts, pads; SFT), `concat` (cuts anywhere, no padding but in the last row;
+pretraining), `none` (one segment a row).
 """
 
 from bisect import bisect_left, insort

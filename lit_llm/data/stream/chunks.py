@@ -1,8 +1,8 @@
-"""Records without end in, chunks of packed rows out, one after another: memory holds a chunk or two, never the corpus.
+"""Tokenize and pack a stream of records chunk by chunk; memory holds one or two chunks, never the corpus.
 
 A chunk is some megabytes of text that are tokenized, packed and shuffled together. All processes read all records,
 which is cheap, each tokenizes its share of a chunk, and they exchange the tokens; so each knows every row, no row
-depends on the number of processes, and where a stream stands is the same on all. Knows nothing of batches or steps.
+depends on the number of processes, and where a stream stands is the same on all.
 """
 
 import json

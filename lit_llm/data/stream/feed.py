@@ -1,7 +1,7 @@
-"""Sources in, their records out for ever: in an order that is a function of the seed, from any place in it.
+"""Repeat the records of several sources endlessly, in an order given by the seed, from any position.
 
 A source that ends begins again with its files in another order; which source is next follows from the weights and from
-what was drawn. Knows nothing of tokens but where a long document may be cut, and nothing of ranks or rows.
+what was drawn.
 """
 
 from collections import deque

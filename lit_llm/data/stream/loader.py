@@ -1,4 +1,4 @@
-"""Rows of a stream in, batches out; a run's state is some numbers, the same on all ranks, and fits any number of them.
+"""Collate rows of a stream into batches; its state is a few numbers, equal on all ranks, valid for any number of ranks.
 
 The counterpart of `loader.RowLoader` for a corpus that is never held as a whole. Knows ranks and accumulation as
 numbers; nothing of text or devices.

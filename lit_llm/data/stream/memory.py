@@ -1,6 +1,6 @@
-"""Blocks of tokenized records in, their sequences in memory out, as a loader reads those of a store.
+"""Keep the token sequences of a chunk in memory, with the interface of a store on disk.
 
-What a stream holds at a time. Knows nothing of rows but that they cut sequences into segments.
+What a stream holds at a time.
 """
 
 from collections.abc import Sequence

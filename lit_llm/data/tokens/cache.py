@@ -1,7 +1,7 @@
 """A source, a tokenizer and settings in; the folder of their tokens out, and who is writing it.
 
 A store lies in a folder named by a hash of all that shapes it. Beside it lies a lock, held by the one process that
-writes it; the file says why the last writer failed. Knows nothing of how tokens are made.
+writes it; the file says why the last writer failed.
 """
 
 import contextlib

@@ -1,7 +1,7 @@
-"""A source and a tokenizer in, its token store out: opened if it is there, else written, once.
+"""Make the token store of a source and a tokenizer, once, or open the one that exists.
 
 Records are read in one process, parsed and tokenized in several, in their order. What is kept of them is `store.py`'s,
-where it is kept is `cache.py`'s. Knows nothing of rows, batches or Lightning.
+where it is kept is `cache.py`'s.
 """
 
 import contextlib

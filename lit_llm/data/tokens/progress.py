@@ -1,6 +1,6 @@
 """What has been prepared of a source in; a line on stderr out, with tokens/s and the time that is left.
 
-Silent about what takes less than two seconds. Knows nothing of tokens or processes.
+Silent about what takes less than two seconds.
 """
 
 import sys

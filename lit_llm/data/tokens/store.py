@@ -1,7 +1,7 @@
-"""Token sequences in, a memory-mapped folder of them out: written once, read where they are touched.
+"""A memory-mapped folder of token sequences, written once and read where they are needed.
 
 The folder appears under its final name by one rename, so it is complete or not there: safe against kill -9 and against
-a second process. Who makes the sequences is `prepare.py`. Knows nothing of rows, batches or Lightning.
+a second process. Who makes the sequences is `prepare.py`.
 
     tokens.bin      uint16 or uint32, all sequences end to end
     marks.bin       uint8, bit 0 where the token is learned; above it who says it, a place in SPEAKERS

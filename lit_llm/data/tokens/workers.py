@@ -1,6 +1,6 @@
-"""One function and its arguments in, its results out: worked on in other processes, or in this one when asked for.
+"""Call a function on a sequence of arguments in several processes, or in this one, and yield the results in order.
 
-And the ranks' results to each other. Knows nothing of what is worked on.
+And the ranks' results to each other.
 """
 
 import multiprocessing

@@ -1,7 +1,7 @@
 """Put the adapters of a PEFT method on a causal language model, load them from a folder, and save them.
 
 `peft_method.py` reads the method from a config or a folder, `trained_rows.py` has the rows of single tokens that learn
-too, and `merging.py` merges adapters into the model. Knows nothing of where models come from, or of training.
+too, and `merging.py` merges adapters into the model.
 """
 
 import json

@@ -1,8 +1,8 @@
-"""A causal LM with adapters in, a plain one out that computes the same.
+"""Merge the adapters of a causal LM into a plain one that computes the same.
 
 PEFT adds each adapter to the weight it sits on. That is another model where the weight belongs to two layers: with LoRA
 on the embedding of a tied base, training applies the adapter where tokens are read, and merging would also change the
-output head. Knows nothing of files or of training.
+output head.
 """
 
 from collections import defaultdict

@@ -1,7 +1,7 @@
-"""An adapter's folder in, what training starts from out: the adapter, to be continued, or a base that has it merged.
+"""Start training from an adapter's folder: continue the adapter, or merge it into the base.
 
 An adapter that was trained on a base with another one merged carries that one with it, in the subfolder `first`, so
-that whoever loads it gets the model that was trained. Knows nothing of training.
+that whoever loads it gets the model that was trained.
 """
 
 import json

@@ -1,7 +1,7 @@
 """A text and the calls of tools that it should show: whether it shows them, and in which form a template wants them.
 
 A call's arguments are an object, or JSON text as OpenAI sends them; chat templates differ in which of the two they
-write rightly. Knows nothing of tokens or of where answers stand.
+write rightly.
 """
 
 import json

@@ -1,7 +1,7 @@
 """An exception of a forward pass in; out, where PEFT's layer raised it, an error that names the method and the layer.
 
 PEFT builds some methods on layers that they cannot compute on, and says so by the sizes of a matrix product: OLoRA on
-GPT-2's Conv1D, whose weight is transposed. Knows nothing of what is computed.
+GPT-2's Conv1D, whose weight is transposed.
 """
 
 from collections.abc import Generator

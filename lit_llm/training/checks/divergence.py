@@ -1,4 +1,4 @@
-"""Weights and validation figures of a run in; nothing out, or an error where they are no finite numbers any more.
+"""Refuse to go on where weights or validation figures of a run are not finite any more.
 
 A run that goes on, saves or exports after that gives a model that is worth nothing, and a later checkpoint would
 replace the last good one.

@@ -1,7 +1,7 @@
-"""A model in training in, the nll of the fixed rows of `check.py` by the weights that are in memory out.
+"""Score the fixed rows of `text/check.py` with the weights in memory while a model is trained.
 
 Each checkpoint's manifest keeps it. `export` scores the same rows with the model that it reloads from the checkpoint,
-so that a fault in writing or reading the weights is seen. Knows nothing of files.
+so that a fault in writing or reading the weights is seen.
 """
 
 import logging

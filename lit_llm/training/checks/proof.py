@@ -9,7 +9,7 @@ document, so no architecture is refused and none is computed differently.
     2  packed, our attention and the model's own logits
     3  one by one, our loss from hidden states
 
-`proof_cache.py` keeps the answers by the small config, in the process and on disk. Knows nothing of runs.
+`proof_cache.py` keeps the answers by the small config, in the process and on disk.
 """
 
 import json

@@ -1,7 +1,7 @@
-"""A LightningModule in, the same module trained by torch's FSDP2 out: weights, gradients and optimizer split by layer.
+"""A strategy on torch's FSDP2: weights, gradients and optimizer states are sharded by layer.
 
 What ZeRO-3 does, in torch alone (arXiv:2304.11277; each weight is a DTensor). The gradient is averaged over processes,
-as under DDP. Knows nothing of data, losses or what a checkpoint means.
+as under DDP.
 """
 
 from collections.abc import Callable, Iterable, Mapping

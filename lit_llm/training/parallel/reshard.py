@@ -2,7 +2,7 @@
 
 ZeRO 1 and 2 cut the optimizer's state into as many parts as there were processes; DeepSpeed's universal checkpoint
 (arXiv:2406.18820) puts each weight's state together again, and every process takes its part of it. Lightning counts
-micro-batches of one process; their number in a step changes where the steps stay the same. Knows nothing of data.
+micro-batches of one process; their number in a step changes where the steps stay the same.
 """
 
 import shutil

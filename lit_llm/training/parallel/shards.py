@@ -1,7 +1,6 @@
-"""A model whose weights are cut over processes in, whole weights out.
+"""Gather whole weights from a model whose weights are sharded over processes.
 
-ZeRO keeps float32 masters apart from what computes and cuts either; FSDP2's weights are DTensors. Knows nothing of
-files or of what the weights are for.
+ZeRO keeps float32 masters apart from what computes and cuts either; FSDP2's weights are DTensors.
 """
 
 from torch import Tensor, nn

@@ -1,9 +1,9 @@
-"""A device's name in, what it can hold and compute out; or what this machine has.
+"""Look up the memory and the peak rate of a device by its name, or of this machine.
 
 The one table of devices. Rates are dense (without sparsity), with sums in float32, from the vendors' data sheets and
 architecture papers: tensor cores for 16 bits, and torch's default for float32, which is not TF32. Memory is what
 drivers report, which is less than the name says where ECC or the system takes some. None of it was measured here; nor
-was `utilisation`, the share of the rate that a training step is assumed to reach. Knows nothing of models.
+was `utilisation`, the share of the rate that a training step is assumed to reach.
 """
 
 import math

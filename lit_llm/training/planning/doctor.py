@@ -1,7 +1,6 @@
-"""A run's config in, a proof out: that it resumes exactly, and that its gradient is what it says it is.
+"""Prove with a run's own config that it resumes exactly and that its gradient is right.
 
 Everything happens in temporary folders and in processes of their own (`trial.py`); the run's folder is not touched.
-Knows nothing of how a run trains.
 """
 
 import shutil

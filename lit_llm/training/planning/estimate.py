@@ -1,7 +1,6 @@
-"""Counts of a model and what a step of it holds in, bytes and FLOPs out: arithmetic, nothing is built or measured.
+"""Compute bytes and FLOPs of a step from counts; nothing is built or measured.
 
-Exact for weights, gradients and optimizer states; what comes and goes in a step is `trace.py`'s. Knows nothing of
-configs, files or devices.
+Exact for weights, gradients and optimizer states; what comes and goes in a step is `trace.py`'s.
 """
 
 from collections.abc import Callable, Sequence

@@ -1,7 +1,7 @@
-"""A run that has not begun in, what a device of it must hold out: as it is, and in ways that would take less.
+"""Estimate the memory of a run before it begins, as configured and in ways that need less.
 
 The model is built without weights, anew for each way of recomputing and of training. A step's bytes are `trace.py`'s,
-their sum is `estimate.py`'s. Knows nothing of reports, files or what becomes of the answer.
+their sum is `estimate.py`'s.
 """
 
 import logging

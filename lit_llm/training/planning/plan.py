@@ -1,7 +1,6 @@
-"""A run that has not begun in, its cost out: parameters, tokens, steps, FLOPs, memory, disk, and what would fit.
+"""Plan a run before it begins: parameters, tokens, steps, FLOPs, memory, disk, and what would fit.
 
-What a device must hold is `footprint.py`'s, arithmetic `estimate.py`'s, a probe's measuring `trial.py`'s. Knows nothing
-of how data become rows.
+What a device must hold is `footprint.py`'s, arithmetic `estimate.py`'s, a probe's measuring `trial.py`'s.
 """
 
 import json

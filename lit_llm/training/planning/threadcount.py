@@ -1,7 +1,7 @@
 """The threads of every process of a run: chosen before its first forward, kept in its checkpoints.
 
 Another number of threads adds in another order, so a resumed run goes on with the number that it had. What is measured
-is `threads.py`'s. Knows nothing of what is trained but its width.
+is `threads.py`'s.
 """
 
 import logging

@@ -1,4 +1,4 @@
-"""A model without weights and the borders of a micro-batch in, the bytes that its step holds at a time out.
+"""Trace the memory of a training step without weights or data, on fake tensors.
 
 The step is the real one, module for module and kernel for kernel, on torch's fake tensors: they have shapes, lifetimes
 and gradients, but no numbers. So norms of queries, dropout of attention, tied heads, rows of tokens that learn beside

@@ -1,7 +1,6 @@
-"""A run's config in, the same run for a few steps in processes of its own out; nothing of the run is touched.
+"""Run a few steps of a config in separate processes, without touching the run itself.
 
-The children are the real command, `python -m lit_llm fit`, with a callback of this module that watches. Knows nothing
-of what is proved or planned with it.
+The children are the real command, `python -m lit_llm fit`, with a callback of this module that watches.
 """
 
 import copy

@@ -1,4 +1,4 @@
-"""A running fit in, checkpoint folders out: complete or not there.
+"""Write checkpoint folders during a fit; a folder is complete or does not exist.
 
     runs/sft/checkpoints/
       step_40/   state           Lightning's or DeepSpeed's: optimizer, schedule, loops, generators, place in the data
@@ -6,7 +6,7 @@
                  manifest.json   sizes and hashes of all of it; written last, then the folder gets its name
       LATEST     the newest folder's name; BEST the one with the best monitored metric
 
-Knows nothing of losses or data; `manifest.py` tells what is a checkpoint.
+`manifest.py` tells what is a checkpoint.
 """
 
 import logging

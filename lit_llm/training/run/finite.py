@@ -1,7 +1,6 @@
-"""Gradients of a step in, a verdict out: learn from it, or skip it on all ranks alike and say which records did it.
+"""Skip a step whose gradient is not finite, on all ranks alike, and name the records in it.
 
-A NaN in one weight ends a run silently. Knows nothing of optimizers: a step without gradients changes neither weights
-nor averages, and the module's schedule stands still.
+A NaN in one weight ends a run silently.
 """
 
 import logging

@@ -1,7 +1,7 @@
-"""A finished checkpoint folder in, its manifest out; and back: a wish like `last` in, a folder known to be whole out.
+"""Write and read the manifests of checkpoints, and find the folder meant by `last` or `best`.
 
 `manifest.json` holds size and sha256 of each file, and what the checkpoint belongs to. It is written last: a folder
-without a valid one is no checkpoint. Knows nothing of when to save.
+without a valid one is no checkpoint.
 """
 
 import hashlib

@@ -1,8 +1,7 @@
-"""Signals to any process in, one agreed end out: at a step's end, with a checkpoint, on all ranks.
+"""End a run on a signal to any process: at the end of a step, with a checkpoint, on all ranks.
 
 SIGTERM, SIGINT (Ctrl-C) and SIGUSR1 only leave a note. Ranks tell each other what they noted at each step's end and
 between batches of a validation, and read the answer at the next one: nobody waits, and collectives stay in order.
-Knows nothing of what is saved.
 """
 
 import logging

@@ -1,6 +1,6 @@
-"""Logged figures in, `metrics.csv` and `metrics.json` out: what a run leaves behind without any account anywhere.
+"""Write logged figures to `metrics.csv` and `metrics.json`, without an account anywhere.
 
-Knows nothing of models or training; a row is what somebody logged at a step.
+A row is what somebody logged at a step.
 """
 
 import csv

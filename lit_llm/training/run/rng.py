@@ -1,7 +1,6 @@
-"""The random numbers of every process in, the same ones after a stop: dropout draws what it would have drawn.
+"""Save and restore the random states of all processes, so that a resumed run draws the same numbers.
 
-Lightning saves none of them, and under DDP and ZeRO keeps only what rank 0 says; so all ranks tell each other. Knows
-nothing of what is drawn.
+Lightning saves none of them, and under DDP and ZeRO keeps only what rank 0 says; so all ranks tell each other.
 """
 
 import logging

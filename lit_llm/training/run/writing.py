@@ -1,7 +1,7 @@
 """A checkpoint being written by all processes: what one of them cannot write, all of them learn, and end alike.
 
-An error in one process alone would leave the others waiting for it in a collective. Errors are therefore kept until
-all come together, and only then raised. Knows nothing of what is written.
+An error in one process alone would leave the others waiting for it in a collective. Errors are therefore kept until all
+come together, and only then raised.
 """
 
 import errno
