@@ -105,6 +105,9 @@ def _dispatch(args: Sequence[str]) -> None:
     if verb in TOOLS:
         _tool(verb, options)
     else:
+        from lit_llm.cli import precheck
+
+        precheck.check(options)
         from lit_llm.cli.runs import run
 
         run([verb.replace("-", "_"), *_trusting(options)])

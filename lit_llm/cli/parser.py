@@ -122,7 +122,7 @@ def explain(message: str, known: list[str]) -> str:
         return f"unknown argument '{found[1]}'. Did you mean '--config {found[1]}'?"
     for pattern in UNKNOWN:
         if found := re.search(pattern, message):
-            return _unknown(found[1].rstrip("+"), where, known)
+            return unknown(found[1].rstrip("+"), where, known)
     if found := re.search(r"Importing '([^']+)' is not allowed", message):
         names = [name for exported in class_paths.EXPORTS.values() for name in exported]
         return (f"{where}'{found[1]}' is not imported; a class_path may name Lightning's callbacks, loggers, "
@@ -163,7 +163,8 @@ def _takes(key: str | None) -> str:
     return f"\n  {key} takes {numbers}; for example --{key} {numbers.example}" if numbers else ""
 
 
-def _unknown(key: str, where: str, known: list[str]) -> str:
+def unknown(key: str, where: str, known: list[str]) -> str:
+    """What is said of a key that is none, with the one that was probably meant."""
     if key in known:
         return f"{where}this verb takes no '{key}'; other verbs do"
     elsewhere = get_close_matches(key.rsplit(".", 1)[-1], ALIASES, n=1, cutoff=0.9)     # misspelt there, too

@@ -3,7 +3,9 @@
 Knows the links between config keys and what follows a verb; errors are `main.py`'s.
 """
 
+import json
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ import torch
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from lit_llm.cli import examples, runconfig, settings
+from lit_llm.cli import examples, precheck, runconfig, settings
 from lit_llm.cli.parser import ShortErrors, with_whole_sources
 from lit_llm.cli.summary import finish
 from lit_llm.data.datamodule import TextDataModule
@@ -103,6 +105,36 @@ class LitLLMCLI(LightningCLI):
                 print(f"{name:<20} {value:,.0f}" if name.endswith("/tokens") else f"{name:<20} {value:.9g}")
 
 
+def keys() -> list[str]:
+    """All keys that the verbs of a run take, for `precheck.py`, which may not import what knows them.
+
+    After a key is added: `python -c "from lit_llm.cli import runs; runs.write_keys()"`.
+    """
+    found: list[str] = []
+
+    class Stopped(LitLLMCLI):
+        def parse_arguments(self, parser: Any, args: Any) -> None:
+            found.extend(key for key in parser.known() if not key.endswith(".help"))
+            raise StopIteration
+
+    class_paths.restrict(jsonargparse, class_paths.allowed())
+    with suppress(StopIteration):
+        _built(Stopped, ["fit"])
+    return sorted(set(found))
+
+
+def write_keys() -> None:
+    """Write `keys.json` anew."""
+    precheck.FILE.write_text(json.dumps(keys(), indent=1) + "\n", encoding="utf-8")
+
+
+def _built(kind: type[LitLLMCLI], args: list[str]) -> LitLLMCLI:
+    return kind(CausalLMModule, TextDataModule, trainer_class=Trainer, parser_class=RunParser,
+                save_config_callback=None, seed_everything_default=42, auto_configure_optimizers=False,
+                load_from_checkpoint_support=False, args=args,
+                parser_kwargs={"allow_abbrev": False, "prog": "python -m lit_llm"})
+
+
 def run(args: list[str]) -> None:
     """Do a verb that reads a run config.
 
@@ -117,10 +149,7 @@ def run(args: list[str]) -> None:
     class_paths.restrict(jsonargparse, class_paths.allowed())
     lower_loggers()                                 # Lightning has set its own level when it was imported
     try:
-        LitLLMCLI(CausalLMModule, TextDataModule, trainer_class=Trainer, parser_class=RunParser,
-                  save_config_callback=None, seed_everything_default=42, auto_configure_optimizers=False,
-                  load_from_checkpoint_support=False, args=with_whole_sources(runconfig.located(args)),
-                  parser_kwargs={"allow_abbrev": False, "prog": "python -m lit_llm"})
+        _built(LitLLMCLI, with_whole_sources(runconfig.located(args)))
     except (MisconfigurationException, ValueError, RuntimeError, ImportError) as error:
         if not (isinstance(error, MisconfigurationException) or _is_lightnings(error)):
             raise

@@ -220,6 +220,16 @@ def _split_of(path: Path) -> str | None:
     return None
 
 
+def check_exists(path: str) -> None:
+    """Refuse a local path where nothing is.
+
+    Raises:
+        InputError: It says how far the path exists, or which name there is near.
+    """
+    if not (place := locate(path)).exists():
+        raise _missing(place)
+
+
 def _missing(path: Path) -> InputError:
     if path.is_symlink():
         return InputError(f"a symbolic link that leads nowhere: it points to '{path.readlink()}'", where=str(path))
