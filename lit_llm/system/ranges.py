@@ -229,8 +229,10 @@ def check(key: str, value: Any, *, where: str = "") -> None:
         else:
             fits = not isinstance(one, int | float) or any(each.holds(one) for each in numbers.ranges)
         if not fits:
-            raise InputError(f"{shown(one)} is not {numbers}", where=where or key,
-                             fix=f"for example --{(where or key).lstrip('-')} {numbers.example}")
+            name = (where or key).lstrip("-")
+            owner, _, argument = name.rpartition(".")       # of a class that a class_path names: no option is called so
+            shown_as = f"{argument}: {numbers.example}" if owner[:1].isupper() else f"--{name} {numbers.example}"
+            raise InputError(f"{shown(one)} is not {numbers}", where=where or key, fix=f"for example {shown_as}")
 
 
 def check_all(prefix: str, values: Mapping[str, Any]) -> None:
