@@ -21,6 +21,7 @@ from lit_llm.data.datamodule import TextDataModule
 from lit_llm.errors import InputError
 from lit_llm.system import class_paths, ranges
 from lit_llm.system.library_warnings import lower_loggers
+from lit_llm.training.checks import divergence
 from lit_llm.training.module import CausalLMModule
 from lit_llm.training.trainer import Trainer
 
@@ -93,16 +94,23 @@ class LitLLMCLI(LightningCLI):
 
     def after_validate(self) -> None:
         """The figures on stdout."""
-        self._print_figures()
+        self._print_figures("val")
 
     def after_test(self) -> None:
         """The figures on stdout."""
-        self._print_figures()
+        self._print_figures("test")
 
-    def _print_figures(self) -> None:
-        if self.trainer.is_global_zero:
-            for name, value in sorted(self.trainer.run.after.items()):
-                print(f"{name:<20} {value:,.0f}" if name.endswith("/tokens") else f"{name:<20} {value:.9g}")
+    def _print_figures(self, split: str) -> None:
+        if not self.trainer.is_global_zero:
+            return
+        figures = self.trainer.run.after
+        for name, value in sorted(figures.items()):
+            print(f"{name:<20} {value:,.0f}" if name.endswith("/tokens") else f"{name:<20} {value:.9g}")
+        if not divergence.are_finite(figures, split):
+            raise InputError(f"perplexity is {figures.get(f'{split}/perplexity')}, so weights of the model are inf or "
+                             f"nan, or do not fit {self.trainer.precision}",
+                             where="model.base" if self.model.base else "model.init",
+                             fix="set --trainer.precision 32-true, or measure another checkpoint or model")
 
 
 def keys() -> list[str]:

@@ -62,6 +62,15 @@ def test_a_base_that_is_broken(words, says, broken, place):
     assert Path("run").exists() == (says[0] != "model.base")        # an earlier run would have its name again
 
 
+@pytest.mark.parametrize("verb", ["validate", "test"])
+def test_a_broken_model_is_not_measured_with_success(verb, broken, place):
+    """The figures are printed, since they are true, and the command fails."""
+    code, out, err = call(verb, "--config", "ok.yaml", "--model.base", broken, "--data.test_sources", "[{path: good.jsonl}]")
+    assert code == 2, out + err
+    assert f"{'val' if verb == 'validate' else 'test'}/perplexity" in out
+    assert "error: model.base: perplexity is nan" in err
+
+
 class Spoil(L.Callback):
     """Makes one trained weight infinite at the end of a step, as an overflow in the optimizer would."""
 
