@@ -6,6 +6,7 @@ Reads what the run left on disk, so it works after any strategy, also on another
 import logging
 import math
 import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,6 +15,7 @@ from lit_llm.errors import InputError
 from lit_llm.inference.card import card, read_values
 from lit_llm.samples import resolve
 from lit_llm.system import integrity, origin, ranges
+from lit_llm.system.lock import HeldError, Lock
 from lit_llm.text import check
 from lit_llm.text.tokenizer import Tokenizer
 
@@ -38,15 +40,8 @@ def export(run: str, checkpoint: str = "best", out: str | None = None, dtype: Dt
 
     Raises:
         InputError: No such run or checkpoint, or the folder, reloaded, is not the model that was trained, or
-            cannot be written; what stood there before stays.
+            cannot be written, or another process writes it; what stood there before stays.
     """
-    import torch
-
-    from lit_llm.models import load as model
-    from lit_llm.models.adapters import starting
-    from lit_llm.models.adapters.merging import merge
-    from lit_llm.models.quantize import quantization_drift
-
     folder = checkpoint_folder(Path(run), checkpoint)
     facts = integrity.read(folder)
     integrity.check_beside(folder / ("adapter" if (folder / "adapter").is_dir() else "model"), "checkpoint")
@@ -56,13 +51,34 @@ def export(run: str, checkpoint: str = "best", out: str | None = None, dtype: Dt
         raise InputError(f"{ranges.shown(base)} would change nothing: this run trained every weight and needs no base",
                          where="base", fix="leave --base out")
     target = _target(Path(run), out, base) if out else Path(run) / "export"
-    tokenizer = Tokenizer.load(str(Path(run) / "tokenizer"))
+    lock = Lock()
+    with suppress(OSError):                         # what cannot be written is said below, with the room that is left
+        target.parent.mkdir(parents=True, exist_ok=True)
+        refusal = lock.take(target.with_name(f".{target.name}.lock"), "out", target)
+        if isinstance(refusal, HeldError):
+            raise refusal
+    try:
+        return _exported(Path(run), folder, facts, target, dtype, base)
+    finally:
+        lock.release()
+
+
+def _exported(run: Path, folder: Path, facts: dict[str, Any], target: Path, dtype: Dtype, base: str | None) -> Path:
+    """Merge a checkpoint, write it, reload it, and put it in the place of an earlier export."""
+    import torch
+
+    from lit_llm.models import load as model
+    from lit_llm.models.adapters import starting
+    from lit_llm.models.adapters.merging import merge
+    from lit_llm.models.quantize import quantization_drift
+
+    tokenizer = Tokenizer.load(str(run / "tokenizer"))
     if (folder / "adapter").is_dir():
         assert base is not None
         base = resolve(base)
         stored = model.stored_dtype(base)
         exact: Any = model.load_causal_lm(base)
-        if quantize := (read_values(Path(run) / "config.yaml").get("model") or {}).get("quantize"):
+        if quantize := (read_values(run / "config.yaml").get("model") or {}).get("quantize"):
             drift = quantization_drift(exact, quantize)
             log.warning("trained on a base in 4 bits, merged into the exact one: linear weights differ by %.1f %% of "
                         "their norm; measure the export anew", 100 * drift)
@@ -92,7 +108,7 @@ def export(run: str, checkpoint: str = "best", out: str | None = None, dtype: Dt
         partial.mkdir(parents=True)
         model.save_causal_lm(merged, partial, stop_ids=tokenizer.stop_ids, pad_id=tokenizer.pad_id, dtype=wanted)
         tokenizer.save(partial)
-        (partial / "README.md").write_text(card(Path(run), facts, folder.name), encoding="utf-8")
+        (partial / "README.md").write_text(card(run, facts, folder.name), encoding="utf-8")
         del trained, merged                         # one model in memory at a time
         written = model.load_causal_lm(str(partial), dtype=wanted or torch.float32)
         check.gate(partial, Tokenizer.load(str(partial)), rows, before, written, quantize=quantize)

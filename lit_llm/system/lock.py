@@ -28,6 +28,10 @@ HELD = (errno.EACCES, errno.EAGAIN)
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 
 
+class HeldError(InputError):
+    """Another process holds the lock."""
+
+
 class Lock:
     """At most one file, locked by this process."""
 
@@ -35,12 +39,13 @@ class Lock:
         self._file: Path | None = None
         self._handle: IO[str] | None = None
 
-    def take(self, file: Path, where: str) -> InputError | None:
+    def take(self, file: Path, where: str, what: Path | None = None) -> InputError | None:
         """Lock a file, and let go of the one held before; null, or the refusal that names who holds it.
 
         Args:
             file: Made if absent; its folder is there.
             where: The key or option that names what is to be written.
+            what: What is written; null is the file's folder.
         """
         import fcntl
 
@@ -60,7 +65,7 @@ class Lock:
                     handle.close()
                     return InputError(f"cannot be locked: {error.strerror}", where=str(file))
             if held:
-                refusal = _refusal(file, _read(handle), where)
+                refusal = _refusal(file, what or file.parent, _read(handle), where)
                 handle.close()
                 return refusal
             if _is_same(file, handle):              # else its holder removed it meanwhile
@@ -140,10 +145,10 @@ def _is_alive(holder: dict[str, Any]) -> bool:
     return _began(pid) == holder.get("began")
 
 
-def _refusal(file: Path, holder: dict[str, Any], where: str) -> InputError:
+def _refusal(file: Path, what: Path, holder: dict[str, Any], where: str) -> HeldError:
     who = "another process"
     if holder:
         began = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(float(holder.get("time") or 0)))
         who = f"process {holder.get('pid')} on {str(holder.get('host'))[:100]}, since {began}"
-    return InputError(f"{file.parent} is being written by {who}", where=where, fix="wait for it, stop it, or write "
+    return HeldError(f"{what} is being written by {who}", where=where, fix="wait for it, stop it, or write "
                       f"into another folder; if it is gone for sure, delete {file}")

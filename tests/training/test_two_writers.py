@@ -142,3 +142,25 @@ def test_a_damaged_file_without_a_lock_holds_nothing(text, tmp_path):
     assert mine.take(tmp_path / NAME, "x") is None  # twice is once
     mine.release()
     assert not (tmp_path / NAME).exists()
+
+
+def test_an_export_that_another_process_writes_is_refused(tmp_path):
+    """Until that process is gone, however it ended; nothing of the lock stays behind."""
+    import short_runs
+
+    from lit_llm import InputError, LoRA
+    from lit_llm.inference.export import export
+
+    (tmp_path / "chats.jsonl").write_text('{"prompt": "say one", "completion": "one"}\n' * 4)
+    short_runs.fit(tmp_path, tokenizer="sample:base", passes=1, steps=1, lora=LoRA(r=2))
+    code = ("import sys, time\nfrom pathlib import Path\nfrom lit_llm.system.lock import Lock\nlock = Lock()\n"
+            "assert lock.take(Path(sys.argv[1]), 'out') is None\nprint('taken', flush=True)\ntime.sleep(60)")
+    with subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "run/.export.lock")], stdout=subprocess.PIPE,
+                          text=True, env=os.environ | {"PYTHONPATH": str(ROOT)}) as other:
+        assert other.stdout.readline() == "taken\n"
+        with pytest.raises(InputError, match=f"run/export is being written by process {other.pid} on "):
+            export(str(tmp_path / "run"))
+        assert not (tmp_path / "run/export").exists()
+        other.kill()
+    assert export(str(tmp_path / "run")) == tmp_path / "run/export"
+    assert not list((tmp_path / "run").glob(".*lock*"))
