@@ -28,7 +28,7 @@ def exact(folder: Path, file: Path) -> tuple[int, list[tuple[str, str]]]:
     right, wrong = 0, []
     for line in file.read_text(encoding="utf-8").splitlines():
         turns = json.loads(line)["conversations"]
-        said = engine.generate(Conversation.from_openai(turns[:1]), SamplingParams(max_tokens=450, temperature=0)).text
+        said = engine.generate(Conversation.from_openai(turns[:1]), SamplingParams(max_tokens=300, temperature=0)).text
         if said.strip() == turns[1]["content"].strip():
             right += 1
         else:

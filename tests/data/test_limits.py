@@ -172,6 +172,31 @@ def test_a_long_record_takes_some_tens_of_bytes_for_each_of_its_bytes(tmp_path, 
     assert [json.loads(line) for line in child.stdout.splitlines()] == [1] * len(paths), child.stderr[-2000:]
 
 
+SCAN = """
+import resource, sys
+from lit_llm.data.records.sources import Source, scan
+
+next(iter(scan(Source(sys.argv[2]))))
+held = [int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmData")][0] * 1024
+resource.setrlimit(resource.RLIMIT_DATA, (held + int(sys.argv[3]),) * 2)
+print(sum(len(record["text"]) for record, _ in scan(Source(sys.argv[1]))))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the process's memory from /proc")
+def test_a_cell_that_a_table_repeats_is_unpacked_a_few_rows_at_a_time(tmp_path):
+    """Parquet stores equal cells once, so that half a megabyte holds a gigabyte."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    pq.write_table(pa.table({"text": ["word " * 1_000_000] * 100}), tmp_path / "a.parquet")
+    pq.write_table(pa.table({"text": ["a"]}), tmp_path / "b.parquet")
+    assert (tmp_path / "a.parquet").stat().st_size < 1 << 20
+    words = [sys.executable, "-c", SCAN, str(tmp_path / "a.parquet"), str(tmp_path / "b.parquet"), str(200 << 20)]
+    child = subprocess.run(words, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)}, timeout=120)
+    assert child.stdout.strip() == str(5_000_000 * 100), child.stderr[-2000:]
+
+
 # ---- what is too large, by name --------------------------------------------------------------------------------------
 
 @pytest.fixture

@@ -236,11 +236,14 @@ def _stretches(path: Path, separator: re.Pattern[str] | None,
 
 def _open_table(path: Path) -> Any:
     import datasets
+    import pyarrow.parquet
 
     kind = path.suffix.lower().removeprefix(".")
     try:
-        rows = {"batch_size": _rows_at_once(path)} if kind == "parquet" else {}
-        return datasets.load_dataset(kind, data_files=[str(path)], split="train", streaming=True, **rows)
+        if kind == "parquet":                       # `datasets` unpacks a row group as a whole, with all repeated cells
+            batches = pyarrow.parquet.ParquetFile(path).iter_batches(batch_size=_rows_at_once(path))
+            return (row for batch in batches for row in batch.to_pylist())
+        return datasets.load_dataset(kind, data_files=[str(path)], split="train", streaming=True)
     except InputError:
         raise
     except Exception as error:
@@ -248,9 +251,7 @@ def _open_table(path: Path) -> Any:
 
 
 def _rows_at_once(path: Path) -> int:
-    """How many rows of a parquet file become Python objects together: few where each may be large.
-
-    Arrow itself unpacks a row group as a whole; one in which a large cell is repeated takes what all its rows take.
+    """How many rows of a parquet file are unpacked together: few where each may be large.
 
     Raises:
         InputError: It would unpack to far more than its size says.
