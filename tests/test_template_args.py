@@ -98,3 +98,12 @@ def test_prepared_tokens_and_fingerprints_know_the_values(tiny_tokenizer, thinks
     assert made[0].fingerprint != made[1].fingerprint
     assert len({folder_of(Source(str(file)), one, {}, None) for one in made}) == 2
     assert len({len(prepare(Source(str(file)), one).tokens) for one in made}) == 2
+
+
+@pytest.mark.parametrize("name", [1, None, 2.5, True, "x" * 500])
+def test_a_name_that_is_no_text_is_refused_in_a_line(name):
+    """YAML has keys of any type."""
+    from lit_llm.text.templates.jinja import check_args
+
+    with pytest.raises(InputError, match=f"no variable '{str(name)[:40]}'"):
+        check_args({name: 1}, frozenset({"enable_thinking"}), "chat.template_args")

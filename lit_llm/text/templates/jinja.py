@@ -50,7 +50,7 @@ def check_args(template_args: Mapping[str, Any], known: frozenset[str], where: s
     Raises:
         InputError: At `where`; it names the variables that there are.
     """
-    for name in template_args:
+    for name in map(str, template_args):            # keys of YAML may be numbers
         if name not in known:
             there = f"it reads {', '.join(sorted(known)[:20])}" if known else "it reads none that can be set"
             raise InputError(f"the chat template has no variable '{name[:40]}'; {there}."
