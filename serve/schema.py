@@ -58,7 +58,7 @@ def bad_request(error: InputError, *, param: str | None = None, code: str | None
 
 
 class Body(BaseModel):
-    """What all bodies share: exact types, and no field that nobody reads."""
+    """The base of all request bodies: exact types, and unknown fields are refused."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 

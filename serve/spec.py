@@ -229,7 +229,7 @@ async def unless_gone(request: Request, work: Awaitable[T]) -> T:
     """The work's result; the work is cancelled when the client hangs up.
 
     Raises:
-        ApiError: 499; nobody reads it.
+        ApiError: 499; the client has closed the connection.
     """
     task, gone = asyncio.ensure_future(work), asyncio.ensure_future(_hung_up(request))
     try:

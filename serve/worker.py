@@ -168,7 +168,7 @@ def _or_die(task: Any) -> None:
 
 
 def _portable(event: Event) -> Event:
-    """An event that can be pickled: any exception may stand in it."""
+    """The event with an exception that can be pickled."""
     if event.error is None or isinstance(event.error, InputError):
         return event
     return Event(event.request_id, None, error=RuntimeError(f"{type(event.error).__name__}: {event.error}"[:300]))

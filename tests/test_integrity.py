@@ -147,8 +147,8 @@ FOREIGN = {
     "imports": {"megatron_config": {"hidden_size": 3}, "megatron_core": "antigravity"}}
 
 
-def read_by_all(says=()):
-    """What chat, fit and export say of the loose adapter `adapter`."""
+def assert_refused_by_all(says=()):
+    """Chat, fit and export refuse the loose adapter `adapter`, and write nothing."""
     refused("chat", "--model", base_of(), "--adapter", "adapter", "--prompt", "a", says=["adapter", *says])
     refused(*FIT, "--model.lora", "null", "--model.adapter", "adapter", "--trainer.default_root_dir", "other",
             says=["adapter", *says])
@@ -159,7 +159,9 @@ def read_by_all(says=()):
         "bytes": file.stat().st_size, "sha256": hashlib.sha256(file.read_bytes()).hexdigest()}
         for file in STEP.rglob("*") if file.is_file() and file.name != "manifest.json"}     # as a stranger would
     (STEP / "manifest.json").write_text(json.dumps(manifest))
-    refused("export", "--run", "run", says=["adapter", *says])
+    refused("export", "--run", "run", "--out", "exported", says=["adapter", *says])
+    assert not Path("exported").exists()
+    assert not Path("other/checkpoints").exists()
 
 
 @pytest.mark.parametrize("keys", FOREIGN.values(), ids=FOREIGN)
@@ -169,15 +171,15 @@ def test_a_foreign_config_is_refused_in_a_line(run, keys, monkeypatch):
     file = Path("adapter/adapter_config.json")
     file.write_text(json.dumps(json.loads(file.read_text()) | keys))
     began = time.monotonic()
-    read_by_all()
+    assert_refused_by_all()
     assert time.monotonic() - began < 30
 
 
 @pytest.mark.parametrize("text", ["", "[]", "3", '{"r": ' + "[" * 100_000, "\0"])
-def test_a_config_that_is_none(run, text):
+def test_a_file_that_is_no_config_is_refused(run, text):
     run()
     Path("adapter/adapter_config.json").write_text(text)
-    read_by_all(["adapter_config.json"])
+    assert_refused_by_all(["adapter_config.json"])
 
 
 @pytest.mark.parametrize("damage", ["cut", "empty", "other shapes", "nan", "bin"])
@@ -196,4 +198,4 @@ def test_foreign_weights(run, damage):
     else:
         torch.save({}, file.with_suffix(".bin"))
         file.unlink()
-    read_by_all()
+    assert_refused_by_all()

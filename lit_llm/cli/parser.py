@@ -54,7 +54,7 @@ class ShortErrors:
         """As jsonargparse, which lets errors of Python's own conversions through.
 
         Raises:
-            InputError: A number has too many digits, or lists and mappings lie inside each other without end.
+            InputError: A number has too many digits, or lists and mappings are nested too deeply.
         """
         try:
             return super().parse_args(args, *more, **named)  # type: ignore[misc]
@@ -62,7 +62,7 @@ class ShortErrors:
             long = [place for place, word in enumerate(args or ()) if re.search(r"\d{19}|[\[{]{50}", str(word))]
             option = str(args[max(0, long[0] - ("=" not in str(args[long[0]])))]) if long else "options"
             raise InputError("it cannot be read: " + ("a number has too many digits" if isinstance(error, OverflowError)
-                             else "lists and mappings lie too deep inside each other"),
+                             else "lists and mappings are nested too deeply"),
                              where=option.partition("=")[0].lstrip("-")) from None
 
     def format_help(self, *more: Any, **named: Any) -> str:
@@ -252,7 +252,7 @@ def check_configs(args: Sequence[str]) -> None:
             raise InputError(f"a value cannot be read: {ranges.shown(error)}", where=str(file),
                              fix="quote what is a text") from None
         except RecursionError:
-            raise InputError("lists and mappings lie too deep inside each other", where=str(file)) from None
+            raise InputError("lists and mappings are nested too deeply", where=str(file)) from None
         if not isinstance(content, dict):
             raise InputError("a config is a mapping such as `model: {base: gpt2}`", where=str(file))
         _check_twice(yaml.compose(text, Loader=yaml.SafeLoader), file)

@@ -168,7 +168,7 @@ def check_values(verb: str, config: Any) -> None:
     """Refuse nulls and numbers that a key does not take.
 
     Args:
-        verb: Whose options stand beside those of the run.
+        verb: Its own options are checked too.
         config: As it was parsed.
 
     Raises:

@@ -38,7 +38,7 @@ def check_plain(value: Any, where: str = "", *, depth: int = 0) -> int:
         InputError: With the key, what came and what is allowed.
     """
     if depth > DEPTH:
-        raise InputError(f"more than {DEPTH} mappings and lists lie inside each other", where=where[:80],
+        raise InputError(f"mappings and lists are nested more than {DEPTH} levels deep", where=where[:80],
                          fix="give numbers, texts, and lists and mappings of a few levels")
     inside_model = where.startswith("model.init.")      # some models have limits that are infinite
     if isinstance(value, float) and not math.isfinite(value) and not inside_model:

@@ -76,7 +76,7 @@ def chat(
             _converse(session, folder)
         else:
             _answer_lines(session)
-    except BrokenPipeError:                         # `chat ... | head`: nobody reads on
+    except BrokenPipeError:                         # `chat ... | head`: the reader has closed the pipe
         sys.stdout = None
     except KeyboardInterrupt:
         raise SystemExit(130) from None

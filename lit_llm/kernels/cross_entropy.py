@@ -3,7 +3,7 @@
 Logits of a slice of tokens at a time, in one buffer for all slices: memory grows neither with tokens nor with the
 vocabulary times tokens. Gradients are made in the forward, while a slice's logits are there, which saves the product
 that recomputing them would cost. On CUDA products leave in the float32 they were summed in, and a Triton kernel makes
-losses and gradients of them in one pass, where Triton works. Where nobody asks for gradients `tiles.py` does it;
+losses and gradients of them in one pass, where Triton works. Without gradients `tiles.py` does it;
 others' ways are in `borrowed.py`.
 
     N tokens, V vocabulary, D hidden, K rows of the head that learn beside it

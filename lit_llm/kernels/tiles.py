@@ -1,4 +1,4 @@
-"""A linear head's losses where nobody asks for a gradient: tiles of some tokens and some words, and what they say.
+"""Losses of a linear head without gradients, computed in tiles of tokens and vocabulary.
 
 No token's logits are ever together, so memory grows neither with tokens nor with the vocabulary. See
 `cross_entropy.py`.

@@ -49,7 +49,7 @@ SECRET_WORDS = {"secret", "secrets", "password", "passwd", "passphrase", "pwd", 
                 "auth", "authorization", "bearer", "cookie", "webhook", "pat"}
 SECRET_PAIRS = {("api", "key"), ("access", "key"), ("private", "key"), ("secret", "key"), ("signing", "key"),
                 ("encryption", "key"), ("account", "key"), ("license", "key"), ("ssh", "key"), ("session", "key")}
-# What stands beside `token` in keys of configs and tokenizers that hold no secret.
+# Words that occur with `token` in keys of configs and tokenizers that hold no secret.
 TOKEN_KINDS = {"pad", "eos", "bos", "unk", "sep", "cls", "mask", "stop", "end", "start", "image", "audio", "video",
                "special", "decoder", "forced", "added", "extra", "id", "ids", "index", "indices", "type", "accuracy",
                "trainable", "per", "max", "num", "min", "topk", "dim", "count", "learned", "boi", "eoi"}

@@ -27,7 +27,7 @@ class Nll(NamedTuple):
 
     Args:
         total: () float32 with a gradient in training, float64 without: nats.
-        correct: () int64: tokens whose likeliest prediction was right; zero in training, where nobody asks.
+        correct: () int64: tokens whose likeliest prediction was right; zero in training, where it is not computed.
     """
 
     total: Tensor

@@ -44,7 +44,8 @@ def both(function):
     return pytest.mark.parametrize("name", [pytest.param(name, marks=needs(name)) for name in LIBRARIES])(function)
 
 
-def interpreted(call, tmp_path):
+def assert_interpreted(call, tmp_path):
+    """A function of this file holds in a process in which Triton's kernels are interpreted on the CPU."""
     env = os.environ | INTERPRETED | {"TRITON_CACHE_DIR": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", f"from tests.training import interpreter, test_borrowed as test; test.{call}"],
                           env=env, capture_output=True, text=True, check=False)
@@ -107,7 +108,7 @@ def gradients(name):
 
 @both
 def test_value_and_gradients_are_those_of_cross_entropy(name, tmp_path):
-    interpreted(f"gradients({name!r})", tmp_path)
+    assert_interpreted(f"gradients({name!r})", tmp_path)
 
 
 def waits(name):
@@ -148,7 +149,7 @@ def chunks():
 
 @both
 def test_the_device_is_waited_for_once_by_liger_in_chunks_as_large_as_ours_and_never_by_cut_cross_entropy(name, tmp_path):
-    interpreted(f"waits({name!r})", tmp_path)
+    assert_interpreted(f"waits({name!r})", tmp_path)
 
 
 # ---- whole runs

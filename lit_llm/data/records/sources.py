@@ -115,7 +115,7 @@ def files(source: Source) -> list[Path]:
     """The local files of a source, sorted. A named file needs no known extension when `format` is `text`.
 
     Raises:
-        InputError: Nothing there (with what stands beside it), or nothing of a kind that is read.
+        InputError: The path does not exist (with similar names), or holds no file of a supported kind.
     """
     if source.document not in DOCUMENT_CHOICES:
         raise InputError(f"document must be one of {', '.join(DOCUMENT_CHOICES)}, not '{source.document}'."

@@ -18,7 +18,7 @@ from lit_llm.errors import InputError
 
 BLOCK = 1 << 20                                         # bytes, up to the next line end
 LONGEST = 64 << 20                                      # bytes of a line, of a JSON value, of a CSV row, of a cell
-SKIPPED = 1 << 30                                       # bytes of a line without end, of which nothing is read
+SKIPPED = 1 << 30                                       # bytes of a line after which the file is given up
 BLANK = 10_000_000                                      # blank lines in a row
 BUFFER = 1 << 17                                       # bytes that are unpacked at a time
 DIVIDE = "Divide the record into several, or leave it out (data.on_bad_record: quarantine)."
@@ -214,7 +214,7 @@ def _read_line(stream: BinaryIO, path: Path, number: int) -> bytes | InputError:
         raise _damaged(error, path, number) from None
     where = f"{path}:{number}"
     if size >= SKIPPED:
-        raise InputError(f"a line without end: {size >> 20:,} MB were read of it", where=where, fix="Is this text?")
+        raise InputError(f"a line does not end within {size >> 20:,} MB", where=where, fix="Is this text?")
     return InputError(f"a line of more than {LONGEST >> 20} MB, {size / 2**20:,.1f} MB", where=where, fix=DIVIDE)
 
 

@@ -128,7 +128,7 @@ class Stream:
         return Position(0, (Cursor(),) * len(none), none, none, Memory.empty(self._dtype))
 
     def chunks(self, begin: Position) -> Generator[Chunk, None, None]:
-        """Chunks from one on, without end; the next is tokenized while one is used, if other processes do it.
+        """Endless chunks from a position on; with other processes the next one is tokenized while one is used.
 
         Raises:
             InputError: A bad record, too many of them, or a whole pass without anything to learn; on all processes.

@@ -42,7 +42,7 @@ class Cursor:
 
 
 class Feed:
-    """Records of several sources, one after another, without end.
+    """An endless sequence of the records of several sources.
 
     The next record is from a source that is behind its weight's share of the records drawn, so at any moment each
     source has its share to within a record.

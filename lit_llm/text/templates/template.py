@@ -222,8 +222,9 @@ class ChatTemplate(Renderer):
     def _probe(self) -> tuple[str, str]:
         """What the template writes behind a plain answer: (as far as its stop token, all of it).
 
-        Of the control tokens that stand there whether or not the talk goes on, that is the tokenizer's end of text, or
-        else the last before one that opens turns. An end of the whole text is none.
+        The stop token is one of the control tokens that follow the answer whether or not another turn follows: the
+        tokenizer's end of text, or else the last one before a token that opens a turn. A token that ends the whole
+        text is not a stop token.
         """
         for tools in ((), (PROBE_TOOL,)):
             asked = Conversation((Message("user", "x", in_parts=True), Message("assistant", "y", in_parts=True)), tools)

@@ -143,7 +143,7 @@ class ZeroStrategy(DeepSpeedStrategy):
         assert module is not None
         assert isinstance(self.config, dict)
         stage = self.config.get("zero_optimization", {}).get("stage")
-        if stage not in (1, 2, 3):                  # DeepSpeed overlooks a misspelt key, and nobody could resume
+        if stage not in (1, 2, 3):                  # DeepSpeed ignores a misspelt key; resuming would fail
             raise InputError(f"the DeepSpeed config names stage {stage}, not 1, 2 or 3", where="trainer.strategy",
                              fix="Give it zero_optimization: {stage: 2}")
         for key in ("optimizer", "scheduler"):

@@ -1,7 +1,7 @@
 """The threads of every process of a run: chosen before its first forward, kept in its checkpoints.
 
-Another number of threads adds in another order, so a resumed run goes on with the number that it had. What is measured
-is `threads.py`'s.
+The number of threads changes the order of floating-point additions, so a resumed run keeps its number. The measurement
+itself is in `threads.py`.
 """
 
 import logging

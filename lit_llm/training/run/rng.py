@@ -42,7 +42,7 @@ class RngState(Callback):
             restore(self._ranks[trainer.global_rank])
             now = os.environ.get("PL_GLOBAL_SEED")
             if self._seed and now and now != self._seed and trainer.is_global_zero:
-                log.warning("seed_everything %s -> %s has no effect: a resumed run goes on with its own random numbers",
+                log.warning("seed_everything %s -> %s has no effect: a resumed run continues its own random numbers",
                             self._seed, now)
         self._ranks = None
 

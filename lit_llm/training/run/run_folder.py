@@ -276,7 +276,7 @@ def _is_run(folder: Path) -> bool:
 def _check_place(folder: Path) -> None:
     """An earlier run there would be moved aside, which must not be the very folder that somebody works in."""
     if _is_run(folder) and Path.cwd().is_relative_to(folder.resolve()):
-        raise InputError(f"{folder.resolve()} holds an earlier run, and you stand in it",
+        raise InputError(f"{folder.resolve()} holds an earlier run, and it is the current directory",
                          where="trainer.default_root_dir", fix="give a new folder, or go on with --ckpt_path last")
 
 
