@@ -174,7 +174,7 @@ def test_a_refusal_says_key_value_range_and_what_to_type(place):
     ("a: &a [x, x, x, x, x, x, x, x, x, x]\nb: &b [*a, *a, *a, *a, *a, *a, *a, *a, *a, *a]\n"
      "c: &c [*b, *b, *b, *b, *b, *b, *b, *b, *b, *b]\nd: &d [*c, *c, *c, *c, *c, *c, *c, *c, *c, *c]\n"
      "e: [*d, *d, *d, *d, *d, *d, *d, *d, *d, *d]\n", "more than 100,000 values"),
-    ("a: &a [*a]\n", "inside each other"),
+    ("a: &a [*a]\n", "nested more than 50 levels deep"),
     ("model: {base: '" + 300 * "a" + "/b'}\n", "File name too long"),
 ])
 def test_a_file_with_a_value_that_nothing_takes(text, says, place):

@@ -3,10 +3,12 @@
 Started by `lives.py`; reads one JSON order a line and answers with one. An order: {"args": [...], "ranks": 1, "cwd",
 "env", "strike": {"ranks": [0], "signals": [9], and "point": "...", "turn": 1, or "after": seconds}}. Points are named
 below; a process strikes itself there, in the product's own code, which knows nothing of it. After a kill -9 every rank
-is killed, as when the machine dies, unless it says "one": true. With "says" the process refuses its input there. "agent": true tells the others to end where one ended
-with an error, as torchrun does.
+is killed, as when the machine dies, unless it says "one": true. With "says" the process refuses its input there, with
+"full" the write fails there as on a full disk. "agent": true tells the others to end where one ended with an error,
+as torchrun does.
 """
 
+import errno
 import functools
 import importlib
 import json
@@ -35,6 +37,10 @@ POINTS = {                                          # name -> module, attribute,
     "prune": ("pathlib", "Path.unlink", "after"),
     "set aside": ("pathlib", "Path.rename", "before"),
     "export": ("lit_llm.cli.runs", "finish", "before"),
+    "engine folder": ("deepspeed.runtime.checkpoint_engine.checkpoint_engine", "CheckpointEngine.makedirs", "before"),
+    "engine scripts": ("deepspeed.runtime.engine", "DeepSpeedEngine._copy_recovery_script", "before"),
+    "zero written": ("lit_llm.training.parallel.zero", "ZeroStrategy.save_checkpoint", "after"),
+    "shards written": ("lit_llm.training.parallel.fsdp", "Fsdp2Strategy.save_checkpoint", "after"),
 }
 
 
@@ -55,6 +61,8 @@ def arm(strike):
                 from lit_llm.errors import InputError
 
                 raise InputError(strike["says"])
+            if strike.get("full"):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     @functools.wraps(inner)
     def struck(*args, **kwargs):

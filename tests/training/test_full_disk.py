@@ -84,6 +84,23 @@ def test_a_disk_that_stays_full(strategy, ranks, size, disk, lives, tiny_model):
     assert [int(row["step"]) for row in rows_of(folder / "run")] == list(range(1, STEPS + 1))
 
 
+@pytest.mark.parametrize(("strategy", "point"), [
+    ("deepspeed_stage_2", "engine folder"), ("deepspeed_stage_2", "engine scripts"), ("deepspeed_stage_3", "zero written"),
+    ("fsdp2", "shards written")])
+def test_what_only_one_process_writes_does_not_fit(strategy, point, lives, tiny_model):
+    """The other process is then in a barrier of DeepSpeed's or Lightning's, and must not wait there for ever."""
+    words = write_config(lives.folder, config_of(tiny_model("llama"), write_data(lives.folder), ranks=2, lora=False,
+                                                 strategy=strategy, save_every=1, keep_last=99, limit_val_batches=0))
+    run = f"run_{point.replace(' ', '_')}"
+    told = lives.live(*words, run, ranks=2, limit=40, strike={"ranks": [0], "point": point, "turn": 4, "full": True})
+    said = "".join(each["err"] for each in told["said"])
+    assert told["codes"] == [2, 2], said[-3000:]
+    (error,) = [line for line in said.splitlines() if line.startswith("error: ")]
+    assert "could not be written: No space left" in error
+    assert manifest.find(lives.folder / run, "last").name.startswith("step_")
+    assert not list((lives.folder / run).rglob("*.partial"))
+
+
 class At(L.Callback):
     """Does something before a step."""
 

@@ -10,6 +10,7 @@ import atexit
 import os
 from collections.abc import Generator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -278,7 +279,15 @@ class ZeroStrategy(DeepSpeedStrategy):
     def save_checkpoint(self, checkpoint: dict, filepath: str | Path, storage_options: Any = None) -> None:
         """Write a folder of shards, one part per process; frozen weights are left out where only a part is trained."""
         self.exclude_frozen_parameters = self._has_frozen_weights()
-        super().save_checkpoint(checkpoint, filepath, storage_options)
+        whole = self.deepspeed_engine.save_checkpoint
+        # DeepSpeed writes `latest` in the first process before a barrier: an error there would block the others.
+        self.deepspeed_engine.save_checkpoint = partial(whole, save_latest=False)
+        try:
+            super().save_checkpoint(checkpoint, filepath, storage_options)
+        finally:
+            del self.deepspeed_engine.save_checkpoint
+        if self.is_global_zero:
+            (Path(filepath) / "latest").write_text("checkpoint", encoding="utf-8")   # Lightning's tag
 
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
         """Restore weights and, when fitting, the optimizer; Lightning restores loops and schedule from the rest.

@@ -62,10 +62,17 @@ class Writing:
 
     @contextmanager
     def deferred(self) -> Iterator[None]:
-        """Within, errors of writing a file do not keep Lightning and DeepSpeed from coming to their next barrier."""
+        """Keep errors of writing until every process has passed the next barrier of Lightning or DeepSpeed.
+
+        Some steps between two barriers run in the first process only. An error that left such a step would make the
+        other processes wait in the barrier for ever.
+        """
         strategy: Any = self.trainer.strategy
-        engine = getattr(getattr(strategy, "deepspeed_engine", None), "checkpoint_engine", None)
-        writers = [(strategy.checkpoint_io, "save_checkpoint")] + ([(engine, "save")] if engine is not None else [])
+        writers = [(strategy.checkpoint_io, "save_checkpoint"), (strategy, "save_checkpoint")]
+        engine = getattr(strategy, "deepspeed_engine", None)
+        if engine is not None:
+            writers += [(engine, "_copy_recovery_script"), (engine.checkpoint_engine, "makedirs"),
+                        (engine.checkpoint_engine, "save")]
         for owner, name in writers:
             setattr(owner, name, self._keeping(getattr(owner, name)))
         try:
