@@ -3,12 +3,16 @@
 import json
 import os
 import resource
+import shutil
+import subprocess
+import sys
 import time
 import tracemalloc
 from pathlib import Path
 
 import pytest
 
+import lit_llm
 from lit_llm.errors import GivenUpError, InputError
 from lit_llm.text.templates import jinja, jinja_guard, jinja_process
 from tests.hostile import HOSTILE, UNREADABLE
@@ -80,6 +84,17 @@ def test_a_process_that_was_killed_is_started_again():
     os.kill(jinja_process._home.process._child.pid, 9)
     jinja_process._home.process._child.wait()
     assert render(source) == "00Who?"
+
+
+def test_the_other_process_runs_the_code_of_this_one(tmp_path):
+    """Also where that code is not installed, as in a checkout, or another version of it is."""
+    copy = shutil.copytree(Path(lit_llm.__file__).parent, tmp_path / "lit_llm", ignore=shutil.ignore_patterns("__pycache__"))
+    with (copy / "text" / "templates" / "jinja_process.py").open("a", encoding="utf-8") as file:
+        file.write("\ndef _answer(answers, kind, text, real=_answer):\n    real(answers, kind, text and text + '!')\n")
+    code = (f"import sys; sys.path.insert(0, {str(tmp_path)!r}); from lit_llm.text.templates.jinja_process import render; "
+            "print(render('{{ x }}', {}, {'x': 1}, 9.0, 99))")
+    ended = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert ended.stdout == "1!\n", ended.stderr[-2000:]
 
 
 def test_published_templates_never_leave_this_process(shared_data, monkeypatch):

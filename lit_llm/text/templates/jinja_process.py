@@ -35,7 +35,7 @@ class _Process:
 
     def __init__(self) -> None:
         code = "from lit_llm.text.templates.jinja_process import main; main()"
-        root = str(Path(__file__).resolve().parents[1])
+        root = str(Path(__file__).resolve().parents[3])
         paths = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
         self._source: tuple[str, Any] | None = None
         self._child = subprocess.Popen(
