@@ -27,7 +27,7 @@ EXPORTS = {
     "lightning.fabric.plugins.environments": ("KubeflowEnvironment", "LSFEnvironment", "LightningEnvironment",
                                               "MPIEnvironment", "SLURMEnvironment", "TorchElasticEnvironment"),
     "torch.amp": ("GradScaler",),
-    "lit_llm": ("FiniteGuard", "Fsdp2Strategy", "LoRA", "Source", "StepCheckpoint", "ZeroStrategy"),
+    "lit_llm": ("FiniteGuard", "Fsdp2Strategy", "LoRA", "Progress", "Source", "StepCheckpoint", "ZeroStrategy"),
 }
 OWN = "lit_llm.training"                            # strategies, callbacks and loggers of this project
 PLACES = "trainer.callbacks, logger, strategy, plugins and profiler"

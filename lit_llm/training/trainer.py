@@ -88,8 +88,9 @@ class Trainer(L.Trainer):
         self.thread_count = ThreadCount(threads)
         self.exports = True                         # whether a finished fit leaves an export/ behind
         callbacks = [] if callbacks is None else callbacks if isinstance(callbacks, list) else [callbacks]
-        callbacks = [*callbacks, RngState(), self.thread_count, FiniteGuard(max_skipped_steps), self.run,
-                     self.preemption]
+        if not any(isinstance(callback, FiniteGuard) for callback in callbacks):
+            callbacks = [*callbacks, FiniteGuard(max_skipped_steps)]
+        callbacks = [*callbacks, RngState(), self.thread_count, self.run, self.preemption]
         for switch, kind, default in (("enable_progress_bar", AnyProgressBar, Progress),
                                       ("enable_checkpointing", StepCheckpoint, StepCheckpoint)):
             if kwargs.get(switch) is not False and not any(isinstance(callback, kind) for callback in callbacks):
