@@ -8,7 +8,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from lit_llm.errors import InputError
-from lit_llm.samples import resolve
+from lit_llm.names import resolve
 from lit_llm.text.tokenizer import Tokenizer
 
 

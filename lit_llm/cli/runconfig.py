@@ -4,13 +4,12 @@ The file loads with every verb that reads a run config, from any directory. Path
 that only one verb has (`ckpt_path`) are left out.
 """
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from lit_llm import names
 from lit_llm.data.records import sources
-from lit_llm.samples import PREFIX
 
 KEPT = ("seed_everything", "model", "data", "trainer")
 PLACES = ("save_dir", "dirpath", "root_dir", "log_dir")     # keys of loggers, callbacks and profilers that name folders
@@ -36,28 +35,24 @@ def kept(config: dict[str, Any]) -> dict[str, Any]:
         if isinstance(data.get(key), list):
             data[key] = [item | {"path": _source(str(item["path"]))} for item in data[key]]
     if data.get("cache_dir"):
-        data["cache_dir"] = _absolute(str(data["cache_dir"]))
+        data["cache_dir"] = names.absolute(str(data["cache_dir"]))
     trainer = {key: _folders(value) for key, value in trainer.items()}
-    trainer["default_root_dir"] = _absolute(str(trainer["default_root_dir"]))
+    trainer["default_root_dir"] = names.absolute(str(trainer["default_root_dir"]))
     return run | {"model": model, "data": data, "trainer": trainer}
 
 
 def existing(name: str) -> str:
     """The absolute path of a file or folder that is there; any other name (a hub id, `sample:NAME`) as it is."""
-    if name.startswith(PREFIX):
+    if names.is_sample(name):
         return name
     try:
-        return _absolute(name) if Path(name).expanduser().exists() else name
+        return names.absolute(name) if Path(name).expanduser().exists() else name
     except (OSError, RuntimeError, ValueError):
         return name
 
 
 def _source(path: str) -> str:
-    return path if path.startswith(PREFIX) or sources.is_hub(path) else _absolute(path)
-
-
-def _absolute(path: str) -> str:
-    return os.path.abspath(os.path.expanduser(path))
+    return path if names.is_sample(path) or sources.is_hub(path) else names.absolute(path)
 
 
 def _folders(value: Any) -> Any:
@@ -66,7 +61,7 @@ def _folders(value: Any) -> Any:
         return [_folders(item) for item in value]
     if not isinstance(value, dict):
         return value
-    return {key: _absolute(item) if key in PLACES and isinstance(item, str) and item
+    return {key: names.absolute(item) if key in PLACES and isinstance(item, str) and item
             else existing(item) if key == "config" and isinstance(item, str) else _folders(item)
             for key, item in value.items()}
 
@@ -94,6 +89,6 @@ def located(words: Sequence[str]) -> list[str]:
 
 
 def _place(file: str) -> list[str]:
-    folder = Path(_absolute(file)).parent
+    folder = Path(names.absolute(file)).parent
     own = Path(file).name == "config.yaml" and all((folder / part).is_dir() for part in ("checkpoints", "tokenizer"))
     return ["--trainer.default_root_dir", str(folder)] if own else []

@@ -7,12 +7,12 @@ import json
 import math
 from pathlib import Path
 
+from lit_llm import names
 from lit_llm.cli import examples, verdict
 from lit_llm.data.inspect.terminal import ledger
 from lit_llm.errors import InputError
 from lit_llm.inference.export import checkpoint_folder, export
 from lit_llm.models.adapters.merging import UnmergeableError
-from lit_llm.samples import resolve
 from lit_llm.system import command
 from lit_llm.training.checks import divergence
 from lit_llm.training.run import evaluation, manifest
@@ -51,7 +51,7 @@ def finish(run: Path, *, base: str | None, before: dict[str, float], shown: list
     if folder is None:
         return
     if shown:
-        examples.compare(resolve(base) if base else None, folder, shown)
+        examples.compare(names.resolve(base) if base else None, folder, shown)
     _next(run, folder)
 
 

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from lit_llm import names
 from lit_llm.errors import InputError
 from lit_llm.inference.sampling import SamplingParams, next_ids
-from lit_llm.samples import resolve
 from lit_llm.system import origin
 from lit_llm.text import check
 
@@ -237,9 +237,9 @@ def model_folder(model: str) -> str:
     Raises:
         InputError: No such folder, or nothing in it that could be loaded.
     """
-    folder = Path(resolve(model)).expanduser()
+    folder = names.path_of(model)
     if not folder.is_dir():
-        if folder.exists() or folder.is_absolute() or model.startswith((".", "~")) or model.count("/") != 1:
+        if folder.exists() or names.is_path(model) or "/" not in model:
             raise InputError(f"there is no folder {model}", where="model", fix="give a run's folder or its export/, or "
                              "any folder that transformers loads; `python -m lit_llm fit` makes one")
         return model
@@ -295,7 +295,7 @@ def _load(folder: str, device: str, dtype: str, adapter: str | Path | None) -> A
 
     facts = _trained_on(adapter or folder) if adapter or _adapter_base(folder) else {}
     if base := _adapter_base(folder):
-        folder, adapter = resolve(origin.found(base, facts.get("base_hash"), Path(folder))), folder
+        folder, adapter = names.resolve(origin.found(base, facts.get("base_hash"), Path(folder))), folder
     elif (wanted := facts.get("base_hash")) and origin.content_hash(folder) not in (None, wanted):
         raise InputError(f"the adapter {adapter} was trained on another base, {facts.get('base')}", where="adapter",
                          fix=f"give --model {facts.get('base')}, or the folder where that base lies now")

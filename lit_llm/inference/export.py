@@ -10,10 +10,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
-from lit_llm import disk
+from lit_llm import disk, names
 from lit_llm.errors import InputError
 from lit_llm.inference.card import card, read_values
-from lit_llm.samples import resolve
 from lit_llm.system import integrity, origin, ranges
 from lit_llm.system.lock import HeldError, Lock
 from lit_llm.text import check
@@ -75,7 +74,7 @@ def _exported(run: Path, folder: Path, facts: dict[str, Any], target: Path, dtyp
     tokenizer = Tokenizer.load(str(run / "tokenizer"))
     if (folder / "adapter").is_dir():
         assert base is not None
-        base = resolve(base)
+        base = names.resolve(base)
         stored = model.stored_dtype(base)
         exact: Any = model.load_causal_lm(base)
         if quantize := (read_values(run / "config.yaml").get("model") or {}).get("quantize"):
@@ -130,7 +129,7 @@ def _target(run: Path, out: str, base: str | None) -> Path:
     model = (target / "config.json").is_file() and not (target / "checkpoints").exists()
     needed = [run.resolve(), *run.resolve().parents]
     if base is not None:
-        needed.append(Path(resolve(base)).expanduser().resolve())
+        needed.append(names.path_of(base).resolve())
     if target in needed or not (empty or model):
         raise InputError(f"{target} holds something else than an export, and would be replaced", where="out",
                          fix="name a new folder")

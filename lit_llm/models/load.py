@@ -12,12 +12,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from lit_llm import hub
+from lit_llm import hub, names
 from lit_llm.errors import InputError, did_you_mean
 from lit_llm.kernels import attention as packed_attention
 from lit_llm.models.anatomy import causal_lm
 from lit_llm.models.quantize import Quantize, answer_in_half, keep_differentiable, quantization
-from lit_llm.samples import resolve
 from lit_llm.system import config_limits, integrity
 
 if TYPE_CHECKING:
@@ -46,10 +45,8 @@ def load_causal_lm(path: str, *, dtype: torch.dtype = torch.float32, attention: 
     from transformers import AutoModelForCausalLM
 
     _quiet_bars()
-    path = resolve(path)
-    folder = Path(path).expanduser()
-    if not folder.is_dir() and (folder.is_absolute() or path.startswith((".", "~")) or path.count("/") > 1):
-        raise InputError(f"there is no folder {path}", where="model.base")
+    names.check_folder(path, "model.base")
+    folder = names.path_of(path)
     if folder.is_dir() and not (folder / "config.json").is_file():
         raise InputError(f"{path} holds no config.json, so it is no model folder", where="model.base")
     integrity.check_beside(folder, "model.base")
@@ -63,9 +60,9 @@ def load_causal_lm(path: str, *, dtype: torch.dtype = torch.float32, attention: 
     try:
         with config_limits.building("model.base", most=config_limits.most_parameters(path), whole=False):
             loaded: Any = AutoModelForCausalLM.from_pretrained(
-                str(folder) if folder.is_dir() else path, dtype=dtype, attn_implementation=attention,
+                str(folder), dtype=dtype, attn_implementation=attention,
                 use_safetensors=True, trust_remote_code=False, output_loading_info=True,
-                local_files_only=not folder.is_dir() and hub.offline(), **more)
+                local_files_only=names.is_local_only(path), **more)
     except InputError:
         raise
     except Exception as error:                      # a stranger's files: transformers has no one error for them
@@ -96,12 +93,11 @@ def stored_dtype(path: str) -> torch.dtype:
     """
     from transformers import AutoConfig
 
-    path = resolve(path)
-    folder = Path(path).expanduser()
+    folder = names.path_of(path)
     config_limits.check_folder(path, "model")
     try:
-        config = AutoConfig.from_pretrained(str(folder) if folder.is_dir() else path, trust_remote_code=False,
-                                            local_files_only=not folder.is_dir() and hub.offline())
+        config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False,
+                                            local_files_only=names.is_local_only(path))
     except Exception as error:                      # a stranger's files
         if folder.is_dir():
             raise InputError(f"cannot read the config.json in {path}: {_reason(error)}", where="model") from None
@@ -180,10 +176,11 @@ def skeleton(base: str | None, init: dict[str, Any] | None, *, dtype: torch.dtyp
             return init_causal_lm(init, dtype=dtype, attention=attention, **defaults)
         from transformers import AutoConfig, AutoModelForCausalLM
 
-        path = str(Path(resolve(str(base))).expanduser())
+        path = str(names.path_of(str(base)))
         config_limits.check_folder(path, "model.base")
         try:
-            config = AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=hub.offline())
+            config = AutoConfig.from_pretrained(path, trust_remote_code=False,
+                                                local_files_only=names.is_local_only(path))
             if attention == packed_attention.NAME:
                 packed_attention.register()
             with config_limits.building("model.base", most=config_limits.most_parameters(path)):

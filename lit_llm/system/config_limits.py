@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from lit_llm import hub
+from lit_llm import names
 from lit_llm.errors import InputError
 
 COUNTS = re.compile(r"^(n|num)_[a-z_]*(layers?|heads?|blocks|groups|stages|stacks)$|^(n|num)_(layers?|heads?)$"
@@ -52,7 +52,7 @@ def check(keys: dict[str, Any], where: str, file: str = "") -> None:
         if counted and value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 0):
             raise InputError(f"{file}{key} is {shown!r}; it must be a whole number that is not negative", where=where)
         if isinstance(value, int) and not isinstance(value, bool):
-            most = next(most for names, most in MOST if names.search(key))
+            most = next(most for pattern, most in MOST if pattern.search(key))
             if abs(value) > most:
                 raise InputError(f"{file}{key} is {shown}; {most:,} at most", where=where)
         elif isinstance(value, float) and (math.isnan(value) or (math.isinf(value) and not ENDLESS.search(key))):
@@ -78,9 +78,8 @@ def check_folder(path: str, where: str) -> None:
     Raises:
         InputError: It names the file, or its key and value.
     """
-    folder = Path(path).expanduser()
-    file = (folder if folder.is_dir() else hub.cached(path) or folder) / "config.json"
-    if not file.is_file():
+    folder = names.folder_of(path)
+    if folder is None or not (file := folder / "config.json").is_file():
         return
     if file.stat().st_size > BYTES:
         raise InputError(f"{file} has {file.stat().st_size:,} bytes; {BYTES:,} at most", where=where)
@@ -95,11 +94,9 @@ def check_folder(path: str, where: str) -> None:
 
 def most_parameters(path: str) -> int:
     """How many the weight files of a folder may hold; of a hub id that is not in the cache, all."""
-    folder = Path(path).expanduser()
-    home = folder if folder.is_dir() else hub.cached(path)
-    if home is None:
+    if (folder := names.folder_of(path)) is None:
         return PARAMETERS
-    size = sum(file.stat().st_size for file in home.glob("*.safetensors"))
+    size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     return SPARE + PER_BYTE * size if size else PARAMETERS
 
 

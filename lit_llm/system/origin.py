@@ -6,22 +6,12 @@ as a moved copy, or in the hub's cache are one base.
 
 import hashlib
 import json
-import os
 from pathlib import Path
 
-from lit_llm import hub
+from lit_llm import names
 from lit_llm.errors import InputError
-from lit_llm.samples import PREFIX, resolve
 
 SAMPLE = 1 << 16                                    # bytes of a weight file that are hashed, thrice
-
-
-def folder(base: str) -> Path | None:
-    """Where a base lies on this machine: its folder, a sample's, or the hub's cache; null where it is not here."""
-    path = Path(resolve(base)).expanduser()
-    if path.is_dir():
-        return path
-    return hub.cached(base) if base.count("/") == 1 and not path.is_absolute() else None
 
 
 def content_hash(base: str | None) -> str | None:
@@ -29,7 +19,7 @@ def content_hash(base: str | None) -> str | None:
 
     Hashing a large model whole would take minutes. What training changes, it changes everywhere.
     """
-    if base is None or (path := folder(base)) is None:
+    if base is None or (path := names.folder_of(base)) is None:
         return None
     digest = hashlib.sha256()
     for file in sorted([*path.glob("config.json"), *_weight_files(path)]):
@@ -47,8 +37,8 @@ def _weight_files(path: Path) -> list[Path]:
     index = path / "model.safetensors.index.json"
     if index.is_file():
         try:
-            names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-            return [file for name in names if (file := path / str(name)).is_file()]
+            listed = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+            return [file for name in listed if (file := path / str(name)).is_file()]
         except (ValueError, KeyError, TypeError, AttributeError):
             pass                                    # loading it will say so
     single = path / "model.safetensors"
@@ -57,9 +47,9 @@ def _weight_files(path: Path) -> list[Path]:
 
 def recorded(base: str | None) -> str | None:
     """A base's name as a checkpoint keeps it: absolute for a local folder, else as it is (a hub id, `sample:base`)."""
-    if base is None or base.startswith(PREFIX) or not Path(base).expanduser().is_dir():
+    if base is None or names.is_sample(base) or not names.path_of(base).is_dir():
         return base
-    return os.path.abspath(os.path.expanduser(base))
+    return names.absolute(base)
 
 
 def same(one: str | None, one_hash: str | None, other: str | None, other_hash: str | None) -> bool:
@@ -84,7 +74,7 @@ def found(base: str, wanted: str | None, near: Path, given: str | None = None) -
             raise InputError(f"{given} is another base than the run was trained on ({base})", where="base",
                              fix="give the folder of that base, wherever it lies now")
         return given
-    if folder(base) is not None or wanted is None or base.startswith(PREFIX):
+    if names.folder_of(base) is not None or wanted is None or names.is_sample(base):
         return base
     parts = Path(base).parts
     for above in near.resolve().parents:

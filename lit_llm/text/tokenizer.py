@@ -17,8 +17,8 @@ from typing import Any
 
 import numpy as np
 
+from lit_llm import names
 from lit_llm.errors import InputError
-from lit_llm.samples import resolve
 from lit_llm.text import check
 from lit_llm.text.answers import EMPTY, UNASKED, TrainOn, hidden, spans_of, trained
 from lit_llm.text.conversation import ROLES, Conversation, Document
@@ -93,7 +93,7 @@ class Tokenizer:
             InputError: No such folder, the hub cannot be reached, no such template, a variable that it does not read,
                 no end-of-text token.
         """
-        path = resolve(path)
+        path = names.resolve(path)
         hf = load_fast(path)
         template, note = chosen(hf, path, chat_template)
         if template_args:
@@ -316,11 +316,11 @@ def unlike(tokenizer: Tokenizer, base: str) -> str | None:
         tokenizer: Of the run.
         base: A folder or hub id.
     """
-    base = resolve(base)
+    base = names.resolve(base)
     if base == tokenizer.source:
         return None
     try:
-        own = load_fast(str(Path(base).expanduser())).get_vocab()
+        own = load_fast(str(names.path_of(base))).get_vocab()
     except InputError:
         return None
     given = tokenizer.hf.get_vocab()

@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from lit_llm import hub
+from lit_llm import hub, names
 from lit_llm.errors import InputError
 from lit_llm.system import config_limits
 from lit_llm.text import tokenizer_limits
@@ -42,15 +42,14 @@ def load_fast(path: str) -> Any:
 def _load(path: str) -> Any:
     from transformers import AutoTokenizer
 
-    if not Path(path).is_dir() and (Path(path).is_absolute() or path.startswith((".", "~")) or path.count("/") > 1):
-        raise InputError(f"there is no folder {path}", where="tokenizer")
+    names.check_folder(path, "tokenizer")
     config_limits.check_folder(path, "tokenizer")      # transformers reads it here, too
     tokenizer_limits.check_folder(path)
     try:
         hf = AutoTokenizer.from_pretrained(
-            path, trust_remote_code=False, local_files_only=not Path(path).is_dir() and hub.offline())
+            str(names.path_of(path)), trust_remote_code=False, local_files_only=names.is_local_only(path))
     except Exception as error:                      # a stranger's files: transformers has no one error for them
-        if Path(path).is_dir():
+        if names.path_of(path).is_dir():
             raise InputError(f"no tokenizer can be read from the folder {path}: {' '.join(str(error).split())[:160]}",
                              where="tokenizer", fix="it needs tokenizer.json, or set --data.tokenizer") from None
         raise hub.unreachable(path, where="tokenizer") from None

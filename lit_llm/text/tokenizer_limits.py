@@ -18,7 +18,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from lit_llm import disk
+from lit_llm import disk, names
 from lit_llm.errors import InputError
 
 FORMAT = 1                                          # of verdicts; raised whenever this file judges otherwise
@@ -59,7 +59,7 @@ def check_folder(path: str) -> None:
     Raises:
         InputError: It names the file and the rule.
     """
-    file = Path(path).expanduser() / "tokenizer.json"
+    file = names.path_of(path) / "tokenizer.json"
     if not file.is_file():
         return
     for other in file.parent.glob("*.json"):

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from lit_llm import names
 from lit_llm.errors import InputError
 from lit_llm.kernels import rmsnorm
 from lit_llm.models import anatomy, recompute, vocabulary
 from lit_llm.models import load as model
 from lit_llm.models.adapters import adapter, peft_method, starting, trained_rows
-from lit_llm.samples import resolve
 from lit_llm.text import check
 from lit_llm.training import balance, learned_tokens
 from lit_llm.training.checks import compatible
@@ -39,7 +39,7 @@ def build(module: "CausalLMModule") -> None:
         inner = model.load_causal_lm(path, dtype=dtype, attention=kind, quantize=module.quantize,
                                      half=str(module.trainer.precision).startswith("bf16"),
                                      device=module.trainer.strategy.root_device)
-        check.check_weights(resolve(path), inner, quantize=module.quantize)
+        check.check_weights(names.resolve(path), inner, quantize=module.quantize)
     else:
         assert module.init is not None
         inner = model.init_causal_lm(module.init, dtype=dtype, attention=kind, **module._tokenizer_facts())

@@ -51,7 +51,7 @@ def step(threads, *given):
     from lit_llm.kernels import attention
     from lit_llm.models import anatomy
     from lit_llm.models import load as model
-    from lit_llm.samples import resolve
+    from lit_llm.names import resolve
     from lit_llm.training.loss import nll_sum
 
     torch.set_num_threads(threads)

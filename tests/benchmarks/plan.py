@@ -65,7 +65,7 @@ def config(init, keys):
 def base(init):
     """A folder with a model of random weights."""
     from lit_llm.models.load import init_causal_lm, save_causal_lm
-    from lit_llm.samples import resolve
+    from lit_llm.names import resolve
     from lit_llm.text.tokenizer import Tokenizer
 
     folder, tokenizer = tempfile.mkdtemp(prefix="base-"), Tokenizer.load(resolve("sample:base"))

@@ -14,7 +14,7 @@ from lit_llm.inference.export import export
 from lit_llm.models.adapters.adapter import is_peft
 from lit_llm.models.load import load_causal_lm
 from lit_llm.models.untrained import untrained
-from lit_llm.samples import resolve
+from lit_llm.names import resolve
 from lit_llm.text.conversation import Conversation, Message
 from lit_llm.text.templates.template import chatml
 from lit_llm.training import learned_tokens

@@ -13,7 +13,7 @@ from lit_llm.inference.completion import TextEngine
 from lit_llm.inference.export import export
 from lit_llm.models import vocabulary
 from lit_llm.models.load import load_causal_lm
-from lit_llm.samples import resolve
+from lit_llm.names import resolve
 
 NEW = ["<tool>", "</tool>", "<zzz>"]
 

@@ -10,7 +10,7 @@ from short_runs import plain_nll
 from lit_llm import CausalLMModule, InputError, LoRA, Trainer
 from lit_llm.inference.completion import TextEngine
 from lit_llm.inference.export import export
-from lit_llm.samples import resolve
+from lit_llm.names import resolve
 
 
 @pytest.fixture(scope="module")

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from lit_llm import names
 from lit_llm.data.records.formats import OPEN_NOTE
 from lit_llm.data.rows.corpus import Corpus, Tally
 from lit_llm.data.rows.loader import RowLoader
@@ -204,7 +205,7 @@ def _row(corpus: Corpus, rows: Rows, number: int, tokenizer: Tokenizer) -> list[
         runs = [Run(tokenizer.decode(ids[begin:end], skip_special_tokens=False).translate(CONTROLS),
                     SPEAKERS[marks[begin] >> 1], bool(marks[begin] & 1), bool(special[begin]))
                 for begin, end in itertools.pairwise(cuts)]
-        segments.append(Shown(corpus.place(sequence), start, stop, int(corpus.lengths[sequence]),
+        segments.append(Shown(names.shown(corpus.place(sequence)), start, stop, int(corpus.lengths[sequence]),
                               int((marks & 1).sum()), runs))
     return segments
 

@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from lit_llm import hub
+from lit_llm import hub, names
 from lit_llm.data.records.cleaning import Clean
 from lit_llm.data.records.readers import KINDS, kind_of, scan_file, scan_table
 from lit_llm.data.records.record import Found, Record
@@ -170,12 +170,8 @@ def locate(path: str) -> Path:
     """The local path of `path`; `sample:NAME` lies in the installed package, so configs run from anywhere."""
     if not path:
         raise InputError("a source has an empty path", where="data.sources", fix="Name a file, a folder or a hub id.")
-    if path.startswith("sample:"):
-        import lit_llm.samples
-
-        return Path(str(lit_llm.samples.__file__)).parent / path.removeprefix("sample:")
     try:
-        found = Path(path).expanduser()
+        found = names.path_of(path)
         found.exists()
     except (OSError, RuntimeError, ValueError) as error:
         raise InputError(f"{path[:80]} is no path: {str(error)[:80]}", where="data.sources") from None

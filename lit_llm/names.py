@@ -1,0 +1,72 @@
+"""What the name of a model, a tokenizer or a corpus means: a local path, a packaged sample, or an id on the hub."""
+
+import os
+from pathlib import Path
+
+from lit_llm import hub
+from lit_llm.errors import InputError
+
+SAMPLE = "sample:"                                  # a file or folder that ships with this package
+SAMPLES = Path(__file__).resolve().parent / "samples"
+
+
+def is_sample(name: str) -> bool:
+    """Whether a name means a file or folder that ships with this package."""
+    return name.startswith(SAMPLE)
+
+
+def resolve(name: str) -> str:
+    """The name itself, or for `sample:NAME` the path of that file or folder in the installed package."""
+    return str(SAMPLES / name.removeprefix(SAMPLE)) if is_sample(name) else name
+
+
+def path_of(name: str) -> Path:
+    """The local path that a name means if it means one; an id on the hub gives a path that does not exist."""
+    return Path(resolve(name)).expanduser()
+
+
+def is_path(name: str) -> bool:
+    """Whether a name can only be a local path: ids on the hub are `name` or `owner/name`.
+
+    >>> [is_path(name) for name in ("gpt2", "Qwen/Qwen3-0.6B", "runs/sft/export", "./export", "~/export")]
+    [False, False, True, True, True]
+    """
+    return Path(resolve(name)).is_absolute() or name.startswith((".", "~")) or name.count("/") > 1
+
+
+def check_folder(name: str, where: str, fix: str = "") -> None:
+    """Refuse the name of a model that can only be a local path, where there is no folder.
+
+    Raises:
+        InputError: At `where`, the key that holds the name.
+    """
+    if is_path(name) and not path_of(name).is_dir():
+        raise InputError(f"there is no folder {name}", where=where, fix=fix)
+
+
+def folder_of(name: str) -> Path | None:
+    """The folder of a model, local or in the hub's cache; null where there is none. Nothing is downloaded."""
+    path = path_of(name)
+    if path.is_dir():
+        return path
+    return hub.cached(name) if name.count("/") <= 1 and not path.is_absolute() else None
+
+
+def is_local_only(name: str) -> bool:
+    """Whether files of a model come from the hub's cache alone, since the hub cannot be reached."""
+    return not path_of(name).is_dir() and hub.offline()
+
+
+def absolute(path: str) -> str:
+    """A local path from the root, with `~` replaced; links stay as they are."""
+    return os.path.abspath(os.path.expanduser(path))
+
+
+def shown(path: str) -> str:
+    """A path as a user would type it: `sample:NAME` for what ships with this package.
+
+    >>> shown(resolve("sample:conversations.jsonl"))
+    'sample:conversations.jsonl'
+    """
+    inside = path.removeprefix(f"{SAMPLES}{os.sep}")
+    return path if inside == path else SAMPLE + inside
