@@ -37,21 +37,19 @@ def modules(package):
 TREES = dict(modules("lit_llm"))
 
 
-def imports(tree, *, top=False):
-    """(module, name) of what is imported: anywhere, or when the module is loaded and not only for type checking."""
-    nodes = [tree] if not top else [node for node in tree.body if not isinstance(node, ast.If)]
-    for root in nodes:
-        for node in ast.walk(root) if not top or not isinstance(root, ast.FunctionDef | ast.ClassDef) else ():
-            if isinstance(node, ast.Import):
-                yield from ((alias.name, "") for alias in node.names)
-            elif isinstance(node, ast.ImportFrom):
-                assert not node.level, "imports are absolute"
-                yield from ((node.module or "", alias.name) for alias in node.names)
+def imports(tree):
+    """(module, name) of what is imported anywhere: in functions and for type checking, too."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, "") for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, "imports are absolute"
+            yield from ((node.module or "", alias.name) for alias in node.names)
 
 
-def inner(tree, *, top=False):
+def inner(tree):
     """Modules of lit_llm that a tree imports, without the package's name."""
-    for module, name in imports(tree, top=top):
+    for module, name in imports(tree):
         if module.split(".")[0] == "lit_llm":
             whole = f"{module}.{name}".removeprefix("lit_llm").strip(".")
             yield whole if whole in TREES else module.removeprefix("lit_llm").strip(".")
@@ -69,13 +67,24 @@ def test_who_may_import_whom():
 
 
 def test_the_data_are_a_chain():
+    """What is beside the chain, such as the data module, may import all of it and is imported by none of it."""
     for name, tree in TREES.items():
         wing, _, rest = name.partition(".")
         place = rest.split(".")[0]
         if wing == "data" and place in CHAIN:
-            later = CHAIN[CHAIN.index(place) + 1:]
-            for target in inner(tree, top=True):
-                assert not (target.startswith("data.") and target.split(".")[1] in later), f"{name} imports {target}"
+            before = CHAIN[:CHAIN.index(place) + 1]
+            for target in inner(tree):
+                assert not target.startswith("data.") or target.split(".")[1] in before, f"{name} imports {target}"
+
+
+def test_streams_import_nothing_of_the_store():
+    """A stream makes the tokens that a store holds, by the same code, and reads and writes no store."""
+    of_stores = {f"data.tokens.{name}" for name in ("prepare", "store", "cache", "progress")}
+    for name in ("encode", "workers"):
+        assert not of_stores & set(inner(TREES[f"data.tokens.{name}"])), name
+    for name, tree in TREES.items():
+        if name.startswith("data.stream."):
+            assert not of_stores & set(inner(tree)), name
 
 
 def test_no_package_and_no_file_is_large():
@@ -93,8 +102,9 @@ def test_lit_llm_knows_no_server_and_the_server_no_training():
         assert others <= GROUND | {"text", "models", "inference"}, f"serve.{name} imports {others}"
 
 
-def test_no_circles_when_modules_are_loaded():
-    graph = {name: set(inner(tree, top=True)) - {name, ""} for name, tree in TREES.items()}
+def test_no_circles():
+    """Imports within a function and those for type checking count, too: a reader follows them all."""
+    graph = {name: set(inner(tree)) - {name, ""} for name, tree in TREES.items()}
     order = TopologicalSorter(graph).static_order()             # raises CycleError, which names the circle
     assert set(order) >= set(TREES)
 

@@ -5,48 +5,27 @@ trainer's number of processes and accumulation, and nothing of models.
 """
 
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import lightning as L
 import numpy as np
 
-from lit_llm.data import idle
+from lit_llm.data import idle, streaming
 from lit_llm.data.records.sources import Source
 from lit_llm.data.rows import identity
 from lit_llm.data.rows.corpus import Corpus, Occurrences
 from lit_llm.data.rows.loader import Batch, RowLoader
 from lit_llm.data.rows.mixture import Mixture, Stage, repeats, side
-from lit_llm.data.rows.packing import Overlong, Packing, Rows
-from lit_llm.data.stream import loader as stream_loader
+from lit_llm.data.rows.packing import Overlong, Packing
+from lit_llm.data.rows.plan import Plan
 from lit_llm.data.stream.loader import StreamLoader
-from lit_llm.data.tokens.prepare import OnBadRecord, prepare, wait_for
+from lit_llm.data.tokens.encode import OnBadRecord
+from lit_llm.data.tokens.prepare import prepare, wait_for
 from lit_llm.data.tokens.store import Report, TokenStore
 from lit_llm.errors import InputError
 from lit_llm.system import ranges
 from lit_llm.text.tokenizer import Tokenizer, TrainOn
-
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """One stage's data.
-
-    Args:
-        corpus: The sequences there are.
-        rows: How they lie in rows, in the first epoch.
-        notes: How many were cut, dropped, said before.
-        fingerprint: What the rows are made of, by names (`identity.py`).
-        stores: Of each source, where its tokens lie, and what became of its records.
-        draw: The rows of an epoch, where they differ.
-    """
-
-    corpus: Corpus
-    rows: Rows
-    notes: dict[str, int]
-    fingerprint: dict[str, Any]
-    stores: Sequence[TokenStore] = ()
-    draw: Callable[[int], Rows] | None = None
 
 
 class TextDataModule(L.LightningDataModule):
@@ -159,7 +138,7 @@ class TextDataModule(L.LightningDataModule):
         """Open the stores and plan the rows of what `stage` needs; a second call does nothing."""
         self._check()
         if self.streaming:
-            stream_loader.check(self)
+            streaming.check(self)
         wanted: dict[str | None, tuple[Stage, ...]] = {
             "fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": ()}
         for name in wanted.get(stage, ("train", "val", "test")):
@@ -176,7 +155,7 @@ class TextDataModule(L.LightningDataModule):
     def train_dataloader(self) -> RowLoader | StreamLoader:
         """Shuffled, in whole accumulation windows, resumable."""
         if self.streaming:
-            self.stream = stream_loader.open_loader(self)
+            self.stream = streaming.open_loader(self)
             return self.stream
         trainer = self.trainer
         return self._loader("train", shuffle=True, accumulate=trainer.accumulate_grad_batches if trainer else 1)
@@ -306,8 +285,8 @@ class TextDataModule(L.LightningDataModule):
 
     def _open_stream(self) -> None:
         """Where the data are only looked at, the stream's first chunk stands for all of it."""
-        if not stream_loader.trains(self):
-            stream, chunk = stream_loader.first_chunk(self)
+        if not streaming.trains(self):
+            stream, chunk = streaming.first_chunk(self)
             self.plans["train"] = Plan(chunk.corpus, chunk.rows, stream.notes, {"stream": stream.fingerprint})
 
     def occurrences(self) -> Occurrences | None:
@@ -318,9 +297,9 @@ class TextDataModule(L.LightningDataModule):
         if "train" in self.plans:
             found = self.plans["train"].corpus.occurrences(self.tokenizer.vocab_size)
             return replace(found, whole=found.whole and not self.streaming)
-        if not self.streaming or not stream_loader.trains(self):
+        if not self.streaming or not streaming.trains(self):
             return None
-        _, chunk = stream_loader.first_chunk(self)
+        _, chunk = streaming.first_chunk(self)
         return replace(chunk.corpus.occurrences(self.tokenizer.vocab_size), whole=False)
 
     # ---- what the user sees ------------------------------------------------------------------------------------------

@@ -4,20 +4,17 @@ What a file decides (`split`, `subset`, `document` of a source) is refused where
 """
 
 import logging
-from typing import TYPE_CHECKING
 
+from lit_llm.data.interface import Data
 from lit_llm.data.rows.corpus import Corpus
 from lit_llm.errors import InputError
 from lit_llm.system import ranges
-
-if TYPE_CHECKING:
-    from lit_llm.data.datamodule import TextDataModule
 
 log = logging.getLogger(__name__)
 LIMIT, BUFFER = 0.1, 4_000_000                      # what bad_record_limit and stream_buffer are where nothing is said
 
 
-def check(data: "TextDataModule") -> None:
+def check(data: Data) -> None:
     """Refuse what another option switches off, and a weight that draws nothing.
 
     Raises:

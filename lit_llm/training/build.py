@@ -6,7 +6,7 @@ The module calls this when Lightning asks it to configure its model. Combination
 
 import logging
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -19,18 +19,16 @@ from lit_llm.models.adapters import adapter, peft_method, starting, trained_rows
 from lit_llm.text import check
 from lit_llm.training import balance, learned_tokens
 from lit_llm.training.checks import compatible
+from lit_llm.training.checks.interface import Module
 from lit_llm.training.parallel.fsdp import Fsdp2Strategy
 from lit_llm.training.parallel.shards import whole
 from lit_llm.training.parallel.zero import ZeroStrategy
-
-if TYPE_CHECKING:
-    from lit_llm.training.module import CausalLMModule
 
 log = logging.getLogger(__name__)
 DTYPES = {"bf16-true": torch.bfloat16, "16-true": torch.float16, "64-true": torch.float64, "64": torch.float64}
 
 
-def build(module: "CausalLMModule") -> None:
+def build(module: Module) -> None:
     """Load or build the model of a module, put on it what learns, and prepare it for the strategy of its trainer."""
     dtype = DTYPES.get(str(module.trainer.precision), torch.float32)
     kind = module.choose_attention(module._tokenizer_facts() if module.init else {})
@@ -44,7 +42,7 @@ def build(module: "CausalLMModule") -> None:
         assert module.init is not None
         inner = model.init_causal_lm(module.init, dtype=dtype, attention=kind, **module._tokenizer_facts())
     if dtype.itemsize < 4:                          # Lightning would cast buffers too, and positions would be wrong
-        module.trainer.precision_plugin.convert_module = lambda module: module  # type: ignore[method-assign]
+        module.trainer.precision_plugin.convert_module = lambda module: module
     data: Any = getattr(module.trainer, "datamodule", None)
     if module.base is not None and data is not None:
         compatible.check_tokenizer(module.base, data)
@@ -76,7 +74,7 @@ def build(module: "CausalLMModule") -> None:
         log.info(str(anatomy.count_parameters(module.model)))
 
 
-def _grow(module: "CausalLMModule", inner: Any, tokens: int) -> None:
+def _grow(module: Module, inner: Any, tokens: int) -> None:
     """A row for each token of a tokenizer that has more than the base."""
     before = vocabulary.rows(inner)
     new = vocabulary.grow(inner, tokens)
@@ -85,14 +83,14 @@ def _grow(module: "CausalLMModule", inner: Any, tokens: int) -> None:
                  "the mean of the others", f"{tokens:,}", f"{before:,}", f"{new:,}")
 
 
-def pretrained(module: "CausalLMModule") -> str | None:
+def pretrained(module: Module) -> str | None:
     """Where whole weights come from: a checkpoint of a run that trained them all, else the base."""
     if module.checkpoint is not None and (module.checkpoint / "model").is_dir():
         return str(module.checkpoint / "model")
     return module.base
 
 
-def check_start(module: "CausalLMModule", folder: str) -> None:
+def check_start(module: Module, folder: str) -> None:
     """Find the adapter to start from and check that it fits the base; one that is continued says what is trained.
 
     Raises:
@@ -105,7 +103,7 @@ def check_start(module: "CausalLMModule", folder: str) -> None:
         module.peft_spec, module.train_tokens = peft_method.spec_in(found), "auto"
 
 
-def adapted(module: "CausalLMModule", inner: Any) -> Any:
+def adapted(module: Module, inner: Any) -> Any:
     """The model with what learns on it: a checkpoint's adapter, one to be continued, or a new one."""
     if module.checkpoint is not None and (module.checkpoint / "adapter").is_dir():
         return starting.load(inner, module.checkpoint / "adapter", trainable=True)
@@ -120,7 +118,7 @@ def adapted(module: "CausalLMModule", inner: Any) -> Any:
     return adapter.wrap_peft(inner, module.peft_spec, tokens=module.trained_ids)
 
 
-def tokens_to_train(module: "CausalLMModule", inner: Any) -> list[int]:
+def tokens_to_train(module: Module, inner: Any) -> list[int]:
     """Ids of `lora.train_tokens`: those named, or tokens of the data that the base was never trained on."""
     data: Any = getattr(module.trainer, "datamodule", None)
     assert module.peft_spec is not None
@@ -150,7 +148,7 @@ def tokens_to_train(module: "CausalLMModule", inner: Any) -> list[int]:
     return choice.ids if obstacle is None else []
 
 
-def _autocasts(module: "CausalLMModule") -> bool:
+def _autocasts(module: Module) -> bool:
     """Whether adapters are float32 in a forward pass in bfloat16; DeepSpeed and FSDP2 make them bfloat16 for it."""
     return (str(module.trainer.precision).startswith("bf16") and module.peft_spec is not None
             and not isinstance(module.trainer.strategy, ZeroStrategy | Fsdp2Strategy))

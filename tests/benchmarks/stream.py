@@ -16,9 +16,10 @@ import tempfile
 import time
 from pathlib import Path
 
-from lit_llm.data.records.sources import Source, scan
+from lit_llm.data.records.sources import Source
 from lit_llm.data.stream.chunks import Stream
 from lit_llm.data.stream.loader import StreamLoader
+from lit_llm.data.tokens.encode import SourceEncoder
 from lit_llm.data.tokens.prepare import prepare
 from lit_llm.text.tokenizer import Tokenizer
 
@@ -43,8 +44,8 @@ def memory():
 
 
 def loader(file, tokenizer, num_proc, steps):
-    stream = Stream([Source(file)], tokenizer, train_on="assistant", seq_len=2048, packing="best_fit", overlong="cut",
-                    seed=0, buffer=4_000_000, num_proc=num_proc)
+    stream = Stream([SourceEncoder(Source(file), tokenizer)], seq_len=2048, packing="best_fit", overlong="cut", seed=0,
+                    buffer=4_000_000, num_proc=num_proc)
     return StreamLoader(stream, steps=steps, batch_size=8, pad_id=0, token_bytes=tokenizer.token_bytes)
 
 
@@ -79,7 +80,7 @@ def stored(file, tokenizer, num_proc):
 def read(file, tokenizer, num_proc):
     """Only parsing, which every process does for all of the corpus."""
     began = time.perf_counter()
-    count = sum(1 for _ in scan(Source(file)))
+    count = sum(1 for _ in Source(file).scan())
     return {"MB/s": (Path(file).stat().st_size >> 20) / (time.perf_counter() - began), "records": count}
 
 

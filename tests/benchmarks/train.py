@@ -63,11 +63,11 @@ def build(folder, tokenizer_folder, words=0):
 def conversations(tokenizer, files, folder):
     """The same conversations twice: as messages for us, as ids and labels for the others; none longer than PAD_TO."""
     from lit_llm.data.records import formats
-    from lit_llm.data.records.sources import Source, read
+    from lit_llm.data.records.sources import Source
 
     rows, records = [], []
     for file in files:
-        for record, _ in read(Source(file)):
+        for record, _ in Source(file).read():
             said = formats.convert(record)
             sequence = tokenizer.encode_conversation(said)[0]
             if len(sequence) <= PAD_TO:

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lit_llm.data.records.formats import FORMATS, convert
-from lit_llm.data.records.sources import Source, read
+from lit_llm.data.records.sources import Source
 from lit_llm.errors import InputError
 from lit_llm.text.conversation import Conversation, Document
 
@@ -164,7 +164,7 @@ READ_AND_REFUSED = {                                    # of the files as publis
 @pytest.mark.parametrize("name", READ_AND_REFUSED)
 def test_published_files_are_read_or_refused_as_what_they_are(shared_data, name):
     kept, reasons = 0, set()
-    for record, _ in read(Source(str(shared_data / name))):
+    for record, _ in Source(str(shared_data / name)).read():
         try:
             convert(record)
             kept += 1

@@ -16,9 +16,10 @@ import numpy as np
 import pytest
 
 from lit_llm.data.records import formats, readers, textfile
-from lit_llm.data.records.sources import Source, scan
+from lit_llm.data.records.sources import Source
 from lit_llm.data.rows.mixture import Mixture
 from lit_llm.data.stream.chunks import Stream
+from lit_llm.data.tokens.encode import SourceEncoder
 from lit_llm.data.tokens.prepare import prepare
 from lit_llm.errors import InputError
 from lit_llm.text import cutting, encoder
@@ -174,12 +175,12 @@ def test_a_long_record_takes_some_tens_of_bytes_for_each_of_its_bytes(tmp_path, 
 
 SCAN = """
 import resource, sys
-from lit_llm.data.records.sources import Source, scan
+from lit_llm.data.records.sources import Source
 
-next(iter(scan(Source(sys.argv[2]))))
+next(iter(Source(sys.argv[2]).scan()))
 held = [int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmData")][0] * 1024
 resource.setrlimit(resource.RLIMIT_DATA, (held + int(sys.argv[3]),) * 2)
-print(sum(len(record["text"]) for record, _ in scan(Source(sys.argv[1]))))
+print(sum(len(record["text"]) for record, _ in Source(sys.argv[1]).scan()))
 """
 
 
@@ -226,7 +227,7 @@ def test_a_line_that_is_too_long_is_a_bad_record_among_good_ones(tokenizer, tmp_
 def test_so_is_a_line_or_a_paragraph_of_a_text_file(document, row, what, tokenizer, tmp_path, small):
     path = tmp_path / "a.txt"
     path.write_text(f"good\n\n{row}\n\nalso\n")
-    found = list(scan(Source(str(path), document=document)))
+    found = list(Source(str(path), document=document).scan())
     assert [record for record, _ in found if isinstance(record, str)] == ["good", "also"]
     wrong, place = found[1]
     assert f"a {what} of more than" in wrong.what
@@ -248,7 +249,7 @@ def test_a_packed_table_that_unpacks_to_far_more_is_refused(tmp_path, small):
 
     pq.write_table(pa.table({"text": ["a" * 3000] * 1000}), tmp_path / "a.parquet", use_dictionary=False, compression="zstd")
     with pytest.raises(InputError, match=r"a\.parquet: .* unpack to"):
-        list(scan(Source(str(tmp_path / "a.parquet"))))
+        list(Source(str(tmp_path / "a.parquet")).scan())
 
 
 @pytest.mark.parametrize(("name", "content", "said"), [
@@ -263,7 +264,7 @@ def test_where_the_next_record_begins_nobody_can_say(name, content, said, tmp_pa
     monkeypatch.setattr(jsonfile, "LONGEST", 4000)
     (tmp_path / name).write_text(content)
     with pytest.raises(InputError) as caught:
-        list(scan(Source(str(tmp_path / name))))
+        list(Source(str(tmp_path / name)).scan())
     assert re.search(said, str(caught.value)), caught.value
 
 
@@ -277,7 +278,7 @@ def test_a_small_packed_file_of_very_many_line_ends(ending, document, tmp_path, 
     path.write_bytes(gzip.compress(b"\n" * 8_000_000) * 10)
     began = time.process_time()
     with pytest.raises(InputError, match=rf"a\.{ending}\.gz:\d+: more than .* (blank lines in a row|white space)"):
-        list(scan(Source(str(path), document=document)))
+        list(Source(str(path), document=document).scan())
     assert time.process_time() - began < 20
 
 
@@ -286,7 +287,7 @@ def test_rows_of_empty_cells_are_not_gathered_by_the_hundred(tmp_path):
     from lit_llm.data.tokens.prepare import BATCH_SIZE, _batches
 
     (tmp_path / "a.csv").write_text("text" + ",c".join(map(str, range(30_000))) + "\n" + ("," * 29_999 + "\n") * 40)
-    batches = list(_batches(scan(Source(str(tmp_path / "a.csv")))))
+    batches = list(_batches(Source(str(tmp_path / "a.csv")).scan()))
     assert max(len(batch) for batch in batches) <= BATCH_SIZE // (8 * 30_000) + 1
 
 
@@ -305,8 +306,8 @@ def test_a_text_that_cannot_be_read_on_is_taken_back(tokenizer, tmp_path, monkey
     assert (report.read, report.kept, report.quarantined) == (3, 2, 1)
     assert np.array(stores[0].tokens).tolist() == np.array(stores[1].tokens).tolist()
     assert (report.tokens, report.supervised, report.marks) == (expected.tokens, expected.supervised, expected.marks)
-    streamed = Stream([Source(str(tmp_path / "a.txt"))], tokenizer, train_on="assistant", seq_len=64, packing="best_fit", overlong="cut",
-                      seed=1, buffer=3000, on_bad_record="quarantine", bad_record_limit=1.0)
+    streamed = Stream([SourceEncoder(Source(str(tmp_path / "a.txt")), tokenizer)], seq_len=64, packing="best_fit",
+                      overlong="cut", seed=1, buffer=3000, on_bad_record="quarantine", bad_record_limit=1.0)
     chunks = streamed.chunks(streamed.beginning)
     assert any(sum(next(chunks).begin.bad) for _ in range(12))
 

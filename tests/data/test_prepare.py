@@ -21,6 +21,7 @@ from lit_llm.data.records import readers, textfile
 from lit_llm.data.records.record import Place
 from lit_llm.data.records.sources import Source
 from lit_llm.data.tokens import prepare as preparing
+from lit_llm.data.tokens.encode import SourceEncoder
 from lit_llm.data.tokens.prepare import prepare
 from lit_llm.data.tokens.progress import Progress
 from lit_llm.data.tokens.store import Report
@@ -186,7 +187,7 @@ def test_how_much_is_done_over_several_files(tmp_path, capsys, monkeypatch):
     """A packed file counts when it is through; of the others the place in them does."""
     for name, size in (("a.jsonl", 100), ("b.jsonl.gz", 300), ("c.jsonl", 600)):
         (tmp_path / name).write_bytes(b"x" * size)
-    line = Progress(Source(str(tmp_path)))
+    line = Progress(str(tmp_path), Source(str(tmp_path)).sizes())
     shares = [line.share(Place(str(tmp_path / name), 1, share=share))
               for name, share in (("a.jsonl", 0.5), ("b.jsonl.gz", 1.0), ("c.jsonl", 0.0), ("c.jsonl", 0.5), ("c.jsonl", 1))]
     assert shares == [0.05, 0.1, 0.4, 0.7, 1.0]
@@ -199,7 +200,7 @@ def test_how_much_is_done_over_several_files(tmp_path, capsys, monkeypatch):
 def test_a_long_document_says_how_much_of_it_is_done(tokenizer, tmp_path, small):
     file = tmp_path / "book.txt"
     file.write_text("a line of a book\n" * 2000)
-    shares = [place.share for _, place in preparing._items(Source(str(file)), tokenizer)]
+    shares = [place.share for _, place in SourceEncoder(Source(str(file)), tokenizer).items()]
     assert len(shares) > 5
     assert shares == sorted(shares)
     assert shares[len(shares) // 2] == pytest.approx(0.5, abs=0.15)
@@ -222,7 +223,7 @@ def test_a_killed_process_is_said(tokenizer, jsonl, small):
         if os.getpid() != parent:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    batches = preparing._batches(preparing._items(Source(path), tokenizer))
+    batches = preparing._batches(SourceEncoder(Source(path), tokenizer).items())
     with pytest.raises(InputError, match="killed"):
         list(preparing._blocks(batches, work, 2))
 

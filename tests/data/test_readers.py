@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from lit_llm.data.records import textfile
 from lit_llm.data.records.readers import scan_file
 from lit_llm.data.records.record import LongText
-from lit_llm.data.records.sources import Source, files, read, scan
+from lit_llm.data.records.sources import Source
 from lit_llm.data.tokens.prepare import prepare
 from lit_llm.errors import InputError
 from tests.data.test_sources import faults, records, write
@@ -100,7 +100,7 @@ def test_what_is_wrong_is_named_with_line_and_column(tmp_path, name, content, sa
 
 def test_a_record_that_shares_its_line_has_a_column(tmp_path):
     path = write(tmp_path, "a.json", '[{"a": 1}, {"a": 2},\n{"a": 3}]')
-    assert [where for _, where in read(Source(path))] == [f"{path}:1", f"{path}:1:12", f"{path}:2"]
+    assert [where for _, where in Source(path).read()] == [f"{path}:1", f"{path}:1:12", f"{path}:2"]
 
 
 def test_pipes_and_dead_links_are_named(tmp_path):
@@ -109,11 +109,11 @@ def test_pipes_and_dead_links_are_named(tmp_path):
     with pytest.raises(InputError, match=r"pipe\.jsonl: not a regular file"):
         records(str(tmp_path / "pipe.jsonl"))
     with pytest.raises(InputError, match="no file here"):
-        files(Source(f"{tmp_path}/*.jsonl"))
+        Source(f"{tmp_path}/*.jsonl").files()
     with pytest.raises(InputError, match=r"loop\.jsonl: a symbolic link that leads nowhere"):
-        files(Source(str(tmp_path / "loop.jsonl")))
+        Source(str(tmp_path / "loop.jsonl")).files()
     with pytest.raises(InputError, match="no file here"):
-        files(Source(str(tmp_path)))
+        Source(str(tmp_path)).files()
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.txt"])
@@ -147,7 +147,7 @@ def test_any_bytes_are_records_or_an_error_with_a_place(tmp_path, name, ending, 
     if table and lost:
         return                                          # a library opens these; a few examples do
     try:
-        for record, place in scan(Source(path, document=document)):
+        for record, place in Source(path, document=document).scan():
             assert path in str(place)
             if isinstance(record, LongText):
                 assert all(isinstance(block, str) for block in record.blocks)
@@ -164,19 +164,19 @@ def test_a_folder_is_read_for_its_data(tmp_path):
     for name in ("README.md", "LICENSE.txt", "dataset_info.json", "notes.md", "a.jsonl", ".cache/b.jsonl", "in/c.txt"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         write(tmp_path, name, '{"text": "x"}\n')
-    assert [str(path.relative_to(tmp_path)) for path in files(Source(str(tmp_path)))] == ["a.jsonl", "in/c.txt", "notes.md"]
+    assert [str(path.relative_to(tmp_path)) for path in Source(str(tmp_path)).files()] == ["a.jsonl", "in/c.txt", "notes.md"]
 
 
 def test_a_folder_of_splits_gives_the_one_asked_for(tmp_path):
     for name in ("train-00000.jsonl", "test.jsonl", "valid.jsonl", "other.jsonl"):
         write(tmp_path, name, '{"text": "x"}\n')
-    assert [path.name for path in files(Source(str(tmp_path)))] == ["train-00000.jsonl"]
-    assert [path.name for path in files(Source(str(tmp_path), split="validation"))] == ["valid.jsonl"]
+    assert [path.name for path in Source(str(tmp_path)).files()] == ["train-00000.jsonl"]
+    assert [path.name for path in Source(str(tmp_path), split="validation").files()] == ["valid.jsonl"]
     with pytest.raises(InputError, match="split into test, train, validation, and none is 'dve'"):
-        files(Source(str(tmp_path), split="dve"))
+        Source(str(tmp_path), split="dve").files()
     (tmp_path / "valid.jsonl").unlink()
     (tmp_path / "test.jsonl").unlink()
-    assert len(files(Source(str(tmp_path)))) == 2       # one split's name alone tells nothing apart
+    assert len(Source(str(tmp_path)).files()) == 2       # one split's name alone tells nothing apart
 
 
 # ---- what was mended is counted ------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from lit_llm.data.records.sources import Source, files, is_hub, read, scan
+from lit_llm.data.records.sources import Source, is_hub
 from lit_llm.errors import InputError
 
 
@@ -18,11 +18,11 @@ def write(folder, name, content):
 
 
 def records(path, **settings):
-    return [record for record, _ in read(Source(path, **settings))]
+    return [record for record, _ in Source(path, **settings).read()]
 
 
 def faults(path):
-    return [(record.what, str(place)) for record, place in scan(Source(path)) if isinstance(record, InputError)]
+    return [(record.what, str(place)) for record, place in Source(path).scan() if isinstance(record, InputError)]
 
 
 # ---- JSON ------------------------------------------------------------------------------------------------------------
@@ -43,15 +43,15 @@ def test_json_in_all_its_forms(tmp_path, name, content):
 
 
 def test_each_record_has_its_line(tmp_path):
-    assert [where for _, where in read(Source(write(tmp_path, "a.jsonl", '{"a": 1}\n\n{"a": 2}\n')))] == [
+    assert [where for _, where in Source(write(tmp_path, "a.jsonl", '{"a": 1}\n\n{"a": 2}\n')).read()] == [
         f"{tmp_path}/a.jsonl:1", f"{tmp_path}/a.jsonl:3"]
-    assert [where for _, where in read(Source(write(tmp_path, "b.json", '[\n{"a":\n 1},\n\n{"a": 2}]')))] == [
+    assert [where for _, where in Source(write(tmp_path, "b.json", '[\n{"a":\n 1},\n\n{"a": 2}]')).read()] == [
         f"{tmp_path}/b.json:2", f"{tmp_path}/b.json:5"]
 
 
 def test_one_bad_line_does_not_kill_the_file(tmp_path):
     path = write(tmp_path, "a.jsonl", '{"a": 1}\n{"a": \n{"a": 3}\n[4]\n')
-    good = [record for record, _ in scan(Source(path)) if not isinstance(record, InputError)]
+    good = [record for record, _ in Source(path).scan() if not isinstance(record, InputError)]
     assert good == [{"a": 1}, {"a": 3}]
     assert [place for _, place in faults(path)] == [f"{path}:2", f"{path}:4"]
     with pytest.raises(InputError, match=r"""a\.jsonl:2:7: not JSON: Expecting value\n  It stands near '{"a": '"""):
@@ -107,15 +107,15 @@ def test_documents_of_a_text_file(tmp_path, document, content, expected):
 
 def test_a_text_records_place_is_its_first_line(tmp_path):
     path = write(tmp_path, "a.txt", "a\nb\n<|endoftext|>\nc\n")
-    assert [where for _, where in read(Source(path))] == [f"{path}:1", f"{path}:4"]
+    assert [where for _, where in Source(path).read()] == [f"{path}:1", f"{path}:4"]
 
 
 def test_folders_globs_and_samples(tmp_path):
     (tmp_path / "in").mkdir()
     for name in ("b.jsonl", "in/a.jsonl", "picture.png", ".hidden.jsonl"):
         write(tmp_path, name, '{"text": "x"}\n')
-    assert [path.name for path in files(Source(str(tmp_path)))] == ["b.jsonl", "a.jsonl"]
-    assert [path.name for path in files(Source(f"{tmp_path}/**/a*.jsonl"))] == ["a.jsonl"]
+    assert [path.name for path in Source(str(tmp_path)).files()] == ["b.jsonl", "a.jsonl"]
+    assert [path.name for path in Source(f"{tmp_path}/**/a*.jsonl").files()] == ["a.jsonl"]
     assert len(records("sample:conversations_val.jsonl")) > 0
 
 
@@ -123,16 +123,16 @@ def test_what_is_not_there_is_said_with_what_is(tmp_path):
     write(tmp_path, "train.jsonl", "{}")
     write(tmp_path, "data.bin", "x")
     with pytest.raises(InputError, match=r"Did you mean 'train\.jsonl'\?"):
-        files(Source(f"{tmp_path}/trian.jsonl"))
+        Source(f"{tmp_path}/trian.jsonl").files()
     with pytest.raises(InputError, match="exists as far as"):
-        files(Source(f"{tmp_path}/no/where/a.jsonl"))
+        Source(f"{tmp_path}/no/where/a.jsonl").files()
     with pytest.raises(InputError, match=r"cannot tell what '\.bin' is"):
-        files(Source(f"{tmp_path}/data.bin"))
+        Source(f"{tmp_path}/data.bin").files()
     assert records(f"{tmp_path}/data.bin", format="text") == ["x"]
     with pytest.raises(InputError, match="Did you mean 'line'"):
-        files(Source(f"{tmp_path}/train.jsonl", document="lines"))
+        Source(f"{tmp_path}/train.jsonl", document="lines").files()
     with pytest.raises(InputError, match="no file here"):
-        files(Source(f"{tmp_path}/*.csv"))
+        Source(f"{tmp_path}/*.csv").files()
 
 
 def test_hub_ids_are_told_from_paths(tmp_path, monkeypatch):

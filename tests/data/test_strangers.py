@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from lit_llm.data.datamodule import TextDataModule
-from lit_llm.data.records.sources import Source, files
+from lit_llm.data.records.sources import Source
 from lit_llm.data.tokens.prepare import prepare
 from lit_llm.errors import InputError
 from lit_llm.text.conversation import Document
@@ -70,7 +70,7 @@ def test_what_a_folder_says_of_itself_is_not_read_and_the_rest_is(tmp_path):
     names = ["data.txt", "README.md", "README_zh.md", "LICENSE_DATA.txt", "notice-board.txt", "licensed.txt", "CHANGELOG.md"]
     for name in names:
         (tmp_path / name).write_text("x")
-    assert [path.name for path in files(Source(str(tmp_path)))] == ["data.txt", "licensed.txt", "notice-board.txt"]
+    assert [path.name for path in Source(str(tmp_path)).files()] == ["data.txt", "licensed.txt", "notice-board.txt"]
 
 
 def test_reasons_are_counted_and_not_collected(tokenizer, jsonl):

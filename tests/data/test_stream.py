@@ -23,6 +23,7 @@ from lit_llm.data.rows import packing
 from lit_llm.data.stream.chunks import Stream
 from lit_llm.data.stream.feed import Feed
 from lit_llm.data.stream.loader import StreamLoader
+from lit_llm.data.tokens.encode import SourceEncoder
 from lit_llm.data.tokens.prepare import prepare
 from lit_llm.data.tokens.workers import Exchange
 from lit_llm.errors import InputError
@@ -48,8 +49,10 @@ def files(tmp_path_factory):
 
 
 def stream(tokenizer, *paths, **options):
-    listed = [path if isinstance(path, Source) else Source(str(path)) for path in paths]
-    return Stream(listed, tokenizer, **DEFAULTS | options)
+    options = DEFAULTS | options
+    train_on = options.pop("train_on")
+    return Stream([SourceEncoder(path if isinstance(path, Source) else Source(str(path)), tokenizer, train_on)
+                   for path in paths], **options)
 
 
 def loader(tokenizer, *paths, batch_size=2, steps=5, rank=0, world=1, accumulate=1, **options):
@@ -146,7 +149,7 @@ def test_concat_is_the_corpus_cut_into_rows(tokenizer, files, tmp_path, small_pi
 
 def test_passes_and_seeds_have_orders_of_their_own(tokenizer, files):
     def order(seed):
-        feed = Feed([Source(str(files / "*.jsonl"))], tokenizer, seed=seed)
+        feed = Feed([SourceEncoder(Source(str(files / "*.jsonl")), tokenizer)], seed=seed)
         return [str(place) for _, (_, place) in islice(feed, 30 * 6)]
     first, other = order(1), order(2)
     assert order(1) == first != other
@@ -345,7 +348,7 @@ def test_shards_of_a_streamed_table_are_parts(tokenizer, tmp_path, monkeypatch):
     table = datasets.load_dataset("parquet", data_files=str(tmp_path / "*.parquet"), split="train", streaming=True)
     found = [[record["text"] for record, _ in part()] for part in sources.shards(table, "owner/name")]
     assert sorted(map(sorted, found)) == [[f"shard {shard} row {row}" for row in range(4)] for shard in range(3)]
-    monkeypatch.setattr(sources, "hub_dataset", lambda source, streaming: table)
+    monkeypatch.setattr(Source, "hub_dataset", lambda self, streaming: table)
     made = loader(tokenizer, Source("owner/name"), steps=20, batch_size=1)
     local = loader(tokenizer, tmp_path, steps=20, batch_size=1)         # the same files by their path
     assert [rows_of(batch) for batch in made] == [rows_of(batch) for batch in local]

@@ -7,20 +7,19 @@ import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from lit_llm import names
+from lit_llm.data.interface import Data
 from lit_llm.data.records.formats import OPEN_NOTE
 from lit_llm.data.rows.corpus import Corpus, Tally
 from lit_llm.data.rows.loader import RowLoader
 from lit_llm.data.rows.packing import Rows
+from lit_llm.data.rows.plan import Plan
 from lit_llm.data.tokens.store import CONTROLS, Report, TokenStore
 from lit_llm.text.tokenizer import SPEAKERS, Tokenizer
-
-if TYPE_CHECKING:
-    from lit_llm.data.datamodule import Plan, TextDataModule
 
 BINS = 12
 NOTES = {                                               # of `Plan.notes`, in words
@@ -142,7 +141,7 @@ class Inspection:
     note: str = ""
 
 
-def examine(data: "TextDataModule", rows: int = 0) -> Inspection:
+def examine(data: Data, rows: int = 0) -> Inspection:
     """Look at data that has been set up.
 
     Args:
@@ -162,14 +161,14 @@ def examine(data: "TextDataModule", rows: int = 0) -> Inspection:
     return Inspection(data.reports, stages, shown, list(dict.fromkeys(findings)), data.seq_len, pace, note)
 
 
-def _first(data: "TextDataModule", rows: int) -> list[int]:
+def _first(data: Data, rows: int) -> list[int]:
     """Numbers of the first rows that are drawn; of a stream, those of its first chunk."""
     loader = data.train_dataloader()
     return loader.order(0)[:rows].tolist() if isinstance(loader, RowLoader) else [
         *range(min(rows, len(data.plans["train"].rows)))]
 
 
-def _stage(name: str, plan: "Plan", seq_len: int) -> Stage:
+def _stage(name: str, plan: Plan, seq_len: int) -> Stage:
     corpus, rows = plan.corpus, plan.rows
     tokens, longest = int(rows.lengths.sum()), int(corpus.lengths.max())
     top = min(seq_len, longest)

@@ -66,41 +66,126 @@ class Source:
     document: str = "auto"
     clean: Clean = "none"
 
+    # ---- reading -----------------------------------------------------------------------------------------------------
 
-def read(source: Source) -> Iterator[tuple[Record, str]]:
-    """Each record with its place, `file:line`.
+    def read(self) -> Iterator[tuple[Record, str]]:
+        """Each record with its place, `file:line`.
 
-    Raises:
-        InputError: At the first thing that cannot be read; it names the place.
-    """
-    for record, place in scan(source):
-        if isinstance(record, InputError):
-            raise record.at(str(place))
-        yield record, str(place)
+        Raises:
+            InputError: At the first thing that cannot be read; it names the place.
+        """
+        for record, place in self.scan():
+            if isinstance(record, InputError):
+                raise record.at(str(place))
+            yield record, str(place)
 
+    def scan(self, *, parse: bool = True) -> Iterator[Found]:
+        """Each record, or the reason why it is none, with its place; a file that cannot be opened raises.
 
-def scan(source: Source, *, parse: bool = True) -> Iterator[Found]:
-    """Each record, or the reason why it is none, with its place; a file that cannot be opened raises.
+        Args:
+            parse: False leaves JSON lines as bytes, for another process to parse.
+        """
+        if self.is_hub:
+            yield from scan_table(self.hub_dataset(), self.path)
+            return
+        for path in self.files():
+            yield from scan_file(path, document=self.document, parse=parse)
 
-    Args:
-        source: What to read.
-        parse: False leaves JSON lines as bytes, for another process to parse.
-    """
-    if is_hub(source.path):
-        yield from scan_table(hub_dataset(source), source.path)
-        return
-    for path in files(source):
-        yield from scan_file(path, document=source.document, parse=parse)
+    def parts(self) -> list[Callable[[], Iterator[Found]]]:
+        """The source in parts that can be scanned on their own, without the rest: its files, or a hub dataset's shards.
 
+        JSON lines come as bytes, for who tokenizes them to parse.
+        """
+        if self.is_hub:
+            return shards(self.hub_dataset(streaming=True), self.path)
+        return [partial(scan_file, path, document=self.document, parse=False) for path in self.files()]
 
-def parts(source: Source) -> list[Callable[[], Iterator[Found]]]:
-    """A source in parts that can be scanned on their own, without the rest: its files, or a hub dataset's shards.
+    # ---- which files -------------------------------------------------------------------------------------------------
 
-    JSON lines come as bytes, for who tokenizes them to parse.
-    """
-    if is_hub(source.path):
-        return shards(hub_dataset(source, streaming=True), source.path)
-    return [partial(scan_file, path, document=source.document, parse=False) for path in files(source)]
+    @property
+    def is_hub(self) -> bool:
+        """Whether it is a dataset of the hub."""
+        return is_hub(self.path)
+
+    def files(self) -> list[Path]:
+        """The local files, sorted. A named file needs no known extension when `format` is `text`.
+
+        Raises:
+            InputError: The path does not exist (with similar names), or holds no file of a supported kind.
+        """
+        if self.document not in DOCUMENT_CHOICES:
+            raise InputError(f"document must be one of {', '.join(DOCUMENT_CHOICES)}, not '{self.document}'."
+                             f"{did_you_mean(self.document, list(DOCUMENT_CHOICES))}", where=self.path)
+        found = self._find()
+        self._refuse_idle(found)
+        return found
+
+    def sizes(self) -> dict[str, int] | None:
+        """Bytes of each of its files; null for a dataset of the hub, where they are unknown."""
+        return None if self.is_hub else {str(path): path.stat().st_size for path in self.files()}
+
+    def _refuse_idle(self, found: list[Path]) -> None:
+        """Refuse settings that the files give no meaning to.
+
+        Raises:
+            InputError: It names the setting.
+        """
+        if self.subset is not None:
+            raise InputError(f"subset: {self.subset} would change nothing: only a dataset of the hub has several",
+                             where=self.path, fix="Leave `subset` out.")
+        saved = locate(self.path) / "dataset_dict.json"
+        wanted = [name for name, words in SPLITS.items() if self.split in (name, *words)]
+        if self.split != "train" and not saved.is_file() and not any(_split_of(path) in wanted for path in found):
+            raise InputError(f"split: {self.split} would change nothing: no file here is named after a split",
+                             where=self.path, fix="Leave `split` out, or name the files.")
+        if self.document != "auto" and self.format != "text" and not any(kind_of(path) == "text" for path in found):
+            raise InputError(f"document: {self.document} would change nothing: it divides text files (.txt, .md)",
+                             where=self.path, fix="Leave `document` out.")
+
+    def _find(self) -> list[Path]:
+        """The files that a path names."""
+        path = locate(self.path)
+        if path.is_dir():
+            found = _folder(path, self.split)
+        elif path.exists():
+            if not path.is_file():                          # a pipe would block, and can be read only once
+                raise InputError("not a regular file", where=str(path), fix="Write what it gives to a file first.")
+            if not kind_of(path) and self.format != "text":
+                raise InputError(f"cannot tell what '{path.suffix}' is; read are {', '.join(KINDS)}", where=str(path),
+                                 fix="Rename it, or set `format: text` if it is plain text.")
+            return [path]
+        elif glob.has_magic(str(path)):
+            found = sorted(Path(name) for name in glob.glob(str(path), recursive=True)
+                           if kind_of(Path(name)) and Path(name).is_file())
+        else:
+            raise _missing(path)
+        if not found:
+            raise InputError(f"no file here that can be read; read are {', '.join(KINDS)}", where=self.path)
+        return found
+
+    def hub_dataset(self, *, streaming: bool = False) -> Any:
+        """A hub dataset, from the cache where it is there; with `streaming` its rows come as they are asked for.
+
+        Raises:
+            InputError: Whatever went wrong, in one line, with the ways that need no hub.
+        """
+        if self.document != "auto":
+            raise InputError(f"document: {self.document} would change nothing: it divides text files, and a dataset of "
+                             "the hub has records", where=self.path, fix="Leave `document` out.")
+        import datasets
+        import huggingface_hub.constants
+
+        if hub.offline():                                   # both clients would try again for half a minute
+            datasets.config.HF_HUB_OFFLINE = huggingface_hub.constants.HF_HUB_OFFLINE = True
+        try:
+            with quiet_hub():
+                return datasets.load_dataset(self.path, self.subset, split=self.split, streaming=streaming)
+        except Exception as error:                          # the hub client raises some thirty kinds
+            reason = str(error).strip().split("\n")[0][:200] or type(error).__name__
+            raise InputError(
+                f"no file or folder of that name, and the hub dataset cannot be read: {reason}", where=self.path,
+                fix="Without the hub: give a local folder or file; or set HF_HOME to a cache that holds it, with "
+                    "HF_HUB_OFFLINE=1; or HF_ENDPOINT to a mirror.") from None
 
 
 def shards(rows: Any, name: str) -> list[Callable[[], Iterator[Found]]]:
@@ -109,62 +194,7 @@ def shards(rows: Any, name: str) -> list[Callable[[], Iterator[Found]]]:
     return [partial(scan_table, rows.shard(count, number), f"{name} shard {number}") for number in range(count)]
 
 
-# ---- which files -----------------------------------------------------------------------------------------------------
-
-def files(source: Source) -> list[Path]:
-    """The local files of a source, sorted. A named file needs no known extension when `format` is `text`.
-
-    Raises:
-        InputError: The path does not exist (with similar names), or holds no file of a supported kind.
-    """
-    if source.document not in DOCUMENT_CHOICES:
-        raise InputError(f"document must be one of {', '.join(DOCUMENT_CHOICES)}, not '{source.document}'."
-                         f"{did_you_mean(source.document, list(DOCUMENT_CHOICES))}", where=source.path)
-    found = _find(source)
-    _refuse_idle(source, found)
-    return found
-
-
-def _refuse_idle(source: Source, found: list[Path]) -> None:
-    """Refuse settings of a source that its files give no meaning to.
-
-    Raises:
-        InputError: It names the setting.
-    """
-    if source.subset is not None:
-        raise InputError(f"subset: {source.subset} would change nothing: only a dataset of the hub has several",
-                         where=source.path, fix="Leave `subset` out.")
-    saved = locate(source.path) / "dataset_dict.json"
-    wanted = [name for name, words in SPLITS.items() if source.split in (name, *words)]
-    if source.split != "train" and not saved.is_file() and not any(_split_of(path) in wanted for path in found):
-        raise InputError(f"split: {source.split} would change nothing: no file here is named after a split",
-                         where=source.path, fix="Leave `split` out, or name the files.")
-    if source.document != "auto" and source.format != "text" and not any(kind_of(path) == "text" for path in found):
-        raise InputError(f"document: {source.document} would change nothing: it divides text files (.txt, .md)",
-                         where=source.path, fix="Leave `document` out.")
-
-
-def _find(source: Source) -> list[Path]:
-    """The files that a path names."""
-    path = locate(source.path)
-    if path.is_dir():
-        found = _folder(path, source.split)
-    elif path.exists():
-        if not path.is_file():                          # a pipe would block, and can be read only once
-            raise InputError("not a regular file", where=str(path), fix="Write what it gives to a file first.")
-        if not kind_of(path) and source.format != "text":
-            raise InputError(f"cannot tell what '{path.suffix}' is; read are {', '.join(KINDS)}", where=str(path),
-                             fix="Rename it, or set `format: text` if it is plain text.")
-        return [path]
-    elif glob.has_magic(str(path)):
-        found = sorted(Path(name) for name in glob.glob(str(path), recursive=True)
-                       if kind_of(Path(name)) and Path(name).is_file())
-    else:
-        raise _missing(path)
-    if not found:
-        raise InputError(f"no file here that can be read; read are {', '.join(KINDS)}", where=source.path)
-    return found
-
+# ---- paths -----------------------------------------------------------------------------------------------------------
 
 def locate(path: str) -> Path:
     """The local path of `path`; `sample:NAME` lies in the installed package, so configs run from anywhere."""
@@ -236,31 +266,6 @@ def _missing(path: Path) -> InputError:
         return InputError("no such file or folder", where=str(path), fix=f"The path exists as far as '{above}'.")
     close = did_you_mean(path.name, [entry.name for entry in above.iterdir()])
     return InputError(f"no such file or folder.{close}", where=str(path))
-
-
-def hub_dataset(source: Source, *, streaming: bool = False) -> Any:
-    """A hub dataset, from the cache where it is there; with `streaming` its rows come as they are asked for.
-
-    Raises:
-        InputError: Whatever went wrong, in one line, with the ways that need no hub.
-    """
-    if source.document != "auto":
-        raise InputError(f"document: {source.document} would change nothing: it divides text files, and a dataset of "
-                         "the hub has records", where=source.path, fix="Leave `document` out.")
-    import datasets
-    import huggingface_hub.constants
-
-    if hub.offline():                                   # both clients would try again for half a minute
-        datasets.config.HF_HUB_OFFLINE = huggingface_hub.constants.HF_HUB_OFFLINE = True
-    try:
-        with quiet_hub():
-            return datasets.load_dataset(source.path, source.subset, split=source.split, streaming=streaming)
-    except Exception as error:                          # the hub client raises some thirty kinds
-        reason = str(error).strip().split("\n")[0][:200] or type(error).__name__
-        raise InputError(
-            f"no file or folder of that name, and the hub dataset cannot be read: {reason}", where=source.path,
-            fix="Without the hub: give a local folder or file; or set HF_HOME to a cache that holds it, with "
-                "HF_HUB_OFFLINE=1; or HF_ENDPOINT to a mirror.") from None
 
 
 @contextlib.contextmanager

@@ -10,7 +10,7 @@ from typing import Protocol
 import numpy as np
 
 from lit_llm.data.rows.packing import Rows, Segments
-from lit_llm.data.tokens.store import DOCUMENT
+from lit_llm.data.tokens.encode import DOCUMENT
 from lit_llm.text.tokenizer import SPEAKERS
 
 Tally = dict[str, dict[str, int]]                       # source -> {sequences, tokens, supervised}

@@ -18,17 +18,26 @@ import numpy as np
 
 from lit_llm.data.records.jsonfile import parse_line
 from lit_llm.data.records.record import Place
-from lit_llm.data.records.sources import Source
 from lit_llm.data.rows import packing as pack
 from lit_llm.data.rows.corpus import Corpus
 from lit_llm.data.rows.packing import Overlong, Packing, Rows
 from lit_llm.data.stream.feed import Cursor, Feed
 from lit_llm.data.stream.memory import Memory, joined
-from lit_llm.data.tokens.prepare import Item, OnBadRecord, Part, encode, size_of
-from lit_llm.data.tokens.store import CONVERSATION, Block, Encoded, block, token_dtype
+from lit_llm.data.tokens.encode import (
+    CONVERSATION,
+    Block,
+    Encoded,
+    Item,
+    OnBadRecord,
+    Part,
+    SourceEncoder,
+    begins_record,
+    size_of,
+    to_block,
+    token_dtype,
+)
 from lit_llm.data.tokens.workers import Workers
 from lit_llm.errors import InputError
-from lit_llm.text.tokenizer import Tokenizer, TrainOn
 
 BLOCK_RECORDS, BLOCK_CHARACTERS = 256, 1 << 17          # what one call tokenizes, whichever comes first
 JUDGED = 1000                                           # records of a source before its share of bad ones counts
@@ -90,9 +99,7 @@ class Stream:
     """Chunks of rows of several sources; which, is a function of the arguments up to `bad_record_limit` alone.
 
     Args:
-        listed: The sources.
-        tokenizer: Makes tokens.
-        train_on: Which tokens of a conversation are learned.
+        encoders: Of the sources, with one tokenizer and one `train_on`.
         seq_len: Tokens of a row.
         packing: How rows are filled, within a chunk.
         overlong: What becomes of a conversation longer than a row.
@@ -108,23 +115,28 @@ class Stream:
         fingerprint: Of data and settings; all processes must have the same.
     """
 
-    def __init__(self, listed: Sequence[Source], tokenizer: Tokenizer, *, train_on: TrainOn, seq_len: int,
-                 packing: Packing, overlong: Overlong, seed: int, buffer: int, on_bad_record: OnBadRecord = "error",
-                 bad_record_limit: float = 0.1, quarantine: Path | None = None, rank: int = 0, world: int = 1,
-                 share: Share | None = None, num_proc: int = 1, fingerprint: str = "") -> None:
-        self.sources, self.tokenizer, self.train_on = listed, tokenizer, train_on
+    def __init__(self, encoders: Sequence[SourceEncoder], *, seq_len: int, packing: Packing, overlong: Overlong,
+                 seed: int, buffer: int, on_bad_record: OnBadRecord = "error", bad_record_limit: float = 0.1,
+                 quarantine: Path | None = None, rank: int = 0, world: int = 1, share: Share | None = None,
+                 num_proc: int = 1, fingerprint: str = "") -> None:
+        self.encoders = encoders
         self.seq_len, self.packing, self.overlong, self.seed, self.buffer = seq_len, packing, overlong, seed, buffer
         self.on_bad_record, self.bad_record_limit, self.quarantine = on_bad_record, bad_record_limit, quarantine
         self.share, self.num_proc, self.fingerprint = share, num_proc, fingerprint
         self.is_first = rank == 0
         self.rank, self.world = (rank, world) if share else (0, 1)
         self.notes: dict[str, int] = {}                 # what this process saw cut or dropped
-        self._dtype = token_dtype(tokenizer)
+        self._dtype = token_dtype(encoders[0].tokenizer)
+
+    @property
+    def paths(self) -> list[str]:
+        """Of the sources."""
+        return [encoder.source.path for encoder in self.encoders]
 
     @property
     def beginning(self) -> Position:
         """Of the first chunk."""
-        none = (0,) * len(self.sources)
+        none = (0,) * len(self.encoders)
         return Position(0, (Cursor(),) * len(none), none, none, Memory.empty(self._dtype))
 
     def chunks(self, begin: Position) -> Generator[Chunk, None, None]:
@@ -133,9 +145,9 @@ class Stream:
         Raises:
             InputError: A bad record, too many of them, or a whole pass without anything to learn; on all processes.
         """
-        feed = Feed(self.sources, self.tokenizer, seed=self.seed, cursors=begin.cursors)
+        feed = Feed(self.encoders, seed=self.seed, cursors=begin.cursors)
         items, position, written = iter(feed), begin, begin.number     # what is made again was written before
-        work = partial(_to_block, listed=self.sources, tokenizer=self.tokenizer, train_on=self.train_on)
+        work = partial(_to_block, encoders=self.encoders)
         ahead: deque[_Read] = deque()
         with closing(Workers(work, self.num_proc)) as workers:
             while True:
@@ -206,10 +218,10 @@ class Stream:
         reasons: dict[int, str] = {}
         for batch, done in zip(read.blocks, blocks, strict=True):
             for number, (record, _) in batch:
-                kept[number] += not isinstance(record, Part) or record.first
+                kept[number] += begins_record(record)
             for at, reason in done.faults:
                 number, (record, place) = batch[at]
-                kept[number] -= not isinstance(record, Part) or record.first
+                kept[number] -= begins_record(record)
                 reasons[number] = reason.what if isinstance(reason, InputError) else reason
                 if isinstance(reason, InputError):
                     bad[number] += 1
@@ -220,10 +232,10 @@ class Stream:
         for number, cursor in enumerate(read.cursors):
             if not kept[number] and cursor.turn:
                 raise InputError(f"no record of {cursor.drawn:,} could be kept: {reasons.get(number, 'see above')}",
-                                 where=self.sources[number].path)
+                                 where=self.paths[number])
             if bad[number] > self.bad_record_limit * cursor.drawn and (cursor.turn or cursor.drawn >= JUDGED):
                 raise InputError(f"{bad[number]:,} of {cursor.drawn:,} records are bad, more than "
-                                 "data.bad_record_limit allows", where=self.sources[number].path,
+                                 "data.bad_record_limit allows", where=self.paths[number],
                                  fix=f"They are in {self.quarantine}, each with its reason; mend them, or raise the "
                                  "limit.")
         return tuple(kept), tuple(bad)
@@ -246,7 +258,7 @@ class Stream:
         """The rows of a chunk, and what is left for the next one."""
         lengths, is_document = memory.sequences["length"].astype(np.int64), memory.sequences["kind"] != CONVERSATION
         if self.packing == "concat":
-            if self.train_on != "all" and not is_document.all():
+            if self.encoders[0].train_on != "all" and not is_document.all():
                 raise InputError("concat would cut conversations apart, answers from their questions",
                                  where=memory.place(int(np.flatnonzero(~is_document)[0])),
                                  fix="Set data.packing to best_fit; concat is for documents.")
@@ -289,16 +301,15 @@ class Stream:
         self.notes[what] = self.notes.get(what, 0) + count
 
 
-def _to_block(batch: list[tuple[int, Item]], *, listed: Sequence[Source], tokenizer: Tokenizer,
-              train_on: TrainOn) -> Block:
+def _to_block(batch: list[tuple[int, Item]], *, encoders: Sequence[SourceEncoder]) -> Block:
     """Tokens of records of several sources, in their order."""
     out: list[Encoded | InputError | None] = [None] * len(batch)
     for number in {number for number, _ in batch}:
         which = [at for at, (other, _) in enumerate(batch) if other == number]
-        done = encode([batch[at][1] for at in which], listed[number], tokenizer, train_on)
+        done = encoders[number].encode([batch[at][1] for at in which])
         for at, one in zip(which, done[0], strict=True):
             out[at] = one
-    return block([one for one in out if one is not None], tokenizer)
+    return to_block([one for one in out if one is not None], encoders[0].tokenizer)
 
 
 def _whole_rows(rows: Rows, memory: Memory, seq_len: int) -> tuple[Rows, Memory]:

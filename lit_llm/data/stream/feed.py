@@ -12,12 +12,10 @@ from itertools import islice
 
 import numpy as np
 
-from lit_llm.data.records import sources
 from lit_llm.data.records.record import Found, LongText
 from lit_llm.data.records.sources import Source
-from lit_llm.data.tokens.prepare import Item, parts_of
+from lit_llm.data.tokens.encode import Item, SourceEncoder
 from lit_llm.errors import InputError
-from lit_llm.text.tokenizer import Tokenizer
 
 SAMPLE = 1 << 14                                        # bytes at each end of a file that tell whether it changed
 
@@ -48,20 +46,19 @@ class Feed:
     source has its share to within a record.
 
     Args:
-        listed: The sources.
-        tokenizer: Knows where a long document may be cut.
+        encoders: Of the sources; they know where a long document may be cut.
         seed: Of the order of files.
         cursors: Where to begin; null is the beginning.
     """
 
-    def __init__(self, listed: Sequence[Source], tokenizer: Tokenizer, *, seed: int,
+    def __init__(self, encoders: Sequence[SourceEncoder], *, seed: int,
                  cursors: Sequence[Cursor] | None = None) -> None:
-        self.sources, self.tokenizer, self.seed = listed, tokenizer, seed
-        self.cursors = list(cursors or [Cursor()] * len(listed))        # behind the record handed out last
+        self.encoders, self.seed = encoders, seed
+        self.cursors = list(cursors or [Cursor()] * len(encoders))      # behind the record handed out last
 
     def __iter__(self) -> Iterator[tuple[int, Item]]:
         """(number of its source, record or piece of one with its place)."""
-        streams = [self._endless(number) for number in range(len(self.sources))]
+        streams = [self._endless(number) for number in range(len(self.encoders))]
         while True:
             number = self._next()
             yield number, next(streams[number])
@@ -71,13 +68,13 @@ class Feed:
         for number, cursor in enumerate(self.cursors):
             if cursor.piece:
                 return number
-        drawn, weights = [cursor.drawn for cursor in self.cursors], [source.weight for source in self.sources]
+        drawn, weights = [cursor.drawn for cursor in self.cursors], [each.source.weight for each in self.encoders]
         behind = [number for number, count in enumerate(drawn)          # Balinski and Young's quota method
                   if count * sum(weights) < weights[number] * (sum(drawn) + 1)]
         return min(behind, key=lambda number: (drawn[number] + 1) / weights[number])
 
     def _endless(self, number: int) -> Iterator[Item]:
-        parts = sources.parts(self.sources[number])
+        parts = self.encoders[number].source.parts()
         while True:
             begun = self.cursors[number]
             order = np.random.default_rng([self.seed, number, begun.turn]).permutation(len(parts))
@@ -86,7 +83,7 @@ class Feed:
                 self.cursors[number] = Cursor(self.cursors[number].drawn, begun.turn, place + 1)
             drawn = self.cursors[number].drawn
             if drawn == begun.drawn and not (begun.part or begun.record):
-                raise InputError("there is no record in it", where=self.sources[number].path)
+                raise InputError("there is no record in it", where=self.encoders[number].source.path)
             self.cursors[number] = Cursor(drawn, begun.turn + 1)
 
     def _part(self, number: int, found: Iterator[Found]) -> Iterator[Item]:
@@ -101,7 +98,7 @@ class Feed:
                 self.cursors[number] = behind
                 yield record, place
                 continue
-            for count, part in enumerate(parts_of(record, self.sources[number], self.tokenizer)):
+            for count, part in enumerate(self.encoders[number].parts_of(record)):
                 if count >= here.piece:
                     self.cursors[number] = behind if part.last else replace(here, piece=count + 1)
                     yield part, place
@@ -112,9 +109,9 @@ def identity(source: Source) -> str:
 
     Where the files lie and how they are called is no part of it, but for what tells how they are read.
     """
-    if sources.is_hub(source.path):
-        return f"{len(sources.parts(source))} shards of {source.subset or 'the default subset'}, {source.split}"
-    files, digest, total = sources.files(source), sha256(), 0
+    if source.is_hub:
+        return f"{len(source.parts())} shards of {source.subset or 'the default subset'}, {source.split}"
+    files, digest, total = source.files(), sha256(), 0
     for path in files:
         size = path.stat().st_size
         total += size

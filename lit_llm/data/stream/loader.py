@@ -4,28 +4,18 @@ The counterpart of `loader.RowLoader` for a corpus that is never held as a whole
 numbers; nothing of text or devices.
 """
 
-import hashlib
-import json
-import os
 from collections.abc import Iterator
-from contextlib import closing
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-from lit_llm.data.records import sources
 from lit_llm.data.rows.loader import Batch, deal, lay
 from lit_llm.data.stream.chunks import Chunk, Position, Stream
-from lit_llm.data.stream.feed import Cursor, identity
+from lit_llm.data.stream.feed import Cursor
 from lit_llm.data.stream.memory import Memory
-from lit_llm.data.tokens.prepare import ALONE, cache_root
-from lit_llm.data.tokens.store import SEQUENCE
-from lit_llm.data.tokens.workers import Exchange
+from lit_llm.data.tokens.encode import SEQUENCE
 from lit_llm.errors import InputError
-
-if TYPE_CHECKING:
-    from lit_llm.data.datamodule import TextDataModule
 
 COUNTED = ("sequences", "tokens", "supervised")
 
@@ -72,7 +62,7 @@ class StreamLoader:
         self.pad_id, self.token_bytes, self.rank, self.world = pad_id, token_bytes, rank, world
         self.accumulate, self.trim, self.identity = accumulate, trim, dict(identity or {})
         self._at = (stream.beginning, 0, 0)             # the window's chunk, its first row, micro-batches handed out
-        self._drawn = np.zeros((len(stream.sources), len(COUNTED)), dtype=np.int64)
+        self._drawn = np.zeros((len(stream.paths), len(COUNTED)), dtype=np.int64)
 
     def __len__(self) -> int:
         """Micro-batches of an epoch."""
@@ -125,10 +115,10 @@ class StreamLoader:
     @property
     def ledger(self) -> dict[str, dict[str, int]]:
         """Of each source what the steps so far really held, over all ranks."""
-        out = {source.path: dict.fromkeys(COUNTED, 0) for source in self.stream.sources}
-        for source, counts in zip(self.stream.sources, self._drawn.tolist(), strict=True):
+        out = {path: dict.fromkeys(COUNTED, 0) for path in self.stream.paths}
+        for path, counts in zip(self.stream.paths, self._drawn.tolist(), strict=True):
             for name, count in zip(COUNTED, counts, strict=True):
-                out[source.path][name] += count
+                out[path][name] += count
         return out
 
     @property
@@ -138,8 +128,8 @@ class StreamLoader:
 
     def told(self) -> list[str]:
         """How often the sources were read to their end, and what this process saw cut, dropped or set aside."""
-        lines = [f"train: {source.path} was read to its end {turns:,} times" for source, turns in
-                 zip(self.stream.sources, self.passes, strict=True) if turns]
+        lines = [f"train: {path} was read to its end {turns:,} times" for path, turns in
+                 zip(self.stream.paths, self.passes, strict=True) if turns]
         notes = self.stream.notes | {"bad_records_set_aside": sum(self._at[0].bad)}
         if found := [f"{count:,} {name.replace('_', ' ')}" for name, count in notes.items() if count]:
             lines.append(f"train: {', '.join(found)}")
@@ -195,80 +185,3 @@ def _from_lists(state: dict[str, Any], like: Memory) -> Memory:
     return Memory(np.array(state["tokens"], like.tokens.dtype), np.array(state["marks"], np.uint8),
                   np.array([tuple(row) for row in state["sequences"]], dtype=SEQUENCE),
                   np.array(state["source"], np.int64), np.array(state["begins"], bool), bool(state["open"]))
-
-
-# ---- from a datamodule -----------------------------------------------------------------------------------------------
-
-def trains(data: "TextDataModule") -> bool:
-    """Whether a fit is under way; else its data are only looked at."""
-    return data.trainer is not None and data.trainer.state.fn == "fit"
-
-
-def check(data: "TextDataModule") -> None:
-    """Refuse what a stream cannot do.
-
-    Raises:
-        InputError: It names the key and what to set instead.
-    """
-    for name in ("val", "test"):
-        if getattr(data, f"{name}_fraction"):
-            raise InputError("a share of a stream cannot be held out before all of it was read",
-                             where=f"data.{name}_fraction",
-                             fix=f"Set it to 0, and name files of their own in data.{name}_sources.")
-    if data.dedup:
-        raise InputError("a stream does not remember what it has read", where="data.dedup",
-                         fix="Remove duplicates before, or set data.streaming to false.")
-    if data.trainer is not None and trains(data) and data.trainer.max_steps < 1:
-        raise InputError("a stream has no end", where="trainer.max_steps",
-                         fix="Set --trainer.max_steps N; a run of N steps reads N * accumulate_grad_batches * "
-                         "batch_size * processes rows.")
-
-
-def open_loader(data: "TextDataModule") -> StreamLoader:
-    """The training loader of a datamodule that streams."""
-    trainer, tokenizer = data.trainer, data.tokenizer
-    rank, world, accumulate, local = (
-        (trainer.global_rank, trainer.world_size, trainer.accumulate_grad_batches, trainer.num_devices)
-        if trainer else (0, 1, 1, 1))
-    known = _identity(data)
-    fingerprint = hashlib.sha256(json.dumps(known).encode()).hexdigest()[:16]
-    stream = Stream(
-        data.sources, tokenizer, train_on=data.train_on, seq_len=data.seq_len, packing=data.packing,
-        overlong=data.overlong, seed=data.seed, buffer=data.stream_buffer, on_bad_record=data.on_bad_record,
-        bad_record_limit=data.bad_record_limit, rank=rank, world=world, share=Exchange() if world > 1 else None,
-        quarantine=cache_root(data.cache_dir) / f"stream-{fingerprint}" / "quarantine.jsonl",
-        num_proc=_processes(data, local), fingerprint=fingerprint)
-    pad_id = tokenizer.pad_id if tokenizer.pad_id is not None else tokenizer.eos_id
-    return StreamLoader(stream, steps=trainer.max_steps if trainer else 1, batch_size=data.batch_size, pad_id=pad_id,
-                        token_bytes=tokenizer.token_bytes, rank=rank, world=world, accumulate=accumulate,
-                        trim=data.packing == "none", identity=known)
-
-
-def first_chunk(data: "TextDataModule") -> tuple[Stream, Chunk]:
-    """The stream's beginning, read by each process for itself."""
-    stream = open_loader(data).stream
-    stream.share, stream.rank, stream.world, stream.is_first = None, 0, 1, False
-    with closing(stream.chunks(stream.beginning)) as chunks:
-        return stream, next(chunks)
-
-
-def _identity(data: "TextDataModule") -> dict[str, Any]:
-    """All that decides which row comes when, by the names that a user knows."""
-    names = ("train_on", "seq_len", "packing", "overlong", "seed", "stream_buffer")
-    known = {name: getattr(data, name) for name in names} | {"tokenizer": data.tokenizer.fingerprint[:16]}
-    for number, source in enumerate(data.sources):
-        settings = {key: value for key, value in asdict(source).items() if key != "path"}
-        known |= {f"the data of sources[{number}]": identity(source),
-                  f"the settings of sources[{number}]": json.dumps(settings, sort_keys=True)}
-    return known
-
-
-def _processes(data: "TextDataModule", local: int) -> int:
-    """Processes that tokenize for one of `local` ranks of a machine."""
-    if data.num_proc is not None:
-        return max(1, data.num_proc)
-    paths = [path for source in data.sources if not sources.is_hub(source.path) for path in sources.files(source)]
-    if paths and sum(path.stat().st_size for path in paths) < ALONE:
-        return 1
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, cores // local)

@@ -11,8 +11,7 @@ from typing import Self
 import numpy as np
 
 from lit_llm.data.rows.packing import Segments
-from lit_llm.data.tokens.prepare import Item
-from lit_llm.data.tokens.store import SEQUENCE, Block
+from lit_llm.data.tokens.encode import SEQUENCE, Block, Item
 
 
 @dataclass(slots=True)

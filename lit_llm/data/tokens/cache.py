@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import IO, Any
 
 from lit_llm import disk
-from lit_llm.data.records import sources
 from lit_llm.data.records.sources import Source
 from lit_llm.data.tokens.store import TokenStore
 from lit_llm.disk import cache_root
@@ -39,10 +38,10 @@ def folder_of(source: Source, tokenizer: Tokenizer, settings: dict[str, Any], ca
     """
     root = cache_root(cache_dir)
     read = {key: value for key, value in asdict(source).items() if key != "weight"}
-    if sources.is_hub(source.path):
-        data = [[source.path, str(sources.hub_dataset(source)._fingerprint)]]
+    if source.is_hub:
+        data = [[source.path, str(source.hub_dataset()._fingerprint)]]
     else:
-        data = [[str(path), _digest(path, root / "digests")] for path in sources.files(source)]
+        data = [[str(path), _digest(path, root / "digests")] for path in source.files()]
     parts = [read, data, tokenizer.fingerprint, settings, RULES]
     return root / hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 

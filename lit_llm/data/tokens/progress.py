@@ -7,9 +7,7 @@ import sys
 import time
 from pathlib import Path
 
-from lit_llm.data.records import sources
 from lit_llm.data.records.record import Place
-from lit_llm.data.records.sources import Source
 from lit_llm.data.records.textfile import PACKED
 from lit_llm.data.tokens.cache import size_of
 from lit_llm.data.tokens.store import Report
@@ -22,14 +20,13 @@ class Progress:
     """The line of one source.
 
     Args:
-        source: What is read; of the hub, how much is left is unknown.
+        name: What is read.
+        sizes: Bytes of each of its files; empty for the hub, where how much is left is unknown.
     """
 
-    def __init__(self, source: Source) -> None:
+    def __init__(self, name: str, sizes: dict[str, int]) -> None:
         self.began = self.shown = time.monotonic()
-        self.name = str(source.path)
-        self.sizes = {} if sources.is_hub(source.path) else {
-            str(path): path.stat().st_size for path in sources.files(source)}
+        self.name, self.sizes = name, sizes
         self.total = sum(self.sizes.values())
         self._before = dict(zip(self.sizes, _running(list(self.sizes.values())), strict=True))
         self._terminal = sys.stderr.isatty()

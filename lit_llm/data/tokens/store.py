@@ -1,7 +1,7 @@
 """A memory-mapped folder of token sequences, written once and read where they are needed.
 
 The folder appears under its final name by one rename, so it is complete or not there: safe against kill -9 and against
-a second process. Who makes the sequences is `prepare.py`.
+a second process. `encode.py` makes the blocks that are appended here; `prepare.py` decides when.
 
     tokens.bin      uint16 or uint32, all sequences end to end
     marks.bin       uint8, bit 0 where the token is learned; above it who says it, a place in SPEAKERS
@@ -20,16 +20,9 @@ import numpy as np
 from lit_llm import disk
 from lit_llm.data.records.jsonfile import parse_line
 from lit_llm.data.records.record import Place
+from lit_llm.data.tokens.encode import DOCUMENTS, SEQUENCE, Block
 from lit_llm.errors import InputError
-from lit_llm.text.tokenizer import IGNORE_INDEX, SPEAKERS, Tokenizer, TokenSequence
-
-CONVERSATION, DOCUMENT = 0, 1
-DOCUMENTS = np.array([SPEAKERS.index("document")], dtype=np.uint8)
-SEQUENCE = np.dtype([
-    ("offset", "<i8"), ("length", "<i4"), ("supervised", "<i4"),    # supervised: beyond the first token
-    ("kind", "u1"), ("ended", "u1"),                                # ended: its last token is the end-of-text token
-    ("file", "<i4"), ("number", "<i8"),                             # where its record stands, for people
-    ("content", "<u8"), ("record", "<i8")])                         # content: a hash, equal for equal records
+from lit_llm.text.tokenizer import SPEAKERS
 
 WRITTEN = 1 << 20                                       # tokens that are written at a time
 MANY = 100                                              # reasons and notes that are told apart
@@ -75,6 +68,15 @@ class Report:
             raise InputError(f"{self.quarantined:,} of {self.read:,} records are bad, more than a share of {limit:g}; "
                              f"{count:,} of them: {reason} (first at {first})", where=self.source,
                              fix=" ".join(filter(None, (self.fixes.get(reason), fix))))
+
+    def refuse_nothing(self) -> None:
+        """Raise where there was no record at all, or none that could be kept."""
+        if not self.read:
+            raise InputError("no record here: nothing, or only blank lines", where=self.source)
+        if not self.kept:
+            reason, (count, first) = next(iter(self.dropped.items()))
+            raise InputError(f"no record of {self.read} could be kept: {reason} ({count} times)",
+                             where=first or self.source, fix=self.fixes.get(reason, ""))
 
     @property
     def noted(self) -> dict[str, int]:
@@ -127,111 +129,19 @@ class TokenStore:
 
 # ---- writing ---------------------------------------------------------------------------------------------------------
 
-@dataclass(frozen=True, slots=True)
-class Encoded:
-    """A record's sequences; none, with the reason in `dropped`, where it holds nothing.
-
-    Args:
-        kind: CONVERSATION or DOCUMENT.
-        content: Hash of what it says.
-        sequences: Its tokens.
-        dropped: Why it is left out.
-        first: Whether its sequence begins here; the parts of a long document come one after another.
-        last: Whether it ends here.
-    """
-
-    kind: int
-    content: int
-    sequences: tuple[TokenSequence, ...]
-    dropped: str = ""
-    first: bool = True
-    last: bool = True
-
-
-@dataclass(frozen=True, slots=True)
-class Block:
-    """A batch of records as arrays, ready to be appended: cheap to send from one process to another.
-
-    Args:
-        tokens: Of all its sequences.
-        marks: (as many,) uint8, as in marks.bin.
-        rows: (S,) SEQUENCE; offsets count from the block's beginning, `number` is the record's place in the batch.
-        faults: (place in the batch, why it is left out): an error, or a reason to drop it.
-        unbroken: (S, 2) bool, whether a sequence begins and ends here; null where all do.
-        stopless: Conversations that teach no stop token.
-        double_bos: Sequences that begin with it twice.
-        cleaned: Records that lost white space.
-        notes: What else was seen, such as keys that are not read -> records.
-    """
-
-    tokens: np.ndarray
-    marks: np.ndarray
-    rows: np.ndarray
-    faults: list[tuple[int, InputError | str]]
-    unbroken: np.ndarray | None
-    stopless: int
-    double_bos: int
-    cleaned: int
-    notes: dict[str, int]
-
-
-def token_dtype(tokenizer: Tokenizer) -> np.dtype:
-    """The smallest that holds every id."""
-    return np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
-
-
-def block(encoded: Sequence[Encoded | InputError], tokenizer: Tokenizer, *, cleaned: int = 0,
-          notes: dict[str, int] | None = None) -> Block:
-    """The arrays of a batch of records."""
-    faults: list[tuple[int, InputError | str]] = []
-    rows: list[tuple[int, ...]] = []
-    ids: list[np.ndarray] = []
-    labels: list[np.ndarray] = []
-    speakers: list[np.ndarray] = []
-    flags: list[tuple[bool, bool]] = []
-    offset = 0
-    for number, record in enumerate(encoded):
-        if isinstance(record, InputError) or record.dropped:
-            faults.append((number, record if isinstance(record, InputError) else record.dropped))
-            continue
-        for sequence in record.sequences:
-            ended = record.kind == DOCUMENT and record.last and sequence.input_ids[-1] == tokenizer.eos_id
-            rows.append((offset, len(sequence), 0, record.kind, ended, 0, number, record.content, 0))
-            ids.append(sequence.input_ids)
-            labels.append(sequence.labels)
-            speakers.append(DOCUMENTS.repeat(len(sequence)) if sequence.speakers is None else sequence.speakers)
-            flags.append((record.first, record.last))
-            offset += len(sequence)
-    table = np.array(rows, dtype=SEQUENCE)
-    mask = (np.concatenate(labels) != IGNORE_INDEX) if labels else np.zeros(0, dtype=bool)
-    tokens = np.concatenate([*ids, np.zeros(0, dtype=np.int32)]).astype(token_dtype(tokenizer))
-    stopless = double_bos = 0
-    if rows:
-        firsts = mask[table["offset"]] & [first for first, _ in flags]      # nothing predicts a sequence's first token
-        table["supervised"] = np.add.reduceat(mask, table["offset"], dtype=np.int64) - firsts
-        stops = np.add.reduceat(mask & np.isin(tokens, tokenizer.stop_ids), table["offset"], dtype=np.int64)
-        stopless = int(((stops == 0) & (table["kind"] == CONVERSATION)).sum())
-        begins = table["offset"][(table["length"] > 1) & [first for first, _ in flags]]
-        double_bos = int(((tokens[begins] == tokenizer.bos_id) & (tokens[begins + 1] == tokenizer.bos_id)).sum())
-    marks = mask.view(np.uint8) | (np.concatenate(speakers) << 1 if speakers else mask.view(np.uint8))
-    whole = all(first and last for first, last in flags)
-    unbroken = None if whole else np.array(flags)
-    return Block(tokens, marks, table, faults, unbroken, stopless, double_bos, cleaned, notes or {})
-
-
 class Writer:
     """Appends blocks to the files of a store.
 
     Args:
         folder: Exists and is empty.
-        source: Its name, for the report.
+        name: Of the source, for the report.
         dtype: Of the tokens.
     """
 
-    def __init__(self, folder: Path, source: str, dtype: np.dtype) -> None:
+    def __init__(self, folder: Path, name: str, dtype: np.dtype) -> None:
         self.folder, self.dtype = folder, dtype
         self.files: dict[str, int] = {}
-        self.report, self.unit = Report(source), "line"
+        self.report, self.unit = Report(name), "line"
         self._open: np.ndarray | None = None            # the row of a document whose end has not come yet
         self._streams = [(folder / name).open("wb") for name in ("tokens.bin", "marks.bin", "sequences.bin")]
 

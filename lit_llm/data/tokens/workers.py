@@ -17,6 +17,24 @@ from typing import Any
 
 from lit_llm.errors import InputError
 
+ALONE = 4 << 20                                         # bytes that one process tokenizes sooner than several
+
+
+def process_count(num_proc: int | None, size: int | None, *, shared_by: int = 1) -> int:
+    """Processes that tokenize.
+
+    Args:
+        num_proc: As configured; null takes the machine's cores, and one process where there is little to do.
+        size: Bytes of the files to read; null where that is unknown.
+        shared_by: Ranks of this machine that divide its cores.
+    """
+    if num_proc is not None:
+        return max(1, num_proc)
+    if size is not None and size < ALONE:
+        return 1
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // shared_by)
+
 
 class Workers:
     """Processes that do one kind of work; they end when this one does, however it ends.

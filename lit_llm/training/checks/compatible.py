@@ -4,20 +4,18 @@ Each of these would otherwise hang, fail deep inside a library, or train somethi
 """
 
 import logging
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lit_llm.errors import InputError, did_you_mean
 from lit_llm.models import anatomy
 from lit_llm.models.adapters import peft_method
 from lit_llm.system import ranges
 from lit_llm.text.tokenizer import Tokenizer, unlike
+from lit_llm.training.checks.interface import Module
 from lit_llm.training.loss import as_matrices
 from lit_llm.training.parallel.fsdp import Fsdp2Strategy
 from lit_llm.training.parallel.processes import end_together
 from lit_llm.training.parallel.zero import ZeroStrategy
-
-if TYPE_CHECKING:
-    from lit_llm.training.module import CausalLMModule
 
 log = logging.getLogger(__name__)
 WHOLE = "set --trainer.strategy ddp (or auto), or --model.optimizer adamw"
@@ -43,7 +41,7 @@ def gathers_layers(strategy: Any) -> bool:
     return isinstance(strategy, Fsdp2Strategy) or is_stage_3(strategy)
 
 
-def check_options(module: "CausalLMModule") -> None:
+def check_options(module: Module) -> None:
     """Refuse values of a module that mean nothing, alone or together; it is not built, and no trainer is known.
 
     Raises:
@@ -66,7 +64,7 @@ def check_options(module: "CausalLMModule") -> None:
                          fix="set model.lora (see configs/with/qlora.yaml), or --model.quantize null")
 
 
-def _check_start(module: "CausalLMModule") -> None:
+def _check_start(module: Module) -> None:
     """What an adapter to start from cannot go with."""
     if module.start is None:
         if module.merge_start:
@@ -83,7 +81,7 @@ def _check_start(module: "CausalLMModule") -> None:
                          fix="export the adapter's run first, and give that folder as model.base")
 
 
-def _check_schedule(module: "CausalLMModule") -> None:
+def _check_schedule(module: Module) -> None:
     """Keys that another schedule than the one chosen would read: refused, or said where a shipped config sets them."""
     if module.cooldown != 0.2 and module.schedule != "wsd":
         raise InputError(f"a {module.schedule} schedule has no cool-down, which would change nothing",
@@ -92,7 +90,7 @@ def _check_schedule(module: "CausalLMModule") -> None:
         log.warning("model.min_lr_share: a constant learning rate has no end of its own, so it changes nothing")
 
 
-def check(module: "CausalLMModule", strategy: Any, world_size: int) -> None:
+def check(module: Module, strategy: Any, world_size: int) -> None:
     """Refuse what cannot go together, before the model is built.
 
     Raises:
@@ -121,7 +119,7 @@ def check(module: "CausalLMModule", strategy: Any, world_size: int) -> None:
                          where="model.gradient_checkpointing", fix="set it to true or false")
 
 
-def check_balance(module: "CausalLMModule", strategy: Any, world_size: int) -> None:
+def check_balance(module: Module, strategy: Any, world_size: int) -> None:
     """Refuse recomputed layers whose router logits have a gradient of their own where ZeRO-3 cuts the weights.
 
     Ranks then reduce gradients in different orders, and wait for each other forever (measured with DeepSpeed 0.19.8).
@@ -211,7 +209,7 @@ def check_windows(trainer: Any) -> None:
                          where="trainer.limit_train_batches", fix=f"set it to {-(-count // accumulate) * accumulate}")
 
 
-def _check_prompts(module: "CausalLMModule", strategy: Any, world_size: int) -> None:
+def _check_prompts(module: Module, strategy: Any, world_size: int) -> None:
     """Prompt methods make a forward for each conversation; ZeRO-3 and FSDP2 wait for all ranks at each forward."""
     if not peft_method.learns_prompt_by(module.peft_spec):
         return
@@ -223,7 +221,7 @@ def _check_prompts(module: "CausalLMModule", strategy: Any, world_size: int) -> 
                          where="trainer.strategy", fix="set --trainer.strategy deepspeed_stage_2")
 
 
-def _check_float16(module: "CausalLMModule", strategy: Any) -> None:
+def _check_float16(module: Module, strategy: Any) -> None:
     """Small gradients vanish in it, unless the loss is multiplied by a scale, which DeepSpeed and 16-mixed do."""
     training = module.trainer.state.fn == "fit"
     if training and str(module.trainer.precision) == "16-true" and not isinstance(strategy, ZeroStrategy):
@@ -231,7 +229,7 @@ def _check_float16(module: "CausalLMModule", strategy: Any) -> None:
                          fix="set it to 16-mixed or bf16-true; or --trainer.strategy deepspeed_stage_2, which has one")
 
 
-def _check_cross_entropy(module: "CausalLMModule", strategy: Any) -> None:
+def _check_cross_entropy(module: Module, strategy: Any) -> None:
     """Other people's kernels have needs of their own, in training."""
     if module.cross_entropy == "fused" or module.trainer.state.fn != "fit":
         return
@@ -246,7 +244,7 @@ def _check_cross_entropy(module: "CausalLMModule", strategy: Any) -> None:
     borrowed.check(module.cross_entropy, strategy.root_device, str(module.trainer.precision))
 
 
-def check_head(module: "CausalLMModule") -> None:
+def check_head(module: Module) -> None:
     """Refuse an output head that the chosen cross-entropy cannot do, once the model is built.
 
     Raises:
