@@ -14,6 +14,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+CHINESE = (ROOT / "README.zh-CN.md").read_text(encoding="utf-8")
+CONFIGS = (ROOT / "configs" / "README.md").read_text(encoding="utf-8")
 SAMPLES = ROOT / "lit_llm" / "samples"
 pytestmark = pytest.mark.timeout(900)
 
@@ -215,7 +217,7 @@ def test_own_data_and_own_model(shell, tiny_model):
 def test_overlays_train(overlays, shell, tiny_model):
     """Each overlay of the table trains for real."""
     words = " ".join(f"--config configs/with/{name}.yaml" for name in overlays)
-    assert all(f"configs/with/{name}.yaml" in README for name in overlays)
+    assert all(f"configs/with/{name}.yaml" in CONFIGS for name in overlays)
     done = shell.run(
         f"python -m lit_llm fit --config configs/sft.yaml {words} --model.base {tiny_model('llama')} "
         f"--trainer.max_steps 2 --trainer.num_sanity_val_steps 1 --trainer.limit_val_batches 1 --data.seq_len 128 "
@@ -231,8 +233,51 @@ def test_second_command_is_what_ci_runs():
     assert "block == 2" in (ROOT / ".ci" / "run").read_text()
 
 
+@pytest.mark.slow
+def test_the_code(shell):
+    """The Python of the README trains, measures and exports."""
+    (code,) = blocks("python")
+    (shell.folder / "code.py").write_text(code)
+    done = shell.run("python code.py")
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "val/perplexity" in done.stdout
+    assert (shell.folder / "runs" / "python" / "export" / "model.safetensors").is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("command", "printed"), [
+    ("inspect --config configs/sft.yaml --html page.html", "supervised"), ("plan --config configs/sft.yaml", "parameters")])
+def test_looking_before_training(command, printed, shell):
+    assert f"`python -m lit_llm {command}`" in README + CONFIGS
+    done = shell.run(f"python -m lit_llm {command}")
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert printed in done.stdout
+
+
 def test_every_config_named_exists():
     """No table row, in either language, names a file that is not there."""
-    for text in (README, (ROOT / "README.zh-CN.md").read_text(encoding="utf-8")):
+    for text in (README, CHINESE, CONFIGS):
         for name in re.findall(r"configs/[\w/]+\.yaml", text):
             assert (ROOT / name).is_file(), name
+
+
+def test_both_languages_say_the_same():
+    """The same code, headings, tables and links; both fit on a few screens."""
+    for language in ("bash", "sh", "python"):
+        assert blocks(language) == blocks(language, CHINESE)
+    headings = [re.findall(r"^(#+) ", text, re.MULTILINE) for text in (README, CHINESE)]
+    assert headings[0] == headings[1]
+    links = [set(re.findall(r"\]\(([^)]+)\)", text)) - {"README.md", "README.zh-CN.md"} for text in (README, CHINESE)]
+    assert links[0] == links[1]
+    figures = [re.findall(r"\d[\d.,]*(?: of \d[\d.,]*)? GiB|[✓◐✗]", text) for text in (README, CHINESE)]
+    assert figures[0] == figures[1]
+    assert max(len(text.splitlines()) for text in (README, CHINESE)) <= 200
+
+
+def test_links_lead_somewhere():
+    """Files, folders and pictures that a README of a folder names; the pictures are small."""
+    for file in [*ROOT.glob("*.md"), *ROOT.glob("[a-z]*/README.md"), *ROOT.glob("[a-z]*/*/README.md")]:
+        for link in re.findall(r"\]\(([^)#]+)\)", file.read_text(encoding="utf-8")):
+            if "://" not in link and not link.startswith("<"):
+                assert (file.parent / link).exists(), f"{file}: {link}"
+                assert not link.endswith(".png") or (file.parent / link).stat().st_size <= 150_000, link
