@@ -21,8 +21,7 @@ HOMES = {
     "AutoTokenizer": {"text.tokenizer_file"}, "datasets": {"data.records.sources", "data.records.readers"},
     "torchmetrics": {"training.metrics"}, "triton": {"kernels.cross_entropy_triton"}, "cut_cross_entropy": {"kernels.borrowed"},
     "liger_kernel": {"kernels.borrowed"}, "litserve": set(),
-    "deepspeed": {"training.parallel.deepspeed_setup", "training.parallel.shards", "training.parallel.reshard",
-                  "training.planning.trial"},
+    "deepspeed": {"training.parallel.deepspeed_setup", "training.parallel.shards", "training.parallel.reshard"},
 }
 HEAVY = ["torch", "transformers", "peft", "deepspeed", "datasets", "lightning", "litserve"]
 
@@ -114,6 +113,43 @@ def test_one_home_for_each_third_party():
         for module, item in imports(tree):
             for key in {module.split(".")[0], item} & HOMES.keys():
                 assert name in HOMES[key], f"lit_llm.{name} imports {key}, whose home is {HOMES[key] or 'serve'}"
+
+
+SPLIT = {"ds_id", "ds_shape", "ds_numel", "ds_tensor", "ds_status", "full_tensor", "to_local", "redistribute", "DTensor", "_hp_mapping",
+         "_z3_optimizer", "GatheredParameters", "safe_get_full_fp32_param", "safe_get_full_grad", "safe_get_full_optimizer_state"}
+
+
+def words_of(tree):
+    """Names and strings of a tree, not of its prose."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute):
+            yield node.attr
+        elif isinstance(node, ast.Name):
+            yield node.id
+        elif isinstance(node, ast.alias):
+            yield node.name
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            yield node.value
+
+
+def test_one_module_knows_how_a_weight_is_split():
+    """Others ask `shards.py`: a probe of their own would be wrong for the next way to split."""
+    probes = {name: set(words_of(tree)) & SPLIT for name, tree in TREES.items()}
+    assert {name for name, found in probes.items() if found} == {"training.parallel.shards"}
+
+
+def test_strategies_are_asked_and_not_recognized():
+    """What depends on the strategy is an answer of `distribution.py`: a new strategy is then one file."""
+    for name, tree in TREES.items():
+        for node in ast.walk(tree):
+            if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Name) or name == "training.parallel.distribution":
+                continue
+            if node.func.id == "isinstance":
+                kinds = [word for word in words_of(node.args[1]) if word.endswith("Strategy")]
+                assert not kinds, f"{name}:{node.lineno} asks whether a strategy is a {kinds}"
+            if node.func.id in ("getattr", "hasattr"):
+                assert not any(word in ("strategy", "deepspeed_engine") for part in node.args[:2] for word in words_of(part)), \
+                    f"{name}:{node.lineno} probes a strategy"
 
 
 @pytest.mark.parametrize("words", [[], ["--help"], ["chat", "--help"], ["export", "--help"], ["fitt"]], ids=" ".join)

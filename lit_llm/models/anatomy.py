@@ -3,6 +3,7 @@
 Backbone, head, embeddings and decoder layers have other names in each architecture; the rest of the code asks here.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -67,12 +68,17 @@ class ParameterCount:
         return f"{self.trainable:,} of {self.total:,} parameters are trained ({share:.2f} %)"
 
 
-def count_parameters(model: nn.Module) -> ParameterCount:
-    """Counts tied weights once, and ZeRO-3's shards and 4-bit weights at their full size."""
-    sizes = [(_full_size(weight), weight.requires_grad) for weight in model.parameters()]
+def count_parameters(model: nn.Module, elements: Callable[[nn.Parameter], int] = nn.Parameter.numel) -> ParameterCount:
+    """Counts tied weights once, and 4-bit weights at their full size.
+
+    Args:
+        model: Any part of a model.
+        elements: Gives the size of a weight that a strategy may have split.
+    """
+    sizes = [(_full_size(weight, elements), weight.requires_grad) for weight in model.parameters()]
     return ParameterCount(sum(size for size, _ in sizes), sum(size for size, learns in sizes if learns))
 
 
-def _full_size(weight: Any) -> int:
-    packed = getattr(weight, "quant_state", None)   # two numbers in a byte
-    return int(packed.shape.numel() if packed is not None else getattr(weight, "ds_numel", weight.numel()))
+def _full_size(weight: nn.Parameter, elements: Callable[[nn.Parameter], int]) -> int:
+    packed: Any = getattr(weight, "quant_state", None)      # two numbers in a byte
+    return int(packed.shape.numel()) if packed is not None else elements(weight)

@@ -20,9 +20,7 @@ from lit_llm.text import check
 from lit_llm.training import balance, learned_tokens
 from lit_llm.training.checks import compatible
 from lit_llm.training.checks.interface import Module
-from lit_llm.training.parallel.fsdp import Fsdp2Strategy
-from lit_llm.training.parallel.shards import whole
-from lit_llm.training.parallel.zero import ZeroStrategy
+from lit_llm.training.parallel import distribution, shards
 
 log = logging.getLogger(__name__)
 DTYPES = {"bf16-true": torch.bfloat16, "16-true": torch.float16, "64-true": torch.float64, "64": torch.float64}
@@ -32,12 +30,14 @@ def build(module: Module) -> None:
     """Load or build the model of a module, put on it what learns, and prepare it for the strategy of its trainer."""
     dtype = DTYPES.get(str(module.trainer.precision), torch.float32)
     kind = module.choose_attention(module._tokenizer_facts() if module.init else {})
+    strategy = distribution.of(module.trainer.strategy)
     compatible.check(module, module.trainer.strategy, module.trainer.world_size)
     if path := pretrained(module):
         inner = model.load_causal_lm(path, dtype=dtype, attention=kind, quantize=module.quantize,
                                      half=str(module.trainer.precision).startswith("bf16"),
                                      device=module.trainer.strategy.root_device)
-        check.check_weights(names.resolve(path), inner, quantize=module.quantize)
+        if not any(map(shards.is_partitioned, inner.parameters())):
+            check.check_weights(names.resolve(path), inner, quantize=module.quantize)
     else:
         assert module.init is not None
         inner = model.init_causal_lm(module.init, dtype=dtype, attention=kind, **module._tokenizer_facts())
@@ -65,13 +65,12 @@ def build(module: Module) -> None:
             layer.compile()                         # in place: names of weights stay
     elif module.way is None or module.way.fast_norms:
         rmsnorm.quicken(module.model)           # which compiled layers have fused
-    if isinstance(module.trainer.strategy, Fsdp2Strategy):
-        if module.trainer.state.fn == "fit":
-            module.keep_masters()               # FSDP2 would not see it later
-        half = DTYPES.get(str(module.trainer.precision).replace("mixed", "true"))
-        module.trainer.strategy.shard(module.model, anatomy.decoder_layers(module.model), dtype=half)
+    if strategy.gathers_layers and module.trainer.state.fn == "fit":
+        module.keep_masters()                       # FSDP2 would not see it later
+    half = DTYPES.get(str(module.trainer.precision).replace("mixed", "true"))
+    strategy.shard(module.model, anatomy.decoder_layers(module.model), dtype=half)
     if module.trainer.is_global_zero and module.trainer.training:
-        log.info(str(anatomy.count_parameters(module.model)))
+        log.info(str(anatomy.count_parameters(module.model, shards.elements_of)))
 
 
 def _grow(module: Module, inner: Any, tokens: int) -> None:
@@ -115,7 +114,7 @@ def adapted(module: Module, inner: Any) -> Any:
     if module.peft_spec is None:
         return inner
     module.trained_ids = module._choose_tokens(inner)
-    return adapter.wrap_peft(inner, module.peft_spec, tokens=module.trained_ids)
+    return adapter.wrap_peft(inner, module.peft_spec, tokens=module.trained_ids, elements=shards.elements_of)
 
 
 def tokens_to_train(module: Module, inner: Any) -> list[int]:
@@ -125,7 +124,7 @@ def tokens_to_train(module: Module, inner: Any) -> list[int]:
     if module.train_tokens is None or data is None:
         return []
     obstacle = trained_rows.row_obstacle(inner, module.peft_spec)
-    if compatible.is_stage_3(module.trainer.strategy):
+    if distribution.of(module.trainer.strategy).partitions_on_load:
         obstacle = "stage 3 cuts the embedding into shards (stage 2 does not)"
     if module.train_tokens != "auto":
         if obstacle is not None:
@@ -138,9 +137,9 @@ def tokens_to_train(module: Module, inner: Any) -> list[int]:
     if before is not None and (before / "adapter").is_dir():        # what was chosen stays chosen
         return trained_rows.stored_tokens(before / "adapter")
     embedding, head = inner.get_input_embeddings().weight, inner.get_output_embeddings().weight
-    matrix = whole(embedding)
+    matrix = shards.whole(embedding)
     choice = learned_tokens.choose(
-        data.tokenizer, matrix, matrix if head is embedding else whole(head), data.occurrences(),
+        data.tokenizer, matrix, matrix if head is embedding else shards.whole(head), data.occurrences(),
         every_token=data.train_on == "all", new=getattr(inner, "new_rows", 0),
         chats=any(not plan.corpus.is_document.all() for plan in getattr(data, "plans", {}).values()))
     if choice.ids and module.trainer.is_global_zero and module.trainer.training:
@@ -151,4 +150,4 @@ def tokens_to_train(module: Module, inner: Any) -> list[int]:
 def _autocasts(module: Module) -> bool:
     """Whether adapters are float32 in a forward pass in bfloat16; DeepSpeed and FSDP2 make them bfloat16 for it."""
     return (str(module.trainer.precision).startswith("bf16") and module.peft_spec is not None
-            and not isinstance(module.trainer.strategy, ZeroStrategy | Fsdp2Strategy))
+            and not distribution.of(module.trainer.strategy).casts_weights)

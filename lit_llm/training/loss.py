@@ -17,6 +17,7 @@ from lit_llm.kernels import cross_entropy as fused
 from lit_llm.kernels import tiles
 from lit_llm.models.adapters.trained_rows import TrainedRows, trained_rows
 from lit_llm.text.tokenizer import IGNORE_INDEX
+from lit_llm.training.parallel.shards import is_partitioned
 
 CHUNK_BYTES = 64 * 2**20                            # of float32 logits at a time
 CrossEntropy = Literal["fused", "cut_cross_entropy", "liger"]
@@ -64,7 +65,7 @@ def nll_sum(hidden_TD: Tensor, labels_T: Tensor, head: nn.Module, *, factor: flo
     index_N, targets_N = supervised(labels_T, count)
     hidden_ND = hidden_TD.index_select(0, index_N)
     settings = (factor, cap, per_token, by)
-    if any(hasattr(weight, "ds_id") for weight in head.parameters()):
+    if any(map(is_partitioned, head.parameters())):
         return _in_one_call(hidden_ND, targets_N, head, *settings)
     rows = trained_rows(head)
     caller: Any = _WithRows(rows) if rows else head

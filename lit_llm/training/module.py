@@ -27,9 +27,7 @@ from lit_llm.training.checks import adapter_fault, compatible, init_keys, proof
 from lit_llm.training.hyperparameters import Hyperparameters
 from lit_llm.training.loss import CrossEntropy
 from lit_llm.training.metrics import Perplexity
-from lit_llm.training.parallel import reshard
-from lit_llm.training.parallel.fsdp import Fsdp2Strategy
-from lit_llm.training.parallel.zero import ZeroStrategy
+from lit_llm.training.parallel import distribution, reshard, shards
 from lit_llm.training.planning import footprint
 
 if TYPE_CHECKING:
@@ -269,11 +267,11 @@ class CausalLMModule(L.LightningModule):
 
     def _surrounded(self, batch: "Batch", compute: Callable[[], forward.Sums]) -> forward.Sums:
         """What `compute` gives, in the surroundings that the strategy and the precision ask for."""
-        strategy, device = self.trainer.strategy, batch["input_ids"].device.type
+        device = batch["input_ids"].device.type
         # float32 masters of adapters among bf16 weights
         halved = torch.autocast(device, torch.bfloat16) if self.half_adapters else nullcontext()
         with adapter_fault.explained(self.model, self.peft_spec), halved:
-            return strategy.gathered(self.model, compute) if isinstance(strategy, Fsdp2Strategy) else compute()
+            return distribution.of(self.trainer.strategy).gathered(self.model, compute)
 
     def sums(self, batch: "Batch") -> forward.Sums:
         """What a micro-batch adds to the loss and to the metrics: the one method to override for another loss.
@@ -335,15 +333,12 @@ class CausalLMModule(L.LightningModule):
 
     def keep_masters(self) -> None:
         """What learns is float32: half precision would lose small updates. DeepSpeed keeps masters of its own."""
-        if isinstance(self.trainer.strategy, ZeroStrategy):
-            return
-        optim.keep_masters(self, str(self.trainer.precision), whole=not adapter.is_peft(self.model))
+        if not distribution.of(self.trainer.strategy).keeps_masters:
+            optim.keep_masters(self, str(self.trainer.precision), whole=not adapter.is_peft(self.model))
 
     def configure_gradient_clipping(self, optimizer: Any, gradient_clip_val: float | None = None,
                                     gradient_clip_algorithm: str | None = None) -> None:
         """Clip by the norm of all gradients; under DeepSpeed the engine does it."""
-        limit = 0.0 if isinstance(self.trainer.strategy, ZeroStrategy) else float(gradient_clip_val or 0.0)
-        weights = [weight for group in optimizer.param_groups for weight in group["params"] if weight.grad is not None]
-        if limit > 0 and weights:                   # shards need a norm of all of them
-            sharded = isinstance(self.trainer.strategy, Fsdp2Strategy)
-            optim.clip(weights, limit, None if sharded else self.gradient_norm)
+        if gradient_clip_val and not distribution.of(self.trainer.strategy).owns_gradients:
+            weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+            shards.clip(weights, float(gradient_clip_val), self.gradient_norm)

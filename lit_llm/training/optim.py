@@ -5,11 +5,12 @@ from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from lit_llm.errors import InputError
+from lit_llm.training.parallel import shards
 
 Schedule = Literal["cosine", "linear", "wsd", "constant"]
 Name = Literal["adamw", "adamw_8bit", "muon"]
@@ -24,8 +25,7 @@ def parameter_groups(named: Iterable[tuple[str, nn.Parameter]], weight_decay: fl
     plain: list[nn.Parameter] = []
     for _, weight in named:
         if weight.requires_grad:
-            shape = getattr(weight, "ds_shape", weight.shape)
-            (decayed if len(shape) >= 2 else plain).append(weight)
+            (decayed if len(shards.shape_of(weight)) >= 2 else plain).append(weight)
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
     return [group for group in groups if group["params"]]
 
@@ -176,17 +176,3 @@ def keep_masters(module: nn.Module, precision: str, *, whole: bool) -> None:
                          fix="set bf16-mixed, or a deepspeed strategy, which keeps float32 masters")
     for weight in halves:
         weight.data = weight.data.float()
-
-
-def clip(weights: list[nn.Parameter], limit: float, norm: Tensor | None) -> None:
-    """Scale gradients so that the norm of all of them is at most `limit`.
-
-    Args:
-        weights: Those that have a gradient.
-        limit: Of the norm.
-        norm: What it is, where somebody has measured it; null measures.
-    """
-    if norm is None:
-        nn.utils.clip_grad_norm_(weights, limit, foreach=True)
-    else:
-        nn.utils.clip_grads_with_norm_(weights, limit, norm, foreach=True)

@@ -2,7 +2,6 @@
 
 import logging
 import os
-import re
 import sys
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
@@ -12,14 +11,14 @@ from typing import Any, Literal
 import lightning as L
 from lightning.pytorch.callbacks import ProgressBar as AnyProgressBar
 from lightning.pytorch.loggers import Logger, WandbLogger
-from lightning.pytorch.strategies import Strategy, StrategyRegistry
+from lightning.pytorch.strategies import Strategy
 
 from lit_llm import disk
-from lit_llm.errors import InputError, did_you_mean
+from lit_llm.errors import InputError
 from lit_llm.system import ranges
 from lit_llm.system.redaction import redact, redacted_argv
 from lit_llm.training.checks import compatible, duration, idle
-from lit_llm.training.parallel import safe_load
+from lit_llm.training.parallel import named, safe_load
 from lit_llm.training.planning.threadcount import ThreadCount
 from lit_llm.training.run import manifest
 from lit_llm.training.run.checkpoint import StepCheckpoint
@@ -100,7 +99,7 @@ class Trainer(L.Trainer):
             if isinstance(each, WandbLogger):       # its arguments go to its own log and to its server
                 each._wandb_init = redact(each._wandb_init)
         super().__init__(
-            strategy=_strategy(strategy),
+            strategy=named.strategy(strategy),
             default_root_dir=default_root_dir,
             logger=[MetricsCSV(default_root_dir), *loggers],
             callbacks=callbacks,
@@ -326,33 +325,3 @@ def _check_numbers(options: dict[str, Any]) -> None:
     ranges.check_all("trainer", options)
     for name in ("max_time", "val_check_interval"):
         duration.check(f"trainer.{name}", options.get(name))
-
-
-def _strategy(strategy: Any) -> Any:
-    """DeepSpeed by name is ours: it runs on CPU too, and its gradients are exact."""
-    if isinstance(strategy, dict):                  # what the command line could not build
-        raise InputError(f"{strategy.get('class_path')} is no strategy that can be made here", where="trainer.strategy")
-    if isinstance(strategy, str) and strategy.startswith("deepspeed"):
-        from lit_llm.training.parallel.zero import ZeroStrategy
-
-        strategy = ZeroStrategy.from_name(strategy)
-    elif isinstance(strategy, str) and strategy.endswith("spawn"):
-        raise InputError("processes that are spawned cannot be stopped together", where="trainer.strategy",
-                         fix="set it to ddp, which starts the command once for each")
-    elif strategy == "fsdp2":
-        from lit_llm.training.parallel.fsdp import Fsdp2Strategy
-
-        strategy = Fsdp2Strategy()
-    elif isinstance(strategy, str) and (named := re.match(r"\{class_path: ([\w.]+)", strategy)):
-        own = ["lit_llm.Fsdp2Strategy", "lit_llm.ZeroStrategy"]
-        near = [path for path in own if path.endswith(f".{named[1].rpartition('.')[2]}")]
-        raise InputError(f"there is no strategy '{named[1]}'" + (f". Did you mean '{near[0]}'?" if near else ""),
-                         where="trainer.strategy", fix=f"this project's are {' and '.join(own)}; Lightning's are in "
-                         "lightning.pytorch.strategies")
-    elif isinstance(strategy, str) and strategy not in (
-            known := ["auto", "fsdp2", *StrategyRegistry.available_strategies()]):
-        raise InputError(f"no strategy is named '{strategy}'.{did_you_mean(strategy, known)}", where="trainer.strategy",
-                         fix="auto, ddp, fsdp2 and deepspeed_stage_1, _2 and _3 are the usual ones")
-    if isinstance(config := getattr(strategy, "config", None), dict):
-        config.setdefault("train_micro_batch_size_per_gpu", 1)      # for a log of its own; else it asks a train loader
-    return strategy

@@ -107,7 +107,7 @@ class Watch(L.Callback):
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
         if batch["last_in_step"]:
             self.losses.append(float(trainer.callback_metrics["train/loss"]))
-            self.norms.append(getattr(trainer.strategy, "gradient_norm", None))
+            self.norms.append(None if module.gradient_norm is None else float(module.gradient_norm))
 
     def on_train_end(self, trainer, module):
         engine = getattr(trainer.strategy, "deepspeed_engine", None)

@@ -5,7 +5,7 @@ too, and `merging.py` merges adapters into the model.
 """
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import MethodType
@@ -30,7 +30,8 @@ ROWS = "vocabulary.json"                            # in an adapter's folder: ro
 
 
 
-def wrap_peft(model: "PreTrainedModel", spec: dict[str, Any], *, tokens: Sequence[int] = ()) -> Any:
+def wrap_peft(model: "PreTrainedModel", spec: dict[str, Any], *, tokens: Sequence[int] = (),
+              elements: Callable[[nn.Parameter], int] = nn.Parameter.numel) -> Any:
     """The model with a PEFT method's adapters: base frozen, adapters trainable.
 
     Nearly every method starts exactly at the base (FourierFT and C3A with `init_weights: true`; VB-LoRA and Uni-LoRA
@@ -40,6 +41,7 @@ def wrap_peft(model: "PreTrainedModel", spec: dict[str, Any], *, tokens: Sequenc
         model: The base.
         spec: `class_path` (a config class of peft, with or without the `peft.` prefix) and `init_args`, its keys.
         tokens: Ids whose rows learn too, in the embedding and in the head; where there is no `row_obstacle`.
+        elements: Gives the size of a weight that a strategy may have split.
 
     Raises:
         InputError: No such class or key, or the model has no such layer.
@@ -52,8 +54,7 @@ def wrap_peft(model: "PreTrainedModel", spec: dict[str, Any], *, tokens: Sequenc
     try:
         with _steady_start(config), tying.explained(model, config):
             wrapped = _as_trained_here(get_peft_model(model, config))
-            if not any(weight.requires_grad and getattr(weight, "ds_numel", weight.numel())
-                       for weight in wrapped.parameters()):
+            if not any(weight.requires_grad and elements(weight) for weight in wrapped.parameters()):
                 raise ValueError(f"{type(config).__name__} has nothing to train on these layers of this model")
             return wrapped
     except Exception as error:                      # forty methods, each with its own way to say no

@@ -13,9 +13,8 @@ from lit_llm.system import ranges
 from lit_llm.text.tokenizer import Tokenizer, unlike
 from lit_llm.training.checks.interface import Module
 from lit_llm.training.loss import as_matrices
-from lit_llm.training.parallel.fsdp import Fsdp2Strategy
+from lit_llm.training.parallel import distribution
 from lit_llm.training.parallel.processes import end_together
-from lit_llm.training.parallel.zero import ZeroStrategy
 
 log = logging.getLogger(__name__)
 WHOLE = "set --trainer.strategy ddp (or auto), or --model.optimizer adamw"
@@ -29,16 +28,6 @@ CALLBACKS = {                                       # Lightning's that would do 
     "OnExceptionCheckpoint": "makes the next run go on from its file unasked; --ckpt_path last goes on from the newest "
                              "checkpoint",
 }
-
-
-def is_stage_3(strategy: Any) -> bool:
-    """Whether ZeRO cuts the weights themselves."""
-    return isinstance(strategy, ZeroStrategy) and strategy.zero_stage_3
-
-
-def gathers_layers(strategy: Any) -> bool:
-    """Whether each layer's weights are gathered from all ranks when it is called, so all must call it."""
-    return isinstance(strategy, Fsdp2Strategy) or is_stage_3(strategy)
 
 
 def check_options(module: Module) -> None:
@@ -100,12 +89,12 @@ def check(module: Module, strategy: Any, world_size: int) -> None:
     _check_optimizer(module.optimizer, strategy)
     _check_float16(module, strategy)
     _check_cross_entropy(module, strategy)
-    by_layer = gathers_layers(strategy)
+    by_layer = distribution.of(strategy).gathers_layers
     if by_layer and world_size > 1 and module.why_alone:
         raise InputError(f"{module.why_alone}; one by one, ranks have different numbers of them, and processes that "
                          "share each layer's weights would wait for each other forever", where="trainer.strategy",
                          fix="set --trainer.strategy deepspeed_stage_2")
-    if is_stage_3(strategy) and peft_method.ties_adapters(module.peft_spec):
+    if distribution.of(strategy).partitions_on_load and peft_method.ties_adapters(module.peft_spec):
         raise InputError("ensure_weight_tying gives the head the adapter of the embedding, and stage 3 gathers only a "
                          "layer's weights", where="trainer.strategy", fix="set --trainer.strategy deepspeed_stage_2")
     if by_layer and module.quantize:
@@ -127,7 +116,8 @@ def check_balance(module: Module, strategy: Any, world_size: int) -> None:
     Raises:
         InputError: It names the key and what to set instead.
     """
-    if module.balance_coefficient and module.recompute != "none" and is_stage_3(strategy) and world_size > 1:
+    if module.balance_coefficient and module.recompute != "none" and world_size > 1 \
+            and distribution.of(strategy).partitions_on_load:
         raise InputError("the routers' load balance hangs with recomputed layers under ZeRO-3",
                          where="model.gradient_checkpointing", fix="set --trainer.strategy fsdp2 or deepspeed_stage_2, "
                          "--model.gradient_checkpointing false, or --model.router_aux_loss 0")
@@ -177,8 +167,7 @@ def check_trainer(trainer: Any) -> None:
     Raises:
         InputError: It names the key.
     """
-    if isinstance(trainer.strategy, ZeroStrategy):
-        trainer.strategy.check_arguments()
+    distribution.of(trainer.strategy).check_arguments()
     for callback in trainer.callbacks:
         for kind in type(callback).__mro__:
             if kind.__name__ in CALLBACKS:
@@ -216,7 +205,7 @@ def _check_prompts(module: Module, strategy: Any, world_size: int) -> None:
     if module.neftune_alpha:
         raise InputError("prompt and prefix tuning have embeddings of their own, which take no noise",
                          where="model.neftune_alpha", fix="set --model.neftune_alpha null")
-    if world_size > 1 and gathers_layers(strategy):
+    if world_size > 1 and distribution.of(strategy).gathers_layers:
         raise InputError("prompt and prefix tuning cannot be trained by processes that share each layer's weights",
                          where="trainer.strategy", fix="set --trainer.strategy deepspeed_stage_2")
 
@@ -224,7 +213,7 @@ def _check_prompts(module: Module, strategy: Any, world_size: int) -> None:
 def _check_float16(module: Module, strategy: Any) -> None:
     """Small gradients vanish in it, unless the loss is multiplied by a scale, which DeepSpeed and 16-mixed do."""
     training = module.trainer.state.fn == "fit"
-    if training and str(module.trainer.precision) == "16-true" and not isinstance(strategy, ZeroStrategy):
+    if training and str(module.trainer.precision) == "16-true" and not distribution.of(strategy).keeps_masters:
         raise InputError("small gradients would vanish in float16 without a loss scale", where="trainer.precision",
                          fix="set it to 16-mixed or bf16-true; or --trainer.strategy deepspeed_stage_2, which has one")
 
@@ -258,11 +247,10 @@ def check_head(module: Module) -> None:
 
 def _check_optimizer(optimizer: str, strategy: Any) -> None:
     """Not every optimizer can step on a piece of a weight."""
-    zero = isinstance(strategy, ZeroStrategy)
-    if optimizer == "muon" and zero:
+    if optimizer == "muon" and distribution.of(strategy).flattens_weights:
         raise InputError("muon steps on whole matrices, and ZeRO hands the optimizer flat pieces of many",
                          where="model.optimizer", fix=WHOLE)
-    if optimizer == "adamw_8bit" and (zero or isinstance(strategy, Fsdp2Strategy)):
+    if optimizer == "adamw_8bit" and distribution.of(strategy).split_stage:
         raise InputError("8-bit states cannot be cut into pieces, saved and read again as ZeRO and FSDP2 do it",
                          where="model.optimizer", fix=WHOLE)
 

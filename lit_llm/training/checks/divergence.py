@@ -5,16 +5,16 @@ replace the last good one.
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
-from torch import Tensor
 
 from lit_llm.errors import InputError
 from lit_llm.training.parallel.processes import end_together
+from lit_llm.training.parallel.shards import own_part
 from lit_llm.training.run import manifest
 
 
@@ -28,9 +28,9 @@ def check_weights(trainer: L.Trainer) -> None:
         InputError: It names the step, the learning rate and the last good checkpoint.
     """
     module: Any = trainer.lightning_module
-    parts = list(_parts(module))
-    largest = torch._foreach_norm(parts, math.inf) if parts else ()
-    finite = not parts or bool(torch.stack([norm.float().to(largest[0].device) for norm in largest]).isfinite().all())
+    trained = [weight for weight in module.parameters() if weight.requires_grad and weight.is_floating_point()]
+    parts = [part for part in map(own_part, trained) if part.numel()]
+    finite = not parts or bool(torch.nn.utils.get_total_norm(parts, math.inf).isfinite())
     if trainer.strategy.reduce_boolean_decision(finite, all=True):
         return
     if trainer.global_step:
@@ -96,13 +96,3 @@ def _diverged(trainer: L.Trainer, what: str) -> InputError:
     return InputError(f"{what}: training diverged, and nothing of this step is saved or exported{kept}",
                       where=f"step {trainer.global_step}", fix=f"the likely cause is the learning rate, {rate:.3g} in "
                       "this step: lower model.lr, raise model.warmup, or set --trainer.gradient_clip_val 1.0")
-
-
-def _parts(module: Any) -> Iterator[Tensor]:
-    """What this rank holds of each trained weight: a shard under ZeRO-3 and FSDP2."""
-    for weight in module.parameters():
-        if weight.requires_grad and weight.is_floating_point():
-            held = getattr(weight, "ds_tensor", weight)
-            held = held.to_local() if hasattr(held, "to_local") else held
-            if held.numel():
-                yield held.detach()

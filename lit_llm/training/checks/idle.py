@@ -77,17 +77,17 @@ def check_zero(given: Mapping[str, Any], kind: type) -> None:
                              "offload_parameters); where `config` is given, set it there")
 
 
-def check_scale(strategy: Any, precision: str) -> None:
+def check_scale(values: Mapping[str, Any], precision: str) -> None:
     """Refuse numbers of a loss scale that float16 alone has.
 
     Args:
-        strategy: A DeepSpeedStrategy.
+        values: Attributes of a DeepSpeedStrategy by name.
         precision: Of the run.
 
     Raises:
         InputError: It names the argument.
     """
     for name, default in SCALE.items():
-        if getattr(strategy, name) != default and not precision.startswith("16"):
+        if values[name] != default and not precision.startswith("16"):
             raise InputError(f"{precision} has no loss scale, so it would change nothing", fix="leave it out",
                              where=f"trainer.strategy.init_args.{name}")

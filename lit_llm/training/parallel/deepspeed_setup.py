@@ -6,6 +6,7 @@ These settings belong to the whole process, not to one strategy.
 import os
 from contextlib import redirect_stdout, suppress
 from sys import __stdout__, stderr, stdout
+from typing import Any
 
 import torch
 
@@ -37,6 +38,29 @@ def select_device(kind: str) -> None:
     if kind == "cpu":
         # else the first run compiles C++, and one killed meanwhile leaves a lock that hangs all later ones
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def check_config(config: dict[str, Any], *, clips: bool) -> None:
+    """Refuse a DeepSpeed config that would do something else than the keys of the run.
+
+    Args:
+        config: As given; Lightning has not added its own keys.
+        clips: Whether `trainer.gradient_clip_val` is set.
+
+    Raises:
+        InputError: It names no stage, or sets what other keys set.
+    """
+    stage = config.get("zero_optimization", {}).get("stage")
+    if stage not in (1, 2, 3):                      # DeepSpeed ignores a misspelt key; resuming would fail
+        raise InputError(f"the DeepSpeed config names stage {stage}, not 1, 2 or 3", where="trainer.strategy",
+                         fix="Give it zero_optimization: {stage: 2}")
+    for key in ("optimizer", "scheduler"):
+        if key in config:
+            raise InputError(f"'{key}' of the DeepSpeed config would replace what model.optimizer, model.lr and "
+                             "model.schedule say", where="trainer.strategy", fix="Remove it")
+    if clips and "gradient_clipping" in config:
+        raise InputError("clipping is set twice: here and as gradient_clipping in the DeepSpeed config",
+                         where="trainer.gradient_clip_val", fix="Remove one of them")
 
 
 def check_float16(precision: str) -> None:

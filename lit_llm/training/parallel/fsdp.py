@@ -14,12 +14,13 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import nn
 
 from lit_llm.training.parallel import safe_load
+from lit_llm.training.parallel.distribution import Distribution
 
 T = TypeVar("T")
 REST = "rest.pt"                                    # what is no tensor of weights or optimizer: loops, schedule
 
 
-class Fsdp2Strategy(ModelParallelStrategy):
+class Fsdp2Strategy(Distribution, ModelParallelStrategy):
     """Torch's FSDP2 as a Lightning strategy, on CUDA and on CPU.
 
     Every process builds the model whole in its own CPU memory and then keeps its share of it: the host must hold as
@@ -29,6 +30,9 @@ class Fsdp2Strategy(ModelParallelStrategy):
         process_group_backend: nccl or gloo; null takes what fits the device.
         timeout: How long a process waits for the others, as H:MM:SS.
     """
+
+    casts_weights = writes_folders = True
+    split_stage = 3
 
     def __init__(self, process_group_backend: str | None = None,
                  timeout: timedelta | None = timedelta(minutes=30)) -> None:
@@ -64,8 +68,7 @@ class Fsdp2Strategy(ModelParallelStrategy):
                 torch.distributed.broadcast(here, 0)
                 weight.data.copy_(here)
 
-    @staticmethod
-    def gathered(model: nn.Module, compute: Callable[[], T]) -> T:
+    def gathered(self, model: nn.Module, compute: Callable[[], T]) -> T:
         """What `compute` gives, with the weights outside layers gathered meanwhile.
 
         FSDP2 gathers around a call of the module, but embedding, norm and head are used one by one here; so the call

@@ -12,7 +12,7 @@ from collections.abc import Generator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from lightning.pytorch.plugins.precision import DeepSpeedPrecision, Precision
@@ -21,7 +21,8 @@ from torch import Tensor, nn
 
 from lit_llm.errors import InputError, did_you_mean
 from lit_llm.training.checks import idle
-from lit_llm.training.parallel import deepspeed_setup, reshard, safe_load
+from lit_llm.training.parallel import deepspeed_setup, reshard, safe_load, shards
+from lit_llm.training.parallel.distribution import Distribution
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 _RENDEZVOUS = ("MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE", "LOCAL_RANK")
 
 
-class ZeroStrategy(DeepSpeedStrategy):
+class ZeroStrategy(Distribution, DeepSpeedStrategy):
     """DeepSpeed's ZeRO as a Lightning strategy (arXiv:1910.02054, section 5).
 
     Differs from Lightning's own in five ways: it runs on CPU too; an optimizer step ends where Lightning says so, also
@@ -48,6 +49,8 @@ class ZeroStrategy(DeepSpeedStrategy):
     Raises:
         InputError: If `stage` is not 1, 2 or 3, or an option needs another stage.
     """
+
+    keeps_masters = casts_weights = flattens_weights = owns_gradients = writes_folders = True
 
     def __init__(
         self,
@@ -70,6 +73,8 @@ class ZeroStrategy(DeepSpeedStrategy):
             config=config,
             **kwargs,
         )
+        if isinstance(self.config, dict):
+            self.config.setdefault("train_micro_batch_size_per_gpu", 1)     # for a log of DeepSpeed's; else Lightning
         self._given = {"stage": stage, "offload_optimizer": offload_optimizer, "offload_parameters": offload_parameters,
                        "config": config, **kwargs}
         self._environ: dict[str, str | None] = {}
@@ -81,7 +86,7 @@ class ZeroStrategy(DeepSpeedStrategy):
         idle.check_zero(self._given, DeepSpeedStrategy)
 
     @classmethod
-    def from_name(cls, name: str) -> "ZeroStrategy":
+    def from_name(cls, name: str) -> Self:
         """The strategy of a name like `deepspeed`, `deepspeed_stage_3` or `deepspeed_stage_2_offload`.
 
         Raises:
@@ -107,10 +112,13 @@ class ZeroStrategy(DeepSpeedStrategy):
 
     def setup_environment(self) -> None:
         """Check what DeepSpeed cannot do, then join the other processes."""
-        self._refuse_unsupported()
+        assert self.lightning_module is not None
+        assert isinstance(self.config, dict)
+        clips = self.lightning_module.trainer.gradient_clip_val and not self._config_initialized
+        deepspeed_setup.check_config(self.config, clips=bool(clips))
         deepspeed_setup.select_device(self.root_device.type)
         deepspeed_setup.check_float16(str(self.precision_plugin.precision))
-        idle.check_scale(self, str(self.precision_plugin.precision))
+        idle.check_scale(vars(self), str(self.precision_plugin.precision))
         DDPStrategy.setup_environment(self)         # the parent's own refuses anything but CUDA
 
     def setup_distributed(self) -> None:
@@ -138,26 +146,6 @@ class ZeroStrategy(DeepSpeedStrategy):
             os.environ.pop(key, None)
             if value is not None:
                 os.environ[key] = value
-
-    def _refuse_unsupported(self) -> None:
-        module = self.lightning_module
-        assert module is not None
-        assert isinstance(self.config, dict)
-        stage = self.config.get("zero_optimization", {}).get("stage")
-        if stage not in (1, 2, 3):                  # DeepSpeed ignores a misspelt key; resuming would fail
-            raise InputError(f"the DeepSpeed config names stage {stage}, not 1, 2 or 3", where="trainer.strategy",
-                             fix="Give it zero_optimization: {stage: 2}")
-        for key in ("optimizer", "scheduler"):
-            if key in self.config:
-                raise InputError(f"'{key}' of the DeepSpeed config would replace what model.optimizer, model.lr and "
-                                 "model.schedule say", where="trainer.strategy", fix="Remove it")
-        clip = module.trainer.gradient_clip_val
-        if clip and not self._config_initialized and "gradient_clipping" in self.config:
-            raise InputError(
-                "clipping is set twice: here and as gradient_clipping in the DeepSpeed config",
-                where="trainer.gradient_clip_val",
-                fix="Remove one of them",
-            )
 
     # ---- model and precision
 
@@ -193,7 +181,7 @@ class ZeroStrategy(DeepSpeedStrategy):
         self._halve_what_was_added()
         self._fit_buckets()
         super().setup(trainer)
-        if self.float16_scale is not None:             # FiniteGuard ends such a run, with a message
+        if self.float16_scale is not None:          # FiniteGuard ends such a run, with a message
             self.deepspeed_engine.optimizer.loss_scaler.raise_error_at_min_scale = False
 
     def _format_config(self) -> None:
@@ -216,7 +204,7 @@ class ZeroStrategy(DeepSpeedStrategy):
         for kind, dtype in (("fp16", torch.float16), ("bf16", torch.bfloat16)):
             if self.zero_stage_3 and self.config.get(kind, {}).get("enabled"):
                 for weight in self.model.parameters():
-                    if weight.requires_grad and not hasattr(weight, "ds_id"):
+                    if weight.requires_grad and not shards.is_partitioned(weight):
                         weight.data = weight.data.to(dtype)
 
     def _fit_buckets(self) -> None:
@@ -225,7 +213,7 @@ class ZeroStrategy(DeepSpeedStrategy):
         assert self.model is not None
         zero = self.config.get("zero_optimization", {})
         if isinstance(zero.get("reduce_bucket_size"), int):
-            trained = sum(_full_numel(weight) for weight in self.model.parameters() if weight.requires_grad)
+            trained = sum(shards.elements_of(weight) for weight in self.model.parameters() if weight.requires_grad)
             zero["reduce_bucket_size"] = max(1024, min(zero["reduce_bucket_size"], trained))
 
     # ---- steps
@@ -260,7 +248,26 @@ class ZeroStrategy(DeepSpeedStrategy):
         done = super().optimizer_step(optimizer, closure, model, **kwargs)
         module: Any = self.lightning_module
         module.step_skipped = bool(getattr(self.deepspeed_engine.optimizer, "overflow", False))
+        module.gradient_norm = self.deepspeed_engine.get_global_grad_norm()     # before clipping
         return done
+
+    # ---- what training asks
+
+    @property
+    def split_stage(self) -> int:
+        """The stage of ZeRO."""
+        stage = self._zero_config.get("stage")
+        return stage if stage in (1, 2, 3) else 0   # others are refused before training
+
+    @property
+    def partitions_on_load(self) -> bool:  # type: ignore[override]
+        """Under stage 3, where transformers splits what it loads."""
+        return self.split_stage == 3
+
+    @property
+    def offloads(self) -> tuple[bool, bool]:
+        """Whether optimizer states, and whether weights, are kept in CPU memory."""
+        return bool(self._zero_config.get("offload_optimizer")), bool(self._zero_config.get("offload_param"))
 
     @property
     def float16_scale(self) -> float | None:
@@ -269,10 +276,19 @@ class ZeroStrategy(DeepSpeedStrategy):
         return float(optimizer.loss_scale) if getattr(optimizer, "dynamic_loss_scale", False) else None
 
     @property
-    def gradient_norm(self) -> float | None:
-        """Norm of the last step's whole gradient before clipping; None before the first step."""
-        norm = getattr(self.model, "get_global_grad_norm", lambda: None)()
-        return None if norm is None else float(norm)
+    def _zero_config(self) -> dict[str, Any]:
+        assert isinstance(self.config, dict)
+        return self.config.get("zero_optimization", {})
+
+    def checkpoint_bytes(self, elements: int, itemsize: int) -> int:
+        """Its copy in safetensors, and in the state the weight, its float32 master and AdamW's two averages."""
+        return elements * (itemsize + 16)
+
+    def writers(self) -> list[tuple[Any, str]]:
+        """Also what the engine calls between two barriers, some of it in the first process only."""
+        engine = self.deepspeed_engine
+        return [*super().writers(), (engine, "_copy_recovery_script"), (engine.checkpoint_engine, "makedirs"),
+                (engine.checkpoint_engine, "save")]
 
     # ---- checkpoints
 
@@ -338,7 +354,3 @@ class _EnginePrecision(DeepSpeedPrecision):
 
     def convert_module(self, module: nn.Module) -> nn.Module:
         return module                               # the engine casts parameters, and only them
-
-
-def _full_numel(weight: nn.Parameter) -> int:
-    return int(getattr(weight, "ds_numel", weight.numel()))

@@ -25,7 +25,7 @@ from lit_llm.models import load as model
 from lit_llm.models.adapters import adapter, peft_method, trained_rows
 from lit_llm.models.recompute import WAYS, Recompute, of_config
 from lit_llm.training import learned_tokens
-from lit_llm.training.parallel.fsdp import Fsdp2Strategy
+from lit_llm.training.parallel import distribution
 from lit_llm.training.planning import devices, estimate, trace
 from lit_llm.training.planning.devices import Device
 from lit_llm.training.planning.estimate import Counts, Kind, Memory, Setting
@@ -265,10 +265,7 @@ def resident_bytes() -> int:
 
 
 def _setting(trainer: Any, module: Any, way: Recompute, *, tokens: int, supervised: int, cpu: bool) -> Setting:
-    config = getattr(trainer.strategy, "config", None)
-    zero = config.get("zero_optimization", {}) if isinstance(config, dict) else {}
-    stage = 3 if isinstance(trainer.strategy, Fsdp2Strategy) else int(zero.get("stage", 0))
-    return Setting(stage, trainer.world_size, tokens, supervised, way, module.optimizer, str(trainer.precision),
-                   bool(zero.get("offload_optimizer")), bool(zero.get("offload_param")),
-                   trainer.accumulate_grad_batches, cpu,
+    strategy = distribution.of(trainer.strategy)
+    return Setting(strategy.split_stage, trainer.world_size, tokens, supervised, way, module.optimizer,
+                   str(trainer.precision), *strategy.offloads, trainer.accumulate_grad_batches, cpu,
                    getattr(trainer, "exports", False) and bool(trainer.checkpoint_callbacks))

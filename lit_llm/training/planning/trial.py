@@ -25,6 +25,7 @@ from lightning.pytorch.callbacks import Callback
 from torch import nn
 
 from lit_llm.errors import InputError
+from lit_llm.training.parallel.shards import gathered_gradients
 
 KEEP = ("seed_everything", "model", "data", "trainer")
 OWN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "NODE_RANK", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT",
@@ -193,21 +194,3 @@ class Gradient(Quiet):
         gradients = gathered_gradients(module)
         if trainer.is_global_zero:
             torch.save(gradients, self.file)
-
-
-def gathered_gradients(module: nn.Module) -> dict[str, torch.Tensor]:
-    """Whole gradients of a step, on the CPU, right before the optimizer reads them; a collective of all ranks."""
-    found = {}
-    for name, weight in module.named_parameters():
-        if not weight.requires_grad:
-            continue
-        if hasattr(weight, "ds_id") or hasattr(weight, "_hp_mapping"):
-            from deepspeed.utils import safe_get_full_grad
-
-            gradient: Any = safe_get_full_grad(weight)
-        else:
-            gradient = weight.grad
-        if gradient is not None:
-            gradient = gradient.full_tensor() if hasattr(gradient, "full_tensor") else gradient     # FSDP2's
-            found[name] = gradient.detach().to("cpu", copy=True)
-    return found

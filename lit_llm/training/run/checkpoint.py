@@ -28,8 +28,9 @@ from lit_llm.models import load as model
 from lit_llm.models.adapters import adapter, starting
 from lit_llm.system import origin, ranges
 from lit_llm.training.checks import divergence, in_memory
+from lit_llm.training.parallel import distribution
 from lit_llm.training.parallel.processes import end_together
-from lit_llm.training.parallel.shards import gathered_trainable_state
+from lit_llm.training.parallel.shards import elements_of, gathered_trainable_state
 from lit_llm.training.run import manifest
 from lit_llm.training.run.evaluation import figures_of
 from lit_llm.training.run.manifest import step_of
@@ -255,14 +256,10 @@ def validation_is_due(trainer: L.Trainer) -> bool:
 
 
 def estimated_bytes(module: L.LightningModule) -> int:
-    """Bytes of one checkpoint, from what is trained: weights twice, AdamW's two averages, ZeRO's float32 masters."""
-    total = 1 << 20
-    zero = hasattr(module.trainer.strategy, "deepspeed_engine")
-    for weight in module.parameters():
-        if weight.requires_grad:
-            each = weight.element_size()
-            total += int(getattr(weight, "ds_numel", weight.numel())) * (each + 16 if zero else 4 * each)
-    return total
+    """Bytes of one checkpoint, from the weights that are trained."""
+    strategy = distribution.of(module.trainer.strategy)
+    return (1 << 20) + sum(strategy.checkpoint_bytes(elements_of(weight), weight.element_size())
+                           for weight in module.parameters() if weight.requires_grad)
 
 
 def _check_disk(trainer: L.Trainer, copies: int) -> None:

@@ -4,7 +4,6 @@ A NaN in one weight ends a run silently.
 """
 
 import logging
-from collections.abc import Iterable
 from typing import Any
 
 import lightning as L
@@ -13,12 +12,11 @@ import torch.distributed as dist
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.seed import isolate_rng
-from torch import Tensor
 
 from lit_llm.errors import InputError
-from lit_llm.training.checks import compatible, divergence
+from lit_llm.training.checks import divergence
+from lit_llm.training.parallel import distribution, shards
 from lit_llm.training.parallel.processes import end_together
-from lit_llm.training.parallel.zero import ZeroStrategy
 
 log = logging.getLogger(__name__)
 NAMED = 5                                           # records in one message
@@ -59,10 +57,10 @@ class FiniteGuard(Callback):
 
     def on_before_optimizer_step(self, trainer: L.Trainer, module: Any, optimizer: Any) -> None:
         """Without gradients, the optimizer has nothing to do."""
-        if isinstance(trainer.strategy, ZeroStrategy):
-            return                                  # looks for itself, and tells the module
-        weights = [weight for group in optimizer.param_groups for weight in group["params"] if weight.grad is not None]
-        module.gradient_norm = norm(weight.grad for weight in weights)
+        if distribution.of(trainer.strategy).owns_gradients:
+            return
+        weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+        module.gradient_norm = shards.gradient_norm(weights)
         module.step_skipped = not bool(module.gradient_norm.isfinite())         # here the device is waited for
         for weight in weights if module.step_skipped else ():
             weight.grad = None
@@ -79,18 +77,15 @@ class FiniteGuard(Callback):
             divergence.check_weights(trainer)       # with broken weights, no later step would be better
             self.skipped += 1
             reason = _reason(trainer, module, window)
-            scale = _loss_scale(trainer) if reason is None else None
+            scale = distribution.of(trainer.strategy).float16_scale if reason is None else None
             self.in_a_row += scale is None or scale <= LOWEST
             _warn(f"step {trainer.global_step} is skipped: " + (
                 reason or ("its loss is finite, its gradient is not" if scale is None else
                            f"its gradient overflowed float16; the loss scale is {scale:,.0f} now")))
         if self.skipped:
             module.log("train/skipped_steps", float(self.skipped), rank_zero_only=True)
-        if trainer._logger_connector.should_update_logs:
-            measured: Any = trainer.strategy if isinstance(trainer.strategy, ZeroStrategy) else module
-            before_clipping = measured.gradient_norm
-            if before_clipping is not None:
-                module.log("train/grad_norm", before_clipping, rank_zero_only=True)
+        if trainer._logger_connector.should_update_logs and module.gradient_norm is not None:
+            module.log("train/grad_norm", float(module.gradient_norm), rank_zero_only=True)     # before clipping
         if self.in_a_row >= self.max_skipped_steps:
             end_together(trainer)
             raise InputError(
@@ -109,27 +104,6 @@ class FiniteGuard(Callback):
         divergence.check_learned(trainer, self.skipped)
         if self.skipped:
             _warn(f"{self.skipped:,} of {trainer.global_step:,} steps were skipped, since they were not finite")
-
-
-def norm(gradients: Iterable[Tensor]) -> Tensor:
-    """() norm of all gradients together, of all ranks' shards where they are cut; 0 where there is none.
-
-    No infinity or NaN survives it unseen; a gradient beyond 1e19, whose square float32 does not hold, is no better.
-    """
-    found = list(gradients)
-    if not found:
-        return torch.zeros(())
-    norms = torch._foreach_norm(found)
-    return torch.linalg.vector_norm(torch.stack([
-        (each.full_tensor() if hasattr(each, "full_tensor") else each).float().to(norms[0].device) for each in norms]))
-
-
-def _loss_scale(trainer: L.Trainer) -> float | None:
-    """What float16 multiplies the loss by, already lowered; None where there is nothing to lower."""
-    if isinstance(trainer.strategy, ZeroStrategy):
-        return trainer.strategy.float16_scale
-    scaler: Any = getattr(trainer.precision_plugin, "scaler", None)
-    return None if scaler is None else float(scaler.get_scale())
 
 
 def _reason(trainer: L.Trainer, module: Any, window: list[tuple[int, Any]]) -> str | None:
@@ -154,7 +128,7 @@ def _places(trainer: L.Trainer, module: Any, numbers: list[int]) -> list[str]:
     if not hasattr(loader, "alone"):
         return []
     everything = [one for number in numbers for one in loader.alone(number)]
-    together = compatible.gathers_layers(trainer.strategy)      # then a forward needs all ranks at once
+    together = distribution.of(trainer.strategy).gathers_layers     # then a forward needs all ranks at once
     culprits = []
     with torch.no_grad(), isolate_rng(), trainer.precision_plugin.forward_context():
         for place, batch in everything if not together else ():

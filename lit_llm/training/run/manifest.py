@@ -21,6 +21,7 @@ from lit_llm.errors import InputError
 from lit_llm.system import integrity, origin
 from lit_llm.system.integrity import NAME, faults, read
 from lit_llm.system.redaction import redact_text
+from lit_llm.training.parallel import distribution
 
 log = logging.getLogger(__name__)
 Change = Literal["base", "peft", "tokenizer", "template", "quantize"]
@@ -54,7 +55,7 @@ def write(folder: Path, trainer: L.Trainer, score: float | None, figures: dict[s
         "step": trainer.global_step, "epoch": trainer.current_epoch, "score": finite(score),
         "figures": _finite_only(figures), "check": check,
         **identity(trainer), "world_size": trainer.world_size, "strategy": type(trainer.strategy).__name__,
-        "stage": getattr(trainer.strategy, "config", {}).get("zero_optimization", {}).get("stage"),
+        "stage": distribution.of(trainer.strategy).split_stage,
         "precision": str(trainer.precision),
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__, "lightning": L.__version__},
         "files": {str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": sha256}
@@ -134,16 +135,16 @@ def check_same(folder: Path, trainer: L.Trainer, accepted: Sequence[Change]) -> 
         known = f"; or, if you know that nothing of it matters, --trainer.accept_changes '[{', '.join(differs)}]'"
         raise InputError(f"the checkpoint was written with {'; '.join(told)}", where=str(folder),
                          fix="give what it was trained with" + ("" if fixed else known))
-    then, zero = before.get("precision"), before.get("strategy") == "ZeroStrategy"
-    if fitting and zero and _half(then) != _half(trainer.precision):
-        raise InputError(f"the checkpoint was written with {then}, and DeepSpeed cannot go on from it with "
-                         f"{trainer.precision}", where="trainer.precision", fix="set it to what it was")
-    state = folder / "state"
-    if fitting and state.is_dir() != _writes_folders(trainer):
+    state, strategy = folder / "state", distribution.of(trainer.strategy)
+    if fitting and state.is_dir() != strategy.writes_folders:
         raise InputError(f"the checkpoint was written under {before['strategy']}, and "
                          f"{type(trainer.strategy).__name__} cannot read it", where="trainer.strategy",
                          fix="resume with the strategy that wrote it; for "
                          "another, start a new run from its weights: export it, and give that folder as model.base")
+    then = before.get("precision")
+    if fitting and strategy.keeps_masters and _half(then) != _half(trainer.precision):
+        raise InputError(f"the checkpoint was written with {then}, and DeepSpeed cannot go on from it with "
+                         f"{trainer.precision}", where="trainer.precision", fix="set it to what it was")
 
 
 def _apart(one: Any, other: Any) -> str:
@@ -164,15 +165,6 @@ def _half(precision: Any) -> str:
 
 def _named(value: Any) -> str:
     return str(value.get("class_path", value)) if isinstance(value, dict) else str(value)
-
-
-def _writes_folders(trainer: L.Trainer) -> bool:
-    from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
-
-    from lit_llm.training.parallel.zero import ZeroStrategy
-
-    plain = isinstance(trainer.strategy, SingleDeviceStrategy | DDPStrategy)
-    return not plain or isinstance(trainer.strategy, ZeroStrategy)
 
 
 # ---- reading ---------------------------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ from torch.distributed.checkpoint import CheckpointException
 
 from lit_llm import disk
 from lit_llm.errors import InputError
+from lit_llm.training.parallel import distribution
 from lit_llm.training.parallel.processes import end_together
 from lit_llm.training.run import manifest
 
@@ -67,12 +68,7 @@ class Writing:
         Some steps between two barriers run in the first process only. An error that left such a step would make the
         other processes wait in the barrier for ever.
         """
-        strategy: Any = self.trainer.strategy
-        writers = [(strategy.checkpoint_io, "save_checkpoint"), (strategy, "save_checkpoint")]
-        engine = getattr(strategy, "deepspeed_engine", None)
-        if engine is not None:
-            writers += [(engine, "_copy_recovery_script"), (engine.checkpoint_engine, "makedirs"),
-                        (engine.checkpoint_engine, "save")]
+        writers = distribution.of(self.trainer.strategy).writers()
         for owner, name in writers:
             setattr(owner, name, self._keeping(getattr(owner, name)))
         try:

@@ -1,0 +1,42 @@
+"""Find the strategy that `trainer.strategy` names; DeepSpeed by name is this project's `ZeroStrategy`."""
+
+import importlib
+import re
+from typing import Any
+
+from lightning.pytorch.strategies import StrategyRegistry
+
+from lit_llm.errors import InputError, did_you_mean
+
+OWN = {                                             # first part of a name -> module of this package, class
+    "deepspeed": ("zero", "ZeroStrategy"),
+    "fsdp2": ("fsdp", "Fsdp2Strategy"),
+}
+PATHS = sorted(f"lit_llm.{name}" for _, name in OWN.values())
+
+
+def strategy(value: Any) -> Any:
+    """The strategy of a name or a value that the command line read; strategies and names of Lightning's stay.
+
+    Raises:
+        InputError: There is no such strategy, or it starts processes that could not be stopped together.
+    """
+    if isinstance(value, dict):                     # what the command line could not build
+        raise InputError(f"{value.get('class_path')} is no strategy that can be made here", where="trainer.strategy")
+    if not isinstance(value, str):
+        return value
+    if own := OWN.get(value.partition("_")[0]):
+        module, name = own
+        return getattr(importlib.import_module(f"lit_llm.training.parallel.{module}"), name).from_name(value)
+    if value.endswith("spawn"):
+        raise InputError("processes that are spawned cannot be stopped together", where="trainer.strategy",
+                         fix="set it to ddp, which starts the command once for each")
+    if named := re.match(r"\{class_path: ([\w.]+)", value):
+        near = [path for path in PATHS if path.endswith(f".{named[1].rpartition('.')[2]}")]
+        raise InputError(f"there is no strategy '{named[1]}'" + (f". Did you mean '{near[0]}'?" if near else ""),
+                         where="trainer.strategy", fix=f"this project's are {' and '.join(PATHS)}; Lightning's are in "
+                         "lightning.pytorch.strategies")
+    if value not in (known := ["auto", *OWN, *StrategyRegistry.available_strategies()]):
+        raise InputError(f"no strategy is named '{value}'.{did_you_mean(value, known)}", where="trainer.strategy",
+                         fix="auto, ddp, fsdp2 and deepspeed_stage_1, _2 and _3 are the usual ones")
+    return value
