@@ -64,15 +64,15 @@ def test_other_trainers_messages():
     ({"role": "user", "contnet": "x"}, "unknown key 'contnet' in a message. Did you mean 'content'?"),
     ({"role": "user", "content": 3}, "content must be a string, not a int"),
     ({"role": "user", "content": {"text": "x"}}, "content must be a string, not an object"),
-    ({"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}, "images and audio are not read"),
-    ({"role": "user", "content": "x", "tool_calls": [CALL]}, "tool_calls belong to the assistant"),
+    ({"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}, "images and audio are not supported"),
+    ({"role": "user", "content": "x", "tool_calls": [CALL]}, "tool_calls are allowed on assistant messages only"),
     ({"role": "assistant", "content": "x", "tool_calls": "f()"}, "tool_calls must be a list"),
     ({"role": "assistant", "tool_calls": [{"name": "f"}]}, "a tool call must be"),
     ({"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{x"}}]}, "of 'f' are not JSON"),
     ({"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "[" * 100_000}}]}, "are not JSON"),
     ({"role": "assistant", "content": "x", "weight": 0.5}, "weight must be 0, 1, true or false"),
     ({"role": "assistant", "content": "x", "reasoning_content": ["y"]}, "reasoning_content must be a string"),
-    ({"role": "assistant", "content": "x", "audio": {"id": "a1"}}, "images and audio are not read"),
+    ({"role": "assistant", "content": "x", "audio": {"id": "a1"}}, "images and audio are not supported"),
 ])
 def test_a_bad_message_is_named_with_what_would_be_right(message, said):
     with pytest.raises(InputError) as caught:

@@ -173,7 +173,7 @@ def test_an_answer_that_serving_would_cut_is_refused(tiny_tokenizer):
     """A stop token between words and calls: what follows it would be learned and never be said."""
     template = CALLS_STOP.replace("<|python_tag|>", "<|im_end|>").replace("<|eom_id|>", "<|im_end|>")
     tokenizer = fitted(AutoTokenizer.from_pretrained(tiny_tokenizer), template, eos="<|endoftext|>")
-    with pytest.raises(InputError, match="serving would not stop"):
+    with pytest.raises(InputError, match="this answer would not stop when served"):
         tokenizer.encode_conversation(BATTERY["a call"])
 
 
@@ -247,7 +247,7 @@ def test_without_a_stop_token_the_answer_ends_with_eos(tiny_tokenizer, tmp_path,
     ("{% for m in messages %}{{ '<|im_start|>' + m.role + ': ' + m.content + '<|im_end|>' }}{% endfor %}",
      "no generation prompt"),
     ("{% for m in messages %}{{ m.role + ': ' + m.content + ' END ' }}{% endfor %}"
-     "{% if add_generation_prompt %}assistant: {% endif %}", "'END', which is no control token"),
+     "{% if add_generation_prompt %}assistant: {% endif %}", "'END', which is not a control token"),
     ("{% for m in messages %}{{ m.role + ': ' + m.content|upper + '<|im_end|>' }}{% endfor %}"
      "{% if add_generation_prompt %}assistant: {% endif %}", "does not show message 1"),
 ], ids=["no generation prompt", "text that stops nothing", "content rewritten"])
@@ -295,8 +295,8 @@ HARM = {
     "times": ("{{ 'x' * 10**12 }}", "takes more than 1 GiB of memory"),
     "power": ("{{ 10 ** (10 ** 10) }}", "takes longer than"),
     "output": ("{% for i in range(9999) %}{{ 'x' * 99999 }}{% endfor %}", "writes more than|takes longer than"),
-    "syntax": ("{% for m in messages %}\n{{ m.content }\n{% endfor %}", "not jinja: line 2"),
-    "unclosed": ("hello\n{% for", "not jinja: line 2"),
+    "syntax": ("{% for m in messages %}\n{{ m.content }\n{% endfor %}", "not valid Jinja: line 2"),
+    "unclosed": ("hello\n{% for", "not valid Jinja: line 2"),
 }
 
 

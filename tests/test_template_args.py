@@ -35,7 +35,7 @@ def thinks(tmp_path):
 
 
 def test_a_reasoning_template_can_learn_plain_answers(tiny_tokenizer, thinks):
-    with pytest.raises(InputError, match="begins the answer inside a block of reasoning"):
+    with pytest.raises(InputError, match="starts the answer inside a block of reasoning"):
         Tokenizer.load(tiny_tokenizer, chat_template=thinks).encode_conversation(PLAIN)
     tokenizer = Tokenizer.load(tiny_tokenizer, chat_template=thinks, template_args={"enable_thinking": False})
     (sequence,) = tokenizer.encode_conversation(PLAIN)

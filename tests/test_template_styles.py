@@ -92,10 +92,10 @@ def test_labels_are_those_of_the_templates_own_generation_tags(kind, hf):
 
 def test_what_is_left_out_is_said(hf):
     tokenizer = fitted(hf, STYLES["phi 4"])
-    for kind, note in (("empty answer among many", "an empty answer is not learned"),
-                       ("greeting", "an answer that begins the talk is not learned: there is no prompt for it")):
+    for kind, note in (("empty answer among many", "an empty answer is not trained on"),
+                       ("greeting", "an answer that opens the conversation is not trained on: there is no prompt for it")):
         notes: set[str] = set()
         tokenizer.encode_conversation(formats.convert(KINDS[kind]), notes=notes)
         assert notes == {note}
-    with pytest.raises(InputError, match=r"nothing to learn from.*an empty answer is not learned"):
+    with pytest.raises(InputError, match=r"nothing to learn from.*an empty answer is not trained on"):
         tokenizer.encode_conversation(formats.convert({"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": ""}]}))

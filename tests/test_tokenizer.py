@@ -205,10 +205,10 @@ def test_another_template_has_another_fingerprint(load):
 def test_what_cannot_be_loaded_is_refused(tmp_path, tiny_tokenizer):
     with pytest.raises(InputError, match="no folder"):
         Tokenizer.load(str(tmp_path / "none"))
-    with pytest.raises(InputError, match="no tokenizer can be read"):
+    with pytest.raises(InputError, match="no readable tokenizer"):
         Tokenizer.load(str(tmp_path))
     (tmp_path / "tokenizer.json").write_text("{")
-    with pytest.raises(InputError, match="no tokenizer can be read"):
+    with pytest.raises(InputError, match="no readable tokenizer"):
         Tokenizer.load(str(tmp_path))
     with pytest.raises(InputError, match="no template file"):
         Tokenizer.load(tiny_tokenizer, chat_template="nowhere.jinja")

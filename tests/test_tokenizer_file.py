@@ -70,7 +70,7 @@ def test_a_tokenizer_that_is_loaded_with_other_rules_is_refused(tiny_tokenizer, 
     monkeypatch.setattr(AutoTokenizer, "from_pretrained", other)
     file = tmp_path / "tokenizer" / "tokenizer.json"
     file.write_text(file.read_text() + "\n")        # files that were compared are not compared again
-    with pytest.raises(InputError, match=r"transformers reads .* its tokenizer.json as") as caught:
+    with pytest.raises(InputError, match=r"transformers tokenizes .* its tokenizer.json gives") as caught:
         Tokenizer.load(folder)
     assert "PreTrainedTokenizerFast" in str(caught.value)
     assert len(str(caught.value)) < 900

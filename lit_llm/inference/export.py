@@ -87,7 +87,7 @@ def _exported(run: Path, folder: Path, facts: dict[str, Any], target: Path, dtyp
         stored, quantize = None, None
         trained = model.load_causal_lm(str(folder / "model"))
     wanted = stored if dtype == "auto" else getattr(torch, dtype)
-    rows = check.rows_of(tokenizer, check.vocabulary(trained))
+    rows = check.reference_rows(tokenizer, check.vocabulary(trained))
     before = reloaded = check.scores(trained, rows)
     if not all(map(math.isfinite, before)):
         raise InputError("the model gives no finite number for a text, so its training diverged; nothing was exported",
@@ -110,7 +110,7 @@ def _exported(run: Path, folder: Path, facts: dict[str, Any], target: Path, dtyp
         (partial / "README.md").write_text(card(run, facts, folder.name), encoding="utf-8")
         del trained, merged                         # one model in memory at a time
         written = model.load_causal_lm(str(partial), dtype=wanted or torch.float32)
-        check.gate(partial, Tokenizer.load(str(partial)), rows, before, written, quantize=quantize)
+        check.check_export(partial, Tokenizer.load(str(partial)), rows, before, written, quantize=quantize)
         disk.replace_folder(partial, target)
     except BaseException as error:
         free = disk.free(partial.parent)

@@ -1,1 +1,1 @@
-"""A conversation or a document to token ids, and back."""
+"""Convert conversations and documents to token ids, and token ids back to text."""

@@ -1,7 +1,4 @@
-"""The nouns every wing shares: a document, a message, a conversation.
-
-Dicts in OpenAI's form flow in, validated frozen values flow out, and back.
-"""
+"""Documents, messages and conversations: validated, immutable values, read from and written to OpenAI's dict format."""
 
 import json
 from collections.abc import Mapping
@@ -18,35 +15,35 @@ ROLES: tuple[str, ...] = get_args(Role)
 ALIASES = {"developer": "system", "function": "tool", "human": "user", "gpt": "assistant", "model": "assistant"}
 TRAIN_KEYS = ("train", "weight", "loss_weight", "loss_mask", "loss")    # other trainers' names for the same switch
 PARTS = {"text": "text", "input_text": "text", "output_text": "text", "reasoning": "thought", "thinking": "thought",
-         "tool_call": "call"}                           # a content part's type -> what it holds
+         "tool_call": "call"}                           # type of a content part -> kind of its value
 REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
 KNOWN_KEYS = frozenset(("role", "content", "tool_calls", "tool_call_id", "name", "function_call", "refusal", "audio",
                         "annotations", *TRAIN_KEYS, *REASONING_KEYS))
-UNKNOWN = 20                                            # keys of a message that are compared with those that are known
+UNKNOWN = 20                                            # keys of a message that are checked for misspellings
 
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """Plain text to pretrain on: no roles, every token is supervised."""
+    """Plain text for pretraining: it has no roles, and every token is supervised."""
 
     text: str
 
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """One turn.
+    """One message of a conversation.
 
     Args:
-        role: Who speaks.
-        content: What is said, verbatim; may be empty.
-        reasoning_content: An assistant's thinking, kept apart from what the user sees.
-        tool_calls: OpenAI's form: `{"type": "function", "id": ..., "function": {"name": ..., "arguments": ...}}`; the
-            arguments are an object, or the JSON text of one, as the record holds them.
-        tool_call_id: On a tool's message, the call it answers.
-        name: The speaker's or the function's name, where the template shows it.
+        role: `system`, `user`, `assistant` or `tool`.
+        content: The text, verbatim; may be empty.
+        reasoning_content: The assistant's reasoning, separate from the content that the user sees.
+        tool_calls: In OpenAI's format: `{"type": "function", "id": ..., "function": {"name": ..., "arguments": ...}}`.
+            The arguments are an object or its JSON text, as in the record.
+        tool_call_id: On a tool message, the id of the call that it answers.
+        name: Name of the speaker or function, for templates that show it.
         train: Overrides `data.train_on` for this message; null follows it. OpenAI's `weight: 0` reads as false, and
             so do `loss_weight`, `loss_mask` and `loss` of other trainers.
-        in_parts: Whether the content came as a list of parts, which some chat templates want.
+        in_parts: Whether the content came as a list of parts, which some chat templates require.
     """
 
     role: Role
@@ -60,20 +57,20 @@ class Message:
 
     @property
     def is_plain(self) -> bool:
-        """Whether it is role and content alone."""
+        """Whether the message has only a role and a content."""
         return not (self.reasoning_content or self.tool_calls or self.tool_call_id or self.name)
 
     @property
     def is_empty(self) -> bool:
-        """Whether nothing is said, thought or called."""
+        """Whether the message has no content, no reasoning and no tool calls."""
         return not (self.content.strip() or (self.reasoning_content or "").strip() or self.tool_calls)
 
     @classmethod
     def from_openai(cls, raw: Any) -> "Message":
-        """A message from OpenAI's dict.
+        """Create a message from a dict in OpenAI's format.
 
-        Keys that are none of ours (`id`, `timestamp`) are not read; one that nearly spells a key that is missing is an
-        error, so that a typo is never silently dropped.
+        Unknown keys (`id`, `timestamp`) are ignored; a key that looks like a misspelling of a known one is an error, so
+        that a typo never drops content silently.
         """
         if not isinstance(raw, Mapping):
             raise InputError(f"a message must be an object with role and content, not {_kind(raw)}")
@@ -84,23 +81,23 @@ class Message:
             shown = repr(raw.get("role"))[:40]
             raise InputError(f"unknown role {shown}; use one of {', '.join(ROLES)}.{did_you_mean(role, list(ROLES))}")
         if raw.get("audio") is not None:
-            raise InputError("images and audio are not read, only text")
+            raise InputError("images and audio are not supported, only text")
         calls = tuple(_tool_call(call) for call in _listed(raw.get("tool_calls"), "tool_calls"))
-        if raw.get("function_call"):                # OpenAI's older spelling of a single call
+        if raw.get("function_call"):                # OpenAI's deprecated format for a single call
             calls += (_tool_call({"function": raw["function_call"]}),)
         content, thoughts, more = _content(raw.get("content"))
         calls += more
         if "content" not in raw and not calls and role != "tool":
             raise InputError(f"no content; the message's keys are {', '.join(str(key)[:30] for key in raw)}")
         if calls and role != "assistant":
-            raise InputError(f"tool_calls belong to the assistant, not to role '{role}'")
+            raise InputError(f"tool_calls are allowed on assistant messages only, not on role '{role}'")
         spoken = next((text for key in REASONING_KEYS if (text := _optional_text(raw, key)) is not None), thoughts)
         return cls(role=role, content=content, reasoning_content=spoken, tool_calls=calls,  # type: ignore[arg-type]
                    tool_call_id=_optional_text(raw, "tool_call_id"), name=_optional_text(raw, "name"),
                    train=_train_flag(raw), in_parts=isinstance(raw.get("content"), list | tuple))
 
     def to_openai(self) -> dict[str, Any]:
-        """The dict that chat templates and OpenAI clients expect; absent keys stay absent."""
+        """The dict that chat templates and OpenAI clients expect; keys without a value are left out."""
         out: dict[str, Any] = {"role": self.role, "content": self.content}
         for key in ("reasoning_content", "tool_call_id", "name"):
             if (value := getattr(self, key)) is not None:
@@ -112,14 +109,14 @@ class Message:
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """Messages in order, with the tools they may call.
+    """Messages in order, with the tools that the assistant may call.
 
-    Which roles may follow each other, and whether a turn may be empty, is for the chat template to say.
+    The chat template decides which roles may follow each other and whether a message may be empty.
 
     Args:
         messages: At least one.
-        tools: OpenAI's function schemas, handed to the chat template.
-        template_args: Variables of the chat template that are this conversation's own, such as `enable_thinking`.
+        tools: Function schemas in OpenAI's format, passed to the chat template.
+        template_args: Values of chat template variables for this conversation, such as `enable_thinking`.
     """
 
     messages: tuple[Message, ...]
@@ -132,10 +129,10 @@ class Conversation:
 
     @classmethod
     def from_openai(cls, messages: Any, tools: Any = None, template_args: Any = None) -> "Conversation":
-        """From a list of OpenAI messages.
+        """Create a conversation from a list of messages in OpenAI's format.
 
         Raises:
-            InputError: Not a list, no message, an unknown role or key; it names the message.
+            InputError: Not a list, an empty list, an unknown role or a misspelt key; the error names the message.
         """
         if not isinstance(messages, list | tuple):
             raise InputError(f"messages must be a list, not {_kind(messages)}")
@@ -147,7 +144,7 @@ class Conversation:
                 raise InputError(f"message {place + 1}: {error.what}", fix=error.fix) from None
         listed = _listed(_parsed(tools), "tools")
         if not all(isinstance(tool, Mapping) for tool in listed):
-            raise InputError("a tool must be an object, OpenAI's function schema")
+            raise InputError("a tool must be an object: a function schema in OpenAI's format")
         if isinstance(template_args, str):
             template_args = _json(template_args, "the template's arguments are a string that is")
         if not isinstance(template_args, Mapping | None):
@@ -183,33 +180,33 @@ def _listed(value: Any, what: str) -> list[Any]:
 
 
 def _parsed(value: Any) -> Any:
-    """JSON kept as a string, as ShareGPT files hold their tools."""
+    """JSON stored as a string, as ShareGPT files store tools."""
     if not isinstance(value, str):
         return value
     return _json(value, "tools is a string that is") if value.strip() else None
 
 
 def _content(content: Any) -> tuple[str, str | None, tuple[dict[str, Any], ...]]:
-    """What is said, thought and called: a string, null, or a list of parts."""
+    """Content, reasoning and tool calls of a content value: a string, null, or a list of parts."""
     if content is None or isinstance(content, str):
         return content or "", None, ()
     if not isinstance(content, list | tuple):
         raise InputError(f"content must be a string, not {_kind(content)}")
-    said: list[str] = []
+    texts: list[str] = []
     thought: list[str] = []
     calls: list[dict[str, Any]] = []
     for part in content:
         kind = part.get("type") if isinstance(part, Mapping) else None
-        words = part.get("text", part.get("value", part.get("thinking"))) if isinstance(part, Mapping) else None
-        if not isinstance(words, str) or kind not in PARTS:
+        text = part.get("text", part.get("value", part.get("thinking"))) if isinstance(part, Mapping) else None
+        if not isinstance(text, str) or kind not in PARTS:
             shown = f"one of type '{str(kind)[:20]}'" if kind else _kind(part)
             raise InputError('content parts must be {"type": "text", "text": "..."}, '
-                             f"not {shown}; images and audio are not read")
+                             f"not {shown}; images and audio are not supported")
         if PARTS[kind] == "call":
-            calls.append(_tool_call(_json(words, "a tool_call's value is")))
+            calls.append(_tool_call(_json(text, "a tool_call's value is")))
         else:
-            (said if PARTS[kind] == "text" else thought).append(words)
-    return "".join(said), "".join(thought) if thought else None, tuple(calls)
+            (texts if PARTS[kind] == "text" else thought).append(text)
+    return "".join(texts), "".join(thought) if thought else None, tuple(calls)
 
 
 def _optional_text(raw: Mapping[str, Any], key: str) -> str | None:
@@ -236,7 +233,7 @@ def _refuse_typos(raw: Mapping[str, Any]) -> None:
             raise InputError(f"unknown key '{str(key)[:40]}' in a message. Did you mean '{meant}'?")
 
 
-@lru_cache(maxsize=1024)                                # files repeat their keys; a comparison takes some 100 us
+@lru_cache(maxsize=1024)                                # files repeat their keys; a comparison takes about 100 us
 def _nearly(key: str) -> str | None:
     return next(iter(get_close_matches(key, sorted(KNOWN_KEYS), n=1, cutoff=0.75)), None)
 

@@ -1,7 +1,7 @@
-"""A text as tokens: their ids, and which of them begin or end at a character.
+"""A tokenized text: its ids, and which tokens begin or end at a character.
 
-A short text is held as the library read it. Of a long one only the ids are held: it was read in stretches, and the one
-that holds a character is read once more when somebody asks where its tokens stand.
+A short text keeps the library's encoding. A long text keeps only the ids: it was tokenized in stretches, and a stretch
+is tokenized again when the positions of its tokens are needed.
 """
 
 from bisect import bisect_left, bisect_right
@@ -15,44 +15,44 @@ from lit_llm.text.templates.rendering import Span
 
 
 class Reading:
-    """A text as tokens.
+    """A tokenized text.
 
-    Where tokens stand is asked of the library a character at a time: all the spans together cost a fifth of reading.
+    Positions are queried one character at a time, because all spans together take a fifth of the tokenization time.
 
     Args:
         ids: (T,).
-        spans: The characters that each stands for, or how to ask for them.
-        encoding: The library's; null where the text was read in sections.
-        torn: The seams at which the text had to be parted.
+        spans: (start, stop) characters of each token, or null to query the encoding.
+        encoding: The library's encoding; null where the text was tokenized in sections.
+        torn: Seams at which the text had to be split.
     """
 
-    __slots__ = ("_encoding", "_spans", "ids", "torn")
+    __slots__ = ("_encoding", "_spans", "ids", "split_at")
 
     def __init__(self, ids: list[int], spans: list[Span] | None = None, encoding: Any = None,
-                 torn: Sequence[int] = ()) -> None:
-        self.ids, self._spans, self._encoding, self.torn = ids, spans, encoding, list(torn)
+                 split_at: Sequence[int] = ()) -> None:
+        self.ids, self._spans, self._encoding, self.split_at = ids, spans, encoding, list(split_at)
 
     @property
     def spans(self) -> list[Span]:
-        """(T,) the characters that each token stands for."""
+        """(T,) the (start, stop) characters of each token."""
         if self._spans is None:
             self._spans = self._encoding.offsets
         return self._spans
 
-    def begun(self, at: int) -> int:
-        """Tokens that begin before a character."""
-        clean = self._clean(at)
+    def tokens_started(self, at: int) -> int:
+        """Number of tokens that begin before a character."""
+        clean = self._token_at(at)
         return bisect_left(self.spans, at, key=itemgetter(0)) if clean is None else clean
 
-    def ended(self, at: int) -> int | None:
-        """Tokens that end there or before; none where one straddles it."""
-        if (clean := self._clean(at)) is not None:
+    def tokens_finished(self, at: int) -> int | None:
+        """Number of tokens that end at or before a character; None where a token spans it."""
+        if (clean := self._token_at(at)) is not None:
             return clean
         count = bisect_right(self.spans, at, key=itemgetter(1))
         return None if count < len(self.ids) and self.spans[count][0] < at else count
 
-    def _clean(self, at: int) -> int | None:
-        """The token that begins just there, since the one before has ended; none where the library cannot tell."""
+    def _token_at(self, at: int) -> int | None:
+        """Index of the token that begins exactly there; None where the library cannot tell."""
         if self._encoding is None or self._spans is not None:
             return None
         number = self._encoding.char_to_token(at)
@@ -60,15 +60,15 @@ class Reading:
 
 
 class Stretch(NamedTuple):
-    """A part of a long text whose tokens are its own: none stands across its ends.
+    """A part of a long text that no token leaves or enters.
 
     Args:
-        start: Its first character, in the whole text.
-        stop: Behind its last.
-        first: The number of its first token.
-        before: What is read before it, for its tokens to be those that they are in the whole text.
-        skip: The tokens of that.
-        run: Reads a text; null where the stretch is a single control token.
+        start: First character, as an offset into the whole text.
+        stop: Offset after the last character.
+        first: Index of its first token.
+        before: Context that is tokenized with it so that its tokens equal those within the whole text.
+        skip: Number of tokens of the context.
+        run: Tokenizes a text; null where the stretch is a single control token.
     """
 
     start: int
@@ -80,30 +80,30 @@ class Stretch(NamedTuple):
 
 
 class LongReading:
-    """A long text as tokens, asked as a `Reading` is.
+    """A long tokenized text with the interface of a `Reading`.
 
     Args:
-        text: All of it.
+        text: The whole text.
         ids: (T,) uint32.
-        stretches: What it was read in, in order.
-        torn: The seams at which the text had to be parted.
+        stretches: Its stretches in order.
+        torn: Seams at which the text had to be split.
     """
 
-    def __init__(self, text: str, ids: np.ndarray, stretches: Sequence[Stretch], torn: Sequence[int] = ()) -> None:
-        self.text, self.ids, self.torn = text, ids, list(torn)
+    def __init__(self, text: str, ids: np.ndarray, stretches: Sequence[Stretch], split_at: Sequence[int] = ()) -> None:
+        self.text, self.ids, self.split_at = text, ids, list(split_at)
         self._stretches = stretches
         self._last: tuple[int, list[Span]] = (-1, [])
 
-    def begun(self, at: int) -> int:
-        """Tokens that begin before a character."""
-        number = self._holds(at)
+    def tokens_started(self, at: int) -> int:
+        """Number of tokens that begin before a character."""
+        number = self._stretch_at(at)
         stretch = self._stretches[number]
         return stretch.first if at == stretch.start else stretch.first + bisect_left(
             self._spans(number), at, key=itemgetter(0))
 
-    def ended(self, at: int) -> int | None:
-        """Tokens that end there or before; none where one straddles it."""
-        number = self._holds(at)
+    def tokens_finished(self, at: int) -> int | None:
+        """Number of tokens that end at or before a character; None where a token spans it."""
+        number = self._stretch_at(at)
         stretch = self._stretches[number]
         if at == stretch.start:
             return stretch.first
@@ -111,15 +111,15 @@ class LongReading:
         count = bisect_right(spans, at, key=itemgetter(1))
         return None if count < len(spans) and spans[count][0] < at else stretch.first + count
 
-    def is_alone(self, at: int, count: int) -> bool:
-        """Whether the first `count` ids are those of the text up to a character, read alone."""
-        stretch = self._stretches[self._holds(at)]
-        if at == stretch.start or stretch.run is None:  # nothing stands across its ends
+    def is_prefix(self, at: int, count: int) -> bool:
+        """Whether the first `count` ids equal those of the text up to a character, tokenized separately."""
+        stretch = self._stretches[self._stretch_at(at)]
+        if at == stretch.start or stretch.run is None:  # no token crosses its ends
             return True
         reading = stretch.run(stretch.before + self.text[stretch.start:at])
         return reading.ids[stretch.skip:] == self.ids[stretch.first:count].tolist()
 
-    def _holds(self, at: int) -> int:
+    def _stretch_at(self, at: int) -> int:
         return max(0, bisect_right(self._stretches, at, key=itemgetter(0)) - 1)
 
     def _spans(self, number: int) -> list[Span]:

@@ -1,7 +1,7 @@
-"""A tokenizer with its chat template: documents and conversations to token sequences, and token ids to text.
+"""A tokenizer with its chat template: encodes documents and conversations, decodes token ids.
 
-The files are read by `tokenizer_file.py`; `template.py` renders conversations and `encoder.py` finds the exact ids.
-Batches, padding and the shift of labels belong to `data/` and `training/`.
+`tokenizer_file.py` loads the files, `template.py` renders conversations and `encoder.py` determines the exact ids.
+Batching, padding and the shift of labels belong to `data/` and `training/`.
 """
 
 import hashlib
@@ -20,7 +20,7 @@ import numpy as np
 from lit_llm import names
 from lit_llm.errors import InputError
 from lit_llm.text import check
-from lit_llm.text.answers import EMPTY, UNASKED, TrainOn, hidden, spans_of, trained
+from lit_llm.text.answers import EMPTY_ANSWER, UNPROMPTED_ANSWER, TrainOn, answer_spans, hidden_answer, trained_messages
 from lit_llm.text.conversation import ROLES, Conversation, Document
 from lit_llm.text.cutting import Piece
 from lit_llm.text.encoder import Encoder
@@ -33,19 +33,19 @@ from lit_llm.text.tokenizer_limits import panicked
 
 __all__ = ["IGNORE_INDEX", "SPEAKERS", "TokenSequence", "Tokenizer", "TrainOn"]
 IGNORE_INDEX = -100
-RENAMED = 0.02                                      # share of a base's tokens that may have other names
-SPEAKERS = ("template", *ROLES, "document")             # who says a token; what stands around contents, the template
+RENAMED = 0.02                                      # share of a base model's tokens that may have other names
+SPEAKERS = ("template", *ROLES, "document")             # source of a token; the text around contents is the template's
 
 
 @dataclass(frozen=True, slots=True)
 class TokenSequence:
-    """One document or conversation as the model sees it, unpacked and unpadded.
+    """One document or conversation as a token sequence, before packing and padding.
 
     Args:
         input_ids: (T,) int32.
-        labels: (T,) int32, Hugging Face's convention: position i holds the token AT i, or -100 where it is not
-            supervised. Nobody has shifted it; `training/loss.py` will.
-        speakers: (T,) uint8, who says each token: a place in SPEAKERS. Null is a document.
+        labels: (T,) int32, in Hugging Face's convention: position i holds the token AT i, or -100 where it is not
+            supervised. They are not shifted; `training/loss.py` does that.
+        speakers: (T,) uint8, source of each token: an index into SPEAKERS. Null for a document.
     """
 
     input_ids: np.ndarray
@@ -61,8 +61,8 @@ class Tokenizer:
 
     Args:
         hf: The tokenizer, with a chat template set (see `load`).
-        source: Where it came from, for messages.
-        note: What `load` decided for the user, to be said once; empty if nothing.
+        source: Its folder or hub id, for messages.
+        note: A decision of `load` that the user should be told once; empty if there is none.
     """
 
     def __init__(self, hf: Any, *, source: str = "", note: str = "") -> None:
@@ -81,13 +81,13 @@ class Tokenizer:
     @classmethod
     def load(cls, path: str, *, chat_template: str | None = None,
              template_args: TemplateArgs | None = None) -> "Tokenizer":
-        """A tokenizer from a folder or hub id.
+        """Load a tokenizer from a folder or hub id.
 
         Args:
             path: Folder with tokenizer files, or a hub id.
             chat_template: A .jinja file, or the name of one of the tokenizer's templates. Null takes the tokenizer's
-                own; if it has none, ChatML is written with special tokens that the tokenizer already has.
-            template_args: Values of the template's variables; they become defaults that stand in the template.
+                own; if it has none, ChatML with special tokens that the tokenizer already has.
+            template_args: Values of the template's variables; they become defaults within the template.
 
         Raises:
             InputError: No such folder, the hub cannot be reached, no such template, a variable that it does not read,
@@ -118,10 +118,10 @@ class Tokenizer:
         return variables(self.hf.chat_template, self.hf.special_tokens_map)
 
     def check_template_args(self, template_args: Mapping[str, Any], where: str) -> None:
-        """Refuse values for variables that the chat template does not read.
+        """Refuse values for variables that the chat template does not use.
 
         Raises:
-            InputError: At `where`.
+            InputError: Located at `where`.
         """
         check_args(template_args, self.template_variables, where)
 
@@ -134,15 +134,15 @@ class Tokenizer:
 
     @cached_property
     def stop_ids(self) -> tuple[int, ...]:
-        """Ids that end an answer: the chat template's end of turn and of a call, then the tokenizer's end of text."""
+        """Ids that end an answer: the chat template's end of turn and of a tool call, then the end-of-text token."""
         return tuple(dict.fromkeys([*map(self.hf.convert_tokens_to_ids, self.template.stop_tokens), self.eos_id]))
 
     # ---- text to tokens ----------------------------------------------------------------------------------------------
 
     def encode_document(self, document: Document, *, end: bool = True) -> TokenSequence:
-        """A document with the tokenizer's own beginning (BOS, where it adds one) and, with `end`, its end of text.
+        """Encode a document with the tokenizer's own beginning (BOS, if it adds one) and, with `end`, its end of text.
 
-        All tokens are labelled; the first has nothing before it, so it is never predicted.
+        All tokens are labelled; the first one has no context, so it is never predicted.
         """
         ids = [*self._prefix, *self.encode_text(document.text)]
         if end:
@@ -151,62 +151,63 @@ class Tokenizer:
         return TokenSequence(array, array.copy())
 
     def pieces(self, blocks: Iterable[str]) -> Iterator[tuple[Piece, bool, bool]]:
-        """A long document in pieces for `encode_pieces`: (piece, whether it is the first, whether the last)."""
+        """Split a long document for `encode_pieces`: (piece, is the first, is the last)."""
         return self._encoder.pieces(blocks)
 
     def encode_pieces(self, pieces: Sequence[Piece]) -> list[np.ndarray | InputError]:
-        """Ids of many texts together, which is faster; an error stands where one of them cannot be read."""
+        """Ids of many texts in one batch, which is faster; an error in place of a text that cannot be tokenized."""
         return self._encoder.texts(pieces)
 
     def framed(self, ids: np.ndarray, *, first: bool = True, last: bool = True) -> np.ndarray:
-        """(T,) int32: a document's ids, with the tokenizer's beginning before it and its end of text behind it."""
+        """(T,) int32: a document's ids with the tokenizer's beginning (BOS) and end-of-text token."""
         prefix, end = self._prefix if first else [], [self.eos_id] if last else []
         return np.concatenate([np.array(part, dtype=np.int32) for part in (prefix, ids, end)])
 
     def encode_text(self, text: str) -> list[int]:
-        """Ids of plain text: no BOS, and a spelled control token stays text."""
+        """Ids of plain text without BOS; a spelled control token stays text."""
         return _listed(self._encoder.encode(Rendered(text, ((0, len(text)),))))
 
     def encode_prompt(self, conversation: Conversation) -> list[int]:
-        """What the model reads before it answers: exactly the ids that stand before that answer in training."""
+        """Ids of the prompt: exactly those that precede the same answer in training."""
         return _listed(self._encoder.encode(self.template.render(conversation, generation_prompt=True)))
 
     def encode_conversation(self, conversation: Conversation, *, train_on: TrainOn = "assistant",
                             notes: set[str] | None = None) -> tuple[TokenSequence, ...]:
-        """A conversation with its answers labelled.
+        """Encode a conversation with labels on its answers.
 
-        One sequence as a rule; one for each trained answer where the template rewrites history (Qwen3 drops earlier
-        thinking) or refuses the whole, so that each answer is learned behind the very prompt it is served with.
+        Usually one sequence; one per trained answer where the template rewrites history (Qwen3 drops earlier reasoning)
+        or refuses the whole, so that each answer is trained after the exact prompt that it is served with.
 
         Args:
-            conversation: What was said.
+            conversation: The conversation.
             train_on: `assistant` labels every answer with its stop token, `last` only the last answer, `all` every
                 token. An assistant message's own `train` overrides it.
-            notes: What is left out is added to it: answers that are empty, or that nothing asked for.
+            notes: Notes on answers that are left out (empty ones, or without a prompt) are added to it.
 
         Raises:
-            InputError: Nothing to learn from, or the template hides where an answer begins or ends.
+            InputError: No supervised token, or the template does not show where an answer begins or ends.
         """
         if train_on == "all":
             return (self._everything(conversation),)
-        left_out = self._unread(conversation)
-        wanted = self._asked(conversation, trained(conversation, train_on, left_out), left_out)
+        left_out = self._unused_variables(conversation)
+        wanted = self._prompted(conversation, trained_messages(conversation, train_on, left_out), left_out)
         if notes is not None:
             notes |= left_out
         if not wanted:
-            why = f": {'; '.join(sorted(left_out & {EMPTY, UNASKED}))}" if left_out & {EMPTY, UNASKED} else ""
+            reasons = sorted(left_out & {EMPTY_ANSWER, UNPROMPTED_ANSWER})
+            why = f": {'; '.join(reasons)}" if reasons else ""
             raise InputError(f"nothing to learn from: no assistant message is trained on{why}")
-        with suppress(InputError):                      # a turn that follows may be what it refuses
+        with suppress(InputError):                      # a later turn may be what the template refuses
             rendered = self.template.render(conversation)
-            spans = spans_of(rendered, wanted)
+            spans = answer_spans(rendered, wanted)
             if len(spans) == len(wanted):
                 reading = self._encoder.encode(rendered, [start for start, _ in spans])
-                if set(reading.torn) <= {spans[-1][0]}:     # a later prompt is read whole, where no answer parts it
+                if set(reading.split_at) <= {spans[-1][0]}:    # later prompts are encoded as a whole
                     return (self._labelled(rendered, reading, spans),)
         return tuple(self._turn(conversation.upto(place + 1)) for place in wanted)
 
-    def _unread(self, conversation: Conversation) -> set[str]:
-        """Notes on variables that the chat template does not read; one that nearly spells another is an error."""
+    def _unused_variables(self, conversation: Conversation) -> set[str]:
+        """Notes on variables that the chat template does not use; a misspelt one is an error."""
         if not conversation.template_args:
             return set()
         for name in (unread := conversation.template_args.keys() - self.template_variables):
@@ -214,56 +215,56 @@ class Tokenizer:
                 self.check_template_args({name: None}, "")
         return {f"the chat template has no variable '{name[:40]}'" for name in unread}
 
-    def _asked(self, conversation: Conversation, wanted: list[int], left_out: set[str]) -> list[int]:
-        """The wanted answers but for a first that follows no user, where the template writes no prompt for it."""
+    def _prompted(self, conversation: Conversation, wanted: list[int], left_out: set[str]) -> list[int]:
+        """The wanted answers, without an initial one for which the template writes no prompt."""
         if wanted and all(message.role == "system" for message in conversation.messages[:wanted[0]]):
             try:
                 self.template.render(conversation.upto(wanted[0]), generation_prompt=True)
             except InputError:
-                left_out.add(UNASKED)
+                left_out.add(UNPROMPTED_ANSWER)
                 return wanted[1:]
         return wanted
 
     def _turn(self, conversation: Conversation) -> TokenSequence:
-        """A conversation with its last answer labelled."""
+        """Encode a conversation with labels on its last answer only."""
         place = len(conversation.messages) - 1
         rendered = self.template.render(conversation)
-        if not spans_of(rendered, [place]):
+        if not answer_spans(rendered, [place]):
             rendered = self.template.served(conversation)
-        spans = spans_of(rendered, [place])
+        spans = answer_spans(rendered, [place])
         return self._labelled(rendered, self._encoder.encode(rendered, [spans[0][0]]), spans)
 
     def _labelled(self, rendered: Rendered, reading: Reading | LongReading, spans: Sequence[Span]) -> TokenSequence:
         ids = np.asarray(reading.ids, dtype=np.int32)
         labels = np.full_like(ids, IGNORE_INDEX)
         for start, stop in spans:
-            first, last = reading.begun(start), reading.begun(stop)
+            first, last = reading.tokens_started(start), reading.tokens_started(stop)
             labels[first:last] = ids[first:last]
             stops = np.flatnonzero(np.isin(ids[first:last], self.stop_ids))
             if stops.tolist() != [last - first - 1]:
                 text = self.decode(ids[first:last][-1000:], skip_special_tokens=False)
-                raise InputError(f"serving would not stop where this answer does: {text[-80:]!r} must end with one of "
-                                 f"{', '.join(self.hf.convert_ids_to_tokens(self.stop_ids))}, and hold none before")
+                raise InputError(f"this answer would not stop when served: {text[-80:]!r} must end with one of "
+                                 f"{', '.join(self.hf.convert_ids_to_tokens(self.stop_ids))}, and contain none before")
         return TokenSequence(ids, labels, _speakers(rendered, reading))
 
     def _everything(self, conversation: Conversation) -> TokenSequence:
-        """Every token labelled, but for the answers that are not to be trained on."""
+        """Encode with labels on every token, except answers that must not be trained on."""
         rendered = self.template.render(conversation)
         silent = [place for place, message in enumerate(conversation.messages)
                   if message.role == "assistant" and message.train is False]
         if unseen := set(silent) - {place for place, *_ in rendered.answers}:
-            raise hidden(min(unseen))
-        spans = spans_of(rendered, silent)
+            raise hidden_answer(min(unseen))
+        spans = answer_spans(rendered, silent)
         reading = self._encoder.encode(rendered, [start for start, _ in spans])
         ids = np.asarray(reading.ids, dtype=np.int32)
         labels = ids.copy()
         for start, stop in spans:
-            labels[reading.begun(start):reading.begun(stop)] = IGNORE_INDEX
+            labels[reading.tokens_started(start):reading.tokens_started(stop)] = IGNORE_INDEX
         return TokenSequence(ids, labels, _speakers(rendered, reading))
 
     @cached_property
     def _prefix(self) -> list[int]:
-        """What the tokenizer puts before a document by itself."""
+        """Ids that the tokenizer itself puts before a document."""
         plain, whole = self._encoder.whole("a").ids, self.hf("a")["input_ids"]
         return list(whole[: len(whole) - len(plain)]) if whole[-len(plain):] == plain else [
             id_ for id_ in whole[:1] if id_ == self.bos_id]
@@ -279,10 +280,10 @@ class Tokenizer:
 
     @cached_property
     def token_bytes(self) -> np.ndarray:
-        """(2, V) int64: UTF-8 bytes of text that each id stands for, 0 for control tokens; for bits per byte.
+        """(2, V) int64: UTF-8 bytes of text per token id, 0 for control tokens; for bits per byte.
 
-        The second row is of a text's first token: sentencepiece puts a space before the text, which is none of its
-        bytes. (Of a text that begins with one, some put none there; then a byte is missing.)
+        The second row applies to a text's first token: sentencepiece adds a space before the text that is not part of
+        it. (Some tokenizers add none if the text begins with a space; then one byte is missing.)
         """
         byte_level = '"ByteLevel"' in self._backend.to_str()
         added = self._backend.get_added_tokens_decoder()
@@ -293,7 +294,7 @@ class Tokenizer:
             if id_ in added:
                 counts[id_] = len(token.encode())
             elif byte_level:
-                counts[id_] = len(token)            # one character stands for one byte
+                counts[id_] = len(token)            # byte-level: each character represents one byte
             else:
                 counts[id_] = 1 if re.fullmatch(r"<0x[0-9A-F]{2}>", token) else len(token.replace("▁", " ").encode())
         first, start = counts.copy(), self.encode_text("a")[0]
@@ -303,18 +304,18 @@ class Tokenizer:
         return np.stack([counts, first])
 
     def save(self, folder: str | Path) -> None:
-        """Write the tokenizer with its chat template where `AutoTokenizer.from_pretrained` finds both."""
+        """Write the tokenizer and its chat template so that `AutoTokenizer.from_pretrained` finds both."""
         self.hf.save_pretrained(str(folder))
 
 
 def unlike(tokenizer: Tokenizer, base: str) -> str | None:
-    """How the tokenizer of a run differs from its base's own; null where it is that one, or has more tokens.
+    """How the tokenizer of a run differs from the base model's own; null if it is the same or only has more tokens.
 
-    A few tokens may have other names, as control tokens are renamed. A base without a tokenizer is like any.
+    A few tokens may have other names, because control tokens are renamed. A base without a tokenizer never differs.
 
     Args:
-        tokenizer: Of the run.
-        base: A folder or hub id.
+        tokenizer: The tokenizer of the run.
+        base: Folder or hub id of the base model.
     """
     base = names.resolve(base)
     if base == tokenizer.source:
@@ -328,8 +329,8 @@ def unlike(tokenizer: Tokenizer, base: str) -> str | None:
     if len(other) <= RENAMED * len(own):
         return None
     id_, token = next((pair for pair in other if pair[1] in given), other[0])
-    return (f"{len(other):,} of the {len(own):,} tokens of the base's own tokenizer have another id, or none: "
-            f"{token!r} is {id_} there and {given.get(token, 'missing')} here")
+    return (f"{len(other):,} of the {len(own):,} tokens of the base model's own tokenizer have another id or none "
+            f"here: {token!r} is {id_} in the base and {given.get(token, 'missing')} here")
 
 
 def _listed(reading: Reading | LongReading) -> list[int]:
@@ -337,13 +338,13 @@ def _listed(reading: Reading | LongReading) -> list[int]:
 
 
 def _speakers(rendered: Rendered, reading: Reading | LongReading) -> np.ndarray:
-    """(T,) uint8: who says each token; of an answer, all that its model says: reasoning, calls and the stop token.
+    """(T,) uint8: source of each token; an answer includes all that the model generates, with calls and stop token.
 
-    A token belongs to where it begins; one that swallows spaces may end behind it.
+    A token belongs to the section that it begins in; one that includes spaces may end after it.
     """
-    said = np.zeros(len(reading.ids), dtype=np.uint8)
+    speakers = np.zeros(len(reading.ids), dtype=np.uint8)
     for _, start, stop in rendered.answers:
-        said[reading.begun(start):reading.begun(stop)] = SPEAKERS.index("assistant")
+        speakers[reading.tokens_started(start):reading.tokens_started(stop)] = SPEAKERS.index("assistant")
     for start, stop, role in rendered.speakers:
-        said[reading.begun(start):reading.begun(stop)] = SPEAKERS.index(role)
-    return said
+        speakers[reading.tokens_started(start):reading.tokens_started(stop)] = SPEAKERS.index(role)
+    return speakers

@@ -1,7 +1,7 @@
-"""Load a fast tokenizer from its files, and check that transformers reads text as its `tokenizer.json` says.
+"""Load a fast tokenizer, and check that transformers tokenizes as the `tokenizer.json` specifies.
 
-Releases of transformers 5 build some tokenizers anew from their vocabulary, with the rules of the class that
-`tokenizer_config.json` names in place of those in the file. A model then gets other tokens than it was trained on.
+Releases of transformers 5 rebuild some tokenizers from their vocabulary, with the rules of the class that
+`tokenizer_config.json` names instead of the rules in the file. A model then gets other tokens than in its training.
 """
 
 import json
@@ -23,19 +23,19 @@ STRESS = (
     "<b>&amp;</b> {\"a\": [1, null]} \\n $x_1^2$", "\u0000\u0001\u007f\u200b\u200d\ufeff",
     "CamelCaseWord snake_case_word ALLCAPS https://example.com/a?b=c#d me@example.org", "\u2581 \u0120 \u010a <0x0A>")
 SHOWN = 8                                           # tokens of each reading
-_alike: set[tuple[Any, ...]] = set()                # files that were compared
+_alike: set[tuple[Any, ...]] = set()                # files that were already compared
 
 
 def load_fast(path: str) -> Any:
-    """The fast tokenizer of a folder or hub id, as transformers gives it.
+    """Load the fast tokenizer of a folder or hub id with transformers.
 
     Raises:
-        InputError: No such folder, the hub cannot be reached, it is not a fast tokenizer, it has no end-of-text token,
-            it reads text otherwise than its own `tokenizer.json`, or its rules have no bound.
+        InputError: No such folder, the hub cannot be reached, not a fast tokenizer, no end-of-text token, other tokens
+            than its own `tokenizer.json` gives, or rules without a bound.
     """
     try:
         return _load(path)
-    except BaseException as error:                  # the library in Rust panics with one that is no Exception
+    except BaseException as error:                  # a panic of the Rust library is not an Exception
         raise tokenizer_limits.panicked(error, path) from None
 
 
@@ -43,40 +43,40 @@ def _load(path: str) -> Any:
     from transformers import AutoTokenizer
 
     names.check_folder(path, "tokenizer")
-    config_limits.check_folder(path, "tokenizer")      # transformers reads it here, too
+    config_limits.check_folder(path, "tokenizer")      # transformers reads the config here as well
     tokenizer_limits.check_folder(path)
     try:
         hf = AutoTokenizer.from_pretrained(
             str(names.path_of(path)), trust_remote_code=False, local_files_only=names.is_local_only(path))
-    except Exception as error:                      # a stranger's files: transformers has no one error for them
+    except Exception as error:                      # untrusted files: transformers raises errors of many types
         if names.path_of(path).is_dir():
-            raise InputError(f"no tokenizer can be read from the folder {path}: {' '.join(str(error).split())[:160]}",
+            raise InputError(f"the folder {path} contains no readable tokenizer: {' '.join(str(error).split())[:160]}",
                              where="tokenizer", fix="it needs tokenizer.json, or set --data.tokenizer") from None
         raise hub.unreachable(path, where="tokenizer") from None
     if not getattr(hf, "is_fast", False):
         raise InputError(f"{path} has no fast tokenizer (tokenizer.json), and only a fast one gives character offsets",
                          where="tokenizer")
     if hf.eos_token_id is None:
-        raise InputError(f"the tokenizer of {path} names no eos_token, so no text would have an end", where="tokenizer")
-    hf.backend_tokenizer.no_truncation()            # lengths are for `data` to say
+        raise InputError(f"the tokenizer of {path} has no eos_token, so no text would end", where="tokenizer")
+    hf.backend_tokenizer.no_truncation()            # lengths are limited by `data`
     hf.backend_tokenizer.no_padding()
     check_reading(hf, Path(path))
     return hf
 
 
 def check_reading(hf: Any, folder: Path) -> None:
-    """Refuse a tokenizer that reads text otherwise than the rules in its own file.
+    """Refuse a tokenizer that tokenizes differently from the rules in its own file.
 
-    A few hundred characters are read by both: spaces, line ends, scripts, digits, code, control tokens. What
-    `tokenizer_config.json` may rightly change is left out: tokens that it adds, a space before the text, and what is
-    put around it. A process compares the same files once.
+    Both tokenize a few hundred characters: spaces, line ends, scripts, digits, code, control tokens. Differences that
+    `tokenizer_config.json` may legitimately cause are left out: added tokens, a space before the text, and tokens
+    around it. A process compares the same files once.
 
     Args:
         hf: The tokenizer as transformers loaded it.
-        folder: Its folder; one without `tokenizer.json` passes.
+        folder: Its folder; one without `tokenizer.json` is accepted.
 
     Raises:
-        InputError: It names the text and the two readings.
+        InputError: The error shows the text and both tokenizations.
     """
     files = [folder / name for name in ("tokenizer.json", "tokenizer_config.json")]
     if not files[0].is_file():
@@ -90,20 +90,20 @@ def check_reading(hf: Any, folder: Path) -> None:
     raw.no_truncation()
     raw.no_padding()
     texts = _texts(hf, raw)
-    found = _first_difference(hf, raw, texts) and _first_difference(hf, _spaced(raw, folder), texts)
-    if found is not None:
-        text, ours, theirs = found
+    difference = _first_difference(hf, raw, texts) and _first_difference(hf, _spaced(raw, folder), texts)
+    if difference is not None:
+        text, ours, theirs = difference
         at = next((place for place, pair in enumerate(zip(ours, theirs, strict=False)) if pair[0] != pair[1]),
                   min(len(ours), len(theirs)))
-        raise InputError(f"transformers reads {text[:40]!r} as {ours[at:at + SHOWN]} from token {at + 1} on, its "
-                         f"tokenizer.json as {theirs[at:at + SHOWN]}", where=f"the tokenizer of {folder}",
-                         fix='set "tokenizer_class": "PreTrainedTokenizerFast" in its tokenizer_config.json (a '
-                             f"{type(hf).__name__} was made), or install another release of transformers")
+        raise InputError(f"transformers tokenizes {text[:40]!r} as {ours[at:at + SHOWN]} from token {at + 1} on, but "
+                         f"its tokenizer.json gives {theirs[at:at + SHOWN]}", where=f"the tokenizer of {folder}",
+                         fix='set "tokenizer_class": "PreTrainedTokenizerFast" in its tokenizer_config.json (it was '
+                             f"loaded as {type(hf).__name__}), or install another release of transformers")
     _alike.add(key)
 
 
 def _texts(hf: Any, raw: Any) -> list[str]:
-    """The stress texts without tokens that only one of the two knows, and one with control tokens that both know."""
+    """The stress texts without tokens that only one of them has, and a text with control tokens of both."""
     ours, theirs = ({token.content: token for token in backend.get_added_tokens_decoder().values()}
                     for backend in (hf.backend_tokenizer, raw))
     alike = [name for name, token in theirs.items() if name in ours and _flags(token) == _flags(ours[name])]
@@ -128,7 +128,7 @@ def _first_difference(hf: Any, raw: Any, texts: list[str]) -> tuple[str, list[st
 
 
 def _spaced(raw: Any, folder: Path) -> Any:
-    """The file's rules with a space before the text or none, where `tokenizer_config.json` says so itself."""
+    """The file's rules with `add_prefix_space` of `tokenizer_config.json`, where it is set."""
     try:
         wanted = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8")).get("add_prefix_space")
     except (OSError, ValueError, AttributeError, RecursionError):

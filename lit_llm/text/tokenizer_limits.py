@@ -1,8 +1,8 @@
-"""The rules in a `tokenizer.json` in, refused where reading a text by them may take all memory, or never end.
+"""Refuse a `tokenizer.json` whose rules could take unbounded time or memory.
 
-Rules may be a stranger's, and the library that applies them can be neither stopped nor bounded. So what they may add to
-a text is computed from the file, and regular expressions that are not of a known kind are tried first, in a process
-whose time and memory are cut. The verdict is remembered by the file's hash.
+The rules are untrusted, and the library that applies them can be neither interrupted nor bounded. How much the rules
+can lengthen a text is therefore computed from the file, and regular expressions of unknown form are first tried in a
+process with limits on time and memory. The verdict is cached under the file's hash.
 """
 
 import base64
@@ -21,16 +21,16 @@ from typing import Any
 from lit_llm import disk, names
 from lit_llm.errors import InputError
 
-FORMAT = 1                                          # of verdicts; raised whenever this file judges otherwise
-BYTES = 256 << 20                                   # of a file; the largest published ones have 35 MB
-GROWTH = 64                                         # characters that all rules together may make of one
-ADDED = 64                                          # characters that rules may put before a text
-AROUND = 50_000                                     # characters of the rules for what is put around a text
-WORD = 1000                                         # characters of a word that WordPiece looks up piece by piece
+FORMAT = 1                                          # version of cached verdicts; increase it when verdicts change
+BYTES = 256 << 20                                   # bytes of a file; the largest published ones have 35 MB
+GROWTH = 64                                         # output characters per input character, of all rules together
+ADDED = 64                                          # characters that rules may add before a text
+AROUND = 50_000                                     # characters of the post-processor's rules
+WORD = 1000                                         # characters of a word that WordPiece splits
 PATTERN = 10_000                                    # characters of a regular expression
 PATIENCE = 60                                       # seconds to wait for the trial, which may use `CPU` of them
 CPU, MEMORY = 5, 2 << 30
-# Of published tokenizers, parts between bars with two repetitions that do not hinder each other.
+# Alternatives in published tokenizers with two repetitions that cannot backtrack into each other.
 KNOWN = frozenset((
     r" ?[^\s\p{L}\p{N}]+[\r\n]*", r" ?[^\s\p{L}\p{N}]+[\r\n/]*", r"\s*[\r\n]+", r"\s*[\r\n]",
     r"[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+", r" ?[\p{P}\p{S}]+[\r\n]*",
@@ -54,17 +54,17 @@ _good: set[str] = set()
 
 
 def check_folder(path: str) -> None:
-    """Refuse a folder whose `tokenizer.json` has rules without a bound; one without the file passes.
+    """Refuse a folder whose `tokenizer.json` has unbounded rules; a folder without the file is accepted.
 
     Raises:
-        InputError: It names the file and the rule.
+        InputError: The error names the file and the rule.
     """
     file = names.path_of(path) / "tokenizer.json"
     if not file.is_file():
         return
     for other in file.parent.glob("*.json"):
         if other.stat().st_size > BYTES and not other.name.endswith(".index.json"):
-            raise InputError(f"it has {other.stat().st_size:,} bytes; {BYTES:,} at most", where=str(other))
+            raise InputError(f"it has {other.stat().st_size:,} bytes; at most {BYTES:,} are allowed", where=str(other))
     content = file.read_bytes()
     key = hashlib.sha256(b"%d " % FORMAT + content).hexdigest()
     kept = disk.cache_root(None) / "tokenizers" / key[:32]
@@ -73,20 +73,20 @@ def check_folder(path: str) -> None:
     try:
         rules = json.loads(content)
         if not isinstance(rules, dict):
-            raise InputError("it is no mapping of keys to values")
+            raise InputError("it is not a mapping of keys to values")
         _check(rules)
     except InputError as error:
         raise error.at(str(file)) from None
     except (ValueError, TypeError, KeyError, AttributeError, IndexError, RecursionError) as error:
-        raise InputError(f"no tokenizer can be read from it: {str(error)[:160] or type(error).__name__}",
+        raise InputError(f"it contains no readable tokenizer: {str(error)[:160] or type(error).__name__}",
                          where=str(file)) from None
     _good.add(key)
-    with suppress(OSError):                             # a cache that cannot be written costs a moment next time
+    with suppress(OSError):                             # without a cache the check runs again next time
         disk.replace_text(kept, "good\n")
 
 
 def panicked(error: BaseException, source: str) -> BaseException:
-    """The error, or one of the user where the library in Rust gave up on a text."""
+    """The error itself, or an `InputError` where the Rust library panicked on a text."""
     if type(error).__name__ != "PanicException":
         return error
     return InputError(f"its rules fail on a text: {' '.join(str(error).split())[:160]}",
@@ -103,26 +103,26 @@ def _check(rules: dict[str, Any]) -> None:
             more, before = _growth(rule)
             factor, added = factor * more, added * more + before
             if factor > GROWTH or added > ADDED:
-                raise InputError(f"its {section} may make {factor:,} characters of one, put {added:,} before a text; "
-                                 f"{GROWTH} and {ADDED} are the most")
+                raise InputError(f"its {section} could turn one character into {factor:,} and add {added:,} before a "
+                                 f"text; at most {GROWTH} and {ADDED} are allowed")
     around = len(json.dumps(rules.get("post_processor")))
     if around > AROUND:
-        raise InputError(f"its post_processor has {around:,} characters; {AROUND:,} at most")
+        raise InputError(f"its post_processor has {around:,} characters; at most {AROUND:,} are allowed")
     model = rules.get("model") or {}
     if isinstance(word := model.get("max_input_chars_per_word"), int) and word > WORD:
-        raise InputError(f"max_input_chars_per_word is {word:,}; {WORD:,} at most")
+        raise InputError(f"max_input_chars_per_word is {word:,}; at most {WORD:,} is allowed")
     for key in ("continuing_subword_prefix", "end_of_word_suffix"):
         if len(model.get(key) or "") > ADDED:
-            raise InputError(f"{key} has {len(model[key]):,} characters; {ADDED} at most")
+            raise InputError(f"{key} has {len(model[key]):,} characters; at most {ADDED} are allowed")
     for key, most in (("truncation", 1 << 30), ("padding", 1 << 20)):
         for number in _numbers(rules.get(key)):
             if number > most:
-                raise InputError(f"its {key} has the number {number:,}; {most:,} at most")
+                raise InputError(f"its {key} contains the number {number:,}; at most {most:,} is allowed")
     _check_patterns(sorted(set(_patterns([rules.get(key) for key in ("normalizer", "pre_tokenizer", "decoder")]))))
 
 
 def _rules(rule: Any) -> Iterator[dict[str, Any]]:
-    """Each rule of a section, those of sequences one by one."""
+    """Each rule of a section; sequences are flattened."""
     if not isinstance(rule, dict):
         return
     inner = rule.get("normalizers") or rule.get("pretokenizers") or rule.get("decoders")
@@ -134,7 +134,7 @@ def _rules(rule: Any) -> Iterator[dict[str, Any]]:
 
 
 def _growth(rule: dict[str, Any]) -> tuple[int, int]:
-    """Characters that one may become, and those that are put before a text. Unicode's own forms are not counted."""
+    """Output characters per input character, and characters added before a text; without Unicode normalization."""
     kind = rule.get("type")
     if kind == "Replace":
         pattern, length = rule["pattern"], len(rule["content"])
@@ -170,7 +170,7 @@ def _patterns(value: Any) -> Iterator[str]:
 def _check_patterns(patterns: list[str]) -> None:
     for pattern in patterns:
         if len(pattern) > PATTERN:
-            raise InputError(f"a regular expression has {len(pattern):,} characters; {PATTERN:,} at most")
+            raise InputError(f"a regular expression has {len(pattern):,} characters; at most {PATTERN:,} are allowed")
     if not (hard := [pattern for pattern in patterns if not _is_plain(pattern)]):
         return
     given = json.dumps([hard, _stress(hard), CPU, MEMORY])
@@ -180,13 +180,13 @@ def _check_patterns(patterns: list[str]) -> None:
     except subprocess.TimeoutExpired:
         tried = None
     if tried is None or tried.stdout != "good\n":
-        said = (tried.stderr.strip().splitlines() if tried else None) or ["it takes too much time or memory"]
+        errors = (tried.stderr.strip().splitlines() if tried else None) or ["it takes too much time or memory"]
         raise InputError(f"its regular expression {max(hard, key=len)[:80]!r} cannot be matched with text: "
-                         f"{said[-1][:120]}", fix="use the files of another tokenizer")
+                         f"{errors[-1][:120]}", fix="use the files of another tokenizer")
 
 
 def _is_plain(pattern: str) -> bool:
-    """Whether no part between bars repeats anything twice, or a group: such a pattern takes no time to speak of."""
+    """Whether no alternative has two repetitions or a repeated group: such a pattern matches in linear time."""
     return all(part in KNOWN or _repeats_once(part) for part in _parts(pattern))
 
 
@@ -198,7 +198,7 @@ def _repeats_once(part: str) -> bool:
 
 
 def _parts(pattern: str) -> list[str]:
-    """A pattern between the bars that stand in no group and in no class."""
+    """The alternatives of a pattern at the top level, outside groups and classes."""
     parts, depth, inside, begin, at = [], 0, False, 0, 0
     while at < len(pattern):
         letter = pattern[at]
@@ -218,11 +218,11 @@ def _parts(pattern: str) -> list[str]:
 
 
 def _stress(patterns: list[str]) -> list[str]:
-    """Runs of what a pattern may repeat: every character that it spells and one of each kind, alone and in pairs."""
+    """Texts that repeat every character in the pattern and one of each kind, alone and in pairs."""
     spelled = sorted({letter for pattern in patterns for letter in re.sub(r"\\[a-zA-Z]|\{[^}]*\}", "", pattern)})
     letters = [*dict.fromkeys([*"aA1 \n.'é中\u0301🙂\t", *spelled])][:60]
     runs = [letter * count for letter in letters for count in (30, 4096)]
     pairs = [(one + other) * 2048 for one, other in (*pairwise(letters), *pairwise(filter(str.isalnum, spelled)))]
     words = ["word 12 " * 512, "wordword" * 512, "Word\n" * 800, "a b, c. " * 512]
-    tails = ("", "\u2603", "\u2603" + "".join(spelled))      # the library looks first for characters that must follow
+    tails = ("", "\u2603", "\u2603" + "".join(spelled))      # the library first searches for required characters
     return [text + tail for text in (*words, *runs, *pairs) for tail in tails]

@@ -67,7 +67,7 @@ def test_a_long_text_is_the_tokens_of_the_whole(kind, load, shared_data, short):
         whole = (reader._bare if spelled else reader._backend).encode(text, add_special_tokens=False).ids
         ids = reader.texts([cutting.Piece("", text)])[0]
         if isinstance(ids, InputError):                 # a stretch without a sure place; never in words
-            assert "no place was found" in ids.what
+            assert "without a place where the boundary" in ids.what
             assert name in ("runs of spaces", "digits and marks", "any characters"), name
         else:
             assert ids.tolist() == whole, name
@@ -78,7 +78,7 @@ def test_a_long_text_is_the_tokens_of_the_whole(kind, load, shared_data, short):
 @pytest.mark.parametrize("text", ["a" * 20_000, " " * 20_000, "\n" * 20_000, "\U0001f44d" * 20_000, "1" * 20_000])
 def test_where_no_cut_is_sure_a_long_text_is_refused_and_a_short_one_read(kind, text, load, short):
     reader = load(kind)._encoder
-    assert "no place was found" in reader.texts([cutting.Piece("", text)])[0].what
+    assert "without a place where the boundary" in reader.texts([cutting.Piece("", text)])[0].what
     assert reader.texts([cutting.Piece("", text[:5000])])[0].tolist() == reader._backend.encode(
         text[:5000], add_special_tokens=False).ids
 
@@ -299,7 +299,7 @@ def test_a_text_that_cannot_be_read_on_is_taken_back(tokenizer, tmp_path, monkey
     good, bad = "one two " * 600, "one two\n" * 400 + "\U0001f44d" * 9000 + "\n"
     (tmp_path / "a.txt").write_text(f"{good}\n<|endoftext|>\n{bad}<|endoftext|>\n{good}")
     (tmp_path / "b.txt").write_text(f"{good}\n<|endoftext|>\n{good}")
-    with pytest.raises(InputError, match=r"a\.txt:3: .*no place was found"):
+    with pytest.raises(InputError, match=r"a\.txt:3: .*without a place where the boundary"):
         prepare(Source(str(tmp_path / "a.txt")), tokenizer, num_proc=1)
     stores = [prepare(Source(str(tmp_path / name)), tokenizer, num_proc=1, on_bad_record="quarantine") for name in ("a.txt", "b.txt")]
     report, expected = (store.report for store in stores)

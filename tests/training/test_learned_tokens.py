@@ -223,7 +223,7 @@ def test_a_tokenizer_without_a_template_says_so(stories, chats, capsys):
     data.prepare_data()
     data.setup("fit")
     said = capsys.readouterr().err
-    assert said.count("has no chat template: ChatML is used, written with its own <s> and </s>") == 1
+    assert said.count("has no chat template: ChatML is used with its own <s> and </s>") == 1
     assert "LoRA trains their rows too" in said
 
 

@@ -109,7 +109,7 @@ def test_another_tokenizer_than_the_bases_is_refused(more, stories):
     module = CausalLMModule(base="sample:base", lora=LoRA(r=4))
     trainer = Trainer(default_root_dir=str(more / "other"), max_steps=1, accelerator="cpu", devices=1,
                       enable_progress_bar=False)
-    with pytest.raises(InputError, match=r"another tokenizer than the base's: .* tokens of the base's own") as caught:
+    with pytest.raises(InputError, match=r"another tokenizer than the base's: .* tokens of the base model's own") as caught:
         trainer.fit(module, datamodule=data)
     assert "data.tokenizer" in str(caught.value)
     assert not Path(more / "other/checkpoints").exists()

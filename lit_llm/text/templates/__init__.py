@@ -1,1 +1,1 @@
-"""Chat templates: their analysis, and their rendering within limits."""
+"""Chat templates: analysis, and rendering within limits on time and memory."""

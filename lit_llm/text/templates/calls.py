@@ -1,7 +1,7 @@
-"""A text and the calls of tools that it should show: whether it shows them, and in which form a template wants them.
+"""Tool calls in rendered text: whether a text shows them, and which form of arguments a chat template needs.
 
-A call's arguments are an object, or JSON text as OpenAI sends them; chat templates differ in which of the two they
-write rightly.
+The arguments of a call are an object, or JSON text as OpenAI sends them; chat templates differ in which of the two they
+render correctly.
 """
 
 import json
@@ -15,8 +15,8 @@ ENTITY = re.compile(r"&(?:#\d+|#x[0-9a-fA-F]+|lt|gt|amp|quot|apos);")
 PROBE_TOOL = {"type": "function", "function": {
     "name": "probe", "description": "", "parameters": {"type": "object", "properties": {}, "required": []}}}
 PROBED = {"probe_place": 'Kyoto "1"', "probe_days": 37}
-RIGHT, SHOWN, QUOTED, BAD = 3, 2, 1, 0                  # how a text shows a call's arguments
-MOST = 5000                                             # places of a text at which JSON is looked for
+RIGHT, SHOWN, QUOTED, BAD = 3, 2, 1, 0                  # how a text renders a call's arguments
+MOST = 5000                                             # positions of a text at which JSON is searched for
 Messages = list[dict[str, Any]]
 
 
@@ -28,7 +28,7 @@ def arguments_of(call: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def spelled(messages: Messages, *, as_text: bool) -> Messages:
-    """The same messages with every call's arguments as an object, or as JSON text; text stays the record's own."""
+    """The same messages with every call's arguments as an object or as JSON text; existing text is unchanged."""
     def one(call: dict[str, Any]) -> dict[str, Any]:
         given = call["function"]["arguments"]
         if isinstance(given, str) == as_text:
@@ -41,26 +41,26 @@ def spelled(messages: Messages, *, as_text: bool) -> Messages:
 
 
 def preferred(render: Callable[[Messages], str]) -> tuple[bool, bool]:
-    """Whether a template writes arguments rightly that are objects, and that are text.
+    """Whether a template renders arguments correctly that are objects, and whether those that are text.
 
-    A call is rendered in both forms, alone and with its result, and read back.
+    A probe call is rendered in both forms, alone and with its result, and parsed from the text.
     """
     scores = {False: 0, True: 0}
     good = {False: True, True: True}
-    for calls, words in ((1, ""), (2, ""), (1, "x")):
-        asked: Messages = [{"role": "user", "content": "x"}, {"role": "assistant", "content": words, "tool_calls": [
+    for calls, text in ((1, ""), (2, ""), (1, "x")):
+        question: Messages = [{"role": "user", "content": "x"}, {"role": "assistant", "content": text, "tool_calls": [
             {"type": "function", "id": f"abcdefgh{number}", "function": {"name": "probe", "arguments": PROBED}}
             for number in range(calls)]}]
         answered: Messages = [{"role": "tool", "content": "y", "tool_call_id": f"abcdefgh{number}", "name": "probe"}
                     for number in range(calls)]
-        for messages in (asked, [*asked, *answered]):
-            found = {}
+        for messages in (question, [*question, *answered]):
+            quality_of = {}
             for as_text in (False, True):
-                found[as_text] = BAD
-                with suppress(Exception):               # a template is a stranger's program
-                    found[as_text] = quality(render(spelled(messages, as_text=as_text)), PROBED)
-            best = max(found.values())
-            for as_text, score in found.items():
+                quality_of[as_text] = BAD
+                with suppress(Exception):               # a template may raise anything
+                    quality_of[as_text] = quality(render(spelled(messages, as_text=as_text)), PROBED)
+            best = max(quality_of.values())
+            for as_text, score in quality_of.items():
                 scores[as_text] += score
                 good[as_text] &= score == best
     if not any(good.values()):
@@ -71,9 +71,9 @@ def preferred(render: Callable[[Messages], str]) -> tuple[bool, bool]:
 # ---- what a text shows -----------------------------------------------------------------------------------------------
 
 def quality(text: str, arguments: Mapping[str, Any], *sources: Any) -> int:
-    """How a text shows a call's arguments: as JSON, key by key, as JSON within a string, or not rightly.
+    """How a text renders a call's arguments: as JSON, key by key, as JSON within a string, or incorrectly.
 
-    An HTML entity that neither they nor the other sources of the text hold is never right.
+    An HTML entity that is neither in the arguments nor in the other sources of the text is always incorrect.
     """
     if new_entities(text, arguments, *sources):
         return BAD
@@ -88,30 +88,31 @@ def quality(text: str, arguments: Mapping[str, Any], *sources: Any) -> int:
 
 
 def shows_calls(text: str, calls: Sequence[Mapping[str, Any]], *sources: Any) -> bool:
-    """Whether calls can be read from a text: the names, and the arguments as JSON or each of them by itself."""
+    """Whether calls can be read from a text: the names, and the arguments as JSON or one by one."""
     return all(call["function"]["name"] in text for call in calls) and all(
         quality(text, arguments_of(call), calls, *sources) > BAD for call in calls)
 
 
 def new_entities(text: str, *sources: Any) -> bool:
-    """Whether a text holds an HTML entity that none of the values, JSON-like, holds."""
-    found = set(ENTITY.findall(text))
-    return bool(found and found.difference(*(ENTITY.findall(part) for source in sources for part in strings(source))))
+    """Whether a text contains an HTML entity that none of the JSON-like values contains."""
+    entities = set(ENTITY.findall(text))
+    known = (ENTITY.findall(part) for source in sources for part in strings(source))
+    return bool(entities and entities.difference(*known))
 
 
-def shows(text: str, said: str) -> bool:
-    """Whether what someone said stands in a text: as it is but for white space at its ends, escaped, or as JSON."""
-    said = said.strip()
-    if not said or any(form.strip() in text for form in escaped(said)):
+def shows(text: str, content: str) -> bool:
+    """Whether a text contains a content: literally (without white space at its ends), escaped, or as JSON."""
+    content = content.strip()
+    if not content or any(form.strip() in text for form in escaped(content)):
         return True
-    lines = [line.strip() for line in said.split("\n") if line.strip()]
+    lines = [line.strip() for line in content.split("\n") if line.strip()]
     if len(lines) > 1 and all(line in text for line in lines):
         return True
-    return _is_json(said) and any(_holds(value, json.loads(said)) for value in _values(text))
+    return _is_json(content) and any(_holds(value, json.loads(content)) for value in _values(text))
 
 
 def escaped(text: str) -> Iterator[str]:
-    """A text, and as it stands within JSON, JSON within JSON, Python's `repr`, or HTML."""
+    """A text, and its escaped forms in JSON, nested JSON, Python's `repr` and HTML."""
     yield text
     for ascii_only in (False, True):
         once = json.dumps(text, ensure_ascii=ascii_only)[1:-1]
@@ -121,7 +122,7 @@ def escaped(text: str) -> Iterator[str]:
 
 
 def strings(value: Any) -> Iterator[str]:
-    """Every string in a JSON-like value, keys too."""
+    """Every string in a JSON-like value, including keys."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, Mapping):
@@ -141,7 +142,7 @@ def _leaf_forms(leaf: Any) -> Iterator[str]:
 
 
 def _values(text: str) -> Iterator[Any]:
-    """Every JSON object, list and string that stands in a text."""
+    """Every JSON object, list and string in a text."""
     decoder = json.JSONDecoder()
     for match in islice(re.finditer(r'[{\["]', text), MOST):
         with suppress(ValueError, RecursionError):

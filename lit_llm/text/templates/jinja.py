@@ -1,8 +1,8 @@
-"""A chat template's source in; a function that renders messages with it out, in bounded time and memory.
+"""Compile a chat template into a function that renders messages in bounded time and memory.
 
-A template is a stranger's program. The environment is the sandbox of transformers, so that the text is the one that
-`apply_chat_template` renders. What is cheap is rendered in this process (`jinja_guard.py`), and anything else in one
-whose time and memory can be cut (`jinja_process.py`). A template that is slow again and again is given up.
+A template is untrusted code. Its environment is the sandbox of transformers, so the text equals that of
+`apply_chat_template`. Templates of known cost are rendered in this process (`jinja_guard.py`), all others in a process
+with limits on time and memory (`jinja_process.py`). A template that is slow repeatedly is refused.
 """
 
 import time
@@ -14,19 +14,19 @@ from lit_llm.errors import GivenUpError, InputError, did_you_mean
 from lit_llm.text.templates import jinja_guard, jinja_process
 from lit_llm.text.templates.jinja_guard import WORK, OutsideError, Work, size_of
 
-SECONDS, CHARACTERS = 5.0, 50_000_000                   # of one text, which takes a thousandth of a second as a rule
-LOST = 30.0                                             # seconds that slow texts may take together
-REGAINED = 0.1                                          # of the time that passes
-SLOW, SLOW_TURN, SLOW_CHARACTER = 0.05, 1e-3, 1e-7      # seconds that a text may take, a turn of it and a character
+SECONDS, CHARACTERS = 5.0, 50_000_000                   # of one text, which usually takes a millisecond
+LOST = 30.0                                             # seconds that slow texts may take in total
+REGAINED = 0.1                                          # share of the elapsed time that the budget regains
+SLOW, SLOW_TURN, SLOW_CHARACTER = 0.05, 1e-3, 1e-7      # seconds that a text, each message and each character may take
 SOURCE = 500_000                                        # characters of a template; published ones have up to 30,000
-TRIES = 8                                               # texts that leave the process before all do
+TRIES = 8                                               # texts rendered in the other process before all are
 
 
 Render = Callable[[list[dict], list[dict] | None, bool, Mapping[str, Any]], str]
-REASONING = ("reasoning_content", "reasoning", "thinking")      # the names by which templates ask for it
+REASONING = ("reasoning_content", "reasoning", "thinking")      # names that templates use for it
 
 
-HANDED = frozenset(("messages", "tools", "documents", "add_generation_prompt"))     # variables that are not the user's
+HANDED = frozenset(("messages", "tools", "documents", "add_generation_prompt"))     # variables that a user cannot set
 TemplateArgs = Mapping[str, bool | int | float | str | list[str] | None]
 
 
@@ -34,21 +34,21 @@ def variables(source: str, special_tokens: Mapping[str, Any]) -> frozenset[str]:
     """The variables that a template reads and a user may set, such as `enable_thinking`.
 
     Raises:
-        InputError: The source is not jinja; it names the line.
+        InputError: The source is not valid Jinja; the error names the line.
     """
     from jinja2 import meta
 
     environment = _environment()
-    with _said_of(source):
+    with _as_input_error(source):
         read = meta.find_undeclared_variables(_parsed(environment, source))
     return frozenset(read - HANDED - environment.globals.keys() - special_tokens.keys())
 
 
 def check_args(template_args: Mapping[str, Any], known: frozenset[str], where: str) -> None:
-    """Refuse values for variables that a template does not read, which would change nothing.
+    """Refuse values for variables that a template does not use, because they would have no effect.
 
     Raises:
-        InputError: At `where`; it names the variables that there are.
+        InputError: Located at `where`; the error lists the variables of the template.
     """
     for name in map(str, template_args):            # keys of YAML may be numbers
         if name not in known:
@@ -58,10 +58,10 @@ def check_args(template_args: Mapping[str, Any], known: frozenset[str], where: s
 
 
 def with_defaults(source: str, template_args: TemplateArgs) -> str:
-    """The same template with other values where a variable is not given.
+    """The same template with default values for variables that are not passed.
 
-    They stand in the template itself, so whatever renders it uses them: training, chat, the server, and plain
-    transformers or another server with the exported folder.
+    The defaults are part of the template, so every renderer uses them: training, chat, the server, plain transformers,
+    or another server with the exported folder.
 
     >>> with_defaults("{{ x }}", {"x": False})
     '{%- if x is not defined %}{%- set x = False %}{%- endif +%}{{ x }}'
@@ -76,16 +76,16 @@ def compiled(source: str, special_tokens: Mapping[str, Any]) -> Render:
 
     Args:
         source: The template.
-        special_tokens: What it may name, such as `bos_token`.
+        special_tokens: Variables for special tokens, such as `bos_token`.
 
     Raises:
-        InputError: The source is not jinja; it names the line.
+        InputError: The source is not valid Jinja; the error names the line.
     """
     return _Template(source, special_tokens).render
 
 
 class _Template:
-    """A template and what its texts have cost."""
+    """A compiled template with its accumulated cost."""
 
     def __init__(self, source: str, special_tokens: Mapping[str, Any]) -> None:
         self._source, self._tokens = source, dict(special_tokens)
@@ -94,17 +94,17 @@ class _Template:
 
     def render(self, messages: list[dict], tools: list[dict] | None, generation_prompt: bool,
                template_args: Mapping[str, Any]) -> str:
-        """The text.
+        """Render the text.
 
         Raises:
-            InputError: It takes too much time or memory, or writes too much.
-            GivenUpError: So many texts were slow that a run would not end.
+            InputError: Rendering takes too much time or memory, or the text is too long.
+            GivenUpError: Too many texts were slow.
         """
         if self._lost > LOST:
             self._spent(0.0)
-        told = [{**dict.fromkeys(REASONING, message["reasoning_content"]), **message}
+        with_reasoning = [{**dict.fromkeys(REASONING, message["reasoning_content"]), **message}
                 if "reasoning_content" in message else message for message in messages]
-        context = {**template_args, "messages": told, "tools": tools, "documents": None,
+        context = {**template_args, "messages": with_reasoning, "tools": tools, "documents": None,
                    "add_generation_prompt": generation_prompt}
         began, most = time.monotonic(), SLOW + SLOW_TURN * len(messages)
         try:
@@ -141,12 +141,12 @@ class _Template:
         self._then = now
         if self._lost > LOST:
             raise GivenUpError(f"the chat template was too slow too often: {self._lost:.0f} seconds were lost with "
-                               "texts that take a thousandth of a second as a rule", where="data.chat_template",
-                               fix="give another template, a .jinja file that you have read")
+                               "texts that usually take a millisecond", where="data.chat_template",
+                               fix="use another template, a .jinja file that you have reviewed")
 
 
 def _size(context: dict[str, Any]) -> int:
-    """Characters of the messages, roughly."""
+    """Approximate number of characters of the messages."""
     size = 0
     for message in context["messages"]:
         for value in message.values():
@@ -160,7 +160,7 @@ def _size(context: dict[str, Any]) -> int:
 # ---- source to program -----------------------------------------------------------------------------------------------
 
 def _environment() -> Any:
-    """The sandbox of transformers, with guards; nothing is computed while a template is compiled."""
+    """The sandbox of transformers with cost guards and without constant folding."""
     from transformers.utils.chat_template_utils import _compile_jinja_template
 
     return jinja_guard.guard(_compile_jinja_template("").environment)
@@ -168,15 +168,15 @@ def _environment() -> Any:
 
 def _parsed(environment: Any, source: str) -> Any:
     if len(source) > SOURCE:
-        raise InputError(f"the chat template has {len(source):,} characters; {SOURCE:,} are read at most",
+        raise InputError(f"the chat template has {len(source):,} characters; at most {SOURCE:,} are allowed",
                          where="data.chat_template")
-    with _said_of(source):
+    with _as_input_error(source):
         return environment.parse(source)
 
 
 @contextmanager
-def _said_of(source: str) -> Generator[None, None, None]:
-    """Whatever the compiler raises, as an error of the user."""
+def _as_input_error(source: str) -> Generator[None, None, None]:
+    """Convert whatever the compiler raises to an `InputError`."""
     from jinja2 import TemplateSyntaxError
 
     try:
@@ -184,17 +184,17 @@ def _said_of(source: str) -> Generator[None, None, None]:
     except (InputError, OutsideError):
         raise
     except TemplateSyntaxError as error:
-        raise InputError(f"the chat template is not jinja: line {error.lineno}: {error.message}") from None
-    except Exception as error:                      # nested too deeply, numbers too long, half a surrogate pair
+        raise InputError(f"the chat template is not valid Jinja: line {error.lineno}: {error.message}") from None
+    except Exception as error:                      # deep nesting, long numbers, a lone surrogate
         raise InputError(f"the chat template cannot be compiled: {str(error)[:160] or type(error).__name__}",
                          where="data.chat_template") from None
 
 
 def _inner(source: str) -> Any:
-    """The template as it is rendered in this process; null where it cannot be.
+    """The guarded template for this process; null where its cost is unknown.
 
     Raises:
-        InputError: The source is not jinja.
+        InputError: The source is not valid Jinja.
     """
     from jinja2 import Template
 
@@ -202,7 +202,7 @@ def _inner(source: str) -> Any:
     tree = _parsed(environment, source)
     if len(source) > jinja_guard.SOURCE:
         return None
-    with suppress(OutsideError), _said_of(source):
+    with suppress(OutsideError), _as_input_error(source):
         return Template.from_code(environment, environment.compile(jinja_guard.guard_tree(tree)),
                                   environment.make_globals(None))
     return None

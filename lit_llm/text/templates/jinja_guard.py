@@ -1,9 +1,9 @@
-"""The part of jinja that is cheap whatever it is given; a template that does anything else leaves the process.
+"""The subset of Jinja whose cost is bounded; templates that use more are rendered in another process.
 
-A template is a stranger's program. Most templates only loop over messages, compare, slice and join short strings.
-Such a program is run here, and what an operation reads or makes is charged. What has no known cost (powers, formats
-with widths, most filters, structures that hold themselves many times over, large numbers) raises `OutsideError`, and
-the caller renders in a process whose time and memory can be cut (`jinja_process.py`).
+A template is untrusted code. Most templates only loop over messages, compare, slice and join short strings. Such a
+template runs in this process, and every operation is charged for the data that it reads or creates. Operations of
+unknown cost (powers, formats with widths, most filters, structures with many shared references, large numbers) raise
+`OutsideError`, and the caller renders in a process with limits on time and memory (`jinja_process.py`).
 """
 
 import re
@@ -13,41 +13,41 @@ from functools import cache
 from types import BuiltinMethodType
 from typing import Any
 
-WORK = " work"                                          # in a template's context; no name that a template could spell
-BUDGET = 20_000_000                                     # characters and elements of one render; a text has some 10,000
+WORK = " work"                                          # key in a template's context that no template can name
+BUDGET = 20_000_000                                     # characters and elements of one render; a text has about 10,000
 SECONDS = 0.5                                           # of one render
 LARGE = 1_000_000                                       # characters of one string, and of all contents
-SMALL = 4096                                            # characters that a loop's round may handle for nothing
+SMALL = 4096                                            # characters per loop iteration that are not charged
 INTEGER = 1 << 31
-ELEMENTS = 20_000                                       # of one structure, those that it holds twice counted twice
+ELEMENTS = 20_000                                       # elements of one structure; shared ones count each time
 SOURCE = 200_000                                        # characters of a template; published ones have up to 30,000
-WIDTH = re.compile(r"\d{3}|[*{]")                       # in a format: a width that may be large
+WIDTH = re.compile(r"\d{3}|[*{]")                       # in a format: a potentially large width
 
 NODES = frozenset((
     "Add", "And", "Assign", "AssignBlock", "Break", "Call", "CallBlock", "Compare", "Concat", "CondExpr", "Const",
     "Continue", "Dict", "Div", "ExtensionAttribute", "Filter", "FilterBlock", "FloorDiv", "For", "Getattr", "Getitem",
     "If", "Keyword", "List", "Macro", "Mod", "Mul", "NSRef", "Name", "Neg", "Not", "Operand", "Or", "Output", "Pair",
     "Pos", "Slice", "Sub", "Template", "TemplateData", "Test", "Tuple", "With"))
-# Filters that cost no more than the length of their value, or nothing until they are iterated over.
+# Filters whose cost is at most the length of their value, or that are lazy.
 SHORT = frozenset(("abs", "first", "last", "list", "map", "max", "min",
                    "reject", "rejectattr", "reverse", "select", "selectattr", "sort", "unique", "dictsort"))
 CONSTANT = frozenset(("count", "d", "default", "items", "length", "safe"))
-# Filters that read the whole value, and give no more than that.
+# Filters that read the whole value and return at most as much.
 LINEAR = frozenset(("capitalize", "e", "escape", "float", "int", "lower", "string", "title", "tojson", "trim", "upper"))
 METHODS = frozenset((
     "capitalize", "casefold", "count", "endswith", "find", "index", "isalnum", "isalpha", "isdigit", "islower",
     "isnumeric", "isspace", "istitle", "isupper", "lower", "lstrip", "partition", "removeprefix", "removesuffix",
     "rfind", "rpartition", "rsplit", "rstrip", "split", "splitlines", "startswith", "strip", "swapcase", "title",
     "upper"))
-INTERNAL = frozenset(("_loop_vars", "_block_vars"))     # arguments that jinja itself adds to calls
+INTERNAL = frozenset(("_loop_vars", "_block_vars"))     # arguments that Jinja itself adds to calls
 
 
 class OutsideError(Exception):
-    """This template, or this conversation, is rendered in a process of its own."""
+    """This template or conversation must be rendered in the other process."""
 
 
 class Work:
-    """What one render has cost so far."""
+    """Accumulated cost of one render."""
 
     __slots__ = ("_end", "_left", "_looks")
 
@@ -55,10 +55,10 @@ class Work:
         self._left, self._looks, self._end = BUDGET, 0, 0.0
 
     def charge(self, size: int) -> None:
-        """For one operation that reads or makes so many characters or elements.
+        """Charge one operation that reads or creates `size` characters or elements.
 
         Raises:
-            OutsideError: The render costs too much.
+            OutsideError: The budget of the render is exhausted.
         """
         self._left -= size + 16
         self._looks += 1
@@ -72,10 +72,10 @@ class Work:
 
 
 def size_of(value: Any) -> int:
-    """Characters and elements of a value, with all that it holds; what is held twice is counted twice.
+    """Characters and elements of a value with its content; shared parts count each time.
 
     Raises:
-        OutsideError: It is too large, or of a type whose size is not known.
+        OutsideError: The value is too large, or its type has no known size.
     """
     if type(value) is str:
         if len(value) > LARGE:
@@ -88,7 +88,7 @@ def size_of(value: Any) -> int:
         elements += 1
         if isinstance(one, str):
             size += len(one)
-        elif isinstance(one, int):                      # bool, too
+        elif isinstance(one, int):                      # also bool
             if not -(1 << 63) <= one < 1 << 63:
                 raise OutsideError
         elif isinstance(one, list | tuple):
@@ -115,21 +115,21 @@ def _undefined() -> type:
 
 
 def _length(value: Any) -> int:
-    """Of what is not read as a whole."""
+    """Length of a value that is not read as a whole."""
     return len(value) if isinstance(value, str | list | tuple | dict | range) else 0
 
 
 # ---- operations ------------------------------------------------------------------------------------------------------
 
 def _written(value: Any) -> Any:
-    """A value that is written: a string of any length, since the caller adds them up, or what is short as a string."""
+    """Check a value for output: a string of any length (the caller adds them up) or a value with a short string."""
     if type(value) is not str:
         size_of(value)
     return value
 
 
-def _told(context: Any, value: Any) -> Any:
-    """A value that is joined or kept."""
+def _charged(context: Any, value: Any) -> Any:
+    """Charge a value that is joined or stored."""
     if type(value) is not str:
         context.parent[WORK].charge(size_of(value))
     elif len(value) > SMALL:
@@ -143,7 +143,7 @@ def _sliced(context: Any, value: Any) -> Any:
 
 
 def _counted(context: Any, items: Any) -> Iterator[Any]:
-    """The elements that a loop runs over."""
+    """The elements of a loop, charged one by one."""
     work = context.parent[WORK]
     work.charge(64)
     for number, item in enumerate(items):
@@ -171,7 +171,7 @@ def _binop(environment: Any) -> Callable[[Any, str, Any, Any], Any]:
 
 
 def _cost_of(operator: str, left: Any, right: Any) -> int:
-    """What an operation costs with these operands, of which one at least is neither a string nor an integer."""
+    """Cost of an operation of which at least one operand is neither a string nor an integer."""
     numbers = isinstance(left, int | float) and isinstance(right, int | float)
     lists = isinstance(left, list | tuple) and isinstance(right, list | tuple)
     if operator == "+" and lists:
@@ -187,7 +187,7 @@ def _cost_of(operator: str, left: Any, right: Any) -> int:
 
 
 def _filter(name: str, plain: Callable[..., Any]) -> Callable[..., Any]:
-    """The same filter, charged, or left to the other process."""
+    """The same filter with its cost charged, or deferred to the other process."""
     from jinja2 import pass_context
     from jinja2.utils import _PassArg
 
@@ -216,7 +216,7 @@ def _filter(name: str, plain: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _cost(name: str, value: Any, given: list[Any]) -> int:
-    """What a filter costs with these arguments."""
+    """Cost of a filter with these arguments."""
     more = sum(map(size_of, given))
     if name in SHORT:
         return 4 * _length(value) + more
@@ -265,9 +265,9 @@ def _call(environment: Any) -> Callable[..., Any]:
         name, size = getattr(function, "__name__", ""), sum(map(_length, given))
         if isinstance(function, Macro) or name == "_generation_support":
             work.charge(size)
-            said = plain(environment, context, function, *args, **keys)
-            work.charge(len(said))
-            return said
+            text = plain(environment, context, function, *args, **keys)
+            work.charge(len(text))
+            return text
         if any(function is one for one in namespaces):
             size = sum(map(size_of, given))
         elif name == "strftime_now":
@@ -283,7 +283,7 @@ def _call(environment: Any) -> Callable[..., Any]:
 
 
 def _cost_of_method(name: str, owner: str, given: Sequence[Any]) -> int:
-    """What a method of a string costs with these arguments."""
+    """Cost of a string method with these arguments."""
     if name == "replace" and len(given) >= 2:
         return _replaced(owner, *given[:2])
     if name not in METHODS or (name.startswith("r") and _width(given) > 64):
@@ -298,12 +298,12 @@ def _width(given: Iterable[Any]) -> int:
 # ---- an environment and a tree with guards ---------------------------------------------------------------------------
 
 def guard(environment: Any) -> Any:
-    """The same environment with every filter, call and operation charged; nothing is computed while it compiles."""
+    """The same environment with every filter, call and operation charged, without constant folding."""
     from jinja2 import pass_context
 
     guarded = environment.overlay()
     filters = {name: _filter(name, plain) for name, plain in environment.filters.items()}
-    guarded.filters = filters | {" told": pass_context(_told), " sliced": pass_context(_sliced),
+    guarded.filters = filters | {" charged": pass_context(_charged), " sliced": pass_context(_sliced),
                                  " counted": pass_context(_counted)}
     guarded.intercepted_binops = frozenset(environment.binop_table)
     guarded.call_binop, guarded.call, guarded.finalize = _binop(guarded), _call(guarded), _written
@@ -311,10 +311,10 @@ def guard(environment: Any) -> Any:
 
 
 def guard_tree(tree: Any) -> Any:
-    """The same template with a charge on what the environment does not see: loops, slices, kept strings, structures.
+    """The same template with charges for what the environment does not see: loops, slices, stored strings, structures.
 
     Raises:
-        OutsideError: It has a statement that is not known to be cheap.
+        OutsideError: It has a statement of unknown cost.
     """
     from jinja2 import nodes
     from jinja2.visitor import NodeTransformer
@@ -329,14 +329,14 @@ def guard_tree(tree: Any) -> Any:
             if isinstance(node, nodes.For):
                 node.iter = _filtered(node.iter, " counted")
             elif isinstance(node, nodes.Concat):
-                node.nodes = [_filtered(one, " told") for one in node.nodes]
+                node.nodes = [_filtered(one, " charged") for one in node.nodes]
             elif isinstance(node, nodes.AssignBlock):
-                node.filter = _filtered(node.filter, " told")
+                node.filter = _filtered(node.filter, " charged")
             elif isinstance(node, nodes.Getitem) and isinstance(node.arg, nodes.Slice):
                 return _filtered(node, " sliced")
             literal = isinstance(node, nodes.List | nodes.Dict | nodes.Tuple) and getattr(node, "ctx", "load") == "load"
             if literal and not all(isinstance(one, nodes.Const) for one in node.iter_child_nodes()):
-                return _filtered(node, " told")
+                return _filtered(node, " charged")
             return node
 
     return Guard().visit(tree)

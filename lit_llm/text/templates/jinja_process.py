@@ -1,7 +1,7 @@
-"""Chat templates rendered in a process of their own, whose time and memory are cut.
+"""Render chat templates in a separate process with limits on time and memory.
 
-One such process serves all templates of this one. It starts when a template first asks for what `jinja_guard.py` cannot
-bound, and ends with this process, however that ends. A render costs about 30 microseconds more there.
+One such process serves all templates of its parent. It starts when a template first needs an operation that
+`jinja_guard.py` cannot bound, and ends with the parent, however the parent ends. It adds about 30 us per render.
 """
 
 import atexit
@@ -21,17 +21,17 @@ from typing import IO, Any
 from lit_llm.errors import InputError
 
 MEMORY = 1 << 30                                        # bytes that one render may take
-START = 120.0                                           # seconds in which the process must be there, on a busy machine
-LENGTH = struct.Struct("<cQ")                           # what comes back: how it ended, and bytes that follow
+START = 120.0                                           # seconds for the process to start, on a busy machine
+LENGTH = struct.Struct("<cQ")                           # header of an answer: outcome, and number of bytes that follow
 DONE, REFUSED, TOO_LONG, NO_MEMORY = b"d", b"r", b"l", b"m"
 
 
 class TemplateFaultError(Exception):
-    """What a template raised, in its words."""
+    """The message of an exception that a template raised."""
 
 
 class _Process:
-    """The process and the pipes to it; one render at a time."""
+    """The process and its pipes; renders one text at a time."""
 
     def __init__(self) -> None:
         code = "from lit_llm.text.templates.jinja_process import main; main()"
@@ -45,7 +45,7 @@ class _Process:
 
     def render(self, source: str, special_tokens: Mapping[str, Any], context: dict[str, Any], seconds: float,
                most: int) -> tuple[bytes, str]:
-        """How it ended, and the text or the reason."""
+        """Return the outcome, and the text or the reason."""
         known = (source, dict(special_tokens))
         sent = None if known == self._source else known
         data = pickle.dumps((sent, context, seconds, most))
@@ -74,11 +74,11 @@ class _Process:
         return b"".join(parts)
 
     def ended(self) -> bool:
-        """Whether someone else ended it."""
+        """Whether the process was terminated from outside."""
         return self._child.poll() is not None
 
     def end(self) -> None:
-        """Kill it."""
+        """Kill the process."""
         self._child.kill()
         self._child.wait()
         for pipe in (self._child.stdin, self._child.stdout):
@@ -88,7 +88,7 @@ class _Process:
 
 
 class _Home:
-    """The process of this process; one that was forked makes its own."""
+    """Owner of the rendering process; a forked process starts its own."""
 
     def __init__(self) -> None:
         self.pid, self.lock = os.getpid(), threading.Lock()
@@ -106,18 +106,18 @@ atexit.register(lambda: _home.close())
 
 
 def render(source: str, special_tokens: Mapping[str, Any], context: dict[str, Any], seconds: float, most: int) -> str:
-    """A template's text.
+    """Render a template.
 
     Args:
         source: The template.
-        special_tokens: What it may name.
-        context: Its variables, which must travel between processes.
-        seconds: That it may take.
-        most: Characters that it may write.
+        special_tokens: Variables for special tokens.
+        context: Variables of the template; they must be picklable.
+        seconds: Limit on time.
+        most: Limit on characters of the text.
 
     Raises:
-        InputError: It takes too much time or memory, or writes too much.
-        TemplateFaultError: What the template itself raises.
+        InputError: Rendering takes too much time or memory, or the text is too long.
+        TemplateFaultError: The template itself raised an exception.
     """
     global _home
     if _home.pid != os.getpid():
@@ -132,12 +132,12 @@ def render(source: str, special_tokens: Mapping[str, Any], context: dict[str, An
             _home.close()
             if isinstance(error, TimeoutError):
                 raise InputError(f"it takes longer than {seconds:g} seconds") from None
-            if isinstance(error, EOFError | BrokenPipeError):       # the kernel ended it
+            if isinstance(error, EOFError | BrokenPipeError):       # killed by the kernel
                 raise InputError(f"it takes more than {MEMORY >> 30} GiB of memory, or longer than {seconds:g} "
                                  "seconds") from None
             raise
         if kind == NO_MEMORY:
-            _home.close()                               # its memory may lie in pieces
+            _home.close()                               # its memory may be fragmented
             raise InputError(f"it takes more than {MEMORY >> 30} GiB of memory")
     if kind == TOO_LONG:
         raise InputError(f"it writes more than {most:,} characters")
@@ -149,11 +149,11 @@ def render(source: str, special_tokens: Mapping[str, Any], context: dict[str, An
 # ---- in the process --------------------------------------------------------------------------------------------------
 
 def main() -> None:
-    """Render what standard input asks for, until it ends."""
+    """Render requests from standard input until it closes."""
     import resource
     import signal
 
-    signal.signal(signal.SIGINT, signal.SIG_IGN)        # Ctrl-C is for the parent
+    signal.signal(signal.SIGINT, signal.SIG_IGN)        # Ctrl-C is handled by the parent
     from transformers.utils.chat_template_utils import _compile_jinja_template
 
     environment = _compile_jinja_template("").environment
@@ -164,7 +164,7 @@ def main() -> None:
     while head := asked.read(8):
         sent, context, seconds, most = pickle.loads(asked.read(*struct.unpack("<Q", head)))
         used = sum(resource.getrusage(resource.RUSAGE_SELF)[:2])
-        _limit(resource.RLIMIT_CPU, int(used + seconds) + 2)        # if the parent is gone
+        _limit(resource.RLIMIT_CPU, int(used + seconds) + 2)        # in case the parent no longer exists
         try:
             if sent is not None:
                 template, tokens = environment.from_string(sent[0]), sent[1]
@@ -172,7 +172,7 @@ def main() -> None:
             _answer(answers, *_rendered(template, {**tokens, **context}, most))
         except MemoryError:
             _answer(answers, NO_MEMORY, "")
-        except Exception as error:                      # a stranger's program may raise anything
+        except Exception as error:                      # untrusted code may raise anything
             _answer(answers, REFUSED, (str(error) or type(error).__name__)[:2000])
 
 
@@ -194,7 +194,7 @@ def _answer(answers: IO[bytes], kind: bytes, text: str) -> None:
 
 
 def _limit(what: int, value: int) -> None:
-    """Of this process; never above what it was given."""
+    """Set a limit of this process, at most the limit that it inherited."""
     import resource
 
     hard = resource.getrlimit(what)[1]
@@ -202,7 +202,7 @@ def _limit(what: int, value: int) -> None:
 
 
 def _memory() -> int:
-    """Bytes of addresses in use."""
+    """Bytes of address space in use."""
     try:
         return int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
     except (OSError, ValueError):

@@ -1,10 +1,10 @@
-r"""A conversation and a jinja chat template in; the text out, with the spans of it that are contents.
+r"""Render a conversation with a Jinja chat template, and find the spans of the contents in the text.
 
-Knows characters, never token ids, nor where an answer begins and stops: that is `template.py`'s.
+It works on characters, not on token ids; `template.py` determines where answers begin and end.
 
     <|im_start|>user\n What is 2+2? <|im_end|>\n<|im_start|>assistant\n 4 <|im_end|> \n
                        ~~~~literal~~                                    ~literal
-                                                                        ^^answer^^^^   supervised: stop token too
+                                                                        ^^answer^^^^   supervised, with the stop token
 """
 
 import json
@@ -25,27 +25,27 @@ Span = tuple[int, int]
 
 @dataclass(frozen=True, slots=True)
 class Rendered:
-    """Text with its anatomy; all spans are character offsets into `text`.
+    """A rendered text with its spans; all spans are character offsets into `text`.
 
     Args:
-        text: What the model reads, special tokens spelled out.
-        literals: Where the content of others stands: every spelled token in there is only text.
-        words: Where the assistant's content stands: control tokens in there are only text, but what it says with tokens
-            that are not special (`<think>`) is read as it said it.
-        answers: For each assistant turn that the text shows as it was produced: (message index, start, stop); start is
-            where the generation prompt ends, stop lies behind the stop token.
+        text: The text that the model reads, with special tokens spelled out.
+        literals: Spans of contents of other roles: every spelled token in them is plain text.
+        assistant_spans: Spans of the assistant's contents: control tokens in them are plain text, but added tokens that
+            are not special (`<think>`) are encoded as tokens.
+        answers: For each assistant message that the text shows as it was generated: (message index, start, stop); start
+            is where the generation prompt ends, stop is after the stop token.
         speakers: (start, stop, role) of each content.
     """
 
     text: str
     literals: tuple[Span, ...]
-    words: tuple[Span, ...] = ()
+    assistant_spans: tuple[Span, ...] = ()
     answers: tuple[tuple[int, int, int], ...] = ()
     speakers: tuple[tuple[int, int, str], ...] = ()
 
 
 class Renderer:
-    """A jinja chat template, and the proof that what it rendered is understood.
+    """Renders with a Jinja chat template and verifies the structure of the text.
 
     Args:
         render: `(messages, tools, add_generation_prompt, template_args) -> text`; the tokenizer's sandboxed jinja.
@@ -59,16 +59,16 @@ class Renderer:
         self._skeletons: dict[tuple[Any, ...], list[str] | None] = {}
 
     def text(self, conversation: Conversation, *, generation_prompt: bool = False) -> str:
-        """The rendered text.
+        """Render the text.
 
         Raises:
-            InputError: The template refuses this conversation (a role it lacks, two equal roles in a row, tools).
+            InputError: The template refuses this conversation (an unsupported role, repeated roles, tools).
         """
         messages, tools = conversation.to_openai(), [dict(tool) for tool in conversation.tools] or None
         reason = ""
         if any(message.in_parts for message in conversation.messages) and self._wants_parts:
-            messages = [told | {"content": [{"type": "text", "text": told["content"]}]} if message.in_parts else told
-                        for told, message in zip(messages, conversation.messages, strict=True)]
+            messages = [raw | {"content": [{"type": "text", "text": raw["content"]}]} if message.in_parts else raw
+                        for raw, message in zip(messages, conversation.messages, strict=True)]
         for form in self._forms(messages):
             try:
                 return self._render(form, tools, generation_prompt, conversation.template_args)
@@ -76,10 +76,10 @@ class Renderer:
                 if error.what.startswith("the chat template"):
                     raise
                 reason = reason or error.what
-            except Exception as error:              # a template is a stranger's program: it may raise anything
+            except Exception as error:              # a template is untrusted code and may raise anything
                 reason = reason or str(error)[:200] or type(error).__name__
         if tools is None and "NoneType" in reason and self._renders(messages, [PROBE_TOOL]):
-            reason = "it is one for tools, and here are none"
+            reason = "it is a template for tools, and this conversation has none"
         raise InputError(f"the chat template refuses this conversation: {reason}")
 
     def _renders(self, messages: Messages, tools: list[dict]) -> bool:
@@ -88,13 +88,13 @@ class Renderer:
         return False
 
     def _forms(self, messages: Messages) -> Iterator[Messages]:
-        """The messages with the arguments of calls as text or as objects, the best first."""
+        """The messages with the arguments of calls as text or as objects, the preferred form first."""
         if not any(message.get("tool_calls") for message in messages):
             yield messages
             return
         as_object, as_text = self._arguments
         if as_object and as_text:
-            yield messages                              # as the record has them
+            yield messages                              # as in the record
         elif as_object or as_text:
             yield spelled(messages, as_text=as_text)
         yield spelled(messages, as_text=as_text)
@@ -102,7 +102,7 @@ class Renderer:
 
     @cached_property
     def _wants_parts(self) -> bool:
-        """Whether the template shows contents only that come as a list of parts."""
+        """Whether the template shows contents only if they are a list of parts."""
         def shown(content: Any) -> bool:
             with suppress(Exception):
                 return "probed" in self._render([{"role": "user", "content": content}], None, False, {})
@@ -112,52 +112,52 @@ class Renderer:
 
     @cached_property
     def _arguments(self) -> tuple[bool, bool]:
-        """Whether the template writes a call's arguments rightly where they are objects, and where they are text."""
+        """Whether the template renders a call's arguments correctly as objects, and whether as text."""
         return preferred(lambda messages: self._render(messages, [PROBE_TOOL], False, {}))
 
-    # ---- where content stands ----------------------------------------------------------------------------------------
+    # ---- spans of contents -------------------------------------------------------------------------------------------
 
     def contents(self, conversation: Conversation, text: str, generation_prompt: bool) -> list[tuple[int, Span]]:
-        """(message index, span) of contents in `text`: of all, else of all but the assistant's.
+        """(message index, span) of contents in `text`: of all roles, or of all roles but the assistant.
 
-        Templates that rewrite answers (they drop old thinking) still write what others say as it is.
+        Templates that rewrite answers (they drop earlier reasoning) still render the contents of other roles unchanged.
         """
         for roles in (ROLES, tuple(role for role in ROLES if role != "assistant"), ()):
-            found = self._literals(conversation, text, generation_prompt, roles)
-            if found is not None:
+            spans = self._literals(conversation, text, generation_prompt, roles)
+            if spans is not None:
                 break
         for place, message in enumerate(conversation.messages):
             if message.role not in roles:
                 self.refuse_forgery(f"message {place + 1}", message.content)
-        return found or []
+        return spans or []
 
     def _literals(self, conversation: Conversation, text: str, generation_prompt: bool,
                   roles: tuple[str, ...]) -> list[tuple[int, Span]] | None:
-        """(message index, span) of every content of these roles, or None where the template changed one.
+        """(message index, span) of every content of these roles, or None where the template changed one of them.
 
-        The same conversation is rendered once more with a mark in place of each content: what stands between the marks
-        is the template's own text. If those pieces with the contents between them spell `text`, the spans are proven.
+        The same conversation is rendered again with a marker in place of each content; the text between the markers is
+        the template's own. If these parts with the contents between them equal `text`, the spans are proven.
         """
         pieces = self._skeleton(conversation, text, generation_prompt, roles)
         if pieces is None or not text.startswith(pieces[0]):
             return None
-        found, at = [], len(pieces[0])
+        spans, at = [], len(pieces[0])
         for number, own in zip(pieces[1::2], pieces[2::2], strict=True):
             place = int(number)
             for content in _as_written(conversation.messages[place].content):
                 if text.startswith(content + own, at):
-                    found.append((place, (at, at + len(content))))
+                    spans.append((place, (at, at + len(content))))
                     at += len(content) + len(own)
                     break
             else:
                 return None
-        return found if at == len(text) else None
+        return spans if at == len(text) else None
 
     def _skeleton(self, conversation: Conversation, text: str, generation_prompt: bool,
                   roles: tuple[str, ...]) -> list[str] | None:
-        """The template's own text around marks, with the marks' numbers between; None where it refuses them.
+        """The template's own text around markers, with the markers' numbers between; None where it refuses them.
 
-        Contents are gone from it, so conversations of one shape share it: same roles, and nothing but contents.
+        It contains no contents, so it is shared by conversations of the same shape: same roles, only contents differ.
         """
         plain = not conversation.tools and all(message.is_plain for message in conversation.messages)
         shared = plain and all(message.role in roles for message in conversation.messages)
@@ -180,15 +180,15 @@ class Renderer:
         return pieces
 
     def refuse_forgery(self, where: str, value: Any) -> None:
-        """Refuse strings, also within lists and objects, that spell a control token."""
+        """Refuse strings that spell a control token, also within lists and objects."""
         for text in strings(value):
-            if found := self.special.search(text):
-                raise InputError(f"{where} spells the control token {found[0]!r} where the chat template may change "
-                                 "it, so it could pass for the template's own")
+            if match := self.special.search(text):
+                raise InputError(f"{where} spells the control token {match[0]!r} at a place that the chat template may "
+                                 "rewrite, so it could be taken for a token of the template")
 
 
 def _as_written(content: str) -> Iterator[str]:
-    """A content and the trimmed forms in which templates write it."""
+    """A content and its trimmed forms, as templates render them."""
     seen = set()
     for form in (content, content.strip(), content.lstrip(), content.rstrip(), content.strip("\n"),
                  content.lstrip("\n"), content.rstrip("\n")):
@@ -198,7 +198,7 @@ def _as_written(content: str) -> Iterator[str]:
 
 
 def _unused(texts: list[str]) -> str:
-    """A private-use character that none of the texts holds."""
+    """A private-use character that none of the texts contains."""
     for mark in map(chr, range(0xF8FF, 0xDFFF, -1)):
         if not any(mark in text for text in texts):
             return mark

@@ -1,7 +1,8 @@
-r"""A conversation in; the text that the model reads out, with the spans of it that are answers.
+r"""Render a conversation to text and find the spans of its answers.
 
-The one place where a conversation is rendered, for training, evaluation, chat and serving. An answer is what the model
-must produce behind the very prompt that it is served with, or the conversation is refused with the reason.
+This is the only place that renders conversations, for training, evaluation, chat and serving. An answer is the text
+that the model must generate after the exact prompt that it is served with; otherwise the conversation is refused with
+the reason.
 """
 
 import re
@@ -21,7 +22,7 @@ from lit_llm.text.templates.rendering import Rendered, Renderer, Span
 WORD = re.compile(r"<[^<>\s]*>|\[/?[A-Z_]+\]|[^\s<\[]+|\S")     # a tag or a word
 
 CHATML = (
-    "{%- if tools %}{{ raise_exception('this chat template knows no tools') }}{% endif -%}"
+    "{%- if tools %}{{ raise_exception('this chat template does not support tools') }}{% endif -%}"
     "{%- for message in messages %}"
     "{{ START + message['role'] + '\\n' + message['content'] + END + '\\n' }}{% endfor -%}"
     "{%- if add_generation_prompt %}{{ START + 'assistant\\n' }}{% endif -%}"
@@ -29,7 +30,7 @@ CHATML = (
 
 
 def chatml(start: str, end: str) -> str:
-    """ChatML written with two special tokens that the tokenizer has, so that no embedding is new and untrained.
+    """ChatML with two existing special tokens of the tokenizer, so that no untrained embedding is needed.
 
     >>> chatml("<s>", "</s>").count("<s>")
     2
@@ -38,7 +39,7 @@ def chatml(start: str, end: str) -> str:
 
 
 def chosen(hf: Any, path: str, wanted: str | None) -> tuple[str, str]:
-    """The text of the template of a tokenizer (`path` is its folder), and what to tell the user about the choice."""
+    """The template of a tokenizer (`path` is its folder), and a note for the user about the choice."""
     own = hf.chat_template
     named = own if isinstance(own, dict) else ({"default": own} if own else {})
     if wanted is not None:
@@ -61,17 +62,17 @@ def chosen(hf: Any, path: str, wanted: str | None) -> tuple[str, str]:
         start, end = "<|im_start|>", "<|im_end|>"
     else:
         start, end = hf.bos_token or hf.eos_token, hf.eos_token
-    return chatml(start, end), (f"the tokenizer of {path} has no chat template: ChatML is used, written with its own "
+    return chatml(start, end), (f"the tokenizer of {path} has no chat template: ChatML is used with its own "
                                 f"{start} and {end} (set data.chat_template for another)")
 
 
 class ChatTemplate(Renderer):
-    """A chat template, and where in its text each answer begins and stops.
+    """A chat template that also finds where each answer begins and ends.
 
     Args:
         render: `(messages, tools, add_generation_prompt, template_args) -> text`; the tokenizer's sandboxed jinja.
         special_tokens: Spellings that the tokenizer turns into control tokens; a stop token is one of them.
-        eos: The tokenizer's end of text, which ends an answer where the template writes no stop token.
+        eos: The end-of-text token, which ends an answer if the template writes no stop token.
     """
 
     def __init__(self, render: Render, special_tokens: list[str], eos: str) -> None:
@@ -82,8 +83,8 @@ class ChatTemplate(Renderer):
         """Text, literal spans and answer spans of a conversation.
 
         Raises:
-            InputError: The template refuses the conversation, or control tokens are spelled where we cannot follow what
-                the template does with them, so that user text could pass for structure.
+            InputError: The template refuses the conversation, or it contains control tokens at a place that the
+                template rewrites, so that user text could be taken for structure.
         """
         self.refuse_forgery("tools", conversation.tools)
         self.refuse_forgery("the template's arguments", conversation.template_args)
@@ -93,149 +94,151 @@ class ChatTemplate(Renderer):
             others = (message.reasoning_content, message.name, message.tool_call_id, message.tool_calls)
             self.refuse_forgery(f"message {place + 1}", others)
         text = self.text(conversation, generation_prompt=generation_prompt)
-        if generation_prompt and (lack := _unasked(conversation, text)):
-            raise InputError(f"the chat template does not show {lack}")
-        found = self.contents(conversation, text, generation_prompt)
+        if generation_prompt and (missing := _missing_from_prompt(conversation, text)):
+            raise InputError(f"the chat template does not show {missing}")
+        spans = self.contents(conversation, text, generation_prompt)
         whole = None if generation_prompt else text
         answers: list[tuple[int, int, int]] = []
         literals: list[Span] = []
-        words: list[Span] = []
-        for place, span in found:
-            (words if conversation.messages[place].role == "assistant" else literals).append(span)
+        assistant_spans: list[Span] = []
+        for place, span in spans:
+            (assistant_spans if conversation.messages[place].role == "assistant" else literals).append(span)
         for place, message in enumerate(conversation.messages):
-            if message.role == "assistant" and not generation_prompt:       # it would take a prompt for each
-                answer = self._answer(conversation, place, text, found, whole)
+            if message.role == "assistant" and not generation_prompt:       # each would need its own prompt
+                answer = self._answer(conversation, place, text, spans, whole)
                 if answer:
                     answers.append((place, *answer))
-        speakers = tuple((*span, conversation.messages[place].role) for place, span in found)
-        return Rendered(text, tuple(literals), tuple(words), tuple(answers), speakers)
+        speakers = tuple((*span, conversation.messages[place].role) for place, span in spans)
+        return Rendered(text, tuple(literals), tuple(assistant_spans), tuple(answers), speakers)
 
-    # ---- where answers stand -----------------------------------------------------------------------------------------
+    # ---- spans of answers --------------------------------------------------------------------------------------------
 
-    def _answer(self, conversation: Conversation, place: int, text: str, found: list[tuple[int, Span]],
+    def _answer(self, conversation: Conversation, place: int, text: str, contents: list[tuple[int, Span]],
                 whole: str | None) -> Span | None:
-        """What the model must produce at this turn: from the end of its prompt to the end of its stop token.
+        """Span that the model must generate at this turn: from the end of its prompt to the end of its stop token.
 
-        None where this text does not show it so; `served` knows the reason.
+        None where this text does not show the answer so; `served` gives the reason.
         """
         if not place:
-            return None                             # a greeting: nothing was asked
+            return None                             # a greeting without a prompt
         before = conversation.upto(place)
         prompt = self.text(before, generation_prompt=True)
         if not text.startswith(prompt):
-            return None                             # the template shows this turn otherwise than it was produced
+            return None                             # the template shows this turn differently from how it was generated
         ends = place + 1 == len(conversation.messages)
-        fresh = whole if ends and whole is not None else self.text(conversation.upto(place + 1))    # as it was produced
-        own = next((span for index, span in found if index == place and span[0] >= len(prompt)), None)
+        fresh = whole if ends and whole is not None else self.text(conversation.upto(place + 1))    # as generated
+        own = next((span for index, span in contents if index == place and span[0] >= len(prompt)), None)
         if own and text[len(prompt):own[0]].strip() and prompt == self.text(before):
-            return None                             # no generation prompt: the header would be learned as an answer
+            return None                             # no generation prompt: the header would be trained on
         message = conversation.messages[place]
         stop = self._stop(fresh, len(prompt), own, message)
         if not stop or text[:stop] != fresh[:stop]:
             return None
-        if _unasked(before, prompt) or _unsaid(message, text[len(prompt):stop]):
+        if _missing_from_prompt(before, prompt) or _missing_from_answer(message, text[len(prompt):stop]):
             return None
         return len(prompt), stop
 
     def _stop(self, fresh: str, begin: int, own: Span | None, message: Message) -> int:
-        """Where the stop token of the last turn ends, or 0 where the template writes none."""
+        """End of the last turn's stop token, or 0 if the template writes none."""
         if own and not message.tool_calls:
             if self._tail and fresh.startswith(self._tail, own[1]):
                 return own[1] + len(self._tail)
-            found = self.special.search(fresh, own[1])
-            return found.end() if found else 0
-        after = list(self.special.finditer(fresh, begin))       # calls hold control tokens: the turn's last one ends it
+            match = self.special.search(fresh, own[1])
+            return match.end() if match else 0
+        after = list(self.special.finditer(fresh, begin))     # calls contain control tokens; the last one ends the turn
         last = next((stop for stop in reversed(after) if self._tail.endswith(stop[0])), None)
         return (last or after[-1]).end() if after and self._tail else 0
 
     def served(self, conversation: Conversation) -> Rendered:
-        """The last answer behind its own generation prompt, for templates that show it otherwise in a text.
+        """The last answer after its own generation prompt, for templates that show it differently in a conversation.
 
-        They put white space or an empty thinking block into the prompt alone, move the system message, drop thinking,
-        or write no stop token; then the tokenizer's end of text is one.
+        They write white space or an empty reasoning block into the prompt only, move the system message, drop
+        reasoning, or write no stop token; then the end-of-text token is used.
 
         Raises:
-            InputError: Where the answer begins or ends cannot be known; it says why.
+            InputError: The answer's begin or end cannot be determined; the error gives the reason.
         """
         place = len(conversation.messages) - 1
         message, before = conversation.messages[place], conversation.upto(place)
         prompt, fresh = self.render(before, generation_prompt=True), self.text(conversation)
-        found = self.contents(conversation, fresh, False)
-        own = next((span for index, span in found if index == place), None)
-        heard = max((stop for index, (_, stop) in found if conversation.messages[index].role != "assistant"), default=0)
-        begin = self._begin(prompt, fresh, heard, own)
+        spans = self.contents(conversation, fresh, False)
+        own = next((span for index, span in spans if index == place), None)
+        prompt_end = max((stop for index, (_, stop) in spans if conversation.messages[index].role != "assistant"),
+                         default=0)
+        begin = self._begin(prompt, fresh, prompt_end, own)
         if begin is None:
-            said, own = self._reasoned(prompt.text, message), None
+            answer, own = self._reasoned(prompt.text, message), None
         elif own and fresh[begin:own[0]].strip() and prompt.text == self.text(before):
-            raise InputError("the chat template writes no generation prompt, so the answer's header would be learned")
+            raise InputError("the chat template has no generation prompt, so the answer's header would be trained on")
         else:
             stop = self._stop(fresh, begin, own, message)
-            end = own[1] if own and not message.tool_calls else len(fresh.rstrip())     # calls stand behind the words
-            said = fresh[begin:stop] if stop else fresh[begin:end] + self._own_end()
-        if lack := _unsaid(message, said):
-            if lack == "tool calls" and new_entities(said, message.to_openai()):
+            end = own[1] if own and not message.tool_calls else len(fresh.rstrip())     # calls follow the content
+            answer = fresh[begin:stop] if stop else fresh[begin:end] + self._own_end()
+        if missing := _missing_from_answer(message, answer):
+            if missing == "tool calls" and new_entities(answer, message.to_openai()):
                 raise InputError(f"the chat template writes HTML entities into the tool calls of message {place + 1}, "
                                  "whether their arguments are text or an object")
-            raise InputError(f"the chat template does not show the {lack} of message {place + 1}")
+            raise InputError(f"the chat template does not show the {missing} of message {place + 1}")
         shift = len(prompt.text) - (begin or 0)
-        spans = [(own[0] + shift, own[1] + shift)] if own else []
-        return Rendered(prompt.text + said, prompt.literals, (*prompt.words, *spans),
-                        ((place, len(prompt.text), len(prompt.text) + len(said)),),
-                        (*prompt.speakers, *((*span, "assistant") for span in spans)))
+        shifted = [(own[0] + shift, own[1] + shift)] if own else []
+        return Rendered(prompt.text + answer, prompt.literals, (*prompt.assistant_spans, *shifted),
+                        ((place, len(prompt.text), len(prompt.text) + len(answer)),),
+                        (*prompt.speakers, *((*span, "assistant") for span in shifted)))
 
-    def _begin(self, prompt: Rendered, fresh: str, heard: int, own: Span | None) -> int | None:
-        """Where in `fresh` the model begins to speak; None where its prompt opens a thinking that `fresh` lacks.
+    def _begin(self, prompt: Rendered, fresh: str, prompt_end: int, own: Span | None) -> int | None:
+        """Where the answer begins in `fresh`; None if the prompt opens a reasoning block that `fresh` lacks.
 
-        Behind what others say stand the same words in both, the prompt perhaps with an empty thinking block more.
+        After the other contents both texts continue equally; the prompt may have an additional empty reasoning block.
         """
         if fresh.startswith(prompt.text):
             return len(prompt.text)
-        asked = WORD.findall(prompt.text[prompt.literals[-1][1] if prompt.literals else 0:])
-        shown = list(WORD.finditer(fresh, heard, own[0] if own else len(fresh)))
-        same = next((number for number, (one, two) in enumerate(zip(asked, shown, strict=False)) if one != two[0]),
-                    min(len(asked), len(shown)))
-        more, rest = asked[same:], [match[0] for match in shown[same:]]
+        expected = WORD.findall(prompt.text[prompt.literals[-1][1] if prompt.literals else 0:])
+        shown = list(WORD.finditer(fresh, prompt_end, own[0] if own else len(fresh)))
+        same = next((number for number, (one, two) in enumerate(zip(expected, shown, strict=False)) if one != two[0]),
+                    min(len(expected), len(shown)))
+        more, rest = expected[same:], [match[0] for match in shown[same:]]
         skip = 0
         if more == ["<think>"] and rest[:1] != ["</think>"]:
             return None
         if 1 < len(more) < 4 and _closes(more[-1], more[0]):
-            skip = int(rest[:1] == more[-1:])       # the text shows the block's end alone
+            skip = int(rest[:1] == more[-1:])       # the text shows only the end of the block
         elif more and not (len(more) == 1 and rest and _closes(rest[0], more[0])):
-            raise InputError(f"the generation prompt ends with {' '.join(more)[:80]!r}, and the answer as the chat "
-                             f"template shows it begins {' '.join(rest)[:80]!r}")
+            raise InputError(f"the generation prompt ends with {' '.join(more)[:80]!r}, but the answer as the chat "
+                             f"template shows it begins with {' '.join(rest)[:80]!r}")
         at = same + skip
         return shown[at].start() if at < len(shown) else own[0] if own else shown[-1].end()
 
     def _reasoned(self, prompt: str, message: Message) -> str:
-        """The answer where the prompt has opened its thinking: the thinking, its end, the content, the stop token."""
+        """The answer after a prompt that opens a reasoning block: reasoning, end tag, content, stop token."""
         content, thoughts = message.content, message.reasoning_content
-        if thoughts is None and (found := re.match(r"\s*<think>(.*?)</think>(.*)", content, re.DOTALL)):
-            thoughts, content = found[1], found[2]
+        if thoughts is None and (match := re.match(r"\s*<think>(.*?)</think>(.*)", content, re.DOTALL)):
+            thoughts, content = match[1], match[2]
         if thoughts is None or message.tool_calls:
-            raise InputError("the chat template begins the answer inside a block of reasoning, and this answer has "
-                             "none: it must come with reasoning_content, or begin with <think>")
+            raise InputError("the chat template starts the answer inside a block of reasoning, but this answer has no "
+                             "reasoning: add reasoning_content, or begin the content with <think>")
         self.refuse_forgery("the answer", message.content)
         end = self._tail.strip() or self._own_end()
         return thoughts.strip("\n") + "\n</think>\n\n" + content.lstrip("\n") + end
 
     @cached_property
     def _probe(self) -> tuple[str, str]:
-        """What the template writes behind a plain answer: (as far as its stop token, all of it).
+        """The template's text after a plain answer: (up to its stop token, all of it).
 
         The stop token is one of the control tokens that follow the answer whether or not another turn follows: the
-        tokenizer's end of text, or else the last one before a token that opens a turn. A token that ends the whole
-        text is not a stop token.
+        end-of-text token, or else the last one before a token that opens a turn. A token that ends the whole text is
+        not a stop token.
         """
         for tools in ((), (PROBE_TOOL,)):
-            asked = Conversation((Message("user", "x", in_parts=True), Message("assistant", "y", in_parts=True)), tools)
+            plain = (Message("user", "x", in_parts=True), Message("assistant", "y", in_parts=True))
+            exchange = Conversation(plain, tools)
             tails: list[str] = []
             opens: set[str] = set()
-            for conversation in (asked, asked.append(Message("user", "z", in_parts=True))):
+            for conversation in (exchange, exchange.append(Message("user", "z", in_parts=True))):
                 with suppress(InputError):
                     text = self.text(conversation)
-                    found = self.contents(conversation, text, False)
-                    tails += [text[stop:] for index, (_, stop) in found if index == 1]
-                    opens |= {match for index, (start, _) in found if index == 0
+                    spans = self.contents(conversation, text, False)
+                    tails += [text[stop:] for index, (_, stop) in spans if index == 1]
+                    opens |= {match for index, (start, _) in spans if index == 0
                               for match in self.special.findall(text, 0, start)}
             if tails:
                 break
@@ -255,24 +258,24 @@ class ChatTemplate(Renderer):
         return self._probe[0]
 
     def _own_end(self) -> str:
-        """The tokenizer's end of text, for templates that write nothing behind an answer."""
+        """The end-of-text token, for templates that write nothing after an answer."""
         tail, rest = self._probe
         if tail or rest == "?":
-            raise InputError("the chat template does not show where the answer stops")
+            raise InputError("the chat template does not show where the answer ends")
         if rest:
-            raise InputError(f"the chat template ends an answer with {rest[:40]!r}, which is no control token of this "
-                             "tokenizer, so nothing would stop there")
+            raise InputError(f"the chat template ends an answer with {rest[:40]!r}, which is not a control token of "
+                             "this tokenizer, so generation would not stop there")
         return self._eos
 
     @cached_property
     def stop_tokens(self) -> tuple[str, ...]:
-        """The control tokens that end an answer, and a tool call where that is another."""
-        asked, call = Message("user", "x"), {"type": "function", "id": "abcdefgh1", "function": {
+        """The control tokens that end an answer, and those that end a tool call if they differ."""
+        question, call = Message("user", "x"), {"type": "function", "id": "abcdefgh1", "function": {
             "name": "probe", "arguments": {"x": 1}}}
         stops = self.special.findall(self._tail)[-1:]
         for calls in ((call,), (call, call)):
             with suppress(InputError):
-                calling = Conversation((asked, Message("assistant", tool_calls=calls)), (PROBE_TOOL,))
+                calling = Conversation((question, Message("assistant", tool_calls=calls)), (PROBE_TOOL,))
                 rendered = self.render(calling)
                 rendered = rendered if rendered.answers else self.served(calling)
                 ((_, start, stop),) = rendered.answers
@@ -280,25 +283,25 @@ class ChatTemplate(Renderer):
         return tuple(dict.fromkeys(stops))
 
 
-def _unsaid(message: Message, said: str) -> str:
-    """What of a message the answer lacks; empty where it says it all."""
+def _missing_from_answer(message: Message, answer: str) -> str:
+    """The part of a message that the answer lacks; empty if it is complete."""
     content, thoughts = _thought(message)
-    if content.strip() not in said:
+    if content.strip() not in answer:
         return "content"
-    if thoughts.strip() not in said:
+    if thoughts.strip() not in answer:
         return "reasoning"
-    return "" if shows_calls(said, message.tool_calls, content, thoughts) else "tool calls"
+    return "" if shows_calls(answer, message.tool_calls, content, thoughts) else "tool calls"
 
 
 def _thought(message: Message) -> tuple[str, str]:
-    """What an answer says, and what it thinks before: under a key of its own, or in `<think>` at its beginning."""
-    if found := re.match(r"\s*<think>(.*?)</think>(.*)", message.content, re.DOTALL):
-        return found[2], found[1]
+    """Content and reasoning of an answer; reasoning has its own key or is in `<think>` at the beginning."""
+    if match := re.match(r"\s*<think>(.*?)</think>(.*)", message.content, re.DOTALL):
+        return match[2], match[1]
     return message.content, message.reasoning_content or ""
 
 
-def _unasked(conversation: Conversation, prompt: str) -> str:
-    """What of the question the prompt lacks: tools, or what someone said; empty where it shows it all."""
+def _missing_from_prompt(conversation: Conversation, prompt: str) -> str:
+    """The part of a conversation that the prompt lacks: tools or a message; empty if it is complete."""
     if conversation.tools and not any(name in prompt for name in _tool_names(conversation.tools)):
         return "the tools of this conversation"
     for number, other in enumerate(conversation.messages):
@@ -320,5 +323,5 @@ def _closes(tag: str, other: str) -> bool:
 
 
 def _tool_names(tools: tuple[dict[str, Any], ...]) -> list[str]:
-    found = [tool.get("function", tool) for tool in tools]
-    return [str(tool.get("name", "")) for tool in found if isinstance(tool, Mapping)]
+    functions = [tool.get("function", tool) for tool in tools]
+    return [str(tool.get("name", "")) for tool in functions if isinstance(tool, Mapping)]

@@ -26,7 +26,7 @@ class FixedRows:
     """The fixed rows of a run, made once and scored at each checkpoint."""
 
     def __init__(self) -> None:
-        self._rows: list[check.Row] | None = None
+        self._rows: list[check.Reference] | None = None
 
     def measured(self, trainer: L.Trainer) -> dict[str, Any]:
         """Facts for the manifest; a collective of all ranks, since ZeRO-3 and FSDP2 gather each layer from them.
@@ -47,9 +47,9 @@ class FixedRows:
             return {"skipped": "the data have no tokenizer that could make the fixed rows"}
         try:
             if self._rows is None:
-                self._rows = check.rows_of(tokenizer, check.vocabulary(module.model))
+                self._rows = check.reference_rows(tokenizer, check.vocabulary(module.model))
             with _undisturbed(trainer):
-                nll = _nll(trainer, [row.ids[: check.room(module.model)] for row in self._rows])
+                nll = _nll(trainer, [row.ids[: check.scored_length(module.model)] for row in self._rows])
         except Exception as error:                  # a subclass with another kind of model, or no memory for it
             why = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
             if trainer.is_global_zero:
