@@ -2,7 +2,11 @@
 use the rest of this project with it, or train on another loss than transformers computes."""
 
 import json
+import os
+import subprocess
+import sys
 from itertools import pairwise
+from pathlib import Path
 
 import lightning as L
 import pytest
@@ -122,6 +126,51 @@ def test_an_epoch_may_end_within_a_window(tiny_model, tmp_path):
     _, _, model = by_transformers(folder, list(loader(folder, size=1))[4:], backward=True)
     for name, gradient in seen.found.items():
         torch.testing.assert_close(gradient, model.get_parameter(name).grad, rtol=1e-4, atol=1e-7, msg=name)
+
+
+RANKS = """
+import sys, torch
+from tests.training.test_own_parts import Gradient, loader, ours
+from pathlib import Path
+from lit_llm import CausalLMModule
+
+if __name__ == "__main__":
+    folder, strategy, accumulate = sys.argv[1:]
+    seen = Gradient()
+    trainer = ours(Path("."), devices=2, strategy=strategy, accumulate_grad_batches=int(accumulate), max_steps=1,
+                   log_every_n_steps=1, enable_checkpointing=False, precision="32-true", callbacks=[seen])
+    trainer.fit(CausalLMModule(base=folder, lr=1e-12), loader(folder, "left", size=3 // int(accumulate)))
+    if trainer.is_global_zero:
+        torch.save([seen.found, float(seen.loss)], "found.pt")
+"""
+
+
+def ranks(folder, tmp_path, *words):
+    """The script on two processes."""
+    (tmp_path / "ranks.py").write_text(RANKS)
+    root = Path(__file__).resolve().parents[2]
+    return subprocess.run([sys.executable, "ranks.py", folder, *words], cwd=tmp_path, capture_output=True, text=True,
+                          timeout=200, check=False, env=os.environ | {
+                              "PYTHONPATH": f"{root}{os.pathsep}{root / 'tests/training'}"})
+
+
+def test_all_processes_of_a_step_are_weighed_together(tiny_model, tmp_path):
+    """Each has other numbers of supervised tokens in its three micro-batches."""
+    folder = tiny_model("llama")
+    nll, _, model = by_transformers(folder, loader(folder, size=6), backward=True)
+    done = ranks(folder, tmp_path, "ddp", "3")
+    assert done.returncode == 0, done.stderr
+    found, loss = torch.load(tmp_path / "found.pt", weights_only=True)
+    assert loss == pytest.approx(nll, rel=1e-6)
+    for name, gradient in found.items():
+        torch.testing.assert_close(gradient.double(), model.get_parameter(name).grad, rtol=1e-4, atol=1e-7, msg=name)
+
+
+def test_a_strategy_that_adds_gradients_up_itself_wants_one_micro_batch(tiny_model, tmp_path):
+    folder = tiny_model("llama")
+    with pytest.raises(InputError, match=r"(?s)trainer.accumulate_grad_batches: .*set it to 1"):
+        ours(tmp_path, strategy="deepspeed_stage_1", accumulate_grad_batches=2, precision="32-true").fit(
+            CausalLMModule(base=folder), loader(folder))
 
 
 def test_rows_packed_by_transformers_keep_their_documents_apart(tiny_model, tmp_path):

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_llm.errors import InputError
+from lit_llm.training.parallel import distribution
 
 if TYPE_CHECKING:
     from lit_llm.data.rows.loader import Batch
@@ -93,10 +94,12 @@ class Window:
 
 def _check(trainer: Any, balance: bool) -> None:
     """Refuse where the gradient of a window cannot be multiplied at its end."""
-    if hasattr(trainer.strategy, "deepspeed_engine"):
-        raise InputError("DeepSpeed adds up gradients itself, and this DataLoader does not tell how many supervised "
-                         "tokens a step has", where="trainer.accumulate_grad_batches",
-                         fix="set it to 1, take another strategy, or use lit_llm.TextDataModule")
+    answers = distribution.of(trainer.strategy)
+    if answers.owns_gradients or answers.split_stage:
+        raise InputError("this DataLoader does not tell how many supervised tokens a step has, and the gradient that "
+                         "the strategy adds up cannot be divided by them afterwards",
+                         where="trainer.accumulate_grad_batches",
+                         fix="set it to 1, set trainer.strategy to auto or ddp, or use lit_llm.TextDataModule")
     if balance:
         raise InputError("the routers' load balance is divided by the tokens of a step, which this DataLoader does not "
                          "tell", where="trainer.accumulate_grad_batches",
