@@ -249,7 +249,7 @@ def test_float16_on_a_cpu_is_said_to_be_bfloat16(place, caplog):
 
 def test_no_config_file(place):
     refused("fit", "--config", "nope.yaml", says="nope.yaml")
-    refused("fit", says="data.sources")
+    refused("fit", "--model.base", "sample:base", says="data.sources")
 
 
 def test_a_wrong_option_of_a_verb(place):
@@ -464,7 +464,7 @@ def test_inspect_shows_the_rows_and_writes_a_page(place):
 
 def test_help_names_every_key_with_its_meaning(capsys):
     with pytest.raises(SystemExit) as stop:
-        main(["fit", "--help"])
+        main(["fit", "--help", "all"])
     assert stop.value.code == 0
     text = " ".join(capsys.readouterr().out.split())
     for key, words in {"--model.lr ": "Peak learning rate", "--model.lora ": "Train low-rank adapters",

@@ -13,39 +13,83 @@ import pytest
 import yaml
 
 from lit_llm import InputError
-from lit_llm.cli import precheck
+from lit_llm.cli import pages, precheck, settings
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def test_the_keys_are_those_of_the_parser():
+def refusal(*words: str) -> str:
+    """What is said before the parser is built; empty where nothing is."""
+    try:
+        precheck.check("fit", ["--data.sources", "[]", *words])
+    except InputError as error:
+        return str(error)
+    return ""
+
+
+def test_the_table_of_keys_is_that_of_the_parser():
     from lit_llm.cli import runs
 
-    assert precheck.known() == runs.keys(), 'run: python -c "from lit_llm.cli import runs; runs.write_keys()"'
+    derived = json.loads(json.dumps(runs.described()))
+    assert pages.table() == derived, 'run: python -c "from lit_llm.cli import runs; runs.write_keys()"'
 
 
-def test_every_key_is_taken(monkeypatch):
+def test_every_key_is_known(monkeypatch):
     monkeypatch.chdir(ROOT)
-    for key in precheck.known():
+    for key in pages.all_keys():
         for words in ([f"--{key}", "1"], [f"--{key}=null"]):
-            if not key.startswith("config"):
-                precheck.check(words)
-    precheck.check(["--model.lora.r", "3", "--data.sources+", "[]", "--trainer.strategy.init_args.stage", "2",
-                    "--model.init.hidden_size=3", "--print_config", "--trust-checkpoint"])
+            assert key == "config" or "unknown key" not in refusal(*words)
+    assert not refusal("--model.lora.r", "3", "--data.sources+", "[]", "--trainer.strategy.init_args.stage", "2",
+                       "--model.init.hidden_size=3", "--print_config", "--trust-checkpoint")
     for file in [*ROOT.glob("configs/*.yaml"), *ROOT.glob("configs/with/*.yaml")]:
-        if file.name not in ("qwen3_lora.yaml", "own_questions.yaml"):      # which name a file of the user's
-            precheck.check(["--config", str(file)])
+        own = file.name in ("qwen3_lora.yaml", "own_questions.yaml")        # which name a file of the user's
+        assert ("my.jsonl" if own else "") == refusal("--config", str(file)).partition(":")[0]
+
+
+def test_a_value_is_refused_only_where_the_parser_refuses_it(tmp_path, monkeypatch):
+    """And for numbers, texts and choices wherever it does."""
+    from lit_llm.cli.runs import check_values
+    from tests.test_class_paths import fit_parser
+
+    parser = fit_parser()
+
+    def parser_refuses(word):
+        try:
+            check_values("fit", parser.parse_args(["--data.sources=[]", word]))
+        except (InputError, SystemExit, ValueError):
+            return True
+        return False
+
+    monkeypatch.chdir(tmp_path)
+    seen = {True: 0, False: 0}
+    for key, entry in (pages.table()["keys"] | pages.table()["verbs"]["fit"]).items():
+        for value in ("-1", "abc") if settings.hint_of(entry["type"]) in (int, float, bool, str) else ("abc",):
+            refused = bool(refusal(f"--{key}={value}"))
+            if refused or key in ("model.lr", "data.seq_len", "data.packing", "model.quantize"):
+                assert refused == parser_refuses(f"--{key}={value}"), (key, value)
+            seen[refused] += 1
+    assert min(seen.values()) > 20
 
 
 @pytest.mark.parametrize(("words", "says"), [
     (["--model.lrr", "1"], "unknown key 'model.lrr'. Did you mean 'model.lr'?"),
     (["--learning_rate=1"], "Did you mean 'model.lr'?"),
     (["--config", "nope.yaml"], "there is no file"),
+    (["--config", "good.yaml", "--model.lora.rank", "3"], "model.lora: unknown key 'rank'. Did you mean 'model.lora.r'?"),
+    (["--config", "nested.yaml"], "model.lora: unknown key 'rank'. Did you mean 'model.lora.r'?"),
+    (["--config", "good.yaml", "--model.lr", "abc"], "model.lr: 'abc' is not a number\n  model.lr takes a number above 0"),
+    (["--config", "typed.yaml"], "data.seq_len: 'long' is not a whole number"),
+    (["--config", "good.yaml", "--data.packing=bestfit"], "Did you mean 'best_fit'?"),
+    (["--config", "good.yaml", "--model.lr", "100"], "model.lr: 100.0 is not a number above 0, at most 10"),
+    (["--config", "good.yaml", "--data.sources", "[{path: good.yaml, wieght: 2}]"], "Did you mean 'weight'?"),
+    (["--model.base", "sample:base"], "data.sources is not given; set it with --data.sources"),
     (["--config", "bad.yaml"], "unknown key 'data.pakcing'. Did you mean 'data.packing'?"),
     (["--config", "good.yaml", "--data.val_sources", "[{path: there/no.jsonl}]"], "The path exists as far as"),
     (["--data.sources=[{path: god.yaml}]"], "no such file or folder. Did you mean 'good.yaml'?")])
 def test_what_is_wrong_is_said_without_torch(words, says, tmp_path):
     (tmp_path / "good.yaml").write_text("model: {base: sample:base}\ndata: {sources: [{path: sample:conversations.jsonl}]}\n")
+    (tmp_path / "nested.yaml").write_text("model: {lora: {rank: 3}}\n")
+    (tmp_path / "typed.yaml").write_text("data: {seq_len: long}\n")
     (tmp_path / "bad.yaml").write_text("data: {pakcing: none}\n")
     code = ("import sys\nfrom lit_llm.cli.main import main\ntry:\n    main(['fit', *sys.argv[1:]])\n"
             "finally:\n    print('torch' in sys.modules)")
@@ -59,6 +103,6 @@ def test_a_source_that_is_replaced_need_not_exist(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("run.yaml").write_text(yaml.safe_dump({"data": {"sources": [{"path": "gone.jsonl"}]}}))
     Path("here.jsonl").write_text("")
-    precheck.check(["--config", "run.yaml", "--data.sources", json.dumps([{"path": "here.jsonl"}])])
+    precheck.check("fit", ["--config", "run.yaml", "--data.sources", json.dumps([{"path": "here.jsonl"}])])
     with pytest.raises(InputError, match=r"gone\.jsonl"):
-        precheck.check(["--config", "run.yaml"])
+        precheck.check("fit", ["--config", "run.yaml"])

@@ -234,7 +234,7 @@ def test_every_number_in_a_signature_has_a_range():
 
 
 @pytest.mark.parametrize(("words", "says"), [
-    (["fit", "--help"], ["A number above 0, at most 10. Never null.", "A whole number from 1 to 1,024, or null."]),
+    (["fit", "--help", "all"], ["A number above 0, at most 10. Never null.", "A whole number from 1 to 1,024, or null."]),
     (["fit", "--model.lora.help"], ["A number from 0 to below 1. Never null.", "A whole number from 1 to 65,536."]),
     (["fit", "--trainer.callbacks.help", "lit_llm.training.run.checkpoint.StepCheckpoint"],
      ["A whole number from 1 to 1,000,000. Never null.", "A whole number from 1 to 1,000,000,000, or null."]),

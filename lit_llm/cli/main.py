@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from lit_llm import disk
-from lit_llm.cli import settings
-from lit_llm.cli.parser import ToolParser, check_configs, verb_first
+from lit_llm.cli import configs, pages, settings
+from lit_llm.cli.parser import ToolParser, verb_first
 from lit_llm.errors import InputError, did_you_mean
 from lit_llm.system import class_paths, library_warnings, ranges
 from lit_llm.system.redaction import redact_text
@@ -44,7 +44,8 @@ verbs that read a run config (python -m lit_llm fit --config configs/sft.yaml):
 verbs that read a folder:
 {tools}
 
-python -m lit_llm VERB --help is the manual of a verb; python -m serve --help that of the server.
+python -m lit_llm VERB --help shows the most common options of a verb, VERB --help all every one; a verb without options
+names the configs that ship with the package. python -m serve --help is the manual of the server.
 fit --trust-checkpoint (typed only) also resumes from a checkpoint that holds more than data; it can run any program."""
 NOT_ENOUGH_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "bad_alloc")
 MEMORY = """there is not enough memory for the batch
@@ -72,6 +73,9 @@ def main(args: list[str] | None = None) -> None:
         if not any(words in str(error).lower() for words in NOT_ENOUGH_MEMORY):
             raise
         _refuse(MEMORY)
+    except BrokenPipeError:                         # whoever reads the output, `head` for instance, has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(1) from None
     except OSError as error:
         name = error.filename2 or error.filename
         if error.errno in NO_PATH:
@@ -98,16 +102,24 @@ def _dispatch(args: Sequence[str]) -> None:
         came = f"unknown verb '{verb}'" if verb else "no verb is given"
         raise InputError(f"{came}; use one of {', '.join([*RUNS, *TOOLS])}.{did_you_mean(verb, [*RUNS, *TOOLS])}",
                          fix="python -m lit_llm --help says what they do")
+    if verb in RUNS and not options:
+        print(f"error: {configs.listing(verb)}", file=sys.stderr)
+        raise SystemExit(2)
+    if (verb in RUNS and (subject := pages.requested(options)) is not None
+            and (text := pages.page(verb, subject, RUNS[verb], list(configs.shipped()))) is not None):
+        print(text, flush=True)
+        raise SystemExit(0)
     import jsonargparse
 
     class_paths.restrict(jsonargparse, [])          # `runs.py` allows those of a run
-    check_configs(options)
+    options = configs.with_shipped(options)
+    configs.check_configs(options)
     if verb in TOOLS:
         _tool(verb, options)
     else:
         from lit_llm.cli import precheck
 
-        precheck.check(options)
+        precheck.check(verb, options)
         from lit_llm.cli.runs import run
 
         run([verb.replace("-", "_"), *_trusting(options)])

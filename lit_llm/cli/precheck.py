@@ -1,84 +1,114 @@
-"""Refuse unknown keys and missing files before torch is imported, which takes seconds.
+"""Refuse unknown keys, wrong values and missing files before torch is imported, which takes seconds.
 
-`keys.json` holds the keys that the verbs of a run take; `runs.py` derives them from the signatures, and a test compares
-the two. What is decided here is decided by the parser as well: anything that is not certainly wrong is left to it.
+What is decided here is decided by the parser as well, with the same messages: keys and types are those of `keys.json`,
+which is derived from the signatures, and values are read by jsonargparse. Anything that is not certainly wrong is left
+to the parser, as are keys whose values are classes.
 """
 
 import glob
-import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from lit_llm.cli import parser
+from lit_llm.cli import pages, parser, settings
 from lit_llm.data.records import sources
-from lit_llm.errors import InputError
+from lit_llm.errors import InputError, did_you_mean
+from lit_llm.system import ranges
 
-FILE = Path(__file__).with_name("keys.json")
 SOURCES = ("data.sources", "data.val_sources", "data.test_sources")
+NESTED = "model.lora"                               # the one key whose mapping has keys of its own
 
 
-@cache
-def known() -> list[str]:
-    """Keys of all verbs of a run."""
-    return list(json.loads(FILE.read_text(encoding="utf-8")))
-
-
-def check(options: Sequence[str]) -> None:
-    """Refuse keys that no verb of a run takes, config files that do not exist, and sources without a file.
+def check(verb: str, options: Sequence[str]) -> None:
+    """Refuse keys that no verb of a run takes, values of another type, and config files and sources that do not exist.
 
     Args:
+        verb: Which may take options of its own.
         options: Words behind the verb.
 
     Raises:
         InputError: As the parser and the data module would say it.
     """
-    if any(word in ("-h", "--help") or word.partition("=")[0].endswith(".help") for word in options):
-        return
-    paths: dict[str, Any] = {}
-    for key, value in _given(options):
+    given: dict[str, Any] = {}
+    for key, value, typed in _given(options):
         key = key.removesuffix("+")
         if re.fullmatch(r"[\w.]+", key) and not _is_key(key):
-            raise InputError(parser.unknown(key, "", known()))
-        if key in SOURCES:
-            paths[key] = value
-        elif key.startswith(SOURCES):
+            raise InputError(_unknown(key))
+        if key.startswith(tuple(f"{name}." for name in SOURCES)):
             return                                  # a part of a source that is given elsewhere
-    for value in paths.values():
-        for item in value if isinstance(value, list) else ():
-            path = item.get("path") if isinstance(item, dict) else None
-            if isinstance(path, str) and path and not sources.is_hub(path) and not glob.has_magic(path):
-                sources.check_exists(path)
+        _check_value(verb, key, value, typed=typed)
+        given[key] = value
+    if "data.sources" not in given and "data" not in given and not any(word.startswith("--print_") for word in options):
+        raise InputError(parser.explain("arguments are required: data.sources", pages.all_keys()))
+    for key in SOURCES:
+        _check_sources(key, given.get(key))
 
 
 def _is_key(key: str) -> bool:
     """Whether it is a key, lies below one that takes a mapping, or holds others; the parser's own are not judged."""
-    names = known()
-    leaves = [name for name in names if not any(other.startswith(f"{name}.") for other in names)]
-    return (key in names or key.startswith(("print_", "trust-checkpoint"))
+    names = pages.all_keys()
+    leaves = [name for name in names if name != NESTED and not any(other.startswith(f"{name}.") for other in names)]
+    return (key in names or key in pages.table()["nested"] or key.startswith(("print_", "trust-checkpoint"))
             or any(key.startswith(f"{leaf}.") for leaf in leaves))
 
 
-def _given(options: Sequence[str]) -> Iterator[tuple[str, Any]]:
-    """Keys with their values in the order in which they win: of each config file, and typed."""
+def _unknown(key: str) -> str:
+    if key.startswith(f"{NESTED}."):
+        return parser.unknown(key.removeprefix(f"{NESTED}."), f"{NESTED}: ", list(pages.table()["nested"]))
+    return parser.unknown(key, "", pages.all_keys())
+
+
+def _check_value(verb: str, key: str, value: Any, *, typed: bool) -> None:
+    """Read a value as the parser will, where the key takes numbers, texts, choices, and lists and mappings of them."""
+    own = pages.table()["verbs"][verb]
+    entry = own.get(key) or pages.table()["keys"].get(key) or pages.table()["nested"].get(key)
+    hint = settings.hint_of(entry["type"]) if entry else None
+    if hint is None or (typed and value is None):
+        return
+    reader = parser.ToolParser(allow_abbrev=False)
+    reader.add_argument(f"--{key}", type=hint)
+    if typed:
+        read = reader.parse_args([f"--{key}={value}"])
+    else:
+        for part in reversed(key.split(".")):
+            value = {part: value}
+        read = reader.parse_object(value)
+    ranges.check(f"{verb}.{key}" if key in own else key, settings.plain(read.get(key)), where=key)
+
+
+def _check_sources(key: str, items: Any) -> None:
+    """Refuse unknown keys of a source, and a path where nothing is."""
+    names = [name.rpartition(".")[2] for name in pages.table()["nested"] if name.startswith("data.sources.")]
+    for item in items if isinstance(items, list) else ():
+        if not isinstance(item, dict):
+            continue
+        for name in item:
+            if name not in names and re.fullmatch(r"\w+", str(name)):
+                raise InputError(f"unknown key '{name}'.{did_you_mean(str(name), names)}", where=key)
+        path = item.get("path")
+        if isinstance(path, str) and path and not sources.is_hub(path) and not glob.has_magic(path):
+            sources.check_exists(path)
+
+
+def _given(options: Sequence[str]) -> Iterator[tuple[str, Any, bool]]:
+    """Keys with their values and whether they were typed, in the order in which later ones win."""
     words = list(options)
     for at, word in enumerate(words):
         name, equals, text = word.partition("=")
-        value = text if equals else words[at + 1] if at + 1 < len(words) else ""
+        value = text if equals else words[at + 1] if at + 1 < len(words) else None
         if name in ("-c", "--config"):
-            yield from _written(value)
+            yield from ((key, part, False) for key, part in _written(value or ""))
         elif name.startswith("--") and name != "--":
-            yield name[2:], _read(value) if name[2:] in SOURCES else value
+            yield name[2:], _read(value or "") if name[2:] in SOURCES else value, name[2:] not in SOURCES
 
 
 def _written(file: str) -> Iterator[tuple[str, Any]]:
     """Keys of a config file."""
     if not Path(file).expanduser().exists() and not file.lstrip().startswith(("{", "[")):
-        raise InputError(parser.explain(f"File does not exist: '{Path(file).expanduser().absolute()}'", known()))
+        raise InputError(parser.explain(f"File does not exist: '{Path(file).expanduser().absolute()}'", []))
     content = _read(Path(file).read_text(encoding="utf-8")) if Path(file).is_file() else None
     yield from _flat(content, "")
 
@@ -87,7 +117,8 @@ def _flat(value: Any, prefix: str) -> Iterator[tuple[str, Any]]:
     """Keys of a mapping, down to those that take values."""
     for name, part in value.items() if isinstance(value, Mapping) else ():
         key = f"{prefix}{name}"
-        holds = any(other.startswith(f"{key}.") for other in known())
+        holds = any(other.startswith(f"{key}.") for other in (*pages.all_keys(), *pages.table()["nested"])
+                    if key not in SOURCES)
         if isinstance(part, Mapping) and part and (holds or not _is_key(key)):
             yield from _flat(part, f"{key}.")
         else:

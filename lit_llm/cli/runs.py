@@ -5,7 +5,9 @@ Knows the links between config keys and what follows a verb; errors are `main.py
 
 import json
 import os
+import re
 from contextlib import suppress
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +16,31 @@ import torch
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from lit_llm.cli import examples, precheck, runconfig, settings
-from lit_llm.cli.parser import ShortErrors, with_whole_sources
+from lit_llm.cli import configs, examples, pages, settings
+from lit_llm.cli.parser import ShortErrors, ToolParser, with_whole_sources
 from lit_llm.cli.summary import finish
 from lit_llm.data.datamodule import TextDataModule
+from lit_llm.data.records.sources import Source
 from lit_llm.errors import InputError
+from lit_llm.models.adapters.peft_method import LoRA
 from lit_llm.system import class_paths, ranges
 from lit_llm.system.library_warnings import lower_loggers
-from lit_llm.training.checks import divergence
+from lit_llm.training.checks import divergence, idle
 from lit_llm.training.module import CausalLMModule
 from lit_llm.training.trainer import Trainer
 
+NESTED = {"model.lora": LoRA, "data.sources": Source}       # keys that take a mapping, or a list of them
+OURS = {                                            # descriptions in place of Lightning's
+    "seed_everything": "Seed of weights, dropout and order. true takes another one each time, false sets none.",
+    "trainer.precision": "Number format of weights and computation. bf16-mixed: weights in float32, computation in "
+                         "bfloat16; bf16-true: both in bfloat16; 16-mixed: computation in float16 with a loss scale "
+                         "(CUDA); null is 32-true.",
+    "trainer.devices": "Devices on this machine, or processes on a CPU. A number, a list of indices, -1 for all, or "
+                       "auto.",
+    "trainer.accumulate_grad_batches": "Micro-batches on each device for one optimizer step.",
+    "trainer.gradient_clip_val": "Largest norm of the gradient. A larger gradient is scaled down; null clips none.",
+}
+REFUSED = ("overfit_batches", "reload_dataloaders_every_n_epochs", "gradient_clip_algorithm", "barebones")
 LOOKS = ("prepare", "inspect", "plan", "verify_resume", "selftest")     # verbs that train nothing of the run
 
 
@@ -82,7 +98,7 @@ class LitLLMCLI(LightningCLI):
         text = self.parser.dump(self.config, skip_none=False, skip_link_targets=False)
         import yaml
 
-        self.trainer.run.config = runconfig.kept(yaml.safe_load(text)[self.subcommand])
+        self.trainer.run.config = configs.kept(yaml.safe_load(text)[self.subcommand])
 
     def after_fit(self) -> None:
         """Export, compare, and say what to type next; on one process."""
@@ -113,27 +129,77 @@ class LitLLMCLI(LightningCLI):
                              fix="set --trainer.precision 32-true, or measure another checkpoint or model")
 
 
-def keys() -> list[str]:
-    """All keys that the verbs of a run take, for `precheck.py`, which may not import what knows them.
+def described() -> dict[str, Any]:
+    """All keys and options with their types, defaults and descriptions, for `pages.py` and `precheck.py`.
 
-    After a key is added: `python -c "from lit_llm.cli import runs; runs.write_keys()"`.
+    Those two may not import what this is derived from: the signatures and docstrings of the module, the data module,
+    the trainer, its verbs, and the classes that a config may name. After one of them has changed:
+    `python -c "from lit_llm.cli import runs; runs.write_keys()"`.
+
+    Returns:
+        `keys`: key -> entry; `nested`: keys below `model.lora` and in the items of `data.sources`; `verbs`: verb ->
+        option -> entry; `classes`: class path -> its description and the entries of its arguments.
     """
-    found: list[str] = []
+    parsers: dict[str, Any] = {}
 
     class Stopped(LitLLMCLI):
         def parse_arguments(self, parser: Any, args: Any) -> None:
-            found.extend(key for key in parser.known() if not key.endswith(".help"))
+            for action in parser._actions:          # one of them holds a parser for each verb
+                parsers.update(action.choices if isinstance(action.choices, dict) else {})
             raise StopIteration
 
     class_paths.restrict(jsonargparse, class_paths.allowed())
     with suppress(StopIteration):
         _built(Stopped, ["fit"])
-    return sorted(set(found))
+    entries = {verb: _entries(parser) for verb, parser in parsers.items()}
+    own = {verb: {key: entry for key, entry in given.items() if "." not in key and key not in configs.KEPT}
+           for verb, given in entries.items()}
+    nested = {name: entry for key, kind in NESTED.items() for name, entry in _entries(_parser_of(kind, key)).items()}
+    classes = {}
+    for package, names in class_paths.EXPORTS.items():
+        for name in names:
+            kind = getattr(import_module(package), name)
+            classes[f"{package}.{name}"] = {"help": _first_paragraph(kind), "arguments": _entries(_parser_of(kind))}
+    return {"keys": {key: entry for key, entry in entries["fit"].items() if key not in own["fit"]}, "nested": nested,
+            "verbs": {verb.replace("_", "-"): given for verb, given in own.items()}, "classes": classes,
+            "hidden": ["weights_only", *(f"trainer.{name}" for name in (*idle.IGNORED, *REFUSED))]}
+
+
+def _parser_of(kind: type, key: str | None = None) -> ToolParser:
+    """A parser whose options are the arguments of a class, below a key."""
+    parser = ToolParser(description=f"--class.help={kind.__module__}.{kind.__name__}")     # where ranges are looked up
+    parser.add_class_arguments(kind, key, fail_untyped=False, as_group=False)
+    return parser
+
+
+def _entries(parser: Any) -> dict[str, dict[str, Any]]:
+    """Options of a parser: type, default, whether one must be given, and the description with the range of numbers."""
+    for action in parser._actions:
+        action.help = OURS.get(action.dest, action.help)
+    parser.format_help()                            # adds the ranges
+    found = {}
+    for action in parser._actions:
+        if hasattr(action, "_typehint") and not action.dest.endswith(".help"):
+            default = settings.plain(action.default)
+            json_like = isinstance(default, bool | int | float | str | list | tuple | dict | None)
+            found[action.dest] = {"type": settings.spec_of(action._typehint), "default": default if json_like else None,
+                                  "required": action.required, "help": _plain(action.help)}
+    return found
+
+
+def _plain(text: str | None) -> str:
+    """A description without the markup of Lightning's documentation and without the default, which stands beside it."""
+    text = re.sub(r":\w+:`~?(?:[\w.]*\.)?(\w+)`", r"\1", " ".join((text or "").split()))
+    return re.sub(r" ?Defaults?:? (to )?``[^`]*``\.?", "", text).replace("``", "`")
+
+
+def _first_paragraph(kind: type) -> str:
+    return _plain((kind.__doc__ or "").strip().split("\n\n")[0])
 
 
 def write_keys() -> None:
     """Write `keys.json` anew."""
-    precheck.FILE.write_text(json.dumps(keys(), indent=1) + "\n", encoding="utf-8")
+    pages.FILE.write_text(json.dumps(described(), indent=1) + "\n", encoding="utf-8")
 
 
 def _built(kind: type[LitLLMCLI], args: list[str]) -> LitLLMCLI:
@@ -157,7 +223,7 @@ def run(args: list[str]) -> None:
     class_paths.restrict(jsonargparse, class_paths.allowed())
     lower_loggers()                                 # Lightning has set its own level when it was imported
     try:
-        _built(LitLLMCLI, with_whole_sources(runconfig.located(args)))
+        _built(LitLLMCLI, with_whole_sources(configs.located(args)))
     except (MisconfigurationException, ValueError, RuntimeError, ImportError) as error:
         if not (isinstance(error, MisconfigurationException) or _is_lightnings(error)):
             raise

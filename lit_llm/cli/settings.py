@@ -197,6 +197,40 @@ def flat(hint: Any) -> list[Any]:
     return [hint if origin is None else origin if origin is not Literal else hint]
 
 
+# ---- annotations as JSON -------------------------------------------------------------------------------------------
+
+PLAIN = {"int": int, "float": float, "bool": bool, "str": str, "list": list, "dict": dict, "tuple": tuple,
+         "None": type(None), "Any": Any}
+GENERIC = {"Union": Union, "Literal": Literal, "list": list, "dict": dict, "tuple": tuple}
+
+
+def spec_of(hint: Any) -> Any:
+    """An annotation in a form that JSON can hold: a name, or a list of a generic type's name and its arguments.
+
+    >>> spec_of(int | Literal["auto"] | None)
+    ['Union', 'int', ['Literal', 'auto'], 'None']
+    """
+    origin = get_origin(hint)
+    if origin is None:
+        return "None" if hint in (None, type(None)) else getattr(hint, "__name__", str(hint))
+    name = "Union" if origin is types.UnionType else getattr(origin, "__name__", None) or origin._name
+    if name == "Literal":
+        return [name, *get_args(hint)]
+    return [name, *map(spec_of, get_args(hint))]
+
+
+def hint_of(spec: Any) -> Any:
+    """The annotation that `spec_of` described; null where it names a class, which is not imported here."""
+    if isinstance(spec, str):
+        return PLAIN.get(spec)
+    name, *parts = spec
+    if name != "Literal":
+        parts = [hint_of(part) for part in parts]
+    if name not in GENERIC or (name != "Literal" and None in parts):
+        return None
+    return GENERIC[name][tuple(parts)]  # type: ignore[index]
+
+
 # ---- in words --------------------------------------------------------------------------------------------------------
 
 def _words(key: str, hint: Any) -> str:

@@ -1,1 +1,0 @@
-"""One optimizer step: how the loss of its micro-batches is divided."""
