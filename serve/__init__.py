@@ -1,1 +1,1 @@
-"""The HTTP server: `python -m serve --model DIR`. Outside the package, so that training machines need no web stack."""
+"""The HTTP server: `python -m serve --model DIR`. Outside the package, so that training needs no web dependencies."""

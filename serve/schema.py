@@ -1,6 +1,6 @@
-"""Check requests in OpenAI's JSON, and form answers and errors as OpenAI does.
+"""Validate requests in OpenAI's JSON format, and build responses and errors in the same format.
 
-A field is used, documented as ignored, or refused: never silently dropped.
+Every field is used, documented as ignored, or refused; none is dropped silently.
 """
 
 import json
@@ -15,11 +15,11 @@ from lit_llm.errors import InputError, did_you_mean
 from lit_llm.inference.completion import Completion
 from lit_llm.inference.sampling import SamplingParams
 
-MOST = 2**31 - 1                                    # new tokens; longer numbers have no use
-# Accepted and without effect: they are bookkeeping of OpenAI's own service.
+MOST = 2**31 - 1                                    # limit on new tokens
+# Accepted without effect: bookkeeping of OpenAI's own service.
 IGNORED = frozenset({"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key",
                      "parallel_tool_calls"})
-# Not supported: refused, unless they ask for what happens anyway.
+# Not supported: refused unless the value requests the default behaviour.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "n": (1,), "best_of": (1,), "echo": (False,), "suffix": ("",), "logprobs": (False,), "top_logprobs": (0,),
     "presence_penalty": (0,), "frequency_penalty": (0,), "logit_bias": ({},), "tools": ([],),
@@ -30,15 +30,15 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
 
 
 class ApiError(Exception):
-    """An answer that is an error.
+    """An error response.
 
     Args:
         status: HTTP status.
-        message: For the person who sent the request; repeats nothing long of what came.
-        param: The field at fault.
-        code: OpenAI's machine-readable word.
+        message: Message for the client; it never quotes long parts of the request.
+        param: The field that is wrong.
+        code: OpenAI's machine-readable error code.
         kind: OpenAI's `type`; null derives it from the status.
-        headers: Of the response.
+        headers: Headers of the response.
     """
 
     def __init__(self, status: int, message: str, *, param: str | None = None, code: str | None = None,
@@ -51,14 +51,14 @@ class ApiError(Exception):
 
 
 def bad_request(error: InputError, *, param: str | None = None, code: str | None = None) -> ApiError:
-    """A user error of the core as a 400; its place is a field here."""
+    """Convert an `InputError` to a 400 response; its place becomes the field."""
     field = error.where or None
     text = f"{field}: {error.what}" if field else error.what
     return ApiError(400, text, param=param or field, code=code)
 
 
 class Body(BaseModel):
-    """The base of all request bodies: exact types, and unknown fields are refused."""
+    """Base class of request bodies: strict types, and unknown fields are refused."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
@@ -68,7 +68,7 @@ class Body(BaseModel):
         if not isinstance(body, dict):
             return body
         _check_text(body)
-        kept = {}
+        fields = {}
         for name, value in body.items():
             if name in IGNORED and name not in cls.model_fields:
                 continue
@@ -81,19 +81,19 @@ class Body(BaseModel):
                 shown = str(name)[:40]
                 raise ApiError(400, f"unknown field '{shown}'.{did_you_mean(shown, list(cls.model_fields))}",
                                param=shown, code="unknown_parameter")
-            kept[name] = value
-        return kept
+            fields[name] = value
+        return fields
 
 
 class StreamOptions(Body):
-    """Extras of a stream."""
+    """Options of a stream."""
 
     include_usage: bool = False
-    include_obfuscation: bool | None = None         # padding against eavesdroppers; harmless to leave out
+    include_obfuscation: bool | None = None         # padding against eavesdropping; may be left out
 
 
 class Sampling(Body):
-    """The fields that chat and plain completions share."""
+    """Fields shared by chat completions and plain completions."""
 
     model: str | None = Field(None, max_length=512)
     max_tokens: int | None = Field(None, ge=1, le=MOST)
@@ -106,14 +106,14 @@ class Sampling(Body):
     stream_options: StreamOptions | None = None
 
     def params(self) -> SamplingParams:
-        """As the engine takes them, with OpenAI's defaults.
+        """Sampling parameters for the engine, with OpenAI's defaults.
 
         Raises:
-            ApiError: More than OpenAI's four stop strings, or an empty or overlong one.
+            ApiError: More than four stop strings (OpenAI's limit), or an empty or overlong one.
         """
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
         if len(stop) > 4:
-            raise ApiError(400, "stop: at most 4 strings", param="stop")
+            raise ApiError(400, "stop: at most 4 strings are allowed", param="stop")
         try:
             return SamplingParams(
                 max_tokens=self.max_tokens, stop=stop, seed=self.seed, top_k=self.top_k or 0,
@@ -125,7 +125,7 @@ class Sampling(Body):
     @model_validator(mode="after")
     def _options_need_stream(self) -> "Sampling":
         if self.stream_options is not None and not self.stream:
-            raise ApiError(400, "stream_options: only with stream true", param="stream_options")
+            raise ApiError(400, "stream_options is allowed only with stream: true", param="stream_options")
         return self
 
 
@@ -144,7 +144,7 @@ class ChatCompletionBody(Sampling):
 
 
 class CompletionBody(Sampling):
-    """POST /v1/completions: text, or token ids, to go on from."""
+    """POST /v1/completions: a text or token ids to continue."""
 
     prompt: str | list[int] | list[str] | list[list[int]]
     max_tokens: int | None = Field(16, ge=1, le=MOST)        # OpenAI's default
@@ -154,18 +154,19 @@ class CompletionBody(Sampling):
     def _one_prompt(cls, prompt: Any) -> Any:
         if isinstance(prompt, list) and prompt and not isinstance(prompt[0], int):
             if len(prompt) > 1:
-                raise ApiError(400, "prompt: one prompt a request", param="prompt", code="unsupported_parameter")
+                raise ApiError(400, "prompt: only one prompt per request is supported", param="prompt",
+                               code="unsupported_parameter")
             return prompt[0]
         return prompt
 
 
 class ChatBody(Body):
-    """POST /chat: one message, one answer.
+    """POST /chat: one message and its answer.
 
     Args:
-        message: What the user says.
-        max_length: New tokens at most (not prompt and answer together); clipped to what the context leaves.
-        temperature: 0 always takes the likeliest token.
+        message: The user's message.
+        max_length: Maximum number of new tokens (without the prompt), reduced to the remaining context.
+        temperature: 0 always picks the most likely token.
     """
 
     message: str = Field(min_length=1)
@@ -174,15 +175,15 @@ class ChatBody(Body):
 
 
 def _check_text(body: Any) -> None:
-    """Refuse what JSON can spell and nobody downstream takes: half surrogates, and endless nesting.
+    """Refuse values that JSON allows but later stages do not: lone surrogates and very deep nesting.
 
     Raises:
-        ApiError: One is there, at any depth.
+        ApiError: The body contains one at any depth.
     """
     try:
         json.dumps(body, ensure_ascii=False).encode("utf-8")
     except UnicodeEncodeError:
-        raise ApiError(400, "the text holds half a surrogate pair, which is no character") from None
+        raise ApiError(400, "the text contains a lone surrogate, which is not a character") from None
     except RecursionError:
         raise ApiError(400, "the body is nested too deeply") from None
 
@@ -190,17 +191,17 @@ def _check_text(body: Any) -> None:
 # ---- answers ---------------------------------------------------------------------------------------------------------
 
 def usage(last: Completion) -> dict[str, int]:
-    """Token counts; the stop token is counted, as `generate` returns it."""
+    """Token counts, including the stop token, as `generate` returns it."""
     return {"prompt_tokens": last.prompt_tokens, "completion_tokens": last.completion_tokens,
             "total_tokens": last.prompt_tokens + last.completion_tokens}
 
 
 class Shape:
-    """One response of one kind: everything it sends carries the same id and time.
+    """Builds the parts of one response, which share an id and a time.
 
     Args:
-        chat: Chat completions, or plain ones.
-        model: The name that clients know.
+        chat: Whether it is a chat completion or a plain completion.
+        model: Name of the model in the API.
     """
 
     def __init__(self, model: str, *, chat: bool) -> None:
@@ -213,28 +214,28 @@ class Shape:
 
     def whole(self, text: str, last: Completion) -> dict[str, Any]:
         """The body of a response that is not streamed."""
-        said = {"message": {"role": "assistant", "content": text, "refusal": None}} if self.chat else {"text": text}
-        return {**self._whole, "choices": [self._choice(said, last.finish_reason)], "usage": usage(last)}
+        content = {"message": {"role": "assistant", "content": text, "refusal": None}} if self.chat else {"text": text}
+        return {**self._whole, "choices": [self._choice(content, last.finish_reason)], "usage": usage(last)}
 
     def opening(self) -> dict[str, Any] | None:
-        """The chunk that names the speaker; plain completions have none."""
+        """The first chunk, which names the role; plain completions have none."""
         return self._with({"role": "assistant", "content": ""}, None) if self.chat else None
 
     def chunk(self, piece: Completion) -> dict[str, Any]:
-        """A piece of text."""
+        """A chunk of text."""
         return self._with({"content": piece.text} if self.chat else {"text": piece.text}, None)
 
     def closing(self, last: Completion) -> dict[str, Any]:
-        """The chunk with the finish_reason."""
+        """The last chunk, with the finish_reason."""
         return self._with({} if self.chat else {"text": ""}, last.finish_reason)
 
     def accounts(self, last: Completion) -> dict[str, Any]:
         """The chunk with the token counts."""
         return {**self._chunk, "choices": [], "usage": usage(last)}
 
-    def _with(self, said: dict[str, Any], finish_reason: str | None) -> dict[str, Any]:
-        return {**self._chunk, "choices": [self._choice({"delta": said} if self.chat else said, finish_reason)]}
+    def _with(self, content: dict[str, Any], finish_reason: str | None) -> dict[str, Any]:
+        return {**self._chunk, "choices": [self._choice({"delta": content} if self.chat else content, finish_reason)]}
 
     @staticmethod
-    def _choice(said: dict[str, Any], finish_reason: str | None) -> dict[str, Any]:
-        return {"index": 0, **said, "logprobs": None, "finish_reason": finish_reason}
+    def _choice(content: dict[str, Any], finish_reason: str | None) -> dict[str, Any]:
+        return {"index": 0, **content, "logprobs": None, "finish_reason": finish_reason}

@@ -1,4 +1,4 @@
-"""Start the server: LitServe's processes with our routes, worker loop and chat page."""
+"""Build the server: LitServe's processes with the routes, worker loop and chat page of this package."""
 
 import asyncio
 import multiprocessing
@@ -20,7 +20,7 @@ from starlette.exceptions import HTTPException
 from lit_llm.errors import InputError
 from lit_llm.inference.engine import model_folder, tokenizer_folder
 from lit_llm.text.tokenizer import Tokenizer
-from serve.line import Limits
+from serve.engine_client import Limits
 from serve.schema import ApiError
 from serve.spec import Routes
 from serve.worker import EngineAPI
@@ -32,17 +32,17 @@ WORDS = {400: None, 404: "not_found", 405: "method_not_allowed", 413: "body_too_
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """What `python -m serve` was told.
+    """Settings of the server.
 
     Args:
-        model: A run's folder, or any folder that transformers loads.
-        name: What clients call the model; null takes the folder's name, or the run's.
+        model: A run folder, or any folder that transformers loads.
+        name: Model name in the API; null uses the name of the folder or run.
         host: Address to listen at.
         port: Port to listen at.
         keys: Bearer keys.
-        limits: Admission.
-        engine: `Engine.load`'s options.
-        log_level: Of uvicorn and LitServe.
+        limits: Limits on accepted requests.
+        engine: Options of `Engine.load`.
+        log_level: Log level of uvicorn and LitServe.
     """
 
     model: str
@@ -56,20 +56,20 @@ class Settings:
 
 
 class Server(LitServer):
-    """LitServe with our own way of answers, and a main process that notices a worker that never came up."""
+    """A LitServe server with its own response transport, whose main process detects a worker that failed to start."""
 
     greeting = ""
 
     def _init_manager(self, num_api_servers: int) -> Any:
         manager = super()._init_manager(num_api_servers)
-        self.lit_api.spec.line.queues_pid = manager._process.pid
+        self.lit_api.spec.engine.queues_pid = manager._process.pid
         return manager
 
     @asynccontextmanager
     async def lifespan(self, app: FastAPI) -> AsyncIterator[None]:
-        """In the API process: listen to the worker for as long as requests are served."""
-        line = self.lit_api.spec.line
-        tasks = [asyncio.create_task(line.listen(self._transport)), asyncio.create_task(line.watch())]
+        """In the API process: route the worker's events as long as requests are served."""
+        engine = self.lit_api.spec.engine
+        tasks = [asyncio.create_task(engine.listen(self._transport)), asyncio.create_task(engine.watch())]
         print(self.greeting, flush=True)
         try:
             yield
@@ -80,7 +80,7 @@ class Server(LitServer):
                     await asyncio.wait_for(task, 2)
 
     def verify_worker_status(self) -> None:
-        """Wait for the worker; LitServe's own wait never ends when the worker dies while it loads."""
+        """Wait for the worker; LitServe's own method waits forever if the worker dies while loading."""
         while not any(worker.exitcode is not None for worker in self.inference_workers):
             if WorkerSetupStatus.READY in self.workers_setup_status.values():
                 return
@@ -89,10 +89,10 @@ class Server(LitServer):
 
 
 def build(settings: Settings) -> Server:
-    """The server, ready to `run`.
+    """Build the server, ready to `run`.
 
     Raises:
-        InputError: No such model, no tokenizer, or a port that is taken.
+        InputError: No such model, no tokenizer, or a port that is in use.
     """
     folder = model_folder(settings.model)
     _check_port(settings.host, settings.port)
@@ -100,11 +100,11 @@ def build(settings: Settings) -> Server:
     name = settings.name or _name(folder)
     routes = Routes(tokenizer, tuple(dict.fromkeys([name, settings.model])), settings.limits, settings.keys)
     options = {"max_running": settings.limits.max_running, "stop_ids": tokenizer.stop_ids, **settings.engine}
-    # LitServe is told of no GPU: it would start a worker on each; the engine finds its device itself.
+    # LitServe would start a worker on each GPU, so it gets none; the engine selects its device itself.
     server = Server(EngineAPI(folder, options, spec=routes), accelerator="cpu", devices=1, workers_per_device=1,
                     timeout=False, max_payload_size=settings.limits.max_body_bytes, restart_workers=True)
     place = f"http://127.0.0.1:{settings.port}" if ":" not in settings.host else f"http://[::1]:{settings.port}"
-    server.greeting = f"{name} is served: chat page {place}/, OpenAI base_url {place}/v1. Ctrl-C ends it."
+    server.greeting = f"Serving {name}: chat page {place}/, OpenAI base_url {place}/v1. Press Ctrl-C to stop."
     server.app.title = "lit_llm"
     _own_routes(server.app, routes)
     _own_errors(server.app)
@@ -117,20 +117,20 @@ def _name(folder: str) -> str:
 
 
 def _check_port(host: str, port: int) -> None:
-    """LitServe would find out only after the model is loaded, and say it in a traceback."""
+    """Check the port early; LitServe would fail with a traceback after loading the model."""
     with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((host, port))
         except OSError as error:
-            raise InputError(f"cannot listen at {host}:{port}: {error.strerror or error}", where="port",
-                             fix="end what listens there, or choose another --port") from None
+            raise InputError(f"cannot listen on {host}:{port}: {error.strerror or error}", where="port",
+                             fix="stop the program that uses it, or choose another --port") from None
 
 
-# ---- what LitServe brings and we replace -----------------------------------------------------------------------------
+# ---- replacements of LitServe's routes and errors --------------------------------------------------------------------
 
 def _own_routes(app: FastAPI, routes: Routes) -> None:
-    """Our page and health checks, open without a key, in place of LitServe's; no /docs, which loads from elsewhere."""
+    """Replace LitServe's page and health checks, all without a key; drop /docs, which loads external scripts."""
     theirs = {"/", "/health", "/info", "/docs", "/redoc", "/docs/oauth2-redirect"}
     app.router.routes = [route for route in app.router.routes if getattr(route, "path", None) not in theirs]
     page = PAGE.read_text(encoding="utf-8")
@@ -142,8 +142,8 @@ def _own_routes(app: FastAPI, routes: Routes) -> None:
         return JSONResponse({"status": "live"})
 
     async def ready() -> Response:
-        is_ready = routes.line.ready
-        return JSONResponse({"status": "ready" if is_ready else "not ready", "in_flight": routes.line.in_flight},
+        is_ready = routes.engine.ready
+        return JSONResponse({"status": "ready" if is_ready else "not ready", "in_flight": routes.engine.in_flight},
                             status_code=200 if is_ready else 503)
 
     app.add_api_route("/", index, methods=["GET"], include_in_schema=False)
@@ -152,7 +152,7 @@ def _own_routes(app: FastAPI, routes: Routes) -> None:
 
 
 def _own_errors(app: FastAPI) -> None:
-    """Every error in OpenAI's shape, and none repeats what came."""
+    """Return every error in OpenAI's format, without quoting the request."""
     async def ours(request: Request, error: Any) -> Response:
         return JSONResponse(error.body, status_code=error.status, headers=error.headers)
 
@@ -167,7 +167,7 @@ def _own_errors(app: FastAPI) -> None:
         return await ours(request, ApiError(400, f"{where}{first['msg'][:200]}", param=place[0][:80]))
 
     async def http(request: Request, error: Any) -> Response:
-        texts = {404: f"there is no {request.url.path[:80]} here", 405: f"{request.method} is not allowed here",
+        texts = {404: f"there is no route {request.url.path[:80]}", 405: f"{request.method} is not allowed here",
                  413: "the body is too large"}
         text = texts.get(error.status_code, str(error.detail)[:200])
         return await ours(request, ApiError(error.status_code, text, code=WORDS.get(error.status_code),
@@ -183,7 +183,7 @@ def _own_errors(app: FastAPI) -> None:
 
 
 def end_children() -> None:
-    """Leave no process behind, whatever interrupted the start."""
+    """End all child processes, also after an interrupted start."""
     for child in multiprocessing.active_children():
         child.terminate()
     for child in multiprocessing.active_children():

@@ -1,6 +1,6 @@
-"""The HTTP routes: a request body becomes an answer or a stream of server-sent events.
+"""The HTTP routes: answer requests as JSON or as server-sent events.
 
-Runs in the API process with the tokenizer; what it asks of the engine goes down `line.EngineLine` as token ids.
+They run in the API process, which has the tokenizer, and send token ids to the engine (`engine_client.EngineClient`).
 """
 
 import asyncio
@@ -22,28 +22,28 @@ from lit_llm.inference.engine import budget
 from lit_llm.inference.sampling import SamplingParams
 from lit_llm.text.conversation import Conversation, Document, Message
 from lit_llm.text.tokenizer import Tokenizer
-from serve.line import EngineLine, Limits
+from serve.engine_client import EngineClient, Limits
 from serve.schema import ApiError, ChatBody, ChatCompletionBody, CompletionBody, Sampling, Shape, bad_request
 
 T = TypeVar("T")
 
 
 class Routes(LitSpec):
-    """OpenAI's routes and `/chat`, for one model.
+    """OpenAI's routes and `/chat` for one model.
 
     Args:
-        tokenizer: The model's.
-        names: What requests may call the model; the first is what it calls itself.
-        limits: Admission.
-        keys: Bearer keys; none leaves the API open.
+        tokenizer: The model's tokenizer.
+        names: Accepted model names; responses use the first one.
+        limits: Limits on accepted requests.
+        keys: Bearer keys; without keys the API is open.
     """
 
     def __init__(self, tokenizer: Tokenizer, names: tuple[str, ...], limits: Limits, keys: tuple[str, ...]) -> None:
         super().__init__()
         self.api_path = "/v1/chat/completions"
-        self.names, self.keys, self.line = names, keys, EngineLine(limits)
+        self.names, self.keys, self.engine = names, keys, EngineClient(limits)
         self._tokenizer, self._created = tokenizer, int(time.time())
-        # One thread: tokenizing a long prompt must not stop the streams of others, nor race with itself.
+        # One thread: tokenizing a long prompt must not block other streams, and calls must not overlap.
         self._encoding = ThreadPoolExecutor(1, "tokenizer")
         for path, route, method in (("/v1/chat/completions", self.chat_completions, "POST"),
                                     ("/v1/completions", self.completions, "POST"), ("/chat", self.chat, "POST"),
@@ -51,26 +51,26 @@ class Routes(LitSpec):
             self.add_endpoint(path, route, [method])
 
     def __getstate__(self) -> dict[str, Any]:
-        """LitServe pickles the spec to the worker, which needs nothing of it but its path and kind."""
+        """LitServe pickles the spec for the worker, which needs only its path and kind."""
         return {"api_path": self.api_path}
 
     @property
     def stream(self) -> bool:
-        """LitServe is told of streams, so that it does not compress them."""
+        """Declare a stream, so that LitServe does not compress it."""
         return True
 
     def setup(self, server: Any) -> None:
-        """LitServe hands over the queue to the worker, before it forks the API process."""
-        self.line.orders = server._get_request_queue(self.api_path)
+        """LitServe passes the queue of the worker before it forks the API process."""
+        self.engine.orders = server._get_request_queue(self.api_path)
 
     def authorize(self, request: Request) -> None:
-        """Let in whoever has a key.
+        """Accept requests with a valid key.
 
         Raises:
-            ApiError: 401.
+            ApiError: 401 otherwise.
         """
         given = request.headers.get("authorization", "").removeprefix("Bearer ").encode()
-        # Every key is compared, in constant time: how long it takes tells nothing.
+        # Every key is compared in constant time, so that the duration reveals nothing.
         if self.keys and not any([hmac.compare_digest(given, key.encode()) for key in self.keys]):
             raise ApiError(401, "missing or wrong API key: send `Authorization: Bearer KEY`", code="invalid_api_key",
                            headers={"WWW-Authenticate": "Bearer"})
@@ -78,11 +78,11 @@ class Routes(LitSpec):
     # ---- routes ------------------------------------------------------------------------------------------------------
 
     async def chat_completions(self, body: ChatCompletionBody, request: Request) -> Response:
-        """An answer to a conversation."""
+        """Answer a conversation."""
         return await self._serve(body, request, lambda: self._prompt(body), "messages")
 
     async def completions(self, body: CompletionBody, request: Request) -> Response:
-        """How a text goes on."""
+        """Continue a text."""
         prompt = body.prompt
 
         def encode() -> list[int]:
@@ -93,54 +93,54 @@ class Routes(LitSpec):
         return await self._serve(body, request, encode, "prompt")
 
     async def chat(self, body: ChatBody, request: Request) -> Response:
-        """The simple door: one message in, one answer out."""
+        """The simple endpoint: answer a single message."""
         ids = await self._encode(lambda: self._tokenizer.encode_prompt(Conversation((Message("user", body.message),))),
                                  "message", request)
-        room = budget_or_400(ids, SamplingParams(), self.line.beat.context_length, "message")
+        room = budget_or_400(ids, SamplingParams(), self.engine.beat.context_length, "message")
         params = SamplingParams(max_tokens=min(body.max_length, room), temperature=body.temperature)
-        text, _ = await unless_gone(request, whole(self._pieces(ids, params)))
+        text, _ = await until_disconnect(request, whole(self._pieces(ids, params)))
         return JSONResponse({"response": text})
 
     async def models(self) -> Response:
-        """The one model that is served."""
+        """List the served model."""
         return JSONResponse({"object": "list", "data": [self._card()]})
 
     async def model(self, name: str) -> Response:
-        """The same, asked for by name."""
+        """The served model by name."""
         self._check_model(name)
         return JSONResponse(self._card())
 
-    # ---- the way of a request ----------------------------------------------------------------------------------------
+    # ---- the stages of a request -------------------------------------------------------------------------------------
 
     async def _serve(self, body: Sampling, request: Request, encode: Callable[[], list[int]], field: str) -> Response:
         self._check_model(body.model)
         params = body.params()
         ids = await self._encode(encode, field, request)
-        context_length, vocab_size = self.line.beat.context_length, self.line.beat.vocab_size
+        context_length, vocab_size = self.engine.beat.context_length, self.engine.beat.vocab_size
         if not ids or not 0 <= min(ids) <= max(ids) < vocab_size:
             raise ApiError(400, f"{field}: at least one token, with ids from 0 to {vocab_size - 1}", param=field)
         budget_or_400(ids, params, context_length, field)
         shape = Shape(self.names[0], chat=field == "messages")
         pieces = self._pieces(ids, params)
         if not body.stream:
-            return JSONResponse(shape.whole(*await unless_gone(request, whole(pieces))))
-        # The first piece is awaited here, so that an error before it still has a status of its own.
-        first = await unless_gone(request, anext(pieces))
+            return JSONResponse(shape.whole(*await until_disconnect(request, whole(pieces))))
+        # Await the first piece here, so that an error before it can set the HTTP status.
+        first = await until_disconnect(request, anext(pieces))
         with_usage = body.stream_options is not None and body.stream_options.include_usage
         return EventStream(events(shape, first, pieces, with_usage=with_usage))
 
     async def _encode(self, encode: Callable[[], list[int]], field: str, request: Request) -> list[int]:
         try:
-            with self.line.arriving():
+            with self.engine.arriving():
                 work = asyncio.get_running_loop().run_in_executor(self._encoding, encode)
-                return await unless_gone(request, work)
+                return await until_disconnect(request, work)
         except InputError as error:
             raise bad_request(InputError(error.what, where=error.where or field)) from None
 
     async def _pieces(self, ids: list[int], params: SamplingParams) -> AsyncGenerator[Completion, None]:
-        """The answer as it comes; closing it, early or not, leaves nothing behind."""
+        """Stream the answer; closing the stream cancels the request."""
         detokenizer = Detokenizer(self._tokenizer, len(ids), params.stop)
-        async with aclosing(self.line.ask(ids, params)) as replies:
+        async with aclosing(self.engine.ask(ids, params)) as replies:
             async for reply in replies:
                 assert reply.token_id is not None
                 piece = detokenizer.push(reply.token_id, reply.finish_reason)
@@ -160,14 +160,14 @@ class Routes(LitSpec):
 
     def _card(self) -> dict[str, Any]:
         return {"id": self.names[0], "object": "model", "created": self._created, "owned_by": "lit_llm",
-                "max_model_len": self.line.beat.context_length}
+                "max_model_len": self.engine.beat.context_length}
 
 
 def budget_or_400(ids: list[int], params: SamplingParams, context_length: int, field: str) -> int:
-    """New tokens that the request may have.
+    """Maximum number of new tokens of a request.
 
     Raises:
-        ApiError: 400, when prompt and answer do not fit; it names both numbers.
+        ApiError: 400 if prompt and answer do not fit; the error names both numbers.
     """
     try:
         return budget(len(ids), params, context_length)
@@ -176,7 +176,7 @@ def budget_or_400(ids: list[int], params: SamplingParams, context_length: int, f
 
 
 async def whole(pieces: AsyncGenerator[Completion, None]) -> tuple[str, Completion]:
-    """The text of all pieces, and the last."""
+    """The joined text of all pieces, and the last piece."""
     async with aclosing(pieces):
         got = [piece async for piece in pieces]
     return "".join(piece.text for piece in got), got[-1]
@@ -185,7 +185,7 @@ async def whole(pieces: AsyncGenerator[Completion, None]) -> tuple[str, Completi
 async def events(
     shape: Shape, first: Completion, rest: AsyncGenerator[Completion, None], *, with_usage: bool
 ) -> AsyncGenerator[str, None]:
-    """Server-sent events: who speaks, the text, why it ends, what it cost, `[DONE]`."""
+    """Server-sent events: the role, the text, the finish reason, the usage, `[DONE]`."""
     def event(value: dict[str, Any]) -> str:
         return f"data: {json.dumps(value, ensure_ascii=False)}\n\n"
 
@@ -200,7 +200,7 @@ async def events(
                 if piece.finish_reason:
                     break
                 piece = await anext(rest)
-        except ApiError as error:                   # too late for a status: say it in the stream, and no [DONE]
+        except ApiError as error:  # too late for a status: send the error in the stream, without [DONE]
             yield event(error.body)
             return
         yield event(shape.closing(piece))
@@ -210,7 +210,7 @@ async def events(
 
 
 class EventStream(StreamingResponse):
-    """A stream that is closed with its connection, not whenever it is collected: that frees the engine's slot."""
+    """A stream that is closed with its connection, not at garbage collection, to free the engine's slot."""
 
     def __init__(self, content: AsyncGenerator[str, None]) -> None:
         self._events = content
@@ -218,32 +218,32 @@ class EventStream(StreamingResponse):
                          headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        """Send it."""
+        """Send the stream."""
         try:
             await super().__call__(scope, receive, send)
         finally:
             await self._events.aclose()
 
 
-async def unless_gone(request: Request, work: Awaitable[T]) -> T:
-    """The work's result; the work is cancelled when the client hangs up.
+async def until_disconnect(request: Request, work: Awaitable[T]) -> T:
+    """Await the work; cancel it when the client disconnects.
 
     Raises:
-        ApiError: 499; the client has closed the connection.
+        ApiError: 499 if the client has closed the connection.
     """
-    task, gone = asyncio.ensure_future(work), asyncio.ensure_future(_hung_up(request))
+    task, disconnect = asyncio.ensure_future(work), asyncio.ensure_future(_disconnected(request))
     try:
-        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait({task, disconnect}, return_when=asyncio.FIRST_COMPLETED)
         if task.done():
             return task.result()
-        raise ApiError(499, "the client hung up")
+        raise ApiError(499, "the client closed the connection")
     finally:
-        for part in (task, gone):
+        for part in (task, disconnect):
             part.cancel()
             with suppress(asyncio.CancelledError, Exception):
                 await part
 
 
-async def _hung_up(request: Request) -> None:
+async def _disconnected(request: Request) -> None:
     while not await request.is_disconnected():
         await asyncio.sleep(0.1)

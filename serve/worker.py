@@ -1,7 +1,7 @@
-"""The process of the engine: it takes orders and sends events, both in token ids.
+"""The engine's process: it receives orders and sends events, both as token ids.
 
-Orders come on LitServe's request queue, `Add` and `Cancel`; what goes back is a `Beat` each second, and one list of
-events per engine step. Our own loop, because LitServe's know neither cancelling nor an idle worker that sleeps.
+Orders (`Add`, `Cancel`) arrive on LitServe's request queue; the worker sends a `Beat` every second and one list of
+events per engine step. It replaces LitServe's loops, which support neither cancelling nor sleeping while idle.
 """
 
 import os
@@ -29,7 +29,7 @@ CONSUMER = 0                                        # there is one API process
 
 @dataclass(frozen=True, slots=True)
 class Add:
-    """Begin a request."""
+    """Start a request."""
 
     request_id: str
     prompt_ids: list[int]
@@ -38,21 +38,21 @@ class Add:
 
 @dataclass(frozen=True, slots=True)
 class Cancel:
-    """Forget a request."""
+    """Cancel a request."""
 
     request_id: str
 
 
 @dataclass(frozen=True, slots=True)
 class Beat:
-    """A sign of life.
+    """A heartbeat of the worker.
 
     Args:
-        boot: Another one means another worker process: requests of the last are lost.
-        step_age: Seconds that the current step has taken; a stuck device shows here.
-        context_length: Tokens.
-        vocab_size: Tokens.
-        stats: Of the engine.
+        boot: Id of the worker process; when it changes, requests of the previous process are lost.
+        step_age: Seconds since the start of the current step; it grows when a device hangs.
+        context_length: Context length in tokens.
+        vocab_size: Vocabulary size in tokens.
+        stats: Statistics of the engine.
     """
 
     boot: str
@@ -66,8 +66,8 @@ class EngineAPI(LitAPI):
     """Loads the engine in LitServe's worker process.
 
     Args:
-        folder: What `Engine.load` takes.
-        options: `Engine.load`'s other arguments.
+        folder: Folder for `Engine.load`.
+        options: Other arguments of `Engine.load`.
         spec: The routes.
     """
 
@@ -76,8 +76,8 @@ class EngineAPI(LitAPI):
         self.folder, self.options = folder, options
 
     def setup(self, device: str) -> None:
-        """In the worker: load, or say why not and end with code 2."""
-        signal.signal(signal.SIGINT, signal.SIG_IGN)    # a terminal sends Ctrl-C to every process; the main one ends us
+        """In the worker: load the model, or print the error and exit with code 2."""
+        signal.signal(signal.SIGINT, signal.SIG_IGN)    # Ctrl-C goes to all processes; the main one stops this
         from transformers.utils import logging
 
         logging.disable_progress_bar()
@@ -90,20 +90,20 @@ class EngineAPI(LitAPI):
             print(f"threads: {choice.count}, {choice.why} (--threads N sets it)", file=sys.stderr, flush=True)
 
     def predict(self, x: Any, **kwargs: Any) -> Any:
-        """Never called: `EngineLoop` drives the engine."""
+        """Unused: `EngineLoop` drives the engine."""
         raise AssertionError
 
     def authorize(self, request: Request) -> None:
-        """Delegates to the spec, which stays in the API process."""
+        """Delegate to the spec, which stays in the API process."""
         self.spec.authorize(request)
 
 
 class EngineLoop(LitLoop):
-    """Steps the engine while there is work, sleeps while there is none."""
+    """Steps the engine while there are requests, and sleeps otherwise."""
 
     def __call__(self, lit_api: Any, device: str, worker_id: int, request_queue: Any, transport: Any,
                  workers_setup_status: Any, callback_runner: Any) -> None:
-        """LitServe's entry in the worker; returns never."""
+        """LitServe's entry point in the worker; never returns."""
         self._parent = os.getppid()
         self._send = lambda message: transport.send(message, consumer_id=CONSUMER)
         self._engine: Engine = lit_api.engine
@@ -123,7 +123,7 @@ class EngineLoop(LitLoop):
                 self._send([_portable(event) for event in events])
 
     def _obey(self) -> list[Event]:
-        """Carry out all orders that have come; wait for one where there is nothing else to do."""
+        """Execute all received orders; wait for one if the engine is idle."""
         refused = []
         while not (self._orders.empty() and self._engine.has_work):
             order = self._orders.get()
@@ -134,13 +134,13 @@ class EngineLoop(LitLoop):
                 self._engine.add(order.request_id, order.prompt_ids, order.params)
             except InputError as error:
                 refused.append(Event(order.request_id, None, error=error))
-                break                               # say so now, even with nothing else to do
+                break                               # send the event now, even if the engine is idle
         return refused
 
     def _read(self, request_queue: Any) -> None:
-        """Drain the queue in a thread of its own: asking it costs 0.2 ms, which would slow every step."""
+        """Drain the queue in a separate thread: polling takes 0.2 ms, which would slow down every step."""
         while True:
-            # A get without an end would outlive a killed worker, inside the queue's process, and swallow an order.
+            # A get without a timeout would outlive a killed worker in the queue's process and take an order.
             with suppress(queue.Empty):
                 self._orders.put(request_queue.get(timeout=BEAT_SECONDS))
 
@@ -151,11 +151,11 @@ class EngineLoop(LitLoop):
             age = 0.0 if since is None else time.monotonic() - since
             self._send(Beat(boot, age, self._engine.context_length, self._engine.vocab_size, self._engine.stats))
             time.sleep(BEAT_SECONDS)
-        os._exit(1)                                 # the main process was killed: hold no memory for nobody
+        os._exit(1)                                 # the main process was killed: free the memory
 
 
 def _or_die(task: Any) -> None:
-    """Run a part of the worker; none of them goes on without the others, or without the queues' process."""
+    """Run a part of the worker; if one part or the queues' process fails, the whole worker exits."""
     try:
         task()
     except (EOFError, OSError):
@@ -168,7 +168,7 @@ def _or_die(task: Any) -> None:
 
 
 def _portable(event: Event) -> Event:
-    """The event with an exception that can be pickled."""
+    """The event, with its exception replaced by one that can be pickled."""
     if event.error is None or isinstance(event.error, InputError):
         return event
     return Event(event.request_id, None, error=RuntimeError(f"{type(event.error).__name__}: {event.error}"[:300]))

@@ -9,9 +9,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lit_llm.errors import InputError
 from lit_llm.models import anatomy
-from lit_llm.models.adapters.adapter import is_peft, learns_prompt, load_adapter, save_adapter, wrap_peft
+from lit_llm.models.adapters.adapter import has_virtual_tokens, is_peft, load_adapter, save_adapter, wrap_peft
 from lit_llm.models.adapters.merging import merge
-from lit_llm.models.adapters.peft_method import LoRA, learns_prompt_by, spec_of
+from lit_llm.models.adapters.peft_method import LoRA, adds_virtual_tokens, spec_of
 from lit_llm.models.adapters.trained_rows import chooses_rows, row_obstacle
 from lit_llm.models.load import load_causal_lm, save_causal_lm
 from tests.models import IDS, KINDS, disturb, logits
@@ -67,8 +67,8 @@ def test_any_peft_method(tiny_model, tmp_path, name):
     base = load_causal_lm(tiny_model("llama"))
     before = logits(base)
     model = wrap_peft(base, spec)
-    prompt = learns_prompt(model)
-    assert prompt == learns_prompt_by(spec) == (name in UNMERGED[:2])
+    prompt = has_virtual_tokens(model)
+    assert prompt == adds_virtual_tokens(spec) == (name in UNMERGED[:2])
     assert 0 < anatomy.count_parameters(model).trainable < anatomy.count_parameters(model).total
     if not prompt:
         assert (logits(model) - before).abs().max() < NEARLY.get(name, 1e-5)
@@ -197,24 +197,24 @@ def test_a_spec_that_chooses_rows_itself_is_left_alone(tiny_model, keys):
 
 def test_what_cannot_train_rows_says_why(tiny_model):
     base = load_causal_lm(tiny_model("llama"))
-    assert "LoHaConfig trains no single rows" in row_obstacle(base, {"class_path": "LoHaConfig"})
+    assert "LoHaConfig cannot train single rows" in row_obstacle(base, {"class_path": "LoHaConfig"})
     base.lm_head.bias = nn.Parameter(torch.zeros(320))
     assert "bias" in row_obstacle(base, LoRA().as_peft())
 
 
 @pytest.mark.parametrize(("spec", "said"), [
     ({"class_path": "LoarConfig"}, "Did you mean 'LoraConfig'?"),
-    ({"class_path": "peft.LoraConfig", "init_arg": {}}, "'init_arg' is not known"),
+    ({"class_path": "peft.LoraConfig", "init_arg": {}}, "'init_arg' is unknown"),
     ({"init_args": {"r": 3}}, "give class_path"),
-    ({"class_path": "peft.LoraModel"}, "not known"),
-    ({"class_path": "os.system"}, "not known"),
+    ({"class_path": "peft.LoraModel"}, "is unknown"),
+    ({"class_path": "os.system"}, "is unknown"),
     ({"class_path": "LoraConfig", "init_args": {"rank": 3}}, "LoraConfig has no key 'rank'"),
     ({"class_path": "LoraConfig", "init_args": {"lora_alhpa": 3}}, "Did you mean 'lora_alpha'?"),
-    ({"class_path": "LoraConfig", "init_args": {"target_modules": ["c_attn"]}}, "linear layers here: down_proj, "),
+    ({"class_path": "LoraConfig", "init_args": {"target_modules": ["c_attn"]}}, "its linear layers: down_proj, "),
     ({"class_path": "LoraConfig", "init_args": {"r": 0}}, "model.peft"),
     ({"class_path": "LoraConfig", "init_args": {"r": "many"}}, "model.peft"),
     ({"class_path": "PromptTuningConfig"}, "model.peft"),
-    ({"class_path": "XLoraConfig"}, "not known"),
+    ({"class_path": "XLoraConfig"}, "is unknown"),
     ({"class_path": "AdaLoraConfig"}, "total_step"),
 ])
 def test_a_wrong_adapter_is_a_user_error(tiny_model, spec, said):

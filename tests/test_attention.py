@@ -166,7 +166,7 @@ def test_dropout_is_drawn_in_training_only():
 def test_a_mask_or_no_borders_is_refused():
     states = torch.randn(1, 2, 4, 4)
     for mask, borders in ((torch.ones(1, 1, 4, 4), torch.tensor([0, 4])), (None, None)):
-        with pytest.raises(InputError, match="could not be kept apart"):
+        with pytest.raises(InputError, match="could not be isolated"):
             attention.lit_varlen(torch.nn.Identity(), states, states, states, mask, cu_seqlens=borders)
 
 

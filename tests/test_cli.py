@@ -158,7 +158,7 @@ def test_the_installed_command_is_the_module(tmp_path):
     (["--model.min_lr_share", "-1"], "model.min_lr_share"),
     (["--model.neftune_alpha", "-5"], "model.neftune_alpha"),
     ([*RANDOM, "{model_type: llama, hidden_size: 32, num_attention_heads: 4, num_key_value_heads: 3}"],
-     ["model.init", "3 key and value heads"]),
+     ["model.init", "3 key-value heads"]),
     (["--trainer.max_steps", "0"], "trainer.max_steps"),
     (["--trainer.max_epochs", "0"], "trainer.max_epochs"),
     (["--trainer.limit_train_batches", "0"], "trainer.limit_train_batches"),

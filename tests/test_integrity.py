@@ -182,7 +182,7 @@ def test_a_file_that_is_no_config_is_refused(run, text):
     assert_refused_by_all(["adapter_config.json"])
 
 
-@pytest.mark.parametrize("damage", ["cut", "empty", "other shapes", "nan", "bin"])
+@pytest.mark.parametrize("damage", ["cut", "empty", "shapes of its weights do not match", "nan", "bin"])
 def test_foreign_weights(run, damage):
     run()
     file = Path("adapter/adapter_model.safetensors")
@@ -190,10 +190,10 @@ def test_foreign_weights(run, damage):
         cut(file)
     elif damage == "empty":
         file.write_bytes(b"")
-    elif damage in ("other shapes", "nan"):
+    elif damage in ("shapes of its weights do not match", "nan"):
         from safetensors.torch import load_file, save_file
 
-        save_file({name: torch.zeros(3, 3) if damage == "other shapes" else torch.full_like(weight, torch.nan)
+        save_file({name: torch.zeros(3, 3) if damage == "shapes of its weights do not match" else torch.full_like(weight, torch.nan)
                    for name, weight in load_file(file).items()}, file)
     else:
         torch.save({}, file.with_suffix(".bin"))

@@ -193,7 +193,7 @@ def test_adapters_on_a_tied_matrix_are_explained(bases, caplog):
         warnings.filterwarnings("error", message=".*tie_word_embeddings")
         model, _ = trained(bases["tied"], spec_of("LoraConfig", bases["tied"], "embedding"))
         merge(model)
-        assert "adapters are on the embedding: the export will hold two matrices" in caplog.text
+        assert "adapters are on the embedding: the export will have two matrices" in caplog.text
         caplog.clear()
         trained(bases["tied"], spec_of("LoraConfig", bases["tied"], "layers", trainable_token_indices=[3, 7]))
     assert not caplog.text
@@ -204,7 +204,7 @@ def test_an_adapter_s_file_must_hold_what_its_config_names(bases, tmp_path):
     exported(bases["tied"], model, tmp_path)
     file = tmp_path / "adapter" / "adapter_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"target_modules": ["q_proj", "lm_head"]}))
-    with pytest.raises(InputError, match="lacks weights that its config names"):
+    with pytest.raises(InputError, match="weights that its config names are missing"):
         load_adapter(load_causal_lm(str(bases["tied"])), tmp_path / "adapter")
 
 

@@ -111,7 +111,7 @@ def broken(folder, how):
         state = load_file(weights)
         del state["model.layers.1.mlp.up_proj.weight"]
         save_file(state, weights, metadata={"format": "pt"})
-    elif how == "other shapes":
+    elif how == "shapes of its weights do not match":
         (folder / "config.json").write_text(json.dumps(config | {"intermediate_size": 72}))
     elif how == "impossible config":
         (folder / "config.json").write_text(json.dumps(config | {"hidden_size": "wide"}))
@@ -119,7 +119,7 @@ def broken(folder, how):
 
 @pytest.mark.parametrize("how", [
     "gone", "no config", "config is no JSON", "unknown architecture", "code of its own", "no weights", "pickled weights",
-    "cut weights", "empty weights", "a tensor is missing", "other shapes", "impossible config"])
+    "cut weights", "empty weights", "a tensor is missing", "shapes of its weights do not match", "impossible config"])
 def test_a_broken_folder_is_a_user_error(tiny_model, tmp_path, how):
     folder = tmp_path / "model"
     shutil.copytree(tiny_model("llama"), folder)

@@ -1,1 +1,1 @@
-"""Weights to words."""
+"""Generate text from trained models: engine, chat and export."""

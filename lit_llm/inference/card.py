@@ -1,4 +1,4 @@
-"""The model card of an export: where the model comes from, what it was trained on, what was measured, how to use it."""
+"""Write the model card of an export: base model, training data, metrics and usage."""
 
 import re
 from pathlib import Path
@@ -14,7 +14,7 @@ def card(run: Path, facts: dict[str, Any], name: str) -> str:
 
     Args:
         run: The run folder.
-        facts: The checkpoint's manifest, with the figures that were measured of it.
+        facts: The checkpoint's manifest, with its metrics.
         name: The checkpoint's folder.
     """
     config = read_values(run / "config.yaml")
@@ -38,7 +38,7 @@ def card(run: Path, facts: dict[str, Any], name: str) -> str:
 
 
 def measured(run: Path, facts: dict[str, Any]) -> dict[str, float]:
-    """Figures of a checkpoint on its run's own data, and of the model before training; empty if none were measured.
+    """Metrics of a checkpoint on its run's data and of the model before training; empty if not measured.
 
     Args:
         run: The run folder.
@@ -54,22 +54,22 @@ def measured(run: Path, facts: dict[str, Any]) -> dict[str, float]:
 
 def _table(figures: list[str], name: str) -> list[str]:
     if not figures:
-        return ["This checkpoint was not measured.", ""]
-    return [f"## Measured of {name}", "", "| metric | value |", "|---|---|", *figures, ""]
+        return ["No metrics were measured for this checkpoint.", ""]
+    return [f"## Metrics of {name}", "", "| metric | value |", "|---|---|", *figures, ""]
 
 
 def _public(path: Any) -> str:
-    """A path as it is told to others: of this machine's folders the last name only."""
+    """A path for publication: only the last name of local folders."""
     return Path(str(path)).name if Path(str(path)).is_absolute() else str(path)
 
 
 def read_values(file: Path) -> dict[str, Any]:
-    """The mapping in a YAML or JSON file; empty where there is no such file."""
+    """The mapping in a YAML or JSON file; empty if the file does not exist."""
     if not file.is_file():
         return {}
     return yaml.safe_load(file.read_text(encoding="utf-8")) or {}     # JSON is YAML
 
 
 def _plain(text: Any) -> str:
-    """Config text in Markdown: no markup of its own."""
+    """Config text with Markdown escaped."""
     return re.sub(r"([\\`*_\[\]<>|])", r"\\\1", str(text)).replace("\n", " ")

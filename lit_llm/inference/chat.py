@@ -1,7 +1,4 @@
-"""Lines of a person in, answers on the terminal as they come; the conversation is kept until it fills the context.
-
-The `chat` verb.
-"""
+"""The `chat` command: answer lines of a user in the terminal, and keep the conversation within the context."""
 
 import sys
 from collections.abc import Iterator, Mapping
@@ -34,35 +31,35 @@ def chat(
     template_args: dict[str, bool | int | float | str | list[str] | None] | None = None,
     threads: int | Literal["auto"] = "auto",
 ) -> None:
-    """Talk to a model in the terminal.
+    """Chat with a model in the terminal.
 
-    Answers are streamed. `exit`, `quit`, `退出` or Ctrl-D leave, Ctrl-C stops an answer, `/reset` forgets the
-    conversation. Lines piped in are answered one by one, and only the answers are printed.
+    Answers are streamed. `exit`, `quit`, `退出` or Ctrl-D quit, Ctrl-C stops an answer, `/reset` clears the
+    conversation. Piped lines are answered one by one, and only the answers are printed.
 
     Args:
-        model: A run's folder (its export/ is taken), or any folder that transformers loads.
-        prompt: Answer this once and leave.
-        system: A system message to begin every conversation with.
-        max_tokens: New tokens of an answer at most; null takes what the context leaves.
-        temperature: 0 always takes the likeliest token, so an answer can be repeated; 0.7 is livelier, 1 is the model
-            as trained.
-        top_p: Keep the likeliest tokens whose probabilities reach this sum; 1 keeps all.
-        top_k: Keep this many likeliest tokens; 0 keeps all.
+        model: A run folder (its export/ is used), or any folder that transformers loads.
+        prompt: Answer this prompt and exit.
+        system: System message at the start of every conversation.
+        max_tokens: Maximum number of new tokens per answer; null uses the remaining context.
+        temperature: 0 always picks the most likely token, so answers are reproducible; 0.7 gives more variety, 1
+            samples from the model's own distribution.
+        top_p: Sample from the most likely tokens whose probabilities sum to this value; 1 keeps all.
+        top_k: Sample from this many most likely tokens; 0 keeps all.
         stop: An answer ends before the first of these strings.
-        seed: Makes answers at temperatures above 0 repeatable; null draws freely.
-        adapter: A PEFT adapter's folder to put on the model.
-        device: `auto` takes the GPU where there is one; or cpu, cuda, mps.
-        dtype: `auto` takes the checkpoint's own; or float32, bfloat16, float16.
-        template_args: Values of the chat template's variables, such as `{enable_thinking: true}`; null takes those that
-            the model was trained with.
-        threads: Of a CPU. `auto` measures at the start which number is fastest; on busy cores it is often 1.
+        seed: Makes answers at temperatures above 0 reproducible; null uses a random seed.
+        adapter: Folder of a PEFT adapter to apply to the model.
+        device: `auto` uses the GPU if there is one; or cpu, cuda, mps.
+        dtype: `auto` uses the checkpoint's dtype; or float32, bfloat16, float16.
+        template_args: Values of the chat template's variables, such as `{enable_thinking: true}`; null uses those of
+            the training.
+        threads: Number of CPU threads. `auto` measures at start which number is fastest; on busy cores often 1.
 
     Raises:
-        InputError: No such folder, no model in it, or a setting out of its range.
+        InputError: No such folder, no model in it, or a value out of its range.
     """
     params = SamplingParams(max_tokens, temperature, top_p, top_k, tuple(stop or ()), seed)
     folder = model_folder(model)
-    _hush()
+    _disable_progress_bars()
     engine = TextEngine.load(folder, device=device, dtype=dtype, adapter=adapter, threads=threads)
     if engine.tokenizer.note:
         _note(engine.tokenizer.note)
@@ -83,12 +80,12 @@ def chat(
 
 
 class Session:
-    """A conversation with a model, trimmed from its oldest end when the context is full.
+    """A conversation with a model; the oldest messages are dropped when the context is full.
 
     Args:
-        engine: Who answers.
-        params: How.
-        system: Stays at the beginning whatever is trimmed.
+        engine: Generates the answers.
+        params: Sampling parameters.
+        system: System message, which is never dropped.
         template_args: Values of the chat template's variables.
     """
 
@@ -99,28 +96,28 @@ class Session:
         self.messages: tuple[Message, ...] = ()
 
     def reset(self) -> None:
-        """Forget all but the system message."""
+        """Clear all messages except the system message."""
         self.messages = ()
 
     def ask(self, text: str) -> Iterator[str]:
-        """The answer in pieces. What has come when the iterator is closed is remembered as the answer.
+        """Stream the answer. If the iterator is closed early, the text so far is stored as the answer.
 
         Raises:
-            InputError: The message alone does not fit into the context.
+            InputError: The message itself does not fit into the context.
         """
-        before, said = self.messages, ""
+        before, answer = self.messages, ""
         self.messages = (*before, Message("user", text))
         try:
             ids = self._fit()
             for piece in self.engine.stream(ids, self.params):
-                said += piece.text
+                answer += piece.text
                 yield piece.text
         finally:
-            # A turn without an answer never happened: templates and training know none.
-            self.messages = (*self.messages, Message("assistant", said)) if said else before
+            # A turn without an answer is dropped: neither templates nor training have such turns.
+            self.messages = (*self.messages, Message("assistant", answer)) if answer else before
 
     def _fit(self) -> list[int]:
-        """Prompt ids, after forgetting the oldest turns where prompt and answer would not fit."""
+        """Prompt ids, after dropping the oldest turns if prompt and answer would not fit."""
         context = self.engine.engine.context_length
         reserve = self.params.max_tokens or context // 4
         forgotten = 0
@@ -130,7 +127,7 @@ class Session:
                 break
             self.messages, forgotten = self.messages[2:], forgotten + 2
         if forgotten:
-            _note(f"the context of {context} tokens is full: the oldest {forgotten} messages are forgotten")
+            _note(f"the context of {context} tokens is full: the oldest {forgotten} messages were dropped")
         budget(len(ids), self.params, context)
         return ids
 
@@ -138,18 +135,18 @@ class Session:
 # ---- the terminal ----------------------------------------------------------------------------------------------------
 
 def _converse(session: Session, folder: str) -> None:
-    """With a person at the keyboard."""
+    """Interactive loop in a terminal."""
     import contextlib
 
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  (line editing and history for input())
-    _note(f"{folder}: {session.engine.engine.context_length} tokens of context. exit, quit, 退出 or Ctrl-D leaves, "
-          "Ctrl-C stops an answer, /reset forgets.")
+    _note(f"{folder}: context of {session.engine.engine.context_length} tokens. exit, quit, 退出 or Ctrl-D quits, "
+          "Ctrl-C stops an answer, /reset clears the conversation.")
     while True:
         try:
             line = _clean(input("you> ")).strip()
         except KeyboardInterrupt:
-            print("\n(exit or Ctrl-D leaves)")
+            print("\n(exit or Ctrl-D quits)")
             continue
         except EOFError:
             print()
@@ -164,7 +161,7 @@ def _converse(session: Session, folder: str) -> None:
 
 
 def _answer_lines(session: Session) -> None:
-    """With another program, or a file, on stdin."""
+    """Loop for lines from a pipe or a file."""
     for raw in sys.stdin:
         line = _clean(raw).strip()
         if line in EXIT_WORDS:
@@ -176,7 +173,7 @@ def _answer_lines(session: Session) -> None:
 
 
 def _answer(session: Session, line: str, *, terminal: bool) -> None:
-    """One turn; a message that cannot be answered does not end the program."""
+    """Answer one message; an error is printed and does not end the program."""
     try:
         _show(session.ask(line), terminal=terminal)
     except InputError as error:
@@ -184,7 +181,7 @@ def _answer(session: Session, line: str, *, terminal: bool) -> None:
 
 
 def _show(pieces: Iterator[str], *, terminal: bool) -> None:
-    """Print pieces as they come; at a terminal, Ctrl-C ends the answer and not the program."""
+    """Print pieces as they arrive; in a terminal, Ctrl-C stops the answer but not the program."""
     try:
         for piece in pieces:
             # Control characters in an answer could rewrite the screen.
@@ -198,17 +195,17 @@ def _show(pieces: Iterator[str], *, terminal: bool) -> None:
 
 
 def _note(text: str) -> None:
-    """For the person, not for the program that reads the answers."""
+    """Print a note to stderr, so that piped output has answers only."""
     print(text, file=sys.stderr, flush=True)
 
 
 def _clean(text: str) -> str:
-    """Bytes that are no UTF-8 come in as surrogates, which no tokenizer takes."""
+    """Replace surrogates, which stand for bytes that are not UTF-8 and which tokenizers refuse."""
     return text.encode("utf-8", "replace").decode("utf-8")
 
 
-def _hush() -> None:
-    """No progress bars between question and answer."""
+def _disable_progress_bars() -> None:
+    """Disable progress bars and library logs."""
     from transformers.utils import logging
 
     logging.disable_progress_bar()

@@ -1,7 +1,7 @@
 """Generate tokens for several requests, one token per request and step.
 
-Knows neither text nor HTTP. Whoever serves requests drives `step`; requests interleave, and each is computed alone, so
-its tokens are those of `model.generate` for its prompt.
+The engine works on token ids. Its caller drives `step`; requests are interleaved but computed separately, so the tokens
+of a request are those of `model.generate` for its prompt.
 """
 
 import json
@@ -28,10 +28,10 @@ class Event:
     """One step of one request: a token, or the error that ended it.
 
     Args:
-        request_id: Whose.
-        token_id: The token drawn; the stop token too. None only beside an error.
-        finish_reason: None while there is more to come.
-        error: What went wrong with this request alone; it is already gone from the engine.
+        request_id: The request.
+        token_id: The generated token, possibly the stop token; None only with an error.
+        finish_reason: None while generation continues.
+        error: An error of this request only, which the engine has already removed.
     """
 
     request_id: str
@@ -51,10 +51,10 @@ class EngineStats:
 
 
 def budget(prompt_tokens: int, params: SamplingParams, context_length: int) -> int:
-    """New tokens that a request may have.
+    """Maximum number of new tokens of a request.
 
     Raises:
-        InputError: The prompt and `max_tokens` do not fit into the context; it names both numbers.
+        InputError: The prompt and `max_tokens` do not fit into the context; the error names both numbers.
     """
     room = context_length - prompt_tokens
     if room < 1:
@@ -69,7 +69,7 @@ def budget(prompt_tokens: int, params: SamplingParams, context_length: int) -> i
 
 @dataclass(slots=True)
 class _Request:
-    """A request's whole state: what is read next, all that it has so far, and how many tokens are left."""
+    """State of a request: pending input, all tokens so far, and the remaining number of tokens."""
 
     pending_ids: list[int]
     all_ids: list[int]
@@ -80,15 +80,15 @@ class _Request:
 
 
 class Engine:
-    """The plain engine: a key-value cache for each request, all of them advanced in turn, one token per step.
+    """A simple engine: one key-value cache per request; all requests advance in turn, one token per step.
 
-    Exact before fast: nothing is padded or batched across requests, so no request can change another's numbers. A
-    server uses only `add`, `cancel`, `step`, `has_work`, `stats` and the two sizes; another backend offers the same.
+    It favours exactness over speed: nothing is padded or batched across requests, so no request can change the results
+    of another. A server uses only `add`, `cancel`, `step`, `has_work`, `stats` and the two sizes.
 
     Args:
         model: A transformers causal LM in eval mode, with an attention that reads a cache (`sdpa`, `eager`, ...).
-        stop_ids: Tokens that end an answer, besides the model's own `generation_config.eos_token_id`.
-        max_running: Requests computed at a time; the others wait in order of arrival.
+        stop_ids: Tokens that end an answer, in addition to the model's own `generation_config.eos_token_id`.
+        max_running: Requests computed concurrently; others wait in order of arrival.
     """
 
     def __init__(self, model: Any, *, stop_ids: Sequence[int] = (), max_running: int = 8) -> None:
@@ -99,31 +99,31 @@ class Engine:
         self.vocab_size = int(config.vocab_size)
         self._waiting: deque[tuple[str, _Request]] = deque()
         self._running: dict[str, _Request] = {}
-        self._reads_cache: bool | None = None           # tried with the first request
+        self._reads_cache: bool | None = None           # determined at the first request
         self._prompt_tokens = self._generated_tokens = 0
-        self.threads: Choice | None = None          # of a CPU, where `load` chose them
+        self.threads: Choice | None = None          # CPU threads, if `load` chose them
 
     @classmethod
     def load(cls, folder: str | Path, *, device: str = "auto", dtype: str = "auto", adapter: str | Path | None = None,
              stop_ids: Sequence[int] = (), max_running: int = 8, threads: int | str = "auto") -> "Engine":
-        """An engine on a folder that transformers can load.
+        """Load an engine from a folder that transformers can load.
 
         Args:
-            folder: An export, or a PEFT adapter's folder (its base is loaded and the adapter merged into it).
-            device: `auto` takes the GPU where there is one.
-            dtype: `auto` takes the checkpoint's own.
-            adapter: A PEFT adapter's folder to merge into the model.
+            folder: An export, or a PEFT adapter folder (the adapter is merged into its base).
+            device: `auto` uses the GPU if there is one.
+            dtype: `auto` uses the checkpoint's dtype.
+            adapter: Folder of a PEFT adapter to merge into the model.
             stop_ids: As in `Engine`.
             max_running: As in `Engine`.
-            threads: Of a CPU; auto measures with which number a forward is fastest (see `threads.py`).
+            threads: CPU threads; auto measures which number gives the fastest forward pass (see `threads.py`).
 
         Raises:
-            InputError: No such folder, or it holds no loadable model; or no such number of threads.
+            InputError: No such folder, no loadable model in it, or an invalid number of threads.
         """
         from lit_llm.system.threads import number, settle
 
         if threads != "auto":
-            number(threads)                         # before the weights, which take longer
+            number(threads)                         # first, because the weights take longer
         loaded = _load(str(folder), device, dtype, adapter)
         engine = cls(loaded, stop_ids=stop_ids, max_running=max_running)
         if loaded.device.type == "cpu":
@@ -131,17 +131,17 @@ class Engine:
         return engine
 
     def add(self, request_id: str, prompt_ids: Sequence[int], params: SamplingParams) -> None:
-        """Queue a request; everything that could fail later for its values fails here.
+        """Queue a request; invalid values are refused here, not in a later step.
 
         Raises:
-            InputError: An empty prompt, an id outside the vocabulary, or more tokens than the context holds.
+            InputError: An empty prompt, an id outside the vocabulary, or more tokens than the context has.
         """
         import torch
 
         assert request_id not in self._running, "request ids are used once"
         prompt = [int(id_) for id_ in prompt_ids]
         if not prompt:
-            raise InputError("the prompt has no tokens", where="prompt")
+            raise InputError("the prompt is empty", where="prompt")
         if not 0 <= min(prompt) <= max(prompt) < self.vocab_size:
             raise InputError(f"token ids must be from 0 to {self.vocab_size - 1}", where="prompt")
         left = budget(len(prompt), params, self.context_length)
@@ -151,13 +151,13 @@ class Engine:
         self._waiting.append((request_id, _Request(prompt, list(prompt), left, params, generator)))
 
     def cancel(self, request_id: str) -> bool:
-        """Forget a request and free its cache; false if it is not there. No event follows."""
+        """Remove a request and free its cache; false if it is unknown. No event follows."""
         before = len(self._waiting)
         self._waiting = deque(item for item in self._waiting if item[0] != request_id)
         return self._running.pop(request_id, None) is not None or len(self._waiting) < before
 
     def step(self) -> list[Event]:
-        """Advance every running request by one token; a new one reads its whole prompt in its first step."""
+        """Advance every running request by one token; the first step of a request reads its whole prompt."""
         while self._waiting and len(self._running) < self.max_running:
             request_id, request = self._waiting.popleft()
             self._running[request_id] = request
@@ -170,13 +170,13 @@ class Engine:
 
     @property
     def stats(self) -> EngineStats:
-        """Counts of now and since the start."""
+        """Current and total counts."""
         return EngineStats(len(self._running), len(self._waiting), self._prompt_tokens, self._generated_tokens)
 
     def _advance(self, request_id: str, request: _Request) -> Event:
         try:
             token_id = self._forward(request)
-        except Exception as error:                  # out of memory, logits that are not numbers: this request's alone
+        except Exception as error:                  # out of memory, non-finite logits: fails only this request
             self._running.pop(request_id)
             return Event(request_id, None, error=error)
         request.left -= 1
@@ -187,11 +187,11 @@ class Engine:
         return Event(request_id, token_id, reason)
 
     def _forward(self, request: _Request) -> int:
-        """Read what is pending, draw one token, make it pending."""
+        """Read the pending tokens and sample the next token, which becomes pending."""
         import torch
         from transformers import DynamicCache
 
-        # no_grad, not inference_mode: a model in training may keep tensors that this forward makes (rotary tables).
+        # no_grad, not inference_mode: a model in training may keep tensors of this forward pass (rotary tables).
         with torch.no_grad():
             if self._reads_cache is None:
                 self._reads_cache = _reads_cache(self.model, request.all_ids)
@@ -210,10 +210,10 @@ class Engine:
 
 
 def _reads_cache(model: Any, prompt: list[int]) -> bool:
-    """Whether a token behind a cache has the logits that it has behind the tokens themselves.
+    """Whether a token after a cache has the same logits as after the tokens themselves.
 
-    Architectures that keep another state (Mamba, RWKV) take the argument and leave it unread: each token would be
-    answered as if it were the first. All tokens are read anew for each one then, which is slow and right.
+    Architectures that keep another state (Mamba, RWKV) accept the argument but ignore it: each token would be
+    processed as if it were the first. For them all tokens are read again for each new token, which is slow but correct.
     """
     import torch
     from transformers import DynamicCache
@@ -224,7 +224,7 @@ def _reads_cache(model: Any, prompt: list[int]) -> bool:
         cache = DynamicCache(config=model.config)
         model(input_ids=ids[:, :-1], past_key_values=cache, use_cache=True, logits_to_keep=1)
         have = model(input_ids=ids[:, -1:], past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
-    except Exception:                                   # an argument that it does not know
+    except Exception:                                   # an argument that it does not accept
         return False
     return bool((have.float() - want).norm() <= 0.1 * want.norm())
 
@@ -232,10 +232,10 @@ def _reads_cache(model: Any, prompt: list[int]) -> bool:
 # ---- loading ---------------------------------------------------------------------------------------------------------
 
 def model_folder(model: str) -> str:
-    """Where the weights lie: a run's export, a folder as it is, or a hub id as it is.
+    """The folder of the weights: a run's export, or a folder or hub id unchanged.
 
     Raises:
-        InputError: No such folder, or nothing in it that could be loaded.
+        InputError: No such folder, or nothing loadable in it.
     """
     folder = names.path_of(model)
     if not folder.is_dir():
@@ -251,23 +251,23 @@ def model_folder(model: str) -> str:
 
 
 def _adapter_base(folder: str) -> str | None:
-    """The base that a PEFT adapter's folder names; None where the folder is no adapter."""
+    """The base that a PEFT adapter folder names; None if the folder is not an adapter."""
     file = Path(folder, "adapter_config.json")
     if not file.is_file() or Path(folder, "config.json").is_file():
         return None
     try:
         facts = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"it is no JSON: {str(error)[:120]}", where=str(file)) from None
+        raise InputError(f"it is not valid JSON: {str(error)[:120]}", where=str(file)) from None
     base = facts.get("base_model_name_or_path") if isinstance(facts, dict) else None
     if not base or not isinstance(base, str):
-        raise InputError("it names no base", where=str(file), fix="set base_model_name_or_path, or give the base as "
-                         "--model and this folder as --adapter")
+        raise InputError("it does not name a base", where=str(file), fix="set base_model_name_or_path, or give the "
+                         "base as --model and this folder as --adapter")
     return base
 
 
 def _trained_on(adapter: str | Path) -> dict[str, Any]:
-    """What the manifest beside a checkpoint's adapter says of it; empty where there is none."""
+    """The manifest of the checkpoint that an adapter belongs to; empty if there is none."""
     try:
         facts = json.loads((Path(adapter).absolute().parent / "manifest.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -276,17 +276,17 @@ def _trained_on(adapter: str | Path) -> dict[str, Any]:
 
 
 def tokenizer_folder(folder: str, adapter: str | Path | None = None) -> str:
-    """Where a model's tokenizer lies: with the adapter, in the run that made it, with the model, or with its base."""
+    """The folder of a model's tokenizer: of the adapter, of its run, of the model, or of its base."""
     for place in [Path(given).resolve() for given in (adapter, folder) if given]:
         run = place.parent.parent.parent            # of RUN/checkpoints/step_N/adapter
         trained = [run / "tokenizer"] if (place / "adapter_config.json").is_file() else []
-        if found := next((home for home in [place, *trained] if (home / "tokenizer.json").is_file()), None):
-            return str(found)
+        if tokenizer_home := next((home for home in [place, *trained] if (home / "tokenizer.json").is_file()), None):
+            return str(tokenizer_home)
     return _adapter_base(folder) or folder
 
 
 def _load(folder: str, device: str, dtype: str, adapter: str | Path | None) -> Any:
-    """A model with its adapter merged, on its device, in eval mode."""
+    """Load a model with its adapter merged, on its device, in eval mode."""
     import torch
     from safetensors import SafetensorError
 
@@ -305,7 +305,7 @@ def _load(folder: str, device: str, dtype: str, adapter: str | Path | None) -> A
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"{device} cannot be used: {str(error).splitlines()[0][:160]}", where="device",
-                         fix="leave it out: auto takes what is there") from None
+                         fix="leave it out: auto selects an available device") from None
     kind = stored_dtype(folder) if dtype == "auto" else getattr(torch, dtype, None)
     if not isinstance(kind, torch.dtype):
         raise InputError(f"unknown dtype '{dtype}'; use auto, float32 or bfloat16", where="dtype")
@@ -328,7 +328,7 @@ def _load(folder: str, device: str, dtype: str, adapter: str | Path | None) -> A
 
 
 def _forward_alone(model: Any) -> None:
-    """What a step of one request costs, nearly: a token, without a cache."""
+    """A forward pass of one token without a cache, whose cost is close to that of a step."""
     import torch
 
     with torch.no_grad():

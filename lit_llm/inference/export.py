@@ -1,6 +1,6 @@
 """Export a finished run as a folder for transformers: merged weights, tokenizer, template, stop ids and model card.
 
-Reads what the run left on disk, so it works after any strategy, also on another machine.
+It reads only files of the run, so it works after any strategy and on another machine.
 """
 
 import logging
@@ -24,22 +24,22 @@ Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 def export(run: str, checkpoint: str = "best", out: str | None = None, dtype: Dtype = "auto",
            base: str | None = None) -> Path:
-    """Write a run's model as a folder that transformers loads as it stands.
+    """Write a run's model as a folder that transformers loads without changes.
 
     Args:
-        run: The run folder, e.g. runs/sft.
-        checkpoint: `best` by the monitored metric (the newest where none was measured), `last`, or a folder's name such
-            as step_40.
-        out: Where to write; null is `export` in the run folder. A model's folder that is there is replaced as a whole.
-        dtype: Of the written weights; `auto` keeps the base's for adapters, the trained ones' otherwise.
-        base: Where the base of adapters lies now, if it was moved; another base than the run's is refused.
+        run: Run folder, e.g. runs/sft.
+        checkpoint: `best` by the monitored metric (the newest if none was measured), `last`, or a folder name such as
+            step_40.
+        out: Output folder; null is `export` in the run folder. An existing model folder is replaced.
+        dtype: Dtype of the written weights; `auto` keeps that of the base for adapters, else that of training.
+        base: Folder of the adapters' base model, if it was moved; a different model is refused.
 
     Returns:
-        The folder. It holds `check.json`, which whoever loads it compares with what it gives.
+        The folder. Its `check.json` is verified whenever the folder is loaded.
 
     Raises:
-        InputError: No such run or checkpoint, or the folder, reloaded, is not the model that was trained, or
-            cannot be written, or another process writes it; what stood there before stays.
+        InputError: No such run or checkpoint, the reloaded folder differs from the trained model, the folder cannot be
+            written, or another process is writing it; an earlier export is kept.
     """
     folder = checkpoint_folder(Path(run), checkpoint)
     facts = integrity.read(folder)
@@ -47,11 +47,11 @@ def export(run: str, checkpoint: str = "best", out: str | None = None, dtype: Dt
     if (folder / "adapter").is_dir():
         base = origin.found(str(facts["base"]), facts.get("base_hash"), Path(run), base)
     elif base is not None:
-        raise InputError(f"{ranges.shown(base)} would change nothing: this run trained every weight and needs no base",
+        raise InputError(f"{ranges.shown(base)} has no effect: this run trained all weights and needs no base",
                          where="base", fix="leave --base out")
     target = _target(Path(run), out, base) if out else Path(run) / "export"
     lock = Lock()
-    with suppress(OSError):                         # what cannot be written is said below, with the room that is left
+    with suppress(OSError):                         # errors of writing are reported below, with the free space
         target.parent.mkdir(parents=True, exist_ok=True)
         refusal = lock.take(target.with_name(f".{target.name}.lock"), "out", target)
         if isinstance(refusal, HeldError):
@@ -63,7 +63,7 @@ def export(run: str, checkpoint: str = "best", out: str | None = None, dtype: Dt
 
 
 def _exported(run: Path, folder: Path, facts: dict[str, Any], target: Path, dtype: Dtype, base: str | None) -> Path:
-    """Merge a checkpoint, write it, reload it, and put it in the place of an earlier export."""
+    """Merge a checkpoint, write it, verify it, and replace an earlier export."""
     import torch
 
     from lit_llm.models import load as model
@@ -79,8 +79,8 @@ def _exported(run: Path, folder: Path, facts: dict[str, Any], target: Path, dtyp
         exact: Any = model.load_causal_lm(base)
         if quantize := (read_values(run / "config.yaml").get("model") or {}).get("quantize"):
             drift = quantization_drift(exact, quantize)
-            log.warning("trained on a base in 4 bits, merged into the exact one: linear weights differ by %.1f %% of "
-                        "their norm; measure the export anew", 100 * drift)
+            log.warning("trained on a base in 4 bits, merged into the exact base: linear weights differ by %.1f %% of "
+                        "their norm; evaluate the export", 100 * drift)
         trained: Any = starting.load(exact, folder / "adapter")
         del exact
     else:
@@ -90,7 +90,7 @@ def _exported(run: Path, folder: Path, facts: dict[str, Any], target: Path, dtyp
     rows = check.reference_rows(tokenizer, check.vocabulary(trained))
     before = reloaded = check.scores(trained, rows)
     if not all(map(math.isfinite, before)):
-        raise InputError("the model gives no finite number for a text, so its training diverged; nothing was exported",
+        raise InputError("the model's loss is not finite, so the training diverged; nothing was exported",
                          where=str(folder), fix="export an earlier checkpoint (--checkpoint step_N), or train again "
                          "with a lower model.lr")
     if quantize:
@@ -108,7 +108,7 @@ def _exported(run: Path, folder: Path, facts: dict[str, Any], target: Path, dtyp
         model.save_causal_lm(merged, partial, stop_ids=tokenizer.stop_ids, pad_id=tokenizer.pad_id, dtype=wanted)
         tokenizer.save(partial)
         (partial / "README.md").write_text(card(run, facts, folder.name), encoding="utf-8")
-        del trained, merged                         # one model in memory at a time
+        del trained, merged                         # only one model in memory at a time
         written = model.load_causal_lm(str(partial), dtype=wanted or torch.float32)
         check.check_export(partial, Tokenizer.load(str(partial)), rows, before, written, quantize=quantize)
         disk.replace_folder(partial, target)
@@ -123,7 +123,7 @@ def _exported(run: Path, folder: Path, facts: dict[str, Any], target: Path, dtyp
 
 
 def _target(run: Path, out: str, base: str | None) -> Path:
-    """Where a user wants it: a new folder, an empty one, or one that holds a model, but neither a run nor the base."""
+    """The user's output folder: new, empty, or an earlier export, but neither a run nor the base."""
     target = Path(out).expanduser().resolve()
     empty = not target.exists() or (target.is_dir() and not any(target.iterdir()))
     model = (target / "config.json").is_file() and not (target / "checkpoints").exists()
@@ -131,31 +131,31 @@ def _target(run: Path, out: str, base: str | None) -> Path:
     if base is not None:
         needed.append(names.path_of(base).resolve())
     if target in needed or not (empty or model):
-        raise InputError(f"{target} holds something else than an export, and would be replaced", where="out",
-                         fix="name a new folder")
+        raise InputError(f"{target} is not an export and would be replaced", where="out",
+                         fix="choose a new folder")
     return target
 
 
-def checkpoint_folder(run: Path, wanted: str) -> Path:
+def checkpoint_folder(run: Path, checkpoint: str) -> Path:
     """A complete checkpoint folder of the run.
 
     Args:
         run: The run folder.
-        wanted: `best`, `last`, or the folder's name.
+        checkpoint: `best`, `last`, or the folder's name.
 
     Raises:
-        InputError: There is none; it names those that there are.
+        InputError: There is none; the error lists the existing ones.
     """
     folders = run / "checkpoints"
     if not folders.is_dir():
-        raise InputError(f"{run} has no checkpoints folder, so it is no run", where="run",
+        raise InputError(f"{run} has no checkpoints folder, so it is not a run", where="run",
                          fix="give a folder that fit wrote, such as runs/sft")
-    name = wanted
-    if wanted in ("best", "last"):
-        pointers = [folders / file for file in (("BEST", "LATEST") if wanted == "best" else ("LATEST",))]
+    name = checkpoint
+    if checkpoint in ("best", "last"):
+        pointers = [folders / file for file in (("BEST", "LATEST") if checkpoint == "best" else ("LATEST",))]
         pointer = next((file for file in pointers if file.is_file()), None)
         if pointer is None:
-            raise InputError(f"{run} holds no complete checkpoint", where="run")
+            raise InputError(f"{run} has no complete checkpoint", where="run")
         name = pointer.read_text(encoding="utf-8").strip()
     if not (folders / name / integrity.NAME).is_file():
         has = ", ".join(sorted(path.name for path in folders.glob("step_*"))) or "none"

@@ -1,7 +1,7 @@
 """Choose the next token ids from logits.
 
-Pure functions and one frozen value. Stop strings are only carried here, and applied where there is text
-(`completion.Detokenizer`).Suffixes: B requests, V vocabulary.
+Stop strings are only stored here; `completion.Detokenizer` applies them to the text. Suffixes of names: B requests, V
+vocabulary.
 """
 
 import math
@@ -21,15 +21,15 @@ MAX_STOP_CHARS = 256
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """How one answer is drawn. Checked when made, so an engine never meets a value that it cannot use.
+    """Sampling settings of one answer, validated on construction.
 
     Args:
-        max_tokens: New tokens at most, the stop token included; null takes what the context leaves.
-        temperature: Divides the logits; 0 always takes the likeliest token (greedy), 1 is the model as trained.
-        top_p: Keep the likeliest tokens whose probabilities reach this sum (arXiv:1904.09751); 1 keeps all.
-        top_k: Keep this many likeliest tokens; 0 keeps all.
-        stop: The answer ends before the first of these strings, which is not shown.
-        seed: The same seed, prompt and settings give the same tokens, alone or among others; null draws freely.
+        max_tokens: Maximum number of new tokens, including the stop token; null uses the remaining context.
+        temperature: Divides the logits; 0 always picks the most likely token (greedy), 1 keeps the distribution.
+        top_p: Keep the most likely tokens whose probabilities sum to this (arXiv:1904.09751); 1 keeps all.
+        top_k: Keep this many most likely tokens; 0 keeps all.
+        stop: The answer ends before the first of these strings, which is left out.
+        seed: The same seed, prompt and settings give the same tokens, whatever else is running; null is random.
     """
 
     max_tokens: int | None = None
@@ -45,25 +45,25 @@ class SamplingParams:
         if not isinstance(self.stop, tuple) or not all(isinstance(text, str) and text for text in self.stop):
             raise InputError("must be strings, none of them empty", where="stop")
         if len(self.stop) > MAX_STOPS or any(len(text) > MAX_STOP_CHARS for text in self.stop):
-            raise InputError(f"at most {MAX_STOPS} stop strings of at most {MAX_STOP_CHARS} characters", where="stop")
+            raise InputError(f"give at most {MAX_STOPS} strings of at most {MAX_STOP_CHARS} characters", where="stop")
 
     @property
     def greedy(self) -> bool:
-        """Whether chance plays no part: below this temperature logits over it are infinite, or as good as."""
+        """Whether sampling is deterministic; at lower temperatures the scaled logits would overflow."""
         return self.temperature < 1e-5
 
 
 def next_ids(
     logits_BV: "Tensor", params: Sequence[SamplingParams], generators: Sequence["Generator | None"]
 ) -> "Tensor":
-    """One token id for each request.
+    """Sample one token id per request.
 
-    Each row is drawn by its own generator and sees no other, so a seeded request gives the same tokens in any company.
+    Each row uses its own generator, so a seeded request gives the same tokens whatever else is running.
 
     Args:
         logits_BV: (B, V) float, the logits after each request's last token.
         params: B settings.
-        generators: B random generators on the logits' device; None draws from torch's global one.
+        generators: B random generators on the logits' device; None uses torch's global generator.
 
     Returns:
         (B,) int64.
@@ -80,10 +80,10 @@ def next_ids(
 
 
 def probabilities(logits_V: "Tensor", params: SamplingParams) -> "Tensor":
-    """What a request is drawn from: temperature, then top_k, then top_p, in transformers' order.
+    """The distribution of a request: temperature, then top_k, then top_p, in transformers' order.
 
     Args:
-        logits_V: (V,) float, any precision; the work is done in float32.
+        logits_V: (V,) float, any precision; computed in float32.
         params: Not greedy.
 
     Returns:
@@ -105,7 +105,7 @@ def probabilities(logits_V: "Tensor", params: SamplingParams) -> "Tensor":
         logits_V = logits_V.masked_fill(logits_V < least, -math.inf)
     if params.top_p < 1:
         ordered, order = logits_V.sort(descending=False)
-        # Summed from the unlikely end, the tail that together stays within 1 - top_p goes; the likeliest always stays.
+        # Drop the tail of unlikely tokens whose sum stays within 1 - top_p; the most likely token always stays.
         tail = ordered.softmax(-1).cumsum(-1) <= 1 - params.top_p
         tail[-1] = False
         logits_V = logits_V.masked_fill(torch.zeros_like(tail).scatter(0, order, tail), -math.inf)
@@ -115,7 +115,7 @@ def probabilities(logits_V: "Tensor", params: SamplingParams) -> "Tensor":
 # ---- checks ----------------------------------------------------------------------------------------------------------
 
 def _check(name: str, value: object) -> None:
-    """A number within the range of its key; null where it is optional."""
+    """Check that a number is within the range of its key; null is allowed where it is optional."""
     if value is None and name in ("max_tokens", "seed"):
         return
     if isinstance(value, bool) or not isinstance(value, int | float):

@@ -22,7 +22,7 @@ NAME = "lit_varlen"
 
 
 class PackingError(InputError):
-    """Documents in one row could not be kept apart."""
+    """The documents of a packed sequence could not be isolated from each other."""
 
 
 def register() -> str:
@@ -72,8 +72,8 @@ def lit_varlen(
         raise PackingError("this model's attention caps its scores or uses sinks, which packed attention cannot do",
                            where="model.base")
     if attention_mask is not None or cu_seqlens is None:    # it makes a mask itself, or keeps our keywords to itself
-        raise PackingError("this model does not hand the borders of documents to its attention, so documents packed "
-                           "into one row could not be kept apart", where="model.base")
+        raise PackingError("this model does not pass the document boundaries to its attention, so documents in a "
+                           "packed sequence could not be isolated", where="model.base")
     dropout = dropout if module.training else 0.0
     kind = query.device.type
     if torch.is_autocast_enabled(kind):             # rotary positions have made float32 of queries and keys

@@ -1,1 +1,1 @@
-"""A causal language model: loaded or built, taken apart, quantized."""
+"""Load, build, inspect and quantize causal language models."""

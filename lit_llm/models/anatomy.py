@@ -1,6 +1,6 @@
 """Find the parts of a causal language model, with or without adapters, and count its parameters.
 
-Backbone, head, embeddings and decoder layers have other names in each architecture; the rest of the code asks here.
+Architectures name their backbone, head, embeddings and decoder layers differently; this module hides the differences.
 """
 
 from collections.abc import Callable
@@ -16,37 +16,37 @@ if TYPE_CHECKING:
 
 
 def causal_lm(model: Any) -> "PreTrainedModel":
-    """The transformers model inside, adapters or not."""
+    """The transformers model, without the PEFT wrapper."""
     return model.get_base_model() if is_peft(model) else model
 
 
 def backbone(model: Any) -> nn.Module:
-    """What turns token ids into hidden states: the model without its head."""
+    """The part that maps token ids to hidden states: the model without its head."""
     inner = causal_lm(model)
     named = [getattr(inner, name, None) for name in (inner.base_model_prefix, "model", "transformer")]
     return next(part for part in (*named, inner.get_decoder()) if isinstance(part, nn.Module))
 
 
 def head(model: Any) -> nn.Module:
-    """What turns hidden states into logits."""
+    """The part that maps hidden states to logits."""
     return causal_lm(model).get_output_embeddings()
 
 
 def embeddings(model: Any) -> list[nn.Parameter]:
-    """Tables with a row for each token or place, and the head, which is one too."""
+    """Embedding tables of tokens and positions, and the output head."""
     tables = [layer for layer in causal_lm(model).modules() if isinstance(layer, nn.Embedding)]
     out = head(model)
     return [weight for layer in (*tables, *([out] if out is not None else [])) for weight in layer.parameters()]
 
 
 def decoder_layers(model: Any) -> list[nn.Module]:
-    """The blocks that a backbone stacks, in their order: what sharding, recomputing and compiling work by."""
+    """The decoder layers of the backbone in order: the units of sharding, recomputation and compilation."""
     kinds = set(causal_lm(model)._no_split_modules or ())
     return [layer for layer in causal_lm(model).modules() if type(layer).__name__ in kinds]
 
 
 def logit_adjustment(model: Any) -> tuple[float, float | None]:
-    """(factor, cap): what some architectures do to logits behind the head: scale them, or squash them softly.
+    """(factor, cap): scaling and soft capping that some architectures apply to the head's output.
 
     Cohere multiplies by `logit_scale`, Granite divides by `logits_scaling`, Gemma-2 caps at `final_logit_softcapping`.
     """
@@ -58,7 +58,7 @@ def logit_adjustment(model: Any) -> tuple[float, float | None]:
 
 @dataclass(frozen=True, slots=True)
 class ParameterCount:
-    """How many numbers a model has, and how many of them learn."""
+    """Number of parameters of a model, and of trained ones."""
 
     total: int
     trainable: int
@@ -80,5 +80,5 @@ def count_parameters(model: nn.Module, elements: Callable[[nn.Parameter], int] =
 
 
 def _full_size(weight: nn.Parameter, elements: Callable[[nn.Parameter], int]) -> int:
-    packed: Any = getattr(weight, "quant_state", None)      # two numbers in a byte
+    packed: Any = getattr(weight, "quant_state", None)      # two values per byte
     return int(packed.shape.numel()) if packed is not None else elements(weight)

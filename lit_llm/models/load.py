@@ -1,7 +1,7 @@
 """Load a causal language model from a folder or the hub, build one from a config, and save it.
 
-The only file that imports `AutoModelForCausalLM`. The parts of a model are found in `anatomy.py`, and 4-bit weights are
-prepared in `quantize.py`.
+This is the only file that imports `AutoModelForCausalLM`. `anatomy.py` finds the parts of a model, and `quantize.py`
+prepares 4-bit weights.
 """
 
 import copy
@@ -16,7 +16,7 @@ from lit_llm import hub, names
 from lit_llm.errors import InputError, did_you_mean
 from lit_llm.kernels import attention as packed_attention
 from lit_llm.models.anatomy import causal_lm
-from lit_llm.models.quantize import Quantize, answer_in_half, keep_differentiable, quantization
+from lit_llm.models.quantize import Quantize, keep_differentiable, quantization, return_autocast_dtype
 from lit_llm.system import config_limits, integrity
 
 if TYPE_CHECKING:
@@ -28,27 +28,27 @@ if TYPE_CHECKING:
 def load_causal_lm(path: str, *, dtype: torch.dtype = torch.float32, attention: str | None = None,
                    quantize: Quantize | None = None, half: bool = False,
                    device: torch.device | None = None) -> "PreTrainedModel":
-    """A pretrained model from a folder or hub id, in evaluation mode.
+    """Load a pretrained model from a folder or hub id, in evaluation mode.
 
     Args:
         path: Folder in Hugging Face's layout, or a hub id. Only safetensors are read and no remote code is run.
-        dtype: Of the weights; never "auto", which would train bf16 weights without a float32 master.
-        attention: `lit_varlen` for packed rows; null is transformers' choice for the model (sdpa where it can).
-        quantize: Keep linear layers but the head in 4 bits, in blocks with scales that are quantized too.
+        dtype: Dtype of the weights; never "auto", which would train bf16 weights without float32 master weights.
+        attention: `lit_varlen` for packed sequences; null is the default of transformers (sdpa if supported).
+        quantize: Load linear layers except the head in 4 bits, blockwise with quantized scales.
         half: Whether quantized layers multiply in bfloat16.
-        device: Of a quantized model, which is quantized where it will stay.
+        device: Device of a quantized model, which must be quantized in place.
 
     Raises:
         InputError: No such folder, the hub cannot be reached, weights are missing, the architecture cannot be packed,
-            or they are a checkpoint's and not as it says.
+            or the files differ from their checkpoint's manifest.
     """
     from transformers import AutoModelForCausalLM
 
-    _quiet_bars()
+    _set_progress_bars()
     names.check_folder(path, "model.base")
     folder = names.path_of(path)
     if folder.is_dir() and not (folder / "config.json").is_file():
-        raise InputError(f"{path} holds no config.json, so it is no model folder", where="model.base")
+        raise InputError(f"{path} has no config.json, so it is not a model folder", where="model.base")
     integrity.check_beside(folder, "model.base")
     config_limits.check_folder(path, "model.base")
     if attention == packed_attention.NAME:
@@ -65,7 +65,7 @@ def load_causal_lm(path: str, *, dtype: torch.dtype = torch.float32, attention: 
                 local_files_only=names.is_local_only(path), **more)
     except InputError:
         raise
-    except Exception as error:                      # a stranger's files: transformers has no one error for them
+    except Exception as error:                      # untrusted files: transformers raises errors of many types
         _check_interface(error, path)
         if folder.is_dir():
             raise InputError(f"cannot load the model in {path}: {_reason(error)}", where="model.base") from None
@@ -74,10 +74,10 @@ def load_causal_lm(path: str, *, dtype: torch.dtype = torch.float32, attention: 
     if report["missing_keys"]:
         raise InputError(f"the weights in {path} lack {len(report['missing_keys'])} tensors, "
                          f"e.g. {sorted(report['missing_keys'])[0]}", where="model.base")
-    if quantize is not None:                        # what stayed whole lies in the mapped file and would hold it all
+    if quantize is not None:                        # unquantized weights would keep the whole mapped file in memory
         for weight in model.parameters():
             weight.data = weight.data.clone()
-        answer_in_half(model)
+        return_autocast_dtype(model)
         keep_differentiable(model)
     _check_causal(model)
     if attention == packed_attention.NAME:
@@ -86,10 +86,10 @@ def load_causal_lm(path: str, *, dtype: torch.dtype = torch.float32, attention: 
 
 
 def stored_dtype(path: str) -> torch.dtype:
-    """What the weights of a pretrained model lie in, as its config says; float32 where it says nothing.
+    """Dtype of a pretrained model's weights according to its config; float32 by default.
 
     Raises:
-        InputError: There is no config, or none that transformers reads.
+        InputError: There is no config, or transformers cannot read it.
     """
     from transformers import AutoConfig
 
@@ -98,7 +98,7 @@ def stored_dtype(path: str) -> torch.dtype:
     try:
         config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False,
                                             local_files_only=names.is_local_only(path))
-    except Exception as error:                      # a stranger's files
+    except Exception as error:                      # untrusted files
         if folder.is_dir():
             raise InputError(f"cannot read the config.json in {path}: {_reason(error)}", where="model") from None
         raise hub.unreachable(path, where="model") from None
@@ -108,13 +108,13 @@ def stored_dtype(path: str) -> torch.dtype:
 
 def init_causal_lm(init: dict[str, Any], *, dtype: torch.dtype = torch.float32, attention: str | None = None,
                    **defaults: Any) -> "PreTrainedModel":
-    """A model with random weights, to train from scratch.
+    """Build a model with random weights, to train from scratch.
 
     Args:
         init: `model_type` (llama, qwen3, gpt2 ...) and any keys of that architecture's transformers config.
-        dtype: Of the weights.
+        dtype: Dtype of the weights.
         attention: As in `load_causal_lm`.
-        defaults: Keys taken where `init` has none: vocabulary size and control tokens of the tokenizer.
+        defaults: Defaults for keys that `init` lacks: vocabulary size and control tokens of the tokenizer.
 
     Raises:
         InputError: An unknown architecture, or a key that its config does not have.
@@ -130,9 +130,9 @@ def init_causal_lm(init: dict[str, Any], *, dtype: torch.dtype = torch.float32, 
         raise InputError(f"unknown model_type '{kind}'; it is the architecture's name in transformers, such as llama."
                          f"{did_you_mean(kind, list(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES))}", where="model.init")
     plain = AutoConfig.for_model(kind)
-    known = {*plain.to_dict(), *plain.attribute_map}            # other names of the same keys
-    known |= {"rope_theta", "rope_scaling"} if "rope_parameters" in known else set()    # as older configs spell it
-    known |= {"head_dim"} if "num_key_value_heads" in known else set()      # Qwen3-MoE reads it, and names it nowhere
+    known = {*plain.to_dict(), *plain.attribute_map}            # aliases of the same keys
+    known |= {"rope_theta", "rope_scaling"} if "rope_parameters" in known else set()    # names in older configs
+    known |= {"head_dim"} if "num_key_value_heads" in known else set()      # Qwen3-MoE reads it but does not declare it
     if unknown := sorted(set(keys) - known):
         raise InputError(f"{kind} has no key '{unknown[0]}'.{did_you_mean(unknown[0], sorted(known))}",
                          where="model.init")
@@ -140,17 +140,17 @@ def init_causal_lm(init: dict[str, Any], *, dtype: torch.dtype = torch.float32, 
         packed_attention.register()
     try:
         config: Any = AutoConfig.for_model(kind, **{**defaults, **keys})
-        facts = config.to_dict()                    # attributes that differ between layers cannot be read
+        facts = config.to_dict()                    # attributes that differ between layers cannot be read from it
         heads, shared = (facts.get(f"num_{name}_heads") for name in ("attention", "key_value"))
         if isinstance(heads, int) and isinstance(shared, int) and shared and heads % shared:
-            raise ValueError(f"{heads} attention heads cannot share {shared} key and value heads equally")
+            raise ValueError(f"{heads} attention heads are not divisible by {shared} key-value heads")
         with config_limits.building("model.init", whole=not is_deepspeed_zero3_enabled()):
             model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
     except InputError:
         raise
-    except Exception as error:                      # each architecture refuses in its own way
+    except Exception as error:                      # architectures raise errors of many types
         _check_interface(error, kind)
-        raise InputError(f"no {kind} can be built so: {_reason(error)}", where="model.init") from None
+        raise InputError(f"a {kind} cannot be built with these keys: {_reason(error)}", where="model.init") from None
     _check_causal(model)
     if attention == packed_attention.NAME:
         check_packable(model)
@@ -159,12 +159,12 @@ def init_causal_lm(init: dict[str, Any], *, dtype: torch.dtype = torch.float32, 
 
 def skeleton(base: str | None, init: dict[str, Any] | None, *, dtype: torch.dtype = torch.float32,
              attention: str | None = None, **defaults: Any) -> "PreTrainedModel":
-    """The same model without its weights, on the meta device: names, shapes and counts for the price of a config.
+    """The same model without weights, on the meta device: names, shapes and counts at the cost of a config.
 
     Args:
-        base: As in `load_causal_lm`; its config alone is read.
+        base: As in `load_causal_lm`; only its config is read.
         init: As in `init_causal_lm`.
-        dtype: Of the weights it would have.
+        dtype: Dtype that the weights would have.
         attention: As in `load_causal_lm`.
         defaults: As in `init_causal_lm`.
 
@@ -187,26 +187,26 @@ def skeleton(base: str | None, init: dict[str, Any] | None, *, dtype: torch.dtyp
                 return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
         except InputError:
             raise
-        except Exception as error:                  # a stranger's file
+        except Exception as error:                  # untrusted file
             _check_interface(error, str(base))
             raise InputError(f"cannot read the architecture of {base}: {_reason(error)}", where="model.base") from None
 
 
 def like(model: "PreTrainedModel", config: Any, attention: str | None) -> Any:
-    """A model of the same class with random float32 weights and this config; what transformers raises is raised."""
+    """A model of the same class with random float32 weights and this config; errors of transformers propagate."""
     if attention == packed_attention.NAME:
         packed_attention.register()
     return type(model)._from_config(copy.deepcopy(config), dtype=torch.float32, attn_implementation=attention)
 
 
 def tokenizer_facts(tokenizer: Any) -> dict[str, Any]:
-    """What a new model's config takes from a tokenizer."""
+    """Config values of a new model that come from the tokenizer."""
     return {"vocab_size": tokenizer.vocab_size, "bos_token_id": tokenizer.bos_id,
             "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
 
 
-def _quiet_bars() -> None:
-    """Progress bars of loading and saving belong into a terminal, not into a log."""
+def _set_progress_bars() -> None:
+    """Show progress bars of loading and saving in a terminal only, not in logs."""
     import sys
 
     from transformers.utils import logging
@@ -216,63 +216,63 @@ def _quiet_bars() -> None:
 
 
 def _reason(error: Exception) -> str:
-    """What transformers said, in one line."""
+    """The message of transformers in one line."""
     if "ignore_mismatched_sizes" in str(error):
-        return "its weights have other shapes than its config.json says"
+        return "the shapes of its weights do not match its config.json"
     return " ".join(str(error).split())[:240] or type(error).__name__
 
 
 def _check_interface(error: Exception, what: str) -> None:
-    """Old architectures look their attention up in a table of their own."""
+    """Explain the error of old architectures, which have a separate table of attention implementations."""
     if isinstance(error, KeyError) and error.args == (packed_attention.NAME,):
-        raise packed_attention.PackingError(f"{what} has attention of its own, so documents packed into one row could "
-                                            "not be kept apart", where="model") from None
+        raise packed_attention.PackingError(f"{what} has its own attention implementation, so documents in a packed "
+                                            "sequence could not be isolated", where="model") from None
 
 
 def _check_causal(model: "PreTrainedModel") -> None:
-    """Encoders get a head for words too, and would see the words that they shall predict."""
-    said = {part.is_causal for part in model.modules() if isinstance(getattr(part, "is_causal", None), bool)}
-    if said == {False} and not getattr(model.config, "is_decoder", False):
-        raise InputError(f"{type(model).__name__} is an encoder here: each token sees those that follow it",
-                         where="model", fix="take a causal model, like Llama or Qwen; of BERT's kin those with "
-                         "is_decoder: true are")
+    """Refuse encoders: they also have a language-modeling head, but see the tokens that they should predict."""
+    causal = {part.is_causal for part in model.modules() if isinstance(getattr(part, "is_causal", None), bool)}
+    if causal == {False} and not getattr(model.config, "is_decoder", False):
+        raise InputError(f"{type(model).__name__} is an encoder: each token attends to those that follow it",
+                         where="model", fix="use a causal model, such as Llama or Qwen, or a BERT-like model with "
+                         "is_decoder: true")
 
 
 def check_packable(model: "PreTrainedModel") -> None:
-    """Refuse what can be told without computing: not all architectures let another attention in.
+    """Refuse architectures that are known, without computing, not to support packed attention.
 
     Raises:
-        PackingError: It says why.
+        PackingError: The error gives the reason.
     """
     kinds = set(getattr(model.config, "layer_types", None) or ["full_attention"])
     if not model._supports_attention_backend or not kinds <= {"full_attention", "sliding_attention"}:
-        raise packed_attention.PackingError(f"{type(model).__name__} does not mix tokens by plain attention alone, so "
-                                            "documents packed into one row could not be kept apart", where="model.base")
+        raise packed_attention.PackingError(f"{type(model).__name__} mixes tokens by more than plain attention, so "
+                                            "documents in a packed sequence could not be isolated", where="model.base")
 
 
 # ---- save ------------------------------------------------------------------------------------------------------------
 
 def save_causal_lm(model: "PreTrainedModel", folder: str | Path, *, stop_ids: tuple[int, ...], pad_id: int | None,
                    dtype: torch.dtype | None = None) -> None:
-    """Write a folder that `AutoModelForCausalLM.from_pretrained` loads as it stands.
+    """Write a folder that `AutoModelForCausalLM.from_pretrained` loads without changes.
 
     Args:
-        model: Merged, on CPU or GPU.
-        folder: Made if absent.
-        stop_ids: Go into the generation config, so that every library stops where training taught the model to stop.
-        pad_id: Goes there too.
-        dtype: Of the written weights; null keeps theirs.
+        model: A merged model, on CPU or GPU.
+        folder: Created if it does not exist.
+        stop_ids: Written to the generation config, so that every library stops at the tokens of the training.
+        pad_id: Padding token, written there as well.
+        dtype: Dtype of the written weights; null keeps the model's.
     """
     if dtype is not None:
         nn.Module.to(model, dtype)
-    model.config._attn_implementation = None        # packed attention is a matter of training alone
+    model.config._attn_implementation = None        # packed attention is used in training only
     model.config.use_cache = True
     model.generation_config = generation_config(model, stop_ids, pad_id)
     model.save_pretrained(str(folder), safe_serialization=True)
 
 
 def generation_config(model: Any, stop_ids: tuple[int, ...], pad_id: int | None) -> "GenerationConfig":
-    """The model's own settings for generating, but greedy, and stopping where training taught it to stop."""
+    """The model's own generation settings, but greedy, and with the stop tokens of the training."""
     own = causal_lm(model).generation_config
     assert own is not None
     settings = copy.deepcopy(own)
@@ -283,12 +283,12 @@ def generation_config(model: Any, stop_ids: tuple[int, ...], pad_id: int | None)
 
 
 def save_weights(model: "PreTrainedModel", folder: str | Path, state: dict[str, Tensor]) -> None:
-    """Write weights gathered elsewhere (from ZeRO's shards, say) as a model folder: config and safetensors.
+    """Write gathered weights (from ZeRO's shards, for example) as a model folder: config and safetensors.
 
     Args:
-        model: Gives config and names; its own weights are not read.
-        folder: Made if absent.
-        state: All weights by name, on CPU; tied ones may be there once.
+        model: Provides config and names; its weights are not read.
+        folder: Created if it does not exist.
+        state: All weights by name, on CPU; tied weights may be given once.
     """
     from safetensors.torch import save_file
 

@@ -1,11 +1,11 @@
 """Reduce a model's config to a small config of the same architecture, with fewer layers, heads, experts and tokens.
 
-What decides how numbers are computed is kept: every scalar (multipliers, scales, caps, epsilons), the width of a head
-with its rotary settings, kinds of attention and of layers, biases, ties. What is counted in tokens (windows, chunks) is
-made shorter than the few short documents that are sent through the model.
+Everything that determines the computation is kept: scalars (multipliers, scales, caps, epsilons), the head width with
+its rotary settings, kinds of attention and of layers, biases, tying. Lengths in tokens (windows, chunks) become shorter
+than the few short documents that are processed.
 
-A rule goes by the name of a key, and names differ between architectures, so `candidates` gives several configs in the
-order in which they should be tried; not each of them can be built.
+Rules match the names of keys, which differ between architectures, so `candidates` yields several configs in the order
+in which to try them; not all of them can be built.
 """
 
 import copy
@@ -18,10 +18,10 @@ from typing import Any
 
 VOCABULARY = 96
 INNER_WIDTH = 96
-FEW = (4, 2, 6, 8, 3, 5, 7, 10, 12, 1)              # heads, the best number first
-MORE = (8, 4, 6)                                    # for who cuts them into groups of a fixed number
-MOST_LAYERS = 17                                    # of a period
-WINDOW = 5                                          # tokens, and fewer than those of the documents
+FEW = (4, 2, 6, 8, 3, 5, 7, 10, 12, 1)              # heads, the preferred number first
+MORE = (8, 4, 6)                                    # for architectures with a fixed number of groups
+MOST_LAYERS = 17                                    # limit on a period
+WINDOW = 5                                          # tokens, fewer than the documents have
 HEADS = re.compile(r"(^|_)n(um)?_([a-z_]*_)?heads?$|attention_heads$|^num_query_groups$")
 SHARED = ("num_key_value_heads", "num_kv_heads", "swa_num_key_value_heads", "num_query_groups", "n_groups",
           "mamba_n_groups", "mamba_ngroups")
@@ -37,24 +37,24 @@ PERIODS = re.compile(r"period|interval|_step$|every|pattern|offset|dense_replace
 WINDOWS = re.compile(r"sliding_window(_size)?$|window_(size|len)$|^local_attention$|floor_scale"
                      r"|log_scaling_n_floor")
 VOCABULARIES = re.compile(r"vocab(?!.*divisible)")
-RANDOM = re.compile(r"drop|jitter")                 # what makes a forward pass draw numbers
+RANDOM = re.compile(r"drop|jitter")                 # keys that make a forward pass random
 
 
 def candidates(config: Any, *, whole: bool, seq_len: int | None = None) -> Iterator[Any]:
     """Small configs of the same architecture, the smallest first.
 
     Args:
-        config: Of a model of transformers.
-        whole: The model is small as it is: its own sizes come first.
-        seq_len: Tokens of the longest document that the model will meet; null where it is not known.
+        config: Config of a transformers model.
+        whole: The model is already small: its own sizes are tried first.
+        seq_len: Tokens of the longest document in training; null if unknown.
 
     Yields:
-        Configs; a key that does not fit another is found out when a model is built.
+        Configs; inconsistent keys are detected when a model is built.
     """
     ways: list[dict[str, Any]] = [{"layers": False, "heads": ()}] if whole else []
     for way in (*ways, {"layers": True, "heads": FEW}, {"layers": True, "heads": MORE},
                 {"layers": False, "heads": FEW}, {"layers": True, "heads": ()}):
-        with suppress(Exception):                   # each architecture checks its keys in its own way
+        with suppress(Exception):                   # architectures raise errors of many types
             yield _rebuilt(config, _shrunk(config.to_dict(), seq_len=seq_len, **way))
 
 
@@ -66,15 +66,15 @@ def _rebuilt(config: Any, facts: dict[str, Any]) -> Any:
 
 def _shrunk(facts: dict[str, Any], *, layers: bool, heads: tuple[int, ...], seq_len: int | None = None
             ) -> dict[str, Any]:
-    """Keys of a config, and of configs within it; as many heads as the first number that fits, or all."""
+    """Reduced keys of a config and its sub-configs; the first number of heads that divides, or all."""
     facts = {key: _shrunk(value, layers=layers, heads=heads, seq_len=seq_len) if _is_config(key, value)
              else copy.deepcopy(value) for key, value in facts.items()}
     for key, value in facts.items():
         if RANDOM.search(key) and isinstance(value, float):
             facts[key] = 0.0
-        elif key.endswith("chunk_size") and _is_size(value):        # of scans, which pad to it
+        elif key.endswith("chunk_size") and _is_size(value):        # of scans, which pad to this length
             facts[key] = min(value, 16 if key != "attention_chunk_size" else WINDOW)
-        elif key.startswith("index_") and re.search("topk|block", key) and _is_size(value):     # of sparse attention
+        elif key.startswith("index_") and re.search("topk|block", key) and _is_size(value):     # sparse attention
             facts[key] = min(value, 2 if key.endswith("blocks") else 4)
         elif WINDOWS.search(key) and _is_count(value) and value > WINDOW:
             facts[key] = float(WINDOW) if isinstance(value, float) else WINDOW
@@ -85,7 +85,7 @@ def _shrunk(facts: dict[str, Any], *, layers: bool, heads: tuple[int, ...], seq_
         _cut_layers(facts)
     if heads:
         _narrow(facts, heads)
-        _fewer_words(facts)
+        _fewer_tokens(facts)
     return facts
 
 
@@ -98,9 +98,9 @@ def _is_count(value: Any) -> bool:
 
 
 def _switch_early(facts: dict[str, Any], seq_len: int | None) -> None:
-    """Let rotary positions of two lengths change from one to the other within the documents, if they will in the run.
+    """Let rotary embeddings with two lengths switch within the documents, if they will in the run.
 
-    Such a model looks at the longest document of a row, so in a row a short one would be seen with a long one's angles.
+    Such a model uses the longest document of a packed sequence, so short documents would get a long document's angles.
     """
     rope = facts.get("rope_parameters") or {}
     ropes = [rope, *(own for own in rope.values() if isinstance(own, dict))]
@@ -114,7 +114,7 @@ def _switch_early(facts: dict[str, Any], seq_len: int | None) -> None:
 # ---- layers ----------------------------------------------------------------------------------------------------------
 
 def _cut_layers(facts: dict[str, Any]) -> None:
-    """The first layers, as many as show every kind that the lists of the config name, and a whole period."""
+    """Keep the first layers that include every kind of layer in the config's lists and a whole period."""
     count = max([0, *(value for key, value in facts.items() if LAYERS.search(key) and isinstance(value, int))])
     if count < 3:
         return
@@ -130,7 +130,7 @@ def _cut_layers(facts: dict[str, Any]) -> None:
         elif key in named:
             keep = max([keep, *(place + 1 for place in value[:1] if place < MOST_LAYERS)])
         elif key.endswith("_types") and isinstance(value, list) and len(value) < min(count, MOST_LAYERS):
-            keep = max(keep, len(value))            # kinds of layers that are repeated
+            keep = max(keep, len(value))            # repeated kinds of layers
     keep = min(keep, count)
     if own:
         facts["per_layer_config"] = {place: value for place, value in own.items() if place < keep}
@@ -146,7 +146,7 @@ def _cut_layers(facts: dict[str, Any]) -> None:
 
 
 def _names_layers(key: str, value: Any) -> bool:
-    """Whether a list holds numbers of layers, in rising order."""
+    """Whether a list contains layer indices in ascending order."""
     return (isinstance(value, list) and bool(re.search(r"idxs$|indices$|layer_ids$|_layers$", key))
             and all(type(place) is int for place in value)
             and all(left < right for left, right in pairwise(value)))
@@ -155,7 +155,7 @@ def _names_layers(key: str, value: Any) -> bool:
 # ---- widths ----------------------------------------------------------------------------------------------------------
 
 def _narrow(facts: dict[str, Any], wanted: tuple[int, ...]) -> None:
-    """Fewer heads of the same width; hidden and inner widths shrink with their number."""
+    """Fewer heads of the same width; hidden and inner widths shrink in proportion."""
     heads = [value for key, value in facts.items() if HEADS.search(key) and _is_size(value)]
     asking = [value for key, value in facts.items() if HEADS.search(key) and _is_size(value)
               and key not in SHARED and not re.search(r"mamba|linear|index|local", key)]
@@ -172,7 +172,7 @@ def _narrow(facts: dict[str, Any], wanted: tuple[int, ...]) -> None:
     else:
         few, by = 0, max(1, max(hidden, default=64) // 64)
         by = by if all(each % by == 0 for each in hidden) else 1
-    expanded = max(hidden, default=0) * (facts.get("expand") or 0)      # Mamba's inner width, which other keys imply
+    expanded = max(hidden, default=0) * (facts.get("expand") or 0)      # Mamba's inner width, implied by other keys
     _divide(facts, by, few, expanded)
     for own in (facts.get("per_layer_config") or {}).values():
         if isinstance(own, dict):
@@ -181,7 +181,7 @@ def _narrow(facts: dict[str, Any], wanted: tuple[int, ...]) -> None:
 
 
 def _divide(facts: dict[str, Any], by: int, few: int, expanded: int) -> None:
-    """Numbers of heads and widths, by the same divisor where they are multiples of it."""
+    """Divide numbers of heads and widths by the same divisor where they are multiples of it."""
     for key, value in facts.items():
         if key in SHARED and _is_size(value):
             facts[key] = _share(value, by, few)
@@ -197,7 +197,7 @@ def _divide(facts: dict[str, Any], by: int, few: int, expanded: int) -> None:
 
 
 def _share(heads: int, by: int, few: int) -> int:
-    """Heads of keys and values where those of queries became few: one stays one, and several stay several."""
+    """Number of key-value heads after reducing query heads: one stays one, several stay several."""
     return 1 if heads == 1 else min(few or heads, max(2, heads // by)) if by > 1 else heads
 
 
@@ -206,7 +206,7 @@ def _is_size(value: Any) -> bool:
 
 
 def _fewer_experts(facts: dict[str, Any]) -> None:
-    """As few as routing by groups allows."""
+    """Reduce experts to the minimum that grouped routing allows."""
     chosen = max([1, *(value for key, value in facts.items() if CHOSEN.search(key) and isinstance(value, int))])
     groups = max(1, facts.get("n_group") or facts.get("num_expert_group") or 1)
     kept_groups = max(1, facts.get("topk_group") or 1)
@@ -215,7 +215,7 @@ def _fewer_experts(facts: dict[str, Any]) -> None:
             facts[key] = min(value, groups * max(2, math.ceil(chosen / kept_groups), -(-(chosen + 2) // groups)))
 
 
-def _fewer_words(facts: dict[str, Any]) -> None:
+def _fewer_tokens(facts: dict[str, Any]) -> None:
     sizes = [value for key, value in facts.items() if VOCABULARIES.search(key) and isinstance(value, int)]
     if not sizes or facts.get("vocab_size", 0) <= VOCABULARY:
         return

@@ -1,6 +1,6 @@
-"""Linear layers in 4 bits, as QLoRA has them (arXiv:2305.14314): how they are loaded, trained through and compared.
+"""Linear layers in 4 bits as in QLoRA (arXiv:2305.14314): loading, training and measuring the error.
 
-The only file that imports bitsandbytes for weights.
+This is the only file that imports bitsandbytes for weights.
 """
 
 from typing import Any, Literal
@@ -15,7 +15,7 @@ Quantize = Literal["nf4", "fp4"]
 
 
 def quantization(quantize: Quantize, half: bool) -> Any:
-    """What transformers is told to load linear layers in 4 bits.
+    """The quantization config with which transformers loads linear layers in 4 bits.
 
     Args:
         quantize: The type of the 4-bit numbers.
@@ -31,11 +31,11 @@ def quantization(quantize: Quantize, half: bool) -> Any:
                               bnb_4bit_compute_dtype=torch.bfloat16 if half else torch.float32)
 
 
-def answer_in_half(model: nn.Module) -> None:
-    """Let layers in 4 bits give what other linear layers give under autocast.
+def return_autocast_dtype(model: nn.Module) -> None:
+    """Let 4-bit layers return the same dtype as other linear layers under autocast.
 
-    They multiply in half precision, but give what they were given: behind a norm, which keeps float32, all that is left
-    for the backward pass is twice as large.
+    They multiply in half precision but return the dtype of their input: after a norm, which returns float32, all
+    activations saved for the backward pass would be twice as large.
     """
     def cast(layer: nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...]:
         device = given[0].device.type
@@ -50,8 +50,8 @@ def answer_in_half(model: nn.Module) -> None:
 def keep_differentiable(model: nn.Module) -> None:
     """Keep 4-bit weights in the layout that has a backward pass.
 
-    On CPUs with AVX512-BF16, bitsandbytes converts a layer's weights at its first evaluation, for good, and the
-    product with converted weights passes no gradient to its input: every validation would break the training after it.
+    On CPUs with AVX512-BF16, bitsandbytes permanently converts a layer's weights at its first evaluation, and the
+    product with converted weights has no gradient for its input: every validation would break later training.
     """
     for layer in _layers_in_4_bits(model):
         layer.support_avx512bf16_for_cpu = False    # type: ignore[assignment]
@@ -77,9 +77,9 @@ def bitsandbytes() -> Any:
 
 
 def quantization_drift(model: nn.Module, quantize: Quantize) -> float:
-    """Share of a model's linear weights that 4 bits lose: the norm of the error over the norm of the weights.
+    """Relative error of linear weights in 4 bits: the norm of the error over the norm of the weights.
 
-    Adapters trained on a quantized base have learned to mend that error; merged into the exact base they meet another.
+    Adapters trained on a quantized base compensate for that error, which the exact base does not have.
     """
     functional = bitsandbytes().functional
     error = norm = 0.0

@@ -1,4 +1,4 @@
-"""Reduce the memory of a model's forward pass by recomputing activations in the backward pass."""
+"""Gradient checkpointing: save memory by recomputing activations in the backward pass."""
 
 from collections.abc import Callable
 from functools import partial
@@ -7,24 +7,24 @@ from typing import Any, Literal
 import torch
 
 Recompute = Literal["none", "selective", "full"]
-WAYS: tuple[Recompute, ...] = ("none", "selective", "full")        # what costs least time first
+WAYS: tuple[Recompute, ...] = ("none", "selective", "full")        # in order of additional time
 
 
 def of_config(value: bool | Literal["selective"]) -> Recompute:
-    """What `gradient_checkpointing` means, but for `auto`."""
+    """The mode for a value of `gradient_checkpointing` other than `auto`."""
     return "selective" if value == "selective" else "full" if value else "none"
 
 
 def apply(model: Any, recompute: Recompute) -> None:
-    """Turn recomputing on, layer by layer.
+    """Enable recomputation for each layer.
 
-    Without reentry, so that adapters get gradients though no input of theirs has one, and hooks of ZeRO-3 and FSDP2
-    gather weights again where they are used again.
+    It is not reentrant, so that adapters get gradients although their inputs need none, and that hooks of ZeRO-3 and
+    FSDP2 gather weights again where they are used again.
 
     Args:
         model: A transformers model.
-        recompute: `full` keeps the input of each layer alone; `selective` also the products of matrices and the
-            attention, which cost nearly all of the time, and computes norms, rotations and activations again.
+        recompute: `full` saves only the input of each layer; `selective` also saves the results of matrix products and
+            attention, which take nearly all of the time, and recomputes norms, rotary embeddings and activations.
     """
     if recompute == "none":
         return
@@ -32,26 +32,26 @@ def apply(model: Any, recompute: Recompute) -> None:
     if recompute == "selective":
         from torch.utils.checkpoint import create_selective_checkpoint_contexts
 
-        settings["context_fn"] = partial(create_selective_checkpoint_contexts, _kept())
-    # the second is its name before transformers 5.23
+        settings["context_fn"] = partial(create_selective_checkpoint_contexts, _saving_policy())
+    # the second name is that before transformers 5.23
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable(settings)
     if any(hasattr(model, name) for name in ("_require_grads_hook", "_require_grads_hooks")):
-        model.disable_input_require_grads()         # for reentry alone; here a frozen embedding needs no gradient
+        model.disable_input_require_grads()         # needed by reentrant checkpointing only
 
 
-def _kept() -> Callable[..., Any]:
-    """Of operations within a layer, those whose results stay: products of matrices, and attention on CPU and CUDA.
+def _saving_policy() -> Callable[..., Any]:
+    """A policy that saves the results of matrix products, and of attention on CPU and CUDA.
 
-    Not the second product of an adapter, which makes many numbers of few: it costs little and gives as much as the
+    It does not save an adapter's second product, whose output is as large as the layer's own but cheap to compute.
     layer itself.
     """
-    from torch.nn.attention import varlen  # registers its operation
+    from torch.nn.attention import varlen  # registers its operator
     from torch.utils.checkpoint import CheckpointPolicy
 
     assert varlen
     aten = torch.ops.aten
-    products = {aten.mm.default: 0, aten.addmm.default: 1}      # the place of the left matrix among its arguments
+    products = {aten.mm.default: 0, aten.addmm.default: 1}      # position of the left matrix among the arguments
     attentions = {torch.ops.lit_llm.causal_attention.default, torch.ops.torch_attn._varlen_attn.default,
                   aten._scaled_dot_product_flash_attention_for_cpu.default,
                   aten._scaled_dot_product_flash_attention.default,

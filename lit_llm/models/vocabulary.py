@@ -1,4 +1,4 @@
-"""Give a causal LM as many embedding rows as its tokenizer has tokens."""
+"""Resize the vocabulary of a causal language model to its tokenizer."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -10,23 +10,23 @@ if TYPE_CHECKING:
 
 
 def rows(model: "PreTrainedModel") -> int:
-    """Rows of the embedding; often more than there are tokens, since sizes are rounded up."""
+    """Number of embedding rows; often larger than the vocabulary, because sizes are rounded up."""
     layer: Any = model.get_input_embeddings()
     return int(layer.num_embeddings)
 
 
 def grow(model: "PreTrainedModel", count: int) -> int:
-    """Give embedding and output head a row for each of `count` tokens; a model that has them stays as it is.
+    """Extend embedding and output head to `count` tokens; a model that is large enough is unchanged.
 
-    A new row is the mean of the old ones, so that a new token is none too likely and none too strange to begin with;
-    that holds for the head's bias, too. Tied matrices stay tied, and the config says the new size.
+    A new row is the mean of the existing ones, so that a new token is neither too likely nor too unlikely at first; the
+    same holds for the head's bias. Tied matrices stay tied, and the config is updated.
 
     Args:
-        model: Whole, not yet cut over processes; its dtype and device stay.
-        count: Tokens of the tokenizer.
+        model: The model, not yet sharded; its dtype and device are kept.
+        count: Number of tokens of the tokenizer.
 
     Returns:
-        How many rows are new; `model.new_rows` says it, too, and `model.all_rows` the new size.
+        Number of new rows, also set as `model.new_rows`; `model.all_rows` is the new size.
     """
     before = rows(model)
     if count <= before:
@@ -48,12 +48,12 @@ def grow(model: "PreTrainedModel", count: int) -> int:
     for weight in (*embedding.parameters(), *(head.parameters() if head is not None else ())):
         weight.requires_grad_(flags)
     holder: Any = model
-    holder.new_rows, holder.all_rows = count - before, count       # adapters are of no use on a base without them
+    holder.new_rows, holder.all_rows = count - before, count       # adapters need a base of the same size
     return count - before
 
 
 def _mean(weight: Tensor) -> Tensor:
-    """Of the rows, summed in float32."""
+    """Mean of the rows, summed in float32."""
     total = torch.zeros(weight.shape[1:], dtype=torch.float32, device=weight.device)
     for part in weight.detach().split(16384):
         total += part.float().sum(0)
@@ -61,7 +61,7 @@ def _mean(weight: Tensor) -> Tensor:
 
 
 def _whole_bias(head: Any, count: int, mean: Tensor, before: int) -> None:
-    """Transformers resizes a head's bias with its matrix; where it did not, it is done here."""
+    """Resize a head's bias where transformers did not resize it with the matrix."""
     if len(head.bias) < count:
         head.bias = nn.Parameter(torch.cat([head.bias.detach(), mean.expand(count - len(head.bias))]))
     head.bias[before:] = mean

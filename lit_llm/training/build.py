@@ -51,13 +51,13 @@ def build(module: Module) -> None:
     inner.config.use_cache = False
     module.model = module._adapted(inner)
     compatible.check_head(module)
-    if not adapter.learns_prompt(module.model):
+    if not adapter.has_virtual_tokens(module.model):
         off = module.router_aux_loss is None and (module.init or {}).get("output_router_logits") is False
         module.balance_coefficient = balance.coefficient(module.model, 0.0 if off else module.router_aux_loss)
         compatible.check_balance(module, module.trainer.strategy, module.trainer.world_size)
     module.half_adapters = _autocasts(module)
     if module.half_adapters:
-        adapter.spare_copies(module.model)
+        adapter.skip_input_copies(module.model)
     recompute.apply(inner, module.recompute)
     module.model.train()
     if module.compile_layers:

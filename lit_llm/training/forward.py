@@ -103,7 +103,7 @@ def nll(model: Any, batch: "Batch", choices: Choices) -> Sums:
             `cu_seqlens`, the borders of its documents.
         choices: Of the run.
     """
-    if adapter.learns_prompt(model):
+    if adapter.has_virtual_tokens(model):
         return Sums(*_nll_behind_prompts(model, batch))
     way, ids, labels = choices.way, batch["input_ids"].view(1, -1), batch["labels"].view(-1)
     if way.packed:

@@ -153,7 +153,7 @@ class CausalLMModule(L.LightningModule):
         Args:
             facts: What a new model's config takes from the tokenizer.
         """
-        if peft_method.learns_prompt_by(self.peft_spec):
+        if peft_method.adds_virtual_tokens(self.peft_spec):
             return None
         if self.way is None:                        # a model is asked once
             longest = getattr(getattr(self._trainer, "datamodule", None), "seq_len", None)

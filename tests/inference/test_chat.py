@@ -84,7 +84,7 @@ def test_a_full_context_forgets_the_oldest_and_says_so(tiny_model, capsys):
         assert kept[-1].content == answer
         assert kept[0].role == "user"
         assert len(engine.encode(Conversation((*session._head, *kept[:-1])))) + 20 <= 256
-    assert "forgotten" in capsys.readouterr().err
+    assert "dropped" in capsys.readouterr().err
     assert len(session.messages) < 18
 
 

@@ -172,7 +172,7 @@ def test_a_request_that_was_lost_with_a_worker_is_not_left_to_the_next():
     import asyncio
 
     from lit_llm.inference.sampling import SamplingParams
-    from serve.line import EngineLine, Limits
+    from serve.engine_client import EngineClient, Limits
     from serve.schema import ApiError
     from serve.worker import Add, Beat, Cancel
 
@@ -186,15 +186,15 @@ def test_a_request_that_was_lost_with_a_worker_is_not_left_to_the_next():
             return Beat(boot, 0.0, 99, 99, None) if (boot := next(self.boots, None)) else await asyncio.sleep(60)
 
     async def run():
-        line = EngineLine(Limits())
-        line.orders = queue.SimpleQueue()
-        listening = asyncio.create_task(line.listen(Beats()))
-        while line._beat is None:
+        client = EngineClient(Limits())
+        client.orders = queue.SimpleQueue()
+        listening = asyncio.create_task(client.listen(Beats()))
+        while client._beat is None:
             await asyncio.sleep(0.01)
         with pytest.raises(ApiError, match="restarted"):
-            async for _ in line.ask([1, 2], SamplingParams()):
+            async for _ in client.ask([1, 2], SamplingParams()):
                 pass
         listening.cancel()
-        return [type(line.orders.get_nowait()) for _ in range(line.orders.qsize())], line.in_flight
+        return [type(client.orders.get_nowait()) for _ in range(client.orders.qsize())], client.in_flight
 
     assert asyncio.run(run()) == ([Add, Cancel], 0)

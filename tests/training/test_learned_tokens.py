@@ -199,7 +199,7 @@ def test_what_learns_is_what_was_asked_for(chats, caplog, said):
     assert rows_of(fit(chats, lora=LoRA(r=4), name="4", source="text.jsonl")) == []
     caplog.clear()
     fit(chats, peft={"class_path": "LoHaConfig", "init_args": {"r": 4}}, name="5")
-    assert "their rows are frozen, since LoHaConfig trains no single rows" in caplog.text
+    assert "their rows are frozen, since LoHaConfig cannot train single rows" in caplog.text
     with pytest.raises(InputError, match=r"Did you mean '<\|im_end\|>'") as caught:
         fit(chats, lora=LoRA(r=4, train_tokens="<|im_emd|>"), name="6")
     assert "train_tokens" in str(caught.value)

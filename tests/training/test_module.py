@@ -195,7 +195,7 @@ def test_adapters_make_no_float32_copies_of_their_inputs(precision, tiny_model, 
     _, ours = fit(tiny_model("llama"), chats, tmp_path, lora=LoRA(r=4), trainer={"precision": precision})
     assert (torch.bfloat16, torch.bfloat16) in seen
     assert all(came == left for came, left in seen)
-    monkeypatch.setattr("lit_llm.models.adapters.adapter.spare_copies", lambda model: None)
+    monkeypatch.setattr("lit_llm.models.adapters.adapter.skip_input_copies", lambda model: None)
     seen.clear()
     _, theirs = fit(tiny_model("llama"), chats, tmp_path, lora=LoRA(r=4), trainer={"precision": precision}, name="copies")
     assert (torch.bfloat16, torch.float32) in seen
@@ -278,14 +278,14 @@ def test_qlora_learns_on_four_bits_and_merges_into_the_exact_base(tiny_model, ch
 def test_four_bits_leave_no_more_for_the_backward_pass_than_whole_weights(tiny_model, targets):
     """bitsandbytes answers in float32 behind a norm, which would double what all layers keep."""
     pytest.importorskip("bitsandbytes", reason="pip install bitsandbytes")
-    from lit_llm.models.adapters.adapter import spare_copies, wrap_peft
+    from lit_llm.models.adapters.adapter import skip_input_copies, wrap_peft
     from lit_llm.models.load import load_causal_lm
 
     def kept(quantize):
         inner = load_causal_lm(tiny_model("llama"), quantize=quantize, half=True)
         spec = LoRA(r=4, target_modules=targets) if targets else LoRA(r=4)
         model, sizes = wrap_peft(inner, spec.as_peft()).train(), {}
-        spare_copies(model)
+        skip_input_copies(model)
         weights = {weight.untyped_storage().data_ptr() for weight in model.parameters()}
 
         def pack(tensor):

@@ -1,1 +1,1 @@
-"""PEFT's adapters on a model: made, saved, loaded, merged."""
+"""Create, save, load and merge PEFT adapters."""

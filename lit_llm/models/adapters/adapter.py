@@ -1,7 +1,7 @@
-"""Put the adapters of a PEFT method on a causal language model, load them from a folder, and save them.
+"""Add the adapters of a PEFT method to a causal language model, load them from a folder, and save them.
 
-`peft_method.py` reads the method from a config or a folder, `trained_rows.py` has the rows of single tokens that learn
-too, and `merging.py` merges adapters into the model.
+`peft_method.py` reads the method from a config or a folder, `trained_rows.py` handles embedding rows that are trained
+beside adapters, and `merging.py` merges adapters into the model.
 """
 
 import json
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from lit_llm.errors import InputError
 from lit_llm.models import vocabulary
 from lit_llm.models.adapters import patterns, tying
-from lit_llm.models.adapters.peft_method import line, peft_config, stored_config
+from lit_llm.models.adapters.peft_method import one_line, peft_config, stored_config
 from lit_llm.models.adapters.trained_rows import embed, token_layers, with_bias
 from lit_llm.system import config_limits
 from lit_llm.system.redaction import redact_text
@@ -26,21 +26,21 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 WEIGHTS = "adapter_model.safetensors"
-ROWS = "vocabulary.json"                            # in an adapter's folder: rows of a base that has grown
+ROWS = "vocabulary.json"                            # in an adapter folder: vocabulary size of a resized base
 
 
 
 def wrap_peft(model: "PreTrainedModel", spec: dict[str, Any], *, tokens: Sequence[int] = (),
               elements: Callable[[nn.Parameter], int] = nn.Parameter.numel) -> Any:
-    """The model with a PEFT method's adapters: base frozen, adapters trainable.
+    """Add a PEFT method's adapters to a model; the base is frozen, the adapters are trainable.
 
-    Nearly every method starts exactly at the base (FourierFT and C3A with `init_weights: true`; VB-LoRA and Uni-LoRA
-    only close to it).
+    With nearly every method the model initially computes the same as its base (FourierFT and C3A with
+    `init_weights: true`; VB-LoRA and Uni-LoRA only approximately).
 
     Args:
-        model: The base.
+        model: The base model.
         spec: `class_path` (a config class of peft, with or without the `peft.` prefix) and `init_args`, its keys.
-        tokens: Ids whose rows learn too, in the embedding and in the head; where there is no `row_obstacle`.
+        tokens: Ids whose rows of the embedding and the head are trained as well; needs a method without `row_obstacle`.
         elements: Gives the size of a weight that a strategy may have split.
 
     Raises:
@@ -52,20 +52,20 @@ def wrap_peft(model: "PreTrainedModel", spec: dict[str, Any], *, tokens: Sequenc
     if tokens:
         config.trainable_token_indices = {name: sorted(tokens) for name in token_layers(model)}
     try:
-        with _steady_start(config), tying.explained(model, config):
-            wrapped = _as_trained_here(get_peft_model(model, config))
+        with _seeded_init(config), tying.explaining(model, config):
+            wrapped = _adjusted(get_peft_model(model, config))
             if not any(weight.requires_grad and elements(weight) for weight in wrapped.parameters()):
                 raise ValueError(f"{type(config).__name__} has nothing to train on these layers of this model")
             return wrapped
-    except Exception as error:                      # forty methods, each with its own way to say no
+    except Exception as error:                      # forty methods raise errors of many types
         linears = sorted({name.rsplit(".", 1)[-1] for name, layer in model.named_modules() if _is_linear(layer)})
         raise InputError(f"{str(error).splitlines()[0][:160]}", where="model.peft",
-                         fix=f"linear layers here: {', '.join(linears)}; all-linear takes all but the head") from None
+                         fix=f"its linear layers: {', '.join(linears)}; all-linear selects all but the head") from None
 
 
 @contextmanager
-def _steady_start(config: Any) -> Iterator[None]:
-    """Fast PiSSA draws a part of the base by random numbers: the same in training and whenever it is loaded."""
+def _seeded_init(config: Any) -> Iterator[None]:
+    """Seed fast PiSSA, which picks a part of the base at random, equally in training and at each load."""
     if not str(getattr(config, "init_lora_weights", "")).startswith("pissa_niter"):
         yield
         return
@@ -78,18 +78,18 @@ def _is_linear(layer: nn.Module) -> bool:
     return isinstance(layer, nn.Linear) or type(layer).__name__ == "Conv1D"
 
 
-def _as_trained_here(model: Any) -> Any:
-    """PEFT's model, its embeddings without a copy of the matrix, its heads with their bias, tied adapters as one."""
+def _adjusted(model: Any) -> Any:
+    """Adjust a PEFT model: embed without copying the matrix, keep the head's bias, tie adapters that share a matrix."""
     from peft.tuners.lora.layer import ParamWrapper
     from peft.tuners.trainable_tokens import TrainableTokensLayer
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     for name, layer in model.named_modules():
         below, dora = getattr(layer, "base_layer", None), any(getattr(layer, "use_dora", {}).values())
-        twice = isinstance(below, BaseTunerLayer) and not isinstance(layer, ParamWrapper)   # experts' are nested
+        twice = isinstance(below, BaseTunerLayer) and not isinstance(layer, ParamWrapper)  # those of experts are nested
         if twice or (dora and hasattr(below, "token_adapter")):
             raise ValueError(f"{name.removeprefix('base_model.model.')} would be adapted twice: it and the embedding "
-                             "are one matrix; name only one of the two")
+                             "share one matrix; name only one of them")
         if isinstance(layer, TrainableTokensLayer):
             if type(layer.base_layer) is nn.Embedding:
                 layer.forward = MethodType(embed, layer)  # type: ignore[method-assign]
@@ -100,11 +100,11 @@ def _as_trained_here(model: Any) -> Any:
 
 
 def load_adapter(model: "PreTrainedModel", folder: str | Path, *, trainable: bool = False) -> Any:
-    """The model with the adapter that lies in a folder in PEFT's format.
+    """Add the adapter in a folder in PEFT's format to a model.
 
     Raises:
-        InputError: The folder holds no safetensors, or none for some of the adapters that its config names; or its
-            config or weights do not fit the model.
+        InputError: The folder has no safetensors file, lacks weights of adapters that its config names, or does not
+            fit the model.
     """
     import warnings
 
@@ -112,36 +112,36 @@ def load_adapter(model: "PreTrainedModel", folder: str | Path, *, trainable: boo
 
     folder = Path(folder)
     config = stored_config(folder)
-    if not (folder / WEIGHTS).is_file():            # PEFT would unpickle adapter_model.bin, or ask the hub
-        raise InputError(f"it holds no {WEIGHTS}, and other files of weights are not read", where=str(folder))
+    if not (folder / WEIGHTS).is_file():            # PEFT would unpickle adapter_model.bin, or query the hub
+        raise InputError(f"{WEIGHTS} is missing; other weight formats are not loaded", where=str(folder))
     patterns.check(config.to_dict(), [name for name, _ in model.named_modules()], str(folder))
     try:
         if (folder / ROWS).is_file():
             vocabulary.grow(model, int(json.loads((folder / ROWS).read_text(encoding="utf-8"))["rows"]))
         _check_finite(folder / WEIGHTS)
-        with (_steady_start(config), tying.explained(model, config, say=False), warnings.catch_warnings(),
+        with (_seeded_init(config), tying.explaining(model, config, say=False), warnings.catch_warnings(),
               config_limits.building(str(folder), most=_most_parameters(model, folder))):
             warnings.filterwarnings("error", message="Found missing adapter keys")
-            return _as_trained_here(PeftModel.from_pretrained(model, str(folder), is_trainable=trainable))
+            return _adjusted(PeftModel.from_pretrained(model, str(folder), is_trainable=trainable))
     except UserWarning as error:
-        raise InputError(f"it lacks weights that its config names: {str(error).partition(': ')[2][:160]}",
+        raise InputError(f"weights that its config names are missing: {str(error).partition(': ')[2][:160]}",
                          where=str(folder), fix="copy the adapter's folder again, or train it again") from None
     except (InputError, MemoryError):
         raise
-    except Exception as error:                      # a stranger's files, and forty methods
-        raise InputError(f"the adapter cannot be put on this model: {line(error)}", where=str(folder),
+    except Exception as error:                      # untrusted files, and forty methods
+        raise InputError(f"the adapter does not fit this model: {one_line(error)}", where=str(folder),
                          fix="use it with the base that it was trained on, or copy its folder again") from None
 
 
 def _most_parameters(model: nn.Module, folder: Path) -> int:
-    """That an adapter may have: as many as its base, and those that its file holds."""
+    """Limit on an adapter's parameters: those of the base plus those in the file."""
     base = sum(weight.numel() for weight in model.parameters())
     size: int = (folder / WEIGHTS).stat().st_size
     return config_limits.SPARE + base + config_limits.PER_BYTE * size
 
 
 def _check_finite(file: Path) -> None:
-    """Refuse weights that are not all numbers: every answer of such a model is nonsense."""
+    """Refuse weights that are not finite: such a model only produces nonsense."""
     from safetensors import safe_open
 
     with safe_open(file, framework="pt") as tensors:
@@ -149,15 +149,15 @@ def _check_finite(file: Path) -> None:
         for name in names:
             weight = tensors.get_tensor(name)
             if weight.is_floating_point() and not torch.isfinite(weight).all():
-                raise InputError(f"{name} holds values that are no numbers", where=str(file),
+                raise InputError(f"{name} contains values that are not finite", where=str(file),
                                  fix="copy the adapter's folder again, or train it again")
 
 
-def spare_copies(model: Any) -> None:
-    """Let LoRA take its inputs as they come, where autocast brings them and its weights together.
+def skip_input_copies(model: Any) -> None:
+    """Let LoRA compute on its inputs without casting them to float32 first, where autocast converts them anyway.
 
-    peft makes a float32 copy of every adapted layer's input first, since its weights are float32; autocast then makes a
-    bfloat16 copy of the copy. The numbers are the same without. DoRA measures weights by that dtype and keeps it.
+    PEFT makes a float32 copy of every adapted layer's input because its weights are float32; autocast then makes a
+    bfloat16 copy of that copy. The results are the same without. DoRA depends on that dtype and is not changed.
     """
     from peft.tuners.lora import LoraLayer
 
@@ -167,12 +167,12 @@ def spare_copies(model: Any) -> None:
 
 
 def is_peft(model: Any) -> bool:
-    """Whether adapters are on it."""
+    """Whether the model has PEFT adapters."""
     return hasattr(model, "peft_config") and hasattr(model, "get_base_model")
 
 
-def learns_prompt(model: Any) -> bool:
-    """Whether the PEFT method puts virtual tokens before each conversation (prompt and prefix tuning)."""
+def has_virtual_tokens(model: Any) -> bool:
+    """Whether the PEFT method adds virtual tokens before each conversation (prompt and prefix tuning)."""
     return is_peft(model) and bool(model.active_peft_config.is_prompt_learning)
 
 
@@ -180,10 +180,10 @@ def save_adapter(model: Any, folder: str | Path, state: dict[str, Tensor], base:
     """Write adapter weights and config in PEFT's format.
 
     Args:
-        model: The PEFT model, for its config.
-        folder: Made if absent.
+        model: The PEFT model, which provides the config.
+        folder: Created if it does not exist.
         state: Trainable weights by their name in `model`, on CPU.
-        base: Where the base came from, kept in the config so that others find it.
+        base: Path or hub id of the base model, stored in the config.
     """
     import warnings
 
@@ -193,28 +193,28 @@ def save_adapter(model: Any, folder: str | Path, state: dict[str, Tensor], base:
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Setting `save_embedding_layers`")    # the state holds no base weight
+        warnings.filterwarnings("ignore", message="Setting `save_embedding_layers`")    # the state has no base weights
         adapter = get_peft_model_state_dict(model, state_dict=_under_all_names(model, state))
     save_file({name: weight.clone().contiguous() for name, weight in adapter.items()},
               folder / WEIGHTS)
     config = model.active_peft_config.to_dict() | {"base_model_name_or_path": base, "inference_mode": True}
-    if not isinstance(config.get("target_modules"), str | None):        # peft takes tied heads out of it
+    if not isinstance(config.get("target_modules"), str | None):        # PEFT removes tied heads from it
         tied = getattr(model.active_peft_config, "target_modules_to_tie", None) or ()
         config["target_modules"] = {*config["target_modules"], *tied}
     text = json.dumps(config, indent=2, sort_keys=True,
                       default=lambda value: sorted(value) if isinstance(value, set) else str(value))
     (folder / "adapter_config.json").write_text(redact_text(text) + "\n", encoding="utf-8")
     inner = model.get_base_model()
-    if getattr(inner, "new_rows", 0):               # who loads it must give the base as many
+    if getattr(inner, "new_rows", 0):               # a loader must resize the base to the same size
         (folder / ROWS).write_text(json.dumps({"rows": inner.all_rows}) + "\n", encoding="utf-8")
 
 
 def _under_all_names(model: Any, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Weights under each of their names (VB-LoRA shares one bank) with the frozen parts beside them.
+    """Weights under each of their names (VB-LoRA shares one bank), together with the frozen parts of adapters.
 
-    Frozen are VeRA's buffers, and one of MiCA's two matrices. One rank alone calls this, so the model is not asked for
-    its state dict: FSDP2 would split weights there that the other ranks still hold whole, and the ranks would gather
-    different ones in the next step.
+    VeRA's buffers and one of MiCA's two matrices are frozen. Only one rank calls this, so it does not call the model's
+    `state_dict()`: with FSDP2 that would shard weights that are still unsharded on other ranks, and the ranks would
+    gather different weights in the next step.
     """
     named = list(model.named_parameters(remove_duplicate=False))
     known = {id(weight): state[name] for name, weight in named if name in state}

@@ -1,7 +1,7 @@
-"""Merge the adapters of a causal LM into a plain one that computes the same.
+"""Merge the adapters of a causal language model into a plain model that computes the same.
 
-PEFT adds each adapter to the weight it sits on. That is another model where the weight belongs to two layers: with LoRA
-on the embedding of a tied base, training applies the adapter where tokens are read, and merging would also change the
+PEFT adds each adapter to the weight of its layer. That changes the model where two layers share the weight: with LoRA
+on the embedding of a tied base, training applies the adapter to the embedding only, but merging would also change the
 output head.
 """
 
@@ -18,12 +18,12 @@ from lit_llm.models.adapters.adapter import is_peft
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-SAME = 1e-6                                         # of the largest weight: what rounding alone may differ by
-IDS = 1 << 14                                       # rows of an embedding that are looked up at a time
+SAME = 1e-6                                         # relative to the largest weight: difference due to rounding
+IDS = 1 << 14                                       # embedding rows that are computed at a time
 
 
 class UnmergeableError(InputError):
-    """Adapters of a method that cannot become part of the base's weights."""
+    """The method's adapters cannot be merged into the base's weights."""
 
     def __init__(self, why: str = "") -> None:
         super().__init__(f"this PEFT method cannot be merged into the base{why}", where="model.peft",
@@ -31,13 +31,13 @@ class UnmergeableError(InputError):
 
 
 def merge(model: Any) -> "PreTrainedModel":
-    """Adapter weights folded into the base; a model without adapters comes back as it is.
+    """Merge the adapters into the base; a model without adapters is returned unchanged.
 
-    What the model computes stays as it was in training. Where the adapters made the two layers of a tied weight differ,
-    the model comes back untied: two matrices, and `tie_word_embeddings: false` in its config.
+    The merged model computes the same as in training. If the adapters made the two layers of a tied weight differ, the
+    returned model is untied: two matrices, and `tie_word_embeddings: false` in its config.
 
     Args:
-        model: With adapters on it; it is changed in place.
+        model: A model with adapters; it is changed in place.
 
     Raises:
         UnmergeableError: The method cannot be merged.
@@ -51,7 +51,7 @@ def merge(model: Any) -> "PreTrainedModel":
     _untie_adapted(inner)
     tables = _scaled_tables(inner)
     _merge_rows_below(inner)
-    _declare_tied(inner, False)                     # else PEFT warns of what was just prevented
+    _declare_tied(inner, False)                     # otherwise PEFT warns about what was just prevented
     try:
         merged: PreTrainedModel = model.merge_and_unload()
     except (ValueError, NotImplementedError, RuntimeError) as error:
@@ -64,7 +64,7 @@ def merge(model: Any) -> "PreTrainedModel":
 
 
 def _untie_adapted(inner: nn.Module) -> None:
-    """Give each layer under an adapter a weight of its own where it shares one with another layer."""
+    """Copy the weight of each adapted layer that shares it with another layer."""
     owners: dict[int, list[tuple[str, nn.Module, str]]] = defaultdict(list)
     for name, module in inner.named_modules():
         for key, weight in module._parameters.items():
@@ -77,7 +77,7 @@ def _untie_adapted(inner: nn.Module) -> None:
 
 
 def _merge_rows_below(inner: nn.Module) -> None:
-    """Merge rows of single tokens that lie below another adapter on the same layer, where PEFT would leave them out."""
+    """Merge trained token rows below another adapter of the same layer, which PEFT would leave out."""
     for layer in list(inner.modules()):
         rows = getattr(getattr(layer, "base_layer", None), "token_adapter", None)
         if rows is not None:
@@ -86,16 +86,16 @@ def _merge_rows_below(inner: nn.Module) -> None:
 
 
 def _scaled_tables(inner: nn.Module) -> dict[str, Tensor]:
-    """Merged rows of adapted embeddings that scale what they give, as Gemma's do: name -> (V, D).
+    """Merged rows of adapted embeddings that scale their output, as Gemma's do: name -> (V, D).
 
-    Some of PEFT's methods scale the sum of row and adapter, some the row alone, and all merge in one way. What the
-    layer gives for each id says which it is.
+    Some PEFT methods scale the sum of row and adapter, some only the row, but all merge in the same way. The output of
+    the layer for each id shows which one applies.
     """
     tables = {}
     for name, layer in inner.named_modules():
         base = getattr(layer, "base_layer", None)
         scale = getattr(base, "embed_scale", None)
-        inside = {"base_layer", "token_adapter"} & set(name.split("."))     # rows of single tokens merge as they are
+        inside = {"base_layer", "token_adapter"} & set(name.split("."))     # trained token rows merge unchanged
         if isinstance(base, nn.Embedding) and scale is not None and not inside:
             ids = torch.arange(base.num_embeddings, device=base.weight.device)
             with torch.no_grad():
@@ -105,7 +105,7 @@ def _scaled_tables(inner: nn.Module) -> dict[str, Tensor]:
 
 
 def _tie_equal(merged: "PreTrainedModel") -> bool:
-    """Whether embedding and head are one matrix; they are made one again where they came out equal."""
+    """Tie embedding and head again if they are equal; return whether they are tied."""
     embedding, head = merged.get_input_embeddings(), merged.get_output_embeddings()
     if head is None or not isinstance(embedding.weight, Tensor) or embedding.weight.shape != head.weight.shape:
         return False
@@ -125,7 +125,7 @@ def _declares_tied(inner: Any) -> bool:
 
 
 def _declare_tied(inner: Any, tied: bool) -> None:
-    """Say in every config that speaks of it whether embedding and head are one matrix."""
+    """Set `tie_word_embeddings` in every config that has it."""
     for config in {id(config): config for config in (inner.config, inner.config.get_text_config())}.values():
         with suppress(AttributeError):              # some configs compute it
             config.tie_word_embeddings = tied

@@ -1,6 +1,6 @@
-"""Which PEFT method is trained, and with which keys: as a run's config says it, or the folder of an adapter.
+"""Read the PEFT method and its keys from a run's config or from an adapter's folder.
 
-A method is data: `class_path` and `init_args`, as they stand in a config. `adapter.py` puts it on a model.
+A method is a mapping with `class_path` and `init_args`, as in a config. `adapter.py` applies it to a model.
 """
 
 import json
@@ -14,31 +14,31 @@ from lit_llm.system import ranges
 from lit_llm.system.class_paths import refuse_within
 from lit_llm.system.config_limits import scalars
 
-MOST, MOST_TOKEN = 1 << 20, 1 << 27                  # of ranks, layers and tokens that learn; of an id of a token
-STRONGEST = 1e9                                     # of scales
+MOST, MOST_TOKEN = 1 << 20, 1 << 27                  # of ranks, layers and trained tokens; of a token id
+STRONGEST = 1e9                                     # limit on scales
 NO_METHOD = ("base_model_name_or_path", "inference_mode", "peft_type", "peft_version", "revision", "auto_mapping",
-             "task_type")                           # of an adapter's config: where it is from, not what it is
-# Methods of peft that need more than tokens and labels: task numbers, other adapters, a second model.
+             "task_type")                           # keys of an adapter's config about its origin
+# PEFT methods that need more than tokens and labels: task ids, other adapters, a second model.
 UNFIT = ("ArrowConfig", "CartridgeConfig", "CPTConfig", "MultitaskPromptTuningConfig", "PeftConfig", "PolyConfig",
          "PromptLearningConfig", "ShadowConfig", "XLoraConfig")
 
 
 @dataclass(slots=True)
 class LoRA:
-    """Low-rank adapters (arXiv:2106.09685): the short form of `peft: {class_path: LoraConfig, ...}`.
+    """Low-rank adapters (arXiv:2106.09685), a short form of `peft: {class_path: LoraConfig, ...}`.
 
     Args:
-        r: Rank of the two matrices. 8 to 32 is usual; memory and capacity grow with it.
-        alpha: Scale: the adapter's output is multiplied by alpha / r.
-        dropout: Probability of dropping an adapter input, in training.
-        target_modules: Names of the layers to adapt, or `all-linear`: every linear layer (GPT-2's Conv1D too) but the
-            output head; adapting all of them learns most (arXiv:2305.14314 section 4).
-        dora: Train direction and magnitude apart (arXiv:2402.09353).
+        r: Rank of the two matrices. Usually 8 to 32; memory and capacity grow with it.
+        alpha: Scale of the adapter's output, which is multiplied by alpha / r.
+        dropout: Dropout probability of adapter inputs during training.
+        target_modules: Names of the layers to adapt, or `all-linear`: every linear layer (including GPT-2's Conv1D)
+            except the output head; adapting all of them works best (arXiv:2305.14314 section 4).
+        dora: Train direction and magnitude separately (arXiv:2402.09353).
         rslora: Scale by alpha / sqrt(r) (arXiv:2312.03732); for ranks above 32.
-        train_tokens: Tokens whose rows of the embedding and the output head learn too. `auto`: of the tokens in the
-            training data and of the chat template's control tokens those that the base was never trained on, since
-            adapters alone cannot make such a token likely; at most 4,096, the most frequent. Or spellings, e.g.
-            [<|im_end|>]; null trains none.
+        train_tokens: Tokens whose rows of the embedding and the output head are trained as well. `auto` selects tokens
+            of the training data and control tokens of the chat template that the base model was never trained on,
+            because adapters alone cannot make such a token likely; at most the 4,096 most frequent. A list names
+            tokens, e.g. [<|im_end|>]; null trains none.
     """
 
     r: int = 16
@@ -50,21 +50,21 @@ class LoRA:
     train_tokens: str | list[str] | None = "auto"
 
     def as_peft(self) -> dict[str, Any]:
-        """The long form."""
+        """The equivalent `peft` mapping."""
         return {"class_path": "LoraConfig", "init_args": {
             "r": self.r, "lora_alpha": self.alpha, "lora_dropout": self.dropout, "target_modules": self.target_modules,
             "use_dora": self.dora, "use_rslora": self.rslora}}
 
 
 def spec_of(peft: dict[str, Any] | None, lora: LoRA | None) -> dict[str, Any] | None:
-    """The one PEFT spec of a config that may give the long form, the short form, or none.
+    """The PEFT spec of a config, which may give `peft`, `lora`, or neither.
 
     Raises:
-        InputError: Both are given, or a class below `init_args`.
+        InputError: Both are given, or there is a class within `init_args`.
     """
     refuse_within((peft or {}).get("init_args"), "model.peft.init_args")
     if peft is not None and lora is not None:
-        raise InputError("model.peft and model.lora are two ways to say one thing; keep one", where="model")
+        raise InputError("model.peft and model.lora are both set; keep one of them", where="model")
     if lora is not None:
         ranges.check_all("model.lora", {name: getattr(lora, name) for name in ("r", "alpha", "dropout")})
     for name, value in ((peft or {}).get("init_args") or {}).items():
@@ -73,54 +73,55 @@ def spec_of(peft: dict[str, Any] | None, lora: LoRA | None) -> dict[str, Any] | 
 
 
 def spec_in(folder: Path) -> dict[str, Any]:
-    """The method of the adapter that lies in a folder in PEFT's format: its class, and keys that are not the default.
+    """The method of an adapter folder in PEFT's format: its class, and keys that differ from their defaults.
 
     Raises:
-        InputError: Its config cannot be read, or names a method that is not trained here.
+        InputError: Its config cannot be read, or names a method that is not supported.
     """
     config = stored_config(folder)
     keys = config.to_dict()
     plain = type(config)().to_dict()
-    kept = {key: sorted(value, key=str) if isinstance(value, set) else value for key, value in keys.items()
+    init_args = {key: sorted(value, key=str) if isinstance(value, set) else value for key, value in keys.items()
             if value != plain.get(key) and key not in NO_METHOD}
-    spec = {"class_path": type(config).__name__, "init_args": kept}
+    spec = {"class_path": type(config).__name__, "init_args": init_args}
     peft_config(spec)
     return spec
 
 
 def stored_keys(folder: Path) -> dict[str, Any]:
-    """The keys of `adapter_config.json`, which may be a stranger's.
+    """The keys of `adapter_config.json`, which is untrusted.
 
     Raises:
-        InputError: It is no mapping.
+        InputError: The file is not a mapping.
     """
     file = folder / "adapter_config.json"
     try:
         keys = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"it cannot be read: {line(error)}", where=str(file)) from None
+        raise InputError(f"the file cannot be read: {one_line(error)}", where=str(file)) from None
     if not isinstance(keys, dict):
-        raise InputError("it is no mapping of keys to values", where=str(file), fix="copy the adapter's folder again")
+        raise InputError("the file is not a mapping of keys to values", where=str(file),
+                         fix="copy the adapter's folder again")
     return keys
 
 
 def stored_config(folder: Path) -> Any:
-    """PEFT's config of the adapter in a folder; nothing that it names is imported or fetched.
+    """PEFT's config of the adapter in a folder; nothing that it names is imported or downloaded.
 
     Raises:
-        InputError: It cannot be read, or its method needs more than this folder.
+        InputError: The config cannot be read, or its method needs more than this folder.
     """
     from peft import PeftConfig
 
     keys = stored_keys(folder)
     _check_numbers(keys, str(folder / "adapter_config.json"))
     if keys.get("megatron_config") is not None:     # PEFT imports whatever module `megatron_core` names
-        raise InputError("it wants layers of Megatron, which are not supported", where=str(folder))
+        raise InputError("it requires Megatron layers, which are not supported", where=str(folder))
     try:
         config = PeftConfig.from_pretrained(str(folder))
         config.to_dict()
-    except Exception as error:                      # forty methods, each with its own way to say no
-        raise InputError(f"its config cannot be read: {line(error)}", where=str(folder)) from None
+    except Exception as error:                      # forty methods raise errors of many types
+        raise InputError(f"its config cannot be read: {one_line(error)}", where=str(folder)) from None
     if type(config).__name__ in UNFIT:
         raise InputError(f"adapters of {keys.get('peft_type')} need more than their folder and are not supported",
                          where=str(folder))
@@ -128,26 +129,26 @@ def stored_config(folder: Path) -> Any:
 
 
 def _check_numbers(keys: Any, where: str) -> None:
-    """Refuse numbers that make adapters of nan, or larger than any model.
+    """Refuse numbers that would give nan weights or huge adapters.
 
     Raises:
-        InputError: It names the key and the value.
+        InputError: The error names the key and the value.
     """
     for key, value in scalars(keys):
         if isinstance(value, bool) or not isinstance(value, int | float) or re.search(r"seed|prng", key):
             continue
         most = (MOST_TOKEN if "token" in key else MOST) if isinstance(value, int) else STRONGEST
-        if not abs(value) <= most:                  # nan is no number that it could be compared with
-            raise InputError(f"{key} is {str(value)[:40]}; {most:,.0f} at most", where=where)
+        if not abs(value) <= most:                  # also true for nan
+            raise InputError(f"{key} is {str(value)[:40]}; at most {most:,.0f} is allowed", where=where)
 
 
-def line(error: BaseException) -> str:
-    """What an error says, in one line."""
+def one_line(error: BaseException) -> str:
+    """The message of an error in one line."""
     return " ".join(str(error).split())[:160] or type(error).__name__
 
 
 def peft_config(spec: dict[str, Any]) -> Any:
-    """PEFT's config of a spec.
+    """Build PEFT's config from a spec.
 
     Raises:
         InputError: No such class or key, or a value that the class refuses.
@@ -161,8 +162,8 @@ def peft_config(spec: dict[str, Any]) -> Any:
     known = [key for key, kind in vars(peft).items()
              if isinstance(kind, type) and issubclass(kind, peft.PeftConfig) and key not in UNFIT]
     if name not in known or unknown:
-        raise InputError(f"'{unknown[0] if unknown else name}' is not known here; give class_path (a config class of "
-                         f"peft) and init_args.{did_you_mean(name, known)}", where="model.peft")
+        raise InputError(f"'{unknown[0] if unknown else name}' is unknown; give class_path (a config class of peft) "
+                         f"and init_args.{did_you_mean(name, known)}", where="model.peft")
     kind = getattr(peft, name)
     keys = {field.name for field in fields(kind)}
     args = dict(spec.get("init_args") or {})
@@ -180,10 +181,10 @@ def peft_config(spec: dict[str, Any]) -> Any:
 
 
 def ties_adapters(spec: dict[str, Any] | None) -> bool:
-    """Whether embedding and head of one matrix would share one adapter."""
+    """Whether a tied embedding and head share one adapter."""
     return bool(spec and (spec.get("init_args") or {}).get("ensure_weight_tying"))
 
 
-def learns_prompt_by(spec: dict[str, Any] | None) -> bool:
-    """Whether the method of a spec will put virtual tokens before each conversation."""
+def adds_virtual_tokens(spec: dict[str, Any] | None) -> bool:
+    """Whether the method of a spec adds virtual tokens before each conversation."""
     return spec is not None and bool(peft_config(spec).is_prompt_learning)

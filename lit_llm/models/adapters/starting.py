@@ -1,7 +1,7 @@
-"""Start training from an adapter's folder: continue the adapter, or merge it into the base.
+"""Start training from an adapter folder: continue the adapter, or merge it into the base first.
 
-An adapter that was trained on a base with another one merged carries that one with it, in the subfolder `first`, so
-that whoever loads it gets the model that was trained.
+An adapter that was trained on a base with a merged adapter carries the merged one in its subfolder `first`, so that
+loading it always gives the model that was trained.
 """
 
 import json
@@ -23,10 +23,10 @@ COPIED = (CONFIG, WEIGHTS, adapter.ROWS)
 
 
 def find(path: str) -> Path:
-    """The folder in PEFT's format: the path itself, the one in a checkpoint, or in a run's best checkpoint.
+    """Find the adapter folder: the path itself, or the adapter of a checkpoint or of a run's best checkpoint.
 
     Raises:
-        InputError: There is none, its weights are no safetensors, or they are not as their checkpoint says.
+        InputError: There is none, its weights are not safetensors, or its files differ from the checkpoint's manifest.
     """
     given = Path(path).expanduser()
     pointers = [given / "checkpoints" / name for name in ("BEST", "LATEST")]
@@ -34,19 +34,19 @@ def find(path: str) -> Path:
     for folder in (given, *(place / "adapter" for place in (given, *runs[:1]))):
         if (folder / CONFIG).is_file():
             if not (folder / WEIGHTS).is_file():
-                raise InputError(f"{folder} holds no {WEIGHTS}, and other files of weights are not read",
+                raise InputError(f"{folder} has no {WEIGHTS}; other weight formats are not loaded",
                                  where="model.adapter")
             integrity.check_beside(folder, "model.adapter")
             return folder
-    raise InputError(f"{path} holds no {CONFIG}, so it is no adapter", where="model.adapter",
+    raise InputError(f"{path} has no {CONFIG}, so it is not an adapter", where="model.adapter",
                      fix="give a folder in PEFT's format, a checkpoint of a run, or a run: runs/sft")
 
 
 def check_base(folder: Path, base: str) -> None:
-    """Refuse another base than the adapter was trained on, as far as its files tell.
+    """Refuse a base other than the one that the adapter was trained on, if its files name that one.
 
     Raises:
-        InputError: They name another one.
+        InputError: The files name another base.
     """
     manifest, fits = folder.parent / "manifest.json", True
     named = str(peft_method.stored_keys(folder).get("base_model_name_or_path") or "")
@@ -64,10 +64,10 @@ def check_base(folder: Path, base: str) -> None:
 
 
 def load(model: "PreTrainedModel", folder: Path, *, trainable: bool = False) -> Any:
-    """The model with an adapter, and below it, merged, the one that it was trained upon.
+    """Load an adapter, after merging the adapter that it was trained on top of.
 
     Raises:
-        InputError: It cannot be loaded, or is not as the checkpoint says that it lies in.
+        InputError: It cannot be loaded, or it differs from its checkpoint's manifest.
     """
     integrity.check_beside(folder, "adapter")
     if (folder / FIRST / CONFIG).is_file():
@@ -76,19 +76,19 @@ def load(model: "PreTrainedModel", folder: Path, *, trainable: bool = False) -> 
 
 
 def merged(model: "PreTrainedModel", folder: Path) -> "PreTrainedModel":
-    """The model with an adapter merged into it, ready for others."""
+    """The model with an adapter merged into it, ready for another one."""
     out = merge(load(model, folder))
-    for weight in out.parameters():                 # adapters froze them
+    for weight in out.parameters():                 # adding adapters froze them
         weight.requires_grad_(weight.is_floating_point())
     return out
 
 
-def carry(first: Path, folder: Path) -> None:
-    """Put an adapter that was merged beside the one trained upon it."""
+def copy_merged_adapter(first: Path, folder: Path) -> None:
+    """Copy a merged adapter into the folder of the adapter trained on top of it."""
     target = folder / FIRST
     target.mkdir(parents=True, exist_ok=True)
     for name in COPIED:
         if (first / name).is_file():
             shutil.copyfile(first / name, target / name)
     if (first / FIRST).is_dir():
-        carry(first / FIRST, target)
+        copy_merged_adapter(first / FIRST, target)

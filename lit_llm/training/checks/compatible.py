@@ -200,7 +200,7 @@ def check_windows(trainer: Any) -> None:
 
 def _check_prompts(module: Module, strategy: Any, world_size: int) -> None:
     """Prompt methods make a forward for each conversation; ZeRO-3 and FSDP2 wait for all ranks at each forward."""
-    if not peft_method.learns_prompt_by(module.peft_spec):
+    if not peft_method.adds_virtual_tokens(module.peft_spec):
         return
     if module.neftune_alpha:
         raise InputError("prompt and prefix tuning have embeddings of their own, which take no noise",
@@ -227,7 +227,7 @@ def _check_cross_entropy(module: Module, strategy: Any) -> None:
     if module.way is not None and module.way.own_logits:
         raise InputError(f"the model makes its logits itself: {module.way.why_own_logits}",
                          where="model.cross_entropy", fix="set --model.cross_entropy fused")
-    if peft_method.learns_prompt_by(module.peft_spec):
+    if peft_method.adds_virtual_tokens(module.peft_spec):
         raise InputError("prompt and prefix tuning make logits, and no head is left for other kernels",
                          where="model.cross_entropy", fix="set --model.cross_entropy fused")
     borrowed.check(module.cross_entropy, strategy.root_device, str(module.trainer.precision))

@@ -163,7 +163,7 @@ def _as_here(func: Any, args: Any, kwargs: Any) -> Any:
 
 def _hidden(whole: Any, ids: Tensor, borders: Sequence[int]) -> Tensor:
     """(T, D) hidden states of a packed row, or of one document after the other, as it is in training."""
-    if adapter.learns_prompt(whole):
+    if adapter.has_virtual_tokens(whole):
         return _behind_prompts(whole, ids, borders)
     if anatomy.causal_lm(whole).config._attn_implementation != attention.NAME:
         return torch.cat([anatomy.backbone(whole)(input_ids=ids[:, start:stop], use_cache=False).last_hidden_state[0]

@@ -208,7 +208,7 @@ class StepCheckpoint(Checkpoint):
         if adapter.is_peft(module.model):
             adapter.save_adapter(module.model, folder / "adapter", state, base=str(origin.recorded(module.base)))
             if module.start is not None and module.merge_start:
-                starting.carry(Path(module.start), folder / "adapter")
+                starting.copy_merged_adapter(Path(module.start), folder / "adapter")
         else:
             model.save_weights(module.model, folder / "model", state)
         tokenizer: Any = getattr(getattr(trainer, "datamodule", None), "tokenizer", None)

@@ -1,6 +1,6 @@
-"""Connect the API process to the worker: prompts go out, and events come back to the request they belong to.
+"""Connect the API process to the engine worker: send prompts, and route events back to their requests.
 
-Admits, watches the worker's beat, and cancels what nobody waits for any more.
+It admits requests, monitors the worker's heartbeat, and cancels requests whose client has disconnected.
 """
 
 import asyncio
@@ -19,18 +19,18 @@ from lit_llm.inference.sampling import SamplingParams
 from serve.schema import ApiError, bad_request
 from serve.worker import BEAT_SECONDS, CONSUMER, Add, Beat, Cancel
 
-SILENT_SECONDS = 6 * BEAT_SECONDS                   # a worker that has not beaten for so long is dead
-STUCK_SECONDS = 60.0                                # a step of so long: not ready, but it may come back
+SILENT_SECONDS = 6 * BEAT_SECONDS                   # a worker without a heartbeat for this long is dead
+STUCK_SECONDS = 60.0                                # a step that takes this long: not ready, but it may recover
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """How much is taken on.
+    """Limits on accepted requests.
 
     Args:
-        max_running: Requests computed at a time.
-        max_waiting: Requests that may wait for their turn; more get 429.
-        max_body_bytes: Of a request's body; more gets 413.
+        max_running: Requests computed concurrently.
+        max_waiting: Requests that may wait; further ones get status 429.
+        max_body_bytes: Size limit of a request's body; larger ones get status 413.
     """
 
     max_running: int = 8
@@ -38,28 +38,28 @@ class Limits:
     max_body_bytes: int = 1_000_000
 
 
-class EngineLine:
-    """Requests in flight, and whether the engine lives.
+class EngineClient:
+    """The API process's connection to the engine: requests in flight and the engine's state.
 
     Args:
-        limits: Admission.
+        limits: Limits on accepted requests.
     """
 
     def __init__(self, limits: Limits) -> None:
         self.limits = limits
         self.orders: Any = None                     # LitServe's request queue, set before the fork
-        self.queues_pid = 0                         # of the process that holds the queues
+        self.queues_pid = 0                         # process that owns the queues
         self._inboxes: dict[str, asyncio.Queue[Event]] = {}
-        self._arriving = 0                          # requests on their way here
+        self._arriving = 0                          # requests that are being tokenized
         self._beat: Beat | None = None
         self._beat_at = 0.0
 
     @property
     def beat(self) -> Beat:
-        """The worker's last sign of life.
+        """The worker's last heartbeat.
 
         Raises:
-            ApiError: 503 while there is none.
+            ApiError: 503 if there is none.
         """
         if self._beat is None or time.monotonic() - self._beat_at > SILENT_SECONDS:
             raise ApiError(503, "the engine is not ready", code="engine_not_ready", headers={"Retry-After": "5"})
@@ -67,7 +67,7 @@ class EngineLine:
 
     @property
     def ready(self) -> bool:
-        """Whether a request would be computed."""
+        """Whether a new request would be computed."""
         try:
             return self.beat.step_age < STUCK_SECONDS
         except ApiError:
@@ -75,12 +75,12 @@ class EngineLine:
 
     @property
     def in_flight(self) -> int:
-        """Requests that somebody waits for, those that are still tokenized among them."""
+        """Number of requests with a waiting client, including those that are being tokenized."""
         return len(self._inboxes) + self._arriving
 
     @contextmanager
     def arriving(self) -> Generator[None, None, None]:
-        """A request takes its place before it is tokenized, which takes its time too.
+        """Reserve a place for a request before it is tokenized, because tokenizing takes time as well.
 
         Raises:
             ApiError: 503 without an engine, 429 when the queue is full.
@@ -93,7 +93,7 @@ class EngineLine:
             self._arriving -= 1
 
     def admit(self) -> None:
-        """Refuse early what would only wait.
+        """Refuse a request that could not be queued.
 
         Raises:
             ApiError: 503 without an engine, 429 when the queue is full.
@@ -104,7 +104,7 @@ class EngineLine:
                            code="queue_full", headers={"Retry-After": "1"})
 
     async def ask(self, prompt_ids: list[int], params: SamplingParams) -> AsyncGenerator[Event, None]:
-        """A request's events until its last; closing the iterator earlier cancels the request.
+        """Send a request and yield its events; closing the iterator early cancels the request.
 
         Raises:
             ApiError: Not admitted, refused by the engine, or lost with it.
@@ -117,7 +117,7 @@ class EngineLine:
             self.orders.put(Add(request_id, prompt_ids, params))
             while running:
                 event = await inbox.get()
-                # one that was lost with a worker may lie in the queue for the next, which nobody would read
+                # an order lost with a worker may still be in the next worker's queue, without a reader for its events
                 lost = isinstance(event.error, ConnectionError)
                 running = lost or not (event.finish_reason or event.error)
                 if event.error:
@@ -129,7 +129,7 @@ class EngineLine:
                 self.orders.put(Cancel(request_id))
 
     async def listen(self, transport: Any) -> None:
-        """Hand every event to its request; runs as long as the API process."""
+        """Route every event to its request; runs as long as the API process."""
         while True:
             message = await transport.areceive(CONSUMER)
             if isinstance(message, Beat):
@@ -141,13 +141,13 @@ class EngineLine:
                     inbox.put_nowait(event)
 
     async def watch(self) -> None:
-        """Fail what waits for a dead worker, and end with a dead main process."""
+        """Fail requests of a dead worker, and exit when the main process is dead."""
         parent = os.getppid()
         while True:
             await asyncio.sleep(BEAT_SECONDS / 2)
             if self._beat and time.monotonic() - self._beat_at > SILENT_SECONDS:
-                self._fail_all("the engine is gone; the request is lost")
-            if os.getppid() != parent:              # killed: nobody else is left to end the queues' process
+                self._fail_all("the engine process ended; the request is lost")
+            if os.getppid() != parent:              # it was killed: the queues' process must be ended here
                 os.kill(self.queues_pid, signal.SIGKILL)
                 signal.raise_signal(signal.SIGTERM)
 
