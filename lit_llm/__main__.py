@@ -35,12 +35,17 @@ def _end(number: int, frame: FrameType | None) -> None:
 def run() -> None:
     """The command `lit-llm VERB`, which is `python -m lit_llm VERB`."""
     _whole_heap()
-    for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), _end)
+    if sys.argv[1:2] != ["serve"]:                  # which has handlers of its own
+        _listen()
     from lit_llm.cli.main import main
 
     main()
+
+
+def _listen() -> None:
+    for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), _end)
 
 
 if __name__ == "__main__":

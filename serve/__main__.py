@@ -1,4 +1,4 @@
-"""Command line of the server: `python -m serve --model DIR`. It runs until Ctrl-C or SIGTERM; errors exit with 2."""
+"""Command line of the server, `python -m serve` or `lit-llm serve`: runs until Ctrl-C or SIGTERM; errors exit with 2."""
 
 import argparse
 import logging
@@ -16,9 +16,9 @@ from lit_llm.system.threads import number
 LOCAL = ("127.0.0.1",)
 
 
-def parse(argv: list[str] | None = None) -> argparse.Namespace:
+def parse(argv: list[str] | None = None, program: str = "python -m serve") -> argparse.Namespace:
     """Parse the command line."""
-    parser = argparse.ArgumentParser("python -m serve", description="Serve a model: OpenAI's API and a chat page.")
+    parser = argparse.ArgumentParser(program, description="Serve a model: OpenAI's API and a chat page.")
     add = parser.add_argument
     add("--model", required=True, help="a run folder (its export/ is used), or any folder that transformers loads")
     add("--name", help="model name in the API (default: the name of the folder or run)")
@@ -41,9 +41,14 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Check the options, load the model, and serve it."""
-    options = parse(argv)
+def main(argv: list[str] | None = None, program: str = "python -m serve") -> None:
+    """Check the options, load the model, and serve it.
+
+    Args:
+        argv: Options; null takes those of this process.
+        program: Name of the command on the help page.
+    """
+    options = parse(argv, program)
     library_warnings.listen()
     try:
         server, settings = _build(options)

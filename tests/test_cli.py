@@ -489,7 +489,8 @@ def test_help_lists_the_verbs(capsys):
         main(["--help"])
     assert stop.value.code == 0
     text = capsys.readouterr().out
-    for verb in ("fit", "validate", "test", "prepare", "inspect", "plan", "verify-resume", "selftest", "export", "chat"):
+    for verb in ("fit", "validate", "test", "prepare", "inspect", "plan", "verify-resume", "selftest", "export", "chat",
+                 "serve"):
         assert f"\n    {verb} " in text
 
 

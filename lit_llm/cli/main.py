@@ -34,6 +34,7 @@ TOOLS = {
     "export": ("lit_llm.inference.export:export", "Write a run's model as a folder that transformers loads."),
     "chat": ("lit_llm.inference.chat:chat", "Talk to a model in the terminal."),
 }
+SERVE = {"serve": "Serve a model over HTTP: OpenAI's API and a chat page. The same as python -m serve."}
 HELP = """usage: python -m lit_llm VERB [options]
 
 A language model's whole life.
@@ -45,7 +46,7 @@ verbs that read a folder:
 {tools}
 
 python -m lit_llm VERB --help shows the most common options of a verb, VERB --help all every one; a verb without options
-names the configs that ship with the package. python -m serve --help is the manual of the server.
+names the configs that ship with the package.
 fit --trust-checkpoint (typed only) also resumes from a checkpoint that holds more than data; it can run any program."""
 NOT_ENOUGH_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "bad_alloc")
 MEMORY = """there is not enough memory for the batch
@@ -96,11 +97,15 @@ def main(args: list[str] | None = None) -> None:
 def _dispatch(args: Sequence[str]) -> None:
     verb, *options = args or [""]
     if verb in ("-h", "--help"):
-        print(HELP.format(runs=_table(RUNS), tools=_table({name: what for name, (_, what) in TOOLS.items()})))
+        print(HELP.format(runs=_table(RUNS), tools=_table({name: what for name, (_, what) in TOOLS.items()} | SERVE)))
         raise SystemExit(0)
+    if verb in SERVE:
+        import_module("serve.__main__").main(options, "python -m lit_llm serve")
+        return
     if verb not in RUNS and verb not in TOOLS:
+        verbs = [*RUNS, *TOOLS, *SERVE]
         came = f"unknown verb '{verb}'" if verb else "no verb is given"
-        raise InputError(f"{came}; use one of {', '.join([*RUNS, *TOOLS])}.{did_you_mean(verb, [*RUNS, *TOOLS])}",
+        raise InputError(f"{came}; use one of {', '.join(verbs)}.{did_you_mean(verb, verbs)}",
                          fix="python -m lit_llm --help says what they do")
     if verb in RUNS and not options:
         print(f"error: {configs.listing(verb)}", file=sys.stderr)

@@ -15,16 +15,16 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 class ServerProcess:
-    """`python -m serve`, started when made."""
+    """`python -m serve`, or another command that serves, started when made."""
 
-    def __init__(self, *words):
+    def __init__(self, *words, command=("-m", "serve")):
         import httpx
 
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.port = probe.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
-        command = [sys.executable, "-m", "serve", "--port", str(self.port), *words]
+        command = [sys.executable, *command, "--port", str(self.port), *words]
         environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
         self.process = subprocess.Popen(command, env=environment, cwd="/", stderr=subprocess.PIPE, stdout=subprocess.PIPE,
                                         text=True, start_new_session=True)
@@ -91,8 +91,8 @@ def start_server():
     """`start_server("--model", ...)`: another one, for tests that break it."""
     started = []
 
-    def start(*words):
-        started.append(ServerProcess(*words))
+    def start(*words, **options):
+        started.append(ServerProcess(*words, **options))
         return started[-1]
 
     yield start

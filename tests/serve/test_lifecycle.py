@@ -131,6 +131,35 @@ def test_keys_limits_a_killed_worker_and_the_end(start_server, endless_model):
     assert "Traceback" not in server.process.stderr.read()
 
 
+def test_the_verb_is_the_same_server(start_server, endless_model, tmp_path):
+    """By the installed command; Ctrl-C lets running answers end, and then every process."""
+    script = tmp_path / "lit-llm"
+    script.write_text("import sys\nfrom lit_llm.__main__ import run\nif __name__ == '__main__':\n    sys.exit(run())\n")
+    server = start_server("--model", endless_model, "--name", "tale", command=(str(script), "serve"))
+    assert server.http.get("/v1/models").json()["data"][0]["id"] == "tale"
+    threads, results = background(server, 1, ENDLESS | {"max_tokens": 60}, stream=True)
+    server.until(lambda: server.health() == (200, 1))
+    server.process.send_signal(signal.SIGINT)
+    assert server.process.wait(60) == 0
+    threads[0].join(5)
+    assert results[0].endswith("data: [DONE]\n\n")
+    deadline = time.monotonic() + 5
+    while server.members() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert server.members() == []
+    assert "Traceback" not in server.process.stderr.read()
+
+
+@pytest.mark.parametrize("words", [["--help"], ["--model", "no/such/folder"], ["--modle", "x"], ["--model", "x", "--port", "0"]])
+def test_the_verb_takes_the_same_options(words, tmp_path):
+    done = [subprocess.run([sys.executable, "-m", *command, *words], cwd=tmp_path, capture_output=True, text=True,
+                           env=os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "200"}, timeout=60)
+            for command in (["serve"], ["lit_llm", "serve"])]
+    said = [" ".join((each.stdout + each.stderr).replace("python -m lit_llm serve", "python -m serve").split())
+            for each in done]
+    assert (done[0].returncode, said[0]) == (done[1].returncode, said[1])
+
+
 @pytest.mark.slow
 def test_a_killed_main_process_leaves_nothing(start_server, endless_model):
     server = start_server("--model", endless_model)
