@@ -1,4 +1,4 @@
-"""Command line of the server, `python -m serve` or `lit-llm serve`: runs until Ctrl-C or SIGTERM; errors exit with 2."""
+"""Command line of the server, `python -m serve` or `lit-llm serve`, which runs until Ctrl-C or SIGTERM."""
 
 import argparse
 import logging
