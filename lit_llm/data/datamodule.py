@@ -107,16 +107,17 @@ class TextDataModule(L.LightningDataModule):
 
     @property
     def tokenizer(self) -> Tokenizer:
-        """The tokenizer, loaded at first use.
+        """The tokenizer, loaded at first use; where none is named, that of the module's base model.
 
         Raises:
             InputError: None is named.
         """
         if self._tokenizer is None:
-            if not self.tokenizer_path:
+            path = self.tokenizer_path or getattr(getattr(self.trainer, "lightning_module", None), "base", None)
+            if not path:
                 raise InputError("no tokenizer is named", where="data.tokenizer",
                                  fix="Set data.tokenizer to a folder or hub id; with model.base it is the model's.")
-            self._tokenizer = Tokenizer.load(self.tokenizer_path, chat_template=self.chat_template,
+            self._tokenizer = Tokenizer.load(path, chat_template=self.chat_template,
                                              template_args=self.template_args)
         return self._tokenizer
 

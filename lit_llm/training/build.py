@@ -5,25 +5,43 @@ The module calls this when Lightning asks it to configure its model. Combination
 """
 
 import logging
+from collections.abc import Generator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import torch
+from lightning.fabric.plugins.environments import LightningEnvironment
 
 from lit_llm import names
+from lit_llm.data.datamodule import TextDataModule
 from lit_llm.errors import InputError
 from lit_llm.kernels import rmsnorm
 from lit_llm.models import anatomy, recompute, vocabulary
 from lit_llm.models import load as model
 from lit_llm.models.adapters import adapter, peft_method, starting, trained_rows
 from lit_llm.text import check
-from lit_llm.training import balance, learned_tokens
-from lit_llm.training.checks import compatible
+from lit_llm.text.tokenizer import Tokenizer
+from lit_llm.training import balance, forward, learned_tokens
+from lit_llm.training.checks import compatible, init_keys
 from lit_llm.training.checks.interface import Module
 from lit_llm.training.parallel import distribution, shards
+from lit_llm.training.planning import footprint
 
 log = logging.getLogger(__name__)
 DTYPES = {"bf16-true": torch.bfloat16, "16-true": torch.float16, "64-true": torch.float64, "64": torch.float64}
+
+
+def ask(module: Module, stage: str) -> None:
+    """Ask a model that is not built yet what can be asked without weights, and say it."""
+    module.choose_attention(module._tokenizer_facts() if module.init else {})
+    if module.trainer.is_global_zero:
+        forward.announce(module.way or forward.Way())
+        if module.init is not None and stage == "fit":
+            init_keys.warn(module.init, **module._tokenizer_facts())
+    if module.gradient_checkpointing == "auto" and stage == "fit":
+        module.recompute = footprint.agreed(module.trainer, module, text_data(module.trainer))
 
 
 def build(module: Module) -> None:
@@ -43,11 +61,12 @@ def build(module: Module) -> None:
         inner = model.init_causal_lm(module.init, dtype=dtype, attention=kind, **module._tokenizer_facts())
     if dtype.itemsize < 4:                          # Lightning would cast buffers too, and positions would be wrong
         module.trainer.precision_plugin.convert_module = lambda module: module
-    data: Any = getattr(module.trainer, "datamodule", None)
-    if module.base is not None and data is not None:
-        compatible.check_tokenizer(module.base, data)
-        _grow(module, inner, data.tokenizer.vocab_size)
-    compatible.check_data(inner, data)
+    if module.base is not None and (tokenizer := tokenizer_of(module.trainer)) is not None:
+        compatible.check_tokenizer(module.base, module.trainer.datamodule)
+        module.vocabulary = tokenizer.vocab_size
+    if module.base is not None and module.vocabulary:
+        _grow(module, inner, module.vocabulary)
+    compatible.check_data(inner, text_data(module.trainer))
     inner.config.use_cache = False
     module.model = module._adapted(inner)
     compatible.check_head(module)
@@ -119,8 +138,10 @@ def adapted(module: Module, inner: Any) -> Any:
 
 def tokens_to_train(module: Module, inner: Any) -> list[int]:
     """Ids of `lora.train_tokens`: those named, or tokens of the data that the base was never trained on."""
-    data: Any = getattr(module.trainer, "datamodule", None)
+    data = text_data(module.trainer)
     assert module.peft_spec is not None
+    if module.saved_ids is not None:                # of the checkpoint that the module is loaded from
+        return module.saved_ids
     if module.train_tokens is None or data is None:
         return []
     obstacle = trained_rows.row_obstacle(inner, module.peft_spec)
@@ -151,3 +172,54 @@ def _autocasts(module: Module) -> bool:
     """Whether adapters are float32 in a forward pass in bfloat16; DeepSpeed and FSDP2 make them bfloat16 for it."""
     return (str(module.trainer.precision).startswith("bf16") and module.peft_spec is not None
             and not distribution.of(module.trainer.strategy).casts_weights)
+
+
+# ---- what the data say of the model ----------------------------------------------------------------------------------
+
+def text_data(trainer: Any) -> TextDataModule | None:
+    """This project's data module, where the trainer has one."""
+    data = getattr(trainer, "datamodule", None)
+    return data if isinstance(data, TextDataModule) else None
+
+
+def tokenizer_of(trainer: Any) -> Tokenizer | None:
+    """The tokenizer of the trainer's data module, where it has one of this project's."""
+    tokenizer = getattr(getattr(trainer, "datamodule", None), "tokenizer", None)
+    return tokenizer if isinstance(tokenizer, Tokenizer) else None
+
+
+def tokenizer_facts(module: Module) -> dict[str, Any]:
+    """What the config of a new model takes from the tokenizer; nothing where the data module has none.
+
+    Raises:
+        InputError: Then nobody tells how many tokens there are.
+    """
+    tokenizer = tokenizer_of(module._trainer)
+    if tokenizer is not None:
+        return model.tokenizer_facts(tokenizer)
+    if module.init is not None and "vocab_size" not in module.init:
+        raise InputError("the data have no tokenizer that would tell the size of the vocabulary",
+                         where="model.init.vocab_size", fix="add it, and eos_token_id; or use lit_llm.TextDataModule")
+    return {}
+
+
+# ---- without a trainer -----------------------------------------------------------------------------------------------
+
+@contextmanager
+def with_trainer(module: Module) -> Generator[None, None, None]:
+    """A module that is attached to no trainer is built as for evaluation in float32 on the CPU."""
+    if module._trainer is not None:
+        yield
+        return
+    speaker = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+    level = speaker.level
+    speaker.setLevel(logging.WARNING)               # it lists the devices of the machine
+    try:
+        module.trainer = L.Trainer(accelerator="cpu", devices=1, logger=False, enable_checkpointing=False,
+                                   enable_progress_bar=False, enable_model_summary=False,
+                                   plugins=[LightningEnvironment()])
+        yield
+    finally:
+        module.trainer = None
+        speaker.setLevel(level)
+        module.built_alone = True

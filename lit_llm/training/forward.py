@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from lit_llm.models import anatomy
 from lit_llm.models.adapters import adapter
@@ -121,6 +122,30 @@ def nll(model: Any, batch: "Batch", choices: Choices) -> Sums:
                    anatomy.head(model), factor=way.factor, cap=way.cap, count=batch["num_supervised"],
                    by=choices.cross_entropy)
     return Sums(*sums, _balance(model, parts, said, choices))
+
+
+def logits(model: Any, input_ids: Tensor, attention_mask: Tensor | None, way: Way) -> Tensor:
+    """(B, T, V) logits of rows that are one document each; zeros at padding.
+
+    Args:
+        model: As in `nll`.
+        input_ids: (B, T).
+        attention_mask: (B, T) 1 for tokens, 0 for padding on one side; null where there is none.
+        way: Packed, all rows are computed in one pass; otherwise one by one.
+    """
+    real = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask != 0
+    lengths = real.sum(1)
+    if way.packed and not adapter.learns_prompt(model):
+        positions = (real.cumsum(1) - 1)[real][None]
+        bounds = F.pad(lengths[lengths > 0].cumsum(0), (1, 0)).int()
+        made = model(input_ids=input_ids[real][None], position_ids=positions, attention_mask=None, use_cache=False,
+                     cu_seqlens=bounds, max_seqlen=int(lengths.max())).logits[0]
+    else:
+        made = torch.cat([model(input_ids=ids[None, which]).logits[0, -int(which.sum()):]
+                          for ids, which in zip(input_ids, real, strict=True) if which.any()])
+    out = made.new_zeros((*input_ids.shape, made.shape[-1]))
+    out[real] = made
+    return out
 
 
 # ---- one call of the model -------------------------------------------------------------------------------------------

@@ -18,7 +18,8 @@ class Perplexity(Metric):
     Reported by `report`:
         nll: nats per supervised token.
         perplexity: exp(nll), Jelinek et al. 1977.
-        bits_per_byte: bits per UTF-8 byte of supervised text; comparable across tokenizers.
+        bits_per_byte: bits per UTF-8 byte of supervised text; comparable across tokenizers. Left out where the loader
+            does not tell the bytes.
         token_accuracy: share of supervised tokens that were the likeliest prediction.
         tokens: supervised tokens.
     """
@@ -37,10 +38,9 @@ class Perplexity(Metric):
 
     def update(self, nll: Tensor, tokens: int, num_bytes: int, correct: Tensor) -> None:
         """Add a micro-batch: its NLL sum in nats, its supervised tokens, their bytes, how many were predicted right."""
-        self.nll += nll.to(self.nll)
-        self.tokens += tokens
-        self.bytes += num_bytes
-        self.correct += correct.to(self.correct)
+        # not in place: Lightning validates in inference mode, and a tensor made there cannot be changed in a later fit
+        self.nll, self.correct = self.nll + nll.to(self.nll), self.correct + correct.to(self.correct)
+        self.tokens, self.bytes = self.tokens + tokens, self.bytes + num_bytes
 
     def _apply(self, fn: Callable, exclude_state: Sequence[str] = "") -> "Perplexity":
         """Follow the module to another device, but not to bf16: `bf16-true` converts every tensor of a module."""
@@ -60,10 +60,11 @@ class Perplexity(Metric):
             states = (self.nll, self.tokens, self.bytes, self.correct)
             nll, tokens, num_bytes, correct = (state.item() for state in states)
         mean = nll / tokens if tokens else math.nan
-        return {
+        figures = {
             "nll": mean,
             "perplexity": math.inf if mean >= 700 else math.exp(mean),
             "bits_per_byte": nll / math.log(2) / num_bytes if num_bytes else math.nan,
             "token_accuracy": correct / tokens if tokens else math.nan,
             "tokens": float(tokens),
         }
+        return {name: value for name, value in figures.items() if num_bytes or not tokens or name != "bits_per_byte"}

@@ -10,31 +10,32 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import lightning as L
 import torch
 from torch import Tensor, nn
 
+from lit_llm.data.rows import padded
 from lit_llm.errors import InputError
 from lit_llm.kernels import attention
 from lit_llm.models import anatomy, recompute
-from lit_llm.models import load as model
 from lit_llm.models.adapters import adapter, peft_method
 from lit_llm.models.adapters.peft_method import spec_of
 from lit_llm.models.quantize import Quantize
 from lit_llm.system.class_paths import refuse_within
 from lit_llm.training import build, forward, optim
-from lit_llm.training.checks import adapter_fault, compatible, init_keys, proof
+from lit_llm.training.checks import adapter_fault, compatible, proof
+from lit_llm.training.forward import Sums
 from lit_llm.training.hyperparameters import Hyperparameters
 from lit_llm.training.loss import CrossEntropy
 from lit_llm.training.metrics import Perplexity
-from lit_llm.training.parallel import distribution, reshard, shards
-from lit_llm.training.planning import footprint
+from lit_llm.training.parallel import distribution, shards
+from lit_llm.training.parallel.saved import SavedModule, plain_arguments
+from lit_llm.training.step.window import Window
 
 if TYPE_CHECKING:
     from lit_llm.data.rows.loader import Batch
 
 
-class CausalLMModule(L.LightningModule):
+class CausalLMModule(SavedModule):
     """A causal language model that learns: all its weights, or the adapters of any PEFT method.
 
     Args:
@@ -102,18 +103,22 @@ class CausalLMModule(L.LightningModule):
         compile: bool = False,
         cross_entropy: CrossEntropy = "fused",
     ) -> None:
+        arguments = plain_arguments(locals())
         super().__init__()
+        self.arguments = arguments                  # for `load_from_checkpoint`
+        lora = peft_method.LoRA(**lora) if isinstance(lora, dict) else lora     # of a checkpoint
         refuse_within(init, "model.init")
         self.base, self.init = base, init
         self.peft_spec = spec_of(peft, lora)
         self.start, self.merge_start = adapter, merge_adapter       # an adapter's folder
         self.train_tokens = lora.train_tokens if lora is not None else "auto"
         self.trained_ids: list[int] = []            # tokens whose rows learn beside the adapters
+        self.saved_ids: list[int] | None = None     # those of a checkpoint that is loaded without a trainer
+        self.vocabulary: int | None = None          # tokens of the data's tokenizer
         self.quantize = quantize
-        self.lr, self.warmup, self.schedule, self.min_lr_share = lr, warmup, schedule, min_lr_share
-        self.cooldown, self.optimizer = cooldown, optimizer
-        self.weight_decay, self.betas, self.eps = weight_decay, betas, eps
-        self.gradient_checkpointing, self.neftune_alpha = gradient_checkpointing, neftune_alpha
+        self.lr, self.warmup, self.schedule, self.cooldown = lr, warmup, schedule, cooldown
+        self.min_lr_share, self.optimizer, self.weight_decay, self.betas = min_lr_share, optimizer, weight_decay, betas
+        self.eps, self.gradient_checkpointing, self.neftune_alpha = eps, gradient_checkpointing, neftune_alpha
         self.recompute: recompute.Recompute = recompute.of_config(
             False if gradient_checkpointing == "auto" else gradient_checkpointing)
         self.compile_layers = compile               # nn.Module.compile is a method
@@ -124,28 +129,22 @@ class CausalLMModule(L.LightningModule):
         self.checkpoint: Path | None = None         # set by Trainer.validate and .test: weights of one checkpoint
         self.model: Any = None
         self.way: forward.Way | None = None         # what of the forward pass is ours; null before the model was asked
-        self.half_adapters = False
-        self.balance_coefficient = 0.0              # of the routers' load balance; 0 where it is not trained
+        self.built_alone = False                    # without a trainer
+        self.half_adapters, self.balance_coefficient = False, 0.0   # of the routers' load balance; 0: not trained
         self.gradient_norm: Tensor | None = None    # of the last step, if `FiniteGuard` measures it
         self.step_skipped = False                   # whether the last step was left out: its gradient was not finite
         self.hyperparameters = Hyperparameters()
         self.strict_loading = False                 # checkpoints of adapters hold adapters only
         self.perplexity = nn.ModuleDict({"val": Perplexity(), "test": Perplexity()})
-        self._window = torch.zeros(2, dtype=torch.float64)      # of the step so far: mean NLL, load balance
+        self.window = Window()                      # of the step so far
 
     # ---- building ----------------------------------------------------------------------------------------------------
 
     def setup(self, stage: str) -> None:
         """Ask the model what can be asked without weights, before a strategy cuts them up."""
+        compatible.check_built(self)
         if self.model is None:
-            self.choose_attention(self._tokenizer_facts() if self.init else {})
-            if self.trainer.is_global_zero:
-                forward.announce(self.way or forward.Way())
-                if self.init is not None and stage == "fit":
-                    init_keys.warn(self.init, **self._tokenizer_facts())
-            if self.gradient_checkpointing == "auto" and stage == "fit":
-                data: Any = self.trainer.datamodule     # type: ignore[attr-defined]
-                self.recompute = footprint.agreed(self.trainer, self, data)
+            build.ask(self, stage)
 
     def choose_attention(self, facts: dict[str, Any]) -> str | None:
         """How layers attend: to packed documents, or to one as transformers does it; null is its choice.
@@ -168,7 +167,8 @@ class CausalLMModule(L.LightningModule):
     def configure_model(self) -> None:
         """Load or build the model and wrap it; Lightning calls this at every verb, so it does so once."""
         if self.model is None:
-            build.build(self)
+            with build.with_trainer(self):
+                build.build(self)
 
     def _adapted(self, inner: Any) -> Any:
         """The model with what learns on it: a checkpoint's adapter, one to be continued, or a new one."""
@@ -180,7 +180,7 @@ class CausalLMModule(L.LightningModule):
 
     def _tokenizer_facts(self) -> dict[str, Any]:
         """What a new model's config takes from the tokenizer."""
-        return model.tokenizer_facts(self.trainer.datamodule.tokenizer)  # type: ignore[attr-defined]
+        return build.tokenizer_facts(self)
 
     # ---- steps -------------------------------------------------------------------------------------------------------
 
@@ -192,24 +192,20 @@ class CausalLMModule(L.LightningModule):
     def training_step(self, batch: "Batch", batch_idx: int) -> Tensor:
         """The step's share of its loss: sum of NLL over all supervised tokens of the step, divided by their number.
 
-        A step is all micro-batches of all ranks until the weights move; the loader knows its count. Lightning divides
-        what is returned here by the micro-batches, data parallelism averages it over ranks: both are multiplied back.
+        A step is all micro-batches of all ranks until the weights move (see `window.py`).
         """
+        batch = padded.packed(batch)
         if self.is_skipped(batch):
             return torch.zeros((), device=self.device, requires_grad=True)      # for Lightning to go backward from
-        sums = self._nll(batch)
-        nll, evenness = sums.total, getattr(sums, "balance", None)      # an override of `sums` may give an `Nll`
-        count = max(1, batch["num_supervised_in_step"])
-        scale = self.trainer.accumulate_grad_batches * self.trainer.world_size
-        parts, loss = [nll.detach().double() / count, torch.zeros_like(nll).double()], nll * (scale / count)
-        if evenness is not None:
-            tokens = max(1, batch["num_tokens_in_step"])
-            parts[1] = evenness.detach().double() / tokens
-            loss = loss + evenness * (scale * self.balance_coefficient / tokens)
-        self._window = self._window.to(nll.device) + torch.stack(parts)
+        batch = self.window.counted(batch, self.trainer, balance=self.balance_coefficient > 0)
+        loss = self.window.add(self._nll(batch), batch, self.trainer, self.balance_coefficient)
         if batch["last_in_step"]:
             self._log_loss()
         return loss
+
+    def on_after_backward(self) -> None:
+        """Give the gradients of a window whose loader knew no count their right size."""
+        self.window.correct(self.parameters())
 
     @staticmethod
     def is_skipped(batch: "Batch") -> bool:
@@ -218,7 +214,7 @@ class CausalLMModule(L.LightningModule):
 
     def _log_loss(self) -> None:
         """Mean NLL of the whole step, over all ranks; reduced only on steps that are logged, and on the last one."""
-        window, self._window = self._window, torch.zeros_like(self._window)
+        window = self.window.taken()
         if self.trainer._logger_connector.should_update_logs or self.hyperparameters.is_last(self.global_step + 1):
             total = self.trainer.strategy.reduce(window, reduce_op="sum")
             self.log("train/loss", total[0].float(), prog_bar=True, rank_zero_only=True)
@@ -226,13 +222,27 @@ class CausalLMModule(L.LightningModule):
                 self.log("train/aux_loss", total[1].float(), rank_zero_only=True)
             self.log("train/lr", self.trainer.optimizers[0].param_groups[0]["lr"], rank_zero_only=True)
 
-    def validation_step(self, batch: "Batch", batch_idx: int) -> None:
-        """Add a batch to `val/`."""
+    def validation_step(self, batch: "Batch", batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Add a batch to `val/`, whose figures are those of all loaders together."""
         self._evaluate(batch, "val")
 
-    def test_step(self, batch: "Batch", batch_idx: int) -> None:
+    def test_step(self, batch: "Batch", batch_idx: int, dataloader_idx: int = 0) -> None:
         """Add a batch to `test/`."""
         self._evaluate(batch, "test")
+
+    def predict_step(self, batch: "Batch", batch_idx: int, dataloader_idx: int = 0) -> dict[str, Tensor]:
+        """Score each document, in the order of the batch's rows; `exp(nll / tokens)` is a document's perplexity.
+
+        Returns:
+            (documents,) float64 `nll` in nats of its supervised tokens, and (documents,) `tokens`, their number.
+        """
+        parts = list(padded.documents(padded.packed(batch)))
+        return {"nll": torch.stack([self.rows_nll(part).double() for part in parts]),
+                "tokens": torch.tensor([part["num_supervised"] for part in parts])}
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """(B, T, V) logits of the next token for (B, T) ids; zeros where a (B, T) mask has 0, which is padding."""
+        return forward.logits(self.model, input_ids, attention_mask, self.way or forward.Way())
 
     def on_validation_epoch_end(self) -> None:
         """Log `val/nll`, `val/perplexity`, `val/bits_per_byte`, `val/token_accuracy`, `val/tokens`."""
@@ -243,6 +253,7 @@ class CausalLMModule(L.LightningModule):
         self._report("test")
 
     def _evaluate(self, batch: "Batch", split: str) -> None:
+        batch = padded.packed(batch)
         if batch.get("idle"):                       # on all ranks
             return
         sums = self._nll(batch)
@@ -256,7 +267,7 @@ class CausalLMModule(L.LightningModule):
         self.log_dict({f"{split}/{name}": torch.tensor(value, dtype=torch.float64) for name, value in figures.items()},
                       rank_zero_only=False, sync_dist=False)
 
-    def _nll(self, batch: "Batch") -> forward.Sums:
+    def _nll(self, batch: "Batch") -> Sums:
         """Sums over one micro-batch."""
         return self._surrounded(batch, lambda: self.sums(batch))
 
@@ -265,15 +276,17 @@ class CausalLMModule(L.LightningModule):
         return self._surrounded(batch, lambda: forward.nll(
             self.model, batch, forward.Choices(self.way or forward.Way()))).total
 
-    def _surrounded(self, batch: "Batch", compute: Callable[[], forward.Sums]) -> forward.Sums:
+    def _surrounded(self, batch: "Batch", compute: Callable[[], Sums]) -> Sums:
         """What `compute` gives, in the surroundings that the strategy and the precision ask for."""
         device = batch["input_ids"].device.type
         # float32 masters of adapters among bf16 weights
         halved = torch.autocast(device, torch.bfloat16) if self.half_adapters else nullcontext()
         with adapter_fault.explained(self.model, self.peft_spec), halved:
+            if self._trainer is None:
+                return compute()
             return distribution.of(self.trainer.strategy).gathered(self.model, compute)
 
-    def sums(self, batch: "Batch") -> forward.Sums:
+    def sums(self, batch: "Batch") -> Sums:
         """What a micro-batch adds to the loss and to the metrics: the one method to override for another loss.
 
         Called in training and in evaluation (`self.training` tells which), under every strategy and precision, with all
@@ -286,31 +299,6 @@ class CausalLMModule(L.LightningModule):
         noise = self.neftune_alpha if self.training else None
         return forward.nll(self.model, batch, forward.Choices(
             self.way or forward.Way(), noise, self.cross_entropy, self.training and self.balance_coefficient > 0))
-
-    # ---- checkpoints -------------------------------------------------------------------------------------------------
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Which tokens' rows learn; how many micro-batches a step had, which Lightning does not say; what learns."""
-        checkpoint["trained_ids"] = self.trained_ids
-        checkpoint[reshard.ACCUMULATE] = self.trainer.accumulate_grad_batches
-        self.hyperparameters.save(checkpoint)
-        frozen = {name for name, weight in self.named_parameters() if not weight.requires_grad}
-        checkpoint["state_dict"] = {      # the scales of 4-bit weights have names behind theirs
-            name: value for name, value in checkpoint.get("state_dict", {}).items()
-            if name not in frozen and name.partition(".weight.")[0] + ".weight" not in frozen}
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """A run may go on with another division of its steps, but only with the same trained rows.
-
-        Rows that are in only one of the two would be lost, or start again, in silence.
-        """
-        if sorted(then := checkpoint.get("trained_ids", [])) != sorted(self.trained_ids):
-            raise InputError(f"this checkpoint trains the rows of tokens {then or 'none'}, this run of "
-                             f"{self.trained_ids or 'none'}", where="model.lora.train_tokens",
-                             fix="resume with the settings of the run, or start anew without --ckpt_path")
-        if self.trainer.state.fn == "fit":
-            self.hyperparameters.load(checkpoint)
-            reshard.recount(checkpoint, self.trainer.accumulate_grad_batches)
 
     # ---- optimization ------------------------------------------------------------------------------------------------
 

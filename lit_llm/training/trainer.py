@@ -19,6 +19,7 @@ from lit_llm.system import ranges
 from lit_llm.system.redaction import redact, redacted_argv
 from lit_llm.training.checks import compatible, duration, idle
 from lit_llm.training.parallel import named, safe_load
+from lit_llm.training.parallel.saved import SavedModule
 from lit_llm.training.planning.threadcount import ThreadCount
 from lit_llm.training.run import manifest
 from lit_llm.training.run.checkpoint import StepCheckpoint
@@ -87,9 +88,8 @@ class Trainer(L.Trainer):
         self.thread_count = ThreadCount(threads)
         self.exports = True                         # whether a finished fit leaves an export/ behind
         callbacks = [] if callbacks is None else callbacks if isinstance(callbacks, list) else [callbacks]
-        if not any(isinstance(callback, FiniteGuard) for callback in callbacks):
-            callbacks = [*callbacks, FiniteGuard(max_skipped_steps)]
-        callbacks = [*callbacks, RngState(), self.thread_count, self.run, self.preemption]
+        guard = [] if any(isinstance(each, FiniteGuard) for each in callbacks) else [FiniteGuard(max_skipped_steps)]
+        callbacks = [*callbacks, *guard, RngState(), self.thread_count, self.run, self.preemption]
         for switch, kind, default in (("enable_progress_bar", AnyProgressBar, Progress),
                                       ("enable_checkpointing", StepCheckpoint, StepCheckpoint)):
             if kwargs.get(switch) is not False and not any(isinstance(callback, kind) for callback in callbacks):
@@ -133,20 +133,17 @@ class Trainer(L.Trainer):
         if kwargs.get("weights_only") is False and not safe_load.is_trusted():
             raise InputError("a file may not decide that a checkpoint is loaded with pickle", where="weights_only",
                              fix="leave it out; who trusts the checkpoint types --trust-checkpoint")
-        state = None
         if automatic := ckpt_path == "auto" or (ckpt_path is None and is_requeued()):
             ckpt_path = "last" if manifest.folders(Path(self.default_root_dir)) else None
         if ckpt_path is not None:
             self.run.restarted = automatic
             self.run.resumed_from = manifest.find(Path(self.default_root_dir), str(ckpt_path))
-            state = self.run.resumed_from / "state"
-            safe_load.check(state)
-            kwargs["weights_only"] = not safe_load.is_trusted()     # a file may not decide it
+            kwargs |= safe_load.arguments(self.run.resumed_from / "state")
         elif self.run.accept_changes and not automatic:
             log.warning("trainer.accept_changes: no checkpoint is resumed (--ckpt_path), so it changes nothing")
         with self.preemption.listening(self), self._own_environment():
             try:
-                super().fit(model, train_dataloaders, val_dataloaders, datamodule, ckpt_path=state, **kwargs)
+                super().fit(model, train_dataloaders, val_dataloaders, datamodule, **kwargs)
             except OSError as error:                # a row or a figure; checkpoints say it themselves
                 if not of_writing(Path(self.default_root_dir), error):
                     raise
@@ -194,6 +191,7 @@ class Trainer(L.Trainer):
             datamodule: The data.
         """
         datamodule.trainer = self                       # whose steps the summary counts
+        self.strategy.connect(model)                    # whose tokenizer the data take
         datamodule.prepare_data()
         datamodule.setup("fit")
 
@@ -308,6 +306,8 @@ class Trainer(L.Trainer):
         """Figures of a model, or of a checkpoint's weights: they lie beside its state in the field's formats."""
         if ckpt_path is not None:
             model.checkpoint = manifest.find(Path(self.default_root_dir), str(ckpt_path))
+            if not isinstance(model, SavedModule):  # which does not take its weights from there itself
+                kwargs |= safe_load.arguments(model.checkpoint / "state")
         with self._own_environment():
             figures = evaluate(model, **kwargs)
         if not figures:

@@ -46,6 +46,7 @@ class Batch(TypedDict):
     num_tokens: int                                     # tokens that are not padding
     num_tokens_in_step: int                             # the same over all micro-batches and ranks of the step
     idle: NotRequired[bool]                             # no rank has a supervised token here: no forward is needed
+    step_is_unknown: NotRequired[bool]                  # of an own DataLoader: `_in_step` counts this batch alone
 
 
 class Share(NamedTuple):

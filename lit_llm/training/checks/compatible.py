@@ -184,12 +184,26 @@ def check_trainer(trainer: Any) -> None:
                          fix="set it to norm")
 
 
+def check_built(module: Module) -> None:
+    """Refuse a model that was built without a trainer where a strategy shards its weights when it is built.
+
+    Raises:
+        InputError: It says what to do instead.
+    """
+    if module.model is not None and module.built_alone and distribution.of(module.trainer.strategy).gathers_layers:
+        raise InputError("the model was built before it was given to the trainer, so its weights are not sharded",
+                         where="trainer.strategy", fix="give the trainer a new module: CausalLMModule(...); or set "
+                         "--trainer.strategy deepspeed_stage_2 (or auto, ddp)")
+
+
 def check_windows(trainer: Any) -> None:
     """An epoch that a limit cuts must be whole steps, for whose tokens the loader gives the count.
 
     Raises:
         InputError: The last one would be a part of a step, and the next epoch begin with its rest.
     """
+    if not hasattr(trainer.train_dataloader, "accumulate"):
+        return                                      # an own DataLoader, whose windows may be of any size
     count, accumulate = trainer.num_training_batches, trainer.accumulate_grad_batches
     limit = trainer.limit_train_batches             # 1 is a batch, 1.0 is all of them
     if (isinstance(limit, int) or limit < 1.0) and count % accumulate and not trainer.fast_dev_run:

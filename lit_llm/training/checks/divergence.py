@@ -37,7 +37,7 @@ def check_weights(trainer: L.Trainer) -> None:
         raise _diverged(trainer, "the trained weights are no finite numbers any more (inf or nan)")
     end_together(trainer)
     raise InputError(f"its weights are no finite numbers in {trainer.precision} (inf or nan) before the first step",
-                     where="model.base" if module.base else "model.init", fix="give other weights, or set "
+                     where=_place(module), fix="give other weights, or set "
                      "--trainer.precision 32-true or bf16-true")
 
 
@@ -59,7 +59,7 @@ def check_figures(trainer: L.Trainer, split: str) -> None:
     if trainer.sanity_checking:
         end_together(trainer)
         raise InputError(f"{seen} before the first step, so the model is broken, or its numbers do not fit "
-                         f"{trainer.precision}", where="model.base" if module.base else "model.init",
+                         f"{trainer.precision}", where=_place(module),
                          fix="set --trainer.precision 32-true or bf16-true; or give other weights")
     raise _diverged(trainer, seen)
 
@@ -83,6 +83,11 @@ def check_learned(trainer: L.Trainer, skipped: int) -> None:
         raise InputError(f"all {skipped:,} steps were skipped, for loss or gradient was inf or nan: nothing is learned",
                          where=f"step {trainer.global_step}", fix="mend the records named above, lower model.lr, or "
                          "set --trainer.precision bf16-mixed or 32-true")
+
+
+def _place(module: Any) -> str:
+    """Where the weights come from, as a key of a config."""
+    return "model.base" if getattr(module, "base", None) else "model.init" if hasattr(module, "init") else "model"
 
 
 def _diverged(trainer: L.Trainer, what: str) -> InputError:

@@ -20,6 +20,10 @@ class Module(Protocol):
     merge_start: bool
     train_tokens: Any
     trained_ids: list[int]
+    saved_ids: list[int] | None
+    vocabulary: int | None
+    built_alone: bool
+    _trainer: Any
     quantize: Quantize | None
     lr: float
     schedule: optim.Schedule
@@ -42,6 +46,9 @@ class Module(Protocol):
     @property
     def trainer(self) -> Any:
         """Lightning's, or ours."""
+
+    @trainer.setter
+    def trainer(self, trainer: Any) -> None: ...
 
     @property
     def why_alone(self) -> str:

@@ -83,6 +83,16 @@ def check(state: Path) -> None:
         read_index(file)
 
 
+def arguments(state: Path) -> dict[str, Any]:
+    """What Lightning is given to load a checkpoint's state; a file may not decide how.
+
+    Args:
+        state: As for `check`, which is called.
+    """
+    check(state)
+    return {"ckpt_path": state, "weights_only": not is_trusted()}
+
+
 def _check_file(file: Path) -> None:
     from torch.serialization import get_unsafe_globals_in_checkpoint
 

@@ -98,6 +98,8 @@ def agreed(trainer: Any, module: Any, data: Any) -> Recompute:
     A collective: every rank calls it.
     """
     try:
+        if data is None:
+            raise InputError("the data are not of lit_llm.TextDataModule, which knows the longest row")
         way = of(trainer, module, data, room(trainer)).setting.recompute
     except InputError as error:
         log.warning("the memory of a step could not be estimated: using full gradient checkpointing (%s)", error)

@@ -30,6 +30,7 @@ from lit_llm.system import origin, ranges
 from lit_llm.training.checks import divergence, in_memory
 from lit_llm.training.parallel import distribution
 from lit_llm.training.parallel.processes import end_together
+from lit_llm.training.parallel.saved import SavedModule
 from lit_llm.training.parallel.shards import elements_of, gathered_trainable_state
 from lit_llm.training.run import manifest
 from lit_llm.training.run.evaluation import figures_of
@@ -166,7 +167,8 @@ class StepCheckpoint(Checkpoint):
             if trainer.is_global_zero:
                 assert state is not None
                 writing.release()
-                self._write_weights(trainer, partial, state)
+                if isinstance(trainer.lightning_module, SavedModule):    # of another module, the state is all
+                    self._write_weights(trainer, partial, state)
                 manifest.write(partial, trainer, score, figures, scored)
                 for logger in trainer.loggers:
                     if isinstance(logger, MetricsCSV):

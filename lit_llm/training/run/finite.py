@@ -4,6 +4,7 @@ A NaN in one weight ends a run silently.
 """
 
 import logging
+from collections.abc import Mapping
 from typing import Any
 
 import lightning as L
@@ -12,6 +13,7 @@ import torch.distributed as dist
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.seed import isolate_rng
+from torch import Tensor
 
 from lit_llm.errors import InputError
 from lit_llm.training.checks import divergence
@@ -67,11 +69,13 @@ class FiniteGuard(Callback):
 
     def on_train_batch_end(self, trainer: L.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """At a step's end: count what was skipped, and name it."""
-        self._window.append((getattr(trainer.train_dataloader, "position", 0) - 1, outputs["loss"]))
+        loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
+        if isinstance(loss, Tensor):                # a module of another kind may give none
+            self._window.append((getattr(trainer.train_dataloader, "position", 0) - 1, loss))
         if trainer.fit_loop._should_accumulate():
             return
         window, self._window = self._window, []
-        if not module.step_skipped:
+        if not getattr(module, "step_skipped", False):
             self.in_a_row = 0
         else:
             divergence.check_weights(trainer)       # with broken weights, no later step would be better
@@ -84,8 +88,9 @@ class FiniteGuard(Callback):
                            f"its gradient overflowed float16; the loss scale is {scale:,.0f} now")))
         if self.skipped:
             module.log("train/skipped_steps", float(self.skipped), rank_zero_only=True)
-        if trainer._logger_connector.should_update_logs and module.gradient_norm is not None:
-            module.log("train/grad_norm", float(module.gradient_norm), rank_zero_only=True)     # before clipping
+        norm = getattr(module, "gradient_norm", None)
+        if trainer._logger_connector.should_update_logs and norm is not None:
+            module.log("train/grad_norm", float(norm), rank_zero_only=True)     # before clipping
         if self.in_a_row >= self.max_skipped_steps:
             end_together(trainer)
             raise InputError(
@@ -108,7 +113,7 @@ class FiniteGuard(Callback):
 
 def _reason(trainer: L.Trainer, module: Any, window: list[tuple[int, Any]]) -> str | None:
     """Whose loss was not finite, on all ranks; None where that is the gradient alone. A collective."""
-    losses = torch.stack([loss.float() for _, loss in window])
+    losses = torch.stack([loss.float() for _, loss in window]) if window else torch.zeros(0)
     bad = [number for (number, _), finite in zip(window, losses.isfinite().tolist(), strict=True) if not finite]
     places = _places(trainer, module, bad)
     found: list[Any] = [(len(bad), places)]

@@ -22,6 +22,7 @@ from lit_llm.system import integrity, origin
 from lit_llm.system.integrity import NAME, faults, read
 from lit_llm.system.redaction import redact_text
 from lit_llm.training.parallel import distribution
+from lit_llm.training.parallel.saved import SavedModule
 
 log = logging.getLogger(__name__)
 Change = Literal["base", "peft", "tokenizer", "template", "quantize"]
@@ -92,12 +93,15 @@ def identity(trainer: L.Trainer) -> dict[str, Any]:
     tokenizer, plans = getattr(data, "tokenizer", None), getattr(data, "plans", {})
     template = getattr(getattr(tokenizer, "hf", None), "chat_template", None)
     facts = {
-        "base": origin.recorded(module.base), "base_hash": origin.content_hash(module.base), "init": module.init,
-        "peft": _method(module), "quantize": module.quantize, "optimizer": module.optimizer,
+        "base": None, "base_hash": None, "init": None, "peft": None, "quantize": None, "optimizer": None,
         "tokenizer": getattr(tokenizer, "fingerprint", None),
         "template": template and hashlib.sha256(json.dumps(template).encode()).hexdigest(),
         "data": {stage: plan.fingerprint for stage, plan in plans.items()},
     }
+    if isinstance(module, SavedModule):
+        facts |= {"base": origin.recorded(module.base), "base_hash": origin.content_hash(module.base),
+                  "init": module.init, "peft": _method(module), "quantize": module.quantize,
+                  "optimizer": module.optimizer}
     plain: dict[str, Any] = json.loads(json.dumps(facts, default=str))
     return plain
 

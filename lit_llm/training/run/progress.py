@@ -2,6 +2,7 @@
 
 import sys
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import lightning as L
@@ -48,7 +49,8 @@ class Progress(ProgressBar):
     def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, batch: Any,
                            batch_idx: int) -> None:
         """Count tokens; move at step ends."""
-        self._tokens += int(batch["num_tokens"]) * trainer.world_size
+        if isinstance(batch, Mapping) and "num_tokens" in batch:    # an own data module may give other batches
+            self._tokens += int(batch["num_tokens"]) * trainer.world_size
         moved, self._seen = trainer.global_step - self._seen, trainer.global_step
         if self._bar is None or not moved:
             return

@@ -20,8 +20,11 @@ from lit_llm.data.rows.identity import differences
 from lit_llm.errors import InputError
 from lit_llm.system import lock
 from lit_llm.system.redaction import redact
+from lit_llm.text.tokenizer import Tokenizer
+from lit_llm.training.build import tokenizer_of
 from lit_llm.training.checks import compatible
 from lit_llm.training.parallel.processes import end_together
+from lit_llm.training.parallel.saved import SavedModule
 from lit_llm.training.run import evaluation, manifest
 from lit_llm.training.run.evaluation import figures_of
 from lit_llm.training.run.report import MetricsCSV, write_json
@@ -112,7 +115,9 @@ class RunFolder(Callback):
         if self.config is not None:
             text = yaml.safe_dump(redact(self.config), sort_keys=False, allow_unicode=True)
             (folder / "config.yaml").write_text(text, encoding="utf-8")
-        tokenizer = getattr(trainer.datamodule, "tokenizer", None)  # type: ignore[attr-defined]
+        tokenizer, base = tokenizer_of(trainer), getattr(trainer.lightning_module, "base", None)
+        if tokenizer is None and base is not None and isinstance(trainer.lightning_module, SavedModule):
+            tokenizer = Tokenizer.load(base)        # the ids of an own DataLoader are the base's
         if tokenizer is not None:
             tokenizer.save(folder / "tokenizer")
 
@@ -170,7 +175,7 @@ class RunFolder(Callback):
         for logger in trainer.loggers:
             if isinstance(logger, MetricsCSV) and self.before:
                 logger.add(self.before, 0)
-        if trainer.is_global_zero and self.before:
+        if trainer.is_global_zero and {"val/perplexity", "val/tokens"} <= self.before.keys():
             log.info("before training: validation perplexity %.3f on %d tokens",
                      self.before["val/perplexity"], self.before["val/tokens"])
 

@@ -1,0 +1,1 @@
+"""One optimizer step: how the loss of its micro-batches is divided."""
