@@ -88,8 +88,12 @@ class Server(LitServer):
         raise SystemExit(max(1, self.inference_workers[0].exitcode))
 
 
-def build(settings: Settings) -> Server:
+def build(settings: Settings, routes: type[Routes] = Routes) -> Server:
     """Build the server, ready to `run`.
+
+    Args:
+        settings: What to serve, and where.
+        routes: The routes; a subclass adds others in `routes`.
 
     Raises:
         InputError: No such model, no tokenizer, or a port that is in use.
@@ -98,15 +102,15 @@ def build(settings: Settings) -> Server:
     _check_port(settings.host, settings.port)
     tokenizer = Tokenizer.load(tokenizer_folder(folder, settings.engine.get("adapter")))
     name = settings.name or _name(folder)
-    routes = Routes(tokenizer, tuple(dict.fromkeys([name, settings.model])), settings.limits, settings.keys)
+    spec = routes(tokenizer, tuple(dict.fromkeys([name, settings.model])), settings.limits, settings.keys)
     options = {"max_running": settings.limits.max_running, "stop_ids": tokenizer.stop_ids, **settings.engine}
     # LitServe would start a worker on each GPU, so it gets none; the engine selects its device itself.
-    server = Server(EngineAPI(folder, options, spec=routes), accelerator="cpu", devices=1, workers_per_device=1,
+    server = Server(EngineAPI(folder, options, spec=spec), accelerator="cpu", devices=1, workers_per_device=1,
                     timeout=False, max_payload_size=settings.limits.max_body_bytes, restart_workers=True)
     place = f"http://127.0.0.1:{settings.port}" if ":" not in settings.host else f"http://[::1]:{settings.port}"
     server.greeting = f"Serving {name}: chat page {place}/, OpenAI base_url {place}/v1. Press Ctrl-C to stop."
     server.app.title = "lit_llm"
-    _own_routes(server.app, routes)
+    _own_routes(server.app, spec)
     _own_errors(server.app)
     return server
 

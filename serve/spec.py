@@ -42,13 +42,20 @@ class Routes(LitSpec):
         super().__init__()
         self.api_path = "/v1/chat/completions"
         self.names, self.keys, self.engine = names, keys, EngineClient(limits)
-        self._tokenizer, self._created = tokenizer, int(time.time())
+        self.tokenizer, self._created = tokenizer, int(time.time())
         # One thread: tokenizing a long prompt must not block other streams, and calls must not overlap.
         self._encoding = ThreadPoolExecutor(1, "tokenizer")
-        for path, route, method in (("/v1/chat/completions", self.chat_completions, "POST"),
-                                    ("/v1/completions", self.completions, "POST"), ("/chat", self.chat, "POST"),
-                                    ("/v1/models", self.models, "GET"), ("/v1/models/{name:path}", self.model, "GET")):
+        for path, (method, route) in self.routes().items():
             self.add_endpoint(path, route, [method])
+
+    def routes(self) -> dict[str, tuple[str, Callable[..., Awaitable[Response]]]]:
+        """Path -> (HTTP method, handler), all behind `authorize`; a subclass adds its own to these.
+
+        A handler is a coroutine with FastAPI's parameters; `tokenizer`, `encode` and `pieces` reach the model.
+        """
+        return {"/v1/chat/completions": ("POST", self.chat_completions), "/v1/completions": ("POST", self.completions),
+                "/chat": ("POST", self.chat), "/v1/models": ("GET", self.models),
+                "/v1/models/{name:path}": ("GET", self.model)}
 
     def __getstate__(self) -> dict[str, Any]:
         """LitServe pickles the spec for the worker, which needs only its path and kind."""
@@ -87,18 +94,18 @@ class Routes(LitSpec):
 
         def encode() -> list[int]:
             if isinstance(prompt, str):
-                return self._tokenizer.encode_document(Document(prompt), end=False).input_ids.tolist()
+                return self.tokenizer.encode_document(Document(prompt), end=False).input_ids.tolist()
             return [id_ for id_ in prompt if isinstance(id_, int)]
 
         return await self._serve(body, request, encode, "prompt")
 
     async def chat(self, body: ChatBody, request: Request) -> Response:
         """The simple endpoint: answer a single message."""
-        ids = await self._encode(lambda: self._tokenizer.encode_prompt(Conversation((Message("user", body.message),))),
+        ids = await self.encode(lambda: self.tokenizer.encode_prompt(Conversation((Message("user", body.message),))),
                                  "message", request)
         room = budget_or_400(ids, SamplingParams(), self.engine.beat.context_length, "message")
         params = SamplingParams(max_tokens=min(body.max_length, room), temperature=body.temperature)
-        text, _ = await until_disconnect(request, whole(self._pieces(ids, params)))
+        text, _ = await until_disconnect(request, whole(self.pieces(ids, params)))
         return JSONResponse({"response": text})
 
     async def models(self) -> Response:
@@ -115,13 +122,13 @@ class Routes(LitSpec):
     async def _serve(self, body: Sampling, request: Request, encode: Callable[[], list[int]], field: str) -> Response:
         self._check_model(body.model)
         params = body.params()
-        ids = await self._encode(encode, field, request)
+        ids = await self.encode(encode, field, request)
         context_length, vocab_size = self.engine.beat.context_length, self.engine.beat.vocab_size
         if not ids or not 0 <= min(ids) <= max(ids) < vocab_size:
             raise ApiError(400, f"{field}: at least one token, with ids from 0 to {vocab_size - 1}", param=field)
         budget_or_400(ids, params, context_length, field)
         shape = Shape(self.names[0], chat=field == "messages")
-        pieces = self._pieces(ids, params)
+        pieces = self.pieces(ids, params)
         if not body.stream:
             return JSONResponse(shape.whole(*await until_disconnect(request, whole(pieces))))
         # Await the first piece here, so that an error before it can set the HTTP status.
@@ -129,7 +136,12 @@ class Routes(LitSpec):
         with_usage = body.stream_options is not None and body.stream_options.include_usage
         return EventStream(events(shape, first, pieces, with_usage=with_usage))
 
-    async def _encode(self, encode: Callable[[], list[int]], field: str, request: Request) -> list[int]:
+    async def encode(self, encode: Callable[[], list[int]], field: str, request: Request) -> list[int]:
+        """Run `encode` in the thread that tokenizes.
+
+        Raises:
+            ApiError: 400 that names `field`, where it raises an `InputError`; 429 where too many requests wait.
+        """
         try:
             with self.engine.arriving():
                 work = asyncio.get_running_loop().run_in_executor(self._encoding, encode)
@@ -137,9 +149,9 @@ class Routes(LitSpec):
         except InputError as error:
             raise bad_request(InputError(error.what, where=error.where or field)) from None
 
-    async def _pieces(self, ids: list[int], params: SamplingParams) -> AsyncGenerator[Completion, None]:
+    async def pieces(self, ids: list[int], params: SamplingParams) -> AsyncGenerator[Completion, None]:
         """Stream the answer; closing the stream cancels the request."""
-        detokenizer = Detokenizer(self._tokenizer, len(ids), params.stop)
+        detokenizer = Detokenizer(self.tokenizer, len(ids), params.stop)
         async with aclosing(self.engine.ask(ids, params)) as replies:
             async for reply in replies:
                 assert reply.token_id is not None
@@ -150,8 +162,8 @@ class Routes(LitSpec):
 
     def _prompt(self, body: ChatCompletionBody) -> list[int]:
         given = body.chat_template_kwargs or {}
-        self._tokenizer.check_template_args(given, "chat_template_kwargs")
-        return self._tokenizer.encode_prompt(Conversation.from_openai(body.messages, template_args=given))
+        self.tokenizer.check_template_args(given, "chat_template_kwargs")
+        return self.tokenizer.encode_prompt(Conversation.from_openai(body.messages, template_args=given))
 
     def _check_model(self, name: str | None) -> None:
         if name and name not in self.names:

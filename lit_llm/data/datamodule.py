@@ -13,7 +13,7 @@ import numpy as np
 
 from lit_llm.data import idle, streaming
 from lit_llm.data.records.sources import Source
-from lit_llm.data.rows import identity
+from lit_llm.data.rows import identity, packing
 from lit_llm.data.rows.corpus import Corpus, Occurrences
 from lit_llm.data.rows.loader import Batch, RowLoader
 from lit_llm.data.rows.mixture import Mixture, Stage, repeats, side
@@ -189,6 +189,7 @@ class TextDataModule(L.LightningDataModule):
         if self.val_fraction + self.test_fraction >= 1:
             raise InputError(f"{self.val_fraction} to validate and {self.test_fraction} to test leave nothing to learn",
                              where="data.test_fraction")
+        packing.check(self.packing)
         idle.check(self)
 
     @property

@@ -8,7 +8,7 @@ prompt and prefix tuning, which put tokens in front that are not in the row.
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from inspect import Parameter, signature
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -17,11 +17,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lit_llm.errors import InputError
 from lit_llm.models import anatomy
 from lit_llm.models.adapters import adapter
 from lit_llm.text.tokenizer import IGNORE_INDEX
 from lit_llm.training.balance import balance_sum, merged
-from lit_llm.training.loss import CrossEntropy, Nll, nll_sum, of_logits, supervised
+from lit_llm.training.loss import CrossEntropy, Nll, head_logits, nll_sum, of_logits, supervised
 
 if TYPE_CHECKING:
     from lit_llm.data.rows.loader import Batch
@@ -106,15 +107,7 @@ def nll(model: Any, batch: "Batch", choices: Choices) -> Sums:
     """
     if adapter.has_virtual_tokens(model):
         return Sums(*_nll_behind_prompts(model, batch))
-    way, ids, labels = choices.way, batch["input_ids"].view(1, -1), batch["labels"].view(-1)
-    if way.packed:
-        borders: dict[str, Any] = {"position_ids": batch["position_ids"].view(1, -1), "attention_mask": None,
-                                   "cu_seqlens": batch["cu_seqlens"], "max_seqlen": batch["max_seqlen"]}
-        parts = [_Part(ids, labels, batch["cu_seqlens"], borders, batch["num_supervised"])]
-    else:
-        places = [slice(*ends) for ends in pairwise(batch["cu_seqlens"].tolist())]
-        places = [place for place in places if (labels[place] != IGNORE_INDEX).any()] or places[:1]
-        parts = [_Part(ids[:, place], labels[place]) for place in places]
+    way, parts = choices.way, _parts(batch, choices.way)
     if way.own_logits:
         return _sum([_nll_of_logits(model, part, choices) for part in parts])
     said = [_called(anatomy.backbone(model), model, part, choices) for part in parts]
@@ -146,6 +139,45 @@ def logits(model: Any, input_ids: Tensor, attention_mask: Tensor | None, way: Wa
     out = made.new_zeros((*input_ids.shape, made.shape[-1]))
     out[real] = made
     return out
+
+
+def supervised_logits(model: Any, batch: "Batch", choices: Choices) -> tuple[Tensor, Tensor]:
+    """(N, V) logits of the supervised positions of a micro-batch, and (N,) the tokens that come next there.
+
+    For losses that `nll` cannot give, such as a z-loss or distillation. All logits are in memory together, N * V
+    numbers of the precision of the model; `nll` makes those of a slice of tokens at a time.
+
+    Args:
+        model: As in `nll`.
+        batch: As in `nll`.
+        choices: Of the run; the routers' load balance is not given here.
+    """
+    way, choices = choices.way, replace(choices, balance=False)
+    if adapter.learns_prompt(model):
+        raise InputError("the logits behind a learned prompt cannot be asked for", where="model.peft",
+                         fix="set --model.lora or train every weight")
+    made = []
+    for part in _parts(batch, way):
+        index, targets = supervised(part.labels, part.count)
+        if way.own_logits:
+            logits = _called(anatomy.causal_lm(model), model, part, choices).logits[0].index_select(0, index)
+        else:
+            hidden = _called(anatomy.backbone(model), model, part, choices).last_hidden_state[0]
+            logits = head_logits(hidden.index_select(0, index), anatomy.head(model), factor=way.factor, cap=way.cap)
+        made.append((logits, targets))
+    return torch.cat([logits for logits, _ in made]), torch.cat([targets for _, targets in made])
+
+
+def _parts(batch: "Batch", way: Way) -> "list[_Part]":
+    """What the model is called with: a packed batch at once, or its supervised documents one by one."""
+    ids, labels = batch["input_ids"].view(1, -1), batch["labels"].view(-1)
+    if way.packed:
+        borders: dict[str, Any] = {"position_ids": batch["position_ids"].view(1, -1), "attention_mask": None,
+                                   "cu_seqlens": batch["cu_seqlens"], "max_seqlen": batch["max_seqlen"]}
+        return [_Part(ids, labels, batch["cu_seqlens"], borders, batch["num_supervised"])]
+    places = [slice(*ends) for ends in pairwise(batch["cu_seqlens"].tolist())]
+    places = [place for place in places if (labels[place] != IGNORE_INDEX).any()] or places[:1]
+    return [_Part(ids[:, place], labels[place]) for place in places]
 
 
 # ---- one call of the model -------------------------------------------------------------------------------------------

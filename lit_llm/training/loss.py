@@ -156,6 +156,12 @@ def _train(hidden_ND: Tensor, targets_N: Tensor, head: Any, factor: float, cap: 
     return Nll(losses_N if per_token else losses_N.sum(), zero)
 
 
+def head_logits(hidden_ND: Tensor, head: nn.Module, *, factor: float = 1.0, cap: float | None = None) -> Tensor:
+    """(N, V) float32 or wider logits of some hidden states, in one call of the head; see `nll_sum`."""
+    rows = trained_rows(head)
+    return _chunk_logits(hidden_ND, _WithRows(rows) if rows else head, factor, cap)
+
+
 def as_matrices(head: nn.Module) -> fused.Head | None:
     """A head as plain matrices; null where there is an adapter on it."""
     rows = trained_rows(head)

@@ -23,7 +23,7 @@ from lit_llm.models.quantize import Quantize
 from lit_llm.system.class_paths import refuse_within
 from lit_llm.training import build, forward, optim
 from lit_llm.training.checks import adapter_fault, compatible, proof
-from lit_llm.training.forward import Sums
+from lit_llm.training.forward import Choices, Sums
 from lit_llm.training.hyperparameters import Hyperparameters
 from lit_llm.training.loss import CrossEntropy
 from lit_llm.training.metrics import Perplexity
@@ -256,7 +256,16 @@ class CausalLMModule(SavedModule):
         batch = padded.packed(batch)
         if batch.get("idle"):                       # on all ranks
             return
-        sums = self._nll(batch)
+        self.update_metrics(batch, self._nll(batch), split)
+
+    def update_metrics(self, batch: "Batch", sums: Sums, split: str) -> None:
+        """Add a micro-batch to the metrics of `val/` or `test/`: the one method to override for another metric.
+
+        Args:
+            batch: Rows of this rank; `num_supervised` are its supervised tokens, `num_bytes` their bytes of text.
+            sums: What `sums` gave for it, without a gradient.
+            split: `val` or `test`; what is logged under `f"{split}/..."` is in `metrics.csv` and can be monitored.
+        """
         metric: Any = self.perplexity[split]
         metric.update(sums.total, batch["num_supervised"], batch["num_bytes"], sums.correct)
 
@@ -296,9 +305,18 @@ class CausalLMModule(SavedModule):
         Args:
             batch: Rows of this rank; `num_supervised` are its supervised tokens.
         """
-        noise = self.neftune_alpha if self.training else None
-        return forward.nll(self.model, batch, forward.Choices(
-            self.way or forward.Way(), noise, self.cross_entropy, self.training and self.balance_coefficient > 0))
+        return forward.nll(self.model, batch, self._choices())
+
+    def supervised_logits(self, batch: "Batch") -> tuple[Tensor, Tensor]:
+        """(N, V) logits of supervised positions and (N,) their targets, for an override of `sums` that needs them.
+
+        All of them are in memory together, which the loss of `sums` avoids.
+        """
+        return forward.supervised_logits(self.model, batch, self._choices())
+
+    def _choices(self) -> Choices:
+        return Choices(self.way or forward.Way(), self.neftune_alpha if self.training else None,
+                       self.cross_entropy, self.training and self.balance_coefficient > 0)
 
     # ---- optimization ------------------------------------------------------------------------------------------------
 

@@ -5,9 +5,12 @@ is wrong is an InputError that says what would be right; keys that mean nothing 
 format a record has is `recognition.py`.
 """
 
+import hashlib
+import inspect
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from lit_llm.data.records.recognition import (
@@ -60,7 +63,7 @@ def convert(record: dict[str, Any] | str, *, format: str = "auto", columns: Mapp
         if format not in ("auto", "text"):
             raise InputError(f"format '{format}' needs objects with keys, and this file is plain text")
         return Document(record)
-    seen = _Seen(_renamed(record, columns) if columns else record)
+    seen = Fields(_renamed(record, columns) if columns else record)
     said = FORMATS[recognise(seen.record) if format == "auto" else format](seen)
     if isinstance(said, Conversation):
         _refuse_what_is_not_to_learn(seen)
@@ -78,8 +81,8 @@ def convert(record: dict[str, Any] | str, *, format: str = "auto", columns: Mapp
 
 # ---- the formats -----------------------------------------------------------------------------------------------------
 
-class _Seen:
-    """A record that remembers which of its keys were read."""
+class Fields:
+    """A record that remembers which of its keys were read; the others are counted in the report."""
 
     def __init__(self, record: Mapping[str, Any]) -> None:
         self.record, self.keys = record, set[str]()
@@ -113,7 +116,7 @@ _BLANK = re.compile(r"\{\{ *\w{1,40} *\}\}")
 _IN_TURNS = KNOWN_KEYS | {"from", "value", "system"} | {key for pair in PAIRS for key in pair}
 
 
-def text(record: _Seen) -> Document:
+def text(record: Fields) -> Document:
     """`{"text": ...}`; a list of strings (verses, paragraphs) is joined by newlines."""
     value = record.need("text")
     if isinstance(value, list) and all(isinstance(part, str) for part in value):
@@ -121,7 +124,7 @@ def text(record: _Seen) -> Document:
     return Document(_string(value, "text"))
 
 
-def turns(record: _Seen) -> Conversation:
+def turns(record: Fields) -> Conversation:
     """A list of turns under `messages`, `conversations` or `conversation`, with optional `system` and `tools`.
 
     A turn is spelled as OpenAI does (role, content), as ShareGPT (from, value; function calls and observations
@@ -134,7 +137,7 @@ def turns(record: _Seen) -> Conversation:
     return _conversation(record, [message for number, turn in enumerate(told, 1) for message in _turn(turn, number)])
 
 
-def alpaca(record: _Seen) -> Conversation:
+def alpaca(record: Fields) -> Conversation:
     """`instruction`, `input` (below it, may be empty), `output`, with optional `system`, `history` and `tools`.
 
     Also by other names: question, query, prompt or problem; context; answer, response, completion, solution or target.
@@ -142,23 +145,42 @@ def alpaca(record: _Seen) -> Conversation:
     return _pair(record, *(pair_keys(record.record) or NAMED[0]))
 
 
-def prompt(record: _Seen) -> Conversation:
+def prompt(record: Fields) -> Conversation:
     """`prompt` and `completion`, each a string or a list of messages; only the completion is learned."""
     return _pair(record, *NAMED[1])
 
 
-def firefly(record: _Seen) -> Conversation:
+def firefly(record: Fields) -> Conversation:
     """`conversation`, a list of `{"human": ..., "assistant": ...}`; or the older `kind`, `input`, `target`."""
     return turns(record) if "conversation" in record.record else _pair(record, "input", "target")
 
 
-FORMATS: dict[str, Callable[[_Seen], Document | Conversation]] = {
+FORMATS: dict[str, Callable[[Fields], Document | Conversation]] = {
     "text": text, "alpaca": alpaca, "messages": turns, "sharegpt": turns, "prompt": prompt, "firefly": firefly}
+_OURS = frozenset(FORMATS)
+
+
+def version(format: str) -> str:
+    """What tells the code of a format from outside apart from its code of yesterday; empty for those that ship.
+
+    It is a hash of the file that holds the function, so functions that it calls there count, too.
+
+    Raises:
+        InputError: The code of the format is in no file, so tokens made by it could not be told from others.
+    """
+    if format in _OURS or format not in FORMATS:
+        return ""
+    try:
+        file = inspect.getsourcefile(FORMATS[format])
+        return hashlib.sha256(Path(str(file)).read_bytes()).hexdigest()
+    except (OSError, TypeError):
+        raise InputError(f"the code of format '{format}' is in no file", where="data.sources.format",
+                         fix="Define the function in a module.") from None
 
 
 # ---- a question and its answer ---------------------------------------------------------------------------------------
 
-def _pair(record: _Seen, ask: str, answer: str) -> Conversation:
+def _pair(record: Fields, ask: str, answer: str) -> Conversation:
     asked, below, answered = record.need(ask), [key for key in BELOW if key != ask], record.need(answer)
     more = [_string(value, key) for key in below if (value := record.get(key))]
     if answer == "instances":
@@ -192,13 +214,13 @@ def _instance(instances: Any) -> tuple[list[str], str]:
     if not isinstance(instances, list) or len(instances) != 1 or not isinstance(instances[0], Mapping):
         raise InputError("instances must hold one object with input and output",
                          fix="Write each further instance as a record of its own.")
-    one = _Seen(instances[0])
+    one = Fields(instances[0])
     return [_string(one.get("input") or "", "input")], _string(one.need("output"), "output")
 
 
 # ---- turns -----------------------------------------------------------------------------------------------------------
 
-def _conversation(record: _Seen, messages: list[dict[str, Any]]) -> Conversation:
+def _conversation(record: Fields, messages: list[dict[str, Any]]) -> Conversation:
     system = record.get(*SYSTEM)
     if system and not (messages and messages[0]["role"] == "system"):
         messages.insert(0, {"role": "system", "content": system})
@@ -272,7 +294,7 @@ def _refuse_huge(messages: list[dict[str, Any]]) -> None:
                          fix="Divide it into several records.")
 
 
-def _refuse_what_is_not_to_learn(record: _Seen) -> None:
+def _refuse_what_is_not_to_learn(record: Fields) -> None:
     if record.get("label", "kto_tag") is False:
         raise InputError("label is false: a preference file's mark for a bad answer; it must not be learned",
                          fix="data.on_bad_record: quarantine sets such records aside and keeps the good answers.")

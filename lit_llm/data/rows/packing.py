@@ -1,19 +1,20 @@
 """Pack token sequences into rows of at most `seq_len` tokens, given their lengths.
 
 Three policies: `best_fit` (never cuts, pads; SFT), `concat` (cuts anywhere, no padding but in the last row;
-pretraining), `none` (one segment a row).
+pretraining), `none` (one segment a row). Another one that does not cut is a function in `POLICIES`.
 """
 
 from bisect import bisect_left, insort
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Literal
 
 import numpy as np
 
-from lit_llm.errors import InputError
+from lit_llm.errors import InputError, did_you_mean
 
-Packing = Literal["best_fit", "concat", "none"]
+Packing = Literal["best_fit", "concat", "none"] | str   # a name in POLICIES, or concat
 Overlong = Literal["cut", "drop", "error"]
 
 
@@ -145,12 +146,11 @@ def pack(segments: Segments, *, seq_len: int, packing: Packing) -> Rows:
     segments = segments[segments.lengths > 0]
     if packing == "concat":
         segments, row_of = _concat(segments, seq_len)
-    elif packing == "best_fit":
-        row_of = best_fit(segments.lengths, seq_len)
+    else:
+        row_of = POLICIES[packing](segments.lengths, seq_len)
+        _check_rows(packing, row_of, segments.lengths, seq_len)
         order = np.argsort(row_of, kind="stable")
         segments, row_of = segments[order], row_of[order]
-    else:
-        row_of = np.arange(len(segments))
     count = int(row_of[-1]) + 1 if len(row_of) else 0
     offsets = np.searchsorted(row_of, np.arange(count + 1)).astype(np.int64)
     return Rows(segments, offsets, np.zeros(count, dtype=np.int64), np.zeros(len(segments), dtype=np.int64))
@@ -208,6 +208,38 @@ def best_fit(lengths: np.ndarray, capacity: int) -> np.ndarray:
                         insort(rooms, left)
                     piles.setdefault(left, []).append(piled)
     return row_of
+
+
+def one_each(lengths: np.ndarray, capacity: int) -> np.ndarray:
+    """Each item in a row of its own."""
+    return np.arange(len(lengths))
+
+
+Policy = Callable[[np.ndarray, int], np.ndarray]        # (N,) lengths, seq_len -> (N,) the row of each, from 0, no gaps
+POLICIES: dict[str, Policy] = {"best_fit": best_fit, "none": one_each}
+
+
+def check(packing: str) -> None:
+    """Refuse a policy that does not exist.
+
+    Raises:
+        InputError: It names those that do.
+    """
+    if packing not in (known := ["concat", *POLICIES]):
+        raise InputError(f"'{packing}' is none of {', '.join(known)}.{did_you_mean(packing, known)}",
+                         where="data.packing")
+
+
+def _check_rows(packing: str, row_of: np.ndarray, lengths: np.ndarray, seq_len: int) -> None:
+    """Refuse what a policy from outside may have done wrong: tokens would be lost, or batches would not fit."""
+    if packing in ("best_fit", "none"):
+        return
+    if len(row_of) != len(lengths) or not np.array_equal(np.unique(row_of), np.arange(row_of.max(initial=-1) + 1)):
+        raise InputError(f"the packing policy '{packing}' must give each of {len(lengths):,} segments a row, and "
+                         "number the rows from 0 without a gap", where="data.packing")
+    if len(lengths) and (longest := int(np.bincount(row_of, weights=lengths).max())) > seq_len:
+        raise InputError(f"the packing policy '{packing}' made a row of {longest:,} tokens, and data.seq_len is "
+                         f"{seq_len:,}", where="data.packing")
 
 
 def _concat(segments: Segments, seq_len: int) -> tuple[Segments, np.ndarray]:

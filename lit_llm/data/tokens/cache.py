@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from lit_llm import disk
+from lit_llm.data.records import formats
 from lit_llm.data.records.sources import Source
 from lit_llm.data.tokens.store import TokenStore
 from lit_llm.disk import cache_root
@@ -42,7 +43,8 @@ def folder_of(source: Source, tokenizer: Tokenizer, settings: dict[str, Any], ca
         data = [[source.path, str(source.hub_dataset()._fingerprint)]]
     else:
         data = [[str(path), _digest(path, root / "digests")] for path in source.files()]
-    parts = [read, data, tokenizer.fingerprint, settings, RULES]
+    own = formats.version(source.format)
+    parts = [read, data, tokenizer.fingerprint, settings, RULES, *([own] if own else [])]
     return root / hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 
 

@@ -167,6 +167,13 @@ class SourceEncoder:
 
     def __init__(self, source: Source, tokenizer: Tokenizer, train_on: TrainOn = "assistant") -> None:
         self.source, self.tokenizer, self.train_on = source, tokenizer, train_on
+        self._format = formats.FORMATS.get(source.format)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """In a spawned process a format from outside is not registered yet; its function came along."""
+        vars(self).update(state)
+        if self._format is not None:
+            formats.FORMATS.setdefault(self.source.format, self._format)
 
     # ---- reading -----------------------------------------------------------------------------------------------------
 
