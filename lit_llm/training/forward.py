@@ -128,7 +128,7 @@ def logits(model: Any, input_ids: Tensor, attention_mask: Tensor | None, way: Wa
     """
     real = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask != 0
     lengths = real.sum(1)
-    if way.packed and not adapter.learns_prompt(model):
+    if way.packed and not adapter.has_virtual_tokens(model):
         positions = (real.cumsum(1) - 1)[real][None]
         bounds = F.pad(lengths[lengths > 0].cumsum(0), (1, 0)).int()
         made = model(input_ids=input_ids[real][None], position_ids=positions, attention_mask=None, use_cache=False,
@@ -153,7 +153,7 @@ def supervised_logits(model: Any, batch: "Batch", choices: Choices) -> tuple[Ten
         choices: Of the run; the routers' load balance is not given here.
     """
     way, choices = choices.way, replace(choices, balance=False)
-    if adapter.learns_prompt(model):
+    if adapter.has_virtual_tokens(model):
         raise InputError("the logits behind a learned prompt cannot be asked for", where="model.peft",
                          fix="set --model.lora or train every weight")
     made = []
