@@ -176,23 +176,13 @@ KEYS: dict[str, Entry] = {
             "keep_every_n_steps": 3}.items()},
     "trainer.callbacks.Progress.every_seconds": Entry(0.0, "said"),
 }
-# Keys that can do nothing beside others: refused by the first words, or said in a warning.
+# Keys that can do nothing beside others: refused by the first words, or said in a warning. Pairs of the table of rules
+# are in training/test_rules.py.
 IDLE: list[tuple[str, Any, dict[str, Any], str]] = [
-    ("data.val_fraction", 0.1, VALIDATES, "data.val_fraction"),
-    ("data.test_fraction", 0.1, {"data.test_sources": source()}, "data.test_fraction"),
-    ("data.val_sources", source(weight=2.0), {}, "data.val_sources"),
-    ("data.stream_buffer", 60, {}, "data.stream_buffer"),
-    ("data.sources", source(weight=0.5), STREAM, "data.sources"),
-    ("data.bad_record_limit", 0.5, {}, "data.bad_record_limit"),
-    ("data.overlong", "drop", {"data.packing": "concat"} | DOCUMENTS, "data.overlong"),
     ("data.sources", source(split="test"), {}, "split: test"),
     ("data.sources", [{"path": "plain", "split": "test"}], {}, "split: test"),
     ("data.sources", source(document="line"), {}, "document: line"),
     ("data.train_on", "last", DOCUMENTS, "warning data.train_on"),
-    ("model.cooldown", 0.5, {}, "model.cooldown"),
-    ("model.merge_adapter", True, {}, "model.merge_adapter"),
-    ("model.min_lr_share", 0.5, {"model.schedule": "constant"}, "warning model.min_lr_share"),
-    ("model.quantize", "nf4", FULL, "model.quantize"),
     ("trainer.min_steps", 3, {}, "trainer.min_steps"),
     ("trainer.min_epochs", 3, {}, "trainer.min_epochs"),
     ("trainer.logger", False, {}, "warning trainer.logger"),

@@ -173,18 +173,15 @@ def test_one_adapter_on_both_ends_stays_one_through_casts_and_steps(bases, tmp_p
 
 def test_stage_3_refuses_an_adapter_that_two_layers_share(bases):
     """The head would be computed with an empty shard of the embedding's adapter."""
-    from types import SimpleNamespace
-
-    from lit_llm.training.checks import compatible
     from lit_llm.training.module import CausalLMModule
     from lit_llm.training.parallel.zero import ZeroStrategy
+    from lit_llm.training.rules import table
 
     spec = spec_of("LoraConfig", bases["tied"], "both", ensure_weight_tying=True)
     module = CausalLMModule(base=str(bases["tied"]), peft=spec)
-    module._trainer = SimpleNamespace(state=SimpleNamespace(fn="fit"), precision="32-true")
-    compatible.check(module, ZeroStrategy(stage=2), 2)
+    table.check(table.Setup(module, ZeroStrategy(stage=2), 2))
     with pytest.raises(InputError, match="ensure_weight_tying"):
-        compatible.check(module, ZeroStrategy(stage=3), 2)
+        table.check(table.Setup(module, ZeroStrategy(stage=3), 2))
 
 
 def test_adapters_on_a_tied_matrix_are_explained(bases, caplog):

@@ -17,7 +17,7 @@ from lit_llm.data.rows import identity, packing
 from lit_llm.data.rows.corpus import Corpus, Occurrences
 from lit_llm.data.rows.loader import Batch, RowLoader
 from lit_llm.data.rows.mixture import Mixture, Stage, repeats, side
-from lit_llm.data.rows.packing import Overlong, Packing
+from lit_llm.data.rows.packing import CONCAT, Overlong, Packing
 from lit_llm.data.rows.plan import Plan
 from lit_llm.data.stream.loader import StreamLoader
 from lit_llm.data.tokens.encode import OnBadRecord
@@ -262,8 +262,7 @@ class TextDataModule(L.LightningDataModule):
         packing = self.packing if training or self.packing == "none" else "best_fit"
         if packing == "concat" and self.train_on != "all" and not corpus.is_document.all():
             place = corpus.place(int(np.flatnonzero(~corpus.is_document)[0]))
-            raise InputError("concat would cut conversations apart, answers from their questions", where=place,
-                             fix="Set data.packing to best_fit; concat is for documents.")
+            raise CONCAT.error(where=place)
         mixture = Mixture(corpus, weights if training else [1.0] * len(weights), seq_len=self.seq_len, packing=packing,
                           overlong=self.overlong, seed=self.seed)
         if not mixture.first.supervised.sum():

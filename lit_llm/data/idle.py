@@ -4,14 +4,58 @@ What a file decides (`split`, `subset`, `document` of a source) is refused where
 """
 
 import logging
+from collections.abc import Callable
 
+from lit_llm import rules
 from lit_llm.data.interface import Data
+from lit_llm.data.records.sources import Source
 from lit_llm.data.rows.corpus import Corpus
-from lit_llm.errors import InputError
+from lit_llm.data.rows.packing import CONCAT
+from lit_llm.rules import Rule
 from lit_llm.system import ranges
 
 log = logging.getLogger(__name__)
 LIMIT, BUFFER = 0.1, 4_000_000                      # what bad_record_limit and stream_buffer are where nothing is said
+
+
+FEATURES: dict[str, Callable[[Data], bool]] = {
+    "`data.val_sources`": lambda data: bool(data.val_sources),
+    "`data.val_fraction`": lambda data: bool(data.val_fraction),
+    "`data.test_sources`": lambda data: bool(data.test_sources),
+    "`data.test_fraction`": lambda data: bool(data.test_fraction),
+    "a `weight` in `data.val_sources`": lambda data: _weighted(data.val_sources),
+    "a `weight` in `data.test_sources`": lambda data: _weighted(data.test_sources),
+    "a `weight` of the only source": lambda data: len(data.sources) == 1 and _weighted(data.sources),
+    "`data.streaming`": lambda data: data.streaming,
+    "no `data.streaming`": lambda data: not data.streaming,
+    "`data.stream_buffer`": lambda data: data.stream_buffer != BUFFER,
+    "`data.bad_record_limit`": lambda data: data.bad_record_limit != LIMIT,
+    "`data.on_bad_record: error`": lambda data: data.on_bad_record == "error",
+    "`data.packing: concat`, no evaluation": lambda data: data.packing == "concat" and not (
+        data.val_sources or data.val_fraction or data.test_sources or data.test_fraction),
+    "`data.overlong`": lambda data: data.overlong != "cut",
+}
+RULES = (
+    *(Rule(f"`data.{stage}_sources`", f"`data.{stage}_fraction`", f"data.{stage}_sources is given too, so no share of "
+           "data.sources is held out", f"data.{stage}_fraction", f"set --data.{stage}_fraction 0, or "
+           f"--data.{stage}_sources null") for stage in ("val", "test")),
+    *(Rule(f"a `weight` in `data.{stage}_sources`", f"`data.{stage}_sources`", "a weight would change nothing: "
+           "evaluation takes each record once", f"data.{stage}_sources", "leave `weight` out")
+      for stage in ("val", "test")),
+    Rule("`data.stream_buffer`", "no `data.streaming`", "only a stream has this buffer", "data.stream_buffer",
+         "leave it out, or set --data.streaming true"),
+    Rule("a `weight` of the only source", "`data.streaming`", "weight {s.sources[0].weight} would change nothing: in a "
+         "stream it is a share of the records, and there is one source", "data.sources", "leave `weight` out"),
+    Rule("`data.bad_record_limit`", "`data.on_bad_record: error`", "the first bad record stops the run, so no share of "
+         "them is allowed", "data.bad_record_limit", "leave it out, or set --data.on_bad_record quarantine"),
+    Rule("`data.packing: concat`, no evaluation", "`data.overlong`", "concat cuts everything anywhere, so nothing is "
+         "too long for a row", "data.overlong", "leave it out, or set --data.packing best_fit"),
+    CONCAT,                                         # raised where the records are known
+)
+
+
+def _weighted(sources: list[Source] | None) -> bool:
+    return any(source.weight != 1 for source in sources or ())
 
 
 def check(data: Data) -> None:
@@ -22,29 +66,7 @@ def check(data: Data) -> None:
     """
     for source in data.sources:
         ranges.check("data.sources.weight", source.weight)
-    for stage in ("val", "test"):
-        own, share = getattr(data, f"{stage}_sources"), getattr(data, f"{stage}_fraction")
-        if own and share:
-            raise InputError(f"data.{stage}_sources is given too, so no share of data.sources is held out",
-                             where=f"data.{stage}_fraction", fix=f"set --data.{stage}_fraction 0, or "
-                             f"--data.{stage}_sources null")
-        for source in own or ():
-            if source.weight != 1:
-                raise InputError(f"weight {source.weight} would change nothing: evaluation takes each record once",
-                                 where=f"data.{stage}_sources", fix="leave `weight` out")
-    if data.stream_buffer != BUFFER and not data.streaming:
-        raise InputError("only a stream has this buffer", where="data.stream_buffer",
-                         fix="leave it out, or set --data.streaming true")
-    if data.streaming and len(data.sources) == 1 and data.sources[0].weight != 1:
-        raise InputError(f"weight {data.sources[0].weight} would change nothing: in a stream it is a share of the "
-                         "records, and there is one source", where="data.sources", fix="leave `weight` out")
-    if data.bad_record_limit != LIMIT and data.on_bad_record == "error":
-        raise InputError("the first bad record stops the run, so no share of them is allowed",
-                         where="data.bad_record_limit", fix="leave it out, or set --data.on_bad_record quarantine")
-    evaluates = data.val_sources or data.val_fraction or data.test_sources or data.test_fraction
-    if data.packing == "concat" and data.overlong != "cut" and not evaluates:
-        raise InputError("concat cuts everything anywhere, so nothing is too long for a row", where="data.overlong",
-                         fix="leave it out, or set --data.packing best_fit")
+    rules.check(RULES, FEATURES, data)
 
 
 def note_documents(corpus: Corpus, train_on: str, *, rank: int) -> None:

@@ -28,6 +28,7 @@ from lit_llm.training.checks import compatible, init_keys
 from lit_llm.training.checks.interface import Module
 from lit_llm.training.parallel import distribution, shards
 from lit_llm.training.planning import footprint
+from lit_llm.training.rules import table
 
 log = logging.getLogger(__name__)
 DTYPES = {"bf16-true": torch.bfloat16, "16-true": torch.float16, "64-true": torch.float64, "64": torch.float64}
@@ -49,7 +50,7 @@ def build(module: Module) -> None:
     dtype = DTYPES.get(str(module.trainer.precision), torch.float32)
     kind = module.choose_attention(module._tokenizer_facts() if module.init else {})
     strategy = distribution.of(module.trainer.strategy)
-    compatible.check(module, module.trainer.strategy, module.trainer.world_size)
+    _check(module)
     if path := pretrained(module):
         inner = model.load_causal_lm(path, dtype=dtype, attention=kind, quantize=module.quantize,
                                      half=str(module.trainer.precision).startswith("bf16"),
@@ -73,7 +74,7 @@ def build(module: Module) -> None:
     if not adapter.has_virtual_tokens(module.model):
         off = module.router_aux_loss is None and (module.init or {}).get("output_router_logits") is False
         module.balance_coefficient = balance.coefficient(module.model, 0.0 if off else module.router_aux_loss)
-        compatible.check_balance(module, module.trainer.strategy, module.trainer.world_size)
+        _check(module)                              # which now knows whether routers are balanced
     module.half_adapters = _autocasts(module)
     if module.half_adapters:
         adapter.skip_input_copies(module.model)
@@ -90,6 +91,13 @@ def build(module: Module) -> None:
     strategy.shard(module.model, anatomy.decoder_layers(module.model), dtype=half)
     if module.trainer.is_global_zero and module.trainer.training:
         log.info(str(anatomy.count_parameters(module.model, shards.elements_of)))
+
+
+def _check(module: Module) -> None:
+    """Rules of what goes with what, for a module with a trainer."""
+    trainer = module.trainer
+    compatible.check(module, trainer.strategy, trainer.world_size, precision=str(trainer.precision),
+                     training=trainer.state.fn == "fit")
 
 
 def _grow(module: Module, inner: Any, tokens: int) -> None:
@@ -146,7 +154,7 @@ def tokens_to_train(module: Module, inner: Any) -> list[int]:
         return []
     obstacle = trained_rows.row_obstacle(inner, module.peft_spec)
     if distribution.of(module.trainer.strategy).partitions_on_load:
-        obstacle = "stage 3 cuts the embedding into shards (stage 2 does not)"
+        obstacle = table.NO_ROWS
     if module.train_tokens != "auto":
         if obstacle is not None:
             raise InputError(f"no rows of tokens can be trained: {obstacle}", where="model.lora.train_tokens",

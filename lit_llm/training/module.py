@@ -17,7 +17,7 @@ from lit_llm.data.rows import padded
 from lit_llm.errors import InputError
 from lit_llm.kernels import attention
 from lit_llm.models import anatomy, recompute
-from lit_llm.models.adapters import adapter, peft_method
+from lit_llm.models.adapters import peft_method
 from lit_llm.models.adapters.peft_method import spec_of
 from lit_llm.models.quantize import Quantize
 from lit_llm.system.class_paths import refuse_within
@@ -123,9 +123,6 @@ class CausalLMModule(SavedModule):
             False if gradient_checkpointing == "auto" else gradient_checkpointing)
         self.compile_layers = compile               # nn.Module.compile is a method
         self.cross_entropy, self.router_aux_loss = cross_entropy, router_aux_loss
-        compatible.check_options(self)
-        if adapter is not None:
-            build.check_start(self, adapter)
         self.checkpoint: Path | None = None         # set by Trainer.validate and .test: weights of one checkpoint
         self.model: Any = None
         self.way: forward.Way | None = None         # what of the forward pass is ours; null before the model was asked
@@ -137,6 +134,9 @@ class CausalLMModule(SavedModule):
         self.strict_loading = False                 # checkpoints of adapters hold adapters only
         self.perplexity = nn.ModuleDict({"val": Perplexity(), "test": Perplexity()})
         self.window = Window()                      # of the step so far
+        compatible.check_options(self)
+        if adapter is not None:
+            build.check_start(self, adapter)
 
     # ---- building ----------------------------------------------------------------------------------------------------
 
@@ -340,7 +340,7 @@ class CausalLMModule(SavedModule):
     def keep_masters(self) -> None:
         """What learns is float32: half precision would lose small updates. DeepSpeed keeps masters of its own."""
         if not distribution.of(self.trainer.strategy).keeps_masters:
-            optim.keep_masters(self, str(self.trainer.precision), whole=not adapter.is_peft(self.model))
+            optim.keep_masters(self)
 
     def configure_gradient_clipping(self, optimizer: Any, gradient_clip_val: float | None = None,
                                     gradient_clip_algorithm: str | None = None) -> None:

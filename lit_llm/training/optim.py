@@ -158,21 +158,12 @@ def scheduler(optimizer: Optimizer, schedule: Schedule, *, warmup: float, total:
     return LambdaLR(optimizer, shape(schedule, warmup=steps, total=total, floor=floor, cooldown=cooldown))
 
 
-def keep_masters(module: nn.Module, precision: str, *, whole: bool) -> None:
+def keep_masters(module: nn.Module) -> None:
     """Make float32 of what learns: half precision would lose small updates.
 
     Args:
         module: Its weights that require gradients are converted in place.
-        precision: `trainer.precision`, for the message.
-        whole: Whether every weight learns, and not only adapters, which are small.
-
-    Raises:
-        InputError: Weights of a whole model lie in half precision.
     """
-    halves = [weight for weight in module.parameters() if weight.requires_grad and weight.element_size() < 4]
-    if halves and whole:
-        raise InputError(f"{precision} would train half-precision weights without a float32 copy, and small updates "
-                         "would be lost", where="trainer.precision",
-                         fix="set bf16-mixed, or a deepspeed strategy, which keeps float32 masters")
-    for weight in halves:
-        weight.data = weight.data.float()
+    for weight in module.parameters():
+        if weight.requires_grad and weight.element_size() < 4:
+            weight.data = weight.data.float()

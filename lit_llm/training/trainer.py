@@ -141,6 +141,7 @@ class Trainer(L.Trainer):
             kwargs |= safe_load.arguments(self.run.resumed_from / "state")
         elif self.run.accept_changes and not automatic:
             log.warning("trainer.accept_changes: no checkpoint is resumed (--ckpt_path), so it changes nothing")
+        self._check_rules(model)
         with self.preemption.listening(self), self._own_environment():
             try:
                 super().fit(model, train_dataloaders, val_dataloaders, datamodule, **kwargs)
@@ -272,6 +273,14 @@ class Trainer(L.Trainer):
         processes = self.world_size if processes is None else processes
         if not selftest(self.run.config, datamodule, devices=self.world_size, processes=processes):
             raise SystemExit(1)
+
+    def _check_rules(self, model: L.LightningModule) -> None:
+        """Refuse what cannot go together before data are read; what the model tells is checked when it is built."""
+        from lit_llm.training.module import CausalLMModule
+
+        if isinstance(model, CausalLMModule):
+            compatible.check(model, self.strategy, self.num_nodes * self.num_devices, precision=str(self.precision),
+                             training=True)
 
     def _run(self, *args: Any, **kwargs: Any) -> Any:
         self.preemption.begin_watch(self)

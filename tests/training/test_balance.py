@@ -195,12 +195,13 @@ def test_a_model_without_such_a_loss_refuses_a_coefficient(kind):
 def test_what_would_hang_is_refused(stage, ranks, recompute, coefficient, refused):
     """ZeRO-3 on several ranks with recomputed layers: the ranks would wait for each other forever."""
     from contextlib import nullcontext
-    from types import SimpleNamespace
 
+    from lit_llm import CausalLMModule
     from lit_llm.errors import InputError
-    from lit_llm.training.checks.compatible import check_balance
     from lit_llm.training.parallel.zero import ZeroStrategy
+    from lit_llm.training.rules import table
 
-    module = SimpleNamespace(balance_coefficient=coefficient, recompute=recompute)
+    module = CausalLMModule(base="sample:base")
+    module.balance_coefficient, module.recompute = coefficient, recompute
     with pytest.raises(InputError, match="load balance") if refused else nullcontext():
-        check_balance(module, ZeroStrategy(stage=stage), ranks)
+        table.check(table.Setup(module, ZeroStrategy(stage=stage), ranks))

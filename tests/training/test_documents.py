@@ -99,7 +99,7 @@ def test_processes_that_share_layers_are_refused(base, tmp_path, monkeypatch):
     module.choose_attention({})
     assert isinstance(module.trainer.strategy, ZeroStrategy)
     with pytest.raises(InputError, match="deepspeed_stage_2"):
-        compatible.check(module, module.trainer.strategy, 2)
+        compatible.check(module, module.trainer.strategy, 2, precision="32-true", training=True)
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen3", "gpt2"])

@@ -13,9 +13,13 @@ from typing import Literal
 import numpy as np
 
 from lit_llm.errors import InputError, did_you_mean
+from lit_llm.rules import Rule
 
 Packing = Literal["best_fit", "concat", "none"] | str   # a name in POLICIES, or concat
 Overlong = Literal["cut", "drop", "error"]
+CONCAT = Rule("`data.packing: concat`", "conversations of which a part is supervised", "concat would cut "
+              "conversations apart, answers from their questions", "data.packing",
+              "Set data.packing to best_fit; concat is for documents.")
 
 
 @dataclass(frozen=True, slots=True)

@@ -259,9 +259,7 @@ class Stream:
         lengths, is_document = memory.sequences["length"].astype(np.int64), memory.sequences["kind"] != CONVERSATION
         if self.packing == "concat":
             if self.encoders[0].train_on != "all" and not is_document.all():
-                raise InputError("concat would cut conversations apart, answers from their questions",
-                                 where=memory.place(int(np.flatnonzero(~is_document)[0])),
-                                 fix="Set data.packing to best_fit; concat is for documents.")
+                raise pack.CONCAT.error(where=memory.place(int(np.flatnonzero(~is_document)[0])))
             segments = pack.whole(lengths)
         else:
             segments, held = self._split(memory, lengths, is_document)

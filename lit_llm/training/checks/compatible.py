@@ -1,33 +1,26 @@
-"""A module's options and a strategy in; nothing out, or an error that names what cannot go together and what can.
+"""Refuse settings of a run that cannot work: pairs that do not go together, and what model, data and trainer need.
 
-Each of these would otherwise hang, fail deep inside a library, or train something else in silence.
+The pairs are the table of `rules/table.py`. What is checked here beside it needs the model or the data.
 """
 
-import logging
 from typing import Any
 
+import torch
+from lightning.pytorch.strategies import Strategy
+
+from lit_llm import rules
 from lit_llm.errors import InputError, did_you_mean
 from lit_llm.models import anatomy
-from lit_llm.models.adapters import peft_method
 from lit_llm.system import ranges
 from lit_llm.text.tokenizer import Tokenizer, unlike
 from lit_llm.training.checks.interface import Module
 from lit_llm.training.loss import as_matrices
 from lit_llm.training.parallel import distribution
 from lit_llm.training.parallel.processes import end_together
+from lit_llm.training.rules import table
 
-log = logging.getLogger(__name__)
-WHOLE = "set --trainer.strategy ddp (or auto), or --model.optimizer adamw"
 NUMBERS = ("lr", "warmup", "cooldown", "min_lr_share", "weight_decay", "betas", "eps", "router_aux_loss",
            "neftune_alpha")
-CALLBACKS = {                                       # Lightning's that would do something else here than they say
-    "WeightAveraging": "measures averaged weights, while checkpoints and the export would hold the others",
-    "StochasticWeightAveraging": "measures averaged weights, while checkpoints and the export would hold the others",
-    "GradientAccumulationScheduler": "divides steps into other micro-batches than the loader made, so gradients would "
-                                     "be too large; set trainer.accumulate_grad_batches",
-    "OnExceptionCheckpoint": "makes the next run go on from its file unasked; --ckpt_path last goes on from the newest "
-                             "checkpoint",
-}
 
 
 def check_options(module: Module) -> None:
@@ -36,91 +29,32 @@ def check_options(module: Module) -> None:
     Raises:
         InputError: It names the key and what to set instead.
     """
-    if (module.base is None) == (module.init is None):
-        raise InputError("give model.base (a folder or hub id) or model.init (an architecture), one of the two",
-                         where="model")
+    if module.base is None and module.init is None:
+        raise table.ONE_MODEL.error()
     ranges.check_all("model", {name: getattr(module, name) for name in NUMBERS})
     if (taken := module.lr * module.weight_decay) > 1:
         raise InputError(f"a step would take lr * weight_decay = {taken:g} of each weight, more than all of it",
                          where="model.weight_decay", fix="for example --model.weight_decay 0.1")
-    _check_schedule(module)
-    if module.init is not None and module.peft_spec is not None:
-        raise InputError("adapters on random weights would learn nothing that could be merged or loaded again",
-                         where="model.init", fix="set --model.lora null to train every weight, or give model.base")
-    _check_start(module)
-    if module.quantize is not None and module.peft_spec is None and module.start is None:
-        raise InputError("4-bit weights cannot learn; adapters on them can", where="model.quantize",
-                         fix="set model.lora (see configs/with/qlora.yaml), or --model.quantize null")
+    table.check(table.Setup(module))
 
 
-def _check_start(module: Module) -> None:
-    """What an adapter to start from cannot go with."""
-    if module.start is None:
-        if module.merge_start:
-            raise InputError("there is no adapter to merge", where="model.merge_adapter", fix="give model.adapter")
-        return
-    if module.init is not None:
-        raise InputError("an adapter belongs to a base that was trained", where="model.adapter", fix="give model.base")
-    if not module.merge_start and module.peft_spec is not None:
-        raise InputError("an adapter is continued with its own method, and another is given", where="model.adapter",
-                         fix="--model.lora null (and --model.peft null) continues it; --model.merge_adapter true "
-                             "merges it into the base first and trains the other one on that")
-    if module.merge_start and module.quantize is not None:
-        raise InputError("an adapter cannot be merged into a base in 4 bits without loss", where="model.merge_adapter",
-                         fix="export the adapter's run first, and give that folder as model.base")
+def check(module: Module, strategy: Strategy, processes: int, *, precision: str, training: bool) -> None:
+    """Refuse what cannot go together, before anything is loaded, and again once the model was asked and built.
 
-
-def _check_schedule(module: Module) -> None:
-    """Keys that another schedule than the one chosen would read: refused, or said where a shipped config sets them."""
-    if module.cooldown != 0.2 and module.schedule != "wsd":
-        raise InputError(f"a {module.schedule} schedule has no cool-down, which would change nothing",
-                         where="model.cooldown", fix="set --model.schedule wsd, or leave it out")
-    if module.min_lr_share != 0.1 and module.schedule == "constant":
-        log.warning("model.min_lr_share: a constant learning rate has no end of its own, so it changes nothing")
-
-
-def check(module: Module, strategy: Any, world_size: int) -> None:
-    """Refuse what cannot go together, before the model is built.
+    Args:
+        module: With its options.
+        strategy: Of the trainer.
+        processes: Of the run.
+        precision: `trainer.precision`.
+        training: Whether it trains, rather than validates or tests.
 
     Raises:
         InputError: It names the key and what to set instead.
     """
-    _check_prompts(module, strategy, world_size)
-    _check_optimizer(module.optimizer, strategy)
-    _check_float16(module, strategy)
-    _check_cross_entropy(module, strategy)
-    by_layer = distribution.of(strategy).gathers_layers
-    if by_layer and world_size > 1 and module.why_alone:
-        raise InputError(f"{module.why_alone}; one by one, ranks have different numbers of them, and processes that "
-                         "share each layer's weights would wait for each other forever", where="trainer.strategy",
-                         fix="set --trainer.strategy deepspeed_stage_2")
-    if distribution.of(strategy).partitions_on_load and peft_method.ties_adapters(module.peft_spec):
-        raise InputError("ensure_weight_tying gives the head the adapter of the embedding, and stage 3 gathers only a "
-                         "layer's weights", where="trainer.strategy", fix="set --trainer.strategy deepspeed_stage_2")
-    if by_layer and module.quantize:
-        raise InputError("4-bit weights cannot be cut into pieces for each layer", where="model.quantize",
-                         fix="set --trainer.strategy deepspeed_stage_2 (or auto, ddp), or --model.quantize null")
-    if by_layer and module.compile_layers:
-        raise InputError("layers whose weights are gathered one by one cannot be compiled", where="model.compile",
-                         fix="set --model.compile false, or --trainer.strategy deepspeed_stage_2")
-    if module.compile_layers and module.gradient_checkpointing in ("selective", "auto"):
-        raise InputError("a compiled layer is one operation, of which nothing can be kept",
-                         where="model.gradient_checkpointing", fix="set it to true or false")
-
-
-def check_balance(module: Module, strategy: Any, world_size: int) -> None:
-    """Refuse recomputed layers whose router logits have a gradient of their own where ZeRO-3 cuts the weights.
-
-    Ranks then reduce gradients in different orders, and wait for each other forever (measured with DeepSpeed 0.19.8).
-
-    Raises:
-        InputError: It names the key and what to set instead.
-    """
-    if module.balance_coefficient and module.recompute != "none" and world_size > 1 \
-            and distribution.of(strategy).partitions_on_load:
-        raise InputError("the routers' load balance hangs with recomputed layers under ZeRO-3",
-                         where="model.gradient_checkpointing", fix="set --trainer.strategy fsdp2 or deepspeed_stage_2, "
-                         "--model.gradient_checkpointing false, or --model.router_aux_loss 0")
+    deterministic = (torch.are_deterministic_algorithms_enabled()
+                     and not torch.is_deterministic_algorithms_warn_only_enabled())
+    table.check(table.Setup(module, distribution.of(strategy), processes, precision, training,
+                            strategy.root_device.type, deterministic))
 
 
 def check_data(inner: Any, data: Any) -> None:
@@ -168,20 +102,7 @@ def check_trainer(trainer: Any) -> None:
         InputError: It names the key.
     """
     distribution.of(trainer.strategy).check_arguments()
-    for callback in trainer.callbacks:
-        for kind in type(callback).__mro__:
-            if kind.__name__ in CALLBACKS:
-                raise InputError(f"{type(callback).__name__} {CALLBACKS[kind.__name__]}", where="trainer.callbacks",
-                                 fix="leave it out")
-    if trainer.overfit_batches:
-        raise InputError("an epoch here is never the same rows again", where="trainer.overfit_batches",
-                         fix="give a file of a few records as data.sources, and set trainer.max_epochs")
-    if trainer.reload_dataloaders_every_n_epochs:
-        raise InputError("a loader made anew would begin with the first epoch's rows again", fix="leave it out",
-                         where="trainer.reload_dataloaders_every_n_epochs")
-    if trainer.gradient_clip_algorithm not in (None, "norm"):
-        raise InputError("only clipping by norm is supported", where="trainer.gradient_clip_algorithm",
-                         fix="set it to norm")
+    rules.check(table.OF_TRAINER, table.TRAINER_FEATURES, trainer)
 
 
 def check_built(module: Module) -> None:
@@ -212,41 +133,6 @@ def check_windows(trainer: Any) -> None:
                          where="trainer.limit_train_batches", fix=f"set it to {-(-count // accumulate) * accumulate}")
 
 
-def _check_prompts(module: Module, strategy: Any, world_size: int) -> None:
-    """Prompt methods make a forward for each conversation; ZeRO-3 and FSDP2 wait for all ranks at each forward."""
-    if not peft_method.adds_virtual_tokens(module.peft_spec):
-        return
-    if module.neftune_alpha:
-        raise InputError("prompt and prefix tuning have embeddings of their own, which take no noise",
-                         where="model.neftune_alpha", fix="set --model.neftune_alpha null")
-    if world_size > 1 and distribution.of(strategy).gathers_layers:
-        raise InputError("prompt and prefix tuning cannot be trained by processes that share each layer's weights",
-                         where="trainer.strategy", fix="set --trainer.strategy deepspeed_stage_2")
-
-
-def _check_float16(module: Module, strategy: Any) -> None:
-    """Small gradients vanish in it, unless the loss is multiplied by a scale, which DeepSpeed and 16-mixed do."""
-    training = module.trainer.state.fn == "fit"
-    if training and str(module.trainer.precision) == "16-true" and not distribution.of(strategy).keeps_masters:
-        raise InputError("small gradients would vanish in float16 without a loss scale", where="trainer.precision",
-                         fix="set it to 16-mixed or bf16-true; or --trainer.strategy deepspeed_stage_2, which has one")
-
-
-def _check_cross_entropy(module: Module, strategy: Any) -> None:
-    """Other people's kernels have needs of their own, in training."""
-    if module.cross_entropy == "fused" or module.trainer.state.fn != "fit":
-        return
-    from lit_llm.kernels import borrowed
-
-    if module.way is not None and module.way.own_logits:
-        raise InputError(f"the model makes its logits itself: {module.way.why_own_logits}",
-                         where="model.cross_entropy", fix="set --model.cross_entropy fused")
-    if peft_method.adds_virtual_tokens(module.peft_spec):
-        raise InputError("prompt and prefix tuning make logits, and no head is left for other kernels",
-                         where="model.cross_entropy", fix="set --model.cross_entropy fused")
-    borrowed.check(module.cross_entropy, strategy.root_device, str(module.trainer.precision))
-
-
 def check_head(module: Module) -> None:
     """Refuse an output head that the chosen cross-entropy cannot do, once the model is built.
 
@@ -256,17 +142,8 @@ def check_head(module: Module) -> None:
     if module.cross_entropy != "fused" and module.trainer.state.fn == "fit":
         from lit_llm.kernels import borrowed
 
+        borrowed.check(module.cross_entropy, str(module.trainer.precision))
         borrowed.check_head(module.cross_entropy, as_matrices(anatomy.head(module.model)))
-
-
-def _check_optimizer(optimizer: str, strategy: Any) -> None:
-    """Not every optimizer can step on a piece of a weight."""
-    if optimizer == "muon" and distribution.of(strategy).flattens_weights:
-        raise InputError("muon steps on whole matrices, and ZeRO hands the optimizer flat pieces of many",
-                         where="model.optimizer", fix=WHOLE)
-    if optimizer == "adamw_8bit" and distribution.of(strategy).split_stage:
-        raise InputError("8-bit states cannot be cut into pieces, saved and read again as ZeRO and FSDP2 do it",
-                         where="model.optimizer", fix=WHOLE)
 
 
 def check_monitors(trainer: Any) -> None:

@@ -1,0 +1,68 @@
+"""What goes with what: a rule is a pair of features and the error, or the warning, for a run that has both.
+
+Tables of rules are data: `lit_llm/data/idle.py` has those among keys of the data, `lit_llm/training/rules/table.py` all
+of them. `lit_llm/training/rules/matrix.py` prints them into a README.
+"""
+
+import logging
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from lit_llm.errors import InputError
+
+log = logging.getLogger(__name__)
+Features = Mapping[str, Callable[[Any], bool]]      # name, as the support matrix shows it -> whether a setup has it
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Two features that do not go together.
+
+    Attributes:
+        first: Name of a feature.
+        second: Name of the other one.
+        why: The reason. As `where` and `fix` it may show attributes of the setup: "{s.schedule}".
+        where: The key that the error names.
+        fix: What to type instead.
+        refused: False where the run goes on with a warning, since the key changes nothing.
+    """
+
+    first: str
+    second: str
+    why: str
+    where: str
+    fix: str = ""
+    refused: bool = True
+
+    def error(self, setup: Any = None, *, where: str | None = None) -> InputError:
+        """The error of a setup that has both features.
+
+        Args:
+            setup: What the texts show.
+            where: A place that is known more exactly than the key.
+        """
+        return InputError(self.why.format(s=setup), where=where or self.where.format(s=setup),
+                          fix=self.fix.format(s=setup))
+
+
+def check(rules: Iterable[Rule], features: Features, setup: Any) -> None:
+    """Refuse a setup that has both features of a rule, and warn where a rule refuses nothing.
+
+    Args:
+        rules: In the order in which they are checked.
+        features: Those that can be told from this setup; rules of others are left out.
+        setup: What the features look at.
+
+    Raises:
+        InputError: Of the first rule that refuses it.
+    """
+    has: dict[str, bool] = {}
+    for rule in rules:
+        for name in (rule.first, rule.second):
+            if name not in has:
+                has[name] = name in features and features[name](setup)
+        if has[rule.first] and has[rule.second]:
+            if rule.refused:
+                raise rule.error(setup)
+            log.warning("%s: %s", rule.where.format(s=setup), rule.why.format(s=setup))

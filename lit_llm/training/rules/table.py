@@ -1,0 +1,235 @@
+"""The table of what does not go with what in a run, checked before anything is loaded.
+
+Each of these pairs would otherwise hang, fail deep inside a library, or train something else without a message.
+`FEATURES` says which features a run has, `RULES` which two do not go together. Another rule is one entry of `RULES`
+and, for a feature that is not there yet, one of `FEATURES`; `matrix.py` prints both, and a test triggers every rule
+from the command line.
+"""
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from lit_llm import rules
+from lit_llm.data import idle
+from lit_llm.models.adapters import peft_method
+from lit_llm.rules import Rule
+from lit_llm.training.checks.interface import Module
+from lit_llm.training.parallel.distribution import Distribution
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What is known of a run when its rules are checked: a module, later also its trainer's settings.
+
+    Attributes:
+        module: With its options; what depends on the architecture is known once the model was asked.
+        strategy: Of the trainer; null where no trainer is known.
+        processes: Their number.
+        precision: `trainer.precision`.
+        training: Whether it trains, rather than validates or tests.
+        device: Kind of the device, such as `cuda`; empty where it is not known.
+        deterministic: Whether `trainer.deterministic` refuses operations that add in another order each time.
+    """
+
+    module: Module
+    strategy: Distribution | None = None
+    processes: int = 1
+    precision: str = ""
+    training: bool = False
+    device: str = ""
+    deterministic: bool = False
+
+    @property
+    def trains_all(self) -> bool:
+        """Whether every weight is trained, and not only adapters."""
+        return self.module.peft_spec is None and (self.module.start is None or self.module.merge_start)
+
+
+def _learns_prompt(s: Setup) -> bool:
+    return peft_method.adds_virtual_tokens(s.module.peft_spec)
+
+
+def _borrows(s: Setup) -> bool:
+    return s.training and s.module.cross_entropy != "fused"
+
+
+_MODEL: dict[str, Callable[[Setup], bool]] = {
+    "`model.base`": lambda s: s.module.base is not None,
+    "`model.init`": lambda s: s.module.init is not None,
+    "`model.lora`, `model.peft`": lambda s: s.module.peft_spec is not None,
+    "an adapter that is tied like the embedding (`ensure_weight_tying`)":
+        lambda s: peft_method.ties_adapters(s.module.peft_spec),
+    "prompt and prefix tuning": _learns_prompt,
+    "`model.lora.train_tokens` with a list": lambda s: (
+        s.module.peft_spec is not None and s.module.train_tokens not in (None, "auto")),
+    "`model.adapter`": lambda s: s.module.start is not None,
+    "no `model.adapter`": lambda s: s.module.start is None,
+    # only of what was given: the method of the adapter becomes the module's when it is found
+    "`model.adapter`, continued": lambda s: (
+        s.module.start is not None and not s.module.merge_start and s.strategy is None),
+    "`model.merge_adapter`": lambda s: s.module.merge_start,
+    "training of every weight": lambda s: s.trains_all,
+    "`model.quantize`": lambda s: s.module.quantize is not None,
+    "`model.compile`": lambda s: s.module.compile_layers,
+    "`model.gradient_checkpointing: selective` or `auto`":
+        lambda s: s.module.gradient_checkpointing in ("selective", "auto"),
+    "`model.neftune_alpha`": lambda s: bool(s.module.neftune_alpha),
+    "`model.cooldown`": lambda s: s.module.cooldown != 0.2,
+    "a schedule without cool-down": lambda s: s.module.schedule != "wsd",
+    "`model.min_lr_share`": lambda s: s.module.min_lr_share != 0.1,
+    "`model.schedule: constant`": lambda s: s.module.schedule == "constant",
+    "`model.optimizer: muon`": lambda s: s.module.optimizer == "muon",
+    "`model.optimizer: adamw_8bit`": lambda s: s.module.optimizer == "adamw_8bit",
+    "`model.cross_entropy` of other projects": _borrows,
+    "`model.cross_entropy: cut_cross_entropy`": lambda s: _borrows(s) and s.module.cross_entropy == "cut_cross_entropy",
+    "a model that makes its logits itself": lambda s: s.module.way is not None and s.module.way.own_logits,
+    "a model that processes documents one by one": lambda s: bool(s.module.why_alone),
+    "recomputed layers whose routers are balanced":
+        lambda s: bool(s.module.balance_coefficient) and s.module.recompute != "none",
+}
+_TRAINER: dict[str, Callable[[Setup], bool]] = {
+    "`trainer.precision: 16-true`": lambda s: s.training and s.precision == "16-true",
+    "`trainer.precision: bf16-true`, training of every weight":
+        lambda s: s.training and s.precision == "bf16-true" and s.trains_all,
+    "`trainer.precision: 64-true`": lambda s: "64" in s.precision,
+    "`trainer.deterministic: true`": lambda s: s.deterministic,
+    # Triton interprets kernels on a CPU for tests
+    "a CPU": lambda s: s.device != "cuda" and bool(s.device) and os.environ.get("TRITON_INTERPRET") != "1",
+}
+STRATEGIES: dict[str, Callable[[Distribution, int], bool]] = {   # feature -> whether a strategy of n processes has it
+    "weights gathered by layer": lambda strategy, processes: strategy.gathers_layers,
+    "weights gathered by layer, several processes":
+        lambda strategy, processes: strategy.gathers_layers and processes > 1,
+    "weights split while loaded": lambda strategy, processes: strategy.partitions_on_load,
+    "weights split while loaded, several processes":
+        lambda strategy, processes: strategy.partitions_on_load and processes > 1,
+    "optimizer states split": lambda strategy, processes: strategy.split_stage > 0,
+    "an optimizer that gets flat pieces": lambda strategy, processes: strategy.flattens_weights,
+    "no float32 masters": lambda strategy, processes: not strategy.keeps_masters,
+}
+
+
+def _of_strategy(has: Callable[[Distribution, int], bool]) -> Callable[[Setup], bool]:
+    return lambda s: s.strategy is not None and has(s.strategy, s.processes)
+
+
+FEATURES: Mapping[str, Callable[[Setup], bool]] = {
+    **_MODEL, **_TRAINER, **{name: _of_strategy(has) for name, has in STRATEGIES.items()}}
+NO_ROWS = "stage 3 cuts the embedding into shards (stage 2 does not)"
+_STAGE_2 = "set --trainer.strategy deepspeed_stage_2"
+_WHOLE = "set --trainer.strategy ddp (or auto), or --model.optimizer adamw"
+_FUSED = "set --model.cross_entropy fused"
+
+ONE_MODEL = Rule("`model.base`", "`model.init`", "give model.base (a folder or hub id) or model.init (an "
+                 "architecture), one of the two", "model")
+RULES: tuple[Rule, ...] = (
+    # ---- the model and what is trained of it
+    ONE_MODEL,
+    Rule("`model.cooldown`", "a schedule without cool-down", "a {s.module.schedule} schedule has no cool-down, which "
+         "would change nothing", "model.cooldown", "set --model.schedule wsd, or leave it out"),
+    Rule("`model.min_lr_share`", "`model.schedule: constant`", "a constant learning rate has no end of its own, so it "
+         "changes nothing", "model.min_lr_share", refused=False),
+    Rule("`model.init`", "`model.lora`, `model.peft`", "adapters on random weights would learn nothing that could be "
+         "merged or loaded again", "model.init", "set --model.lora null to train every weight, or give model.base"),
+    Rule("`model.merge_adapter`", "no `model.adapter`", "there is no adapter to merge", "model.merge_adapter",
+         "give model.adapter"),
+    Rule("`model.adapter`", "`model.init`", "an adapter belongs to a base that was trained", "model.adapter",
+         "give model.base"),
+    Rule("`model.adapter`, continued", "`model.lora`, `model.peft`", "an adapter is continued with its own method, and "
+         "another is given", "model.adapter", "--model.lora null (and --model.peft null) continues it; "
+         "--model.merge_adapter true merges it into the base first and trains the other one on that"),
+    Rule("`model.merge_adapter`", "`model.quantize`", "an adapter cannot be merged into a base in 4 bits without loss",
+         "model.merge_adapter", "export the adapter's run first, and give that folder as model.base"),
+    Rule("`model.quantize`", "training of every weight", "4-bit weights cannot learn; adapters on them can",
+         "model.quantize", "set model.lora (see configs/with/qlora.yaml), or --model.quantize null"),
+    Rule("prompt and prefix tuning", "`model.neftune_alpha`", "prompt and prefix tuning have embeddings of their own, "
+         "which take no noise", "model.neftune_alpha", "set --model.neftune_alpha null"),
+    Rule("`model.compile`", "`model.gradient_checkpointing: selective` or `auto`", "a compiled layer is one operation, "
+         "of which nothing can be kept", "model.gradient_checkpointing", "set it to true or false"),
+    # ---- kernels of other projects
+    Rule("`model.cross_entropy` of other projects", "a model that makes its logits itself",
+         "the model makes its logits itself: {s.module.way.why_own_logits}", "model.cross_entropy", _FUSED),
+    Rule("`model.cross_entropy` of other projects", "prompt and prefix tuning", "prompt and prefix tuning make logits, "
+         "and no head is left for other kernels", "model.cross_entropy", _FUSED),
+    Rule("`model.cross_entropy` of other projects", "a CPU", "{s.module.cross_entropy} needs a CUDA device, and this "
+         "run is on {s.device}", "model.cross_entropy", _FUSED),
+    Rule("`model.cross_entropy` of other projects", "`trainer.precision: 64-true`", "{s.module.cross_entropy} computes "
+         "in float32 at most", "trainer.precision", _FUSED),
+    Rule("`model.cross_entropy: cut_cross_entropy`", "`trainer.deterministic: true`", "cut_cross_entropy adds "
+         "gradients up in another order each time", "trainer.deterministic",
+         "set it to false, or --model.cross_entropy fused"),
+    # ---- strategies
+    Rule("prompt and prefix tuning", "weights gathered by layer, several processes", "prompt and prefix tuning cannot "
+         "be trained by processes that share each layer's weights", "trainer.strategy", _STAGE_2),
+    Rule("`model.optimizer: muon`", "an optimizer that gets flat pieces", "muon steps on whole matrices, and ZeRO "
+         "hands the optimizer flat pieces of many", "model.optimizer", _WHOLE),
+    Rule("`model.optimizer: adamw_8bit`", "optimizer states split", "8-bit states cannot be cut into pieces, saved and "
+         "read again as ZeRO and FSDP2 do it", "model.optimizer", _WHOLE),
+    Rule("`trainer.precision: 16-true`", "no float32 masters", "small gradients would vanish in float16 without a loss "
+         "scale", "trainer.precision", "set it to 16-mixed or bf16-true; or --trainer.strategy deepspeed_stage_2, "
+         "which has one"),
+    Rule("`trainer.precision: bf16-true`, training of every weight", "no float32 masters", "bf16-true would train "
+         "half-precision weights without a float32 copy, and small updates would be lost", "trainer.precision",
+         "set bf16-mixed, or a deepspeed strategy, which keeps float32 masters"),
+    Rule("a model that processes documents one by one", "weights gathered by layer, several processes",
+         "{s.module.why_alone}; one by one, ranks have different numbers of them, and processes that share each "
+         "layer's weights would wait for each other forever", "trainer.strategy", _STAGE_2),
+    Rule("an adapter that is tied like the embedding (`ensure_weight_tying`)", "weights split while loaded",
+         "ensure_weight_tying gives the head the adapter of the embedding, and stage 3 gathers only a layer's weights",
+         "trainer.strategy", _STAGE_2),
+    Rule("`model.lora.train_tokens` with a list", "weights split while loaded", "no rows of tokens can be trained: "
+         + NO_ROWS, "model.lora.train_tokens", "set it to null"),
+    Rule("`model.quantize`", "weights gathered by layer", "4-bit weights cannot be cut into pieces for each layer",
+         "model.quantize", "set --trainer.strategy deepspeed_stage_2 (or auto, ddp), or --model.quantize null"),
+    Rule("`model.compile`", "weights gathered by layer", "layers whose weights are gathered one by one cannot be "
+         "compiled", "model.compile", "set --model.compile false, or --trainer.strategy deepspeed_stage_2"),
+    # Ranks would reduce gradients in different orders and wait for each other (measured with DeepSpeed 0.19.8).
+    Rule("recomputed layers whose routers are balanced", "weights split while loaded, several processes", "the "
+         "routers' load balance hangs with recomputed layers under ZeRO-3", "model.gradient_checkpointing",
+         "set --trainer.strategy fsdp2 or deepspeed_stage_2, --model.gradient_checkpointing false, or "
+         "--model.router_aux_loss 0"),
+)
+
+# ---- options of Lightning's Trainer ----------------------------------------------------------------------------------
+
+_AVERAGES = "measures averaged weights, while checkpoints and the export would hold the others"
+_CALLBACKS = {                                      # that would do something else here than they say
+    "WeightAveraging": _AVERAGES,
+    "StochasticWeightAveraging": _AVERAGES,
+    "GradientAccumulationScheduler": "divides steps into other micro-batches than the loader made, so gradients would "
+                                     "be too large; set trainer.accumulate_grad_batches",
+    "OnExceptionCheckpoint": "makes the next run go on from its file unasked; --ckpt_path last goes on from the newest "
+                             "checkpoint",
+}
+
+
+def _has_callback(kind: str) -> Callable[[Any], bool]:
+    return lambda trainer: any(base.__name__ == kind for each in trainer.callbacks for base in type(each).__mro__)
+
+
+TRAINER_FEATURES: dict[str, Callable[[Any], bool]] = {
+    "every run": lambda trainer: True,
+    **{f"`{kind}`": _has_callback(kind) for kind in _CALLBACKS},
+    "`trainer.overfit_batches`": lambda trainer: bool(trainer.overfit_batches),
+    "`trainer.reload_dataloaders_every_n_epochs`": lambda trainer: bool(trainer.reload_dataloaders_every_n_epochs),
+}
+OF_TRAINER: tuple[Rule, ...] = (
+    *(Rule(f"`{kind}`", "every run", f"{kind} {why}", "trainer.callbacks", "leave it out")
+      for kind, why in _CALLBACKS.items()),
+    Rule("`trainer.overfit_batches`", "every run", "an epoch here is never the same rows again",
+         "trainer.overfit_batches", "give a file of a few records as data.sources, and set trainer.max_epochs"),
+    Rule("`trainer.reload_dataloaders_every_n_epochs`", "every run", "a loader made anew would begin with the first "
+         "epoch's rows again", "trainer.reload_dataloaders_every_n_epochs", "leave it out"),
+)
+ALL = (*RULES, *OF_TRAINER, *idle.RULES)            # the last are checked where data are read
+
+
+def check(setup: Setup) -> None:
+    """Refuse what cannot go together, as far as it is known.
+
+    Raises:
+        InputError: It names the key and what to set instead.
+    """
+    rules.check(RULES, FEATURES, setup)

@@ -1,0 +1,154 @@
+"""If this breaks, a run of two features that do not go together hangs, fails in a library, or trains something else.
+
+Every rule of the table is triggered by the real command line, and the README shows the table as it is.
+"""
+
+import contextlib
+import io
+
+import pytest
+import torch
+import yaml
+from lives import write_data
+
+from lit_llm.cli.main import main
+from lit_llm.training.rules import matrix
+from lit_llm.training.rules.table import ALL, OF_TRAINER
+from tests.training.test_documents import KINDS, WIDTHS
+
+FULL, CHATS = {"model.lora": None}, [{"path": "train.jsonl"}]
+PROMPT = {"model.lora": None, "model.peft": {"class_path": "PromptTuningConfig", "init_args": {"num_virtual_tokens": 4}}}
+INIT = {"model.base": None, "model.lora": None, "data.tokenizer": "BASE", "model.init": {
+    "model_type": "llama", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}}
+MOE = INIT | {"model.init": WIDTHS | {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2},
+              "model.router_aux_loss": 0.1, "model.gradient_checkpointing": True}
+CAPS = INIT | {"model.init": WIDTHS | KINDS["gemma2"] | {"model_type": "gemma2"}}
+TRITON, TWO = {"environ": {"TRITON_INTERPRET": "1"}}, {"trainer.devices": 2, "trainer.strategy": "deepspeed_stage_3"}
+CALLBACKS = {"WeightAveraging": {}, "StochasticWeightAveraging": {"swa_lrs": 1e-3},
+             "GradientAccumulationScheduler": {"scheduling": {0: 2}}, "OnExceptionCheckpoint": {"dirpath": "here"}}
+EXAMPLES = {                                        # (first, second) -> keys beside those of BASE
+    ("`model.base`", "`model.init`"): INIT | {"model.base": "BASE"},
+    ("`model.cooldown`", "a schedule without cool-down"): {"model.cooldown": 0.5},
+    ("`model.min_lr_share`", "`model.schedule: constant`"): {"model.min_lr_share": 0.5, "model.schedule": "constant"},
+    ("`model.init`", "`model.lora`, `model.peft`"): INIT | {"model.lora": {"r": 2}},
+    ("`model.merge_adapter`", "no `model.adapter`"): {"model.merge_adapter": True},
+    ("`model.adapter`", "`model.init`"): INIT | {"model.adapter": "adapter"},
+    ("`model.adapter`, continued", "`model.lora`, `model.peft`"): {"model.adapter": "adapter"},
+    ("`model.merge_adapter`", "`model.quantize`"): {"model.adapter": "adapter", "model.merge_adapter": True, "model.quantize": "nf4"},
+    ("`model.quantize`", "training of every weight"): FULL | {"model.quantize": "nf4"},
+    ("prompt and prefix tuning", "`model.neftune_alpha`"): PROMPT | {"model.neftune_alpha": 5.0},
+    ("`model.compile`", "`model.gradient_checkpointing: selective` or `auto`"):
+        {"model.compile": True, "model.gradient_checkpointing": "selective"},
+    ("`model.cross_entropy` of other projects", "a model that makes its logits itself"):
+        INIT | TRITON | {"model.init": {"model_type": "modernbert-decoder", "bos_token_id": 1}, "model.cross_entropy": "liger"},
+    ("`model.cross_entropy` of other projects", "prompt and prefix tuning"): PROMPT | {"model.cross_entropy": "liger"},
+    ("`model.cross_entropy` of other projects", "a CPU"): {"model.cross_entropy": "cut_cross_entropy"},
+    ("`model.cross_entropy` of other projects", "`trainer.precision: 64-true`"):
+        TRITON | {"model.cross_entropy": "liger", "trainer.precision": "64-true"},
+    ("`model.cross_entropy: cut_cross_entropy`", "`trainer.deterministic: true`"):
+        TRITON | {"model.cross_entropy": "cut_cross_entropy", "trainer.deterministic": True},
+    ("prompt and prefix tuning", "weights gathered by layer, several processes"): PROMPT | TWO,
+    ("`model.optimizer: muon`", "an optimizer that gets flat pieces"):
+        FULL | {"model.optimizer": "muon", "trainer.strategy": "deepspeed"},
+    ("`model.optimizer: adamw_8bit`", "optimizer states split"): {"model.optimizer": "adamw_8bit", "trainer.strategy": "fsdp2"},
+    ("`trainer.precision: 16-true`", "no float32 masters"): {"trainer.precision": "16-true"},
+    ("`trainer.precision: bf16-true`, training of every weight", "no float32 masters"): FULL | {"trainer.precision": "bf16-true"},
+    ("a model that processes documents one by one", "weights gathered by layer, several processes"):
+        CAPS | TWO | {"trainer.strategy": "fsdp2"},
+    ("an adapter that is tied like the embedding (`ensure_weight_tying`)", "weights split while loaded"): {
+        "model.lora": None, "trainer.strategy": "deepspeed_stage_3", "model.peft": {"class_path": "LoraConfig", "init_args": {
+            "r": 2, "target_modules": ["embed_tokens"], "ensure_weight_tying": True}}},
+    ("`model.lora.train_tokens` with a list", "weights split while loaded"):
+        {"model.lora": {"r": 2, "train_tokens": ["</s>"]}, "trainer.strategy": "deepspeed_stage_3"},
+    ("`model.quantize`", "weights gathered by layer"): {"model.quantize": "nf4", "trainer.strategy": "fsdp2"},
+    ("`model.compile`", "weights gathered by layer"): {"model.compile": True, "trainer.strategy": "fsdp2"},
+    ("recomputed layers whose routers are balanced", "weights split while loaded, several processes"): MOE | TWO,
+    **{(rule.first, rule.second): {"trainer.enable_checkpointing": True, "trainer.callbacks": [{
+        "class_path": f"lightning.pytorch.callbacks.{name}", "init_args": CALLBACKS[name]}]}
+       for rule in OF_TRAINER if (name := rule.first.strip("`")) in CALLBACKS},
+    ("`trainer.overfit_batches`", "every run"): {"trainer.overfit_batches": 1},
+    ("`trainer.reload_dataloaders_every_n_epochs`", "every run"): {"trainer.reload_dataloaders_every_n_epochs": 1},
+    ("`data.val_sources`", "`data.val_fraction`"): {"data.val_sources": CHATS, "data.val_fraction": 0.1},
+    ("`data.test_sources`", "`data.test_fraction`"): {"data.test_sources": CHATS, "data.test_fraction": 0.1},
+    ("a `weight` in `data.val_sources`", "`data.val_sources`"): {"data.val_sources": [{"path": "train.jsonl", "weight": 2.0}]},
+    ("a `weight` in `data.test_sources`", "`data.test_sources`"): {"data.test_sources": [{"path": "train.jsonl", "weight": 2.0}]},
+    ("`data.stream_buffer`", "no `data.streaming`"): {"data.stream_buffer": 60},
+    ("a `weight` of the only source", "`data.streaming`"):
+        {"data.sources": [{"path": "train.jsonl", "weight": 2.0}], "data.streaming": True, "trainer.max_steps": 2},
+    ("`data.bad_record_limit`", "`data.on_bad_record: error`"): {"data.bad_record_limit": 0.5},
+    ("`data.packing: concat`, no evaluation", "`data.overlong`"): {"data.packing": "concat", "data.overlong": "drop"},
+    ("`data.packing: concat`", "conversations of which a part is supervised"): {"data.packing": "concat"},
+}
+LATE = {"a model that makes its logits itself", "a model that processes documents one by one",     # first the model, or the data, is asked
+        "recomputed layers whose routers are balanced", "conversations of which a part is supervised"}
+BASE = {"model.base": "BASE", "model.lora": {"r": 2}, "data.sources": CHATS, "data.seq_len": 64, "data.batch_size": 1,
+        "data.packing": "none", "trainer.accelerator": "cpu", "trainer.devices": 1, "trainer.max_steps": 1,
+        "trainer.default_root_dir": "run", "trainer.enable_progress_bar": False, "trainer.enable_checkpointing": False}
+
+
+def config_of(example, base):
+    config = {}
+    for key, value in {**BASE, **example}.items():
+        wing, _, name = key.partition(".")
+        config.setdefault(wing, {})[name] = base if value == "BASE" else value
+    return config
+
+
+@pytest.fixture(autouse=True)
+def place(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("LIT_LLM_CACHE", str(tmp_path / "cache"))
+    write_data(tmp_path)
+    (tmp_path / "adapter").mkdir()
+    yield tmp_path
+    torch.use_deterministic_algorithms(False)
+
+
+def test_every_rule_has_an_example():
+    assert {(rule.first, rule.second) for rule in ALL} == set(EXAMPLES)
+    assert len(EXAMPLES) == len(ALL)
+
+
+@pytest.mark.parametrize("rule", ALL, ids=lambda rule: f"{rule.first} x {rule.second}".replace("`", ""))
+def test_every_rule_is_told_by_the_command_line(rule, place, monkeypatch, tiny_model, lives, caplog):
+    example = dict(EXAMPLES[rule.first, rule.second])
+    for name, value in example.pop("environ", {}).items():
+        monkeypatch.setenv(name, value)
+    config = config_of(example, tiny_model("llama"))
+    (place / "run.yaml").write_text(yaml.safe_dump(config))
+    late = {rule.first, rule.second} & LATE
+    if late and config["trainer"]["devices"] == 2:
+        told = lives.live("fit", "--config", str(place / "run.yaml"), ranks=2, limit=60, cwd=str(place))
+        code, err = max(told["codes"]), "".join(each["err"] for each in told["said"])
+        assert told["codes"] == [2, 2], err[-2000:]
+    else:
+        code, err = 0, io.StringIO()
+        with contextlib.redirect_stderr(err):
+            try:
+                main(["fit", "--config", "run.yaml"])
+            except SystemExit as stopped:
+                code = stopped.code
+        err = err.getvalue()
+    constant = max(rule.why.replace("}", "{").split("{")[::2], key=len)         # what does not depend on the run
+    if rule.refused:
+        assert code == 2
+        assert constant in err
+        assert rule.where in err
+        assert rule.fix in err
+    else:
+        assert code == 0
+        assert constant in caplog.text
+    if rule.refused and not late:
+        assert not list((place / "cache").rglob("*.bin")), "data were read before"
+
+
+def test_the_readme_shows_the_table_as_it_is():
+    assert matrix.BEGIN + matrix.as_markdown() + matrix.END in matrix.README.read_text(encoding="utf-8"), matrix.__doc__
+
+
+def test_a_pair_that_goes_together_is_no_error(place, tiny_model):
+    """So that the examples above fail for their pair, and not for something that they share."""
+    (place / "run.yaml").write_text(yaml.safe_dump(config_of({}, tiny_model("llama"))))
+    main(["fit", "--config", "run.yaml"])
+    assert list((place / "cache").rglob("*.bin")), "where the other test looks for data"
+    assert len((place / "run" / "metrics.csv").read_text().splitlines()) == 2
