@@ -147,6 +147,9 @@ def kept(config: dict[str, Any]) -> dict[str, Any]:
     model, data, trainer = (dict(run.get(part) or {}) for part in ("model", "data", "trainer"))
     if data.get("tokenizer") == model.get("base"):      # filled in: another base that is typed later brings its own
         data["tokenizer"] = None
+    for part in (model, data):
+        if part.get("class_path") is None:          # ours
+            part.pop("class_path", None)
     for part, key in ((model, "base"), (model, "adapter"), (data, "tokenizer"), (data, "chat_template")):
         if isinstance(part.get(key), str):
             part[key] = existing(part[key])

@@ -47,6 +47,7 @@ verbs that read a folder:
 
 python -m lit_llm VERB --help shows the most common options of a verb, VERB --help all every one; a verb without options
 names the configs that ship with the package.
+fit --allow PACKAGE (typed only) also builds callbacks, loggers, modules and data modules of your own package.
 fit --trust-checkpoint (typed only) also resumes from a checkpoint that holds more than data; it can run any program."""
 NOT_ENOUGH_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "bad_alloc")
 MEMORY = """there is not enough memory for the batch
@@ -107,6 +108,9 @@ def _dispatch(args: Sequence[str]) -> None:
         came = f"unknown verb '{verb}'" if verb else "no verb is given"
         raise InputError(f"{came}; use one of {', '.join(verbs)}.{did_you_mean(verb, verbs)}",
                          fix="python -m lit_llm --help says what they do")
+    options = class_paths.open_typed(options)
+    if class_paths.opened and verb in TOOLS:
+        raise InputError(f"{verb} builds no class that a config names", where=class_paths.OPTION, fix="leave it out")
     if verb in RUNS and not options:
         print(f"error: {configs.listing(verb)}", file=sys.stderr)
         raise SystemExit(2)

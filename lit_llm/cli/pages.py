@@ -27,6 +27,8 @@ FLAGS = {
     "config": "A run config in YAML, given once or more: later ones win. A name that is no file here is looked up "
               "among the configs that ship with the package.",
     "print_config": "Print the merged config instead of running.",
+    "allow": "A package of your own whose callbacks, loggers, modules and data modules a config may name by "
+             "class_path; given once or more, and only typed.",
     "trust-checkpoint": "Also resume from a checkpoint that holds more than data; such a file can run any program.",
 }
 KEY_WIDTH = 35

@@ -127,7 +127,8 @@ def explain(message: str, known: list[str]) -> str:
         names = [name for exported in class_paths.EXPORTS.values() for name in exported]
         return (f"{where}'{found[1]}' is not imported; a class_path may name Lightning's callbacks, loggers, "
                 "strategies, plugins and profilers, and those of lit_llm.training."
-                f"{did_you_mean(found[1].rpartition('.')[2], names)}")
+                f"{did_you_mean(found[1].rpartition('.')[2], names)}"
+                + (f"\n  {way}" if (way := class_paths.how_to_open(found[1])) else ""))
     if found := re.search(r"module '([\w.]+)' has no attribute '(\w+)'", message):
         has = [name for name in dir(sys.modules.get(found[1])) if name[0] != "_"]
         return f"{where}{found[1]} has no '{found[2]}'.{did_you_mean(found[2], has)}"

@@ -16,8 +16,10 @@ import yaml
 from lit_llm.cli import pages, parser, settings
 from lit_llm.data.records import sources
 from lit_llm.errors import InputError, did_you_mean
-from lit_llm.system import ranges
+from lit_llm.system import class_paths, ranges
 
+ALLOW = class_paths.OPTION.lstrip("-")
+CLASSES = {f"{part}.class_path": part for part in class_paths.WHOLE}
 SOURCES = ("data.sources", "data.val_sources", "data.test_sources")
 NESTED = "model.lora"                               # the one key whose mapping has keys of its own
 
@@ -33,8 +35,15 @@ def check(verb: str, options: Sequence[str]) -> None:
         InputError: As the parser and the data module would say it.
     """
     given: dict[str, Any] = {}
+    own = tuple(f"{part}." for part in own_classes(options))
     for key, value, typed in _given(options):
         key = key.removesuffix("+")
+        if key == ALLOW:
+            raise InputError("a file may not open a package", where=ALLOW, fix=f"who starts the command types "
+                             f"{class_paths.OPTION} {value if isinstance(value, str) else 'PACKAGE'}")
+        if key.startswith(own):                     # the parser knows the arguments of a class of the user
+            given[key] = value
+            continue
         if re.fullmatch(r"[\w.]+", key) and not _is_key(key):
             raise InputError(_unknown(key))
         if key.startswith(tuple(f"{name}." for name in SOURCES)):
@@ -45,6 +54,21 @@ def check(verb: str, options: Sequence[str]) -> None:
         raise InputError(parser.explain("arguments are required: data.sources", pages.all_keys()))
     for key in SOURCES:
         _check_sources(key, given.get(key))
+
+
+def own_classes(options: Sequence[str]) -> dict[str, str]:
+    """`model` and `data` -> the class that a command names for it, typed or in a config file.
+
+    Raises:
+        InputError: Its package was not opened.
+    """
+    given = {CLASSES[key]: value for key, value, _ in _given(options) if key in CLASSES}
+    found = {part: path for part, path in given.items() if isinstance(path, str) and path != "null"}
+    for part, path in found.items():
+        if not (class_paths.is_open(path) or path.startswith("lit_llm.")):
+            raise InputError(f"'{path[:200]}' is not imported", where=f"{part}.class_path",
+                             fix=class_paths.how_to_open(path) or "give a class in a package of your own")
+    return found
 
 
 def _is_key(key: str) -> bool:

@@ -9,14 +9,14 @@ import re
 from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import jsonargparse
 import torch
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from lit_llm.cli import configs, examples, pages, settings
+from lit_llm.cli import configs, examples, pages, precheck, settings
 from lit_llm.cli.parser import ShortErrors, ToolParser, with_whole_sources
 from lit_llm.cli.summary import finish
 from lit_llm.data.datamodule import TextDataModule
@@ -41,11 +41,19 @@ OURS = {                                            # descriptions in place of L
     "trainer.gradient_clip_val": "Largest norm of the gradient. A larger gradient is scaled down; null clips none.",
 }
 REFUSED = ("overfit_batches", "reload_dataloaders_every_n_epochs", "gradient_clip_algorithm", "barebones")
+BASES: dict[str, Any] = {"model": CausalLMModule, "data": TextDataModule}
 LOOKS = ("prepare", "inspect", "plan", "verify_resume", "selftest")     # verbs that train nothing of the run
 
 
 class RunParser(ShortErrors, LightningArgumentParser):
     """LightningCLI's parser with short errors."""
+
+    def instantiate(self, namespace: Any, *more: Any, **named: Any) -> Any:
+        """As jsonargparse; which class is built for `model` and `data` was decided before, and is no argument of it."""
+        cfg = namespace.clone()
+        for part in BASES:
+            cfg.pop(f"{part}.class_path", None)
+        return super().instantiate(cfg, *more, **named)
 
 
 class LitLLMCLI(LightningCLI):
@@ -53,6 +61,8 @@ class LitLLMCLI(LightningCLI):
 
     trainer: Trainer
     parser: RunParser
+    named: ClassVar[dict[str, str]] = {}            # classes of the user: `model` and `data` -> path
+    kinds: ClassVar[dict[str, Any]] = BASES         # and what is built for them
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
@@ -61,11 +71,23 @@ class LitLLMCLI(LightningCLI):
         ours = {verb: lightnings[verb] for verb in ("fit", "validate", "test")}
         return ours | {verb: {"model", "datamodule"} for verb in LOOKS}
 
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Keys for classes of the user in place of ours."""
+        for part, base in BASES.items():
+            said = f"its arguments are keys of {part}, and its package is given with {class_paths.OPTION}"
+            parser.add_argument(f"--{part}.class_path", type=str | None,
+                                help=f"A subclass of lit_llm.{base.__name__}; {said}.")
+
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse, and refuse values that no key takes before anything is done with one."""
         super().parse_arguments(parser, args)
         verb = self.config["subcommand"]            # which Lightning keeps only later
-        check_values(verb, self.config[verb])
+        for part in BASES:
+            path = self.config[verb][part].class_path
+            if path != self.named.get(part):
+                raise InputError(f"'{path}' is in a config within another", where=f"{part}.class_path",
+                                 fix="type it, or give it in the file that --config names")
+        check_values(verb, self.config[verb], self.kinds)
 
     def _parse_ckpt_path(self) -> None:
         """What is typed and what stands in the file wins over what a checkpoint remembers."""
@@ -203,7 +225,7 @@ def write_keys() -> None:
 
 
 def _built(kind: type[LitLLMCLI], args: list[str]) -> LitLLMCLI:
-    return kind(CausalLMModule, TextDataModule, trainer_class=Trainer, parser_class=RunParser,
+    return kind(kind.kinds["model"], kind.kinds["data"], trainer_class=Trainer, parser_class=RunParser,
                 save_config_callback=None, seed_everything_default=42, auto_configure_optimizers=False,
                 load_from_checkpoint_support=False, args=args,
                 parser_kwargs={"allow_abbrev": False, "prog": "python -m lit_llm"})
@@ -223,25 +245,42 @@ def run(args: list[str]) -> None:
     class_paths.restrict(jsonargparse, class_paths.allowed())
     lower_loggers()                                 # Lightning has set its own level when it was imported
     try:
-        _built(LitLLMCLI, with_whole_sources(configs.located(args)))
+        _built(_with_classes(precheck.own_classes(args[1:])), with_whole_sources(configs.located(args)))
     except (MisconfigurationException, ValueError, RuntimeError, ImportError) as error:
         if not (isinstance(error, MisconfigurationException) or _is_lightnings(error)):
             raise
         raise refusal(error) from None
 
 
-def check_values(verb: str, config: Any) -> None:
+def _with_classes(paths: dict[str, str]) -> type[LitLLMCLI]:
+    """The command line for classes of the user, whose arguments are keys.
+
+    Args:
+        paths: `model` and `data` -> class_path, where one is given.
+    """
+    classes = {part: class_paths.subclass(paths[part], base, f"{part}.class_path") if part in paths else base
+               for part, base in BASES.items()}
+
+    class Own(LitLLMCLI):
+        named: ClassVar[dict[str, str]] = paths
+        kinds: ClassVar[dict[str, Any]] = classes
+
+    return Own
+
+
+def check_values(verb: str, config: Any, classes: dict[str, Any] | None = None) -> None:
     """Refuse nulls and numbers that a key does not take.
 
     Args:
         verb: Its own options are checked too.
         config: As it was parsed.
+        classes: Of `model` and `data`; null takes ours.
 
     Raises:
         InputError: It names the key and what it takes.
     """
     given = settings.plain(config)
-    kinds = {"model": CausalLMModule, "data": TextDataModule, "trainer": Trainer}
+    kinds = {**(classes or BASES), "trainer": Trainer}
     settings.check(given, kinds)
     if (seed := given.get("seed_everything", 42)) is None:
         raise InputError("null is no seed", where="seed_everything", fix="--seed_everything 42; true takes another one "

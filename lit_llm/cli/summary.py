@@ -13,7 +13,7 @@ from lit_llm.data.inspect.terminal import ledger
 from lit_llm.errors import InputError
 from lit_llm.inference.export import checkpoint_folder, export
 from lit_llm.models.adapters.merging import UnmergeableError
-from lit_llm.system import command
+from lit_llm.system import class_paths, command
 from lit_llm.training.checks import divergence
 from lit_llm.training.run import evaluation, manifest
 from lit_llm.training.run.report import last_logged
@@ -87,5 +87,6 @@ def _next(run: Path, folder: Path) -> None:
     print("\nnext:")
     print(f"  {command.line('lit_llm', 'chat', '--model', place)}")
     if (run / "checkpoints" / "BEST").is_file():        # else there is nothing to validate on
-        print(f"  {command.line('lit_llm', 'validate', '--config', config, '--ckpt_path', 'best')}")
+        allowed = [f"{class_paths.OPTION}={package}" for package in class_paths.opened]     # of the config's classes
+        print(f"  {command.line('lit_llm', 'validate', '--config', config, '--ckpt_path', 'best', *allowed)}")
     print(f"  {command.line('serve', '--model', place)}", flush=True)

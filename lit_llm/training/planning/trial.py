@@ -25,6 +25,7 @@ from lightning.pytorch.callbacks import Callback
 from torch import nn
 
 from lit_llm.errors import InputError
+from lit_llm.system import class_paths
 from lit_llm.training.parallel.shards import gathered_gradients
 
 KEEP = ("seed_everything", "model", "data", "trainer")
@@ -65,8 +66,9 @@ def fit(config: dict[str, Any] | None, folder: Path, watch: Callback, options: S
     file = folder.with_suffix(".yaml")
     file.write_text(yaml.safe_dump(config, allow_unicode=True), encoding="utf-8")
     environ = {key: value for key, value in os.environ.items() if key not in OWN}
-    done = subprocess.run([sys.executable, "-m", "lit_llm", "fit", "--config", str(file), *options], env=environ,
-                          capture_output=True, text=True, check=False)
+    allowed = [f"{class_paths.OPTION}={package}" for package in class_paths.opened]     # typed by the user
+    done = subprocess.run([sys.executable, "-m", "lit_llm", "fit", "--config", str(file), *options, *allowed],
+                          env=environ, capture_output=True, text=True, check=False)
     if done.returncode:
         said = [line for line in done.stderr.splitlines() if line.strip()] or ["nothing"]
         begin = next((at for at, line in enumerate(said) if line.startswith("error: ")), len(said) - 1)
