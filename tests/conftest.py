@@ -125,6 +125,15 @@ SHAPES = {
 }
 
 
+@pytest.fixture(params=["own", "plain"])
+def kernels(request):
+    """The test runs twice: with the kernels written here, and with torch's own operations in their place."""
+    from lit_llm.kernels import switch
+
+    with switch.using(request.param):
+        yield request.param
+
+
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory, tiny_tokenizer) -> Callable[[str], str]:
     """`tiny_model("llama")`: a folder with a random two-layer model and the tiny tokenizer."""

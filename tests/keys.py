@@ -140,6 +140,7 @@ KEYS: dict[str, Entry] = {
     "trainer.gradient_clip_algorithm": refuse("value", "trainer.gradient_clip_algorithm"),
     "trainer.gradient_clip_val": Entry(1e-6, "weights", {"model.eps": 1e-3}),
     "trainer.inference_mode": Entry(False, "validations", VALIDATES, "validate"),
+    "trainer.kernels": Entry("plain", "weights"),
     "trainer.limit_predict_batches": refuse(1, "trainer.limit_predict_batches"),
     "trainer.limit_test_batches": look(0.5, "objects"),
     "trainer.limit_train_batches": Entry(1, "ids", {"trainer.max_steps": -1, "data.batch_size": 2}),

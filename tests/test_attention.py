@@ -79,6 +79,7 @@ def lone_losses(model, documents):
                       for document in documents])
 
 
+@pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize(("kind", "plain"), [*((kind, "eager") for kind in KINDS), ("llama", "sdpa"),
                                              ("mistral", "sdpa")])
 def test_every_token_has_the_loss_that_it_has_alone(kind, plain, record_property):
@@ -92,6 +93,7 @@ def test_every_token_has_the_loss_that_it_has_alone(kind, plain, record_property
     assert worst < 1e-5
 
 
+@pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradients_are_those_of_the_documents_alone(kind, record_property):
     packed, alone = pair(kind)
@@ -106,6 +108,7 @@ def test_gradients_are_those_of_the_documents_alone(kind, record_property):
     assert worst < 1e-5
 
 
+@pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize("kind", KINDS)
 def test_nothing_leaks(kind):
     """Another token anywhere in one document leaves every other document's logits and gradients bit for bit alone."""
@@ -128,6 +131,7 @@ def test_nothing_leaks(kind):
     assert (embedded.grad[0][inside] != 0).any()
 
 
+@pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize("window", [None, 1, 3, 50])
 @pytest.mark.parametrize("groups", [1, 2, 4])
 def test_against_a_loop_over_queries(window, groups):

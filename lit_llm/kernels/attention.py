@@ -16,7 +16,7 @@ from torch.nn.functional import pad
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 from lit_llm.errors import InputError
-from lit_llm.kernels import blockwise
+from lit_llm.kernels import blockwise, switch
 
 NAME = "lit_varlen"
 
@@ -123,7 +123,7 @@ def _by_length(query: Tensor, key: Tensor, value: Tensor, borders: tuple[int, ..
     """
     device = query.device.type
     with torch.autocast(device, enabled=False):
-        if device == "cpu" and not dropout:
+        if device == "cpu" and not dropout and not switch.is_plain():
             return blockwise.causal(query[0], key[0], value[0], borders, scale=scaling or query.shape[-1] ** -0.5,
                                     window=sliding_window).unsqueeze(0)
         order, back, _, stacks = blockwise.stacks(borders)

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from lit_llm.kernels import cross_entropy as fused
-from lit_llm.kernels import tiles
+from lit_llm.kernels import switch, tiles
 from lit_llm.models.adapters.trained_rows import TrainedRows, trained_rows
 from lit_llm.text.tokenizer import IGNORE_INDEX
 from lit_llm.training.parallel.shards import is_partitioned
@@ -146,7 +146,7 @@ def _train(hidden_ND: Tensor, targets_N: Tensor, head: Any, factor: float, cap: 
         from lit_llm.kernels import borrowed
 
         return Nll(borrowed.nll(by, hidden_ND, targets_N, linear), zero)
-    if linear is not None and not per_token:
+    if linear is not None and not per_token and not switch.is_plain():
         return Nll(fused.nll(hidden_ND, targets_N, linear), zero)
     most = _rows(head)
     losses = [_chunk_nll(hidden, targets, head, factor, cap) if isinstance(head, _Whole) else
@@ -189,7 +189,7 @@ def _chunk_nll(hidden: Tensor, targets: Tensor, head: Any, factor: float, cap: f
 def _evaluate(hidden_ND: Tensor, targets_N: Tensor, head: Any, factor: float, cap: float | None,
               per_token: bool, by: CrossEntropy) -> Nll:
     linear = _linear(head, factor, cap)
-    if linear is not None:
+    if linear is not None and not switch.is_plain():
         losses_N, right_N = tiles.measure(hidden_ND, targets_N, linear)
         return Nll(losses_N if per_token else losses_N.sum(), right_N.sum())
     losses, correct = [], torch.zeros((), dtype=torch.int64, device=hidden_ND.device)

@@ -15,6 +15,7 @@ from lightning.pytorch.strategies import Strategy
 
 from lit_llm import disk
 from lit_llm.errors import InputError
+from lit_llm.kernels import switch
 from lit_llm.system import ranges
 from lit_llm.system.redaction import redact, redacted_argv
 from lit_llm.training.checks import compatible, duration, idle
@@ -60,6 +61,8 @@ class Trainer(L.Trainer):
         threads: Of each process on CPUs. auto measures 1, 2, 4 ... up to its share of the cores at the start and takes
             the fastest, which on busy cores is often 1; $OMP_NUM_THREADS wins over auto. A resumed run keeps its
             number, for another one adds in another order and changes the last bits.
+        kernels: plain computes with torch's and transformers' own operations in place of the kernels written here, to
+            check a result without them; null takes $LIT_LLM_KERNELS, else own.
         kwargs: Lightning's own.
     """
 
@@ -79,6 +82,7 @@ class Trainer(L.Trainer):
         max_skipped_steps: int = 5,
         accept_changes: list[manifest.Change] | None = None,
         threads: int | Literal["auto"] = "auto",
+        kernels: switch.Kernels | None = None,
         **kwargs: Any,
     ) -> None:
         _check_numbers(locals() | kwargs)
@@ -86,13 +90,14 @@ class Trainer(L.Trainer):
         self.run = RunFolder(accept_changes or [])
         self.preemption = Preemption()
         self.thread_count = ThreadCount(threads)
+        self.kernels = kernels
         self.exports = True                         # whether a finished fit leaves an export/ behind
         callbacks = [] if callbacks is None else callbacks if isinstance(callbacks, list) else [callbacks]
         guard = [] if any(isinstance(each, FiniteGuard) for each in callbacks) else [FiniteGuard(max_skipped_steps)]
         callbacks = [*callbacks, *guard, RngState(), self.thread_count, self.run, self.preemption]
-        for switch, kind, default in (("enable_progress_bar", AnyProgressBar, Progress),
+        for enabled, kind, default in (("enable_progress_bar", AnyProgressBar, Progress),
                                       ("enable_checkpointing", StepCheckpoint, StepCheckpoint)):
-            if kwargs.get(switch) is not False and not any(isinstance(callback, kind) for callback in callbacks):
+            if kwargs.get(enabled) is not False and not any(isinstance(callback, kind) for callback in callbacks):
                 callbacks.append(default())
         loggers = [] if logger in (None, True, False) else logger if isinstance(logger, list) else [logger]
         for each in loggers:
@@ -141,7 +146,8 @@ class Trainer(L.Trainer):
             kwargs |= safe_load.arguments(self.run.resumed_from / "state")
         elif self.run.accept_changes and not automatic:
             log.warning("trainer.accept_changes: no checkpoint is resumed (--ckpt_path), so it changes nothing")
-        self._check_rules(model)
+        with switch.using(self.kernels):
+            self._check_rules(model)
         with self.preemption.listening(self), self._own_environment():
             try:
                 super().fit(model, train_dataloaders, val_dataloaders, datamodule, **kwargs)
@@ -239,7 +245,8 @@ class Trainer(L.Trainer):
         devices.named(device, memory)                   # before the data are read
         datamodule.quiet = True  # type: ignore[attr-defined]
         self.prepare(model, datamodule)
-        made = plan.make(self, model, datamodule, memory, device)
+        with switch.using(self.kernels):
+            made = plan.make(self, model, datamodule, memory, device)
         made = plan.probed(made, self.run.config) if probe else made
         print(plan.as_text(made))
         if json:
@@ -287,7 +294,8 @@ class Trainer(L.Trainer):
         with redacted_argv():                       # wandb keeps the words of the command
             for logger in self.loggers if self.is_global_zero else ():
                 _ = logger.experiment if isinstance(logger, WandbLogger) else None
-        return super()._run(*args, **kwargs)
+        with switch.using(self.kernels):
+            return super()._run(*args, **kwargs)
 
     def _run_stage(self) -> Any:
         if self.state.fn == "fit":

@@ -66,7 +66,7 @@ def split(path):
     return shape, {name: value for name, value in keys.items() if name not in shape}
 
 
-@pytest.mark.usefixtures("chunks")
+@pytest.mark.usefixtures("chunks", "kernels")
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("path", PATHS)
 def test_value_and_gradients_are_those_of_cross_entropy(path, dtype, record_property):
@@ -84,7 +84,7 @@ def test_value_and_gradients_are_those_of_cross_entropy(path, dtype, record_prop
     assert worst < limit
 
 
-@pytest.mark.usefixtures("chunks")
+@pytest.mark.usefixtures("chunks", "kernels")
 @pytest.mark.parametrize("path", PATHS)
 def test_a_frozen_head_gets_no_gradient_and_changes_nothing(path):
     shape, keys = split(path)
@@ -96,7 +96,7 @@ def test_a_frozen_head_gets_no_gradient_and_changes_nothing(path):
     assert head.weight.grad is None
 
 
-@pytest.mark.usefixtures("chunks")
+@pytest.mark.usefixtures("chunks", "kernels")
 @pytest.mark.parametrize("path", PATHS)
 def test_evaluation_is_the_same_sum_and_counts_what_was_right(path):
     shape, keys = split(path)
@@ -112,6 +112,7 @@ def test_evaluation_is_the_same_sum_and_counts_what_was_right(path):
         assert correct == right >= 20
 
 
+@pytest.mark.usefixtures("kernels")
 def test_nothing_supervised_is_a_zero_with_a_graph():
     hidden, labels, head = case()
     total = nll_sum(hidden, torch.full_like(labels, -100), head).total
@@ -133,6 +134,7 @@ def test_the_first_token_is_never_a_target():
     assert with_first == nll_sum(hidden, labels, head).total
 
 
+@pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize("frozen", [False, True])
 @pytest.mark.parametrize("path", PATHS)
 def test_under_bf16_autocast(path, frozen):
@@ -203,6 +205,7 @@ def tiny(kind, **keys):
                                  dtype=torch.float64, attention="eager", pad_token_id=0, bos_token_id=1, eos_token_id=2)
 
 
+@pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize(("kind", "keys"), [
     ("llama", {}), ("gemma2", {"head_dim": 8, "final_logit_softcapping": 0.7}), ("cohere", {"logit_scale": 0.3}),
     ("granite", {"logits_scaling": 6.0}), ("phi", {}),      # Phi's head has a bias
@@ -256,7 +259,7 @@ def rows_oracle(hidden, labels, head, rows, factor=1.0, cap=None):
     return oracle(hidden, labels, whole, factor, cap)
 
 
-@pytest.mark.usefixtures("chunks")
+@pytest.mark.usefixtures("chunks", "kernels")
 @pytest.mark.parametrize("per_token", [False, True])
 @pytest.mark.parametrize("keys", ROWS.values(), ids=ROWS)
 def test_rows_that_learn_have_exact_gradients(keys, per_token):
@@ -270,7 +273,7 @@ def test_rows_that_learn_have_exact_gradients(keys, per_token):
         assert (mine - other).norm() / other.norm() < 1e-12
 
 
-@pytest.mark.usefixtures("chunks")
+@pytest.mark.usefixtures("chunks", "kernels")
 def test_rows_that_learn_are_evaluated_and_counted():
     hidden, labels, head, rows = with_rows()
     with torch.no_grad():

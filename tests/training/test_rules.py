@@ -42,6 +42,8 @@ EXAMPLES = {                                        # (first, second) -> keys be
     ("`model.cross_entropy` of other projects", "a model that makes its logits itself"):
         INIT | TRITON | {"model.init": {"model_type": "modernbert-decoder", "bos_token_id": 1}, "model.cross_entropy": "liger"},
     ("`model.cross_entropy` of other projects", "prompt and prefix tuning"): PROMPT | {"model.cross_entropy": "liger"},
+    ("`model.cross_entropy` of other projects", "`trainer.kernels: plain`"):
+        {"model.cross_entropy": "liger", "trainer.kernels": "plain"},
     ("`model.cross_entropy` of other projects", "a CPU"): {"model.cross_entropy": "cut_cross_entropy"},
     ("`model.cross_entropy` of other projects", "`trainer.precision: 64-true`"):
         TRITON | {"model.cross_entropy": "liger", "trainer.precision": "64-true"},

@@ -30,7 +30,7 @@ from torch.overrides import TorchFunctionMode
 
 from lit_llm.data.rows.loader import Batch, lay
 from lit_llm.errors import InputError
-from lit_llm.kernels import attention, rmsnorm
+from lit_llm.kernels import attention, rmsnorm, switch
 from lit_llm.models import anatomy, miniature
 from lit_llm.models import load as models
 from lit_llm.text.tokenizer import IGNORE_INDEX
@@ -64,7 +64,7 @@ def way_of(base: str | None, init: dict[str, Any] | None, *, seq_len: int | None
     small = sum(weight.numel() for weight in skeleton.parameters()) <= SMALL
     obstacle = ""
     for config in miniature.candidates(skeleton.config, whole=small, seq_len=seq_len):
-        facts = json.dumps(config.to_dict(), sort_keys=True, default=str)
+        facts = json.dumps(config.to_dict(), sort_keys=True, default=str) + (" plain" if switch.is_plain() else "")
         try:
             return proof_cache.answered(facts, partial(prove, skeleton, config))
         except _NotBuiltError as error:

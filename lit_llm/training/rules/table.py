@@ -13,6 +13,7 @@ from typing import Any
 
 from lit_llm import rules
 from lit_llm.data import idle
+from lit_llm.kernels import switch
 from lit_llm.models.adapters import peft_method
 from lit_llm.rules import Rule
 from lit_llm.training.checks.interface import Module
@@ -94,6 +95,7 @@ _TRAINER: dict[str, Callable[[Setup], bool]] = {
     "`trainer.precision: bf16-true`, training of every weight":
         lambda s: s.training and s.precision == "bf16-true" and s.trains_all,
     "`trainer.precision: 64-true`": lambda s: "64" in s.precision,
+    "`trainer.kernels: plain`": lambda s: switch.is_plain(),
     "`trainer.deterministic: true`": lambda s: s.deterministic,
     # Triton interprets kernels on a CPU for tests
     "a CPU": lambda s: s.device != "cuda" and bool(s.device) and os.environ.get("TRITON_INTERPRET") != "1",
@@ -153,6 +155,8 @@ RULES: tuple[Rule, ...] = (
          "the model makes its logits itself: {s.module.way.why_own_logits}", "model.cross_entropy", _FUSED),
     Rule("`model.cross_entropy` of other projects", "prompt and prefix tuning", "prompt and prefix tuning make logits, "
          "and no head is left for other kernels", "model.cross_entropy", _FUSED),
+    Rule("`model.cross_entropy` of other projects", "`trainer.kernels: plain`", "plain kernels are asked for, and "
+         "{s.module.cross_entropy} is a kernel", "model.cross_entropy", _FUSED + ", or --trainer.kernels own"),
     Rule("`model.cross_entropy` of other projects", "a CPU", "{s.module.cross_entropy} needs a CUDA device, and this "
          "run is on {s.device}", "model.cross_entropy", _FUSED),
     Rule("`model.cross_entropy` of other projects", "`trainer.precision: 64-true`", "{s.module.cross_entropy} computes "
