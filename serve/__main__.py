@@ -32,7 +32,7 @@ def parse(argv: list[str] | None = None, program: str = "python -m serve") -> ar
         help="auto uses the checkpoint's dtype, default: %(default)s")
     add("--threads", default="auto", help="number of CPU threads, or auto, which measures the fastest number at start")
     add("--adapter", help="folder of a PEFT adapter to apply to the model")
-    add("--max-running", default=8, type=int, help="requests computed concurrently, default: %(default)s")
+    add("--max-running", default=32, type=int, help="requests computed concurrently, default: %(default)s")
     add("--max-waiting", default=64, type=int, help="requests that may wait; others get a 429, default: %(default)s")
     add("--max-body-bytes", default=1_000_000, type=int,
         help="size limit of a request; larger ones get status 413, default: %(default)s")
@@ -90,7 +90,7 @@ def _build(options: argparse.Namespace) -> tuple[Any, Any]:
                          where="--adapter", fix="give a folder in PEFT's format")
     if options.threads != "auto":
         number(options.threads)
-    from lit_llm.inference.engine import model_folder
+    from lit_llm.inference.loading import model_folder
 
     model_folder(options.model)                     # before importing LitServe, which takes seconds
     from serve.engine_client import Limits

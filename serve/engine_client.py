@@ -33,7 +33,7 @@ class Limits:
         max_body_bytes: Size limit of a request's body; larger ones get status 413.
     """
 
-    max_running: int = 8
+    max_running: int = 32
     max_waiting: int = 64
     max_body_bytes: int = 1_000_000
 

@@ -18,7 +18,7 @@ from litserve.utils import WorkerSetupStatus
 from starlette.exceptions import HTTPException
 
 from lit_llm.errors import InputError
-from lit_llm.inference.engine import model_folder, tokenizer_folder
+from lit_llm.inference.loading import model_folder, tokenizer_folder
 from lit_llm.text.tokenizer import Tokenizer
 from serve.engine_client import Limits
 from serve.schema import ApiError

@@ -88,6 +88,7 @@ class EngineAPI(LitAPI):
             os._exit(2)
         if choice := self.engine.threads:
             print(f"threads: {choice.count}, {choice.why} (--threads N sets it)", file=sys.stderr, flush=True)
+        print(_how_computed(self.engine), file=sys.stderr, flush=True)
 
     def predict(self, x: Any, **kwargs: Any) -> Any:
         """Unused: `EngineLoop` drives the engine."""
@@ -152,6 +153,14 @@ class EngineLoop(LitLoop):
             self._send(Beat(boot, age, self._engine.context_length, self._engine.vocab_size, self._engine.stats))
             time.sleep(BEAT_SECONDS)
         os._exit(1)                                 # the main process was killed: free the memory
+
+
+def _how_computed(engine: Engine) -> str:
+    """What the server says at its start about requests that come at the same time."""
+    if engine.obstacle:
+        return f"requests are computed one by one: {engine.obstacle}"
+    return (f"requests are computed together, at most {engine.max_running} at a time; keys and values of at most "
+            f"{engine.cache_tokens:,} tokens ({engine.cache_bytes / 1e9:.2g} GB) are kept")
 
 
 def _or_die(task: Any) -> None:

@@ -6,7 +6,8 @@ from typing import Any, Literal
 
 from lit_llm.errors import InputError
 from lit_llm.inference.completion import TextEngine
-from lit_llm.inference.engine import budget, model_folder
+from lit_llm.inference.engine import budget
+from lit_llm.inference.loading import model_folder
 from lit_llm.inference.sampling import SamplingParams
 from lit_llm.text.conversation import Conversation, Message
 

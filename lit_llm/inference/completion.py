@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lit_llm.inference.engine import Engine, FinishReason, tokenizer_folder
+from lit_llm.inference.engine import Engine, FinishReason
+from lit_llm.inference.loading import tokenizer_folder
 from lit_llm.inference.sampling import SamplingParams
 from lit_llm.text.conversation import Conversation, Document
 
@@ -132,13 +133,13 @@ class TextEngine:
         self.engine.add(request_id, ids, params)
         try:
             while self.engine.has_work:
-                (event,) = self.engine.step()
-                if event.error or event.token_id is None:
-                    raise event.error or RuntimeError("the engine returned no token")
-                piece = detokenizer.push(event.token_id, event.finish_reason)
-                yield piece
-                if piece.finish_reason:
-                    return
+                for event in self.engine.step():    # none while a long prompt is being read
+                    if event.error or event.token_id is None:
+                        raise event.error or RuntimeError("the engine returned no token")
+                    piece = detokenizer.push(event.token_id, event.finish_reason)
+                    yield piece
+                    if piece.finish_reason:
+                        return
         finally:
             self.engine.cancel(request_id)
 

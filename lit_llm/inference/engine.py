@@ -1,26 +1,25 @@
 """Generate tokens for several requests, one token per request and step.
 
-The engine works on token ids. Its caller drives `step`; requests are interleaved but computed separately, so the tokens
-of a request are those of `model.generate` for its prompt.
+The engine works on token ids, and its caller drives `step`. All requests of a step are computed in one forward pass if
+a trial has shown that their logits are those of each request alone, and one by one otherwise.
 """
 
-import json
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from lit_llm import names
 from lit_llm.errors import InputError
+from lit_llm.inference import loading
 from lit_llm.inference.sampling import SamplingParams, next_ids
-from lit_llm.system import origin
-from lit_llm.text import check
 
 if TYPE_CHECKING:
+    from lit_llm.inference.forward.request import Answer, Request
     from lit_llm.system.threads import Choice
 
 FinishReason = Literal["stop", "length"]
+MAX_RUNNING = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,12 +41,21 @@ class Event:
 
 @dataclass(frozen=True, slots=True)
 class EngineStats:
-    """Requests `running` and `waiting` now; `prompt_tokens` and `generated_tokens` since the start."""
+    """Requests now, and tokens since the start.
+
+    Args:
+        running: Requests that are computed.
+        waiting: Requests that wait for their turn or for room.
+        prompt_tokens: Of all prompts.
+        generated_tokens: Of all answers.
+        reused_tokens: Tokens of prompts that were not read, since an earlier request began with them.
+    """
 
     running: int
     waiting: int
     prompt_tokens: int
     generated_tokens: int
+    reused_tokens: int = 0
 
 
 def budget(prompt_tokens: int, params: SamplingParams, context_length: int) -> int:
@@ -67,45 +75,52 @@ def budget(prompt_tokens: int, params: SamplingParams, context_length: int) -> i
     return room if params.max_tokens is None else params.max_tokens
 
 
-@dataclass(slots=True)
-class _Request:
-    """State of a request: pending input, all tokens so far, and the remaining number of tokens."""
-
-    pending_ids: list[int]
-    all_ids: list[int]
-    left: int
-    params: SamplingParams
-    generator: Any
-    cache: Any = None
-
-
 class Engine:
-    """A simple engine: one key-value cache per request; all requests advance in turn, one token per step.
+    """Queues requests, computes the logits after their tokens, and samples the next tokens.
 
-    It favours exactness over speed: nothing is padded or batched across requests, so no request can change the results
-    of another. A server uses only `add`, `cancel`, `step`, `has_work`, `stats` and the two sizes.
+    A server uses only `add`, `cancel`, `step`, `has_work`, `stats` and the two sizes.
 
     Args:
-        model: A transformers causal LM in eval mode, with an attention that reads a cache (`sdpa`, `eager`, ...).
+        model: A transformers causal LM in eval mode, with an attention that reads a cache (`sdpa`, `eager`, ...). Its
+            attention is replaced if requests can share a pass.
         stop_ids: Tokens that end an answer, in addition to the model's own `generation_config.eos_token_id`.
         max_running: Requests computed concurrently; others wait in order of arrival.
+        cache_tokens: Maximum number of tokens whose keys and values are kept, of all requests together; null allows
+            what `max_running` requests can need, limited by the memory. Requests wait if there is no room.
     """
 
-    def __init__(self, model: Any, *, stop_ids: Sequence[int] = (), max_running: int = 8) -> None:
+    def __init__(self, model: Any, *, stop_ids: Sequence[int] = (), max_running: int = MAX_RUNNING,
+                 cache_tokens: int | None = None) -> None:
         self.model, self.max_running = model, max_running
         self.stop_ids = frozenset(stop_ids) | _own_stop_ids(model)
         config = model.config.get_text_config()
         self.context_length = int(getattr(config, "max_position_embeddings", None) or 2048)
         self.vocab_size = int(config.vocab_size)
-        self._waiting: deque[tuple[str, _Request]] = deque()
-        self._running: dict[str, _Request] = {}
-        self._reads_cache: bool | None = None           # determined at the first request
+        self._waiting: deque[Request] = deque()
+        self._running: dict[str, Request] = {}          # in order of arrival
         self._prompt_tokens = self._generated_tokens = 0
-        self.threads: Choice | None = None          # CPU threads, if `load` chose them
+        self.threads: Choice | None = None              # CPU threads, if `load` chose them
+        self.obstacle: str | None = None                # why requests are computed one by one
+        self.cache_tokens, self.cache_bytes = 0, 0      # of a model whose requests share a pass
+        self._forward = self._choose_forward(cache_tokens)
+
+    def _choose_forward(self, cache_tokens: int | None) -> Any:
+        from lit_llm.inference.forward import alone, batched, proof
+
+        self.obstacle = proof.obstacle(self.model)
+        if self.obstacle is not None:
+            return alone.Alone(self.model)
+        each = proof.bytes_a_token(self.model)
+        if cache_tokens is None:
+            cache_tokens = min(self.max_running * self.context_length, loading.cache_memory(self.model.device) // each)
+        forward = batched.Batched(self.model, cache_tokens, self.context_length)
+        self.cache_tokens = forward.slots.limit
+        self.cache_bytes = self.cache_tokens * each
+        return forward
 
     @classmethod
     def load(cls, folder: str | Path, *, device: str = "auto", dtype: str = "auto", adapter: str | Path | None = None,
-             stop_ids: Sequence[int] = (), max_running: int = 8, threads: int | str = "auto") -> "Engine":
+             stop_ids: Sequence[int] = (), max_running: int = MAX_RUNNING, threads: int | str = "auto") -> "Engine":
         """Load an engine from a folder that transformers can load.
 
         Args:
@@ -124,10 +139,10 @@ class Engine:
 
         if threads != "auto":
             number(threads)                         # first, because the weights take longer
-        loaded = _load(str(folder), device, dtype, adapter)
+        loaded = loading.load(str(folder), device, dtype, adapter)
+        choice = settle(threads, lambda: _forward_alone(loaded)) if loaded.device.type == "cpu" else None
         engine = cls(loaded, stop_ids=stop_ids, max_running=max_running)
-        if loaded.device.type == "cpu":
-            engine.threads = settle(threads, lambda: _forward_alone(loaded))
+        engine.threads = choice
         return engine
 
     def add(self, request_id: str, prompt_ids: Sequence[int], params: SamplingParams) -> None:
@@ -137,6 +152,8 @@ class Engine:
             InputError: An empty prompt, an id outside the vocabulary, or more tokens than the context has.
         """
         import torch
+
+        from lit_llm.inference.forward.request import Request
 
         assert request_id not in self._running, "request ids are used once"
         prompt = [int(id_) for id_ in prompt_ids]
@@ -148,20 +165,24 @@ class Engine:
         generator = None
         if params.seed is not None and not params.greedy:
             generator = torch.Generator(device=self.model.device).manual_seed(params.seed)
-        self._waiting.append((request_id, _Request(prompt, list(prompt), left, params, generator)))
+        self._waiting.append(Request(request_id, prompt, len(prompt), left, params, generator))
 
     def cancel(self, request_id: str) -> bool:
         """Remove a request and free its cache; false if it is unknown. No event follows."""
         before = len(self._waiting)
-        self._waiting = deque(item for item in self._waiting if item[0] != request_id)
-        return self._running.pop(request_id, None) is not None or len(self._waiting) < before
+        self._waiting = deque(each for each in self._waiting if each.name != request_id)
+        if (request := self._running.pop(request_id, None)) is not None:
+            self._forward.end(request)
+        return request is not None or len(self._waiting) < before
 
     def step(self) -> list[Event]:
-        """Advance every running request by one token; the first step of a request reads its whole prompt."""
-        while self._waiting and len(self._running) < self.max_running:
-            request_id, request = self._waiting.popleft()
-            self._running[request_id] = request
-        return [self._advance(request_id, request) for request_id, request in list(self._running.items())]
+        """Compute a token for every request whose prompt has been read, and the next part of other prompts."""
+        self._admit()
+        answers: list[Answer] = self._forward.advance(list(self._running.values()))
+        for request in reversed(self._forward.preempted()):
+            del self._running[request.name]
+            self._waiting.appendleft(request)       # its tokens are read again later
+        return [self._event(answer, id_) for answer, id_ in zip(answers, self._drawn(answers), strict=True)]
 
     @property
     def has_work(self) -> bool:
@@ -171,160 +192,51 @@ class Engine:
     @property
     def stats(self) -> EngineStats:
         """Current and total counts."""
-        return EngineStats(len(self._running), len(self._waiting), self._prompt_tokens, self._generated_tokens)
+        return EngineStats(len(self._running), len(self._waiting), self._prompt_tokens, self._generated_tokens,
+                           self._forward.reused_tokens)
 
-    def _advance(self, request_id: str, request: _Request) -> Event:
-        try:
-            token_id = self._forward(request)
-        except Exception as error:                  # out of memory, non-finite logits: fails only this request
-            self._running.pop(request_id)
-            return Event(request_id, None, error=error)
+    def _admit(self) -> None:
+        while self._waiting and len(self._running) < self.max_running and self._forward.begin(self._waiting[0]):
+            request = self._waiting.popleft()
+            self._running[request.name] = request
+            if len(request.ids) == request.prompt_tokens:       # else it was preempted
+                self._prompt_tokens += request.prompt_tokens
+
+    def _drawn(self, answers: "list[Answer]") -> list[int | Exception]:
+        """Sample a token for each answer, greedy ones in one operation; an error where there is one."""
+        import torch
+
+        found: list[Any] = [answer.error for answer in answers]
+        whole = [at for at, answer in enumerate(answers) if answer.logits is not None]
+        if not whole:
+            return found
+        logits = torch.stack([answers[at].logits for at in whole])      # type: ignore[misc]
+        finite = logits.amax(-1).isfinite().tolist()
+        likeliest = logits.argmax(-1).tolist()
+        for row, at in enumerate(whole):
+            request = answers[at].request
+            if not finite[row]:
+                found[at] = FloatingPointError("the model's logits are not finite")
+            elif request.params.greedy:
+                found[at] = likeliest[row]
+            else:
+                found[at] = int(next_ids(logits[row:row + 1], [request.params], [request.generator]))
+        return found
+
+    def _event(self, answer: "Answer", drawn: int | Exception) -> Event:
+        request = answer.request
+        if isinstance(drawn, Exception):            # fails only this request
+            del self._running[request.name]
+            self._forward.end(request, broken=True)
+            return Event(request.name, None, error=drawn)
+        request.ids.append(drawn)
         request.left -= 1
         self._generated_tokens += 1
-        reason: FinishReason | None = "stop" if token_id in self.stop_ids else None if request.left else "length"
+        reason: FinishReason | None = "stop" if drawn in self.stop_ids else None if request.left else "length"
         if reason:
-            self._running.pop(request_id)
-        return Event(request_id, token_id, reason)
-
-    def _forward(self, request: _Request) -> int:
-        """Read the pending tokens and sample the next token, which becomes pending."""
-        import torch
-        from transformers import DynamicCache
-
-        # no_grad, not inference_mode: a model in training may keep tensors of this forward pass (rotary tables).
-        with torch.no_grad():
-            if self._reads_cache is None:
-                self._reads_cache = _reads_cache(self.model, request.all_ids)
-            if request.cache is None:
-                request.cache = DynamicCache(config=self.model.config) if self._reads_cache else ()
-                self._prompt_tokens += len(request.all_ids)
-            ids = torch.tensor([request.pending_ids if self._reads_cache else request.all_ids],
-                               device=self.model.device)
-            cached = {"past_key_values": request.cache, "use_cache": True, "logits_to_keep": 1}
-            output = self.model(input_ids=ids, **(cached if self._reads_cache else {}))
-            logits_BV = output.logits[:, -1].float()
-            token_id = int(next_ids(logits_BV, [request.params], [request.generator]))
-        request.pending_ids = [token_id]
-        request.all_ids.append(token_id)
-        return token_id
-
-
-def _reads_cache(model: Any, prompt: list[int]) -> bool:
-    """Whether a token after a cache has the same logits as after the tokens themselves.
-
-    Architectures that keep another state (Mamba, RWKV) accept the argument but ignore it: each token would be
-    processed as if it were the first. For them all tokens are read again for each new token, which is slow but correct.
-    """
-    import torch
-    from transformers import DynamicCache
-
-    ids = torch.tensor([(prompt * 3)[:6] if len(prompt) < 3 else prompt[:6]], device=model.device)
-    want = model(input_ids=ids).logits[:, -1].float()
-    try:
-        cache = DynamicCache(config=model.config)
-        model(input_ids=ids[:, :-1], past_key_values=cache, use_cache=True, logits_to_keep=1)
-        have = model(input_ids=ids[:, -1:], past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
-    except Exception:                                   # an argument that it does not accept
-        return False
-    return bool((have.float() - want).norm() <= 0.1 * want.norm())
-
-
-# ---- loading ---------------------------------------------------------------------------------------------------------
-
-def model_folder(model: str) -> str:
-    """The folder of the weights: a run's export, or a folder or hub id unchanged.
-
-    Raises:
-        InputError: No such folder, or nothing loadable in it.
-    """
-    folder = names.path_of(model)
-    if not folder.is_dir():
-        if folder.exists() or names.is_path(model) or "/" not in model:
-            raise InputError(f"there is no folder {model}", where="model", fix="give a run's folder or its export/, or "
-                             "any folder that transformers loads; `python -m lit_llm fit` makes one")
-        return model
-    for place in (folder, folder / "export"):
-        if (place / "config.json").is_file() or (place / "adapter_config.json").is_file():
-            return str(place)
-    raise InputError(f"{model} holds no model: neither config.json nor export/", where="model",
-                     fix="a run has its export/ when its fit has finished" if (folder / "checkpoints").is_dir() else "")
-
-
-def _adapter_base(folder: str) -> str | None:
-    """The base that a PEFT adapter folder names; None if the folder is not an adapter."""
-    file = Path(folder, "adapter_config.json")
-    if not file.is_file() or Path(folder, "config.json").is_file():
-        return None
-    try:
-        facts = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"it is not valid JSON: {str(error)[:120]}", where=str(file)) from None
-    base = facts.get("base_model_name_or_path") if isinstance(facts, dict) else None
-    if not base or not isinstance(base, str):
-        raise InputError("it does not name a base", where=str(file), fix="set base_model_name_or_path, or give the "
-                         "base as --model and this folder as --adapter")
-    return base
-
-
-def _trained_on(adapter: str | Path) -> dict[str, Any]:
-    """The manifest of the checkpoint that an adapter belongs to; empty if there is none."""
-    try:
-        facts = json.loads((Path(adapter).absolute().parent / "manifest.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return facts if isinstance(facts, dict) else {}
-
-
-def tokenizer_folder(folder: str, adapter: str | Path | None = None) -> str:
-    """The folder of a model's tokenizer: of the adapter, of its run, of the model, or of its base."""
-    for place in [Path(given).resolve() for given in (adapter, folder) if given]:
-        run = place.parent.parent.parent            # of RUN/checkpoints/step_N/adapter
-        trained = [run / "tokenizer"] if (place / "adapter_config.json").is_file() else []
-        if tokenizer_home := next((home for home in [place, *trained] if (home / "tokenizer.json").is_file()), None):
-            return str(tokenizer_home)
-    return _adapter_base(folder) or folder
-
-
-def _load(folder: str, device: str, dtype: str, adapter: str | Path | None) -> Any:
-    """Load a model with its adapter merged, on its device, in eval mode."""
-    import torch
-    from safetensors import SafetensorError
-
-    from lit_llm.models.adapters.starting import merged
-    from lit_llm.models.load import load_causal_lm, stored_dtype
-
-    facts = _trained_on(adapter or folder) if adapter or _adapter_base(folder) else {}
-    if base := _adapter_base(folder):
-        folder, adapter = names.resolve(origin.found(base, facts.get("base_hash"), Path(folder))), folder
-    elif (wanted := facts.get("base_hash")) and origin.content_hash(folder) not in (None, wanted):
-        raise InputError(f"the adapter {adapter} was trained on another base, {facts.get('base')}", where="adapter",
-                         fix=f"give --model {facts.get('base')}, or the folder where that base lies now")
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise InputError(f"{device} cannot be used: {str(error).splitlines()[0][:160]}", where="device",
-                         fix="leave it out: auto selects an available device") from None
-    kind = stored_dtype(folder) if dtype == "auto" else getattr(torch, dtype, None)
-    if not isinstance(kind, torch.dtype):
-        raise InputError(f"unknown dtype '{dtype}'; use auto, float32 or bfloat16", where="dtype")
-    try:
-        model: Any = load_causal_lm(folder, dtype=kind)
-        if adapter:
-            check.check_weights(folder, model)
-            model = merged(model, Path(adapter))
-            if Path(adapter, "generation_config.json").is_file():       # where its training taught it to stop
-                model.generation_config = model.generation_config.from_pretrained(str(adapter))
-    except InputError:
-        raise
-    except (SafetensorError, OSError, ValueError, RuntimeError, KeyError) as error:
-        raise InputError(f"cannot load {adapter or folder}: {(str(error).splitlines() or ['?'])[0][:200]}",
-                         where="model") from None
-    model = model.to(device).eval()
-    if not adapter:
-        check.check_weights(folder, model)
-    return model
+            del self._running[request.name]
+            self._forward.end(request)
+        return Event(request.name, drawn, reason)
 
 
 def _forward_alone(model: Any) -> None:

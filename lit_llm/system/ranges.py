@@ -177,7 +177,7 @@ RANGES: dict[str, Numbers] = {
     "chat.seed": whole(-(2**63), 2**63 - 1, 1),
     "chat.threads": whole(1, 4096, 4),
     "serve.port": whole(1024, 65_535, 8000),
-    "serve.max_running": whole(1, 4096, 8),
+    "serve.max_running": whole(1, 4096, 32),
     "serve.max_waiting": whole(0, 1_000_000, 64),
     "serve.max_body_bytes": whole(1, 2**30, 1_000_000),
     "serve.drain_seconds": whole(1, 86_400, 30),

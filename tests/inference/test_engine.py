@@ -15,7 +15,8 @@ from transformers import AutoModelForCausalLM
 
 from lit_llm.errors import InputError
 from lit_llm.inference.completion import Detokenizer, TextEngine
-from lit_llm.inference.engine import Engine, budget, model_folder
+from lit_llm.inference.engine import Engine, budget
+from lit_llm.inference.loading import model_folder
 from lit_llm.inference.sampling import SamplingParams
 from lit_llm.text.conversation import Conversation, Document
 from lit_llm.text.tokenizer import Tokenizer
@@ -129,7 +130,7 @@ def test_one_poisoned_request_ends_alone(tiny_model):
 
 
 @pytest.mark.parametrize(("ids", "params", "numbers"), [
-    ([], SamplingParams(max_tokens=1), "no tokens"), ([-1], SamplingParams(max_tokens=1), "token ids"),
+    ([], SamplingParams(max_tokens=1), "empty"), ([-1], SamplingParams(max_tokens=1), "token ids"),
     ([10**6], SamplingParams(max_tokens=1), "token ids"), ([1] * 256, SamplingParams(), "256"),
     ([1] * 300, SamplingParams(max_tokens=1), "300"), ([1] * 200, SamplingParams(max_tokens=57), "257"),
 ])

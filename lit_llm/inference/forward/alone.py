@@ -1,0 +1,79 @@
+"""Compute requests one by one, each with a cache of transformers: for models whose requests cannot share a pass."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from lit_llm.inference.forward.request import Answer, Request
+
+
+class Alone:
+    """Reads the new tokens of each request in a pass of its own.
+
+    Args:
+        model: A causal LM in eval mode.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        self.reused_tokens = 0                          # of prompts; nothing is kept after a request
+        self._reads_cache: bool | None = None           # tried with the first request
+
+    def begin(self, request: Request) -> bool:
+        """Admit a request; there is always room."""
+        return True
+
+    def end(self, request: Request, *, broken: bool = False) -> None:
+        """Forget what was read of a request."""
+        request.state = None
+
+    def preempted(self) -> list[Request]:
+        """None ever is."""
+        return []
+
+    def advance(self, running: Sequence[Request]) -> list[Answer]:
+        """Read what is new of every request."""
+        answers = []
+        for request in running:
+            try:
+                answers.append(self._read(request))
+            except Exception as error:                  # out of memory, for one: this request's alone
+                answers.append(Answer(request, None, error))
+        return answers
+
+    def _read(self, request: Request) -> Answer:
+        from transformers import DynamicCache
+
+        # no_grad, not inference_mode: a model in training may keep tensors that this forward makes (rotary tables).
+        with torch.no_grad():
+            if self._reads_cache is None:
+                self._reads_cache = _reads_cache(self.model, request.ids)
+            if not self._reads_cache:
+                ids = torch.tensor([request.ids], device=self.model.device)
+                return Answer(request, self.model(input_ids=ids).logits[0, -1].float())
+            first = request.state is None
+            if first:
+                request.state = DynamicCache(config=self.model.config)
+            ids = torch.tensor([request.ids if first else request.ids[-1:]], device=self.model.device)
+            output = self.model(input_ids=ids, past_key_values=request.state, use_cache=True, logits_to_keep=1)
+            return Answer(request, output.logits[0, -1].float())
+
+
+def _reads_cache(model: Any, prompt: list[int]) -> bool:
+    """Whether a token behind a cache has the logits that it has behind the tokens themselves.
+
+    Architectures that keep another state (Mamba, RWKV) accept the argument and ignore it: each token would be answered
+    as if it were the first. All tokens are read again for each new one then, which is slow and right.
+    """
+    from transformers import DynamicCache
+
+    ids = torch.tensor([(prompt * 3)[:6] if len(prompt) < 3 else prompt[:6]], device=model.device)
+    want = model(input_ids=ids).logits[:, -1].float()
+    try:
+        cache = DynamicCache(config=model.config)
+        model(input_ids=ids[:, :-1], past_key_values=cache, use_cache=True, logits_to_keep=1)
+        have = model(input_ids=ids[:, -1:], past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
+    except Exception:                                   # an argument that it does not know
+        return False
+    return bool((have.float() - want).norm() <= 0.1 * want.norm())

@@ -1,0 +1,117 @@
+"""Compute all requests of a step in one pass, and long prompts in parts, so that they never stop the others."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lit_llm.inference.forward.ragged import Part, Step
+from lit_llm.inference.forward.request import Answer, Request
+from lit_llm.inference.forward.slots import Slots
+
+CHUNK = 256                                         # tokens of prompts that are read in a step
+AHEAD = 64                                          # positions for an answer that a new request gets at first
+
+
+class Batched:
+    """Reads the new tokens of all requests in one pass.
+
+    Args:
+        model: A causal LM that passed `proof.shares_a_pass`.
+        cache_tokens: Tokens whose keys and values are kept, of all requests together.
+        context_length: Tokens of a request at most.
+    """
+
+    def __init__(self, model: Any, cache_tokens: int, context_length: int) -> None:
+        self.model = model
+        self.slots = Slots(cache_tokens, context_length)
+        self.reused_tokens = 0                      # of prompts, which an earlier request began with
+        self._preempted: list[Request] = []
+
+    def begin(self, request: Request) -> bool:
+        """Admit a request if there is room for its prompt; tokens that a slot still holds are taken over."""
+        slot = self.slots.begin(request.ids, len(request.ids) + min(request.left, AHEAD))
+        request.state = slot
+        if slot is None:
+            return False
+        self.reused_tokens += len(slot.ids)
+        return True
+
+    def end(self, request: Request, *, broken: bool = False) -> None:
+        """Take the slot of a request; its tokens stay for prompts that begin alike, unless they are `broken`."""
+        if request.state is not None:
+            slot, request.state = request.state, None
+            slot.pool.end(slot)
+            if broken:
+                slot.clear()
+
+    def preempted(self) -> list[Request]:
+        """Requests that gave their slots to others in the last step and must begin again, the oldest first."""
+        taken, self._preempted = self._preempted, []
+        return taken
+
+    def advance(self, running: Sequence[Request]) -> list[Answer]:
+        """Read one token of every request that generates, and parts of prompts within the step's budget.
+
+        Args:
+            running: In order of arrival. Where there is no room for a token, the last of them gives its slot.
+
+        Returns:
+            Answers of the requests of which all tokens are read.
+        """
+        chosen = self._chosen(list(running))
+        generating = [Part(each.state, part) for each, part in chosen if each.state.generates]
+        reading = [Part(each.state, part) for each, part in chosen if not each.state.generates]
+        found = dict(self._logits(generating, reading))
+        answers = []
+        for request, part in chosen:
+            logits = found[id(request.state)]
+            if isinstance(logits, Exception):
+                answers.append(Answer(request, None, logits))
+                continue
+            request.state.ids += part
+            if len(request.state.ids) == len(request.ids):
+                answers.append(Answer(request, logits))
+                if not request.state.generates:
+                    request.state.pool.finish_reading(request.state)
+        return answers
+
+    def _chosen(self, running: list[Request]) -> list[tuple[Request, list[int]]]:
+        """Requests of this step with the tokens that they read, each with room for them."""
+        budget, chosen = CHUNK, []
+        for request in list(running):
+            if request.state is None:               # it gave its slot to an older one in this step
+                continue
+            read = len(request.state.ids)
+            part = request.ids[read:] if request.state.generates else request.ids[read:read + budget]
+            budget -= 0 if request.state.generates else len(part)
+            if part and self._has_room(request, read + len(part), running):
+                chosen.append((request, part))
+        return [each for each in chosen if each[0].state is not None]
+
+    def _has_room(self, request: Request, room: int, running: list[Request]) -> bool:
+        while not self.slots.grow(request.state, room):
+            last = next(each for each in reversed(running) if each.state is not None)
+            self.end(last)
+            self._preempted.insert(0, last)
+            if last is request:
+                return False
+        return True
+
+    def _logits(self, generating: list[Part], reading: list[Part]) -> Iterator[tuple[int, Tensor | Exception]]:
+        """The logits of each part, by the identity of its slot; one by one if the pass of all fails."""
+        if not generating and not reading:
+            return
+        try:
+            step = Step(generating, reading, self.model.device)
+            yield from zip((id(part.slot) for part in step.parts), step.logits(self.model), strict=True)
+            return
+        except Exception:                           # out of memory, for one
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+        for part in (*generating, *reading):
+            try:
+                yield id(part.slot), Step([], [part], self.model.device).logits(self.model)[0]
+            except Exception as error:
+                yield id(part.slot), error

@@ -1,0 +1,115 @@
+"""Load the model of an engine: a run's export, a folder of transformers, or an adapter with its base."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from lit_llm import names
+from lit_llm.errors import InputError
+from lit_llm.system import config_limits, origin
+from lit_llm.text import check
+
+
+def model_folder(model: str) -> str:
+    """The folder of the weights: a run's export, or a folder or hub id unchanged.
+
+    Raises:
+        InputError: No such folder, or nothing loadable in it.
+    """
+    folder = names.path_of(model)
+    if not folder.is_dir():
+        if folder.exists() or names.is_path(model) or "/" not in model:
+            raise InputError(f"there is no folder {model}", where="model", fix="give a run's folder or its export/, or "
+                             "any folder that transformers loads; `python -m lit_llm fit` makes one")
+        return model
+    for place in (folder, folder / "export"):
+        if (place / "config.json").is_file() or (place / "adapter_config.json").is_file():
+            return str(place)
+    raise InputError(f"{model} holds no model: neither config.json nor export/", where="model",
+                     fix="a run has its export/ when its fit has finished" if (folder / "checkpoints").is_dir() else "")
+
+
+def _adapter_base(folder: str) -> str | None:
+    """The base that a PEFT adapter folder names; None if the folder is not an adapter."""
+    file = Path(folder, "adapter_config.json")
+    if not file.is_file() or Path(folder, "config.json").is_file():
+        return None
+    try:
+        facts = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"it is not valid JSON: {str(error)[:120]}", where=str(file)) from None
+    base = facts.get("base_model_name_or_path") if isinstance(facts, dict) else None
+    if not base or not isinstance(base, str):
+        raise InputError("it does not name a base", where=str(file), fix="set base_model_name_or_path, or give the "
+                         "base as --model and this folder as --adapter")
+    return base
+
+
+def _trained_on(adapter: str | Path) -> dict[str, Any]:
+    """The manifest of the checkpoint that an adapter belongs to; empty if there is none."""
+    try:
+        facts = json.loads((Path(adapter).absolute().parent / "manifest.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return facts if isinstance(facts, dict) else {}
+
+
+def tokenizer_folder(folder: str, adapter: str | Path | None = None) -> str:
+    """The folder of a model's tokenizer: of the adapter, of its run, of the model, or of its base."""
+    for place in [Path(given).resolve() for given in (adapter, folder) if given]:
+        run = place.parent.parent.parent            # of RUN/checkpoints/step_N/adapter
+        trained = [run / "tokenizer"] if (place / "adapter_config.json").is_file() else []
+        if tokenizer_home := next((home for home in [place, *trained] if (home / "tokenizer.json").is_file()), None):
+            return str(tokenizer_home)
+    return _adapter_base(folder) or folder
+
+
+def load(folder: str, device: str, dtype: str, adapter: str | Path | None) -> Any:
+    """Load a model with its adapter merged, on its device, in eval mode."""
+    import torch
+    from safetensors import SafetensorError
+
+    from lit_llm.models.adapters.starting import merged
+    from lit_llm.models.load import load_causal_lm, stored_dtype
+
+    facts = _trained_on(adapter or folder) if adapter or _adapter_base(folder) else {}
+    if base := _adapter_base(folder):
+        folder, adapter = names.resolve(origin.found(base, facts.get("base_hash"), Path(folder))), folder
+    elif (wanted := facts.get("base_hash")) and origin.content_hash(folder) not in (None, wanted):
+        raise InputError(f"the adapter {adapter} was trained on another base, {facts.get('base')}", where="adapter",
+                         fix=f"give --model {facts.get('base')}, or the folder where that base lies now")
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"{device} cannot be used: {str(error).splitlines()[0][:160]}", where="device",
+                         fix="leave it out: auto selects an available device") from None
+    kind = stored_dtype(folder) if dtype == "auto" else getattr(torch, dtype, None)
+    if not isinstance(kind, torch.dtype):
+        raise InputError(f"unknown dtype '{dtype}'; use auto, float32 or bfloat16", where="dtype")
+    try:
+        model: Any = load_causal_lm(folder, dtype=kind)
+        if adapter:
+            check.check_weights(folder, model)
+            model = merged(model, Path(adapter))
+            if Path(adapter, "generation_config.json").is_file():       # where its training taught it to stop
+                model.generation_config = model.generation_config.from_pretrained(str(adapter))
+    except InputError:
+        raise
+    except (SafetensorError, OSError, ValueError, RuntimeError, KeyError) as error:
+        raise InputError(f"cannot load {adapter or folder}: {(str(error).splitlines() or ['?'])[0][:200]}",
+                         where="model") from None
+    model = model.to(device).eval()
+    if not adapter:
+        check.check_weights(folder, model)
+    return model
+
+
+def cache_memory(device: Any) -> int:
+    """Bytes that keys and values of requests may take: a quarter of a machine's memory, most of a GPU's free memory."""
+    import torch
+
+    if device.type == "cuda":
+        return int(0.8 * torch.cuda.mem_get_info(device)[0])
+    return config_limits.installed_memory() // 4
