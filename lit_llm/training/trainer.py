@@ -31,6 +31,7 @@ from lit_llm.training.run.report import MetricsCSV, write_json
 from lit_llm.training.run.rng import RngState
 from lit_llm.training.run.run_folder import RunFolder
 from lit_llm.training.run.writing import of_writing, unwritable
+from lit_llm.training.step.monitors import MonitorCheck
 
 log = logging.getLogger(__name__)
 NOTHING = ("max_steps", "max_epochs", "limit_train_batches", "val_check_interval")     # what 0 makes of a run
@@ -94,7 +95,7 @@ class Trainer(L.Trainer):
         self.exports = True                         # whether a finished fit leaves an export/ behind
         callbacks = [] if callbacks is None else callbacks if isinstance(callbacks, list) else [callbacks]
         guard = [] if any(isinstance(each, FiniteGuard) for each in callbacks) else [FiniteGuard(max_skipped_steps)]
-        callbacks = [*callbacks, *guard, RngState(), self.thread_count, self.run, self.preemption]
+        callbacks = [MonitorCheck(), *callbacks, *guard, RngState(), self.thread_count, self.run, self.preemption]
         for enabled, kind, default in (("enable_progress_bar", AnyProgressBar, Progress),
                                       ("enable_checkpointing", StepCheckpoint, StepCheckpoint)):
             if kwargs.get(enabled) is not False and not any(isinstance(callback, kind) for callback in callbacks):

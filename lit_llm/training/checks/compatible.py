@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch.strategies import Strategy
 
 from lit_llm import rules
-from lit_llm.errors import InputError, did_you_mean
+from lit_llm.errors import InputError
 from lit_llm.models import anatomy
 from lit_llm.system import ranges
 from lit_llm.text.tokenizer import Tokenizer, unlike
@@ -144,26 +144,3 @@ def check_head(module: Module) -> None:
 
         borrowed.check(module.cross_entropy, str(module.trainer.precision))
         borrowed.check_head(module.cross_entropy, as_matrices(anatomy.head(module.model)))
-
-
-def check_monitors(trainer: Any) -> None:
-    """Refuse a misspelled metric, which would stop the run at its first validation.
-
-    Raises:
-        InputError: It names the metrics that there are.
-    """
-    known = ["train/loss", *(f"val/{name}" for name in ("nll", "perplexity", "bits_per_byte", "token_accuracy"))]
-    bare = {name.partition("/")[2] for name in known}
-    data = trainer.datamodule
-    measured = data is None or bool(data.val_dataloader())
-    for callback in trainer.callbacks:
-        name = str(getattr(callback, "monitor", None) or "")
-        where = f"{type(callback).__name__}.monitor"
-        own = name and type(trainer.lightning_module).__module__.startswith("lit_llm.")     # which logs nothing else
-        if (own or name.startswith(("val", "train")) or name in bare) and name not in known:
-            raise InputError(f"nothing is called '{name}'; there are {', '.join(known)}.{did_you_mean(name, known)}",
-                             where=where)
-        stops = any(kind.__name__ == "EarlyStopping" for kind in type(callback).__mro__)
-        if name.startswith("val/") and stops and not measured:
-            raise InputError(f"{name} is never measured: there is no validation data", where=where,
-                             fix="set data.val_sources or data.val_fraction")

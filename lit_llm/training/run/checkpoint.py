@@ -112,7 +112,8 @@ class StepCheckpoint(Checkpoint):
         """After a validation inside fit, with its score."""
         if trainer.state.fn == "fit" and not trainer.sanity_checking and not trainer.fit_loop._should_accumulate():
             score = trainer.callback_metrics.get(self.monitor)
-            self.save(trainer, None if score is None else float(score), figures_of(trainer, "val/"))
+            named = {} if score is None else {self.monitor: float(score)}
+            self.save(trainer, named.get(self.monitor), figures_of(trainer, "val/") | named)
 
     def on_train_end(self, trainer: L.Trainer, *_: Any) -> None:
         """At the end, unless the last step is on disk already."""

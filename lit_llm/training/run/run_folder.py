@@ -22,7 +22,6 @@ from lit_llm.system import lock
 from lit_llm.system.redaction import redact
 from lit_llm.text.tokenizer import Tokenizer
 from lit_llm.training.build import tokenizer_of
-from lit_llm.training.checks import compatible
 from lit_llm.training.parallel.processes import end_together
 from lit_llm.training.parallel.saved import SavedModule
 from lit_llm.training.run import evaluation, manifest
@@ -96,7 +95,6 @@ class RunFolder(Callback):
 
     def on_fit_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         """Now that the model stands, make room; then write the config, and the tokenizer with the template in use."""
-        compatible.check_monitors(trainer)
         folder = Path(trainer.default_root_dir)
         self._claim(trainer)                        # it may have come into being since
         if trainer.is_global_zero:
