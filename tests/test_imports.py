@@ -19,7 +19,7 @@ HOMES = {
     "peft": {"models.adapters.adapter", "models.adapters.peft_method"}, "AutoModelForCausalLM": {"models.load"},
     "AutoConfig": {"models.load", "inference.export"}, "tokenizers": {"text.tokenizer_file", "samples.make"},
     "AutoTokenizer": {"text.tokenizer_file"}, "datasets": {"data.records.sources", "data.records.readers"},
-    "torchmetrics": {"training.metrics"}, "triton": {"kernels.cross_entropy_triton"}, "cut_cross_entropy": {"kernels.borrowed"},
+    "filelock": {"data.tokens.cache"}, "torchmetrics": {"training.metrics"}, "triton": {"kernels.cross_entropy_triton"}, "cut_cross_entropy": {"kernels.borrowed"},
     "liger_kernel": {"kernels.borrowed"}, "litserve": set(),
     "deepspeed": {"training.parallel.deepspeed_setup", "training.parallel.shards", "training.parallel.reshard"},
 }

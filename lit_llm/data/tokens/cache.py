@@ -12,9 +12,12 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from dataclasses import asdict
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
+
+from filelock import FileLock, Timeout
 
 from lit_llm import disk
 from lit_llm.data.records import formats
@@ -133,16 +136,17 @@ def sole_writer(folder: Path) -> Iterator[None]:
     """
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(folder.with_suffix(".lock")) as note:
-            note.truncate(0)
+        lock = folder.with_suffix(".lock")
+        with _locked(lock):
+            with lock.open("r+", encoding="utf-8") as note:
+                note.truncate(0)
             _sweep(folder)
             try:
                 yield
             except (InputError, OSError) as error:
                 said = error if isinstance(error, InputError) else _unwritable(error, folder.parent)
-                with contextlib.suppress(OSError):
+                with contextlib.suppress(OSError), lock.open("r+", encoding="utf-8") as note:
                     note.write(json.dumps([said.what, said.where, said.fix]))
-                    note.flush()
                 raise said from None
     except OSError as error:
         raise _unwritable(error, folder.parent) from None
@@ -153,14 +157,13 @@ def _unwritable(error: OSError, root: Path) -> InputError:
                       fix="Make room, or set data.cache_dir (or LIT_LLM_CACHE) to another folder.")
 
 
-@contextlib.contextmanager
-def _locked(path: Path, *, wait: bool = True) -> Iterator[IO[str]]:
-    """Held by one process; the system frees it when that process dies, however it dies."""
-    import fcntl
+def _locked(path: Path, *, wait: bool = True) -> AbstractContextManager[object]:
+    """Held by one process; the system frees it when that process dies, however it dies.
 
-    with path.open("a+", encoding="utf-8") as stream:
-        fcntl.flock(stream, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        yield stream
+    Raises:
+        OSError: The file cannot be locked; without `wait`, another process holds the lock.
+    """
+    return FileLock(path).acquire(timeout=-1 if wait else 0)
 
 
 def _sweep(mine: Path) -> None:
@@ -176,12 +179,11 @@ def _sweep(mine: Path) -> None:
 
 
 def _is_held(lock: Path) -> bool:
-    import fcntl
-
     try:
-        with lock.open(encoding="utf-8") as stream:
-            fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
+        if lock.exists():
+            with _locked(lock, wait=False):
+                return False
+    except Timeout:
         return True
     except OSError:
         return False
