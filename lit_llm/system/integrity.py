@@ -43,12 +43,13 @@ def _listed(folder: Path, facts: dict[str, Any], part: str = "") -> dict[Path, t
             if not part or name.startswith(f"{part}/")}
 
 
-def faults(folder: Path, part: str = "") -> Iterator[str]:
+def faults(folder: Path, part: str = "", *, hashes: bool = True) -> Iterator[str]:
     """What keeps a folder from being a checkpoint, in words; nothing if it is whole. Sizes first, they cost nothing.
 
     Args:
         folder: The checkpoint's.
         part: Look only at this folder in it; all of it where this is empty.
+        hashes: Read and hash every file, which takes minutes for large models; False compares sizes alone.
     """
     try:
         files = _listed(folder, read(folder), part)
@@ -59,7 +60,7 @@ def faults(folder: Path, part: str = "") -> Iterator[str]:
     for file in short:
         has = f"has {file.stat().st_size:,} bytes, not {files[file][0]:,}" if file.is_file() else "is missing"
         yield f"{file} {has}"
-    if short:
+    if short or not hashes:
         return
     with ThreadPoolExecutor() as pool:
         for file, found in zip(files, pool.map(sha256, files), strict=True):

@@ -149,7 +149,7 @@ class Trainer(L.Trainer):
             log.warning("trainer.accept_changes: no checkpoint is resumed (--ckpt_path), so it changes nothing")
         with switch.using(self.kernels):
             self._check_rules(model)
-        with self.preemption.listening(self), self._own_environment():
+        with self.preemption.listening(self), self._own_environment(), manifest.verified(self.run.resumed_from):
             try:
                 super().fit(model, train_dataloaders, val_dataloaders, datamodule, **kwargs)
             except OSError as error:                # a row or a figure; checkpoints say it themselves
@@ -326,7 +326,7 @@ class Trainer(L.Trainer):
             model.checkpoint = manifest.find(Path(self.default_root_dir), str(ckpt_path))
             if not isinstance(model, SavedModule):  # which does not take its weights from there itself
                 kwargs |= safe_load.arguments(model.checkpoint / "state")
-        with self._own_environment():
+        with self._own_environment(), manifest.verified(model.checkpoint if ckpt_path is not None else None):
             figures = evaluate(model, **kwargs)
         if not figures:
             raise InputError("there is no data to measure on", where=f"data.{key}",

@@ -8,6 +8,7 @@ import contextlib
 import csv
 import json
 import math
+import multiprocessing
 import os
 import resource
 import shutil
@@ -24,6 +25,7 @@ from lit_llm.data.records.sources import Source
 from lit_llm.errors import InputError
 from lit_llm.inference.export import export
 from lit_llm.models.adapters.peft_method import LoRA
+from lit_llm.system import integrity
 from lit_llm.training.module import CausalLMModule
 from lit_llm.training.run import checkpoint, manifest
 from lit_llm.training.run.checkpoint import StepCheckpoint
@@ -201,6 +203,39 @@ def test_a_folder_without_manifest_is_no_checkpoint(fit):
             manifest.find(run, wanted)
     with pytest.raises(InputError, match="no complete checkpoint"):
         export(str(run))
+
+
+def test_ranks_that_a_process_starts_do_not_hash_again_what_it_has_hashed(fit):
+    """Eight ranks would read a checkpoint of 100 GB eight times. They take the same folder, and compare sizes."""
+    run = fit("run", max_steps=2, callbacks=[StepCheckpoint(every_n_steps=1, keep_last=9)])
+    newest, older = (run / "checkpoints" / f"step_{step}" for step in (2, 1))
+    forks = multiprocessing.get_context("fork")
+
+    def found(wanted, local_rank, answers):
+        hashed, real = [], integrity.sha256
+        os.environ["LOCAL_RANK"], integrity.sha256 = local_rank, lambda file: (hashed.append(file), real(file))[1]
+        try:
+            answers.put(f"{manifest.find(run, wanted).name} {bool(hashed)}")
+        except InputError as error:
+            answers.put(str(error))
+
+    def rank(wanted, local_rank="1"):
+        answers = forks.SimpleQueue()
+        process = forks.Process(target=found, args=(wanted, local_rank, answers))
+        process.start()
+        process.join()
+        return answers.get()
+
+    assert rank("last") == "step_2 True"
+    with manifest.verified(older):                  # the newest was torn when the first process looked
+        assert rank("last") == "step_1 False"
+        assert rank(str(older)) == "step_1 False"
+        assert rank(str(newest)) == "step_2 True"
+        assert rank("last", "0") == "step_2 True"   # a command that a callback runs is no rank
+        state = older / "state"
+        state.write_bytes(state.read_bytes()[:-1])
+        assert "bytes, not" in rank("last")
+    assert manifest.VERIFIED not in os.environ
 
 
 def test_the_newest_whole_one_is_taken(fit, caplog):

@@ -8,8 +8,10 @@ import hashlib
 import json
 import logging
 import math
-from collections.abc import Sequence
+import os
+from collections.abc import Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,6 +30,7 @@ log = logging.getLogger(__name__)
 Change = Literal["base", "peft", "tokenizer", "template", "quantize"]
 NOUNS: dict[str, str] = {"base": "base_hash", "peft": "peft", "tokenizer": "tokenizer", "template": "template",
                          "quantize": "quantize"}
+VERIFIED = "LIT_LLM_VERIFIED_CHECKPOINT"            # in the environment of ranks: who has hashed which checkpoint
 FIXED = ("init", "optimizer")                       # what a resumed run cannot change in any case
 
 
@@ -185,18 +188,45 @@ def folders(run: Path) -> list[Path]:
     return sorted(found, key=lambda path: -step_of(path.name))
 
 
+@contextmanager
+def verified(folder: Path | None) -> Generator[None, None, None]:
+    """Within the block, ranks that this process starts take the checkpoint from it, and compare sizes alone.
+
+    Hashing a checkpoint of an 8B model on each of eight ranks of a machine would take minutes.
+    """
+    before = os.environ.get(VERIFIED)
+    if folder is not None and before is None:
+        os.environ[VERIFIED] = f"{os.getpid()}:{folder.absolute()}"
+    try:
+        yield
+    finally:
+        if before is None:
+            os.environ.pop(VERIFIED, None)
+
+
+def _from_parent() -> Path | None:
+    """The checkpoint that the process which started this rank has hashed; null in that process itself."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        return None
+    pid, _, folder = os.environ.get(VERIFIED, "").partition(":")
+    return Path(folder) if pid == str(os.getppid()) and folder else None
+
+
 def find(run: Path, wanted: str) -> Path:
     """A whole checkpoint folder: `last`, `best`, or the path of one.
 
-    Every file is read and hashed, on each rank. `last` is the newest folder that is whole: a torn one is named and
-    passed over.
+    Every file is read and hashed, except in ranks that were started by a process which has done so. `last` is the
+    newest folder that is whole: a torn one is named and passed over.
 
     Raises:
         InputError: There is none; it names the file that is missing or was changed.
     """
-    if wanted == "last":
-        return _newest(run)
+    known = _from_parent()
     folder = Path(wanted).expanduser()
+    if wanted == "last":
+        if known is None:
+            return _newest(run)
+        folder = known
     if wanted == "best":
         pointer = run / "checkpoints" / "BEST"
         if not pointer.is_file():
@@ -205,7 +235,7 @@ def find(run: Path, wanted: str) -> Path:
     if not folder.is_dir():
         raise InputError(f"there is no checkpoint folder {wanted}", where="ckpt_path",
                          fix="give `last`, `best`, or a folder like runs/sft/checkpoints/step_40")
-    for fault in faults(folder):
+    for fault in faults(folder, hashes=known is None or known != folder.absolute()):
         raise InputError(fault, where="ckpt_path", fix="use another checkpoint of the run: --ckpt_path last")
     return folder
 
