@@ -46,3 +46,52 @@ def test_another_term_in_the_loss(tmp_path, tiny_model):
     assert penalty > 0
     assert losses[1][0] - losses[0][0] == pytest.approx(1e-4 * penalty, rel=1e-3)
     assert losses[1][1] == losses[0][1]
+
+
+@pytest.mark.parametrize("name", ["data", "training"])
+def test_every_module_is_in_the_list_of_its_folder(name):
+    """And nothing else is, but what words say behind it."""
+    listed, _, _ = (PACKAGE / name / "README.md").read_text(encoding="utf-8").partition("\n## ")
+    for folder in (PACKAGE / name, *(path for path in (PACKAGE / name).iterdir() if (path / "__init__.py").is_file())):
+        modules = {path.stem for path in folder.glob("*.py") if path.stem != "__init__"}
+        lines = [line for line in listed.splitlines() if folder.name == name or line.startswith(f"{folder.name}/")]
+        words = set(re.findall(r"\w+", " ".join(lines)))
+        assert modules <= words, f"{folder.name}: {sorted(modules - words)}"
+
+
+def test_the_order_of_a_step(tmp_path, tiny_model, monkeypatch):
+    """Who acts in a step of two micro-batches, in the order of the table's rows."""
+    from lit_llm import CausalLMModule, Source, TextDataModule, Trainer
+    from lit_llm.training.run.checkpoint import StepCheckpoint
+    from lit_llm.training.run.finite import FiniteGuard
+    from lit_llm.training.run.preemption import Preemption
+    from lit_llm.training.run.progress import Progress
+    from lit_llm.training.run.run_folder import RunFolder
+
+    happened = []
+
+    def noted(kind, method, name):
+        real = getattr(kind, method)
+        monkeypatch.setattr(kind, method, lambda *args, **keys: (happened.append(name), real(*args, **keys))[1])
+
+    noted(CausalLMModule, "training_step", "module.training_step")
+    noted(CausalLMModule, "backward", "the strategy")
+    noted(FiniteGuard, "on_before_optimizer_step", "run/finite")
+    noted(CausalLMModule, "configure_gradient_clipping", "module.configure_gradient_clipping")
+    noted(CausalLMModule, "lr_scheduler_step", "optim, then the schedule")
+    noted(FiniteGuard, "on_train_batch_end", "run/finite")
+    for kind, name in ((RunFolder, "run/run_folder"), (Progress, "run/progress"), (StepCheckpoint, "run/checkpoint"),
+                       (Preemption, "run/preemption")):
+        noted(kind, "on_train_batch_end", name)
+    rows = tmp_path / "chats.jsonl"
+    rows.write_text('{"prompt": "say one", "completion": "one"}\n{"prompt": "say two", "completion": "two two two"}\n')
+    trainer = Trainer(accelerator="cpu", max_steps=1, accumulate_grad_batches=2, default_root_dir=str(tmp_path / "run"))
+    trainer.exports = False
+    trainer.fit(CausalLMModule(base=tiny_model("llama"), lr=1e-3), datamodule=TextDataModule(
+        [Source(str(rows))], tokenizer=tiny_model("llama"), seq_len=64, batch_size=1, packing="none"))
+    table = (PACKAGE / "training" / "README.md").read_text(encoding="utf-8").partition("| when | who | what |")[2]
+    who = [row.split("|")[2].strip().replace("`", "") for row in table.partition("\n\n")[0].splitlines()[2:]]
+    last = happened[happened.index("module.training_step", 1):]         # of the micro-batch that ends the step
+    assert len(last) == len(who)
+    for actor, cell in zip(last, who, strict=True):
+        assert cell.startswith(actor), (last, who)
