@@ -20,6 +20,7 @@ from starlette.exceptions import HTTPException
 from lit_llm.errors import InputError
 from lit_llm.inference.loading import model_folder, tokenizer_folder
 from lit_llm.text.tokenizer import Tokenizer
+from serve import private
 from serve.engine_client import Limits
 from serve.schema import ApiError
 from serve.spec import Routes
@@ -62,14 +63,15 @@ class Server(LitServer):
 
     def _init_manager(self, num_api_servers: int) -> Any:
         manager = super()._init_manager(num_api_servers)
-        self.lit_api.spec.engine.queues_pid = manager._process.pid
+        self.lit_api.spec.engine.queues_pid = private.queues_pid(manager)
         return manager
 
     @asynccontextmanager
     async def lifespan(self, app: FastAPI) -> AsyncIterator[None]:
         """In the API process: route the worker's events as long as requests are served."""
         engine = self.lit_api.spec.engine
-        tasks = [asyncio.create_task(engine.listen(self._transport)), asyncio.create_task(engine.watch())]
+        answers = private.response_transport(self)
+        tasks = [asyncio.create_task(engine.listen(answers)), asyncio.create_task(engine.watch())]
         print(self.greeting, flush=True)
         try:
             yield

@@ -22,6 +22,7 @@ from lit_llm.inference.engine import budget
 from lit_llm.inference.sampling import SamplingParams
 from lit_llm.text.conversation import Conversation, Document, Message
 from lit_llm.text.tokenizer import Tokenizer
+from serve import private
 from serve.engine_client import EngineClient, Limits
 from serve.schema import ApiError, ChatBody, ChatCompletionBody, CompletionBody, Sampling, Shape, bad_request
 
@@ -68,7 +69,7 @@ class Routes(LitSpec):
 
     def setup(self, server: Any) -> None:
         """LitServe passes the queue of the worker before it forks the API process."""
-        self.engine.orders = server._get_request_queue(self.api_path)
+        self.engine.orders = private.request_queue(server, self.api_path)
 
     def authorize(self, request: Request) -> None:
         """Accept requests with a valid key.

@@ -18,6 +18,7 @@ from lit_llm.cli import configs, pages, settings
 from lit_llm.cli.parser import ToolParser, verb_first
 from lit_llm.errors import InputError, did_you_mean
 from lit_llm.system import class_paths, library_warnings, ranges
+from lit_llm.system.private import torch as torch_private
 from lit_llm.system.redaction import redact_text
 
 RUNS = {
@@ -178,7 +179,7 @@ def _speaks_for_all() -> bool:
     distributed: Any = sys.modules.get("torch.distributed")
     if distributed is None or not distributed.is_available() or not distributed.is_initialized():
         return int(os.environ.get("LOCAL_RANK", 0)) == 0
-    store = distributed.distributed_c10d._get_default_store()
+    store = torch_private.default_store()
     try:
         if distributed.get_rank() == 0:
             store.set("lit_llm refused", "")

@@ -18,6 +18,7 @@ from jsonargparse import ArgumentParser
 from lit_llm.cli import settings
 from lit_llm.errors import InputError, did_you_mean
 from lit_llm.system import class_paths, ranges
+from lit_llm.system.private import others
 
 # What the same thing is called elsewhere.
 ALIASES = {
@@ -46,7 +47,6 @@ WORDS = {"int": "a whole number", "float": "a number", "bool": "true or false", 
 class ShortErrors:
     """What a parser does with a mistake; mixed into jsonargparse's and Lightning's."""
 
-    _actions: list[Any]
     prog: Any
     description: Any
 
@@ -70,14 +70,15 @@ class ShortErrors:
         verb = str(self.prog).split()[-1].replace("-", "_")
         of_class = re.search(r"\.help=([\w.]+)\.(\w+)$", str(self.description))
         own = settings.names(getattr(sys.modules.get(of_class[1]), of_class[2], None)) if of_class else []
-        for action in self._actions:
-            if not hasattr(action, "_typehint") or hasattr(action, "said") or action.help is None:
+        for action in others.options(self):
+            if not others.has_type(action) or hasattr(action, "said") or action.help is None:
                 continue
             last = action.dest.rpartition(".")[2]
             keys = [f"{name}.{last}" for name in own]
             keys += [action.dest] if "." in action.dest else [f"{verb}.{action.dest}", action.dest]
             key = next((key for key in keys if ranges.of(key)), action.dest)
-            action.said = settings.help_of(key, action._typehint, required=action.required or action.default is None)
+            required = action.required or action.default is None
+            action.said = settings.help_of(key, others.type_of(action), required=required)
             action.help = (action.help or "") + action.said
         return super().format_help(*more, **named)  # type: ignore[misc]
 
@@ -89,10 +90,10 @@ class ShortErrors:
 
     def known(self) -> list[str]:
         """Keys that can be set, of this parser and of its verbs."""
-        keys = [action.dest for action in self._actions]
-        for verbs in self._actions:                 # an action that holds parsers of its own
+        keys = [action.dest for action in others.options(self)]
+        for verbs in others.options(self):                 # an action that holds parsers of its own
             for parser in verbs.choices.values() if isinstance(verbs.choices, dict) else ():
-                keys += [action.dest for action in getattr(parser, "_actions", ())]
+                keys += [action.dest for action in others.options(parser)]
         return sorted({key for key in keys if key and not key.startswith(("help", "print"))})
 
 

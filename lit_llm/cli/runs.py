@@ -25,6 +25,7 @@ from lit_llm.errors import InputError
 from lit_llm.models.adapters.peft_method import LoRA
 from lit_llm.system import class_paths, ranges
 from lit_llm.system.library_warnings import lower_loggers
+from lit_llm.system.private import others
 from lit_llm.training.checks import divergence, idle
 from lit_llm.training.module import CausalLMModule
 from lit_llm.training.trainer import Trainer
@@ -166,7 +167,7 @@ def described() -> dict[str, Any]:
 
     class Stopped(LitLLMCLI):
         def parse_arguments(self, parser: Any, args: Any) -> None:
-            for action in parser._actions:          # one of them holds a parser for each verb
+            for action in others.options(parser):          # one of them holds a parser for each verb
                 parsers.update(action.choices if isinstance(action.choices, dict) else {})
             raise StopIteration
 
@@ -196,16 +197,17 @@ def _parser_of(kind: type, key: str | None = None) -> ToolParser:
 
 def _entries(parser: Any) -> dict[str, dict[str, Any]]:
     """Options of a parser: type, default, whether one must be given, and the description with the range of numbers."""
-    for action in parser._actions:
+    for action in others.options(parser):
         action.help = OURS.get(action.dest, action.help)
     parser.format_help()                            # adds the ranges
     found = {}
-    for action in parser._actions:
-        if hasattr(action, "_typehint") and not action.dest.endswith(".help"):
+    for action in others.options(parser):
+        if others.has_type(action) and not action.dest.endswith(".help"):
             default = settings.plain(action.default)
             json_like = isinstance(default, bool | int | float | str | list | tuple | dict | None)
-            found[action.dest] = {"type": settings.spec_of(action._typehint), "default": default if json_like else None,
-                                  "required": action.required, "help": _plain(action.help)}
+            found[action.dest] = {"type": settings.spec_of(others.type_of(action)),
+                                  "default": default if json_like else None, "required": action.required,
+                                  "help": _plain(action.help)}
     return found
 
 

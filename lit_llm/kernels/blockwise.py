@@ -19,6 +19,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from lit_llm.system.private import torch as torch_private
+
 BLOCK = 64                                          # queries
 STEP = 16                                           # tokens; a stack costs about as much as this much padding
 
@@ -182,7 +184,7 @@ def _derive_stack(above: Tensor, queries: Tensor, keys: Tensor, values: Tensor, 
         told, scores = _rows(above, start, stop), other[:shares.numel()].view(shares.shape)
         grad_values[:, first:stop] += torch.bmm(shares.transpose(1, 2), told)
         torch.bmm(told, values[:, first:stop].transpose(1, 2), out=scores)
-        torch._softmax_backward_data(scores, shares, -1, queries.dtype, grad_input=scores)
+        torch_private.softmax_backward(scores, shares, queries.dtype, scores)
         _put(targets[0], start, stop, _scaled(scores, keys[:, first:stop], scale))
         grad_keys[:, first:stop] += _scaled(scores.transpose(1, 2), _rows(queries, start, stop), scale)
     _put(targets[1], 0, keys.shape[1], grad_keys)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lit_llm.kernels import cross_entropy as fused
 from lit_llm.kernels.cross_entropy import Head
+from lit_llm.system.private import torch as torch_private
 
 TILE = {"cpu": (512, 2048), "cuda": (4096, 16384)}          # tokens and words at a time
 
@@ -63,7 +64,7 @@ def _tile_product(hidden: Tensor, weight: Tensor, out: Tensor) -> Tensor:
     against 135 to 200 GFLOP/s), and as exact.
     """
     if hidden.device.type == "cpu" and hidden.dtype == torch.float32 and _has_onednn():
-        return torch.ops.mkldnn._linear_pointwise(hidden, weight, None, "none", [], "")
+        return torch_private.fused_linear(hidden, weight)
     return fused.multiply(hidden, weight.T, out)
 
 
@@ -76,7 +77,7 @@ def _has_onednn() -> bool:
     what comes in its place with zeros, a fifth of the time of all.
     """
     np.empty(2**25 - 2**16, np.uint8)
-    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    return torch_private.has_fused_linear()
 
 
 def _columns(head: Head, start: int, stop: int, dtype: torch.dtype) -> Head:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from lit_llm.models.adapters.adapter import is_peft
+from lit_llm.system.private import transformers as transformers_private
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -41,7 +42,7 @@ def embeddings(model: Any) -> list[nn.Parameter]:
 
 def decoder_layers(model: Any) -> list[nn.Module]:
     """The decoder layers of the backbone in order: the units of sharding, recomputation and compilation."""
-    kinds = set(causal_lm(model)._no_split_modules or ())
+    kinds = transformers_private.layer_classes(causal_lm(model))
     return [layer for layer in causal_lm(model).modules() if type(layer).__name__ in kinds]
 
 

@@ -18,6 +18,7 @@ from lit_llm.kernels import attention as packed_attention
 from lit_llm.models.anatomy import causal_lm
 from lit_llm.models.quantize import Quantize, keep_differentiable, quantization, return_autocast_dtype
 from lit_llm.system import config_limits, integrity
+from lit_llm.system.private import transformers as transformers_private
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel
@@ -196,7 +197,8 @@ def like(model: "PreTrainedModel", config: Any, attention: str | None) -> Any:
     """A model of the same class with random float32 weights and this config; errors of transformers propagate."""
     if attention == packed_attention.NAME:
         packed_attention.register()
-    return type(model)._from_config(copy.deepcopy(config), dtype=torch.float32, attn_implementation=attention)
+    return transformers_private.of_config(type(model), copy.deepcopy(config), dtype=torch.float32,
+                                          attn_implementation=attention)
 
 
 def tokenizer_facts(tokenizer: Any) -> dict[str, Any]:
@@ -245,7 +247,7 @@ def check_packable(model: "PreTrainedModel") -> None:
         PackingError: The error gives the reason.
     """
     kinds = set(getattr(model.config, "layer_types", None) or ["full_attention"])
-    if not model._supports_attention_backend or not kinds <= {"full_attention", "sliding_attention"}:
+    if not transformers_private.takes_other_attention(model) or not kinds <= {"full_attention", "sliding_attention"}:
         raise packed_attention.PackingError(f"{type(model).__name__} mixes tokens by more than plain attention, so "
                                             "documents in a packed sequence could not be isolated", where="model.base")
 
@@ -265,7 +267,7 @@ def save_causal_lm(model: "PreTrainedModel", folder: str | Path, *, stop_ids: tu
     """
     if dtype is not None:
         nn.Module.to(model, dtype)
-    model.config._attn_implementation = None        # packed attention is used in training only
+    transformers_private.set_attention(model.config, None)      # packed attention is used in training only
     model.config.use_cache = True
     model.generation_config = generation_config(model, stop_ids, pad_id)
     model.save_pretrained(str(folder), safe_serialization=True)
@@ -297,5 +299,5 @@ def save_weights(model: "PreTrainedModel", folder: str | Path, state: dict[str, 
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
     config = model.config.to_dict() | {"architectures": [type(model).__name__], "use_cache": True}
     config["dtype"] = str(next(iter(state.values())).dtype).removeprefix("torch.")
-    config.pop("_attn_implementation", None)
+    config = transformers_private.without_attention(config)
     (folder / "config.json").write_text(json.dumps(config, indent=2, default=str) + "\n", encoding="utf-8")

@@ -6,6 +6,8 @@ from typing import Any, Literal
 
 import torch
 
+from lit_llm.system.private import torch as torch_private
+
 Recompute = Literal["none", "selective", "full"]
 WAYS: tuple[Recompute, ...] = ("none", "selective", "full")        # in order of additional time
 
@@ -52,11 +54,7 @@ def _saving_policy() -> Callable[..., Any]:
     assert varlen
     aten = torch.ops.aten
     products = {aten.mm.default: 0, aten.addmm.default: 1}      # position of the left matrix among the arguments
-    attentions = {torch.ops.lit_llm.causal_attention.default, torch.ops.torch_attn._varlen_attn.default,
-                  aten._scaled_dot_product_flash_attention_for_cpu.default,
-                  aten._scaled_dot_product_flash_attention.default,
-                  aten._scaled_dot_product_efficient_attention.default,
-                  aten._scaled_dot_product_cudnn_attention.default}
+    attentions = {torch.ops.lit_llm.causal_attention.default, *torch_private.attention_operations()}
 
     def policy(_: Any, function: Any, *args: Any, **__: Any) -> CheckpointPolicy:
         keep = function in attentions

@@ -9,14 +9,14 @@ import hashlib
 import json
 import logging
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from lit_llm import disk
 from lit_llm.errors import InputError
+from lit_llm.system.private import transformers as transformers_private
 from lit_llm.text.conversation import Conversation, Document, Message
 
 log = logging.getLogger(__name__)
@@ -95,7 +95,7 @@ def scores(model: Any, rows: Sequence[Reference]) -> list[float]:
     training, nll = model.training, []
     model.eval()
     try:
-        with torch.no_grad(), _eager(model):
+        with torch.no_grad(), transformers_private.eager_attention(model):
             for row in rows:
                 ids = torch.tensor([row.ids[:most]], device=model.get_input_embeddings().weight.device)
                 logits = model(input_ids=ids, use_cache=False).logits[0, -ids.shape[1]:]     # skip virtual tokens
@@ -113,21 +113,6 @@ def digest(rows: Sequence[Reference]) -> str:
 def scored_length(model: Any) -> int:
     """Number of scored tokens of a sequence: at most `SCORED`, and at most the model's positions."""
     return min(SCORED, int(getattr(model.config.get_text_config(), "max_position_embeddings", None) or SCORED))
-
-
-@contextmanager
-def _eager(model: Any) -> Iterator[None]:
-    """Use transformers' own attention: the attention for packed sequences needs document boundaries."""
-    layer_configs: list[Any] = [getattr(layer, "config", None) for layer in model.modules()]
-    configs = {id(one): one for one in layer_configs if getattr(one, "_attn_implementation", None) is not None}
-    before = {key: config._attn_implementation for key, config in configs.items()}
-    try:
-        for config in configs.values():
-            config._attn_implementation = "eager"
-        yield
-    finally:
-        for key, config in configs.items():
-            config._attn_implementation = before[key]
 
 
 def nll_difference(one: float, other: float) -> float:

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from lit_llm.errors import InputError
 from lit_llm.models import anatomy
+from lit_llm.system.private import transformers as transformers_private
 from lit_llm.text.tokenizer import IGNORE_INDEX
 
 COEFFICIENTS = ("router_aux_loss_coef", "aux_loss_coef")    # attributes of causal LMs; the second is JetMoe's
@@ -50,7 +51,7 @@ def coefficient(model: Any, wanted: float | None) -> float:
 
 def _has_routers(inner: Any) -> bool:
     """Whether it has a layer whose router logits transformers records: some declare a coefficient without experts."""
-    recorders = (getattr(anatomy.backbone(inner), "_can_record_outputs", None) or {}).get("router_logits", [])
+    recorders = transformers_private.recorded_outputs(anatomy.backbone(inner)).get("router_logits", [])
     recorders = recorders if isinstance(recorders, list) else [recorders]
     kinds: tuple[Any, ...] = tuple(getattr(each, "target_class", each) for each in recorders)
     return any(isinstance(layer, kinds) for layer in inner.modules())

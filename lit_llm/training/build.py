@@ -21,6 +21,7 @@ from lit_llm.kernels import rmsnorm
 from lit_llm.models import anatomy, recompute, vocabulary
 from lit_llm.models import load as model
 from lit_llm.models.adapters import adapter, peft_method, starting, trained_rows
+from lit_llm.system.private import lightning as private
 from lit_llm.text import check
 from lit_llm.text.tokenizer import Tokenizer
 from lit_llm.training import balance, forward, learned_tokens
@@ -202,7 +203,7 @@ def tokenizer_facts(module: Module) -> dict[str, Any]:
     Raises:
         InputError: Then nobody tells how many tokens there are.
     """
-    tokenizer = tokenizer_of(module._trainer)
+    tokenizer = tokenizer_of(private.trainer_of(module))
     if tokenizer is not None:
         return model.tokenizer_facts(tokenizer)
     if module.init is not None and "vocab_size" not in module.init:
@@ -216,7 +217,7 @@ def tokenizer_facts(module: Module) -> dict[str, Any]:
 @contextmanager
 def with_trainer(module: Module) -> Generator[None, None, None]:
     """A module that is attached to no trainer is built as for evaluation in float32 on the CPU."""
-    if module._trainer is not None:
+    if private.trainer_of(module) is not None:
         yield
         return
     speaker = logging.getLogger("lightning.pytorch.utilities.rank_zero")

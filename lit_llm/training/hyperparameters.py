@@ -9,6 +9,7 @@ from typing import Any
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from lit_llm.system.private import torch as torch_private
 from lit_llm.training import optim
 
 log = logging.getLogger(__name__)
@@ -71,7 +72,7 @@ class Hyperparameters:
             group.update(wanted)
             group["initial_lr"] = schedule.base_lrs[place] = wanted["lr"]
             group["lr"] = wanted["lr"] * schedule.lr_lambdas[place](schedule.last_epoch)
-        schedule._last_lr = [group["lr"] for group in groups]
+        torch_private.set_last_rates(schedule, [group["lr"] for group in groups])
         if trainer.is_global_zero:
             for change in differences(before, self.now):
                 log.info("changed on resume: %s", change)

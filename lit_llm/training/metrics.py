@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
+from lit_llm.system.private import others
+
 
 class Perplexity(Metric):
     """Exact sums over supervised tokens: NLL in float64, counts in int64, added up over ranks.
@@ -56,7 +58,7 @@ class Perplexity(Metric):
 
     def report(self) -> dict[str, float]:
         """All figures of this metric, synchronised over ranks; the collective call of every rank."""
-        with self.sync_context(should_sync=self._to_sync):
+        with self.sync_context(should_sync=others.is_synchronized(self)):
             states = (self.nll, self.tokens, self.bytes, self.correct)
             nll, tokens, num_bytes, correct = (state.item() for state in states)
         mean = nll / tokens if tokens else math.nan

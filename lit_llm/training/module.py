@@ -21,6 +21,7 @@ from lit_llm.models.adapters import peft_method
 from lit_llm.models.adapters.peft_method import spec_of
 from lit_llm.models.quantize import Quantize
 from lit_llm.system.class_paths import refuse_within
+from lit_llm.system.private import lightning as private
 from lit_llm.training import build, forward, optim
 from lit_llm.training.checks import adapter_fault, compatible, proof
 from lit_llm.training.forward import Choices, Sums
@@ -155,7 +156,7 @@ class CausalLMModule(SavedModule):
         if peft_method.adds_virtual_tokens(self.peft_spec):
             return None
         if self.way is None:                        # a model is asked once
-            longest = getattr(getattr(self._trainer, "datamodule", None), "seq_len", None)
+            longest = getattr(getattr(private.trainer_of(self), "datamodule", None), "seq_len", None)
             self.way = proof.way_of(build.pretrained(self), self.init, seq_len=longest, **facts)
         return attention.NAME if self.way.packed else None
 
@@ -215,7 +216,7 @@ class CausalLMModule(SavedModule):
     def _log_loss(self) -> None:
         """Mean NLL of the whole step, over all ranks; reduced only on steps that are logged, and on the last one."""
         window = self.window.taken()
-        if self.trainer._logger_connector.should_update_logs or self.hyperparameters.is_last(self.global_step + 1):
+        if private.logs_this_step(self.trainer) or self.hyperparameters.is_last(self.global_step + 1):
             total = self.trainer.strategy.reduce(window, reduce_op="sum")
             self.log("train/loss", total[0].float(), prog_bar=True, rank_zero_only=True)
             if self.balance_coefficient:
@@ -291,7 +292,7 @@ class CausalLMModule(SavedModule):
         # float32 masters of adapters among bf16 weights
         halved = torch.autocast(device, torch.bfloat16) if self.half_adapters else nullcontext()
         with adapter_fault.explained(self.model, self.peft_spec), halved:
-            if self._trainer is None:
+            if private.trainer_of(self) is None:
                 return compute()
             return distribution.of(self.trainer.strategy).gathered(self.model, compute)
 

@@ -17,6 +17,7 @@ from lit_llm import disk
 from lit_llm.errors import InputError
 from lit_llm.kernels import switch
 from lit_llm.system import ranges
+from lit_llm.system.private import lightning as private
 from lit_llm.system.redaction import redact, redacted_argv
 from lit_llm.training.checks import compatible, duration, idle
 from lit_llm.training.parallel import named, safe_load
@@ -103,7 +104,7 @@ class Trainer(L.Trainer):
         loggers = [] if logger in (None, True, False) else logger if isinstance(logger, list) else [logger]
         for each in loggers:
             if isinstance(each, WandbLogger):       # its arguments go to its own log and to its server
-                each._wandb_init = redact(each._wandb_init)
+                private.change_wandb_arguments(each, redact)
         super().__init__(
             strategy=named.strategy(strategy),
             default_root_dir=default_root_dir,

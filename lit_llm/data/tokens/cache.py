@@ -25,6 +25,7 @@ from lit_llm.data.records.sources import Source
 from lit_llm.data.tokens.store import TokenStore
 from lit_llm.disk import cache_root
 from lit_llm.errors import InputError
+from lit_llm.system.private import others
 from lit_llm.text.tokenizer import Tokenizer
 
 LARGE = 64 << 20                                        # bytes; of a smaller file the hash is not worth remembering
@@ -43,7 +44,7 @@ def folder_of(source: Source, tokenizer: Tokenizer, settings: dict[str, Any], ca
     root = cache_root(cache_dir)
     read = {key: value for key, value in asdict(source).items() if key != "weight"}
     if source.is_hub:
-        data = [[source.path, str(source.hub_dataset()._fingerprint)]]
+        data = [[source.path, others.fingerprint(source.hub_dataset())]]
     else:
         data = [[str(path), _digest(path, root / "digests")] for path in source.files()]
     own = formats.version(source.format)

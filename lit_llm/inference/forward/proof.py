@@ -10,6 +10,7 @@ import torch
 
 from lit_llm.inference.forward.ragged import NAME, Part, Step, UnsupportedError, register
 from lit_llm.inference.forward.slots import Slots
+from lit_llm.system.private import transformers as transformers_private
 
 LENGTHS = (11, 7)                                   # tokens of the two prompts that are tried
 LONGEST_WINDOW = 64                                 # a sliding window up to here is crossed by the first prompt
@@ -22,11 +23,11 @@ def obstacle(model: Any) -> str | None:
     Args:
         model: A causal LM in eval mode.
     """
-    before = getattr(model.config, "_attn_implementation", None)
+    before = transformers_private.attention_of(model.config)
     if before == NAME:                              # another engine had it
         before = "sdpa"
         model.set_attn_implementation(before)
-    if not getattr(model, "_supports_attention_backend", False):
+    if not transformers_private.takes_other_attention(model):
         return "its layers do not let another attention in"
     if _is_scaled_by_length(model.config.to_dict()):
         return "its rotary positions depend on the longest request of a pass"
@@ -104,7 +105,7 @@ def bytes_a_token(model: Any) -> int:
     Args:
         model: Which `share_a_pass` has accepted.
     """
-    assert model.config._attn_implementation == NAME
+    assert transformers_private.attention_of(model.config) == NAME
     slots = Slots(0, 2)
     (slot,) = [slots.begin([0], 1)]
     Step([], [Part(_slot(slot), [0])], model.device).logits(model)

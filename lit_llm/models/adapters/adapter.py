@@ -20,6 +20,7 @@ from lit_llm.models.adapters import patterns, tying
 from lit_llm.models.adapters.peft_method import one_line, peft_config, stored_config
 from lit_llm.models.adapters.trained_rows import embed, token_layers, with_bias
 from lit_llm.system import config_limits
+from lit_llm.system.private import torch as torch_private
 from lit_llm.system.redaction import redact_text
 
 if TYPE_CHECKING:
@@ -222,8 +223,8 @@ def _under_all_names(model: Any, state: dict[str, Tensor]) -> dict[str, Tensor]:
     frozen = {name: weight.detach().cpu() for name, weight in named
               if prefix and prefix in name and not weight.requires_grad}
     for place, part in model.named_modules(remove_duplicate=False):
-        frozen |= {f"{place}.{name}" if place else name: value.cpu() for name, value in part._buffers.items()
-                   if value is not None and name not in part._non_persistent_buffers_set}
+        frozen |= {f"{place}.{name}" if place else name: value.cpu()
+                   for name, value in torch_private.persistent_buffers(part)}
     for name, matrix in tying.matrices(model):
         owner = next(key for key, weight in named if weight is matrix.source[0][matrix.source[1]])
         frozen[f"{name}.weight"] = state[owner].t()

@@ -67,13 +67,12 @@ def _untie_adapted(inner: nn.Module) -> None:
     """Copy the weight of each adapted layer that shares it with another layer."""
     owners: dict[int, list[tuple[str, nn.Module, str]]] = defaultdict(list)
     for name, module in inner.named_modules():
-        for key, weight in module._parameters.items():
-            if weight is not None:
-                owners[id(weight)].append((name, module, key))
+        for key, weight in module.named_parameters(recurse=False, remove_duplicate=False):
+            owners[id(weight)].append((name, module, key))
     for places in owners.values():
         if len(places) > 1 and any("base_layer" in name.split(".") for name, *_ in places):
             for _, module, key in places[1:]:
-                module._parameters[key] = nn.Parameter(module.get_parameter(key).detach().clone(), requires_grad=False)
+                module.register_parameter(key, nn.Parameter(module.get_parameter(key).detach().clone(), False))
 
 
 def _merge_rows_below(inner: nn.Module) -> None:

@@ -11,6 +11,7 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 from lit_llm.errors import GivenUpError, InputError, did_you_mean
+from lit_llm.system.private import transformers as transformers_private
 from lit_llm.text.templates import jinja_guard, jinja_process
 from lit_llm.text.templates.jinja_guard import WORK, OutsideError, Work, size_of
 
@@ -161,9 +162,7 @@ def _size(context: dict[str, Any]) -> int:
 
 def _environment() -> Any:
     """The sandbox of transformers with cost guards and without constant folding."""
-    from transformers.utils.chat_template_utils import _compile_jinja_template
-
-    return jinja_guard.guard(_compile_jinja_template("").environment)
+    return jinja_guard.guard(transformers_private.chat_template_environment())
 
 
 def _parsed(environment: Any, source: str) -> Any:

@@ -13,6 +13,8 @@ from functools import cache
 from types import BuiltinMethodType
 from typing import Any
 
+from lit_llm.system.private import others
+
 WORK = " work"                                          # key in a template's context that no template can name
 BUDGET = 20_000_000                                     # characters and elements of one render; a text has about 10,000
 SECONDS = 0.5                                           # of one render
@@ -189,16 +191,13 @@ def _cost_of(operator: str, left: Any, right: Any) -> int:
 def _filter(name: str, plain: Callable[..., Any]) -> Callable[..., Any]:
     """The same filter with its cost charged, or deferred to the other process."""
     from jinja2 import pass_context
-    from jinja2.utils import _PassArg
 
-    wants = _PassArg.from_obj(plain)
-
+    wants = others.first_argument(plain)
     plain_text, constant = name in LINEAR - {"int", "tojson"}, name in CONSTANT
 
     @pass_context
     def guarded(context: Any, value: Any, *args: Any, **keys: Any) -> Any:
-        first = () if wants is None else (context,) if wants is _PassArg.context else (
-            context.eval_ctx if wants is _PassArg.eval_context else context.environment,)
+        first = {"": (), "context": (context,), "eval_context": (context.eval_ctx,)}.get(wants, (context.environment,))
         if constant or (plain_text and type(value) is str and len(value) < SMALL and not args and not keys):
             return plain(*first, value, *args, **keys)
         if hasattr(value, "__next__"):

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from lit_llm.errors import InputError
+from lit_llm.system.private import transformers as transformers_private
 
 MEMORY = 1 << 30                                        # bytes that one render may take
 START = 120.0                                           # seconds for the process to start, on a busy machine
@@ -154,9 +155,7 @@ def main() -> None:
     import signal
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)        # Ctrl-C is handled by the parent
-    from transformers.utils.chat_template_utils import _compile_jinja_template
-
-    environment = _compile_jinja_template("").environment
+    environment = transformers_private.chat_template_environment()
     asked, answers = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
     _answer(answers, DONE, "")
     template, tokens = None, {}

@@ -13,10 +13,10 @@ from typing import Any
 import lightning as L
 import numpy as np
 import torch
-from lightning.pytorch.utilities.model_helpers import _ModuleMode
 from lightning.pytorch.utilities.seed import isolate_rng
 
 from lit_llm.data.rows.loader import lay
+from lit_llm.system.private import lightning as private
 from lit_llm.text import check
 
 log = logging.getLogger(__name__)
@@ -74,7 +74,7 @@ def _nll(trainer: L.Trainer, documents: list[tuple[int, ...]]) -> float:
             total: Any = module.rows_nll(batch)  # type: ignore[operator]
         else:                                       # as Lightning calls `validation_step`: DeepSpeed's engine gathers
             assert strategy.model is not None
-            total = strategy._forward_redirection(strategy.model, module, "rows_nll", batch)
+            total = private.call_as_step(strategy, module, "rows_nll", batch)
     return float(total) / (length - len(documents))
 
 
@@ -82,13 +82,8 @@ def _nll(trainer: L.Trainer, documents: list[tuple[int, ...]]) -> float:
 def _undisturbed(trainer: L.Trainer) -> Generator[None, None, None]:
     """Evaluation for a moment, in the middle of whatever the trainer does."""
     outer: Any = trainer.model                      # DeepSpeed's engine has a mode of its own
-    mode = _ModuleMode()
-    mode.capture(outer)
     compiled = getattr(trainer.lightning_module, "compile_layers", False)
     stance = torch.compiler.set_stance("force_eager") if compiled else nullcontext()    # these shapes are not compiled
-    outer.eval()
-    try:
-        with torch.no_grad(), stance, isolate_rng():
-            yield
-    finally:
-        mode.restore(outer)
+    with private.modes_restored(outer), torch.no_grad(), stance, isolate_rng():
+        outer.eval()
+        yield

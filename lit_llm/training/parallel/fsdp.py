@@ -94,7 +94,7 @@ class Fsdp2Strategy(Distribution, ModelParallelStrategy):
         from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
         assert self.model is not None
-        return get_optimizer_state_dict(self.model, getattr(optimizer, "_optimizer", optimizer), options=_options())
+        return get_optimizer_state_dict(self.model, getattr(optimizer, "optimizer", optimizer), options=_options())
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
         """Write a folder: every process its shards, the first one the rest."""

@@ -13,9 +13,9 @@ from typing import Any
 
 import lightning as L
 import torch.distributed as dist
-from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 
-WATCHER = "child-process-observer"                  # Lightning's thread
+from lit_llm.system.private import lightning as private
+
 PARENT = os.getppid()                               # once it is gone, another one adopts this process
 PAUSE, GRACE = 0.5, 10.0                            # seconds: between two looks; for them to find out
 
@@ -35,7 +35,7 @@ class Watch:
         self.parent = os.getppid() if is_started_by_another(trainer) else None
         self._over = threading.Event()
         if self.started or self.parent is not None:
-            _dismiss()
+            private.dismiss_watcher()
             threading.Thread(target=self._look, name="rank-watch", daemon=True).start()
 
     def stop(self) -> None:
@@ -70,13 +70,6 @@ class Watch:
         return "", False
 
 
-def _dismiss() -> None:
-    """Lightning's watcher would kill this process without a word."""
-    for thread in threading.enumerate():
-        if thread.name == WATCHER:
-            thread._run = lambda: True  # type: ignore[attr-defined]
-
-
 def _stop_watch(trainer: L.Trainer) -> None:
     watch = getattr(getattr(trainer, "preemption", None), "watch", None)
     if watch is not None:
@@ -85,7 +78,7 @@ def _stop_watch(trainer: L.Trainer) -> None:
 
 def end_together(trainer: L.Trainer) -> None:
     """Before all ranks raise the same error: from here on none is killed because another was first. A collective."""
-    _dismiss()
+    private.dismiss_watcher()
     _stop_watch(trainer)
     trainer.strategy.barrier()
 
@@ -99,7 +92,7 @@ def tell_parent(trainer: L.Trainer, signum: int) -> None:
 def is_started_by_another(trainer: L.Trainer) -> bool:
     """Whether this is a rank that Lightning started from rank 0 of its machine, rather than torchrun or SLURM."""
     launcher: Any = trainer.strategy.launcher
-    return (isinstance(launcher, _SubprocessScriptLauncher) and trainer.local_rank > 0
+    return (private.starts_processes(launcher) and trainer.local_rank > 0
             and type(launcher.cluster_environment).__name__ == "LightningEnvironment")
 
 
@@ -107,5 +100,5 @@ def kill_started(trainer: L.Trainer) -> None:
     """End the ranks that this process started, whatever they wait for."""
     _stop_watch(trainer)
     launcher: Any = trainer.strategy.launcher
-    if isinstance(launcher, _SubprocessScriptLauncher):
+    if private.starts_processes(launcher):
         launcher.kill(signal.SIGKILL)

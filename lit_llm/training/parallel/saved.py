@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any, Self
 
 import lightning as L
-from torch.nn.modules.module import _IncompatibleKeys
 
 from lit_llm.errors import InputError
 from lit_llm.models.quantize import Quantize
+from lit_llm.system.private import lightning as private
+from lit_llm.system.private import torch as torch_private
 from lit_llm.training import optim
 from lit_llm.training.hyperparameters import Hyperparameters
 from lit_llm.training.parallel import reshard, safe_load
@@ -72,7 +73,8 @@ class SavedModule(L.LightningModule):
         """As torch does it; frozen weights, which a checkpoint leaves out, are not reported as missing."""
         found = super().load_state_dict(state_dict, strict, assign)
         learning = {name for name, weight in self.named_parameters() if weight.requires_grad}
-        return _IncompatibleKeys([name for name in found.missing_keys if name in learning], found.unexpected_keys)
+        missing = [name for name in found.missing_keys if name in learning]
+        return torch_private.incompatible_keys(missing, found.unexpected_keys)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add what a resumed run and `load_from_checkpoint` need, and leave out weights that do not learn.
@@ -97,7 +99,7 @@ class SavedModule(L.LightningModule):
         """
         ids, tokens = list(checkpoint.get("trained_ids", [])), checkpoint.get("vocabulary")
         same = sorted(ids) == sorted(self.trained_ids)
-        if self._trainer is None:
+        if private.trainer_of(self) is None:
             if not (same and tokens in (None, self.vocabulary)):
                 self.saved_ids, self.vocabulary, self.model = ids, tokens, None
                 self.configure_model()

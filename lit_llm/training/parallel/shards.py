@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lit_llm.system.private import deepspeed as deepspeed_private
+
 # ---- one weight ------------------------------------------------------------------------------------------------------
 
 def is_partitioned(weight: Tensor) -> bool:
@@ -37,7 +39,7 @@ def own_part(weight: Tensor) -> Tensor:
 
 def whole(weight: Tensor) -> Tensor:
     """The full weight, of the float32 master where DeepSpeed has one. A collective where the weight is split."""
-    if is_partitioned(weight) and not hasattr(weight, "_z3_optimizer"):      # stage 3 without an optimizer
+    if is_partitioned(weight) and not deepspeed_private.is_stepped(weight):      # stage 3 without an optimizer
         from deepspeed.runtime.zero import GatheredParameters
 
         with GatheredParameters([weight]):
@@ -60,7 +62,7 @@ def gradient(weight: Tensor) -> Tensor | None:
 
 def _has_master(weight: Tensor) -> bool:
     """Whether DeepSpeed's optimizer keeps a float32 copy of it, whole or in pieces."""
-    return is_partitioned(weight) or hasattr(weight, "_hp_mapping")
+    return is_partitioned(weight) or deepspeed_private.has_master(weight)
 
 
 def _full(tensor: Any) -> Tensor:

@@ -20,6 +20,8 @@ from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, Strateg
 from torch import Tensor, nn
 
 from lit_llm.errors import InputError, did_you_mean
+from lit_llm.system.private import deepspeed as deepspeed_private
+from lit_llm.system.private import lightning as private
 from lit_llm.training.checks import idle
 from lit_llm.training.parallel import deepspeed_setup, reshard, safe_load, shards
 from lit_llm.training.parallel.distribution import Distribution
@@ -238,7 +240,7 @@ class ZeroStrategy(Distribution, DeepSpeedStrategy):
         if self._skipped:
             return closure_loss
         assert self.lightning_module is not None
-        last = not self.lightning_module.trainer.fit_loop._should_accumulate()
+        last = not private.accumulates(self.lightning_module.trainer)
         self.deepspeed_engine.set_gradient_accumulation_boundary(last)
         # Lightning has divided by accumulate_grad_batches, the engine would once more
         return super().backward(closure_loss, optimizer, *args, scale_wrt_gas=False, **kwargs)
@@ -287,7 +289,7 @@ class ZeroStrategy(Distribution, DeepSpeedStrategy):
     def writers(self) -> list[tuple[Any, str]]:
         """Also what the engine calls between two barriers, some of it in the first process only."""
         engine = self.deepspeed_engine
-        return [*super().writers(), (engine, "_copy_recovery_script"), (engine.checkpoint_engine, "makedirs"),
+        return [*super().writers(), deepspeed_private.recovery_script(engine), (engine.checkpoint_engine, "makedirs"),
                 (engine.checkpoint_engine, "save")]
 
     # ---- checkpoints
@@ -333,13 +335,9 @@ class ZeroStrategy(Distribution, DeepSpeedStrategy):
         return state
 
     def _load_resharded(self, path: Path) -> dict[str, Any]:
-        config = self.deepspeed_engine._config
-        with reshard.universal(path, first=self.is_global_zero, barrier=self.barrier) as folder:
-            config.load_universal_checkpoint = True
-            try:
-                return super().load_checkpoint(folder)
-            finally:
-                config.load_universal_checkpoint = False
+        with (reshard.universal(path, first=self.is_global_zero, barrier=self.barrier) as folder,
+              deepspeed_private.loads_universal(self.deepspeed_engine)):
+            return super().load_checkpoint(folder)
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         """Nothing to do: the engine loaded the weights."""

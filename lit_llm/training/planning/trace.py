@@ -14,13 +14,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from lit_llm.kernels import attention, blockwise, rmsnorm
 from lit_llm.kernels.cross_entropy import sliced_as_on
 from lit_llm.models import anatomy, recompute
 from lit_llm.models.adapters import adapter
+from lit_llm.system.private import torch as torch_private
+from lit_llm.system.private import transformers as transformers_private
 from lit_llm.training.loss import nll_sum
 
 
@@ -62,7 +62,10 @@ class Borders(list[int]):
         return list(self)
 
 
-class _Ledger(TorchDispatchMode):
+_DispatchMode: Any = torch_private.dispatch_mode()
+
+
+class _Ledger(_DispatchMode):
     """Counts storages while they live."""
 
     def __init__(self) -> None:
@@ -72,7 +75,7 @@ class _Ledger(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = _as_here(func, args, kwargs or {})
-        for value in tree_leaves(out):
+        for value in torch_private.leaves(out):
             if isinstance(value, Tensor):
                 self.enter(value)
         return out
@@ -80,7 +83,7 @@ class _Ledger(TorchDispatchMode):
     def enter(self, tensor: Tensor) -> None:
         """From here on until its storage dies; a view of one that is known is nothing new."""
         storage: Any = tensor.untyped_storage()
-        key, size = storage._cdata, storage.nbytes()
+        key, size = torch_private.storage_key(storage), storage.nbytes()
         if key in self._held:
             return
 
@@ -113,9 +116,7 @@ def step(build: Callable[[], Any], borders: Sequence[int], *, supervised: int, r
         quantized: Whether frozen linear layers lie in 4 bits, which are made two bytes for a product and dropped again.
         cuda: As there: larger slices of logits, no matrices of attention weights where they are dropped.
     """
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
-    whole, ledger, fake, tokens = build(), _Ledger(), FakeTensorMode(allow_non_fake_inputs=True), borders[-1]
+    whole, ledger, fake, tokens = build(), _Ledger(), torch_private.fake_mode(), borders[-1]
     inner = anatomy.causal_lm(whole)
     inner.config.use_cache = False
     recompute.apply(inner, recompute_)
@@ -155,7 +156,7 @@ def step(build: Callable[[], Any], borders: Sequence[int], *, supervised: int, r
 
 def _as_here(func: Any, args: Any, kwargs: Any) -> Any:
     """What an operation gives; of experts' products torch's fake tensors know bfloat16 alone."""
-    if func is torch.ops.aten._grouped_mm.default and args[0].dtype != torch.bfloat16:
+    if func is torch_private.grouped_product() and args[0].dtype != torch.bfloat16:
         return func(*(value.bfloat16() if isinstance(value, Tensor) and value.is_floating_point() else value
                       for value in args), **kwargs).to(args[0].dtype)
     return func(*args, **kwargs)
@@ -165,7 +166,7 @@ def _hidden(whole: Any, ids: Tensor, borders: Sequence[int]) -> Tensor:
     """(T, D) hidden states of a packed row, or of one document after the other, as it is in training."""
     if adapter.has_virtual_tokens(whole):
         return _behind_prompts(whole, ids, borders)
-    if anatomy.causal_lm(whole).config._attn_implementation != attention.NAME:
+    if transformers_private.attention_of(anatomy.causal_lm(whole).config) != attention.NAME:
         return torch.cat([anatomy.backbone(whole)(input_ids=ids[:, start:stop], use_cache=False).last_hidden_state[0]
                           for start, stop in pairwise(borders)])
     out = anatomy.backbone(whole)(input_ids=ids, position_ids=ids, attention_mask=None, use_cache=False,
@@ -198,8 +199,7 @@ def _embody(whole: nn.Module, *, frozen: torch.dtype, trained: torch.dtype, halv
     """Fake tensors of the CPU in the place of meta ones, tied ones tied; frozen ones of `halved` in bfloat16."""
     made: dict[int, Tensor] = {}
     for part in whole.modules():
-        tables: tuple[dict[str, Any], ...] = (part._parameters, part._buffers)
-        for table in tables:
+        for table in torch_private.own_tensors(part):
             for name, tensor in table.items():
                 if tensor is not None and id(tensor) not in made:
                     dtype = tensor.dtype

@@ -19,7 +19,6 @@ import lightning as L
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import Checkpoint
-from lightning.pytorch.loops.evaluation_loop import RestartStage
 
 from lit_llm import disk
 from lit_llm.data.rows.identity import differences
@@ -27,6 +26,7 @@ from lit_llm.errors import InputError
 from lit_llm.models import load as model
 from lit_llm.models.adapters import adapter, starting
 from lit_llm.system import origin, ranges
+from lit_llm.system.private import lightning as private
 from lit_llm.training.checks import divergence, in_memory
 from lit_llm.training.parallel import distribution
 from lit_llm.training.parallel.processes import end_together
@@ -85,8 +85,7 @@ class StepCheckpoint(Checkpoint):
             plans = getattr(trainer.datamodule, "plans", {})  # type: ignore[attr-defined]
             self._recall(checkpoints(trainer), step, plans["val"].fingerprint if "val" in plans else None)
         if self._unfinished:                        # Lightning would take the validation for done
-            validation = trainer.fit_loop.epoch_loop.val_loop
-            validation.restarting, validation._restart_stage = False, RestartStage.RESTARTED_MID_EVALUATION
+            private.restart_validation(trainer)
             self._unfinished = False
         epochs: Any = trainer.fit_loop.epoch_progress.total
         if trainer.fit_loop.restarted_mid_epoch and epochs.processed == epochs.started:
@@ -101,7 +100,7 @@ class StepCheckpoint(Checkpoint):
         Never inside an accumulation window, whose gradients a file would lose; and not only in `on_train_end`, where
         Lightning's counters already stand in the next epoch and a resumed run would mix two windows.
         """
-        if trainer.fit_loop._should_accumulate():
+        if private.accumulates(trainer):
             return
         step = trainer.global_step
         due = any(every and step % every == 0 for every in (self.every_n_steps, self.keep_every_n_steps))
@@ -110,7 +109,7 @@ class StepCheckpoint(Checkpoint):
 
     def on_validation_end(self, trainer: L.Trainer, *_: Any) -> None:
         """After a validation inside fit, with its score."""
-        if trainer.state.fn == "fit" and not trainer.sanity_checking and not trainer.fit_loop._should_accumulate():
+        if trainer.state.fn == "fit" and not trainer.sanity_checking and not private.accumulates(trainer):
             score = trainer.callback_metrics.get(self.monitor)
             named = {} if score is None else {self.monitor: float(score)}
             self.save(trainer, named.get(self.monitor), figures_of(trainer, "val/") | named)
@@ -250,9 +249,7 @@ def checkpoints(trainer: L.Trainer) -> Path:
 def validation_is_due(trainer: L.Trainer) -> bool:
     """Whether Lightning validates after this training batch; asked at the batch's end."""
     epoch = trainer.fit_loop.epoch_loop
-    fetcher = trainer.fit_loop._data_fetcher
-    assert fetcher is not None
-    if not epoch._should_check_val_fx(fetcher):
+    if not private.validates_now(trainer):
         return False
     epoch.val_loop.setup_data()                     # else it does not know yet whether there is anything
     return not epoch.val_loop.skip

@@ -16,6 +16,8 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 
 from lit_llm.errors import InputError
+from lit_llm.system.private import lightning as private
+from lit_llm.system.private import torch as torch_private
 from lit_llm.training.checks import divergence
 from lit_llm.training.parallel import distribution, shards
 from lit_llm.training.parallel.processes import end_together
@@ -53,8 +55,7 @@ class FiniteGuard(Callback):
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         """Fused optimizers would undo float16's loss scale in their step, after clipping and after this look."""
-        for optimizer in trainer.optimizers:
-            optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]
+        torch_private.leave_scaling_to_trainer(trainer.optimizers)
         divergence.check_weights(trainer)
 
     def on_before_optimizer_step(self, trainer: L.Trainer, module: Any, optimizer: Any) -> None:
@@ -72,7 +73,7 @@ class FiniteGuard(Callback):
         loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
         if isinstance(loss, Tensor):                # a module of another kind may give none
             self._window.append((getattr(trainer.train_dataloader, "position", 0) - 1, loss))
-        if trainer.fit_loop._should_accumulate():
+        if private.accumulates(trainer):
             return
         window, self._window = self._window, []
         if not getattr(module, "step_skipped", False):
@@ -89,7 +90,7 @@ class FiniteGuard(Callback):
         if self.skipped:
             module.log("train/skipped_steps", float(self.skipped), rank_zero_only=True)
         norm = getattr(module, "gradient_norm", None)
-        if trainer._logger_connector.should_update_logs and norm is not None:
+        if private.logs_this_step(trainer) and norm is not None:
             module.log("train/grad_norm", float(norm), rank_zero_only=True)     # before clipping
         if self.in_a_row >= self.max_skipped_steps:
             end_together(trainer)

@@ -24,6 +24,7 @@ import torch.distributed as dist
 from lightning.pytorch.callbacks import Callback
 
 from lit_llm.system import command
+from lit_llm.system.private import lightning as private
 from lit_llm.system.redaction import redact_words
 from lit_llm.training.parallel.processes import Watch, end_together, kill_started, tell_parent
 from lit_llm.training.run import manifest
@@ -79,9 +80,7 @@ class Preemption(Callback):
     @contextmanager
     def listening(self, trainer: L.Trainer) -> Generator[None, None, None]:
         """Around a fit: take the signals, and give them back. Lightning's own handlers make ranks wait for ever."""
-        quiet: Any = lambda *_: None  # noqa: E731
-        trainer._signal_connector.register_signal_handlers = quiet  # type: ignore[method-assign]
-        trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = quiet  # type: ignore[method-assign]
+        private.leave_signals_alone(trainer)
         if threading.current_thread() is not threading.main_thread():
             yield                                   # Python gives signals to the main thread alone
             return
@@ -157,7 +156,7 @@ class Preemption(Callback):
 
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
         """At a step's end; where a validation is due, that begins and then ends at once."""
-        if trainer.fit_loop._should_accumulate() or not (signum := self._agreed(trainer)):
+        if private.accumulates(trainer) or not (signum := self._agreed(trainer)):
             return
         if not validation_is_due(trainer):
             for keeper in _keepers(trainer):

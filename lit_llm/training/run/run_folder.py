@@ -19,6 +19,7 @@ from lightning.pytorch.trainer.connectors.logger_connector.result import convert
 from lit_llm.data.rows.identity import differences
 from lit_llm.errors import InputError
 from lit_llm.system import lock
+from lit_llm.system.private import lightning as private
 from lit_llm.system.redaction import redact
 from lit_llm.text.tokenizer import Tokenizer
 from lit_llm.training.build import tokenizer_of
@@ -125,7 +126,7 @@ class RunFolder(Callback):
         The loader was set up before the checkpoint was read, when the schedule asked for the length of an epoch, and
         Lightning does not come back to give it its state.
         """
-        trainer.fit_loop._load_combined_loader_states()     # refuses other data: nothing of the run is changed before
+        private.load_loader_state(trainer)     # refuses other data: nothing of the run is changed before
         self._started = True
         if self.resumed_from is not None:
             self._forget_other_data(trainer, self.resumed_from)
@@ -152,14 +153,13 @@ class RunFolder(Callback):
 
         Those of the last step, too, whatever its number.
         """
-        if trainer.fit_loop._should_accumulate():
+        if private.accumulates(trainer):
             return
-        connector = trainer._logger_connector
-        if connector.should_update_logs or trainer.global_step >= trainer.estimated_stepping_batches:
-            figures = convert_tensors_to_scalars(connector.metrics["log"]) | {"epoch": trainer.current_epoch}
+        if private.logs_this_step(trainer) or trainer.global_step >= trainer.estimated_stepping_batches:
+            figures = convert_tensors_to_scalars(private.logged_values(trainer)) | {"epoch": trainer.current_epoch}
             for logger in trainer.loggers:
                 if isinstance(logger, MetricsCSV):
-                    logger.log_metrics(figures, trainer.fit_loop.epoch_loop._batches_that_stepped)
+                    logger.log_metrics(figures, private.logged_step(trainer))
 
     def _continue_rows(self, trainer: L.Trainer) -> None:
         for logger in trainer.loggers:
@@ -180,7 +180,7 @@ class RunFolder(Callback):
     def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         """Keep the newest figures."""
         if self._ending:                            # before anyone saves
-            trainer.fit_loop.epoch_loop._batches_that_stepped += 1
+            private.move_logged_step(trainer, 1)
             self._ending = False
         if not trainer.sanity_checking:
             self._validated = trainer.global_step
@@ -190,7 +190,7 @@ class RunFolder(Callback):
         """A run that stops between two validations ends with one, or nobody would know what came out."""
         if trainer.enable_validation and self._validated != trainer.global_step:
             trainer.validating = self._ending = True
-            trainer.fit_loop.epoch_loop._batches_that_stepped -= 1      # logged at the last step, not at one behind it
+            private.move_logged_step(trainer, -1)      # logged at the last step, not at one behind it
             trainer.fit_loop.epoch_loop.val_loop.run()
             trainer.training = True
         self._keep_data(trainer)

@@ -14,6 +14,7 @@ from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
 
 from lit_llm.data.datamodule import TextDataModule
 from lit_llm.errors import InputError, did_you_mean
+from lit_llm.system.private import lightning as private
 from lit_llm.training.parallel.processes import end_together
 from lit_llm.training.run.checkpoint import StepCheckpoint
 
@@ -103,9 +104,9 @@ def _is_needed(callback: Any, name: str, trainer: L.Trainer) -> bool:
     if name.startswith("train"):
         return False
     if isinstance(callback, EarlyStopping):
-        return callback.strict and not callback._check_on_train_epoch_end
+        return callback.strict and not private.looks_at_epoch_end(callback, trainer)
     if isinstance(callback, ModelCheckpoint):
-        return not callback._should_save_on_train_epoch_end(trainer)
+        return not private.looks_at_epoch_end(callback, trainer)
     return isinstance(callback, StepCheckpoint)
 
 

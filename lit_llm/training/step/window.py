@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_llm.errors import InputError
+from lit_llm.system.private import lightning as private
 from lit_llm.training.parallel import distribution
 
 if TYPE_CHECKING:
@@ -46,7 +47,7 @@ class Window:
         supervised, tokens = trainer.strategy.reduce(count, reduce_op="sum").tolist()
         self._first = max(1, supervised) if self._first is None else self._first
         self._all += supervised
-        self._last = not trainer.fit_loop._should_accumulate()
+        self._last = not private.accumulates(trainer)
         return {**batch, "num_supervised_in_step": self._first, "num_tokens_in_step": tokens,
                 "last_in_step": self._last}
 
