@@ -1,6 +1,7 @@
 """If this breaks, the README of a package shows code that does not run, or a result that it does not give."""
 
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -95,3 +96,49 @@ def test_the_order_of_a_step(tmp_path, tiny_model, monkeypatch):
     assert len(last) == len(who)
     for actor, cell in zip(last, who, strict=True):
         assert cell.startswith(actor), (last, who)
+
+
+def test_parts_of_ones_own(tmp_path):
+    """The module under Lightning's trainer learns three sentences, and is the same after it was saved and loaded."""
+    code = blocks("training", "python")[1] + """
+(before,) = trainer.validate(CausalLMModule(base="sample:base"), loader, verbose=False)
+assert trainer.validate(module, loader, verbose=False)[0]["val/nll"] < before["val/nll"] - 0.5
+assert sum(int(scores["tokens"].sum()) for scores in trainer.predict(module, loader)) == before["val/tokens"]
+"""
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env={"PYTHONPATH": str(PACKAGE.parent)}, timeout=120,
+                   check=True, capture_output=True)
+
+
+def test_a_package_of_ones_own_on_the_command_line(tmp_path, tiny_model, monkeypatch):
+    """The command of the README, on a package as it is described."""
+    from lit_llm.cli.main import main
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my_package.py").write_text("""
+from lightning.pytorch.callbacks import Callback
+from lit_llm import CausalLMModule
+
+class WithPenalty(CausalLMModule):
+    def __init__(self, weight: float = 0.0, **kwargs):
+        super().__init__(**kwargs)
+        open("weight", "w").write(str(weight))
+
+class Note(Callback):
+    def __init__(self, text: str):
+        self.text = text
+
+    def on_train_start(self, trainer, module):
+        open("note", "w").write(self.text)
+""")
+    rows = tmp_path / "chats.jsonl"
+    rows.write_text('{"prompt": "say one", "completion": "one"}\n')
+    (tmp_path / "my.yaml").write_text(
+        f"{{model: {{base: {tiny_model('llama')}}}, data: {{sources: [{{path: {rows}}}], seq_len: 64}}, "
+        "trainer: {max_steps: 1, accelerator: cpu, devices: 1}}")
+    (command,) = [text for text in blocks("training", "sh") if "--allow" in text]
+    words = shlex.split(command.replace("\\\n", " "))
+    assert words[:3] == ["python", "-m", "lit_llm"]
+    main(words[3:])
+    assert [(tmp_path / name).read_text() for name in ("weight", "note")] == ["0.0001", "begins"]
+    sys.path[:] = [path for path in sys.path if path != str(tmp_path)]
+    del sys.modules["my_package"]

@@ -116,7 +116,8 @@ class RunFolder(Callback):
             (folder / "config.yaml").write_text(text, encoding="utf-8")
         tokenizer, base = tokenizer_of(trainer), getattr(trainer.lightning_module, "base", None)
         if tokenizer is None and base is not None and isinstance(trainer.lightning_module, SavedModule):
-            tokenizer = Tokenizer.load(base)        # the ids of an own DataLoader are the base's
+            with suppress(InputError):              # a base may have none
+                tokenizer = Tokenizer.load(base)    # the ids of an own DataLoader are the base's
         if tokenizer is not None:
             tokenizer.save(folder / "tokenizer")
 
