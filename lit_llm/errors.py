@@ -4,6 +4,10 @@ Raised anywhere, caught once, at the rim (`cli/main.py`, `serve`): there it beco
 traceback. Our own bugs are `assert`s and keep theirs.
 """
 
+# The distribution of a package where it has another name.
+DISTRIBUTIONS = {"comet_ml": "comet-ml", "cut_cross_entropy": "cut-cross-entropy", "liger_kernel": "liger-kernel",
+                 "yaml": "pyyaml"}
+
 
 class InputError(ValueError):
     """Bad input: a file, a record, a config key, a template.
@@ -41,6 +45,20 @@ def _rebuild(kind: type[InputError], what: str, where: str, fix: str) -> InputEr
     error = kind.__new__(kind)                      # a subclass may take other arguments
     InputError.__init__(error, what, where=where, fix=fix)
     return error
+
+
+def missing_package(error: BaseException | None) -> InputError | None:
+    """What to install, where an error or its cause is a package that cannot be imported; null for any other error.
+
+    Args:
+        error: As it was caught.
+    """
+    while error is not None and not isinstance(error, ModuleNotFoundError):
+        error = error.__cause__ or error.__context__
+    name = (error.name or "").partition(".")[0] if error is not None else ""
+    if not name or name in ("lit_llm", "serve"):    # those of this project are no package to install
+        return None
+    return InputError(f"the package '{name}' is not installed", fix=f"pip install {DISTRIBUTIONS.get(name, name)}")
 
 
 def did_you_mean(word: str, known: list[str]) -> str:

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from lit_llm.errors import InputError
+from lit_llm.errors import InputError, missing_package
 from lit_llm.system import library_warnings, ranges
 from lit_llm.system.threads import number
 
@@ -54,6 +54,11 @@ def main(argv: list[str] | None = None, program: str = "python -m serve") -> Non
         server, settings = _build(options)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except ModuleNotFoundError as error:
+        if (missing := missing_package(error)) is None:
+            raise
+        print(f"error: {missing}", file=sys.stderr)
         raise SystemExit(2) from None
     except OSError as error:
         print(f"error: {ranges.shown(error.filename)}: {error.strerror}", file=sys.stderr)

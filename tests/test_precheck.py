@@ -18,6 +18,9 @@ from lit_llm.cli import pages, precheck, settings
 ROOT = Path(__file__).resolve().parents[1]
 
 
+BY_THE_RUN = ("trainer.strategy", "data.packing", "ckpt_path")     # keys whose names the parser leaves to the run
+
+
 def refusal(*words: str) -> str:
     """What is said before the parser is built; empty where nothing is."""
     try:
@@ -65,9 +68,9 @@ def test_a_value_is_refused_only_where_the_parser_refuses_it(tmp_path, monkeypat
     for key, entry in (pages.table()["keys"] | pages.table()["verbs"]["fit"]).items():
         for value in ("-1", "abc") if settings.hint_of(entry["type"]) in (int, float, bool, str) else ("abc",):
             refused = bool(refusal(f"--{key}={value}"))
-            if key in precheck.CLASSES:             # a class, which is refused before there is a parser
+            if key in (*precheck.CLASSES, *BY_THE_RUN):
                 assert refused
-            elif refused or key in ("model.lr", "data.seq_len", "data.packing", "model.quantize"):
+            elif refused or key in ("model.lr", "data.seq_len", "model.schedule", "model.quantize"):
                 assert refused == parser_refuses(f"--{key}={value}"), (key, value)
             seen[refused] += 1
     assert min(seen.values()) > 20
@@ -108,3 +111,32 @@ def test_a_source_that_is_replaced_need_not_exist(tmp_path, monkeypatch):
     precheck.check("fit", ["--config", "run.yaml", "--data.sources", json.dumps([{"path": "here.jsonl"}])])
     with pytest.raises(InputError, match=r"gone\.jsonl"):
         precheck.check("fit", ["--config", "run.yaml"])
+
+
+# ---- names of classes and strategies, paths --------------------------------------------------------------------------
+
+@pytest.mark.parametrize(("words", "says"), [
+    (["--trainer.strategy", "deepsped_stage_1"], "no strategy is named 'deepsped_stage_1'. Did you mean 'deepspeed_stage_1'?"),
+    (["--trainer.callbacks", "[{class_path: EarlyStoping}]"], "Did you mean 'EarlyStopping'?"),
+    (["--trainer.callbacks", "[{class_path: my_package.Mine}]"], "trainer.callbacks: 'my_package.Mine' is not imported"),
+    (["--model.base", "./nope"], "model.base: there is no folder ./nope"),
+    (["--data.tokenizer", "a/b/c"], "data.tokenizer: there is no folder a/b/c"),
+    (["--data.chat_template", "nope.jinja"], "there is no template file nope.jinja"),
+    (["--ckpt_path", "nope"], "there is no checkpoint folder nope"),
+    (["--ckpt_path", "last", "--trainer.default_root_dir", "runs/mine"], "runs/mine has no last checkpoint"),
+    (["--data.val_sources", "here.jsonl"], "data.val_sources: 'here.jsonl' is not a list"),
+    (["--data.packing", "bestfit"], "data.packing: 'bestfit' is none of best_fit, concat, none")])
+def test_names_and_paths_that_are_none(words, says, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert says in refusal(*words)
+
+
+@pytest.mark.parametrize("words", [
+    ["--trainer.strategy", "ddp"], ["--trainer.strategy", "{class_path: lit_llm.Fsdp2Strategy}"],
+    ["--trainer.strategy=lightning.pytorch.strategies.DDPStrategy"], ["--trainer.profiler", "simple"],
+    ["--trainer.logger", "false"], ["--trainer.callbacks", "LearningRateMonitor"], ["--model.base", "own/name"],
+    ["--trainer.callbacks+", "lightning.pytorch.callbacks.early_stopping.EarlyStopping"], ["--ckpt_path", "auto"],
+    ["--trainer.callbacks", "null"], ["--data.chat_template", "chatml"], ["--data.tokenizer", "sample:tokenizer"]])
+def test_names_that_are_left_to_the_run(words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert refusal(*words) == ""

@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 from lit_llm import disk
 from lit_llm.cli import configs, pages, settings
 from lit_llm.cli.parser import ToolParser, verb_first
-from lit_llm.errors import InputError, did_you_mean
+from lit_llm.errors import InputError, did_you_mean, missing_package
 from lit_llm.system import class_paths, library_warnings, ranges
 from lit_llm.system.private import torch as torch_private
 from lit_llm.system.redaction import redact_text
@@ -76,6 +76,10 @@ def main(args: list[str] | None = None) -> None:
         if not any(words in str(error).lower() for words in NOT_ENOUGH_MEMORY):
             raise
         _refuse(MEMORY)
+    except ModuleNotFoundError as error:
+        if (missing := missing_package(error)) is None:
+            raise
+        _refuse(str(missing))
     except BrokenPipeError:                         # whoever reads the output, `head` for instance, has enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(1) from None

@@ -157,7 +157,7 @@ def _class(subject: str) -> str | None:
 
 def _line(option: str, entry: Mapping[str, Any], *, most: int) -> list[str]:
     """An option beside its choices, the first clause of its description and its default, in so many lines at most."""
-    choices = entry["type"][1:] if entry["type"][:1] == ["Literal"] else []
+    choices = _choices(entry["type"])
     clause = re.split("[.;] ", entry["help"], maxsplit=1)[0].rstrip(".")
     text = clause if entry["default"] is None or choices else f"{clause} ({_value(entry['default'])})"
     if choices:
@@ -165,6 +165,12 @@ def _line(option: str, entry: Mapping[str, Any], *, most: int) -> list[str]:
         text = f"{', '.join(named)}: {clause}"
     lines = textwrap.wrap(text, _width() - KEY_WIDTH - 2, break_on_hyphens=False, max_lines=most, placeholder=" ...")
     return [f"  {option:<{KEY_WIDTH}}{lines[0]}", *(f"{'':{KEY_WIDTH + 2}}{line}" for line in lines[1:])]
+
+
+def _choices(spec: Any) -> list[Any]:
+    """The values of a key that takes a few texts, and perhaps others or null beside them."""
+    parts = [part for part in (spec[1:] if spec[:1] == ["Union"] else [spec]) if part not in ("None", "str")]
+    return list(parts[0][1:]) if len(parts) == 1 and parts[0][:1] == ["Literal"] else []
 
 
 def _entry(option: str, entry: Mapping[str, Any]) -> Iterator[str]:

@@ -8,19 +8,28 @@ to the parser, as are keys whose values are classes.
 import glob
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from lit_llm.cli import pages, parser, settings
+from lit_llm import names
+from lit_llm.cli import configs, pages, parser, settings
 from lit_llm.data.records import sources
-from lit_llm.errors import InputError, did_you_mean
+from lit_llm.errors import DISTRIBUTIONS, InputError, did_you_mean
 from lit_llm.system import class_paths, ranges
 
 ALLOW = class_paths.OPTION.lstrip("-")
 CLASSES = {f"{part}.class_path": part for part in class_paths.WHOLE}
 SOURCES = ("data.sources", "data.val_sources", "data.test_sources")
+NAMED = ("trainer.callbacks", "trainer.logger", "trainer.strategy", "trainer.plugins", "trainer.profiler",
+         "model.optimizer", "model.quantize")
+# Packages that classes, strategies and other values need, by the beginning of their names.
+PACKAGES = {"TensorBoardLogger": "tensorboard", "MLFlowLogger": "mlflow", "CometLogger": "comet_ml",
+            "WandbLogger": "wandb", "Rich": "rich", "DeviceStatsMonitor": "psutil", "deepspeed": "deepspeed",
+            "DeepSpeed": "deepspeed", "ZeroStrategy": "deepspeed", "adamw_8bit": "bitsandbytes", "nf4": "bitsandbytes",
+            "fp4": "bitsandbytes"}
 NESTED = "model.lora"                               # the one key whose mapping has keys of its own
 
 
@@ -36,7 +45,7 @@ def check(verb: str, options: Sequence[str]) -> None:
     """
     given: dict[str, Any] = {}
     own = tuple(f"{part}." for part in own_classes(options))
-    for key, value, typed in _given(options):
+    for key, value, typed in _given(configs.located(options)):
         key = key.removesuffix("+")
         if key == ALLOW:
             raise InputError("a file may not open a package", where=ALLOW, fix=f"who starts the command types "
@@ -54,6 +63,10 @@ def check(verb: str, options: Sequence[str]) -> None:
         raise InputError(parser.explain("arguments are required: data.sources", pages.all_keys()))
     for key in SOURCES:
         _check_sources(key, given.get(key))
+    own_parts = {key: value for key, value in given.items() if not key.startswith(own)} if own else given
+    _check_paths(own_parts)
+    for key in NAMED:
+        _check_named(key, given.get(key))
 
 
 def own_classes(options: Sequence[str]) -> dict[str, str]:
@@ -73,9 +86,9 @@ def own_classes(options: Sequence[str]) -> dict[str, str]:
 
 def _is_key(key: str) -> bool:
     """Whether it is a key, lies below one that takes a mapping, or holds others; the parser's own are not judged."""
-    names = pages.all_keys()
-    leaves = [name for name in names if name != NESTED and not any(other.startswith(f"{name}.") for other in names)]
-    return (key in names or key in pages.table()["nested"] or key.startswith(("print_", "trust-checkpoint"))
+    every = pages.all_keys()
+    leaves = [name for name in every if name != NESTED and not any(other.startswith(f"{name}.") for other in every)]
+    return (key in every or key in pages.table()["nested"] or key.startswith(("print_", "trust-checkpoint"))
             or any(key.startswith(f"{leaf}.") for leaf in leaves))
 
 
@@ -89,7 +102,7 @@ def _check_value(verb: str, key: str, value: Any, *, typed: bool) -> None:
     """Read a value as the parser will, where the key takes numbers, texts, choices, and lists and mappings of them."""
     own = pages.table()["verbs"][verb]
     entry = own.get(key) or pages.table()["keys"].get(key) or pages.table()["nested"].get(key)
-    hint = settings.hint_of(entry["type"]) if entry else None
+    hint = settings.hint_of(_closed(entry["type"])) if entry else None
     if hint is None or (typed and value is None):
         return
     reader = parser.ToolParser(allow_abbrev=False)
@@ -103,18 +116,69 @@ def _check_value(verb: str, key: str, value: Any, *, typed: bool) -> None:
     ranges.check(f"{verb}.{key}" if key in own else key, settings.plain(read.get(key)), where=key)
 
 
+def _closed(spec: Any) -> Any:
+    """The type of a key whose choices only an opened package can add to, without the texts that it may add."""
+    choices = spec[1] if spec[0] == "Union" and len(spec) == 3 and spec[2] == "str" else spec
+    return choices if choices[0] == "Literal" and not class_paths.opened else spec
+
+
 def _check_sources(key: str, items: Any) -> None:
     """Refuse unknown keys of a source, and a path where nothing is."""
-    names = [name.rpartition(".")[2] for name in pages.table()["nested"] if name.startswith("data.sources.")]
+    fields = [name.rpartition(".")[2] for name in pages.table()["nested"] if name.startswith("data.sources.")]
+    if isinstance(items, str | int | float):
+        raise InputError(parser.explain(f'Parser key "{key}": Expected a <class \'list\'>. Got value: {items}', []))
     for item in items if isinstance(items, list) else ():
         if not isinstance(item, dict):
             continue
         for name in item:
-            if name not in names and re.fullmatch(r"\w+", str(name)):
-                raise InputError(f"unknown key '{name}'.{did_you_mean(str(name), names)}", where=key)
+            if name not in fields and re.fullmatch(r"\w+", str(name)):
+                raise InputError(f"unknown key '{name}'.{did_you_mean(str(name), fields)}", where=key)
         path = item.get("path")
         if isinstance(path, str) and path and not sources.is_hub(path) and not glob.has_magic(path):
             sources.check_exists(path)
+
+
+def _check_paths(given: Mapping[str, Any]) -> None:
+    """Refuse names that can only be local paths, where nothing is."""
+    texts = {key: value for key, value in given.items() if isinstance(value, str) and value not in ("", "null")}
+    for key in ("model.base", "model.adapter", "data.tokenizer"):
+        if key in texts:
+            names.check_folder(texts[key], key, fix="give a folder in the layout of Hugging Face, or the id of one on "
+                               "the hub" if key != "model.adapter" else "give the folder of an adapter, or of a run")
+    template = texts.get("data.chat_template", "")
+    if template.endswith(".jinja") and not Path(template).expanduser().exists():
+        raise InputError(f"there is no template file {template}", where="data.chat_template",
+                         fix="give a .jinja file, or null")
+    checkpoint, run = texts.get("ckpt_path", "auto"), Path(texts.get("trainer.default_root_dir", "runs/run"))
+    if checkpoint in ("last", "best") and not (run.expanduser() / "checkpoints").is_dir():
+        raise InputError(f"{run} has no {checkpoint} checkpoint", where="ckpt_path",
+                         fix="start a fit without --ckpt_path")
+    if checkpoint not in ("last", "best", "auto") and not Path(checkpoint).expanduser().exists():
+        raise InputError(f"there is no checkpoint folder {checkpoint}", where="ckpt_path",
+                         fix="give `last`, `best`, or a folder like runs/sft/checkpoints/step_40")
+
+
+def _check_named(key: str, value: Any) -> None:
+    """Refuse names of strategies and classes that do not exist, and what needs a package that is not installed."""
+    value = _read(value) if isinstance(value, str) else value
+    exported = [name for group in class_paths.EXPORTS.values() for name in group]
+    for item in value if isinstance(value, list) else [value]:
+        path = item.get("class_path") if isinstance(item, dict) else item
+        if not isinstance(path, str):
+            continue
+        name = path.rpartition(".")[2]
+        named = name == path and isinstance(item, str)      # of a strategy or profiler, or a class by its short name
+        if named and key == "trainer.strategy" and name not in (*pages.table()["strategies"], *exported):
+            near = did_you_mean(name, pages.table()["strategies"])
+            raise InputError(f"no strategy is named '{name}'.{near}", where=key,
+                             fix="auto, ddp, fsdp2 and deepspeed_stage_1, _2 and _3 are the usual ones")
+        known = named or name in exported or path.startswith("lit_llm.")
+        if not known and re.fullmatch(r"[\w.]+", path) and not class_paths.opened:
+            raise InputError(parser.explain(f'Parser key "{key}": Importing \'{path}\' is not allowed', []))
+        module = next((each for kind, each in PACKAGES.items() if name.startswith(kind)), "")
+        if module and find_spec(module) is None:
+            raise InputError(f"{name} needs the package '{module}', which is not installed", where=key,
+                             fix=f"pip install {DISTRIBUTIONS.get(module, module)}")
 
 
 def _given(options: Sequence[str]) -> Iterator[tuple[str, Any, bool]]:
@@ -126,7 +190,8 @@ def _given(options: Sequence[str]) -> Iterator[tuple[str, Any, bool]]:
         if name in ("-c", "--config"):
             yield from ((key, part, False) for key, part in _written(value or ""))
         elif name.startswith("--") and name != "--":
-            yield name[2:], _read(value or "") if name[2:] in SOURCES else value, name[2:] not in SOURCES
+            is_list = name[2:].removesuffix("+") in SOURCES
+            yield name[2:], _read(value or "") if is_list else value, not is_list
 
 
 def _written(file: str) -> Iterator[tuple[str, Any]]:

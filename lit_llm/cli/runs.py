@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 import jsonargparse
 import torch
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.strategies import StrategyRegistry
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lit_llm.cli import configs, examples, pages, precheck, settings
@@ -21,13 +22,14 @@ from lit_llm.cli.parser import ShortErrors, ToolParser, with_whole_sources
 from lit_llm.cli.summary import finish
 from lit_llm.data.datamodule import TextDataModule
 from lit_llm.data.records.sources import Source
-from lit_llm.errors import InputError
+from lit_llm.errors import InputError, missing_package
 from lit_llm.models.adapters.peft_method import LoRA
 from lit_llm.system import class_paths, ranges
 from lit_llm.system.library_warnings import lower_loggers
 from lit_llm.system.private import others
 from lit_llm.training.checks import divergence, idle
 from lit_llm.training.module import CausalLMModule
+from lit_llm.training.parallel import named
 from lit_llm.training.trainer import Trainer
 
 NESTED = {"model.lora": LoRA, "data.sources": Source}       # keys that take a mapping, or a list of them
@@ -185,6 +187,7 @@ def described() -> dict[str, Any]:
             classes[f"{package}.{name}"] = {"help": _first_paragraph(kind), "arguments": _entries(_parser_of(kind))}
     return {"keys": {key: entry for key, entry in entries["fit"].items() if key not in own["fit"]}, "nested": nested,
             "verbs": {verb.replace("_", "-"): given for verb, given in own.items()}, "classes": classes,
+            "strategies": ["auto", *named.OWN, *StrategyRegistry.available_strategies()],
             "hidden": ["weights_only", *(f"trainer.{name}" for name in (*idle.IGNORED, *REFUSED))]}
 
 
@@ -294,6 +297,8 @@ def check_values(verb: str, config: Any, classes: dict[str, Any] | None = None) 
 
 def refusal(error: BaseException) -> InputError:
     """What a constructor, Lightning's or of a class that a config names, says of its arguments, in a line."""
+    if (missing := missing_package(error)) is not None:
+        return missing.at("trainer")
     lines = str(error).strip().splitlines() or [type(error).__name__]
     reasons = [line.strip(" -") for line in lines[1:] if line.startswith("  - ") and "Expected a <class" not in line]
     said = reasons[-1] if reasons else lines[0]
