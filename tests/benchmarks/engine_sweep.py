@@ -45,7 +45,7 @@ def answers(engine, prompts, news):
 
 
 def main():
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, GenerationConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as KINDS
 
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -68,15 +68,15 @@ def main():
                 if weight.ndim > 1:
                     weight.normal_(0, 0.15)
         draw, words = random.Random(0), model.config.get_text_config().vocab_size
-        prompts = {f"r{at}": [draw.randrange(1, words) for _ in range(draw.choice([1, 2, 5, 20, 60]))]
+        prompts = {f"r{at}": [draw.randrange(4, words) for _ in range(draw.choice([1, 2, 5, 20, 60]))]
                    for at in range(REQUESTS)}
         news = {name: draw.randrange(1, 30) for name in prompts}
-        model.generation_config.eos_token_id = None
+        model.generation_config = GenerationConfig()    # no beams or forced tokens, and no end
         try:
             want = {}
             for each, prompt in prompts.items():
                 out = model.generate(torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
-                                     max_new_tokens=news[each], do_sample=False, pad_token_id=0)
+                                     max_new_tokens=news[each], do_sample=False, pad_token_id=0, use_cache=True)
                 want[each] = out[0, len(prompt):].tolist()
             text = model.config.get_text_config()
             text.max_position_embeddings = min(getattr(text, "max_position_embeddings", None) or CONTEXT, CONTEXT)

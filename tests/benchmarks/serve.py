@@ -1,0 +1,234 @@
+"""How fast answers come, as ratios measured in one run: our server against `transformers serve` and the chapter's FastAPI.
+
+All servers live at once, each with the same random Llama of 32 million parameters in float32, and take turns of some
+seconds: at 1, 8 and 32 clients, each of which asks for 64 tokens again and again over HTTP. Prints output tokens/s, the
+seconds to the first token (median and 95th percentile), and their ratios; then the longest gap of a running stream while a
+long prompt arrives, and the first token of that prompt when it comes again.
+
+    python tests/benchmarks/serve.py                   # about ten minutes
+    python tests/benchmarks/serve.py --rounds 1 --clients 8
+"""
+
+import argparse
+import itertools
+import json
+import os
+import random
+import signal
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import urllib.request
+from contextlib import ExitStack, contextmanager, suppress
+from http.client import HTTPConnection
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+NEW, CONTEXT = 64, 2048
+CHAPTER = '''
+import sys, uvicorn
+from fastapi import FastAPI
+from pydantic import BaseModel
+from transformers import pipeline
+
+app, generate = FastAPI(), pipeline("text-generation", model=sys.argv[1], device="cpu")
+
+
+class Ask(BaseModel):
+    message: str
+    max_length: int
+
+
+@app.get("/health")
+def health():
+    return {}
+
+
+@app.post("/chat")
+def chat(ask: Ask):
+    return generate(ask.message, max_new_tokens=ask.max_length, do_sample=False, return_full_text=False)[0]
+
+
+uvicorn.run(app, port=int(sys.argv[2]), log_level="error")
+'''
+
+
+def make_model(folder, tokenizer):
+    """A random Llama whose answers never end by themselves."""
+    import torch
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    hf = AutoTokenizer.from_pretrained(tokenizer)
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(
+        vocab_size=max(6400, len(hf)), hidden_size=512, intermediate_size=1408, num_hidden_layers=8, num_attention_heads=8,
+        num_key_value_heads=8, max_position_embeddings=CONTEXT, tie_word_embeddings=True))
+    model.generation_config.eos_token_id = None
+    model.generation_config.pad_token_id = 0
+    model.save_pretrained(folder)
+    hf.save_pretrained(folder)
+
+
+@contextmanager
+def started(command, ready, folder):
+    """A server of its own until it answers at `ready`; its address."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    process = subprocess.Popen([word.format(port=port) for word in command], cwd=folder, start_new_session=True,
+                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                               env=os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"})
+    try:
+        end = time.monotonic() + 240
+        while True:
+            with suppress(OSError), urllib.request.urlopen(f"http://127.0.0.1:{port}{ready}", timeout=5):
+                break
+            if time.monotonic() > end or process.poll() is not None:
+                raise SystemExit(f"error: {' '.join(command)} did not start")
+            time.sleep(0.5)
+        yield port
+    finally:
+        os.killpg(process.pid, signal.SIGTERM)
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(20)
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+def stream(port, path, body, arrived):
+    """One request; `arrived` gets the time of each piece of text. Returns the tokens that came."""
+    connection = HTTPConnection("127.0.0.1", port, timeout=300)
+    connection.request("POST", path, json.dumps(body), {"Content-Type": "application/json"})
+    reply, tokens = connection.getresponse(), 0
+    if reply.status != 200:
+        raise RuntimeError(f"{reply.status}: {reply.read()[:300]!r}")
+    for line in reply:
+        if line.startswith(b"data: {"):
+            event = json.loads(line[6:])
+            tokens = (event.get("usage") or {}).get("completion_tokens") or tokens
+            if any(choice["delta"].get("content") for choice in event.get("choices", ())):
+                arrived.append(time.perf_counter())
+        elif line.startswith(b"{"):
+            arrived.append(time.perf_counter())
+            tokens = NEW
+    connection.close()
+    return tokens
+
+
+def words(draw, count):
+    """Text of about that many tokens."""
+    return " ".join(draw.choice(("the", "house", "river", "green", "and", "of", "stone", "walks")) for _ in range(count))
+
+
+class Contestant:
+    """A server and how it is asked.
+
+    Args:
+        name: As printed.
+        port: Where it listens.
+        model: As its API calls it; null for the chapter's.
+    """
+
+    def __init__(self, name, port, model):
+        self.name, self.port, self.model = name, port, model
+
+    def ask(self, prompt, arrived, new=NEW):
+        if self.model is None:
+            return stream(self.port, "/chat", {"message": prompt, "max_length": new}, arrived)
+        return stream(self.port, "/v1/chat/completions", {
+            "model": self.model, "messages": [{"role": "user", "content": prompt}], "max_tokens": new, "temperature": 0,
+            "stream": True, "stream_options": {"include_usage": True}}, arrived)
+
+    def load(self, clients, seconds, seed):
+        """Tokens/s of all clients, and seconds to the first token of each request."""
+        end, tokens, firsts, lock = time.perf_counter() + seconds, [0], [], threading.Lock()
+        began = time.perf_counter()
+
+        def client(number):
+            draw = random.Random(seed * 1000 + number)
+            while time.perf_counter() < end:
+                arrived, start = [], time.perf_counter()
+                count = self.ask(words(draw, draw.randrange(20, 40)), arrived)
+                with lock:
+                    tokens[0] += count
+                    firsts.append(arrived[0] - start)
+
+        threads = [threading.Thread(target=client, args=(number,)) for number in range(clients)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        return tokens[0] / (time.perf_counter() - began), firsts
+
+    def long_prompt(self):
+        """The longest gap of a running stream while a long prompt arrives, and the prompt's first token thrice."""
+        prompt, gaps, firsts = words(random.Random(1), 1000), [], []
+        for turn in range(3):
+            arrived, late = [], []
+            other = threading.Thread(target=self.ask, args=("Tell me of the river.", arrived, 400))
+            other.start()
+            while len(arrived) < 10:
+                time.sleep(0.01)
+            start = time.perf_counter()
+            self.ask(prompt if turn < 2 else f"{prompt} And then?", late, 2)
+            firsts.append(late[0] - start)
+            other.join()
+            during = [moment for moment in arrived if moment > start - 1]
+            gaps.append(max(later - earlier for earlier, later in itertools.pairwise(during)))
+        return gaps, firsts
+
+
+def percentile(values, share):
+    return sorted(values)[min(len(values) - 1, int(share * len(values)))]
+
+
+def main():
+    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments.add_argument("--rounds", type=int, default=3)
+    arguments.add_argument("--seconds", type=float, default=12, help="of a turn")
+    arguments.add_argument("--clients", type=int, nargs="*", default=[1, 8, 32])
+    arguments.add_argument("--tokenizer", default=str(ROOT / "lit_llm" / "samples" / "base"))
+    arguments.add_argument("--only", nargs="*", default=["ours", "transformers", "chapter"])
+    arguments.add_argument("--options", nargs="*", default=[], help="more options of our server, such as --dtype=bfloat16")
+    given = arguments.parse_args()
+    with ExitStack() as stack:
+        folder = stack.enter_context(tempfile.TemporaryDirectory())
+        make_model(f"{folder}/model", given.tokenizer)
+        Path(folder, "chapter.py").write_text(CHAPTER)
+        commands = {
+            "ours": ([sys.executable, "-m", "serve", "--model", f"{folder}/model", "--port", "{port}", *given.options],
+                     "/health/ready", "model"),
+            "transformers": (["transformers", "serve", f"{folder}/model", "--continuous-batching", "--port",
+                              "{port}", "--device", "cpu", "--dtype", "float32"], "/health", f"{folder}/model"),
+            "chapter": ([sys.executable, "chapter.py", f"{folder}/model", "{port}"], "/health", None)}
+        contestants = []
+        for name in given.only:
+            command, ready, model = commands[name]
+            contestants.append(Contestant(name, stack.enter_context(started(command, ready, folder)), model))
+            contestants[-1].load(2, 3, 9)           # warm
+        for clients in given.clients:
+            speeds, firsts = {each.name: [] for each in contestants}, {each.name: [] for each in contestants}
+            for turn in range(given.rounds):
+                for each in contestants:
+                    speed, waited = each.load(clients, given.seconds, turn)
+                    speeds[each.name].append(speed)
+                    firsts[each.name] += waited
+            for each in contestants:
+                ratio = statistics.median(one / other for one, other in
+                                          zip(speeds["ours"], speeds[each.name], strict=True)) if "ours" in speeds else 0
+                print(f"{clients:3} clients  {each.name:<13} {statistics.median(speeds[each.name]):7.1f} tokens/s   first "
+                      f"token {statistics.median(firsts[each.name]):6.2f} s, 95th "
+                      f"{percentile(firsts[each.name], 0.95):6.2f} s   ours is {ratio:.2f} times", flush=True)
+        for each in contestants:
+            if each.model is not None:
+                gaps, firsts = each.long_prompt()
+                print(f"long prompt  {each.name:<13} longest gap of a stream {max(gaps):.2f} s; first token "
+                      f"{firsts[0]:.2f} s, again {firsts[1]:.2f} s, with more behind it {firsts[2]:.2f} s", flush=True)
+
+
+if __name__ == "__main__":
+    main()
