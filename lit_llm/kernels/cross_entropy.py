@@ -6,6 +6,10 @@ that recomputing them would cost. On CUDA products leave in the float32 they wer
 losses and gradients of them in one pass, where Triton works. Without gradients `tiles.py` does it;
 others' ways are in `borrowed.py`.
 
+Without this kernel and `tiles.py`, with `F.cross_entropy` on recomputed chunks of logits, a training step of a
+6M-parameter Llama takes 1.15 to 1.25 times as long in float32 and 1.25 times in bfloat16, a validation 1.04 to 1.19 and
+1.13 times. Measured as in `blockwise.py`.
+
     N tokens, V vocabulary, D hidden, K rows of the head that learn beside it
 """
 

@@ -3,6 +3,10 @@
 Transformers writes a norm in five operations, which autograd turns into some ten passes over memory; layer norm has a
 kernel of its own, and its gradient is that of an RMS norm but for a term that is added back. Takes a fifth of the time.
 
+That is little of a whole step: without it, a training step of a 6M-parameter Llama takes 1.04 times as long in bfloat16
+and 1.01 to 1.02 times in float32, a validation as long. Measured as in `blockwise.py`. For the backward pass it keeps
+the input alone: in float32 half, in bfloat16 a third of the bytes that transformers' operations keep.
+
     y = x * r * weight      r = 1 / sqrt(mean(x^2) + eps)                   arXiv:1910.07467, equation 4
 """
 

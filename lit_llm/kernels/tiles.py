@@ -1,6 +1,6 @@
 """Losses of a linear head without gradients, computed in tiles of tokens and vocabulary.
 
-No token's logits are ever together, so memory grows neither with tokens nor with the vocabulary. See
+No token's logits are ever together, so memory grows neither with tokens nor with the vocabulary. What it gains is in
 `cross_entropy.py`.
 
     N tokens, V vocabulary, D hidden, K rows of the head that learn beside it, M tiles of words

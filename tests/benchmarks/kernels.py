@@ -2,7 +2,8 @@
 
     python -m tests.benchmarks.kernels [--rounds 9] [--vocabulary 32000] [--lengths 60 300 ...] [--dtypes bfloat16]
 
-A 6M-parameter Llama on a packed row of random documents, one thread. All contestants take turns in one process; the printed ratio is the median over the rounds of time without the kernel / time with all.
+A 6M-parameter Llama on a packed row of random documents, one thread. All contestants take turns in one process; the printed
+ratio is the median over the rounds of CPU time without the kernel / CPU time with all.
 CUDA is not measured here: blockwise attention, the norms and oneDNN's tiles are for CPUs, the Triton kernel for CUDA.
 """
 
