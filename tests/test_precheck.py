@@ -73,7 +73,8 @@ def test_a_value_is_refused_only_where_the_parser_refuses_it(tmp_path, monkeypat
             elif refused or key in ("model.lr", "data.seq_len", "model.schedule", "model.quantize"):
                 assert refused == parser_refuses(f"--{key}={value}"), (key, value)
             seen[refused] += 1
-    assert min(seen.values()) > 20
+    assert seen[True] > 60
+    assert seen[False] > 10
 
 
 @pytest.mark.parametrize(("words", "says"), [
