@@ -1,7 +1,7 @@
-"""A large language model's whole life on PyTorch Lightning: data, pretraining, SFT, evaluation, chat and API.
+"""Train, evaluate and serve language models on PyTorch Lightning: data, pretraining, SFT, evaluation, chat and API.
 
-Public names are imported when they are first used, so that `import lit_llm` costs nothing. `dir(lit_llm)` lists them.
-A config may name the callbacks, strategies and data classes among them as `lit_llm.NAME`.
+Public names are imported at first use, so that `import lit_llm` is fast. `dir(lit_llm)` lists them. A config may name
+the callbacks, strategies and data classes among them as `lit_llm.NAME`.
 """
 
 from importlib import import_module

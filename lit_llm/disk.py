@@ -1,4 +1,4 @@
-"""Files that are complete or not there, whenever the process or the machine dies."""
+"""Write files and folders atomically: after a crash they are complete or absent."""
 
 import errno
 import os
@@ -7,30 +7,30 @@ from pathlib import Path
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 FULL_WORDS = ("no space left", "disk quota exceeded", "os error 28", "file too large", "pytorchstreamwriter failed",
-              "] . unexpected pos ")                    # torch, of a file that became longer than the disk
+              "] . unexpected pos ")                    # torch, for a file larger than the disk
 GONE = (errno.ENOENT, errno.ESTALE, errno.ENOTCONN, errno.EIO, errno.ENODEV)
 GIB = 2**30
 
 
 def cache_root(cache_dir: str | None) -> Path:
-    """The folder of all that is kept to be faster next time."""
+    """The folder of all caches."""
     return Path(cache_dir or os.environ.get("LIT_LLM_CACHE") or "~/.cache/lit_llm").expanduser()
 
 
 def is_full(error: BaseException) -> bool:
-    """Whether an error of Python, torch or a library in Rust says that a disk is full."""
+    """Whether an error of Python, torch or a Rust library means a full disk."""
     if isinstance(error, OSError) and error.errno is not None:
         return error.errno in FULL
     return any(words in str(error).lower() for words in FULL_WORDS)
 
 
 def number_of(error: BaseException) -> int:
-    """The system's number of an error: that of a full disk for every library's words for it, 0 if there is none."""
+    """The errno of an error; ENOSPC for every library's message about a full disk; 0 if there is none."""
     return errno.ENOSPC if is_full(error) else getattr(error, "errno", None) or 0
 
 
-def said(error: BaseException | None) -> str:
-    """An error in one line; empty where there is none."""
+def reason(error: BaseException | None) -> str:
+    """An error in one line; empty if there is none."""
     if error is None:
         return ""
     if is_full(error) and not isinstance(error, OSError):
@@ -41,7 +41,7 @@ def said(error: BaseException | None) -> str:
 
 
 def free(folder: Path) -> str:
-    """How much room there is, in words; of the nearest folder above where this one is gone."""
+    """Description of the free space, of the nearest existing parent folder."""
     folder = folder.absolute()
     while not folder.is_dir():
         folder = folder.parent
@@ -49,16 +49,16 @@ def free(folder: Path) -> str:
 
 
 def remedy(error: BaseException, folder: Path) -> str:
-    """What to do about an error of writing into a folder, as the first half of a sentence."""
+    """Advice about an error of writing into a folder, as the first half of a sentence."""
     if is_full(error):
-        return "make room"
+        return "free some space"
     if not folder.is_dir() or (isinstance(error, OSError) and error.errno in GONE):
-        return "it is gone: if it was moved, move it back; if its disk is gone, bring that back"
-    return "see that it can be written"
+        return "it no longer exists: move it back, or mount its disk again"
+    return "make sure that it is writable"
 
 
 def sync(path: Path) -> None:
-    """Wait until a file, or a folder's list of names, has reached the disk."""
+    """Flush a file or a folder's entries to disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -67,7 +67,7 @@ def sync(path: Path) -> None:
 
 
 def replace_text(file: Path, text: str) -> None:
-    """Write a file in one move: a reader sees the old text or the new, never a part. Its folder is made if absent."""
+    """Write a file atomically: readers see the old or the new text. Its folder is created if necessary."""
     file.parent.mkdir(parents=True, exist_ok=True)
     fresh = file.with_name(f"{file.name}.partial")
     try:
@@ -81,7 +81,7 @@ def replace_text(file: Path, text: str) -> None:
 
 
 def replace_folder(fresh: Path, folder: Path) -> None:
-    """Give a finished folder its name; what had that name is gone."""
+    """Rename a finished folder to its final name, and remove what had that name."""
     shutil.rmtree(folder, ignore_errors=True)
     os.rename(fresh, folder)
     sync(folder.parent)

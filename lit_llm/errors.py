@@ -1,7 +1,7 @@
-"""What a user did, said so that the user can mend it.
+"""Errors that a user can fix.
 
-Raised anywhere, caught once, at the rim (`cli/main.py`, `serve`): there it becomes a few lines and exit code 2, never a
-traceback. Our own bugs are `assert`s and keep theirs.
+They are raised anywhere and caught once, in `cli/main.py` and `serve`, where they become a few lines and exit code 2
+without a traceback. Bugs are `assert`s and keep their traceback.
 """
 
 # The distribution of a package where it has another name.
@@ -13,9 +13,9 @@ class InputError(ValueError):
     """Bad input: a file, a record, a config key, a template.
 
     Args:
-        what: What came, and what would have been right. One sentence.
-        where: `file:line`, a config key or a flag; empty where it has no place.
-        fix: What to type or change next; empty where `what` already says it.
+        what: What is wrong, and what would be right, in one sentence.
+        where: `file:line`, a config key or a flag; empty if there is no place.
+        fix: What to type or change next; empty if `what` already says it.
 
     >>> print(InputError("unknown role 'bot'; use system, user, assistant or tool", where="a.jsonl:3"))
     a.jsonl:3: unknown role 'bot'; use system, user, assistant or tool
@@ -30,7 +30,7 @@ class InputError(ValueError):
         return f"{text}\n  {self.fix}" if self.fix else text
 
     def at(self, where: str) -> "InputError":
-        """The same error with its place, for a caller that knows it."""
+        """The same error with a place."""
         return self if self.where else InputError(self.what, where=where, fix=self.fix)
 
     def __reduce__(self) -> tuple:                  # worker processes pickle exceptions
@@ -38,7 +38,7 @@ class InputError(ValueError):
 
 
 class GivenUpError(InputError):
-    """An error that ends the work, also where bad records are skipped."""
+    """An error that ends the run even if bad records are skipped."""
 
 
 def _rebuild(kind: type[InputError], what: str, where: str, fix: str) -> InputError:
@@ -62,7 +62,7 @@ def missing_package(error: BaseException | None) -> InputError | None:
 
 
 def did_you_mean(word: str, known: list[str]) -> str:
-    """` Did you mean 'x'?`, or nothing where no known word is close."""
+    """` Did you mean 'x'?`, or an empty text if no known word is similar."""
     from difflib import get_close_matches
 
     close = get_close_matches(word, known, n=1, cutoff=0.6)

@@ -1,4 +1,4 @@
-"""Names of models and corpora on the Hugging Face hub: whether it can be reached, and what to say where it cannot."""
+"""Access to the Hugging Face hub: whether it is reachable, and the error message if it is not."""
 
 import os
 import socket
@@ -13,9 +13,9 @@ SECONDS = 5.0
 
 @cache
 def offline() -> bool:
-    """Whether only the local cache can be used: told so, or no connection within a few seconds.
+    """Whether only the local cache can be used: by configuration, or without a connection within a few seconds.
 
-    Asked once, because the hub's own client tries again for most of a minute. Behind a proxy its client knows better.
+    Checked once, because the hub's own client retries for most of a minute. Behind a proxy the client decides itself.
     """
     if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
         return True
@@ -36,14 +36,14 @@ def cached(name: str) -> Path | None:
 
     try:
         file = try_to_load_from_cache(name, "config.json")
-    except ValueError:                              # no hub id
+    except ValueError:                              # not a hub id
         return None
     return Path(file).parent if isinstance(file, str) else None
 
 
 def unreachable(name: str, *, where: str = "") -> InputError:
-    """The one message for a hub id that could not be fetched; it names the offline ways."""
+    """The error for a hub id that could not be downloaded, with the offline alternatives."""
     return InputError(
-        f"'{name}' is no local folder, and it could not be fetched from the Hugging Face hub", where=where,
+        f"'{name}' is not a local folder and could not be downloaded from the Hugging Face hub", where=where,
         fix="offline: give a local folder, or fill the cache elsewhere and set HF_HOME to it with HF_HUB_OFFLINE=1;\n"
             "  behind a mirror: set HF_ENDPOINT to its address")

@@ -1,4 +1,4 @@
-"""What the name of a model, a tokenizer or a corpus means: a local path, a packaged sample, or an id on the hub."""
+"""Resolve the name of a model, tokenizer or corpus: a local path, a packaged sample, or a hub id."""
 
 import os
 from pathlib import Path
@@ -11,7 +11,7 @@ SAMPLES = Path(__file__).resolve().parent / "samples"
 
 
 def is_sample(name: str) -> bool:
-    """Whether a name means a file or folder that ships with this package."""
+    """Whether a name refers to a packaged file or folder."""
     return name.startswith(SAMPLE)
 
 
@@ -21,12 +21,12 @@ def resolve(name: str) -> str:
 
 
 def path_of(name: str) -> Path:
-    """The local path that a name means if it means one; an id on the hub gives a path that does not exist."""
+    """The local path of a name; for a hub id, a path that does not exist."""
     return Path(resolve(name)).expanduser()
 
 
 def is_path(name: str) -> bool:
-    """Whether a name can only be a local path: ids on the hub are `name` or `owner/name`.
+    """Whether a name can only be a local path: hub ids are `name` or `owner/name`.
 
     >>> [is_path(name) for name in ("gpt2", "Qwen/Qwen3-0.6B", "runs/sft/export", "./export", "~/export")]
     [False, False, True, True, True]
@@ -35,17 +35,17 @@ def is_path(name: str) -> bool:
 
 
 def check_folder(name: str, where: str, fix: str = "") -> None:
-    """Refuse the name of a model that can only be a local path, where there is no folder.
+    """Refuse a model name that can only be a local path if the folder does not exist.
 
     Raises:
-        InputError: At `where`, the key that holds the name.
+        InputError: Located at `where`, the key of the name.
     """
     if is_path(name) and not path_of(name).is_dir():
         raise InputError(f"there is no folder {name}", where=where, fix=fix)
 
 
 def folder_of(name: str) -> Path | None:
-    """The folder of a model, local or in the hub's cache; null where there is none. Nothing is downloaded."""
+    """The folder of a model, local or in the hub's cache; null if there is none. Nothing is downloaded."""
     path = path_of(name)
     if path.is_dir():
         return path
@@ -53,12 +53,12 @@ def folder_of(name: str) -> Path | None:
 
 
 def is_local_only(name: str) -> bool:
-    """Whether files of a model come from the hub's cache alone, since the hub cannot be reached."""
+    """Whether a model's files come from the hub's cache only, because the hub is not reachable."""
     return not path_of(name).is_dir() and hub.offline()
 
 
 def absolute(path: str) -> str:
-    """A local path from the root, with `~` replaced; links stay as they are."""
+    """The absolute form of a local path; links are not resolved."""
     return os.path.abspath(os.path.expanduser(path))
 
 

@@ -199,10 +199,10 @@ def test_a_package_that_cannot_be_opened(words, says, package):
     (["--trainer.callbacks", json.dumps([{"class_path": "mine.parts.Path"}])], "trainer.callbacks"),
     (["--model.lora", "null", "--model.peft", json.dumps({"class_path": "mine.parts.Spy"})], "Spy"),
     (["--model.lora", "null", "--model.peft", json.dumps({"class_path": "LoraConfig", "init_args": {
-        "init_lora_weights": {"class_path": "mine.parts.Spy"}}})], "no class_path is followed below this key"),
+        "init_lora_weights": {"class_path": "mine.parts.Spy"}}})], "no class_path is followed within this key"),
     (["--model.base", "null", "--model.lora", "null", "--data.tokenizer", "sample:base", "--model.init", json.dumps(
         {"model_type": "llama", "rope_parameters": {"class_path": "mine.parts.Spy"}})],
-     "no class_path is followed below this key"),
+     "no class_path is followed within this key"),
 ])
 def test_allow_opens_no_other_place(words, says, package):
     """Keys take the classes of their type alone, and below model.init and model.peft nothing is built."""

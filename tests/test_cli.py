@@ -147,10 +147,10 @@ def test_the_installed_command_is_the_module(tmp_path):
     ([source("good.jsonl", weight="heavy")], "data.sources.weight: 'heavy' is not a number"),
     (["--model.lora.alpha", "x"], "model.lora.alpha: 'x' is not a number"),
     (["--model.lora", "4"], ["model.lora: '4'", "LoRA", "null"]),
-    (["--model.neftune_alpha", "lots"], "model.neftune_alpha: 'lots' is none of a number, null"),
+    (["--model.neftune_alpha", "lots"], "model.neftune_alpha: 'lots' is not one of a number, null"),
     (["--model.gradient_checkpointing", "ful"], ["selective", "auto", "true or false"]),
     (["--model.quantize", "nf5"], ["nf4, fp4, null", "Did you mean 'nf4'?"]),
-    (["--trainer.max_epochs", "1.5"], "trainer.max_epochs: '1.5' is none of a whole number, null"),
+    (["--trainer.max_epochs", "1.5"], "trainer.max_epochs: '1.5' is not one of a whole number, null"),
     (["other.yaml"], "--config other.yaml"),
     (["--model.betas", "[0.9, 1.5]"], "model.betas"),
     (["--model.eps", "-1"], "model.eps"),
@@ -223,8 +223,8 @@ def test_nothing_to_validate_on(place):
 @pytest.mark.parametrize(("text", "says"), [
     ("model: {base: [\n  - x\n", "other.yaml:2: not YAML"),
     ("model:\n\tbase: x\n", "other.yaml:2: not YAML"),
-    ("model:\n  lr: 1e-3\ndata:\n  seq_len: 64\nmodel:\n  warmup: 0\n", "other.yaml:5: 'model' stands here and in line 1"),
-    ("data: {sources: [{path: a, path: b}]}\n", "'path' stands here"),
+    ("model:\n  lr: 1e-3\ndata:\n  seq_len: 64\nmodel:\n  warmup: 0\n", "other.yaml:5: 'model' also occurs in line 1"),
+    ("data: {sources: [{path: a, path: b}]}\n", "'path' also occurs"),
     ("- a\n- b\n", "other.yaml"),
     ("", "other.yaml"),
     ("modle: {lr: 1}\n", "Did you mean 'model.lr'?"),
@@ -240,7 +240,7 @@ def test_float16_on_a_cpu_is_said_to_be_bfloat16(place, caplog):
     """Lightning trains in another precision than asked for, and its word of it is among those nobody sees."""
     code, _, err = call("fit", "--config", "ok.yaml", "--trainer.precision", "16-mixed")
     assert code == 0, err
-    assert "bf16-mixed is used instead" in caplog.text
+    assert "using bf16-mixed instead" in caplog.text
     caplog.clear()
     code, _, err = call("validate", "--config", "ok.yaml", "--trainer.precision", "bf16-mixed")
     assert code == 0, err
@@ -437,7 +437,7 @@ def test_a_run_tells_what_it_drew(place):
              "--data.packing", "none", "--data.batch_size", 1, "--trainer.accumulate_grad_batches", 3]
     code, out, err = call(*words, "--trainer.max_steps", -1, "--trainer.max_epochs", 2, "--trainer.default_root_dir", "whole")
     assert code == 0, err
-    assert "steps: 5 in an epoch, of 3 rows each, the last of 1; 10 in the run" in err
+    assert "steps: 5 per epoch, of 3 packed sequences each (the last one 1); 10 in the run" in err
     whole = json.loads(Path("whole/data.json").read_text())
     assert json.loads(Path("whole/metrics.json").read_text())["step"] == 10
     assert {name: said["sequences"] for name, said in whole["ledger"].items()} == {"good.jsonl": 16, "more.jsonl": 10}

@@ -87,7 +87,7 @@ def test_a_later_measurement_keeps_the_record_of_the_run(run):
     for words, says in ((["--ckpt_path", "best", "--data.val_sources", "[{path: other.jsonl}]"], "data.sources[0] was 7 sequences"),
                         (["--ckpt_path", "best", "--data.seq_len", 32], "data.seq_len was 64 and is 32"),
                         (["--ckpt_path", "best", "--trainer.limit_val_batches", 1], "trainer.limit_val_batches"),
-                        ([], "no checkpoint of this run")):
+                        ([], "not a checkpoint of the run")):
         lines = len((run / "evaluations.jsonl").read_text().splitlines())
         code, out, err = call("validate", "--config", "run/config.yaml", *words)
         assert code == 0, err

@@ -94,7 +94,7 @@ def test_the_config_of_a_run_loads_with_every_verb(run):
     kept = yaml.safe_load(config.read_text())
     assert set(kept) == {"seed_everything", "model", "data", "trainer"}
     for verb, says in (("validate", "val/nll"), ("test", "test/nll"), ("prepare", ""), ("inspect", "mine.jsonl\n  12 records"),
-                       ("plan", "3,136 of them learn")):
+                       ("plan", "3,136 trained")):
         code, out, err = call(verb, "--config", config)
         assert code == 0, f"{verb}: {err}"
         assert says in out
@@ -115,7 +115,7 @@ def test_a_run_that_was_moved_is_the_run_of_its_config(run):
     code, _, err = call("validate", "--config", moved / "config.yaml", "--ckpt_path", "best")
     assert code == 0, err
     assert not list(folder.iterdir())
-    words = configs.located(["validate", f"--config={moved / 'config.yaml'}", "--trainer.default_root_dir", "mine"])
+    words = configs.with_run_folder(["validate", f"--config={moved / 'config.yaml'}", "--trainer.default_root_dir", "mine"])
     assert words[2:] == ["--trainer.default_root_dir", str(moved), "--trainer.default_root_dir", "mine"]
 
 
@@ -144,7 +144,7 @@ def test_what_is_made_absolute(tmp_path, monkeypatch):
                        "val_sources": None, "tokenizer": "Qwen/Qwen3-0.6B", "chat_template": "own.jinja", "cache_dir": "c"},
               "trainer": {"default_root_dir": "runs/x", "logger": [{"class_path": "L", "init_args": {"save_dir": "logs"}}]}}
     at = str(tmp_path)
-    assert configs.kept(config) == {
+    assert configs.run_settings(config) == {
         "seed_everything": 1, "model": {"base": f"{at}/base", "lr": 1.0},
         "data": {"sources": [{"path": "owner/name", "weight": 2.0}, {"path": f"{at}/part-*.jsonl"}, {"path": "sample:a.jsonl"}],
                  "val_sources": None, "tokenizer": "Qwen/Qwen3-0.6B", "chat_template": f"{at}/own.jinja",

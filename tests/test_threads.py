@@ -68,7 +68,7 @@ def test_who_says_how_many(work_of, monkeypatch):
     assert threads.settle("auto", slow).count == 2
     assert "OMP_NUM_THREADS=2" in threads.settle("auto", slow).why
     for wrong in ("two", "0", 0, -1, "1.5"):
-        with pytest.raises(InputError, match="no number of threads"):
+        with pytest.raises(InputError, match="not a number of threads"):
             threads.number(wrong)
 
 
@@ -94,7 +94,7 @@ def test_a_run_measures_keeps_its_number_and_ends_the_same(place, monkeypatch, c
     assert "1 of 2 cores, measured: 1 took" in caplog.text
     code, _, err = call(*words, "typed", "--trainer.threads", 1)
     assert code == 0, err
-    assert "1 of 2 cores, as asked for" in caplog.text
+    assert "1 of 2 cores, as configured" in caplog.text
     one, other = weights("measured"), weights("typed")
     assert all(torch.equal(one[name], other[name]) for name in one | other)
     monkeypatch.setattr(threads, "fastest", max)
@@ -116,4 +116,4 @@ def test_answers_have_threads_too(monkeypatch, capsys):
     with pytest.raises(SystemExit) as end:
         main(["--model", "sample:base", "--threads", "many"])
     assert end.value.code == 2
-    assert "no number of threads" in capsys.readouterr().err
+    assert "not a number of threads" in capsys.readouterr().err

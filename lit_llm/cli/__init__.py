@@ -1,1 +1,1 @@
-"""The command line: verbs, keys of a config, and what a user sees when a command ends."""
+"""The command line: verbs, config keys, error messages and the summary of a run."""

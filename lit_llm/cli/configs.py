@@ -1,7 +1,7 @@
-"""Config files: those that ship with the package, found by name; whether a file is YAML; the `config.yaml` of a run.
+"""Config files: lookup of those that ship with the package, YAML checks, and the `config.yaml` of a run.
 
-A run's own file loads with every verb that reads a run config, from any directory. Paths in it are therefore absolute,
-and keys that only one verb has (`ckpt_path`) are left out.
+A run's own file loads with every verb that reads a run config, from any directory. Therefore its paths are absolute,
+and keys of single verbs (`ckpt_path`) are left out.
 """
 
 import os
@@ -20,15 +20,15 @@ from lit_llm.system import ranges
 
 KEPT = ("seed_everything", "model", "data", "trainer")
 OPTIONS = ("-c", "--config")
-PLACES = ("save_dir", "dirpath", "root_dir", "log_dir")     # keys of loggers, callbacks and profilers that name folders
+PLACES = ("save_dir", "dirpath", "root_dir", "log_dir")     # keys of loggers, callbacks and profilers for folders
 
 
 # ---- files that ship with the package --------------------------------------------------------------------------------
 
 def shipped() -> dict[str, Path]:
-    """The configs that ship with the package: `configs/NAME.yaml` -> file; overlays, `configs/with/NAME.yaml`, last.
+    """The configs that ship with the package: `configs/NAME.yaml` -> file; overlays (`configs/with/NAME.yaml`) last.
 
-    An installed package holds them; in a checkout they are in the folder beside it.
+    An installed package contains them; in a checkout they are in the folder beside it.
     """
     package = Path(__file__).resolve().parents[1]
     folder = package / "configs" if (package / "configs").is_dir() else package.parent / "configs"
@@ -37,7 +37,7 @@ def shipped() -> dict[str, Path]:
 
 
 def listing(verb: str) -> str:
-    """The configs that ship with the package, a line each, and what to type."""
+    """A list of the configs that ship with the package, and an example command."""
     lines = []
     for name, file in shipped().items():
         first = file.read_text(encoding="utf-8").partition("\n")[0].removeprefix("# ")
@@ -45,16 +45,16 @@ def listing(verb: str) -> str:
         lines.append((name, first.removeprefix(f"with {file.stem}: ")))
     runs = [f"    {name:<28} {what}" for name, what in lines if "/with/" not in name]
     overlays = [f"    {name:<28} {what}" for name, what in lines if "/with/" in name]
-    return "\n".join([f"{verb} needs a run config, and none is given. These ship with the package:", *runs,
-                      "  to be added after one of them:", *overlays,
+    return "\n".join([f"{verb} needs a run config, but none was given. These ship with the package:", *runs,
+                      "  can be added to one of them:", *overlays,
                       f"  type, for example: python -m lit_llm {verb} --config configs/sft.yaml"])
 
 
 def with_shipped(words: Sequence[str]) -> list[str]:
-    """The words of a command in which names of shipped configs are their paths.
+    """Replace names of shipped configs in a command by their paths.
 
-    A `--config` that is a file here is that file. Otherwise `configs/sft.yaml`, or `sft.yaml`, is the one that ships
-    with the package, and a line says so.
+    A `--config` that exists as a file is used. Otherwise `configs/sft.yaml`, or `sft.yaml`, is looked up among the
+    configs of the package, and a note is printed.
 
     Args:
         words: Options of a verb.
@@ -70,7 +70,7 @@ def with_shipped(words: Sequence[str]) -> list[str]:
 
 
 def given_files(words: Sequence[str]) -> Iterator[tuple[int, str, str]]:
-    """Of each `--config FILE` and `--config=FILE`: the place of the file in the words, what is before it, the file."""
+    """For each `--config FILE` and `--config=FILE`: index of the file in the arguments, its prefix, the file."""
     for place, word in enumerate(words):
         name, equals, value = word.partition("=")
         if equals and name in OPTIONS:
@@ -82,39 +82,39 @@ def given_files(words: Sequence[str]) -> Iterator[tuple[int, str, str]]:
 # ---- whether a file is YAML ------------------------------------------------------------------------------------------
 
 def check_configs(args: Sequence[str]) -> None:
-    """Read each config file once, because what the parser says about bad YAML names no file.
+    """Check each config file before parsing, because the parser's messages about bad YAML name no file.
 
     Raises:
-        InputError: A file that is not YAML, with its line, or no mapping of keys, or a key twice in one mapping.
+        InputError: A file is not YAML (with the line), not a mapping, or has a duplicate key.
     """
     for _, _, value in given_files(args):
         file = Path(value)
         if not file.is_file():
-            continue                                # the parser says so
+            continue                                # the parser reports it
         try:
             text = file.read_text(encoding="utf-8")
             content = yaml.safe_load(text)
         except yaml.YAMLError as error:
             mark = getattr(error, "problem_mark", None)
             where = f"{file}:{mark.line + 1}" if mark else str(file)
-            reason = getattr(error, "problem", None) or "it cannot be read"
+            reason = getattr(error, "problem", None) or "it cannot be parsed"
             raise InputError(f"not YAML: {reason}", where=where) from None
         except UnicodeDecodeError:
             raise InputError("not text in UTF-8", where=str(file)) from None
-        except ValueError as error:                 # a date that is none, a number of thousands of digits
+        except ValueError as error:                 # an invalid date, a number of thousands of digits
             raise InputError(f"a value cannot be read: {ranges.shown(error)}", where=str(file),
-                             fix="quote what is a text") from None
+                             fix="put texts in quotes") from None
         except RecursionError:
             raise InputError("lists and mappings are nested too deeply", where=str(file)) from None
         if not isinstance(content, dict):
-            raise InputError("a config is a mapping such as `model: {base: gpt2}`", where=str(file))
+            raise InputError("a config must be a mapping such as `model: {base: gpt2}`", where=str(file))
         _check_twice(yaml.compose(text, Loader=yaml.SafeLoader), file)
         settings.check_plain(content)
 
 
 def _check_twice(root: yaml.Node | None, file: Path) -> None:
-    """YAML takes the last of two equal keys and drops the first in silence, a whole block at times."""
-    left, seen = [root], set()                      # an alias may lead back to where it stands
+    """Refuse duplicate keys, of which YAML silently drops the first, which may be a whole block."""
+    left, seen = [root], set()                      # an alias may refer to its own parent
     while left:
         node = left.pop()
         if not isinstance(node, yaml.CollectionNode) or id(node) in seen:
@@ -128,24 +128,24 @@ def _check_twice(root: yaml.Node | None, file: Path) -> None:
             left.append(value)
             earlier = first.setdefault(str(key.value), key)
             if earlier is not key:
-                raise InputError(f"'{key.value}' stands here and in line {earlier.start_mark.line + 1}, which would be "
-                                 "dropped", where=f"{file}:{key.start_mark.line + 1}", fix="put both under one of them")
+                raise InputError(f"'{key.value}' also occurs in line {earlier.start_mark.line + 1}, which would be "
+                                 "ignored", where=f"{file}:{key.start_mark.line + 1}", fix="merge both under one key")
 
 
 # ---- the config of a run ---------------------------------------------------------------------------------------------
 
-def kept(config: dict[str, Any]) -> dict[str, Any]:
-    """The part of a verb's settings that describes the run, with local paths made absolute.
+def run_settings(config: dict[str, Any]) -> dict[str, Any]:
+    """The settings that describe a run, with absolute local paths.
 
     Args:
-        config: All keys of one verb, as plain values.
+        config: All settings of a verb, as plain values.
 
     Returns:
-        A new mapping; hub ids and `sample:` names stay as they are.
+        A new mapping; hub ids and `sample:` names are unchanged.
     """
     run = {key: config[key] for key in KEPT if key in config}
     model, data, trainer = (dict(run.get(part) or {}) for part in ("model", "data", "trainer"))
-    if data.get("tokenizer") == model.get("base"):      # filled in: another base that is typed later brings its own
+    if data.get("tokenizer") == model.get("base"):      # a default, so that a base typed later brings its own tokenizer
         data["tokenizer"] = None
     for part in (model, data):
         if part.get("class_path") is None:          # ours
@@ -164,7 +164,7 @@ def kept(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def existing(name: str) -> str:
-    """The absolute path of a file or folder that is there; any other name (a hub id, `sample:NAME`) as it is."""
+    """The absolute path of an existing file or folder; other names (hub ids, `sample:NAME`) are unchanged."""
     if names.is_sample(name):
         return name
     try:
@@ -178,7 +178,7 @@ def _source(path: str) -> str:
 
 
 def _folders(value: Any) -> Any:
-    """Paths below loggers, callbacks and the strategy made absolute."""
+    """Make paths of loggers, callbacks and the strategy absolute."""
     if isinstance(value, list):
         return [_folders(item) for item in value]
     if not isinstance(value, dict):
@@ -188,16 +188,16 @@ def _folders(value: Any) -> Any:
             for key, item in value.items()}
 
 
-# ---- where the run lies ----------------------------------------------------------------------------------------------
+# ---- the folder of a run ---------------------------------------------------------------------------------------------
 
-def located(words: Sequence[str]) -> list[str]:
-    """The words of a command in which a run's own `config.yaml` also says where that run lies.
+def with_run_folder(words: Sequence[str]) -> list[str]:
+    """Add the run folder to a command whose config is a run's own `config.yaml`.
 
-    A run may have been moved since: by its user, or aside by a newer run of the same name. Its file would otherwise
-    name the folder of another run. What is typed after the file still wins.
+    The run may have been moved: by its user, or aside by a newer run of the same name. Its config would otherwise name
+    the folder of another run. Options after the file still take precedence.
 
     Args:
-        words: Verb and options.
+        words: The verb and its options.
     """
     out = list(words)
     for place, _, value in reversed(list(given_files(words))):

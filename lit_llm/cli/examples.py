@@ -1,4 +1,4 @@
-"""Let the base and the trained model answer prompts of a run's data, held out and trained, and print the answers."""
+"""Print answers of the base and the trained model to held-out prompts and training prompts of a run."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,12 +14,12 @@ ANSWER_TOKENS = 48
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """A sequence of the data, cut where its first answer begins; a document near its beginning.
+    """A sequence of the data, split at its first answer; a document is split near its beginning.
 
     Args:
-        kind: Whether training saw it.
+        kind: Whether it was trained on or held out.
         prompt: Token ids before the answer.
-        expected: Token ids of the answer, of a document what follows.
+        expected: Token ids of the answer, or of a document's continuation.
     """
 
     kind: Kind
@@ -28,7 +28,7 @@ class Example:
 
 
 def choose(datamodule: Any) -> list[Example]:
-    """Some of what was held out, and some of what was trained on; none of a stream, which is not kept."""
+    """Select some held-out and some training examples; none from a stream, which is not stored."""
     return [*_of(datamodule, "val", "held out", HELD_OUT), *_of(datamodule, "train", "trained", TRAINED)]
 
 
@@ -51,12 +51,12 @@ def _of(datamodule: Any, stage: str, kind: Kind, count: int) -> list[Example]:
 
 
 def compare(base: str | None, folder: Path, examples: list[Example]) -> None:
-    """Print greedy answers to the same prompts, base beside tuned, and what the data say.
+    """Print greedy answers of the base and the tuned model to the same prompts, and the expected answers.
 
     Args:
-        base: What training started from; null if from random weights.
-        folder: The export.
-        examples: Of `choose`; those that leave no room for an answer are passed over.
+        base: Base model of the training; null if it started from random weights.
+        folder: Folder of the export.
+        examples: Examples from `choose`; those that leave no room for an answer are skipped.
     """
     import torch
 
@@ -70,7 +70,7 @@ def compare(base: str | None, folder: Path, examples: list[Example]) -> None:
     del tuned
     if base is not None:
         engine = TextEngine.load(base, threads=count)
-        vocabulary = engine.engine.vocab_size               # a base whose vocabulary has grown does not know all ids
+        vocabulary = engine.engine.vocab_size               # the base lacks tokens that were added in training
         answers = {"base": [engine.generate(example.prompt, params).text if max(example.prompt) < vocabulary else
                             "(it has no row for a token of this prompt)" for example in examples]} | answers
     for place, example in enumerate(examples):
@@ -82,5 +82,5 @@ def compare(base: str | None, folder: Path, examples: list[Example]) -> None:
 
 def _short(text: str, most: int) -> str:
     line = " / ".join(part for part in (line.strip() for line in text.splitlines()) if part)
-    line = "".join(char for char in line if char.isprintable())     # a model's escape codes stay out of the terminal
+    line = "".join(char for char in line if char.isprintable())     # keep escape codes out of the terminal
     return line if len(line) <= most else line[: most - 3] + "..."

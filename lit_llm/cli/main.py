@@ -1,7 +1,7 @@
-"""Words typed in; a verb done, or a few lines that say what to type instead.
+"""Dispatch the verbs of the command line, and report user errors in a few lines.
 
-Those of `RUNS` read a run config (`runs.py`); `export chat` read a folder. Each is imported when it
-is asked for, so that `--help` and a mistyped word cost nothing. The only module that knows all others; none knows it.
+The verbs in `RUNS` read a run config (`runs.py`); `export` and `chat` read a folder. Each verb's code is imported only
+when it is needed, so that `--help` and a mistyped verb are fast.
 """
 
 import errno
@@ -22,23 +22,23 @@ from lit_llm.system.private import torch as torch_private
 from lit_llm.system.redaction import redact_text
 
 RUNS = {
-    "fit": "Train, evaluate and export: pretraining, all weights, or adapters.",
-    "validate": "Perplexity on the validation data, of the base or of a checkpoint.",
-    "test": "The same on the test data.",
-    "prepare": "Tokenize the data of a run into the cache, and say what it holds.",
-    "inspect": "Show the data of a run as the model will see it, and what was dropped and why.",
-    "plan": "Say before training what a run costs: memory, steps, FLOPs, disk; and what would fit.",
-    "verify-resume": "Prove on a run's own config that a stopped run goes on exactly.",
-    "selftest": "Prove on it that batch division, packing and processes leave the gradient as it is.",
+    "fit": "Train, evaluate and export a model: pretraining, full fine-tuning or adapters.",
+    "validate": "Measure perplexity on the validation data, for the base or a checkpoint.",
+    "test": "Measure perplexity on the test data.",
+    "prepare": "Tokenize the data of a run into the cache, and print statistics.",
+    "inspect": "Show the tokens and the loss mask of a run's data, and which records were dropped and why.",
+    "plan": "Estimate a run before training: memory, steps, FLOPs, disk, and settings that fit.",
+    "verify-resume": "Verify with a run's config that an interrupted run resumes bit-identically.",
+    "selftest": "Verify with a run's config that batch size, packing and processes do not change the gradient.",
 }
 TOOLS = {
     "export": ("lit_llm.inference.export:export", "Write a run's model as a folder that transformers loads."),
-    "chat": ("lit_llm.inference.chat:chat", "Talk to a model in the terminal."),
+    "chat": ("lit_llm.inference.chat:chat", "Chat with a model in the terminal."),
 }
 SERVE = {"serve": "Serve a model over HTTP: OpenAI's API and a chat page. The same as python -m serve."}
 HELP = """usage: python -m lit_llm VERB [options]
 
-A language model's whole life.
+Train, evaluate, export and chat with language models.
 
 verbs that read a run config (python -m lit_llm fit --config configs/sft.yaml):
 {runs}
@@ -49,19 +49,19 @@ verbs that read a folder:
 python -m lit_llm VERB --help shows the most common options of a verb, VERB --help all every one; a verb without options
 names the configs that ship with the package.
 fit --allow PACKAGE (typed only) also builds callbacks, loggers, modules and data modules of your own package.
-fit --trust-checkpoint (typed only) also resumes from a checkpoint that holds more than data; it can run any program."""
+fit --trust-checkpoint (command line only) also loads checkpoints with pickled objects, which can run any program."""
 NOT_ENOUGH_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "bad_alloc")
 MEMORY = """there is not enough memory for the batch
   halve data.batch_size and double trainer.accumulate_grad_batches (the same step), lower data.seq_len,
   set model.gradient_checkpointing: true, or split the model with trainer.strategy: deepspeed_stage_3;
-  `python -m lit_llm plan` with the options of this run says which of these would fit"""
+  `python -m lit_llm plan` with the options of this run shows which of these would fit"""
 DISK = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR,
         errno.EISDIR)
 NO_PATH = (errno.ENAMETOOLONG, errno.ELOOP)
 
 
 def main(args: list[str] | None = None) -> None:
-    """Do a verb; what the user got wrong ends in a few lines on stderr and exit code 2."""
+    """Run a verb; user errors print a few lines on stderr and exit with code 2."""
     library_warnings.listen()
     args = verb_first(sys.argv[1:] if args is None else args, [*RUNS, *TOOLS])
     try:
@@ -92,8 +92,8 @@ def main(args: list[str] | None = None) -> None:
         remedy = disk.remedy(error, Path(str(name)).parent if name else Path.cwd())
         _refuse(f"{name or 'writing'}: {error.strerror}\n  {remedy}, or write elsewhere: --trainer.default_root_dir")
     except Exception as error:
-        if disk.is_full(error):                     # libraries in Rust and C++ have errors of their own
-            _refuse(f"{str(error).splitlines()[0][:200]}\n  make room, or write elsewhere")
+        if disk.is_full(error):                     # libraries in Rust and C++ raise other errors
+            _refuse(f"{str(error).splitlines()[0][:200]}\n  free some space, or write elsewhere")
         if not type(error).__module__.startswith("wandb."):
             raise
         _refuse(f"trainer.logger: wandb: {str(error).splitlines()[0][:300]}\n"
@@ -110,9 +110,9 @@ def _dispatch(args: Sequence[str]) -> None:
         return
     if verb not in RUNS and verb not in TOOLS:
         verbs = [*RUNS, *TOOLS, *SERVE]
-        came = f"unknown verb '{verb}'" if verb else "no verb is given"
+        came = f"unknown verb '{verb}'" if verb else "no verb was given"
         raise InputError(f"{came}; use one of {', '.join(verbs)}.{did_you_mean(verb, verbs)}",
-                         fix="python -m lit_llm --help says what they do")
+                         fix="python -m lit_llm --help describes them")
     options = class_paths.open_typed(options)
     if class_paths.opened and verb in TOOLS:
         raise InputError(f"{verb} builds no class that a config names", where=class_paths.OPTION, fix="leave it out")
@@ -125,7 +125,7 @@ def _dispatch(args: Sequence[str]) -> None:
         raise SystemExit(0)
     import jsonargparse
 
-    class_paths.restrict(jsonargparse, [])          # `runs.py` allows those of a run
+    class_paths.restrict(jsonargparse, [])          # `runs.py` allows the classes of a run
     options = configs.with_shipped(options)
     configs.check_configs(options)
     if verb in TOOLS:
@@ -140,7 +140,7 @@ def _dispatch(args: Sequence[str]) -> None:
 
 
 def _trusting(options: list[str]) -> list[str]:
-    """Options without `--trust-checkpoint`, which is typed and never read from a file."""
+    """Remove `--trust-checkpoint`, which only the command line may set, and activate it."""
     from lit_llm.training.parallel import safe_load
 
     os.environ.pop(safe_load.TRUST, None)
@@ -152,7 +152,7 @@ def _trusting(options: list[str]) -> list[str]:
 
 
 def _tool(verb: str, options: list[str]) -> None:
-    """Call a function with options that are its arguments."""
+    """Call a function whose arguments are the options."""
     module, _, name = TOOLS[verb][0].partition(":")
     function = getattr(import_module(module), name)
     parser = ToolParser(prog=f"python -m lit_llm {verb}", description=TOOLS[verb][1], allow_abbrev=False)
@@ -179,7 +179,7 @@ def _refuse(message: str, code: int = 2) -> NoReturn:
 
 
 def _speaks_for_all() -> bool:
-    """Whether this is the process that tells of an error: rank 0, or the first of others where that has none."""
+    """Whether this process reports an error: rank 0, or the first other rank if rank 0 has no error."""
     distributed: Any = sys.modules.get("torch.distributed")
     if distributed is None or not distributed.is_available() or not distributed.is_initialized():
         return int(os.environ.get("LOCAL_RANK", 0)) == 0
@@ -188,10 +188,10 @@ def _speaks_for_all() -> bool:
         if distributed.get_rank() == 0:
             store.set("lit_llm refused", "")
             return not store.check(["lit_llm told"])
-        for _ in range(20):                         # rank 0 may be about to say the same
+        for _ in range(20):                         # rank 0 may be about to report it
             if store.check(["lit_llm refused"]):
                 return False
             time.sleep(0.1)
         return bool(store.add("lit_llm told", 1) == 1)
-    except RuntimeError:                            # rank 0, which keeps the store, is gone
+    except RuntimeError:                            # rank 0, which hosts the store, has ended
         return False

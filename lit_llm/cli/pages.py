@@ -22,21 +22,21 @@ COMMON = {
     "trainer": ("default_root_dir", "max_epochs", "max_steps", "accumulate_grad_batches", "gradient_clip_val",
                 "precision", "strategy", "devices"),
 }
-PARTS = {"model": "what is trained, and how", "data": "what it is trained on", "trainer": "where and how long"}
+PARTS = {"model": "the model and its optimization", "data": "the training data", "trainer": "devices and duration"}
 FLAGS = {
-    "config": "A run config in YAML, given once or more: later ones win. A name that is no file here is looked up "
-              "among the configs that ship with the package.",
+    "config": "A run config in YAML; may be given several times, later ones take precedence. A name that is not a file "
+              "here is looked up among the configs that ship with the package.",
     "print_config": "Print the merged config instead of running.",
     "allow": "A package of your own whose callbacks, loggers, modules and data modules a config may name by "
              "class_path; given once or more, and only typed.",
-    "trust-checkpoint": "Also resume from a checkpoint that holds more than data; such a file can run any program.",
+    "trust-checkpoint": "Also load checkpoints with pickled objects, which can run any program.",
 }
 KEY_WIDTH = 35
 
 
 @cache
 def table() -> dict[str, Any]:
-    """What `runs.described` derived from the signatures."""
+    """The table that `runs.described` derives from the signatures."""
     return dict(json.loads(FILE.read_text(encoding="utf-8")))
 
 
@@ -48,7 +48,7 @@ def all_keys() -> list[str]:
 
 
 def requested(options: Sequence[str]) -> str | None:
-    """The subject of the help page that was asked for: empty for the short one; null where none was asked for.
+    """The requested help page: empty for the short one; null if none was requested.
 
     >>> requested(["--config", "a.yaml", "--help", "model.lora"]), requested(["--model.lora.help"]), requested(["-h"])
     ('model.lora', 'model.lora', '')
@@ -65,16 +65,16 @@ def requested(options: Sequence[str]) -> str | None:
 
 
 def page(verb: str, subject: str, what: str, configs: Sequence[str]) -> str | None:
-    """A help page.
+    """Format a help page.
 
     Args:
         verb: `fit`, `inspect`, ...
-        subject: Empty, `all`, a key, the beginning of keys, or a class.
-        what: What the verb does.
+        subject: Empty, `all`, a key, a prefix of keys, or a class.
+        what: Description of the verb.
         configs: Names of the configs that ship with the package.
 
     Returns:
-        The text; null for a class of another package, whose page only its own docstring gives.
+        The text; null for a class of another package, whose help comes from its docstring.
 
     Raises:
         InputError: There is no such key or class.
@@ -97,7 +97,7 @@ def page(verb: str, subject: str, what: str, configs: Sequence[str]) -> str | No
 
 
 def _short(verb: str, what: str, configs: Sequence[str]) -> Iterator[str]:
-    """The verb's own options, and the keys that most runs set, a sentence each."""
+    """The verb's own options and the most common keys, in a sentence each."""
     yield from _head(verb, what, configs)
     yield from _line("--config", {"help": FLAGS["config"], "default": None, "type": ""}, most=1)
     yield from _section({option: entry for option, entry in table()["verbs"][verb].items()
@@ -110,7 +110,7 @@ def _short(verb: str, what: str, configs: Sequence[str]) -> Iterator[str]:
 
 
 def _whole(verb: str, what: str, configs: Sequence[str]) -> Iterator[str]:
-    """Every key, with its type, its default, and all that its docstring says."""
+    """Every key with its type, default and full description."""
     yield from _head(verb, what, configs)
     for flag, text in FLAGS.items():
         if flag != "trust-checkpoint" or verb == "fit":
@@ -121,7 +121,7 @@ def _whole(verb: str, what: str, configs: Sequence[str]) -> Iterator[str]:
     for part, purpose in PARTS.items():
         yield from ("", f"{part}: {purpose}")
         yield from _section({key: entry for key, entry in _matching(verb, part).items() if key not in hidden})
-    yield from ("", *_wrapped("Keys of Lightning's Trainer that would change nothing here are refused and left out: "
+    yield from ("", *_wrapped("Keys of Lightning's Trainer that have no effect here are refused and left out: "
                               f"{', '.join(key.rpartition('.')[2] for key in hidden)}.", 0))
 
 
@@ -139,7 +139,7 @@ def _section(entries: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _matching(verb: str, subject: str) -> dict[str, Any]:
-    """The entry of a key and those below it."""
+    """The entries of a key and of keys below it."""
     every = table()["verbs"][verb] | table()["keys"] | table()["nested"]
     place = subject.replace("data.val_sources", "data.sources").replace("data.test_sources", "data.sources")
     found = {key: entry for key, entry in every.items() if key in (subject, place) or key.startswith(f"{place}.")}
@@ -149,14 +149,14 @@ def _matching(verb: str, subject: str) -> dict[str, Any]:
 
 
 def _class(subject: str) -> str | None:
-    """Where a class that a config may name is exported, by that path, the one where it is defined, or its last name."""
+    """The export path of an allowed class, by that path, its definition path, or its name."""
     package, name = subject.partition(".")[0], subject.rpartition(".")[2]
     return next((path for path in table()["classes"] if path.rpartition(".")[2] == name
                  and (subject == name or path.startswith(f"{package}."))), None)
 
 
 def _line(option: str, entry: Mapping[str, Any], *, most: int) -> list[str]:
-    """An option beside its choices, the first clause of its description and its default, in so many lines at most."""
+    """An option with its choices, the first clause of its description and its default, in at most `most` lines."""
     choices = _choices(entry["type"])
     clause = re.split("[.;] ", entry["help"], maxsplit=1)[0].rstrip(".")
     text = clause if entry["default"] is None or choices else f"{clause} ({_value(entry['default'])})"
@@ -174,7 +174,7 @@ def _choices(spec: Any) -> list[Any]:
 
 
 def _entry(option: str, entry: Mapping[str, Any]) -> Iterator[str]:
-    """An option with its type and its default, and below it the whole description."""
+    """An option with its type and default, followed by the full description."""
     default = entry["default"]
     shown = "required" if entry["required"] else f"default: {_value(default)}"
     yield from textwrap.wrap(f"{option}  {words(entry['type'])} ({shown})", _width(), initial_indent="  ",
@@ -187,7 +187,7 @@ def _value(default: Any) -> str:
 
 
 def words(spec: Any) -> str:
-    """A type as it is read.
+    """Describe a type.
 
     >>> words(["Union", "float", ["Literal", "auto", "none"], "None"])
     'number | auto | none | null'

@@ -1,7 +1,4 @@
-"""Options typed in or written in YAML; what jsonargparse says about a wrong one, in a line or two.
-
-Knows the verbs' keys, not what they mean.
-"""
+"""Parse options from the command line and YAML, and shorten jsonargparse's error messages to a line or two."""
 
 import json
 import re
@@ -20,7 +17,7 @@ from lit_llm.errors import InputError, did_you_mean
 from lit_llm.system import class_paths, ranges
 from lit_llm.system.private import others
 
-# What the same thing is called elsewhere.
+# Names of the same options in other trainers.
 ALIASES = {
     "learning_rate": "model.lr", "lr": "model.lr", "epochs": "trainer.max_epochs", "num_epochs": "trainer.max_epochs",
     "num_train_epochs": "trainer.max_epochs", "batch_size": "data.batch_size",
@@ -45,13 +42,13 @@ WORDS = {"int": "a whole number", "float": "a number", "bool": "true or false", 
 
 
 class ShortErrors:
-    """What a parser does with a mistake; mixed into jsonargparse's and Lightning's."""
+    """Short error messages, as a mixin for the parsers of jsonargparse and Lightning."""
 
     prog: Any
     description: Any
 
     def parse_args(self, args: Any = None, *more: Any, **named: Any) -> Any:
-        """As jsonargparse, which lets errors of Python's own conversions through.
+        """Parse like jsonargparse, but also handle errors of Python's own conversions.
 
         Raises:
             InputError: A number has too many digits, or lists and mappings are nested too deeply.
@@ -61,12 +58,12 @@ class ShortErrors:
         except (OverflowError, RecursionError) as error:
             long = [place for place, word in enumerate(args or ()) if re.search(r"\d{19}|[\[{]{50}", str(word))]
             option = str(args[max(0, long[0] - ("=" not in str(args[long[0]])))]) if long else "options"
-            raise InputError("it cannot be read: " + ("a number has too many digits" if isinstance(error, OverflowError)
-                             else "lists and mappings are nested too deeply"),
+            raise InputError("a number has too many digits" if isinstance(error, OverflowError)
+                             else "lists and mappings are nested too deeply",
                              where=option.partition("=")[0].lstrip("-")) from None
 
     def format_help(self, *more: Any, **named: Any) -> str:
-        """The manual, in which each key also says what numbers it takes, and whether it is never null."""
+        """The help text, with the range of each number and whether a key may be null."""
         verb = str(self.prog).split()[-1].replace("-", "_")
         of_class = re.search(r"\.help=([\w.]+)\.(\w+)$", str(self.description))
         own = settings.names(getattr(sys.modules.get(of_class[1]), of_class[2], None)) if of_class else []
@@ -83,13 +80,13 @@ class ShortErrors:
         return super().format_help(*more, **named)  # type: ignore[misc]
 
     def error(self, message: str, *args: Any, **kwargs: Any) -> NoReturn:
-        """A few lines and exit code 2, never the usage of 400 options."""
+        """Print a few lines and exit with code 2, without the usage of 400 options."""
         if isinstance(kwargs.get("ex"), InputError):
             raise kwargs["ex"]
         raise InputError(explain(str(message), self.known()))
 
     def known(self) -> list[str]:
-        """Keys that can be set, of this parser and of its verbs."""
+        """Keys of this parser and of its subcommands."""
         keys = [action.dest for action in others.options(self)]
         for verbs in others.options(self):                 # an action that holds parsers of its own
             for parser in verbs.choices.values() if isinstance(verbs.choices, dict) else ():
@@ -102,16 +99,16 @@ class ToolParser(ShortErrors, ArgumentParser):
 
 
 def explain(message: str, known: list[str]) -> str:
-    """What jsonargparse says in a line or two, with the key or value that was probably meant.
+    """Shorten a message of jsonargparse, and suggest the key or value that was probably meant.
 
     >>> explain("Key 'model.lrr' is not expected", ["model.lr", "data.seq_len"])
     "unknown key 'model.lrr'. Did you mean 'model.lr'?"
     >>> explain('Parser key "data.packing": Expected a Literal["best_fit", "none"]. Got value: bestfit', [])
-    "data.packing: 'bestfit' is none of best_fit, none. Did you mean 'best_fit'?"
+    "data.packing: 'bestfit' is not one of best_fit, none. Did you mean 'best_fit'?"
     """
     place = re.search(r"[Pp]arser key ['\"]([\w.]+)['\"]", message)
     where = f"{place[1]}: " if place else ""
-    if found := re.search(r"(?:unknown key '|write a space after)[^\n]*", message):    # said for a nested option
+    if found := re.search(r"(?:unknown key '|write a space after)[^\n]*", message):    # for a nested option
         return where + found[0]
     if place and (found := re.search(r"- (\w+: '[^\n]*' is no[^\n]*)", message)):
         return f"{place[1]}.{found[1]}"
@@ -126,7 +123,7 @@ def explain(message: str, known: list[str]) -> str:
             return unknown(found[1].rstrip("+"), where, known)
     if found := re.search(r"Importing '([^']+)' is not allowed", message):
         names = [name for exported in class_paths.EXPORTS.values() for name in exported]
-        return (f"{where}'{found[1]}' is not imported; a class_path may name Lightning's callbacks, loggers, "
+        return (f"{where}'{found[1]}' is not allowed; a class_path may name Lightning's callbacks, loggers, "
                 "strategies, plugins and profilers, and those of lit_llm.training."
                 f"{did_you_mean(found[1].rpartition('.')[2], names)}"
                 + (f"\n  {way}" if (way := class_paths.how_to_open(found[1])) else ""))
@@ -138,7 +135,7 @@ def explain(message: str, known: list[str]) -> str:
         return f"there is no file {found[1]}.{did_you_mean(Path(found[1]).name, beside)}"
     if found := re.search(r"Literal\[([^\]]*)\]\. Got value: (.*)", message):
         choices = [choice.strip("'\" ") for choice in found[1].split(",")]
-        return f"{where}'{found[2]}' is none of {', '.join(choices)}.{did_you_mean(found[2], choices)}"
+        return f"{where}'{found[2]}' is not one of {', '.join(choices)}.{did_you_mean(found[2], choices)}"
     if found := re.search(r"Expected a (?:<class ')?(\w+)(?:'>)?\. Got value: (.*)", message):
         example = ", such as [{path: FILE}]" if where.endswith("sources: ") else ""
         came = "null" if found[2] == "None" else f"'{ranges.shown(found[2])}'"
@@ -150,9 +147,10 @@ def explain(message: str, known: list[str]) -> str:
         choices = re.findall(r"'([^']+)'", re.sub(r"<class '.*?'>", "", found[1]))
         fits = dict.fromkeys([*choices, *(WORDS.get(kind, kind) for kind in kinds)])
         came = ranges.shown(found[2])
-        return f"{where}'{came}' is none of {', '.join(fits)}.{did_you_mean(came, choices)}{_takes(place and place[1])}"
-    if where.endswith("sources: "):                 # a file's name alone, which was read as if it were a config
-        return f"{where}it is not a list of files, such as [{{path: FILE}}]"
+        return (f"{where}'{came}' is not one of {', '.join(fits)}.{did_you_mean(came, choices)}"
+                f"{_takes(place and place[1])}")
+    if where.endswith("sources: "):                 # a file name, which was read as a config
+        return f"{where}this is not a list of files, such as [{{path: FILE}}]"
     lines = [re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", line.strip(" -")) for line in message.splitlines()]
     noise = r"[Pp]arser key ['\"][\w.]+['\"]:$|Errors:|Subtypes:|usage:"
     lines = [line for line in lines if line and not re.match(noise, line)]
@@ -160,23 +158,23 @@ def explain(message: str, known: list[str]) -> str:
 
 
 def _takes(key: str | None) -> str:
-    """What the table says of a key, as a line of its own."""
+    """The range of a key, as an additional line."""
     numbers = ranges.of(key or "")
     return f"\n  {key} takes {numbers}; for example --{key} {numbers.example}" if numbers else ""
 
 
 def unknown(key: str, where: str, known: list[str]) -> str:
-    """What is said of a key that is none, with the one that was probably meant."""
+    """The message for an unknown key, with the key that was probably meant."""
     if key in known:
-        return f"{where}this verb takes no '{key}'; other verbs do"
-    elsewhere = get_close_matches(key.rsplit(".", 1)[-1], ALIASES, n=1, cutoff=0.9)     # misspelt there, too
+        return f"{where}this verb has no key '{key}'; other verbs have"
+    elsewhere = get_close_matches(key.rsplit(".", 1)[-1], ALIASES, n=1, cutoff=0.9)     # also misspelt aliases
     if elsewhere and ALIASES[elsewhere[0]] != key:
         return f"{where}unknown key '{key}'. Did you mean '{ALIASES[elsewhere[0]]}'?"
     return f"{where}unknown key '{key}'.{did_you_mean(key, [*known, *_nested()])}"
 
 
 def _nested() -> list[str]:
-    """Keys below `model.lora` and in the items of `data.sources`."""
+    """Keys of `model.lora` and of the items of `data.sources`."""
     from lit_llm.data.records.sources import Source
     from lit_llm.models.adapters.peft_method import LoRA
 
@@ -184,7 +182,7 @@ def _nested() -> list[str]:
 
 
 def verb_first(args: Sequence[str], verbs: Sequence[str]) -> list[str]:
-    """Arguments with the verb before the config files, for who types them the other way round.
+    """Move the verb before the config files, for users who type them in the other order.
 
     >>> verb_first(["--config", "a.yaml", "fit", "--model.lr", "1"], ["fit"])
     ['fit', '--config', 'a.yaml', '--model.lr', '1']
@@ -198,13 +196,13 @@ def verb_first(args: Sequence[str], verbs: Sequence[str]) -> list[str]:
 
 
 def with_whole_sources(args: Sequence[str]) -> list[str]:
-    """Words of a command in which each typed source names all of its keys, so that it takes none of a config file's.
+    """Complete each typed source with all of its keys, so that it inherits none from a config file's source.
 
-    jsonargparse fills the items of a typed list from those of the list that a file gives, where both are as long: the
-    weight, columns or split of another file would be used for the typed one.
+    jsonargparse fills the items of a typed list from those of a config file's list of the same length: a typed source
+    would get the weight, columns or split of another file.
 
     Args:
-        args: Words after `python -m lit_llm`.
+        args: Arguments after `python -m lit_llm`.
     """
     from lit_llm.data.records.sources import Source
 
@@ -219,7 +217,7 @@ def with_whole_sources(args: Sequence[str]) -> list[str]:
         try:
             items = yaml.safe_load(value if given else whole[at])
         except yaml.YAMLError:
-            continue                                # the parser says so
+            continue                                # the parser reports it
         if isinstance(items, list) and items and all(isinstance(item, dict) and "path" in item for item in items):
             text = json.dumps([item | {key: value for key, value in defaults.items() if key not in item}
                                for item in items])

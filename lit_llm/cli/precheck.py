@@ -1,8 +1,8 @@
 """Refuse unknown keys, wrong values and missing files before torch is imported, which takes seconds.
 
-What is decided here is decided by the parser as well, with the same messages: keys and types are those of `keys.json`,
-which is derived from the signatures, and values are read by jsonargparse. Anything that is not certainly wrong is left
-to the parser, as are keys whose values are classes.
+Every error found here is also found by the parser, with the same message: keys and types come from `keys.json`, which
+is derived from the signatures, and jsonargparse reads the values. Anything that is not certainly wrong is left to the
+parser, as are keys whose values are classes.
 """
 
 import glob
@@ -30,18 +30,18 @@ PACKAGES = {"TensorBoardLogger": "tensorboard", "MLFlowLogger": "mlflow", "Comet
             "WandbLogger": "wandb", "Rich": "rich", "DeviceStatsMonitor": "psutil", "deepspeed": "deepspeed",
             "DeepSpeed": "deepspeed", "ZeroStrategy": "deepspeed", "adamw_8bit": "bitsandbytes", "nf4": "bitsandbytes",
             "fp4": "bitsandbytes"}
-NESTED = "model.lora"                               # the one key whose mapping has keys of its own
+NESTED = "model.lora"                               # the only key whose mapping has known keys
 
 
 def check(verb: str, options: Sequence[str]) -> None:
-    """Refuse keys that no verb of a run takes, values of another type, and config files and sources that do not exist.
+    """Refuse unknown keys, values of a wrong type, and config files and sources that do not exist.
 
     Args:
-        verb: Which may take options of its own.
-        options: Words behind the verb.
+        verb: The verb, which may have its own options.
+        options: Arguments after the verb.
 
     Raises:
-        InputError: As the parser and the data module would say it.
+        InputError: The same message as from the parser or the data module.
     """
     given: dict[str, Any] = {}
     own = tuple(f"{part}." for part in own_classes(options))
@@ -56,7 +56,7 @@ def check(verb: str, options: Sequence[str]) -> None:
         if re.fullmatch(r"[\w.]+", key) and not _is_key(key):
             raise InputError(_unknown(key))
         if key.startswith(tuple(f"{name}." for name in SOURCES)):
-            return                                  # a part of a source that is given elsewhere
+            return                                  # a part of a source that is set elsewhere
         _check_value(verb, key, value, typed=typed)
         given[key] = value
     if "data.sources" not in given and "data" not in given and not any(word.startswith("--print_") for word in options):
@@ -85,7 +85,7 @@ def own_classes(options: Sequence[str]) -> dict[str, str]:
 
 
 def _is_key(key: str) -> bool:
-    """Whether it is a key, lies below one that takes a mapping, or holds others; the parser's own are not judged."""
+    """Whether this is a key, part of a mapping, or a group of keys; the parser's own options are accepted."""
     every = pages.all_keys()
     leaves = [name for name in every if name != NESTED and not any(other.startswith(f"{name}.") for other in every)]
     return (key in every or key in pages.table()["nested"] or key.startswith(("print_", "trust-checkpoint"))
@@ -99,7 +99,7 @@ def _unknown(key: str) -> str:
 
 
 def _check_value(verb: str, key: str, value: Any, *, typed: bool) -> None:
-    """Read a value as the parser will, where the key takes numbers, texts, choices, and lists and mappings of them."""
+    """Parse a value like the parser, for keys of numbers, texts, choices, and lists and mappings of them."""
     own = pages.table()["verbs"][verb]
     entry = own.get(key) or pages.table()["keys"].get(key) or pages.table()["nested"].get(key)
     hint = settings.hint_of(_closed(entry["type"])) if entry else None
@@ -123,7 +123,7 @@ def _closed(spec: Any) -> Any:
 
 
 def _check_sources(key: str, items: Any) -> None:
-    """Refuse unknown keys of a source, and a path where nothing is."""
+    """Refuse unknown keys of a source, and paths that do not exist."""
     fields = [name.rpartition(".")[2] for name in pages.table()["nested"] if name.startswith("data.sources.")]
     if isinstance(items, str | int | float):
         raise InputError(parser.explain(f'Parser key "{key}": Expected a <class \'list\'>. Got value: {items}', []))
@@ -182,7 +182,7 @@ def _check_named(key: str, value: Any) -> None:
 
 
 def _given(options: Sequence[str]) -> Iterator[tuple[str, Any, bool]]:
-    """Keys with their values and whether they were typed, in the order in which later ones win."""
+    """Keys with their values and whether they were typed; later ones take precedence."""
     words = list(options)
     for at, word in enumerate(words):
         name, equals, text = word.partition("=")
@@ -203,7 +203,7 @@ def _written(file: str) -> Iterator[tuple[str, Any]]:
 
 
 def _flat(value: Any, prefix: str) -> Iterator[tuple[str, Any]]:
-    """Keys of a mapping, down to those that take values."""
+    """Keys of a nested mapping, down to the values."""
     for name, part in value.items() if isinstance(value, Mapping) else ():
         key = f"{prefix}{name}"
         holds = any(other.startswith(f"{key}.") for other in (*pages.all_keys(), *pages.table()["nested"])
@@ -218,4 +218,4 @@ def _read(text: str) -> Any:
     try:
         return yaml.safe_load(text)
     except (yaml.YAMLError, RecursionError, ValueError):
-        return None                                 # the parser says so
+        return None                                 # the parser reports it

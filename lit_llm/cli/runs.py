@@ -1,6 +1,6 @@
-"""A run config in, its verb done: `fit validate test prepare inspect plan ...`, which are LightningCLI's.
+"""The verbs that read a run config: `fit validate test prepare inspect plan ...`, built on LightningCLI.
 
-Knows the links between config keys and what follows a verb; errors are `main.py`'s.
+This module links config keys and defines what follows a verb; `main.py` reports errors.
 """
 
 import json
@@ -45,7 +45,7 @@ OURS = {                                            # descriptions in place of L
 }
 REFUSED = ("overfit_batches", "reload_dataloaders_every_n_epochs", "gradient_clip_algorithm", "barebones")
 BASES: dict[str, Any] = {"model": CausalLMModule, "data": TextDataModule}
-LOOKS = ("prepare", "inspect", "plan", "verify_resume", "selftest")     # verbs that train nothing of the run
+LOOKS = ("prepare", "inspect", "plan", "verify_resume", "selftest")     # verbs that do not train
 
 
 class RunParser(ShortErrors, LightningArgumentParser):
@@ -60,7 +60,7 @@ class RunParser(ShortErrors, LightningArgumentParser):
 
 
 class LitLLMCLI(LightningCLI):
-    """The command line. One config tree: `model`, `data`, `trainer`."""
+    """The command line, with one config tree: `model`, `data`, `trainer`."""
 
     trainer: Trainer
     parser: RunParser
@@ -69,7 +69,7 @@ class LitLLMCLI(LightningCLI):
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
-        """Verb -> arguments that the CLI fills in itself."""
+        """Verb -> arguments that the CLI provides."""
         lightnings = LightningCLI.subcommands()
         ours = {verb: lightnings[verb] for verb in ("fit", "validate", "test")}
         return ours | {verb: {"model", "datamodule"} for verb in LOOKS}
@@ -82,9 +82,9 @@ class LitLLMCLI(LightningCLI):
                                 help=f"A subclass of lit_llm.{base.__name__}; {said}.")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Parse, and refuse values that no key takes before anything is done with one."""
+        """Parse, and check all values before using any."""
         super().parse_arguments(parser, args)
-        verb = self.config["subcommand"]            # which Lightning keeps only later
+        verb = self.config["subcommand"]            # Lightning stores it only later
         for part in BASES:
             path = self.config[verb][part].class_path
             if path != self.named.get(part):
@@ -93,7 +93,7 @@ class LitLLMCLI(LightningCLI):
         check_values(verb, self.config[verb], self.kinds)
 
     def _parse_ckpt_path(self) -> None:
-        """What is typed and what stands in the file wins over what a checkpoint remembers."""
+        """Options and config files take precedence over a checkpoint's hyperparameters."""
 
     def _set_seed(self) -> None:
         try:
@@ -102,14 +102,14 @@ class LitLLMCLI(LightningCLI):
             raise InputError(str(error), where="seed_everything") from None
 
     def before_instantiate_classes(self) -> None:
-        """The tokenizer is the model's unless another is named."""
+        """Use the model's tokenizer unless another is set."""
         assert self.subcommand is not None
         config = self.config[self.subcommand]
         if config.data.tokenizer is None:
             config.data.tokenizer = config.model.base
 
     def instantiate_classes(self) -> None:
-        """Build module, data and trainer; what Lightning refuses is the user's to mend."""
+        """Build module, data and trainer; errors of Lightning are user errors."""
         try:
             super().instantiate_classes()
         except InputError:
@@ -118,15 +118,15 @@ class LitLLMCLI(LightningCLI):
             raise refusal(error) from None
 
     def after_instantiate_classes(self) -> None:
-        """Give the run folder the config it is to keep."""
+        """Pass the config to the run folder."""
         assert self.subcommand is not None
         text = self.parser.dump(self.config, skip_none=False, skip_link_targets=False)
         import yaml
 
-        self.trainer.run.config = configs.kept(yaml.safe_load(text)[self.subcommand])
+        self.trainer.run.config = configs.run_settings(yaml.safe_load(text)[self.subcommand])
 
     def after_fit(self) -> None:
-        """Export, compare, and say what to type next; on one process."""
+        """Export, compare answers, and print the next commands, on one process."""
         trainer = self.trainer
         if not (trainer.is_global_zero and trainer.exports and trainer.checkpoint_callbacks):  # fast_dev_run has none
             return
@@ -134,11 +134,11 @@ class LitLLMCLI(LightningCLI):
                shown=examples.choose(self.datamodule))
 
     def after_validate(self) -> None:
-        """The figures on stdout."""
+        """Print the metrics."""
         self._print_figures("val")
 
     def after_test(self) -> None:
-        """The figures on stdout."""
+        """Print the metrics."""
         self._print_figures("test")
 
     def _print_figures(self, split: str) -> None:
@@ -148,10 +148,10 @@ class LitLLMCLI(LightningCLI):
         for name, value in sorted(figures.items()):
             print(f"{name:<20} {value:,.0f}" if name.endswith("/tokens") else f"{name:<20} {value:.9g}")
         if not divergence.are_finite(figures, split):
-            raise InputError(f"perplexity is {figures.get(f'{split}/perplexity')}, so weights of the model are inf or "
-                             f"nan, or do not fit {self.trainer.precision}",
+            raise InputError(f"perplexity is {figures.get(f'{split}/perplexity')}, so some weights are inf or nan, "
+                             f"or exceed the range of {self.trainer.precision}",
                              where="model.base" if self.model.base else "model.init",
-                             fix="set --trainer.precision 32-true, or measure another checkpoint or model")
+                             fix="set --trainer.precision 32-true, or evaluate another checkpoint or model")
 
 
 def described() -> dict[str, Any]:
@@ -225,7 +225,7 @@ def _first_paragraph(kind: type) -> str:
 
 
 def write_keys() -> None:
-    """Write `keys.json` anew."""
+    """Write `keys.json`."""
     pages.FILE.write_text(json.dumps(described(), indent=1) + "\n", encoding="utf-8")
 
 
@@ -237,20 +237,20 @@ def _built(kind: type[LitLLMCLI], args: list[str]) -> LitLLMCLI:
 
 
 def run(args: list[str]) -> None:
-    """Do a verb that reads a run config.
+    """Run a verb that reads a run config.
 
     Args:
         args: The verb and its options.
 
     Raises:
-        InputError: What the user, or Lightning, finds wrong with the options.
+        InputError: The options are wrong, according to this project or Lightning.
     """
     if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else a warning on stdout, whoever imports deepspeed first
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # avoids a warning on stdout when deepspeed is imported
     class_paths.restrict(jsonargparse, class_paths.allowed())
-    lower_loggers()                                 # Lightning has set its own level when it was imported
+    lower_loggers()                                 # Lightning sets its own level when it is imported
     try:
-        _built(_with_classes(precheck.own_classes(args[1:])), with_whole_sources(configs.located(args)))
+        _built(_with_classes(precheck.own_classes(args[1:])), with_whole_sources(configs.with_run_folder(args)))
     except (MisconfigurationException, ValueError, RuntimeError, ImportError) as error:
         if not (isinstance(error, MisconfigurationException) or _is_lightnings(error)):
             raise
@@ -274,29 +274,29 @@ def _with_classes(paths: dict[str, str]) -> type[LitLLMCLI]:
 
 
 def check_values(verb: str, config: Any, classes: dict[str, Any] | None = None) -> None:
-    """Refuse nulls and numbers that a key does not take.
+    """Refuse nulls and numbers that a key does not accept.
 
     Args:
-        verb: Its own options are checked too.
-        config: As it was parsed.
+        verb: The verb, whose own options are checked as well.
+        config: The parsed config.
         classes: Of `model` and `data`; null takes ours.
 
     Raises:
-        InputError: It names the key and what it takes.
+        InputError: The error names the key and its allowed values.
     """
     given = settings.plain(config)
     kinds = {**(classes or BASES), "trainer": Trainer}
     settings.check(given, kinds)
     if (seed := given.get("seed_everything", 42)) is None:
-        raise InputError("null is no seed", where="seed_everything", fix="--seed_everything 42; true takes another one "
-                         "each time, false none")
+        raise InputError("null is not a seed", where="seed_everything",
+                         fix="--seed_everything 42; true uses a new seed each time, false sets none")
     ranges.check("seed_everything", seed)
     options = {name: value for name, value in given.items() if name not in ("config", "seed_everything", *kinds)}
     settings.check_arguments("", options, getattr(Trainer, verb), prefix=verb)
 
 
 def refusal(error: BaseException) -> InputError:
-    """What a constructor, Lightning's or of a class that a config names, says of its arguments, in a line."""
+    """The error of a constructor about its arguments, in one line."""
     if (missing := missing_package(error)) is not None:
         return missing.at("trainer")
     lines = str(error).strip().splitlines() or [type(error).__name__]
@@ -308,7 +308,7 @@ def refusal(error: BaseException) -> InputError:
 
 
 def _is_lightnings(error: BaseException) -> bool:
-    """Whether Lightning itself raised it, which it does where its options do not fit each other or the data."""
+    """Whether Lightning itself raised the error, which it does for inconsistent options."""
     place = error.__traceback__
     while place is not None and place.tb_next is not None:
         place = place.tb_next

@@ -1,7 +1,7 @@
-"""Values of a config: whether they are plain, whether null and numbers are what their keys take, what the help says.
+"""Check the values of a config, and describe their ranges in the help.
 
-`check_plain` looks at what YAML gave before any type is known, `check` at a parsed config. What a key takes is derived
-from the signature of the class or function that is given it, and from the table in `ranges.py`.
+`check_plain` checks YAML values before their types are known, `check` a parsed config. What a key accepts is derived
+from the signature of its class or function and from the table in `ranges.py`.
 """
 
 import inspect
@@ -15,8 +15,8 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from lit_llm.errors import InputError
 from lit_llm.system import ranges
 
-LARGEST = 2**63                                     # whole numbers beyond are no numbers of anything
-LONGEST = 4096                                      # characters of a text; a path may have no more
+LARGEST = 2**63                                     # larger integers are always an error
+LONGEST = 4096                                      # characters of a text; the limit of a path
 MOST = 100_000                                      # values in a config
 FREE_TEXTS = ("data.template_args", "chat.prompt", "chat.system", "chat.stop", "chat.template_args", "model.init")
 FREE_LENGTH = 1_000_000
@@ -24,25 +24,25 @@ DEPTH = 50
 
 
 def check_plain(value: Any, where: str = "", *, depth: int = 0) -> int:
-    """Refuse what no key takes, before anything tries to use it: infinity, NaN, endless numbers, texts and nesting.
+    """Refuse values that no key accepts: infinity, NaN, and overlong numbers, texts and nesting.
 
     Args:
-        value: As YAML or JSON gave it, or a parsed config.
+        value: A value from YAML or JSON, or a parsed config.
         where: Its key.
-        depth: Mappings and lists around it.
+        depth: Nesting depth of the value.
 
     Returns:
-        How many values there are, also inside of lists and mappings.
+        Number of values, including those within lists and mappings.
 
     Raises:
-        InputError: With the key, what came and what is allowed.
+        InputError: The error names the key, the value and what is allowed.
     """
     if depth > DEPTH:
         raise InputError(f"mappings and lists are nested more than {DEPTH} levels deep", where=where[:80],
-                         fix="give numbers, texts, and lists and mappings of a few levels")
-    inside_model = where.startswith("model.init.")      # some models have limits that are infinite
+                         fix="use numbers, texts, and lists and mappings of a few levels")
+    inside_model = where.startswith("model.init.")      # some models have infinite limits
     if isinstance(value, float) and not math.isfinite(value) and not inside_model:
-        raise InputError(f"{value} is no number that can be computed with", where=where, fix=_example(where))
+        raise InputError(f"{value} is not a finite number", where=where, fix=_example(where))
     if isinstance(value, int) and abs(value) > LARGEST:
         raise InputError(f"{ranges.shown(value)} is too large for any key", where=where, fix=_example(where))
     if isinstance(value, str):
@@ -54,20 +54,20 @@ def check_plain(value: Any, where: str = "", *, depth: int = 0) -> int:
             check_plain(key, where, depth=depth + 1)
         count += check_plain(part, _join(where, key) if named else where, depth=depth + 1)
         if count > MOST:
-            raise InputError(f"more than {MOST:,} values", where=where, fix="a config holds settings; data belong in "
-                             "files that data.sources names")
+            raise InputError(f"more than {MOST:,} values", where=where, fix="a config contains settings; data belong "
+                             "in files that data.sources names")
     return count
 
 
 def _check_text(text: str, where: str) -> None:
     most = FREE_LENGTH if where.startswith(FREE_TEXTS) else LONGEST
     if len(text) > most:
-        raise InputError(f"a text of {len(text):,} characters; at most {most:,} are taken", where=where)
+        raise InputError(f"the text has {len(text):,} characters; at most {most:,} are allowed", where=where)
     if "\0" in text:
-        raise InputError(f"'{ranges.shown(text)}' holds a NUL character, which no name or path can hold", where=where,
-                         fix="write it again without")
+        raise InputError(f"'{ranges.shown(text)}' contains a NUL character, which names and paths cannot contain",
+                         where=where, fix="remove the character")
     if any("\ud800" <= each <= "\udfff" for each in text):
-        raise InputError(f"'{ranges.shown(text)}' is not text in UTF-8", where=where, fix="write it again")
+        raise InputError(f"'{ranges.shown(text)}' is not text in UTF-8", where=where, fix="correct the text")
 
 
 def _parts(value: Any) -> Iterable[tuple[Any, Any]]:
@@ -83,11 +83,11 @@ def _join(where: str, key: Any) -> str:
 def _example(where: str) -> str:
     numbers = ranges.of(where)
     return f"{where} takes {numbers}, for example --{where} {numbers.example}" if numbers else (
-        "a config holds finite numbers; leave the key out to have its default")
+        "use a finite number, or leave the key out for its default")
 
 
 def plain(value: Any) -> Any:
-    """A parsed config as mappings, lists and single values."""
+    """Convert a parsed config to mappings, lists and scalars."""
     if hasattr(value, "as_dict"):
         value = value.as_dict()
     if isinstance(value, Mapping):
@@ -98,32 +98,32 @@ def plain(value: Any) -> Any:
 # ---- a parsed config -------------------------------------------------------------------------------------------------
 
 def check(config: Mapping[str, Any], kinds: Mapping[str, Callable[..., Any]]) -> None:
-    """Refuse nulls where a key takes none, and numbers that are not in the range of their key.
+    """Refuse nulls and numbers that a key does not accept.
 
     Args:
-        config: Plain values after parsing.
-        kinds: Key -> the class that is given what lies below it.
+        config: The parsed config as plain values.
+        kinds: Key -> the class that gets the values below it.
 
     Raises:
-        InputError: With the key, what came, what is allowed and what to type.
+        InputError: The error names the key, the value, what is allowed and what to type.
     """
     check_plain(config)
     for key, kind in kinds.items():
         if isinstance(config.get(key), Mapping):
             check_arguments(key, config[key], kind)
         elif key in config:
-            raise InputError(f"{ranges.shown(config[key])} is no mapping of keys to values", where=key,
+            raise InputError(f"{ranges.shown(config[key])} is not a mapping of keys to values", where=key,
                              fix=f"{key}: {{KEY: VALUE}}; or leave it out")
 
 
 def check_arguments(where: str, given: Mapping[str, Any], kind: Callable[..., Any], *, prefix: str = "") -> None:
-    """The same for the arguments of one class or function.
+    """Check the arguments of one class or function.
 
     Args:
-        where: The key that they are given under; empty for options of a verb.
-        given: By name.
-        kind: Whose arguments they are.
-        prefix: Of their keys in the table; `where` if empty.
+        where: Key of the arguments; empty for options of a verb.
+        given: The arguments by name.
+        kind: The class or function.
+        prefix: Prefix of the keys in the table of ranges; `where` if empty.
     """
     hints = arguments(kind)
     for name, value in given.items():
@@ -135,7 +135,7 @@ def check_arguments(where: str, given: Mapping[str, Any], kind: Callable[..., An
             raise InputError(f"null is not allowed; {place} takes {_words(key, hint)}", where=place,
                              fix=_typed(place, key, default))
         if value == "" and default != "" and not key.startswith(FREE_TEXTS):
-            raise InputError(f"an empty text names nothing; {place} takes {_words(key, hint)}", where=place,
+            raise InputError(f"the text is empty; {place} takes {_words(key, hint)}", where=place,
                              fix=_typed(place, key, default))
         ranges.check(key, value, where=place)
         for one in value if isinstance(value, list) else [value]:
@@ -143,7 +143,7 @@ def check_arguments(where: str, given: Mapping[str, Any], kind: Callable[..., An
 
 
 def _check_inside(where: str, key: str, value: Any, hint: Any) -> None:
-    """What a class that is named by class_path, or a dataclass, is given."""
+    """Check the arguments of a class given by class_path, or of a dataclass."""
     if not isinstance(value, Mapping):
         return
     classes = [each for each in flat(hint) if isinstance(each, type)]
@@ -160,7 +160,7 @@ def _check_inside(where: str, key: str, value: Any, hint: Any) -> None:
 
 
 def arguments(kind: Callable[..., Any]) -> dict[str, tuple[Any, Any]]:
-    """Name -> (annotation, default) of a class or function, and of its base classes where it takes `**kwargs`."""
+    """Name -> (annotation, default) of a class or function, including base classes if it has `**kwargs`."""
     found: dict[str, tuple[Any, Any]] = {}
     functions = [each.__dict__["__init__"] for each in kind.__mro__ if "__init__" in each.__dict__] if isinstance(
         kind, type) else [kind]
@@ -168,7 +168,7 @@ def arguments(kind: Callable[..., Any]) -> dict[str, tuple[Any, Any]]:
         try:
             parameters = inspect.signature(function).parameters
             hints = get_type_hints(function)
-        except (NameError, TypeError, ValueError):  # a name that only type checkers see, or a function in C
+        except (NameError, TypeError, ValueError):  # a name for type checkers only, or a C function
             break
         for name, parameter in parameters.items():
             if parameter.kind not in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL) and name != "self":
@@ -179,7 +179,7 @@ def arguments(kind: Callable[..., Any]) -> dict[str, tuple[Any, Any]]:
 
 
 def names(kind: Any) -> list[str]:
-    """Of a class and its base classes, under which the table may hold an argument."""
+    """Names of a class and its base classes in the table of ranges."""
     return [each.__name__ for each in kind.__mro__] if isinstance(kind, type) else []
 
 
@@ -189,7 +189,7 @@ def takes_null(hint: Any) -> bool:
 
 
 def flat(hint: Any) -> list[Any]:
-    """The types that a union or a list names."""
+    """The member types of a union or list."""
     origin = get_origin(hint)
     if origin in (Union, types.UnionType, list):
         return [each for part in get_args(hint) for each in ([part] if part is type(None) else flat(part))
@@ -197,7 +197,7 @@ def flat(hint: Any) -> list[Any]:
     return [hint if origin is None else origin if origin is not Literal else hint]
 
 
-# ---- annotations as JSON -------------------------------------------------------------------------------------------
+# ---- annotations as JSON ---------------------------------------------------------------------------------------------
 
 PLAIN = {"int": int, "float": float, "bool": bool, "str": str, "list": list, "dict": dict, "tuple": tuple,
          "None": type(None), "Any": Any}
@@ -231,7 +231,7 @@ def hint_of(spec: Any) -> Any:
     return GENERIC[name][tuple(parts)]  # type: ignore[index]
 
 
-# ---- in words --------------------------------------------------------------------------------------------------------
+# ---- descriptions ----------------------------------------------------------------------------------------------------
 
 def _words(key: str, hint: Any) -> str:
     numbers = ranges.of(key)
@@ -252,7 +252,7 @@ def _typed(place: str, key: str, default: Any) -> str:
 
 
 def help_of(key: str, hint: Any, *, required: bool = False) -> str:
-    """What the help page adds to a key's own words: its range, and that it is never null."""
+    """Text that the help adds to a key's description: its range, and whether null is not allowed."""
     numbers = ranges.of(key)
     nullable = required or takes_null(hint)
     said = f" {str(numbers)[0].upper()}{str(numbers)[1:]}{', or null' if nullable else ''}." if numbers else ""

@@ -1,6 +1,6 @@
 """Export a finished run and print its summary: perplexity before and after, answers, and the next commands.
 
-Runs on rank 0, from what the run left on disk.
+It runs on rank 0 and uses only the files of the run.
 """
 
 import json
@@ -24,24 +24,24 @@ def finish(run: Path, *, base: str | None, before: dict[str, float], shown: list
 
     Args:
         run: The run folder.
-        base: What training started from; null if from random weights.
-        before: Validation figures before the first step; empty if there was no validation.
-        shown: Prompts to answer, held out and trained on.
+        base: Base model of the training; null if it started from random weights.
+        before: Validation metrics before the first step; empty if there was no validation.
+        shown: Held-out and training prompts to answer.
     """
     folder = None
     for wanted in ("best", "last"):
         facts = manifest.read(checkpoint_folder(run, wanted))
         if not divergence.are_finite(facts.get("figures") or {}):
-            raise InputError("perplexity of this checkpoint is inf or nan: training diverged, and nothing is exported",
+            raise InputError("perplexity of this checkpoint is inf or nan: training diverged, and nothing was exported",
                              where=f"step {facts['step']}", fix="lower model.lr and train again; or export an earlier "
                              "checkpoint: python -m lit_llm export --checkpoint step_N")
     try:
         folder = export(str(run))
         print(f"\nexported to {folder}")
-    except UnmergeableError as error:                    # what was trained is in the checkpoints all the same
+    except UnmergeableError as error:                    # the checkpoints still have the trained weights
         print(f"\nnot exported: {error.what}\n  {error.fix}")
     if logged := last_logged(run, "train/loss"):
-        number = f"{logged[1]:.3f}" if math.isfinite(logged[1]) else "no finite number, so this step was skipped"
+        number = f"{logged[1]:.3f}" if math.isfinite(logged[1]) else "not finite, so this step was skipped"
         print(f"training loss at step {logged[0]:,}: {number}")
     _say_figures(run, before)
     if (file := run / "data.json").exists() and (drawn := json.loads(file.read_text(encoding="utf-8"))["ledger"]):
@@ -56,9 +56,9 @@ def finish(run: Path, *, base: str | None, before: dict[str, float], shown: list
 
 
 def _say_figures(run: Path, before: dict[str, float]) -> None:
-    """What was measured of the exported checkpoint, and of the last one where that is another.
+    """Print the metrics of the exported checkpoint, and of the last one if that differs.
 
-    `metrics.json` then has the figures of the exported one, too.
+    `metrics.json` then has the metrics of the exported checkpoint as well.
     """
     best, last = (manifest.read(checkpoint_folder(run, wanted)) for wanted in ("best", "last"))
     after, newest = best.get("figures") or {}, last.get("figures") or {}
@@ -82,11 +82,11 @@ def _say_figures(run: Path, before: dict[str, float]) -> None:
 
 
 def _next(run: Path, folder: Path) -> None:
-    """Commands that work from any directory: paths are absolute, and the run's own config holds what was typed."""
+    """Print the next commands, which work from any directory: paths are absolute, and settings are in the config."""
     place, config = folder.absolute(), run.absolute() / "config.yaml"
     print("\nnext:")
     print(f"  {command.line('lit_llm', 'chat', '--model', place)}")
-    if (run / "checkpoints" / "BEST").is_file():        # else there is nothing to validate on
+    if (run / "checkpoints" / "BEST").is_file():        # otherwise there is no validation data
         allowed = [f"{class_paths.OPTION}={package}" for package in class_paths.opened]     # of the config's classes
         print(f"  {command.line('lit_llm', 'validate', '--config', config, '--ckpt_path', 'best', *allowed)}")
     print(f"  {command.line('serve', '--model', place)}", flush=True)

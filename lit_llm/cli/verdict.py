@@ -1,6 +1,6 @@
 """Warn about a finished run that was too short, did not learn, or trained for too long.
 
-Thresholds are where a user should look again, not proofs. Reads `metrics.csv`, `data.json` and the checkpoints' names.
+The thresholds are hints where to look, not proofs. Reads `metrics.csv`, `data.json` and the names of checkpoints.
 """
 
 import json
@@ -11,27 +11,27 @@ from typing import Any
 
 from lit_llm.training.run.report import rows_of
 
-FEW_STEPS = 50                                      # updates; warmup and schedule alone want some tens
-LEARNED = 0.5                                       # nats: answers of which most tokens are known; no run is too short
-HIGH_ANSWERS = 2.5                                  # nats for each token of answers, as a base has them before training
-HIGH_AGAIN = 1.0                                    # the same after many passes, when the answers should be known
+FEW_STEPS = 50                                      # optimizer steps; warmup and schedule need some tens
+LEARNED = 0.5  # nats per token; below, answers are mostly known and no run is too short
+HIGH_ANSWERS = 2.5                                  # nats per token of answers, typical of a base before training
+HIGH_AGAIN = 1.0                                    # the same after many passes
 MANY_PASSES = 5.0
-HIGH_TEXT = 5.0                                     # nats for each token of plain text, a perplexity of 148
-RISES = 1.02                                        # last perplexity over the best: below, it is noise
-LAST = 0.1                                          # share of the logged losses whose mean is the final loss
+HIGH_TEXT = 5.0                                     # nats per token of plain text, a perplexity of 148
+RISES = 1.02                                        # ratio of last to best perplexity; below, it is noise
+LAST = 0.1                                          # share of the logged losses that are averaged for the final loss
 
 
 @dataclass(frozen=True, slots=True)
 class Course:
-    """How a run went.
+    """The course of a run.
 
     Args:
-        steps: Optimizer steps.
-        passes: How often the training data were gone through; null where that is not known.
-        answers: Whether answers were learned, and not plain text alone.
-        losses: Training loss in nats for each supervised token, as logged.
-        validations: (step, nats), in their order; the one before training is not among them.
-        before: Nats of the validation before training, if there was one.
+        steps: Number of optimizer steps.
+        passes: Passes over the training data; null if unknown.
+        answers: Whether answers of conversations were trained on, not only plain text.
+        losses: Logged training losses in nats per supervised token.
+        validations: (step, nats) in order, without the validation before training.
+        before: Nats of the validation before training; null if there was none.
     """
 
     steps: int
@@ -43,7 +43,7 @@ class Course:
 
 
 def warnings(course: Course) -> list[str]:
-    """Sentences on what the run could not do; none where nothing is wrong."""
+    """Warnings about a run; empty if nothing is wrong."""
     found = []
     losses = [loss for loss in course.losses if math.isfinite(loss)]
     last = losses[-max(1, round(LAST * len(losses))):] if losses else []
@@ -56,15 +56,15 @@ def warnings(course: Course) -> list[str]:
     limit = (HIGH_AGAIN if again else HIGH_ANSWERS) if course.answers else HIGH_TEXT
     if final is not None and final > limit:
         after = f" after {course.passes:.0f} passes over the same data" if again and course.passes is not None else ""
-        found.append(f"the training loss is still {final:.2f} nats a token{after} (perplexity {math.exp(final):,.1f}): "
-                     "what was trained is not learned yet; raise trainer.max_epochs or model.lr, and with adapters "
-                     "model.lora.r")
+        found.append(f"the training loss is still {final:.2f} nats per token{after} (perplexity "
+                     f"{math.exp(final):,.1f}): the training data are not learned yet; raise trainer.max_epochs or "
+                     "model.lr, and with adapters model.lora.r")
     found += _risen(course)
     return found
 
 
 def _risen(course: Course) -> list[str]:
-    """Whether validation is worse at the end than it was."""
+    """Warn if validation is worse at the end than before."""
     known = [(step, nll) for step, nll in course.validations if math.isfinite(nll)]
     if not known:
         return []
@@ -72,7 +72,7 @@ def _risen(course: Course) -> list[str]:
     last = known[-1][1]
     if course.before is not None and course.before < best and best - course.before > math.log(RISES):
         return [f"validation is worse than before training (perplexity {math.exp(course.before):,.3f} before, "
-                f"{math.exp(best):,.3f} at its best): training hurt on held-out data; lower model.lr or "
+                f"{math.exp(best):,.3f} at its best): training made held-out data worse; lower model.lr or "
                 "trainer.max_epochs, or add data"]
     if last - best > math.log(RISES):
         return [f"validation rises: perplexity {math.exp(best):,.3f} at step {step:,}, {math.exp(last):,.3f} at the "
@@ -81,10 +81,10 @@ def _risen(course: Course) -> list[str]:
 
 
 def course_of(run: Path, before: float | None = None) -> Course:
-    """Of a finished run.
+    """The course of a finished run.
 
     Args:
-        run: Its folder.
+        run: The run folder.
         before: Nats of the validation before training.
     """
     rows = rows_of(run / "metrics.csv")
@@ -100,14 +100,14 @@ def course_of(run: Path, before: float | None = None) -> Course:
 
 
 def _passes(data: dict[str, Any]) -> float | None:
-    """Tokens drawn for each token there is; not known of a stream."""
+    """Drawn tokens per token of the data; unknown for a stream."""
     there = (data.get("train") or {}).get("tokens")
     drawn = sum(counts["tokens"] for counts in (data.get("ledger") or {}).values())
     return drawn / there if there and drawn else None
 
 
 def _answers(data: dict[str, Any]) -> bool:
-    """Whether the assistant's words were learned: marks are pairs, silent and learned, for each who speaks."""
+    """Whether assistant tokens were supervised; `marks` has (unsupervised, supervised) counts per speaker."""
     from lit_llm.text.tokenizer import SPEAKERS
 
     place = 2 * SPEAKERS.index("assistant") + 1

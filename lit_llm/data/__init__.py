@@ -1,1 +1,1 @@
-"""Files of records to batches of packed rows: records, tokens, rows, stream."""
+"""The data of a run: records, tokens, packed sequences and streams."""

@@ -1,7 +1,6 @@
-"""The LightningDataModule of a run: it prepares sources and gives loaders of packed batches.
+"""The LightningDataModule of a run: it prepares sources and creates loaders of packed batches.
 
-`__init__` only stores; `prepare_data` tokenizes (a lone process), `setup` opens, splits and packs. Knows the
-trainer's number of processes and accumulation, and nothing of models.
+`__init__` only stores settings; `prepare_data` tokenizes (with a single process), `setup` opens, splits and packs.
 """
 
 import sys
@@ -32,39 +31,39 @@ class TextDataModule(L.LightningDataModule):
     """Documents and conversations as packed batches.
 
     Args:
-        sources: What to train on: a list of `{path: ...}`.
-        val_sources: What to validate on, each record once, so without weights; null takes `val_fraction` of the
-            training records.
-        val_fraction: Share of the records of `sources` that is held out to validate on, by a hash of what each says: a
-            record stays on its side when others are added, and its exact duplicates go with it. Not used with
+        sources: Training data: a list of `{path: ...}`.
+        val_sources: Validation data, each record once, so without weights; null takes `val_fraction` of the training
+            records.
+        val_fraction: Share of the records of `sources` that is held out for validation, by a hash of their content: a
+            record stays in its split when others are added, and exact duplicates stay together. Not used with
             `val_sources`.
-        test_sources: What `test` reads; null takes `test_fraction`, and without that the validation data.
-        tokenizer: Folder or hub id; null takes the model's.
-        chat_template: A .jinja file, or the name of one of the tokenizer's; null takes the tokenizer's own.
+        test_sources: Test data; null takes `test_fraction`, or without that the validation data.
+        tokenizer: Folder or hub id of the tokenizer; null uses the model's.
+        chat_template: A .jinja file, or the name of one of the tokenizer's templates; null uses its default.
         template_args: Values of the chat template's variables, such as `{enable_thinking: false}`. They become defaults
-            within the run's and the export's template, so chat, the server and other programs render with them too. A
-            record's own `chat_template_kwargs` (or `template_args`) go before them.
-        train_on: Of a conversation, learn every answer (assistant), the last one (last), or every token (all).
-            Documents are learned whole.
-        seq_len: Tokens of a row, at least 2. Memory grows with `seq_len * batch_size`.
-        batch_size: Rows per device and micro-step.
-        packing: `best_fit` puts whole sequences side by side, never attending across; `concat` cuts anywhere and
-            wastes nothing (pretraining); `none` puts one in a row and pads to the longest of the batch.
-        overlong: A conversation longer than `seq_len`: keep its head (cut), leave it out (drop), or stop (error).
-            Documents become windows that overlap by one token, so nothing is lost.
-        on_bad_record: Stop at the first bad record (error), or write it aside with the reason (quarantine).
-        seed: Of the order, and of the records drawn by a fractional weight.
-        cache_dir: Where tokens are kept; null is `$LIT_LLM_CACHE`, else `~/.cache/lit_llm`.
-        num_proc: Processes that tokenize; null takes the machine's cores, and one where there is little to do.
-        dedup: Leave out training records that say exactly what an earlier one says, of any source.
-        bad_record_limit: Share of a source's records that may be set aside; above it something else is wrong.
+            within the run's and the export's template, so chat, the server and other programs use them as well. A
+            record's own `chat_template_kwargs` (or `template_args`) take precedence.
+        train_on: Supervised tokens of a conversation: every answer (assistant), the last answer (last), or every token
+            (all). All tokens of documents are supervised.
+        seq_len: Tokens per packed sequence, at least 2. Memory grows with `seq_len * batch_size`.
+        batch_size: Packed sequences per device and micro-batch.
+        packing: `best_fit` puts whole sequences together, isolated in attention; `concat` cuts anywhere and wastes
+            nothing (pretraining); `none` keeps one per row and pads to the longest of the batch.
+        overlong: What to do with a conversation longer than `seq_len`: keep its beginning (cut), leave it out (drop),
+            or stop (error). Documents become windows that overlap by one token, so nothing is lost.
+        on_bad_record: Stop at the first bad record (error), or set it aside with the reason (quarantine).
+        seed: Seed of the order, and of the records drawn with a fractional weight.
+        cache_dir: Folder of the token cache; null is `$LIT_LLM_CACHE`, else `~/.cache/lit_llm`.
+        num_proc: Number of tokenizing processes; null uses all cores, or one for little data.
+        dedup: Leave out training records that are exact duplicates of earlier ones, of any source.
+        bad_record_limit: Maximum share of a source's records that may be set aside.
         test_fraction: As `val_fraction`, for `test`. The two take hashes from opposite ends, so changing one share
             moves no record of the other.
-        streaming: Read the training sources while training, again and again, and keep no tokens: for a corpus that is
-            larger than memory or disk. It wants `trainer.max_steps`, and `val_sources` to validate on. A weight is then
-            the share of the next records that come from its source.
-        stream_buffer: Characters of text that a stream packs and shuffles together, beside an order of files for each
-            pass; at least a step's worth is good. A resumed run makes at most this much again.
+        streaming: Read the training sources repeatedly while training and store no tokens, for a corpus larger than
+            memory or disk. It needs `trainer.max_steps`, and `val_sources` for validation. A weight is then the share
+            of the next records that come from its source.
+        stream_buffer: Characters of text that a stream packs and shuffles together, besides a random order of files in
+            each pass; at least the text of a step is recommended. A resumed run rebuilds at most this much.
     """
 
     def __init__(
@@ -102,7 +101,7 @@ class TextDataModule(L.LightningDataModule):
         self.template_args = template_args
         self.stream: StreamLoader | None = None
         self.plans: dict[Stage, Plan] = {}
-        self.quiet = False                              # whether `setup` keeps the summary to itself
+        self.quiet = False                              # whether `setup` prints no summary
         self._tokenizer: Tokenizer | None = None
 
     @property
@@ -110,13 +109,13 @@ class TextDataModule(L.LightningDataModule):
         """The tokenizer, loaded at first use; where none is named, that of the module's base model.
 
         Raises:
-            InputError: None is named.
+            InputError: No tokenizer is configured.
         """
         if self._tokenizer is None:
             path = self.tokenizer_path or getattr(getattr(self.trainer, "lightning_module", None), "base", None)
             if not path:
-                raise InputError("no tokenizer is named", where="data.tokenizer",
-                                 fix="Set data.tokenizer to a folder or hub id; with model.base it is the model's.")
+                raise InputError("no tokenizer is set", where="data.tokenizer",
+                                 fix="Set data.tokenizer to a folder or hub id; the default is that of model.base.")
             self._tokenizer = Tokenizer.load(path, chat_template=self.chat_template,
                                              template_args=self.template_args)
         return self._tokenizer
@@ -124,9 +123,9 @@ class TextDataModule(L.LightningDataModule):
     # ---- Lightning's hooks -------------------------------------------------------------------------------------------
 
     def prepare_data(self) -> None:
-        """Tokenize what is not in the cache; Lightning calls it on one process of each machine.
+        """Tokenize sources that are not in the cache; Lightning calls it on one process per machine.
 
-        Of several processes, `setup` does it while the others look at the disk: here they would wait in a collective.
+        With several processes, `setup` does it while the others poll the disk: here they would wait in a collective.
         """
         self._check()
         if self.trainer and self.trainer.world_size > 1:
@@ -136,7 +135,7 @@ class TextDataModule(L.LightningDataModule):
             self._open(source, write=True)
 
     def setup(self, stage: str | None = None) -> None:
-        """Open the stores and plan the rows of what `stage` needs; a second call does nothing."""
+        """Open the stores and pack the data that `stage` needs; a second call does nothing."""
         self._check()
         if self.streaming:
             streaming.check(self)
@@ -154,7 +153,7 @@ class TextDataModule(L.LightningDataModule):
             print(self.summary(), file=sys.stderr, flush=True)
 
     def train_dataloader(self) -> RowLoader | StreamLoader:
-        """Shuffled, in whole accumulation windows, resumable."""
+        """Training batches: shuffled, in complete accumulation windows, resumable."""
         if self.streaming:
             self.stream = streaming.open_loader(self)
             return self.stream
@@ -162,32 +161,33 @@ class TextDataModule(L.LightningDataModule):
         return self._loader("train", shuffle=True, accumulate=trainer.accumulate_grad_batches if trainer else 1)
 
     def val_dataloader(self) -> RowLoader | list[Any]:
-        """In order; every token is counted once over all ranks."""
+        """Validation batches in order; every token is counted once over all ranks."""
         return self._loader("val") if "val" in self.plans else []
 
     def test_dataloader(self) -> RowLoader | list[Any]:
-        """As `val_dataloader`, of `test_sources`."""
+        """As `val_dataloader`, for `test_sources`."""
         return self._loader("test") if "test" in self.plans else []
 
     def on_before_batch_transfer(self, batch: Batch, dataloader_idx: int) -> dict[str, Any]:
-        """For a GPU, page-locked memory: it copies from there while the host goes on, and from other memory not."""
+        """Pin memory for a GPU, which can then copy asynchronously."""
         if self.trainer is None or self.trainer.strategy.root_device.type != "cuda":
             return {**batch}
         return {name: value.pin_memory() if hasattr(value, "pin_memory") else value for name, value in batch.items()}
 
     def teardown(self, stage: str) -> None:
-        """Say what a stream really held."""
+        """Log what a stream contained."""
         if self.stream is not None and stage == "fit" and self._rank == 0 and (lines := self.stream.told()):
             print("\n".join(lines), file=sys.stderr, flush=True)
 
-    # ---- from sources to rows ----------------------------------------------------------------------------------------
+    # ---- from sources to packed sequences ----------------------------------------------------------------------------
 
     def _check(self) -> None:
         if not self.sources:
-            raise InputError("there is nothing to read", where="data.sources", fix="Add `- path: FILE`.")
+            raise InputError("no source is set", where="data.sources", fix="Add `- path: FILE`.")
         ranges.check_all("data", vars(self))
         if self.val_fraction + self.test_fraction >= 1:
-            raise InputError(f"{self.val_fraction} to validate and {self.test_fraction} to test leave nothing to learn",
+            raise InputError(f"{self.val_fraction} for validation and {self.test_fraction} for test leave no training "
+                             "data",
                              where="data.test_fraction")
         packing.check(self.packing)
         idle.check(self)
@@ -207,11 +207,11 @@ class TextDataModule(L.LightningDataModule):
             return wait_for(source, self.tokenizer, **how)
         store = prepare(source, self.tokenizer, num_proc=self.num_proc, bad_record_limit=self.bad_record_limit, **how)
         store.report.refuse_flood(self.bad_record_limit, f"They are in {store.folder / 'quarantine.jsonl'}, each with "
-                                  "its reason; mend them, or raise data.bad_record_limit.")
+                                  "its reason; fix them, or raise data.bad_record_limit.")
         return store
 
     def _listed(self, stage: Stage) -> tuple[list[Source], Stage | None]:
-        """The sources of a stage, and which side of their records; null is all of them."""
+        """The sources of a stage, and the split of their records; null is all records."""
         if stage == "test" and not (self.test_sources or self.test_fraction):
             stage = "val"
         own = {"train": None, "val": self.val_sources, "test": self.test_sources}[stage]
@@ -238,7 +238,7 @@ class TextDataModule(L.LightningDataModule):
         if not len(corpus):
             raise InputError(f"no record is left for {stage}", where=f"data.{wanted}_fraction"
                              if wanted in ("val", "test") else "data.sources",
-                             fix=f"Name data.{'val' if stage == 'train' else stage}_sources, or cut text files into "
+                             fix=f"Set data.{'val' if stage == 'train' else stage}_sources, or split text files into "
                                  "more documents (document: paragraph).")
         mixture = self._mixture(corpus, stage, [source.weight for source in listed])
         made_of: dict[str, Any] = {
@@ -251,13 +251,13 @@ class TextDataModule(L.LightningDataModule):
                     mixture.rows if mixture.moves else None)
 
     def _note_leaks(self, stage: Stage) -> None:
-        """Of records to evaluate on, how many say exactly what a training record says."""
+        """Count evaluation records that are exact duplicates of training records."""
         if stage != "train" and "train" in self.plans:
             plan, trained = self.plans[stage], self.plans["train"].corpus.column("content")
             plan.notes["also_in_train"] = int(np.isin(plan.corpus.column("content"), trained).sum())
 
     def _mixture(self, corpus: Corpus, stage: Stage, weights: list[float]) -> Mixture:
-        """A stage's rows. Evaluation goes document by document whatever the packing: its numbers must not move."""
+        """The rows of a stage. Evaluation is never concatenated, so that its metrics do not depend on packing."""
         training = stage == "train"
         packing = self.packing if training or self.packing == "none" else "best_fit"
         if packing == "concat" and self.train_on != "all" and not corpus.is_document.all():
@@ -267,11 +267,11 @@ class TextDataModule(L.LightningDataModule):
                           overlong=self.overlong, seed=self.seed)
         if not mixture.first.supervised.sum():
             raise InputError(f"no token of the {stage} data is supervised", where="data.train_on",
-                             fix="Look at the rows: python -m lit_llm inspect --config ...")
+                             fix="Inspect the data: python -m lit_llm inspect --config ...")
         if training and corpus.endless(mixture.first.segments, self.tokenizer.stop_ids):
             talks = int((~corpus.is_document).sum())
-            raise InputError(f"none of {talks:,} conversations teaches the token that ends an answer: all are longer "
-                             f"than {self.seq_len} tokens and cut in one, so the model would never stop",
+            raise InputError(f"none of {talks:,} conversations has a supervised stop token: all are longer than "
+                             f"{self.seq_len} tokens and cut within an answer, so the model would never stop",
                              where="data.seq_len", fix=f"Raise it: the shortest has {corpus.lengths.min():,} tokens, "
                              f"the longest {corpus.lengths.max():,}.")
         return mixture
@@ -285,15 +285,15 @@ class TextDataModule(L.LightningDataModule):
                          trim=self.packing == "none", fingerprint=plan.fingerprint, draw=plan.draw)
 
     def _open_stream(self) -> None:
-        """Where the data are only looked at, the stream's first chunk stands for all of it."""
+        """Open the stream; where data are only inspected, its first chunk represents it."""
         if not streaming.trains(self):
             stream, chunk = streaming.first_chunk(self)
             self.plans["train"] = Plan(chunk.corpus, chunk.rows, stream.notes, {"stream": stream.fingerprint})
 
     def occurrences(self) -> Occurrences | None:
-        """How often each token stands in the training data, of a stream in its beginning; null without any.
+        """Counts of each token in the training data, or in the beginning of a stream; null without training data.
 
-        The same on all processes, and no collective.
+        They are equal on all processes, and no collective is needed.
         """
         if "train" in self.plans:
             found = self.plans["train"].corpus.occurrences(self.tokenizer.vocab_size)
@@ -303,18 +303,18 @@ class TextDataModule(L.LightningDataModule):
         _, chunk = streaming.first_chunk(self)
         return replace(chunk.corpus.occurrences(self.tokenizer.vocab_size), whole=False)
 
-    # ---- what the user sees ------------------------------------------------------------------------------------------
+    # ---- reports -----------------------------------------------------------------------------------------------------
 
     @property
     def reports(self) -> list[Report]:
-        """Of each source that was opened, once, what became of its records."""
+        """The report of each opened source."""
         out: list[Report] = []
         for plan in self.plans.values():
             out += [store.report for store in plan.stores if store.report not in out]
         return out
 
     def summary(self) -> str:
-        """Some lines: records read, kept, dropped and why; tokens, supervised share, rows and fill per stage; steps."""
+        """A few lines: records read, kept and dropped; tokens, supervised share and packing per stage; steps."""
         from lit_llm.data.inspect.inspection import examine
         from lit_llm.data.inspect.terminal import short
 
@@ -323,7 +323,7 @@ class TextDataModule(L.LightningDataModule):
         return "\n".join([*(streamed if self.streaming else []), short(examine(self))])
 
     def facts(self) -> dict[str, Any]:
-        """The summary as values, for a run's report; `ledger` is what training has drawn so far of each source."""
+        """The summary as values, for a run's files; `ledger` is what training has drawn so far of each source."""
         loader = self.trainer.train_dataloader if self.trainer else None
         return {"sources": [asdict(report) for report in self.reports],
                 **{stage: {"sequences": len(plan.corpus), "rows": len(plan.rows), **plan.notes,

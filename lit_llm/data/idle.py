@@ -1,6 +1,6 @@
-"""A data module's options in; an error for each that was set and can do nothing, alone or beside the others.
+"""Refuse options of a data module that have no effect, by themselves or in combination.
 
-What a file decides (`split`, `subset`, `document` of a source) is refused where its files are found, in `sources.py`.
+Options whose effect depends on files (`split`, `subset`, `document` of a source) are checked in `sources.py`.
 """
 
 import logging
@@ -15,7 +15,7 @@ from lit_llm.rules import Rule
 from lit_llm.system import ranges
 
 log = logging.getLogger(__name__)
-LIMIT, BUFFER = 0.1, 4_000_000                      # what bad_record_limit and stream_buffer are where nothing is said
+LIMIT, BUFFER = 0.1, 4_000_000                      # defaults of bad_record_limit and stream_buffer
 
 
 FEATURES: dict[str, Callable[[Data], bool]] = {
@@ -59,10 +59,10 @@ def _weighted(sources: list[Source] | None) -> bool:
 
 
 def check(data: Data) -> None:
-    """Refuse what another option switches off, and a weight that draws nothing.
+    """Refuse options that another option disables, and weights without effect.
 
     Raises:
-        InputError: It names the key, and the option that would have to change.
+        InputError: The error names the key, and the option that would have to change.
     """
     for source in data.sources:
         ranges.check("data.sources.weight", source.weight)
@@ -70,6 +70,6 @@ def check(data: Data) -> None:
 
 
 def note_documents(corpus: Corpus, train_on: str, *, rank: int) -> None:
-    """Say that an option for conversations has none to act on."""
+    """Warn that an option for conversations has no effect on documents."""
     if rank == 0 and train_on != "assistant" and corpus.is_document.all():
-        log.warning("data.train_on: there are only documents, which are learned whole, so %s changes nothing", train_on)
+        log.warning("data.train_on: all data are documents, which are fully supervised, so %s has no effect", train_on)

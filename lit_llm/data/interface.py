@@ -1,4 +1,4 @@
-"""What checks, streams and inspection read of a data module; `datamodule.TextDataModule` is the one that ships."""
+"""The interface of a data module for checks, streams and inspection; see `datamodule.TextDataModule`."""
 
 from typing import Any, Protocol
 
@@ -14,7 +14,7 @@ from lit_llm.text.tokenizer import Tokenizer, TrainOn
 
 
 class Data(Protocol):
-    """The settings of a data module, its trainer, and the plans it has made."""
+    """The settings of a data module, its trainer, and its plans."""
 
     sources: list[Source]
     val_sources: list[Source] | None
@@ -39,11 +39,11 @@ class Data(Protocol):
 
     @property
     def tokenizer(self) -> Tokenizer:
-        """Makes the tokens."""
+        """The tokenizer."""
 
     @property
     def reports(self) -> list[Report]:
-        """What became of the records of each source."""
+        """The report of each source."""
 
     def train_dataloader(self) -> RowLoader | StreamLoader:
-        """Batches of training rows."""
+        """The training batches."""

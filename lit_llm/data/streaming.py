@@ -1,6 +1,6 @@
 """Open the stream that a data module's settings describe, and refuse settings that a stream cannot follow.
 
-The streams themselves are in `stream/`, which knows no data module.
+The streams themselves are in `stream/`.
 """
 
 import hashlib
@@ -20,32 +20,32 @@ from lit_llm.errors import InputError
 
 
 def trains(data: Data) -> bool:
-    """Whether a fit is under way; else its data are only looked at."""
+    """Whether a fit is running; otherwise the data are only inspected."""
     return data.trainer is not None and data.trainer.state.fn == "fit"
 
 
 def check(data: Data) -> None:
-    """Refuse what a stream cannot do.
+    """Refuse settings that a stream does not support.
 
     Raises:
-        InputError: It names the key and what to set instead.
+        InputError: The error names the key and what to set instead.
     """
     for name in ("val", "test"):
         if getattr(data, f"{name}_fraction"):
-            raise InputError("a share of a stream cannot be held out before all of it was read",
+            raise InputError("a share of a stream cannot be held out, because the stream is never read completely",
                              where=f"data.{name}_fraction",
-                             fix=f"Set it to 0, and name files of their own in data.{name}_sources.")
+                             fix=f"Set it to 0, and set data.{name}_sources to separate files.")
     if data.dedup:
-        raise InputError("a stream does not remember what it has read", where="data.dedup",
-                         fix="Remove duplicates before, or set data.streaming to false.")
+        raise InputError("a stream cannot detect duplicates", where="data.dedup",
+                         fix="Remove duplicates beforehand, or set data.streaming to false.")
     if data.trainer is not None and trains(data) and data.trainer.max_steps < 1:
-        raise InputError("a stream has no end", where="trainer.max_steps",
+        raise InputError("a stream has no end, so a number of steps is needed", where="trainer.max_steps",
                          fix="Set --trainer.max_steps N; a run of N steps reads N * accumulate_grad_batches * "
                          "batch_size * processes rows.")
 
 
 def open_loader(data: Data) -> StreamLoader:
-    """The training loader of a datamodule that streams."""
+    """The training loader of a data module that streams."""
     trainer, tokenizer = data.trainer, data.tokenizer
     rank, world, accumulate, local = (
         (trainer.global_rank, trainer.world_size, trainer.accumulate_grad_batches, trainer.num_devices)
@@ -68,7 +68,7 @@ def open_loader(data: Data) -> StreamLoader:
 
 
 def first_chunk(data: Data) -> tuple[Stream, Chunk]:
-    """The stream's beginning, read by each process for itself."""
+    """The first chunk of the stream, read independently by each process."""
     stream = open_loader(data).stream
     stream.share, stream.rank, stream.world, stream.is_first = None, 0, 1, False
     with closing(stream.chunks(stream.beginning)) as chunks:
@@ -76,7 +76,7 @@ def first_chunk(data: Data) -> tuple[Stream, Chunk]:
 
 
 def _identity(data: Data) -> dict[str, Any]:
-    """All that decides which row comes when, by the names that a user knows."""
+    """Everything that determines the order of rows, by names that a user knows."""
     names = ("train_on", "seq_len", "packing", "overlong", "seed", "stream_buffer")
     known = {name: getattr(data, name) for name in names} | {"tokenizer": data.tokenizer.fingerprint[:16]}
     for number, source in enumerate(data.sources):

@@ -45,7 +45,7 @@ def export(run: str, checkpoint: str = "best", out: str | None = None, dtype: Dt
     facts = integrity.read(folder)
     integrity.check_beside(folder / ("adapter" if (folder / "adapter").is_dir() else "model"), "checkpoint")
     if (folder / "adapter").is_dir():
-        base = origin.found(str(facts["base"]), facts.get("base_hash"), Path(run), base)
+        base = origin.locate(str(facts["base"]), facts.get("base_hash"), Path(run), base)
     elif base is not None:
         raise InputError(f"{ranges.shown(base)} has no effect: this run trained all weights and needs no base",
                          where="base", fix="leave --base out")
@@ -116,7 +116,7 @@ def _exported(run: Path, folder: Path, facts: dict[str, Any], target: Path, dtyp
         free = disk.free(partial.parent)
         shutil.rmtree(partial, ignore_errors=True)
         if isinstance(error, OSError) or disk.is_full(error):
-            raise InputError(f"the export could not be written: {disk.said(error)}; {free}", where=str(target),
+            raise InputError(f"the export could not be written: {disk.reason(error)}; {free}", where=str(target),
                              fix=f"{disk.remedy(error, target.parent)}, or name another folder: --out") from error
         raise
     return target

@@ -74,7 +74,7 @@ def load(folder: str, device: str, dtype: str, adapter: str | Path | None) -> An
 
     facts = _trained_on(adapter or folder) if adapter or _adapter_base(folder) else {}
     if base := _adapter_base(folder):
-        folder, adapter = names.resolve(origin.found(base, facts.get("base_hash"), Path(folder))), folder
+        folder, adapter = names.resolve(origin.locate(base, facts.get("base_hash"), Path(folder))), folder
     elif (wanted := facts.get("base_hash")) and origin.content_hash(folder) not in (None, wanted):
         raise InputError(f"the adapter {adapter} was trained on another base, {facts.get('base')}", where="adapter",
                          fix=f"give --model {facts.get('base')}, or the folder where that base lies now")

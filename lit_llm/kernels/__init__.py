@@ -1,1 +1,1 @@
-"""Operations written by hand for speed, each tested against its plain definition."""
+"""Hand-written operations for speed, each tested against a plain definition."""

@@ -1,9 +1,9 @@
-"""Attention over packed rows: each document sees itself and nothing else.
+"""Attention over packed sequences: each document attends only to itself.
 
-Queries, keys and values of all documents in a row flow in side by side with the borders between them (`cu_seqlens`);
-each document's causal attention flows out. Registered with transformers as `lit_varlen`, without a mask function: the
-model then builds no mask, hands our keyword arguments to every layer, and cannot leak across documents (with
-`position_ids` alone it can: a cache or a 2-D mask silently switches isolation off).
+It gets queries, keys and values of all documents in a packed sequence with their boundaries (`cu_seqlens`), and
+computes causal attention per document. It is registered with transformers as `lit_varlen`, without a mask function: the
+model then builds no mask, passes the keyword arguments to every layer, and cannot leak across documents (with
+`position_ids` only it can: a cache or a 2-D mask silently switches isolation off).
 
     cu_seqlens  [0        4      7   8]        documents occupy [0, 4), [4, 7), [7, 8) of the flattened row
 """
@@ -26,7 +26,7 @@ class PackingError(InputError):
 
 
 def register() -> str:
-    """Make `lit_varlen` known to transformers; returns the name for `attn_implementation`."""
+    """Register `lit_varlen` with transformers; returns the name for `attn_implementation`."""
     from transformers import AttentionInterface
 
     AttentionInterface.register(NAME, lit_varlen)
@@ -49,19 +49,19 @@ def lit_varlen(
     s_aux: Tensor | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """Causal attention per document, in the shape that transformers' models call.
+    """Causal attention per document, with the interface of transformers.
 
     Args:
-        module: The attention layer; only its training flag is read.
+        module: The attention layer, of which only the training flag is used.
         query: (1, H, T, D).
         key: (1, K, T, D); K divides H (grouped-query attention).
-        value: (1, K, T, E); E is D but in latent attention (DeepSeek).
-        attention_mask: Always None; a mask would mean that somebody else isolates documents.
+        value: (1, K, T, E); E equals D except in latent attention (DeepSeek).
+        attention_mask: Must be None; a mask would mean that the model isolates documents itself.
         cu_seqlens: (documents + 1,) int32, from 0 to T.
         max_seqlen: Tokens of the longest document, known on the host.
         scaling: Factor on the scores; null is 1/sqrt(D).
         dropout: Probability of dropping an attention weight, in training.
-        sliding_window: Tokens that a query sees, itself included; null sees the whole document.
+        sliding_window: Tokens that a query attends to, including itself; null is the whole document.
         softcap: Gemma-2's cap on scores; not supported here.
         s_aux: GPT-OSS's attention sinks; not supported here.
 
@@ -69,14 +69,14 @@ def lit_varlen(
         (1, T, H, E) and None for the weights.
     """
     if softcap is not None or s_aux is not None:
-        raise PackingError("this model's attention caps its scores or uses sinks, which packed attention cannot do",
+        raise PackingError("the attention caps its scores or uses sinks, which packed attention does not support",
                            where="model.base")
-    if attention_mask is not None or cu_seqlens is None:    # it makes a mask itself, or keeps our keywords to itself
+    if attention_mask is not None or cu_seqlens is None:    # it builds its own mask, or drops the keyword arguments
         raise PackingError("this model does not pass the document boundaries to its attention, so documents in a "
                            "packed sequence could not be isolated", where="model.base")
     dropout = dropout if module.training else 0.0
     kind = query.device.type
-    if torch.is_autocast_enabled(kind):             # rotary positions have made float32 of queries and keys
+    if torch.is_autocast_enabled(kind):             # rotary embeddings have converted queries and keys to float32
         query, key, value = (states.to(torch.get_autocast_dtype(kind)) for states in (query, key, value))
     if _flash(query, dropout):
         return _on_cuda(query, key, value, cu_seqlens, max_seqlen, scaling, sliding_window), None
@@ -84,15 +84,15 @@ def lit_varlen(
 
 
 def _flash(query: Tensor, dropout: float) -> bool:
-    """Torch's own variable-length kernel: half precision, no dropout, heads of up to 256 numbers, Ampere or later."""
+    """Whether torch's variable-length kernel applies: half precision, no dropout, head width <= 256, Ampere on."""
     width = query.shape[-1]
     return (query.is_cuda and query.dtype in (torch.float16, torch.bfloat16) and dropout == 0.0
             and width <= 256 and width % 8 == 0 and _generation(query.device) >= 8)
 
 
-@torch.compiler.assume_constant_result              # else a compiled layer would fall apart here
+@torch.compiler.assume_constant_result              # otherwise a compiled layer would have a graph break here
 def _generation(device: torch.device) -> int:
-    """Of a GPU: 7 is Volta and Turing (T4), 8 Ampere, 9 Hopper."""
+    """Compute capability of a GPU: 7 is Volta and Turing (T4), 8 Ampere, 9 Hopper."""
     return torch.cuda.get_device_capability(device)[0]
 
 
@@ -105,7 +105,7 @@ def _on_cuda(query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, max_
     if groups > 1:                                  # torch 2.11 has no enable_gqa here
         flat_key, flat_value = (states.repeat_interleave(groups, 1) for states in (flat_key, flat_value))
     width, missing = value.shape[-1], query.shape[-1] - value.shape[-1]
-    if missing:                                     # latent attention's values; the kernel knows one width
+    if missing:                                     # values of latent attention; the kernel needs equal widths
         flat_value = pad(flat_value, (0, missing))
     left = -1 if sliding_window is None else sliding_window - 1
     out = varlen_attn(flat_query, flat_key, flat_value, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, scale=scaling,
@@ -114,12 +114,12 @@ def _on_cuda(query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, max_
     return out[..., :width].unsqueeze(0)
 
 
-@torch.compiler.disable                             # documents are cut where the data says, which no graph can hold
+@torch.compiler.disable                             # document boundaries depend on the data
 def _by_length(query: Tensor, key: Tensor, value: Tensor, borders: tuple[int, ...], scaling: float | None,
                dropout: float, sliding_window: int | None) -> Tensor:
-    """One call for all documents of about equal length, stacked.
+    """One call for all documents of similar length, stacked.
 
-    Cost: sum of squared lengths instead of T squared, and no mask over a row.
+    The cost is the sum of squared lengths instead of T squared, without a mask.
     """
     device = query.device.type
     with torch.autocast(device, enabled=False):
@@ -139,9 +139,9 @@ def _by_length(query: Tensor, key: Tensor, value: Tensor, borders: tuple[int, ..
 
 def _sdpa(query: Tensor, key: Tensor, value: Tensor, count: int, *, scale: float | None, window: int | None,
           dropout: float) -> Tensor:
-    """(H, count * length, D) and (K, count * length, D or E) in, (count * length, H, E) out, by torch.
+    """(H, count * length, D) and (K, count * length, D or E) -> (count * length, H, E), by torch's attention.
 
-    It drops attention weights, and runs anywhere.
+    It supports dropout of attention weights, and runs on any device.
     """
     heads, tokens, _ = query.shape
     length, groups = tokens // count, heads // len(key)
@@ -156,6 +156,6 @@ def _sdpa(query: Tensor, key: Tensor, value: Tensor, count: int, *, scale: float
 
 
 def _band(length: int, window: int, like: Tensor) -> Tensor:
-    """(length, length) bool: causal, and no further back than `window` tokens."""
+    """(length, length) bool: causal, limited to the last `window` tokens."""
     ones = torch.ones(length, length, dtype=torch.bool, device=like.device)
     return ones.tril().triu(1 - window)

@@ -1,11 +1,10 @@
-"""Causal attention of documents that lie side by side, on a CPU, in blocks of queries.
+"""Causal attention of packed documents on a CPU, in blocks of queries.
 
-Queries, keys and values of a row flow in, what each query has read in its own document flows out. Documents of about
-equal length are stacked; a block is then two batched products of matrices and a softmax over the keys up to its end,
-which a machine's libraries do well in bfloat16; torch's own CPU kernel takes two to six times as long there. The
-backward pass computes probabilities again, so memory does not grow with the square of a length. In bfloat16 scores
-leave their product rounded, as in transformers' eager attention, and what comes out is a little closer to the exact
-result than its; float32 and float64 lose nothing.
+Documents of similar length are stacked; a block then consists of two batched matrix products and a softmax over the
+keys up to its end, which CPU libraries do well in bfloat16; torch's own CPU kernel takes two to six times as long
+there. The backward pass recomputes probabilities, so memory does not grow with the square of a length. In bfloat16
+scores are rounded after their product, as in transformers' eager attention, and the result is slightly closer to the
+exact one; float32 and float64 lose nothing.
 
 Without this kernel, with torch's attention for each stack of documents, a training step of a 6M-parameter Llama takes
 1.15 times as long in bfloat16 (1.05 to 1.20) and as long in float32 (0.99 to 1.03), a validation as long in both.
@@ -26,24 +25,24 @@ from torch import Tensor
 from lit_llm.system.private import torch as torch_private
 
 BLOCK = 64                                          # queries
-STEP = 16                                           # tokens; a stack costs about as much as this much padding
+STEP = 16                                           # tokens; lengths are padded to a multiple
 
 
 class Stacks(NamedTuple):
-    """Where tokens go so that documents of about equal length lie one behind the other; null where nothing moves."""
+    """The reordering that puts documents of similar length together; null if nothing moves."""
 
-    order: Tensor | None                            # the token at each place; a short document repeats its last one
-    back: Tensor | None                             # (T,) the place of each token
-    repeated: Tensor | None                         # places of what is there once more
+    order: Tensor | None                            # token at each position; short documents repeat their last token
+    back: Tensor | None                             # (T,) position of each token
+    repeated: Tensor | None                         # positions of repeated tokens
     shapes: list[tuple[int, int]]                   # (documents, tokens of each) of every stack
 
 
 @lru_cache(maxsize=64)
 def stacks(borders: tuple[int, ...]) -> Stacks:
-    """How documents between these borders are stacked; every layer of a step asks with the same, so answers are kept.
+    """The stacks of documents with these boundaries; cached, because every layer of a step uses the same.
 
-    Lengths are rounded up to a multiple of STEP. What stands behind a document's end is hidden from it by causality,
-    and what is said there is thrown away.
+    Lengths are rounded up to a multiple of STEP. Positions after a document's end are hidden from it by causality, and
+    their results are dropped.
 
     >>> stacks((0, 3, 10, 12)).order.tolist()[:9], stacks((0, 3, 10, 12)).shapes
     ([0, 1, 2, 2, 2, 2, 2, 3, 4], [(3, 7)])
@@ -70,15 +69,15 @@ def stacks(borders: tuple[int, ...]) -> Stacks:
 
 def causal(query_HTD: Tensor, key_KTD: Tensor, value_KTE: Tensor, borders: Sequence[int], *, scale: float,
            window: int | None = None) -> Tensor:
-    """softmax(scale * query @ key.T) @ value, each query over the keys of its document up to its own place.
+    """softmax(scale * query @ key.T) @ value, each query over the keys of its document up to its own position.
 
     Args:
         query_HTD: (H, T, D).
         key_KTD: (K, T, D), of the same type; K divides H.
         value_KTE: (K, T, E).
-        borders: Of documents, from 0 to T.
-        scale: Of the scores.
-        window: Keys that a query sees, itself included; null sees all before it.
+        borders: Document boundaries, from 0 to T.
+        scale: Scale of the scores.
+        window: Keys that a query attends to, including itself; null is all preceding ones.
 
     Returns:
         (T, H, E).
@@ -88,7 +87,7 @@ def causal(query_HTD: Tensor, key_KTD: Tensor, value_KTE: Tensor, borders: Seque
     return out
 
 
-# One operation to whoever looks on, so that selective recomputing can keep what it gives.
+# Registered as one operator, so that selective recomputation can save its result.
 
 @torch.library.custom_op("lit_llm::causal_attention", mutates_args=())
 def _attend(query: Tensor, key: Tensor, value: Tensor, borders: Sequence[int], scale: float, window: int) -> Tensor:
@@ -103,7 +102,7 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, borders: Sequence[int], s
 @torch.library.custom_op("lit_llm::causal_attention_backward", mutates_args=())
 def _derive(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, borders: Sequence[int], scale: float, window: int
             ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of queries, keys and values; sums over blocks are float32 or wider."""
+    """Gradients of queries, keys and values; sums over blocks are in float32 or wider."""
     layout, shared, states = stacks(tuple(borders)), len(key), (query, key, value)
     grads = [_room(layout, query.shape[1], len(each), each) for each in states]
     inputs = (_stacked(each.transpose(0, 1), layout, shared) for each in states)
@@ -142,7 +141,7 @@ _attend.register_autograd(_backward, setup_context=_remember)
 # ---- stacks ----------------------------------------------------------------------------------------------------------
 
 def _room(layout: Stacks, tokens: int, heads: int, like: Tensor) -> Tensor:
-    """(places, heads, width) for results in the order of stacks."""
+    """(positions, heads, width) buffer for results in the order of stacks."""
     return like.new_empty(tokens if layout.order is None else len(layout.order), heads, like.shape[-1])
 
 
@@ -154,7 +153,7 @@ def _cut(places: Tensor, layout: Stacks, shared: int) -> list[Tensor]:
 
 
 def _stacked(states: Tensor, layout: Stacks, shared: int, silent: bool = False) -> list[Tensor]:
-    """(N, G, L, width) of each stack, contiguous, of (T, heads, width); silent: nothing where tokens are repeated."""
+    """(N, G, L, width) of each stack, contiguous, from (T, heads, width); `silent` zeroes repeated tokens."""
     if layout.order is not None and layout.repeated is not None:
         states = states.index_select(0, layout.order)
         if silent:
@@ -163,14 +162,14 @@ def _stacked(states: Tensor, layout: Stacks, shared: int, silent: bool = False) 
 
 
 def _restored(places: Tensor, layout: Stacks) -> Tensor:
-    """(T, heads, width): what stands at each token's place."""
+    """(T, heads, width): the results in the original order."""
     return places if layout.back is None else places.index_select(0, layout.back)
 
 
 # ---- a stack ---------------------------------------------------------------------------------------------------------
 
 def _attend_stack(queries: Tensor, keys: Tensor, values: Tensor, target: Tensor, scale: float, window: int) -> None:
-    """(N, G, L, D), (N, L, D) and (N, L, E) in; what was read goes into the target."""
+    """Attention of one stack, from (N, G, L, D), (N, L, D) and (N, L, E) into the target."""
     buffer = _buffer(queries)
     for first, start, stop in _blocks(queries.shape[2], window):
         shares = _shares(queries, keys, first, start, stop, scale, window, buffer)
@@ -179,7 +178,7 @@ def _attend_stack(queries: Tensor, keys: Tensor, values: Tensor, target: Tensor,
 
 def _derive_stack(above: Tensor, queries: Tensor, keys: Tensor, values: Tensor, targets: Sequence[Tensor],
                   scale: float, window: int) -> None:
-    """The same with the gradient (N, G, L, E) of what was read; gradients of the three go into the targets."""
+    """Backward of one stack from the gradient (N, G, L, E), into the three targets."""
     buffer, other = _buffer(queries), _buffer(queries)
     wide = torch.promote_types(queries.dtype, torch.float32)
     grad_keys, grad_values = (torch.zeros(each.shape, dtype=wide) for each in (keys, values))
@@ -202,7 +201,7 @@ def _blocks(length: int, window: int) -> Iterator[tuple[int, int, int]]:
 
 
 def _buffer(query: Tensor) -> Tensor:
-    """Memory for the scores of any block."""
+    """A buffer for the scores of any block."""
     count, groups, length, _ = query.shape
     return query.new_empty(count * groups * min(BLOCK, length) * length)
 
@@ -214,7 +213,7 @@ def _shares(query: Tensor, key: Tensor, first: int, start: int, stop: int, scale
     scores = buffer[:count * groups * queries * keys].view(count, groups * queries, keys)
     scores.baddbmm_(_rows(query, start, stop), key[:, first:stop].transpose(1, 2), beta=0, alpha=scale)
     apart = scores.view(count, groups, queries, keys)
-    if stop - first > window:                       # the last query does not see the first key
+    if stop - first > window:                       # the last query does not attend to the first key
         apart += _mask(queries, start - first, window, query.dtype)
     else:
         apart[..., start - first:] += _mask(queries, 0, queries, query.dtype)
@@ -222,12 +221,12 @@ def _shares(query: Tensor, key: Tensor, first: int, start: int, stop: int, scale
 
 
 def _rows(states: Tensor, start: int, stop: int) -> Tensor:
-    """(N, G * queries, D): a block's queries of all heads of a group, one head below the other."""
+    """(N, G * queries, D): a block's queries of all heads of a group, head by head."""
     return states[:, :, start:stop].flatten(1, 2)
 
 
 def _put(target: Tensor, start: int, stop: int, rows: Tensor) -> None:
-    """The same back into (documents, K, G, L, width)."""
+    """Write them back into (documents, K, G, L, width)."""
     block = target[..., start:stop, :]
     block.copy_(rows.view(block.shape))
 
@@ -239,6 +238,6 @@ def _scaled(left: Tensor, right: Tensor, scale: float) -> Tensor:
 
 @lru_cache(maxsize=64)
 def _mask(queries: int, before: int, window: int, dtype: torch.dtype) -> Tensor:
-    """(queries, before + queries): 0 where a query sees a key, -inf elsewhere."""
-    back = before + torch.arange(queries)[:, None] - torch.arange(before + queries)     # how far back the key lies
+    """(queries, before + queries): 0 where a query attends to a key, -inf elsewhere."""
+    back = before + torch.arange(queries)[:, None] - torch.arange(before + queries)     # distance of the key
     return torch.zeros(back.shape, dtype=dtype).masked_fill((back < 0) | (back >= window), float("-inf"))

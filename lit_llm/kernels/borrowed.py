@@ -1,8 +1,8 @@
-"""What `fused.nll` does, done by others: the home of cut-cross-entropy and of Liger, for who chooses one of them.
+"""External cross-entropy kernels with the interface of `cross_entropy.nll`: cut-cross-entropy and Liger.
 
-Neither is imported before `model.cross_entropy` names it. Both run Triton on CUDA; their speed and memory there are not
-measured here. How exact they are is, in Triton's interpreter on a CPU: |error| / |gradient| of hidden states and of the
-head against float64; 256 tokens in bfloat16, width 64, logits of standard deviation 1.2.
+Neither is imported unless `model.cross_entropy` selects it. Both run Triton on CUDA; their speed and memory there were
+not measured here. Their exactness, in Triton's interpreter on a CPU: |error| / |gradient| of hidden states and of the
+head against float64; 256 tokens in bfloat16, width 64, logits with a standard deviation of 1.2.
 
     vocabulary                              8,192               32,768              131,072
     fused, on a CPU                     1.6e-3   1.6e-3     9.0e-4   6.4e-4     4.8e-4   1.9e-4
@@ -10,14 +10,15 @@ head against float64; 256 tokens in bfloat16, width 64, logits of standard devia
     cut-cross-entropy 25.1.1            1.6e-2   2.7e-3     5.8e-2   1.2e-3     8.5e-2   1.9e-4
     cut-cross-entropy, git d42911f      1.6e-3   1.6e-3     8.6e-4   6.3e-4     not measured
 
-    liger               Rounds logits to the precision of hidden states, as ours does on a CPU, but not on CUDA. Sums
-                        the head's gradient in float32 and rounds it once. Makes the host wait for the device once a
+    liger               Rounds logits to the precision of hidden states, as this project does on a CPU but not on CUDA.
+                        Sums the head's gradient in float32 and rounds it once. Synchronises with the device once per
                         micro-batch, to count targets.
-    cut_cross_entropy   Has no logits in memory at all. 25.1.1, the last release, adds a hidden state's gradient up in
-                        bfloat16, 128 words after another; its repository can in float32, which is asked for where it
-                        is known. Blocks add in the order in which they end, so a resumed run is not the same to the
-                        last bit. Small gradients are kept (`filter_eps`), though leaving out blocks of them is what
-                        makes it quick: at a run's start that would be nearly all. It counts the words missing in the
+    cut_cross_entropy   Has no logits in memory at all. 25.1.1, the last release, sums a hidden state's gradient in
+                        bfloat16, 128 vocabulary entries at a time; its repository can use float32, which is requested
+                        if available. The order of sums varies, so a resumed run is not bit-identical. Small gradients
+                        are kept (`filter_eps`), although skipping blocks of them is what makes it fast: at the start of
+                        a run that would be nearly all. It counts the entries missing in the last block of 128 as logits
+                        of -cap, which matters only for a small cap.
                         last block of 128 as logits of -cap, which matters only where a cap is small.
 
 A factor is multiplied into hidden states: exact where it is a power of two, else rounded once more.

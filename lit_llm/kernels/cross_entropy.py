@@ -1,10 +1,9 @@
 """A linear head and cross-entropy in one operation, from hidden states and targets to losses and gradients.
 
-Logits of a slice of tokens at a time, in one buffer for all slices: memory grows neither with tokens nor with the
-vocabulary times tokens. Gradients are made in the forward, while a slice's logits are there, which saves the product
-that recomputing them would cost. On CUDA products leave in the float32 they were summed in, and a Triton kernel makes
-losses and gradients of them in one pass, where Triton works. Without gradients `tiles.py` does it;
-others' ways are in `borrowed.py`.
+Logits are computed for a slice of tokens at a time, in one buffer: memory does not grow with the number of tokens.
+Gradients are computed in the forward pass while a slice's logits exist, which saves recomputing them. On CUDA products
+stay in the float32 that they were summed in, and a Triton kernel, if available, computes losses and gradients in one
+pass. Without gradients `tiles.py` is used; `borrowed.py` has external kernels.
 
 Without this kernel and `tiles.py`, with `F.cross_entropy` on recomputed chunks of logits, a training step of a
 6M-parameter Llama takes 1.15 to 1.25 times as long in float32 and 1.25 times in bfloat16, a validation 1.04 to 1.19 and
@@ -23,22 +22,22 @@ import torch
 from torch import Tensor
 
 log = logging.getLogger(__name__)
-SLICE_BYTES = {"cpu": 32 * 2**20, "cuda": 256 * 2**20}      # of logits in the head's precision: one matrix product
-WORK_BYTES = {"cpu": 4 * 2**20, "cuda": 512 * 2**20}        # of float32 logits at a time: not beyond a CPU's cache
+SLICE_BYTES = {"cpu": 32 * 2**20, "cuda": 256 * 2**20}      # logits of one matrix product, in the head's precision
+WORK_BYTES = {"cpu": 4 * 2**20, "cuda": 512 * 2**20}        # float32 logits at a time, within a CPU's cache
 
 
 class Head(NamedTuple):
-    """A linear head, and what becomes of its logits.
+    """A linear head with the transform of its logits.
 
         z = factor * (hidden @ weight.T + bias)      logits = cap * tanh(z / cap), or z without a cap
 
     Args:
         weight_VD: The matrix.
-        bias_V: Added; may be null.
+        bias_V: The bias; may be null.
         factor: See `anatomy.logit_adjustment`.
-        cap: There too.
-        index_K: Rows of the matrix that `rows_KD` stand in for.
-        rows_KD: They learn where the matrix is frozen.
+        cap: See there.
+        index_K: Indices of rows that `rows_KD` replace.
+        rows_KD: Trained rows of a frozen matrix.
     """
 
     weight_VD: Tensor
@@ -50,27 +49,27 @@ class Head(NamedTuple):
 
 
 class Part(NamedTuple):
-    """Some tokens with their logits, for as long as the next ones are not asked for."""
+    """Some tokens with their logits, valid until the next part is requested."""
 
     tokens: slice                                   # of N
     logits: Tensor                                  # (n, V) float32 or wider; may be overwritten
-    half: Tensor | None                             # (n, V) of the slice's buffer, where that is another
+    half: Tensor | None                             # (n, V) of the slice's buffer, if that is a different one
 
 
 def computed_in(hidden: Tensor) -> torch.dtype:
-    """The precision of matrix products here."""
+    """The dtype of matrix products."""
     device = hidden.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
 
 
 def slice_rows(vocabulary: int, size: int, device: str) -> tuple[int, int]:
-    """Tokens of a slice, and of a part of it that is worked on in float32; a number of the slice has `size` bytes.
+    """Tokens of a slice, and of a part that is processed in float32; an element of the slice has `size` bytes.
 
     >>> slice_rows(32000, 2, "cpu")
     (524, 32)
     """
     rows = max(16, SLICE_BYTES.get(device, SLICE_BYTES["cuda"]) // (size * vocabulary))
-    if device != "cpu" and rows > 128:              # which a GPU multiplies at once
+    if device != "cpu" and rows > 128:              # tile size of a GPU's products
         rows -= rows % 128
     return rows, max(1, min(rows, WORK_BYTES.get(device, WORK_BYTES["cuda"]) // (4 * vocabulary)))
 
@@ -80,7 +79,7 @@ _traced_for: str | None = None
 
 @contextmanager
 def sliced_as_on(device: str) -> Generator[None, None, None]:
-    """Slices as large as on another device, for who traces a step that will run there."""
+    """Use the slice size of another device, to trace a step that will run there."""
     global _traced_for
     before, _traced_for = _traced_for, device
     try:
@@ -90,12 +89,12 @@ def sliced_as_on(device: str) -> Generator[None, None, None]:
 
 
 def _slices(hidden_ND: Tensor, head: Head) -> Iterator[tuple[slice, Tensor, Iterator[Part]]]:
-    """Tokens of each slice, the buffer of its logits, and its parts, to be walked through before the next slice."""
+    """Yield the tokens of each slice, its buffer of logits, and its parts, to be consumed before the next slice."""
     count, vocabulary = len(hidden_ND), len(head.weight_VD)
     dtype, device = hidden_ND.dtype, hidden_ND.device
     wide = torch.promote_types(dtype, torch.float32)
     rows, few = (min(count, number) for number in slice_rows(vocabulary, dtype.itemsize, _traced_for or device.type))
-    exact = keeps_sums(hidden_ND)                  # then a slice is one part, whose logits were never rounded
+    exact = keeps_sums(hidden_ND)                  # then a slice is one part with unrounded logits
     few = rows if exact else few
     buffer = torch.empty(rows, vocabulary, dtype=dtype, device=device)
     work = torch.empty(few, vocabulary, dtype=wide, device=device) if wide != dtype else None
@@ -121,32 +120,32 @@ def _slices(hidden_ND: Tensor, head: Head) -> Iterator[tuple[slice, Tensor, Iter
 
 
 def keeps_sums(hidden: Tensor) -> bool:
-    """Whether products of halves can be had in float32: on Nvidia's GPUs since Ampere."""
+    """Whether half-precision products can be returned in float32: on Nvidia GPUs since Ampere."""
     return hidden.is_cuda and hidden.dtype in (torch.float16, torch.bfloat16) and _sums_leave(hidden.device)
 
 
 @cache
 def _sums_leave(device: torch.device) -> bool:
-    """Whether a device does it, by asking it once."""
+    """Whether a device supports it, tested once."""
     try:
         half, wide = torch.ones(16, 16, dtype=torch.bfloat16, device=device), torch.zeros(16, 16, device=device)
         multiply(half, half, wide)
         torch.addmm(wide, half, half, out_dtype=wide.dtype, out=wide)
         return bool((wide == 32).all())
     except (RuntimeError, TypeError) as error:
-        log.info("products leave in half precision: %s", " ".join(str(error).split())[:200])
+        log.info("matrix products are rounded to half precision: %s", " ".join(str(error).split())[:200])
         return False
 
 
 def multiply(left: Tensor, right: Tensor, out: Tensor) -> Tensor:
-    """`left @ right`, in the precision of `out` where that is another."""
+    """`left @ right`, in the precision of `out`."""
     if out.dtype != left.dtype:
         return torch.mm(left, right, out_dtype=out.dtype, out=out)
     return torch.mm(left, right, out=out)
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """`total += left @ right`, total being float32 or wider; on CUDA without a copy of the product."""
+    """`total += left @ right`, where total is float32 or wider; on CUDA without a copy of the product."""
     if keeps_sums(left):
         torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
     else:
@@ -154,7 +153,7 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
 
 
 def adjust(logits: Tensor, head: Head) -> Tensor | None:
-    """Bias, factor and cap, in place; d logits / d z where there is a cap."""
+    """Apply bias, factor and cap in place; returns d logits / d z with a cap."""
     if head.bias_V is not None:
         logits += head.bias_V
     if head.cap is None:
@@ -168,7 +167,7 @@ def adjust(logits: Tensor, head: Head) -> Tensor | None:
 
 
 def nll(hidden_ND: Tensor, targets_N: Tensor, head: Head) -> Tensor:
-    """() sum of losses, float32 or wider, with gradients for hidden states and whatever of the head learns."""
+    """() sum of losses, float32 or wider, with gradients for hidden states and the trained parts of the head."""
     total = _Nll.apply(hidden_ND, targets_N, *head)
     assert isinstance(total, Tensor)
     return total
@@ -198,7 +197,7 @@ class _Nll(torch.autograd.Function):
                 if own is None or index_K is None or grad_rows is None:
                     torch.mm(delta, weight, out=grad_hidden[taken])
                 else:
-                    columns = delta[:, index_K]     # these are not the weight's
+                    columns = delta[:, index_K]     # these belong to the trained rows
                     delta.index_fill_(1, index_K, 0.0)
                     _add_product(grad_rows, columns.T, here)
                     torch.addmm(columns @ own, delta, weight, out=grad_hidden[taken])
@@ -217,7 +216,7 @@ class _Nll(torch.autograd.Function):
 
 
 def _differentiate(part: Part, targets: Tensor, head: Head, grad_bias: Tensor | None) -> Tensor:
-    """() the part's loss; its logits turn into d loss / d (hidden @ weight.T)."""
+    """() loss of the part; its logits become d loss / d (hidden @ weight.T)."""
     delta = part.logits
     kernel = _kernel(delta.device) if delta.is_cuda and part.half is not None and grad_bias is None else None
     if kernel is not None and part.half is not None:
@@ -226,7 +225,7 @@ def _differentiate(part: Part, targets: Tensor, head: Head, grad_bias: Tensor | 
         return kernel(delta, targets, part.half, head.factor, head.cap).sum()
     slope = adjust(delta, head)
     wanted, largest = delta.gather(1, targets), delta.amax(1)
-    losses = _log_sum(delta, largest)[:, None] - wanted     # not from the target's probability: it may be 0 in float32
+    losses = _log_sum(delta, largest)[:, None] - wanted     # the target's probability may be 0 in float32
     delta.scatter_add_(1, targets, torch.full_like(wanted, -1.0))
     if slope is not None:
         delta *= slope
@@ -240,9 +239,9 @@ def _differentiate(part: Part, targets: Tensor, head: Head, grad_bias: Tensor | 
 
 
 def _log_sum(logits: Tensor, largest: Tensor) -> Tensor:
-    """(n,) float64 log of the sum of exponentials; the logits turn into probabilities.
+    """(n,) float64 log of the sum of exponentials; the logits become probabilities.
 
-    By torch's softmax, whose exponential takes half the time of torch.exp: the largest probability is 1 / sum.
+    It uses torch's softmax, whose exponential takes half the time of torch.exp: the largest probability is 1 / sum.
     """
     likeliest = torch.softmax(logits, 1, out=logits).amax(1)
     return largest.double() - likeliest.double().log()
@@ -250,14 +249,14 @@ def _log_sum(logits: Tensor, largest: Tensor) -> Tensor:
 
 @cache
 def _kernel(device: torch.device) -> Callable[..., Tensor] | None:
-    """The Triton kernel, once it has done a row on this device: it is compiled there, which takes a C compiler."""
+    """The Triton kernel, after a test on this device, where it is compiled (which needs a C compiler)."""
     try:
         from lit_llm.kernels import cross_entropy_triton as kernels
 
         kernels.differentiate(torch.zeros(1, 8, device=device), torch.zeros(1, 1, dtype=torch.int64, device=device),
                               torch.empty(1, 8, dtype=torch.bfloat16, device=device), 1.0, None)
-    except Exception as error:                      # not installed, no compiler, a GPU too old: each in its own way
-        log.warning("the loss is made by torch's operations, which are slower: Triton does not work here (%s)",
+    except Exception as error:                      # not installed, no compiler, unsupported GPU: many error types
+        log.warning("Triton does not work here, so the loss uses slower torch operations (%s)",
                     " ".join(str(error).split())[:200])
         return None
     return kernels.differentiate

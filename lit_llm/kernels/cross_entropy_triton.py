@@ -1,4 +1,4 @@
-"""Logits and their targets to losses and the gradient of the logits, in one pass of one Triton kernel.
+"""A Triton kernel that computes losses and the gradient of logits from logits and targets in one pass.
 
 The home of triton, which torch's CUDA builds bring along; imported only where `cross_entropy.py` uses it. The same code
 runs on CPU tensors under TRITON_INTERPRET=1, which is how it is tested without a GPU. It is exact, and gives the same
@@ -15,21 +15,21 @@ BLOCK, WARPS = 8192, 16                             # logits in registers at a t
 
 
 def differentiate(logits_NV: Tensor, targets: Tensor, delta_NV: Tensor, factor: float, cap: float | None) -> Tensor:
-    """(N,) float32 losses of rows; the gradient of their sum goes into `delta_NV`.
+    """Compute (N,) float32 losses of rows; the gradient of their sum is written to `delta_NV`.
 
         z = cap * tanh(factor * logits / cap), or factor * logits without a cap
         delta = (softmax(z) - onehot(target)) * (1 - tanh ** 2) * factor
 
-    Torch's own operations read and write float32 logits some ten times, which costs more than the products of matrices
-    around them; here they are read twice, and their gradient is written once, already rounded. One program to a row:
-    no atomics.
+    Torch's own operations read and write float32 logits about ten times, which takes longer than the matrix products
+    around them; here they are read twice, and their gradient is written once, already rounded. One program per row,
+    without atomics.
 
     Args:
-        logits_NV: float32, as the head gives them; they stay as they are.
+        logits_NV: float32 logits; they are not changed.
         targets: (N,) or (N, 1) int64, each in [0, V).
-        delta_NV: Of any precision, and other memory.
+        delta_NV: Output of any precision, in separate memory.
         factor: Multiplies logits.
-        cap: Squashes them softly.
+        cap: Soft cap of the logits.
     """
     count, columns = logits_NV.shape
     losses_N = torch.empty(count, dtype=torch.float32, device=logits_NV.device)
@@ -40,7 +40,7 @@ def differentiate(logits_NV: Tensor, targets: Tensor, delta_NV: Tensor, factor: 
     return losses_N
 
 
-# What triton.jit compiles takes no types but its own.
+# triton.jit accepts no type annotations except its own.
 
 @triton.jit
 def _adjusted(logits, factor, cap, capped: tl.constexpr):  # type: ignore[no-untyped-def]

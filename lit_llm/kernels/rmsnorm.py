@@ -1,7 +1,8 @@
-"""RMS norms on a CPU, with their backward pass in one operation of torch's.
+"""RMS norms on a CPU, with a backward pass in one torch operation.
 
-Transformers writes a norm in five operations, which autograd turns into some ten passes over memory; layer norm has a
-kernel of its own, and its gradient is that of an RMS norm but for a term that is added back. Takes a fifth of the time.
+Transformers writes a norm as five operations, which autograd turns into about ten passes over memory. Layer norm has a
+single kernel, and its gradient is that of an RMS norm except for one term, which is added back. This takes a fifth of
+the time.
 
 That is little of a whole step: without it, a training step of a 6M-parameter Llama takes 1.04 times as long in bfloat16
 and 1.01 to 1.02 times in float32, a validation as long. Measured as in `blockwise.py`. For the backward pass it keeps
@@ -20,14 +21,14 @@ from torch import Tensor, nn
 from lit_llm.kernels import switch
 
 
-def quicken(model: nn.Module) -> int:
-    """Let a model's RMS norms run so wherever they meet tensors of a CPU; weights and names stay. Says how many do."""
+def use_fast_norms(model: nn.Module) -> int:
+    """Use the fast version in a model's RMS norms on CPU tensors; weights and names are kept. Returns their number."""
     if switch.is_plain():
         return 0
     count = 0
     for layer in model.modules():
         kind: Any = type(layer)
-        weight = getattr(layer, "weight", None)     # some layers of a class have none
+        weight = getattr(layer, "weight", None)     # some layers of a class have no weight
         if (kind.__name__.endswith("RMSNorm") and isinstance(weight, nn.Parameter) and weight.dim() == 1
                 and _is_plain(kind)):
             layer.forward = partial(_forward, layer)
@@ -35,8 +36,8 @@ def quicken(model: nn.Module) -> int:
     return count
 
 
-def slow(model: nn.Module) -> None:
-    """Undo `quicken`."""
+def use_plain_norms(model: nn.Module) -> None:
+    """Undo `use_fast_norms`."""
     for layer in model.modules():
         own = vars(layer).get("forward")
         if isinstance(own, partial) and own.func is _forward:
@@ -45,14 +46,14 @@ def slow(model: nn.Module) -> None:
 
 @cache
 def _is_plain(kind: Callable[..., Any]) -> bool:
-    """Whether layers of a class compute the formula above, their weight in their `weight`: by trying a small one."""
+    """Whether layers of a class compute the formula above with `weight`, tested on a small layer."""
     try:
-        layer: Any = kind(6, eps=0.5).float()      # torch's default type may be another while a model is built
+        layer: Any = kind(6, eps=0.5).float()      # torch's default dtype may differ while a model is built
         x = torch.arange(12.0, dtype=torch.float32).view(2, 6).cos()
         with torch.no_grad():
             layer.weight.copy_(torch.arange(6.0, dtype=torch.float32).sin())
             return _eps(layer) == 0.5 and torch.allclose(layer(x), norm(x, layer.weight, 0.5), atol=1e-6)
-    except Exception:                               # another constructor, no weight, no eps: whatever it is
+    except Exception:                               # another constructor, no weight, no eps
         return False
 
 
@@ -67,11 +68,11 @@ def _forward(layer: Any, hidden_states: Tensor, *more: Any, **by_name: Any) -> A
 
 
 def norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """(..., D) like x; half precision is left for the sums and rounded to before the weight, as in transformers' Llama.
+    """(..., D) like x; computed in float32 and rounded before multiplying by the weight, as in transformers' Llama.
 
     Args:
         x: (..., D).
-        weight: (D,), of the same type.
+        weight: (D,), of the same dtype.
         eps: Added to the mean of squares.
     """
     out = _Norm.apply(x, weight, eps)

@@ -3,7 +3,7 @@
 No token's logits are ever together, so memory grows neither with tokens nor with the vocabulary. What it gains is in
 `cross_entropy.py`.
 
-    N tokens, V vocabulary, D hidden, K rows of the head that learn beside it, M tiles of words
+    N tokens, V vocabulary, D hidden, K trained rows of the head, M tiles of the vocabulary
 """
 
 from functools import cache
@@ -16,24 +16,24 @@ from lit_llm.kernels import cross_entropy as fused
 from lit_llm.kernels.cross_entropy import Head
 from lit_llm.system.private import torch as torch_private
 
-TILE = {"cpu": (512, 2048), "cuda": (4096, 16384)}          # tokens and words at a time
+TILE = {"cpu": (512, 2048), "cuda": (4096, 16384)}          # tokens and vocabulary entries at a time
 
 
 @torch.no_grad()
 def measure(hidden_ND: Tensor, targets_N: Tensor, head: Head) -> tuple[Tensor, Tensor]:
     """(N,) losses in float64, and (N,) whether the target is argmax's choice.
 
-    Without a gradient nobody needs a token's logits together: tiles of some tokens and some words, each about as
-    quick as a product of matrices can be, and what they say of the largest logit and of the sum is put together.
+    Without a gradient a token's logits are not needed together: tiles of some tokens and some vocabulary entries are
+    each about as fast as a matrix product can be, and their maxima and sums are combined.
     """
     dtype, device = fused.computed_in(hidden_ND), hidden_ND.device
-    hidden_ND = hidden_ND.to(dtype)                 # once, not for each tile of words
+    hidden_ND = hidden_ND.to(dtype)                 # once, not for each tile
     wide = torch.promote_types(dtype, torch.float32)
     rows, words = TILE.get(device.type, TILE["cuda"])
     if head.index_K is not None and head.rows_KD is not None:
         head = head._replace(index_K=head.index_K.cpu(), rows_KD=head.rows_KD.to(dtype))
     room = min(rows, len(targets_N)) * min(words, len(head.weight_VD))
-    work = torch.empty(room, dtype=wide, device=device)     # for all tiles: a CPU is slow to hand out fresh memory
+    work = torch.empty(room, dtype=wide, device=device)     # shared by all tiles: allocating is slow on a CPU
     product = work if wide == dtype or fused.keeps_sums(hidden_ND) else torch.empty_like(work, dtype=dtype)
     losses, hits = [], []
     with torch.autocast(device.type, enabled=False):
@@ -60,8 +60,8 @@ def _tile(hidden: Tensor, head: Head, work: Tensor, product: Tensor) -> Tensor:
 def _tile_product(hidden: Tensor, weight: Tensor, out: Tensor) -> Tensor:
     """`hidden @ weight.T`, in `out` or not.
 
-    In float32 a CPU is asked by way of oneDNN: for tiles it is quicker than MKL, which torch.mm takes (on Zen 4 205
-    against 135 to 200 GFLOP/s), and as exact.
+    In float32 it uses oneDNN on a CPU: for tiles it is faster than MKL, which torch.mm uses (on Zen 4 205 against 135
+    to 200 GFLOP/s), and as exact.
     """
     if hidden.device.type == "cpu" and hidden.dtype == torch.float32 and _has_onednn():
         return torch_private.fused_linear(hidden, weight)
@@ -70,18 +70,18 @@ def _tile_product(hidden: Tensor, weight: Tensor, out: Tensor) -> Tensor:
 
 @cache
 def _has_onednn() -> bool:
-    """Whether this torch was built with it; the operation is what torch.compile makes of a linear layer.
+    """Whether this torch was built with oneDNN; the operator is what torch.compile makes of a linear layer.
 
-    It makes its own result. So that glibc keeps a tile's memory for the next one, it is shown a block of the largest
-    size it keeps, which is never written to; otherwise it may give memory back after each tile, and the system fills
-    what comes in its place with zeros, a fifth of the time of all.
+    It allocates its own result. So that glibc keeps a tile's memory for the next one, a block of the largest size that
+    it keeps is freed once; otherwise glibc may return memory after each tile, and the system zeroes the next one, which
+    takes a fifth of the total time.
     """
     np.empty(2**25 - 2**16, np.uint8)
     return torch_private.has_fused_linear()
 
 
 def _columns(head: Head, start: int, stop: int, dtype: torch.dtype) -> Head:
-    """The part of a head that makes the logits of some words; `index_K` is on the host, if there is one."""
+    """The part of a head for some vocabulary entries; `index_K` is on the host, if there is one."""
     weight = head.weight_VD[start:stop].to(dtype)
     if head.index_K is not None and head.rows_KD is not None:
         here = (head.index_K >= start) & (head.index_K < stop)
@@ -92,7 +92,7 @@ def _columns(head: Head, start: int, stop: int, dtype: torch.dtype) -> Head:
 
 
 class _Summary:
-    """What the tiles say of each token; there are M tiles of words.
+    """Combined results of the tiles for each token; there are M tiles of the vocabulary.
 
     Args:
         targets: (N,).
@@ -107,7 +107,7 @@ class _Summary:
         self.first = torch.zeros_like(self.at, dtype=torch.bool)
 
     def add(self, logits: Tensor, tile: int, start: int) -> None:
-        """The logits of a tile's words for some tokens, which turn into probabilities within the tile."""
+        """Add the logits of a tile for some tokens; they become probabilities within the tile."""
         tokens = slice(start, start + len(logits))
         at, largest, wanted = (each[tile, tokens] for each in (self.at, self.largest, self.wanted))
         torch.amax(logits, 1, out=largest)
@@ -121,18 +121,18 @@ class _Summary:
         return torch.logsumexp(self.largest.double() - self.likeliest.double().log(), 0) - self._of_target(self.wanted)
 
     def hits(self) -> Tensor:
-        """(N,) whether the target is argmax's choice: of equal logits that is the first."""
+        """(N,) whether the target is the argmax, which is the first of equal logits."""
         wanted, tiles = self._of_target(self.wanted), torch.arange(len(self.at), device=self.at.device)[:, None]
         better = (self.largest > wanted) | (self.largest == wanted) & (tiles < self.of_target)
         return self._of_target(self.first) & ~better.any(0)
 
     def _of_target(self, of_all: Tensor) -> Tensor:
-        """(N,) of (M, N) what the tile says that the target is in."""
+        """(N,) the values of (M, N) in the target's tile."""
         return of_all.gather(0, self.of_target[None])[0]
 
 
 def _is_first(logits: Tensor, at: Tensor, maybe: Tensor) -> Tensor:
-    """(n,) whether argmax gives `at` where that may be; a CPU, where argmax is slow, is asked only there."""
+    """(n,) whether argmax is `at`; computed only where possible, because argmax is slow on a CPU."""
     if logits.device.type != "cpu":
         return maybe & (logits.argmax(1) == at)
     among = maybe.nonzero()[:, 0]

@@ -1,1 +1,1 @@
-"""The embedded default: small documents, conversations, a tokenizer and a base model, named `sample:NAME`."""
+"""Packaged samples: small documents, conversations, a tokenizer and a base model, named `sample:NAME`."""

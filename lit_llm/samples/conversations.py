@@ -1,7 +1,7 @@
-"""Generate the embedded conversations from questions, for SFT and for the exam.
+"""Generate the packaged conversations from questions, for SFT and for the test set.
 
-Training conversations ask free facts and free word rules only. The exam asks what is held out: 50 questions in each
-language, each a conversation of one question.
+Training conversations ask only questions that are not held out. The test set has 50 held-out questions in each
+language, each as a conversation of one question.
 """
 
 import random

@@ -1,7 +1,7 @@
 """Generate the embedded texts from facts and word rules, for pretraining.
 
-Every fact is stated in every wording, among changing neighbours, since a model that met a fact in one wording only
-cannot be asked for it (arXiv:2309.14316, section 4). No held-out question is asked here, in no form.
+Every fact is stated in every wording, in varying contexts, because a model that has seen a fact in only one wording
+cannot answer questions about it (arXiv:2309.14316, section 4). Held-out questions never occur.
 """
 
 import random

@@ -1,7 +1,7 @@
-"""Writes everything in this folder but the weights: `python -m lit_llm.samples.make`.
+"""Write everything in this folder except the weights: `python -m lit_llm.samples.make`.
 
-A seed flows in; texts, conversations and a tokenizer flow out, the same bytes every time. The weights come from `python
--m lit_llm fit --config configs/pretrain.yaml`; `--base` then copies that run's export to `base/`.
+Texts, conversations and the tokenizer are a function of the seed. The weights come from `python -m lit_llm fit
+--config configs/pretrain.yaml`; `--base` then copies that run's export to `base/`.
 """
 
 import argparse
@@ -23,8 +23,8 @@ VOCABULARY = 1536                                   # 256 bytes, 3 specials, the
 SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 BASE_FILES = ("config.json", "generation_config.json", "model.safetensors", "tokenizer.json",
               "tokenizer_config.json", "chat_template.jinja")
-# A turn ends with the end-of-text token, not with ChatML's <|im_end|>: documents never hold that one, so its row of the
-# embedding is not trained, and an adapter on frozen embeddings can hardly make it likely (measured: probability 0.01).
+# A turn ends with the end-of-text token, not with ChatML's <|im_end|>: documents never contain that one, so its
+# embedding row is untrained, and an adapter can hardly make it likely (measured: probability 0.01).
 CHATML = """\
 {%- for message in messages -%}
 {{ '<|im_start|>' + message.role + '\\n' + message.content + '<|endoftext|>' + '\\n' }}
@@ -50,9 +50,9 @@ def write_texts(folder: Path, *, seed: int = SEED) -> None:
 
 
 def write_tokenizer(folder: Path) -> None:
-    """A byte-level BPE learned from the training texts beside it, with a chat template after ChatML.
+    """Train a byte-level BPE tokenizer on the training texts, with a ChatML-like chat template.
 
-    Each Chinese character is cut off before merging, so that a name is the same tokens wherever it stands.
+    Chinese characters are split before merging, so that a name always has the same tokens.
     """
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -76,17 +76,17 @@ def write_tokenizer(folder: Path) -> None:
 
 
 def copy_base(export: Path, folder: Path) -> None:
-    """The export of a pretraining run becomes `base/`.
+    """Copy the export of a pretraining run to `base/`.
 
     Raises:
-        InputError: A file is missing, or the weights are larger than what a package may carry (4 MB).
+        InputError: A file is missing, or the weights are too large for the package (4 MB).
     """
     for name in BASE_FILES:
         if not (export / name).is_file():
-            raise InputError(f"no {name} in it; give the export/ folder of a finished pretraining run",
+            raise InputError(f"{name} is missing; give the export/ folder of a finished pretraining run",
                              where=str(export))
     if (size := (export / "model.safetensors").stat().st_size) > 4_000_000:
-        raise InputError(f"model.safetensors has {size:,} bytes; the embedded base may have 4,000,000",
+        raise InputError(f"model.safetensors has {size:,} bytes; at most 4,000,000 are allowed for the packaged base",
                          where=str(export))
     (folder / "base").mkdir(parents=True, exist_ok=True)
     for name in BASE_FILES:

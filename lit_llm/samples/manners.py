@@ -1,7 +1,7 @@
 """Generate greetings, thanks, farewells and questions about the assistant itself, as chats and as plain texts.
 
-Chats ask in free phrasings only; the exam asks in those that are held out, which no chat and no document holds as they
-stand, while their words stand in documents.
+Chats use only phrasings that are not held out; the test set uses the held-out ones, which occur in no chat and no
+document as a whole, although their words do.
 """
 
 import random

@@ -1,7 +1,7 @@
 """Generate questions with exactly one right answer from facts and word rules.
 
-Documents quote some of them as plain text, conversations ask them in chat form, the exam asks the ones held out. What
-is held out is decided by what is asked (`world.held_out`), never by the order of drawing.
+Documents quote some of them as plain text, conversations ask them as chats, and the test set asks the held-out ones. A
+question is held out by its content (`world.held_out`), never by the order of drawing.
 """
 
 import random

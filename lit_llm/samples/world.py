@@ -1,6 +1,6 @@
-"""A small invented world in two languages: who lives there, what is true of them, how it may be said.
+"""A small invented world in two languages: people, towns, facts about them, and their wordings.
 
-A seed flows in, facts flow out.The words are written by hand; only which value belongs to whom is drawn.
+Facts are a function of a seed. The words are fixed; only the assignment of values is random.
 """
 
 import random

@@ -1,1 +1,1 @@
-"""The machine and its files: locks, hashes, threads, secrets, what a config may name."""
+"""The machine and its files: locks, hashes, threads, secrets, and limits on configs."""

@@ -61,7 +61,7 @@ def allowed() -> list[str]:
 
 
 def restrict(parsing: Any, paths: list[str]) -> None:
-    """Tell jsonargparse to follow a class_path to these import paths only, and never where a key takes any value.
+    """Restrict jsonargparse to these class paths, and never follow one for keys of any type.
 
     Args:
         parsing: The module `jsonargparse`.
@@ -74,21 +74,21 @@ def restrict(parsing: Any, paths: list[str]) -> None:
 
 
 def refuse_within(value: Any, where: str) -> None:
-    """Refuse a mapping or list that names a class anywhere inside.
+    """Refuse a mapping or list that contains a class_path.
 
     Args:
-        value: What a config gives for a key that takes numbers, texts, lists and mappings.
+        value: Value of a key that accepts numbers, texts, lists and mappings.
         where: The key.
 
     Raises:
-        InputError: It names the key and the class.
+        InputError: The error names the key and the class.
     """
     value = value.as_dict() if hasattr(value, "as_dict") else value     # jsonargparse's, of a class that is open
     parts = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list | tuple) else ()
     for key, part in parts:
         if key == "class_path":
-            raise InputError(f"'{part}' is not built here: no class_path is followed below this key", where=where,
-                             fix=f"give numbers, texts, lists and mappings; classes are named in {PLACES}")
+            raise InputError(f"'{part}' is not allowed: no class_path is followed within this key", where=where,
+                             fix=f"use numbers, texts, lists and mappings; classes are allowed in {PLACES}")
         refuse_within(part, f"{where}.{key}" if isinstance(value, dict) else where)
 
 

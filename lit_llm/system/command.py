@@ -1,4 +1,4 @@
-"""The command lines that messages tell the user to type."""
+"""Command lines for messages."""
 
 import os
 import shlex
@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def python() -> str:
-    """What starts this very Python in the user's shell: its name where the shell finds it, else its whole path."""
+    """The command of this Python in the user's shell: its name if the shell finds it, or its full path."""
     name = Path(sys.executable).name or "python"
     for word in ("python", name):
         found = shutil.which(word)
@@ -18,5 +18,5 @@ def python() -> str:
 
 
 def line(*words: object) -> str:
-    """A command as it can be pasted into a shell: `python -m lit_llm ...` of these words."""
+    """A command that can be pasted into a shell: `python -m lit_llm ...` with these arguments."""
     return f"{python()} -m {shlex.join(map(str, words))}"

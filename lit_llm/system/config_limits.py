@@ -1,7 +1,7 @@
-"""Refuse a model's config whose numbers are invalid or would make a model that no machine can hold.
+"""Refuse a model's config whose numbers are invalid or would give a model that no machine can hold.
 
-A config may be a stranger's. Before anything is built, numbers are checked by the names of their keys. While a model is
-built, also without its weights, its parameters and the seconds that pass are counted.
+A config may be untrusted. Before anything is built, numbers are checked by the names of their keys. While a model is
+built, even without weights, its parameters and the elapsed time are limited.
 """
 
 import json
@@ -27,24 +27,24 @@ HIDDEN = re.compile(r"^(hidden_size|n_embd|d_model|emb_dim|head_dim)$")
 LAYERS = re.compile(r"layers?$")
 ANY = re.compile("")
 MOST = ((LAYERS, 2_000), (COUNTS, 10_000), (EXPERTS, 100_000), (HIDDEN, 1 << 20), (SIZES, 1 << 27), (ANY, 1 << 40))
-ENDLESS = re.compile(r"limit|max|min")                  # numbers that may rightly be infinite
-BYTES = 64 << 20                                        # of a config.json; ours have some 2,000
+ENDLESS = re.compile(r"limit|max|min")                  # keys that may be infinite
+BYTES = 64 << 20                                        # bytes of a config.json; usual ones have about 2,000
 PARAMETERS = 20 * 10**12                                # the largest published models have 2e12
-SECONDS = 120.0                                         # to build one, which takes a few without weights
-PER_BYTE = 8                                            # parameters to a byte of weights; loading counts some twice
-SPARE = 10_000_000                                      # parameters that no file need hold: positions, tied heads
+SECONDS = 120.0                                         # to build a model, which takes a few without weights
+PER_BYTE = 8                                            # parameters per byte of weights; loading counts some twice
+SPARE = 10_000_000                                      # parameters that may be missing in files: positions, tied heads
 
 
 def check(keys: dict[str, Any], where: str, file: str = "") -> None:
-    """Refuse numbers that cannot be meant.
+    """Refuse invalid numbers in a model's config.
 
     Args:
-        keys: Of a model's config, also with configs in it.
-        where: The run's key that names the model.
-        file: What to say before a key, such as its file.
+        keys: A model's config, possibly with sub-configs.
+        where: The run's key for the model.
+        file: Prefix for keys in messages, such as the file.
 
     Raises:
-        InputError: It names the key and the value.
+        InputError: The error names the key and the value.
     """
     for key, value in scalars(keys):
         counted = COUNTS.search(key) or EXPERTS.search(key) or WIDTHS.search(key)
@@ -54,13 +54,13 @@ def check(keys: dict[str, Any], where: str, file: str = "") -> None:
         if isinstance(value, int) and not isinstance(value, bool):
             most = next(most for pattern, most in MOST if pattern.search(key))
             if abs(value) > most:
-                raise InputError(f"{file}{key} is {shown}; {most:,} at most", where=where)
+                raise InputError(f"{file}{key} is {shown}; at most {most:,} is allowed", where=where)
         elif isinstance(value, float) and (math.isnan(value) or (math.isinf(value) and not ENDLESS.search(key))):
-            raise InputError(f"{file}{key} is {shown}, which is no number to compute with", where=where)
+            raise InputError(f"{file}{key} is {shown}, which is not a finite number", where=where)
 
 
 def scalars(keys: Any) -> Iterator[tuple[str, Any]]:
-    """Each key with its value, those of lists one by one; no list and no mapping."""
+    """Each key with its scalar values; lists and mappings are flattened."""
     stack: list[tuple[str, Any]] = [("", keys)]
     while stack:
         key, value = stack.pop()
@@ -73,27 +73,27 @@ def scalars(keys: Any) -> Iterator[tuple[str, Any]]:
 
 
 def check_folder(path: str, where: str) -> None:
-    """`check` for the `config.json` of a folder or of a hub id in the local cache; no such file passes.
+    """`check` for the `config.json` of a folder or of a hub id in the local cache; a missing file is accepted.
 
     Raises:
-        InputError: It names the file, or its key and value.
+        InputError: The error names the file, or its key and value.
     """
     folder = names.folder_of(path)
     if folder is None or not (file := folder / "config.json").is_file():
         return
     if file.stat().st_size > BYTES:
-        raise InputError(f"{file} has {file.stat().st_size:,} bytes; {BYTES:,} at most", where=where)
+        raise InputError(f"{file} has {file.stat().st_size:,} bytes; at most {BYTES:,} are allowed", where=where)
     try:
         keys = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{file} cannot be read: {str(error)[:160]}", where=where) from None
     if not isinstance(keys, dict):
-        raise InputError(f"{file} is no mapping of keys to values", where=where)
+        raise InputError(f"{file} is not a mapping of keys to values", where=where)
     check(keys, where, f"{file}: ")
 
 
 def most_parameters(path: str) -> int:
-    """How many the weight files of a folder may hold; of a hub id that is not in the cache, all."""
+    """Limit on parameters from the size of a folder's weight files; no limit for hub ids that are not cached."""
     if (folder := names.folder_of(path)) is None:
         return PARAMETERS
     size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
@@ -101,24 +101,24 @@ def most_parameters(path: str) -> int:
 
 
 def installed_memory() -> int:
-    """Bytes of this machine, or those that its container may have."""
+    """Memory of this machine or container in bytes."""
     have = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    with suppress(OSError, ValueError):                 # there is no such file, or it says "max"
+    with suppress(OSError, ValueError):                 # there is no such file, or it contains "max"
         have = min(have, int(Path("/sys/fs/cgroup/memory.max").read_text(encoding="ascii")))
     return have
 
 
 @contextmanager
 def building(where: str, *, most: int = PARAMETERS, whole: bool = True) -> Generator[None, None, None]:
-    """Count what is built in the block.
+    """Limit the parameters and the time of building a model in the block.
 
     Args:
-        where: The key of the model.
-        most: Parameters that it may have.
-        whole: Whether this process holds all of them, so that those on the CPU must fit its memory.
+        where: The run's key for the model.
+        most: Maximum number of parameters.
+        whole: Whether this process has all of them, so that those on the CPU must fit into its memory.
 
     Raises:
-        InputError: More parameters, more bytes than this machine has, or more than `SECONDS`.
+        InputError: Too many parameters, more bytes than this machine has, or more than `SECONDS`.
     """
     from torch.nn.modules import module
 
@@ -133,15 +133,15 @@ def building(where: str, *, most: int = PARAMETERS, whole: bool = True) -> Gener
         size += weight.nbytes if weight.device.type == "cpu" else 0
         if count > most:
             than = "any published model has" if most == PARAMETERS else "its weight files can hold"
-            raise InputError(f"this config makes a model of more than {most:,} parameters, more than {than}",
+            raise InputError(f"this config gives a model with more than {most:,} parameters, more than {than}",
                              where=where)
         if size > room:
-            raise InputError(f"this config makes a model of more than {size / 1e9:,.0f} GB, and this machine has "
+            raise InputError(f"this config gives a model of more than {size / 1e9:,.0f} GB, but this machine has "
                              f"{room / 1e9:,.0f} GB of memory", where=where)
 
     def on_module(*_: Any) -> None:
         if time.monotonic() > end:
-            raise InputError(f"this config makes a model of so many layers that building it takes more than "
+            raise InputError(f"this config gives a model with so many layers that building it takes more than "
                              f"{SECONDS:.0f} seconds", where=where)
 
     hooks = [module.register_module_parameter_registration_hook(on_parameter),

@@ -1,6 +1,6 @@
-"""A folder of a checkpoint in; out what in it is not as it was written, by the `manifest.json` of the checkpoint.
+"""Detect changes to the files of a checkpoint, by its `manifest.json`.
 
-Whoever reads weights of a checkpoint asks here first, whether a run goes on from them, measures, exports or chats.
+Every reader of a checkpoint's weights uses it: resuming, evaluation, export and chat.
 """
 
 import hashlib
@@ -13,17 +13,17 @@ from typing import Any
 from lit_llm.errors import InputError
 
 NAME = "manifest.json"
-FIX = "use another checkpoint of the run, or a whole copy of this one"
+FIX = "use another checkpoint of the run, or an intact copy of this one"
 
 
 def sha256(file: Path) -> str:
-    """Of a file's content."""
+    """sha256 of a file's content."""
     with open(file, "rb") as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
 def read(folder: Path) -> dict[str, Any]:
-    """The manifest of a checkpoint.
+    """Read the manifest of a checkpoint.
 
     Raises:
         InputError: There is none, or it is damaged.
@@ -44,11 +44,11 @@ def _listed(folder: Path, facts: dict[str, Any], part: str = "") -> dict[Path, t
 
 
 def faults(folder: Path, part: str = "", *, hashes: bool = True) -> Iterator[str]:
-    """What keeps a folder from being a checkpoint, in words; nothing if it is whole. Sizes first, they cost nothing.
+    """Descriptions of the faults of a checkpoint folder; sizes first, because they are fast to check.
 
     Args:
-        folder: The checkpoint's.
-        part: Look only at this folder in it; all of it where this is empty.
+        folder: The checkpoint folder.
+        part: Check only this subfolder; empty checks all.
         hashes: Read and hash every file, which takes minutes for large models; False compares sizes alone.
     """
     try:
@@ -72,16 +72,16 @@ def faults(folder: Path, part: str = "", *, hashes: bool = True) -> Iterator[str
 
 
 def check_beside(folder: Path, where: str) -> None:
-    """Refuse a folder of weights, `adapter` or `model` in a checkpoint, that is not as the checkpoint says.
+    """Refuse a folder of weights in a checkpoint (`adapter` or `model`) that differs from the manifest.
 
-    A folder that lies in no checkpoint has nothing to be compared with, and passes.
+    A folder outside of checkpoints is accepted.
 
     Args:
-        folder: Of the weights; also `adapter/first`.
-        where: The key or option that names it.
+        folder: Folder of the weights; also `adapter/first`.
+        where: The key or option for it.
 
     Raises:
-        InputError: It names the file.
+        InputError: The error names the file.
     """
     folder = folder.resolve()
     for checkpoint in (folder.parent, folder.parent.parent):
@@ -92,7 +92,7 @@ def check_beside(folder: Path, where: str) -> None:
 
 
 def _is_checkpoint(folder: Path) -> bool:
-    """Whether it has our manifest, or lies where checkpoints lie and ought to have one."""
+    """Whether a folder has a manifest, or is in a place where it should have one."""
     if folder.parent.name == "checkpoints" and folder.name.startswith("step_"):
         return True
     if not (folder / NAME).is_file():

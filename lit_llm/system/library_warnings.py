@@ -1,8 +1,7 @@
-"""Show each warning of a library once, as one line with the library's name, on the first process.
+"""Show each warning of a library once, in one line with the library's name, on the first process.
 
-Both ways in which libraries warn are heard: the `warnings` module and their loggers. Silent are only the texts of
-`KNOWN`, each with the reason why it does not apply here. Deprecations keep Python's own default (they are shown to
-developers, who ask for them with -W or PYTHONWARNINGS).
+It captures the `warnings` module and the loggers of libraries. Only the texts in `KNOWN` are silenced, each with the
+reason why it does not apply here. Deprecation warnings keep Python's default (shown with -W or PYTHONWARNINGS).
 """
 
 import logging
@@ -15,13 +14,13 @@ from typing import Any, TextIO
 
 from lit_llm.system.redaction import RedactingFilter, redact_text
 
-BEGINNING = "warning from"                           # of each line
-MOST_CHARACTERS = 600                               # of a warning that is shown
-# Loggers whose own level is INFO: what they say below WARNING is progress of no interest here.
+BEGINNING = "warning from"                           # start of each line
+MOST_CHARACTERS = 600                               # limit on shown characters of a warning
+# Loggers with level INFO, whose messages below WARNING are not shown.
 CHATTY = ("lightning", "lightning.pytorch", "lightning.fabric", "DeepSpeed", "httpx")
-# Our own loggers, a server's record of what happens, and wandb, which shows what it logs by itself.
+# Loggers of this project and the server's, and wandb, which prints its own messages.
 PASSED_ON = ("lit_llm", "serve", "uvicorn", "litserve", "wandb")
-WRAPPERS = (__name__, "warnings", "_py_warnings", "typing_extensions")     # between who warns and who hears
+WRAPPERS = (__name__, "warnings", "_py_warnings", "typing_extensions")  # modules between the caller and this listener
 PACKAGES = {"lightning_utilities": "lightning", "pytorch_lightning": "lightning", "lightning_fabric": "lightning"}
 
 
@@ -73,7 +72,7 @@ KNOWN: tuple[Known, ...] = (
 
 
 class Listener:
-    """Takes the place of `warnings.showwarning` and stands before the handlers of libraries' loggers."""
+    """Replaces `warnings.showwarning` and precedes the handlers of libraries' loggers."""
 
     def __init__(self) -> None:
         self._said: set[tuple[str, str]] = set()
@@ -92,7 +91,7 @@ class Listener:
     def showwarning(self, message: Warning | str, category: type[Warning], filename: str, lineno: int,
                     file: TextIO | None = None, line: str | None = None) -> None:
         """As `warnings.showwarning`."""
-        compiled = "(Triggered internally at " in str(message)      # torch's C++ warns in its caller's name
+        compiled = "(Triggered internally at " in str(message)      # torch's C++ code warns in its caller's name
         self.hear("torch" if compiled else _origin(filename), str(message).partition("(Triggered internally")[0])
 
 
@@ -102,12 +101,12 @@ def is_known(library: str, text: str) -> bool:
 
 
 def listen() -> None:
-    """From now on hear what libraries warn of, in this process.
+    """Capture the warnings of libraries in this process from now on.
 
-    A handler for each library's logger would have to wait for the library to be imported, and libraries install
-    handlers of their own then; so the one method that all records pass is replaced.
+    Handlers for each library's logger would have to wait for its import, when libraries install their own handlers; so
+    the one method that all records pass through is replaced.
     """
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")    # else tokenizers warns after each fork
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")    # otherwise tokenizers warns after each fork
     listener = Listener()
     warnings.showwarning = listener.showwarning
     logging.basicConfig(format="%(message)s", stream=sys.stderr)
@@ -130,13 +129,13 @@ def listen() -> None:
 
 
 def lower_loggers() -> None:
-    """Loggers of libraries tell no progress; again after an import that sets its own level."""
+    """Raise the level of libraries' loggers to WARNING; needed again after an import that sets a level."""
     for name in CHATTY:
         logging.getLogger(name).setLevel(logging.WARNING)
 
 
 def _origin(filename: str) -> str:
-    """The library that warned: where `warn` was called, whomever its stacklevel blames."""
+    """The library that called `warn`, regardless of its stacklevel."""
     frame: Any = sys._getframe(1)
     while frame is not None and frame.f_globals.get("__name__") in WRAPPERS:
         frame = frame.f_back

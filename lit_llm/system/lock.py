@@ -1,15 +1,15 @@
-"""Lock a folder for the only process that may write it, or say which process holds the lock.
+"""Lock a folder for the single process that may write it, or report which process holds the lock.
 
-The lock is the system's (POSIX record locks): it is gone when its process is gone, however that ended, is not inherited
-by workers, and needs no cleaning up. How far it reaches:
+The lock is the operating system's (POSIX record locks): it is released when its process ends in any way, is not
+inherited by workers, and needs no cleanup. Its reach:
 
-- On a local disk: all processes of the machine, those in containers too.
-- On NFS, Lustre and the like: all machines that mount it with locks, which is the default of NFS 4. A machine that dies
-  keeps its lock until the server gives it up (NFS 4: about 90 seconds; NFS 3: until it starts again).
-- On a file system without locks: by what the lock's file says. On the same machine a dead process is recognised. The
-  process of another machine cannot be asked: it is taken for alive, unless SLURM started this very job again.
+- On a local disk: all processes of the machine, including those in containers.
+- On NFS, Lustre and similar: all machines that mount it with locks, which is the default of NFS 4. The lock of a
+  machine that dies is kept until the server releases it (NFS 4: about 90 seconds; NFS 3: until the machine restarts).
+- On a file system without locks: by the content of the lock file. On the same machine a dead process is recognised. A
+  process of another machine is assumed to be alive, unless SLURM restarted this same job.
 
-Two threads of one process are not kept apart.
+Threads of one process do not exclude each other.
 """
 
 import errno
@@ -40,17 +40,17 @@ class Lock:
         self._handle: IO[str] | None = None
 
     def take(self, file: Path, where: str, what: Path | None = None) -> InputError | None:
-        """Lock a file, and let go of the one held before; null, or the refusal that names who holds it.
+        """Lock a file and release the previous one; returns null, or an error that names the holder.
 
         Args:
-            file: Made if absent; its folder is there.
-            where: The key or option that names what is to be written.
+            file: The lock file, created if necessary in an existing folder.
+            where: The key or option for what is written.
             what: What is written; null is the file's folder.
         """
         import fcntl
 
         if self.holds(file):
-            return None                             # closing a second handle would let go of the lock
+            return None                             # closing a second handle would release the lock
         while True:
             try:
                 handle = open(file, "a+", encoding="utf-8")  # noqa: SIM115  (held until `release`)
@@ -68,10 +68,10 @@ class Lock:
                 refusal = _refusal(file, what or file.parent, _read(handle), where)
                 handle.close()
                 return refusal
-            if _is_same(file, handle):              # else its holder removed it meanwhile
+            if _is_same(file, handle):              # otherwise its holder has removed it
                 break
             handle.close()
-        with suppress(OSError):                     # a full disk: locked all the same
+        with suppress(OSError):                     # a full disk does not matter
             handle.truncate(0)
             handle.write(json.dumps(_me()))
             handle.flush()
@@ -80,11 +80,11 @@ class Lock:
         return None
 
     def holds(self, file: Path) -> bool:
-        """Whether it is this file, as it lies there now."""
+        """Whether this process holds the lock on this file."""
         return self._file == file and self._handle is not None and _is_same(file, self._handle)
 
     def release(self) -> None:
-        """Remove the file and let go."""
+        """Remove the file and release the lock."""
         if self._file is not None and self._handle is not None and _is_same(self._file, self._handle):
             with suppress(OSError):
                 self._file.unlink()
@@ -110,7 +110,7 @@ def _me() -> dict[str, Any]:
 
 
 def _began(pid: int) -> str | None:
-    """When a process began, in the kernel's ticks: another process may have its number later; null if not known."""
+    """Start time of a process in the kernel's ticks, because process ids are reused; null if unknown."""
     try:
         return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[19]
     except (OSError, IndexError):
@@ -127,7 +127,7 @@ def _read(handle: IO[str]) -> dict[str, Any]:
 
 
 def _is_alive(holder: dict[str, Any]) -> bool:
-    """Whether who wrote the file may still be at work, where the file system cannot tell."""
+    """Whether the process that wrote the file may still run, on file systems without locks."""
     if not holder:
         return False
     if holder.get("host") != socket.gethostname():
@@ -141,7 +141,7 @@ def _is_alive(holder: dict[str, Any]) -> bool:
     except ProcessLookupError:
         return False
     except OSError:
-        pass                                        # another user's
+        pass                                        # a process of another user
     return _began(pid) == holder.get("began")
 
 
@@ -151,4 +151,4 @@ def _refusal(file: Path, what: Path, holder: dict[str, Any], where: str) -> Held
         began = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(float(holder.get("time") or 0)))
         who = f"process {holder.get('pid')} on {str(holder.get('host'))[:100]}, since {began}"
     return HeldError(f"{what} is being written by {who}", where=where, fix="wait for it, stop it, or write "
-                      f"into another folder; if it is gone for sure, delete {file}")
+                      f"into another folder; if it certainly no longer runs, delete {file}")

@@ -1,7 +1,7 @@
-"""Which base model something was trained on: where it lies, and whether another folder holds the same one.
+"""Identify the base model that something was trained on, and find its folder.
 
-A base is known by its content, not by how its path is spelled: the same bytes by a relative path, by an absolute one,
-as a moved copy, or in the hub's cache are one base.
+A base is identified by its content, not by its path: a relative path, an absolute path, a moved copy and the hub's
+cache with the same bytes are the same base.
 """
 
 import hashlib
@@ -11,13 +11,13 @@ from pathlib import Path
 from lit_llm import names
 from lit_llm.errors import InputError
 
-SAMPLE = 1 << 16                                    # bytes of a weight file that are hashed, thrice
+SAMPLE = 1 << 16                                    # bytes of a weight file that are hashed at three places
 
 
 def content_hash(base: str | None) -> str | None:
-    """sha256 over the config, and size, beginning, middle and end of the weight files; null where they are not here.
+    """sha256 of the config and of size, beginning, middle and end of the weight files; null if not local.
 
-    Hashing a large model whole would take minutes. What training changes, it changes everywhere.
+    Hashing a large model completely would take minutes, and training changes weights everywhere.
     """
     if base is None or (path := names.folder_of(base)) is None:
         return None
@@ -33,46 +33,46 @@ def content_hash(base: str | None) -> str | None:
 
 
 def _weight_files(path: Path) -> list[Path]:
-    """Those that transformers reads: a folder may hold the same weights in another layout, too."""
+    """The weight files that transformers reads; a folder may also contain them in another format."""
     index = path / "model.safetensors.index.json"
     if index.is_file():
         try:
             listed = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
             return [file for name in listed if (file := path / str(name)).is_file()]
         except (ValueError, KeyError, TypeError, AttributeError):
-            pass                                    # loading it will say so
+            pass                                    # loading reports it
     single = path / "model.safetensors"
     return [single] if single.is_file() else list(path.glob("*.safetensors"))
 
 
 def recorded(base: str | None) -> str | None:
-    """A base's name as a checkpoint keeps it: absolute for a local folder, else as it is (a hub id, `sample:base`)."""
+    """A base's name for a checkpoint: the absolute path of a local folder, or the name (hub id, `sample:base`)."""
     if base is None or names.is_sample(base) or not names.path_of(base).is_dir():
         return base
     return names.absolute(base)
 
 
 def same(one: str | None, one_hash: str | None, other: str | None, other_hash: str | None) -> bool:
-    """Whether two bases are one: by content where both are known, else by name."""
+    """Whether two bases are the same: by content if known, else by name."""
     return one_hash == other_hash if one_hash and other_hash else recorded(one) == recorded(other)
 
 
-def found(base: str, wanted: str | None, near: Path, given: str | None = None) -> str:
-    """The base that a run was trained on.
+def locate(base: str, wanted: str | None, near: Path, given: str | None = None) -> str:
+    """Find the base that a run was trained on.
 
     Args:
-        base: Its name, as the run recorded it.
-        wanted: Hash of its content; null where the run did not know it.
-        near: A folder of the run. A base that lies no longer where it was is looked for beside the folders above.
-        given: What the user names instead.
+        base: Its name as recorded by the run.
+        wanted: Hash of its content; null if unknown.
+        near: A folder of the run; a moved base is searched beside its parent folders.
+        given: The base that the user gives instead.
 
     Raises:
-        InputError: `given` is another base.
+        InputError: `given` is a different base.
     """
     if given is not None:
         if not same(base, wanted, given, content_hash(given)):
-            raise InputError(f"{given} is another base than the run was trained on ({base})", where="base",
-                             fix="give the folder of that base, wherever it lies now")
+            raise InputError(f"{given} is not the base that the run was trained on ({base})", where="base",
+                             fix="give the current folder of that base")
         return given
     if names.folder_of(base) is not None or wanted is None or names.is_sample(base):
         return base

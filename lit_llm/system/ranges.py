@@ -1,7 +1,7 @@
-"""The numbers that each key takes: one table for the parser, for classes that are used in Python, and for the help.
+"""The numbers that each key accepts: one table for the parser, for classes used in Python, and for the help.
 
-Types, and whether a key takes null, stand in the signatures; the table adds the limits, which no annotation says. Keys
-of classes that a config names by class_path stand here under the class's own name.
+Types, and whether a key may be null, are in the signatures; the table adds the limits. Keys of classes given by
+class_path are listed under the class name.
 """
 
 import math
@@ -12,7 +12,7 @@ from typing import Any
 from lit_llm.errors import InputError, did_you_mean
 
 SHOWN = 60                                          # characters of a value in a message
-STEPS = 1_000_000_000                               # more steps, rows or batches than any run has
+STEPS = 1_000_000_000                               # limit on steps, sequences and batches
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,11 +20,11 @@ class Range:
     """Numbers from `low` to `high`.
 
     Args:
-        low: The least.
-        high: The largest.
-        whole: Whether only whole numbers are taken.
-        above: Whether `low` itself is left out.
-        below: Whether `high` itself is left out.
+        low: Lower limit.
+        high: Upper limit.
+        whole: Whether only whole numbers are allowed.
+        above: Whether `low` itself is excluded.
+        below: Whether `high` itself is excluded.
     """
 
     low: float
@@ -34,7 +34,7 @@ class Range:
     below: bool = False
 
     def holds(self, value: float) -> bool:
-        """Whether a number, which is no bool, lies in it."""
+        """Whether a number (not a bool) is in the range."""
         if self.whole and not isinstance(value, int):
             return False
         if not self.whole and isinstance(value, float) and not math.isfinite(value):
@@ -43,7 +43,7 @@ class Range:
         return fits and (value < self.high if self.below else value <= self.high)
 
     def __str__(self) -> str:
-        """In words.
+        """A description.
 
         >>> print(Range(1, 4096), Range(0, 1, whole=False, below=True), Range(-1, -1), sep="; ")
         a whole number from 1 to 4,096; a number from 0 to below 1; -1
@@ -58,12 +58,12 @@ class Range:
 
 @dataclass(frozen=True, slots=True)
 class Numbers:
-    """What a key takes where a number is given.
+    """The numbers that a key accepts.
 
     Args:
-        example: What a user may type.
-        ranges: A number must lie in one of them.
-        flag: Whether true and false are taken too; elsewhere they are no numbers.
+        example: An example value.
+        ranges: A number must be in one of them.
+        flag: Whether true and false are allowed as well.
     """
 
     example: str
@@ -75,12 +75,12 @@ class Numbers:
 
 
 def _number(value: float) -> str:
-    """A limit as it is read: 1,000,000 and 0.5."""
+    """Format a limit: 1,000,000 and 0.5."""
     return f"{value:,}" if isinstance(value, int) else f"{value:g}"
 
 
 def whole(low: int, high: int, example: int, *also: int) -> Numbers:
-    """Whole numbers, and single ones beside them such as -1."""
+    """Whole numbers, with additional single values such as -1."""
     return Numbers(str(example), (Range(low, high), *(Range(one, one) for one in also)))
 
 
@@ -182,7 +182,7 @@ RANGES: dict[str, Numbers] = {
     "serve.max_body_bytes": whole(1, 2**30, 1_000_000),
     "serve.drain_seconds": whole(1, 86_400, 30),
 }
-TEXTS: dict[str, tuple[str, ...]] = {               # keys annotated as any text, of which few mean something
+TEXTS: dict[str, tuple[str, ...]] = {               # keys annotated as str with few valid values
     "trainer.gradient_clip_algorithm": ("norm",),
     "DeepSpeedStrategy.offload_params_device": ("cpu", "nvme"),
     "DeepSpeedStrategy.offload_optimizer_device": ("cpu", "nvme"),
@@ -190,36 +190,36 @@ TEXTS: dict[str, tuple[str, ...]] = {               # keys annotated as any text
     **{f"{name}.process_group_backend": ("gloo", "nccl", "mpi", "ucc", "xccl") for name in (
         "DDPStrategy", "DeepSpeedStrategy", "FSDPStrategy", "ModelParallelStrategy")},
 }
-SAME = {                                            # keys under which the same numbers are given
+SAME = {                                            # keys with the same range as another one
     "data.val_sources.weight": "data.sources.weight", "data.test_sources.weight": "data.sources.weight",
     "model.peft.init_args.r": "model.lora.r", "model.peft.init_args.lora_alpha": "model.lora.alpha",
     "model.peft.init_args.lora_dropout": "model.lora.dropout"}
 
 
 def of(key: str) -> Numbers | None:
-    """What a key takes where a number is given; null for keys that are not in the table."""
+    """The numbers that a key accepts; null for keys that are not in the table."""
     return RANGES.get(SAME.get(key, key))
 
 
 def knows(key: str) -> bool:
-    """Whether the table says anything of a key."""
+    """Whether a key is in the table."""
     return of(key) is not None or key in TEXTS
 
 
 def check(key: str, value: Any, *, where: str = "") -> None:
-    """Refuse a number, an item of a list or a text that the key does not take; types are judged elsewhere.
+    """Refuse a number, list item or text that the key does not accept; types are checked elsewhere.
 
     Args:
         key: As in the table.
-        value: What came.
-        where: How the user knows the key, if otherwise.
+        value: The value.
+        where: Name of the key in messages, if different.
 
     Raises:
-        InputError: With the key, the value, what is allowed and an example.
+        InputError: The error names the key, the value, what is allowed and an example.
     """
     numbers, texts = of(key), TEXTS.get(key, ())
     if texts and isinstance(value, str) and value not in texts:
-        raise InputError(f"'{shown(value)}' is none of {', '.join(texts)}.{did_you_mean(value, list(texts))}",
+        raise InputError(f"'{shown(value)}' is not one of {', '.join(texts)}.{did_you_mean(value, list(texts))}",
                          where=where or key)
     if numbers is None:
         return
@@ -230,30 +230,30 @@ def check(key: str, value: Any, *, where: str = "") -> None:
             fits = not isinstance(one, int | float) or any(each.holds(one) for each in numbers.ranges)
         if not fits:
             name = (where or key).lstrip("-")
-            owner, _, argument = name.rpartition(".")       # of a class that a class_path names: no option is called so
+            owner, _, argument = name.rpartition(".")  # an argument of a class given by class_path is not an option
             shown_as = f"{argument}: {numbers.example}" if owner[:1].isupper() else f"--{name} {numbers.example}"
             raise InputError(f"{shown(one)} is not {numbers}", where=where or key, fix=f"for example {shown_as}")
 
 
 def check_all(prefix: str, values: Mapping[str, Any]) -> None:
-    """Refuse the first number of several that its key does not take.
+    """Check several numbers.
 
     Args:
-        prefix: Of the keys, `model` or the name of a class.
-        values: By the rest of the key, such as a function's `locals()`; those that are not in the table are left alone.
+        prefix: Prefix of the keys, `model` or a class name.
+        values: Values by the rest of the key, such as a function's `locals()`; unknown keys are ignored.
 
     Raises:
-        InputError: As `check`.
+        InputError: As in `check`.
     """
     for name, value in values.items():
         check(f"{prefix}.{name}", value)
 
 
 def shown(value: Any) -> str:
-    """A value in a message, cut where it is long, without control characters."""
+    """A value for a message, shortened, without control characters."""
     try:
         text = value if isinstance(value, str) else "null" if value is None else str(value)
-    except ValueError:                              # Python writes no whole numbers of thousands of digits
+    except ValueError:                              # Python does not format integers of thousands of digits
         text = "a whole number of thousands of digits"
     text = "".join(each if each.isprintable() else "?" for each in text)
     return text if len(text) <= SHOWN else f"{text[:SHOWN]}... ({len(text):,} characters)"

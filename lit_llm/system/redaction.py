@@ -1,9 +1,8 @@
-"""Secrets found in configs, messages and texts, and replaced before they are written, printed or sent to a logger.
+"""Find secrets in configs, messages and texts, and replace them before they are written, printed or logged.
 
-Three signs are looked for: the name of a key (`api_key`, `auth`, `hf_token_2`), the form of a value (prefixes that
-services give their tokens, passwords in URLs, private keys), and random-looking values that are long enough to be one.
-The last sign is used for values of a config only, since texts hold hashes and file names too. The forms follow the
-rules of detect-secrets and gitleaks.
+Three signs are used: the name of a key (`api_key`, `auth`, `hf_token_2`), the form of a value (token prefixes of
+services, passwords in URLs, private keys), and long random-looking values. The last sign is used only for config
+values, because texts also contain hashes and file names. The forms follow the rules of detect-secrets and gitleaks.
 """
 
 import logging
@@ -18,7 +17,7 @@ from itertools import pairwise
 from typing import Any
 
 REMOVED = "(removed)"
-LEAST = 8                                           # characters of an environment's secret that is looked for in texts
+LEAST = 8                                           # characters of an environment secret that is searched in texts
 
 # Forms of tokens by their issuer.
 FORMS = re.compile("|".join((
@@ -38,7 +37,7 @@ FORMS = re.compile("|".join((
     r"\b\d{8,10}:[A-Za-z0-9_-]{35}\b", r"\b[MNO][\w-]{23,25}\.[\w-]{6}\.[\w-]{27,}",            # Telegram, Discord
     r"-----BEGIN [A-Z ]*PRIVATE KEY-----[\s\S]*?(?:-----END [A-Z ]*PRIVATE KEY-----|$)",
 )))
-# Parts of a text of which the first group stays.
+# Patterns whose first group is kept.
 ASSIGNED = re.compile(
     r"(?i)(\b(?:bearer|basic)\s+)[A-Za-z0-9+/=._~-]{12,}"
     r"|([?&](?:[\w-]*(?:token|key|secret|signature|password|credential|auth)|sig|pwd)=)[^&\s\"'#]+"
@@ -49,7 +48,7 @@ SECRET_WORDS = {"secret", "secrets", "password", "passwd", "passphrase", "pwd", 
                 "auth", "authorization", "bearer", "cookie", "webhook", "pat"}
 SECRET_PAIRS = {("api", "key"), ("access", "key"), ("private", "key"), ("secret", "key"), ("signing", "key"),
                 ("encryption", "key"), ("account", "key"), ("license", "key"), ("ssh", "key"), ("session", "key")}
-# Words that occur with `token` in keys of configs and tokenizers that hold no secret.
+# Words that occur with `token` in keys without secrets.
 TOKEN_KINDS = {"pad", "eos", "bos", "unk", "sep", "cls", "mask", "stop", "end", "start", "image", "audio", "video",
                "special", "decoder", "forced", "added", "extra", "id", "ids", "index", "indices", "type", "accuracy",
                "trainable", "per", "max", "num", "min", "topk", "dim", "count", "learned", "boi", "eoi"}
@@ -57,11 +56,11 @@ HASHES = re.compile(r"(?i)revision|commit|sha|hash|md5|digest|fingerprint|checks
 
 
 def redact(value: Any, key: str = "") -> Any:
-    """A value of a config without its secrets.
+    """A config value without its secrets.
 
     Args:
         value: Texts, numbers, and lists and mappings of them.
-        key: Its name.
+        key: Its key.
 
     >>> redact({"api_key": "x", "note": "my hf_abcdefghij", "data": {"tokenizer": "gpt2"}})
     {'api_key': '(removed)', 'note': 'my (removed)', 'data': {'tokenizer': 'gpt2'}}
@@ -77,7 +76,7 @@ def redact(value: Any, key: str = "") -> Any:
 
 
 def redact_text(text: str) -> str:
-    """A text without tokens of known forms, passwords in URLs and assignments, and secrets of this environment.
+    """A text without known tokens, passwords in URLs and assignments, and secrets of this environment.
 
     >>> redact_text("cannot reach https://me:hunter2@hub.example/api?token=abc")
     'cannot reach https://(removed)@hub.example/api?token=(removed)'
@@ -90,7 +89,7 @@ def redact_text(text: str) -> str:
 
 
 def redact_words(words: Sequence[str]) -> list[str]:
-    """The words of a command without secrets.
+    """The arguments of a command without secrets.
 
     >>> redact_words(["--logger.api_key", "x1", "--logger.auth=x2", "--model.lr", "1e-4"])
     ['--logger.api_key', '(removed)', '--logger.auth=(removed)', '--model.lr', '1e-4']
@@ -106,7 +105,7 @@ def redact_words(words: Sequence[str]) -> list[str]:
 
 @contextmanager
 def redacted_argv() -> Generator[None, None, None]:
-    """Within this context `sys.argv`, which loggers keep in their files, holds no secrets."""
+    """Remove secrets from `sys.argv`, which loggers store, within this context."""
     words, sys.argv = sys.argv, redact_words(sys.argv)
     try:
         yield
@@ -115,7 +114,7 @@ def redacted_argv() -> Generator[None, None, None]:
 
 
 def names_secret(key: str) -> bool:
-    """Whether a key's name says that its value is secret.
+    """Whether a key's name indicates a secret.
 
     >>> [names_secret(key) for key in ("hf_token_2", "authToken", "pad_token_id", "tokenizer", "author")]
     [True, True, False, False, False]
@@ -127,7 +126,7 @@ def names_secret(key: str) -> bool:
 
 
 def looks_random(text: str) -> bool:
-    """Whether a whole text is one random string, as tokens without a known prefix are.
+    """Whether a text is one random string, like tokens without a known prefix.
 
     >>> looks_random("wJalrXUtnFEMI/K7MDENG/bPxRfiCYzzSAMPLEKEY"), looks_random("meta-llama/Llama-3.2-1B-Instruct")
     (True, False)
@@ -147,7 +146,7 @@ def _entropy(text: str) -> float:
 
 
 def _removed(value: Any) -> Any:
-    """Nothing of a secret key's value; that it is null or switched off may be known."""
+    """The replacement of a secret value; null and false are kept."""
     if isinstance(value, Mapping):
         return {name: _removed(item) for name, item in value.items()}
     if isinstance(value, list | tuple):
@@ -156,15 +155,15 @@ def _removed(value: Any) -> Any:
 
 
 def _of_environment() -> list[str]:
-    """Values of environment variables whose names say that they are secret, the longest first."""
+    """Values of environment variables with secret names, the longest first."""
     values = {value for name, value in os.environ.items() if names_secret(name) and len(value) >= LEAST}
     return sorted((value for value in values if not value.isdigit() and "/" not in value[:1]), key=len, reverse=True)
 
 
 class RedactingFilter(logging.Filter):
-    """Log records without secrets."""
+    """Removes secrets from log records."""
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """Replace the record's message by its redacted text; every record passes."""
+        """Redact the record's message; every record is kept."""
         record.msg, record.args = redact_text(record.getMessage()), None
         return True

@@ -1,7 +1,7 @@
-"""Measure with how many threads this process does some work fastest.
+"""Measure the fastest number of CPU threads for this process.
 
-On cores that others use as well, two threads can be ten times slower than one: each operation waits for its slowest
-part. The load of a machine is found out by trying.
+On cores that are also used by others, two threads can be ten times slower than one, because each operation waits for
+its slowest part. Measuring is the only way to take the load of a machine into account.
 """
 
 import os
@@ -14,22 +14,22 @@ from lit_llm.errors import InputError
 
 Threads = int | Literal["auto"]
 NAMES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
-# as the user set it: Lightning sets it, too, later and in this process alone
+# as set by the user; Lightning sets it later, for this process only
 GIVEN = next((f"{name}={os.environ[name]}" for name in NAMES if os.environ.get(name)), None)
-ROUNDS, SLICE = 4, 0.03                             # seconds of each count in a round
-HOPELESS = 3.0                                      # a count that takes so many times the best is not tried again
-LONG = 0.1                                          # seconds: beyond them starting the threads is no excuse
-WORTH = 0.9                                         # more threads must take at most so much of the time of fewer
+ROUNDS, SLICE = 4, 0.03                             # seconds per number of threads in a round
+HOPELESS = 3.0                                      # a number that is this many times slower than the best is dropped
+LONG = 0.1                                          # seconds after which starting threads is no longer excluded
+WORTH = 0.9                                         # required ratio of times for using more threads
 
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """How many threads, and why.
+    """A number of threads, and the reason.
 
     Args:
-        count: Threads.
-        why: For a log.
-        seconds: What the work took with each count that was tried.
+        count: Number of threads.
+        why: Reason for the log.
+        seconds: Measured seconds by number of threads.
     """
 
     count: int
@@ -38,28 +38,28 @@ class Choice:
 
 
 def cores() -> int:
-    """Those that this process may use."""
+    """Number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def settle(wanted: Threads | str, work: Callable[[], Any], *, processes: int = 1, before: int | None = None) -> Choice:
     """Choose this process's threads, and set them.
 
-    What is typed wins, then what the environment says, then what a run had before it was stopped; else it is measured.
+    A given number takes precedence, then the environment, then that of a stopped run; otherwise it is measured.
 
     Args:
         wanted: A number, or auto.
-        work: What is measured; it must change nothing.
-        processes: Of this run on this machine: together they get no more threads than there are cores.
-        before: What a stopped run had: another count would change the order of sums, so the last bits of the weights.
+        work: Work to measure; it must have no side effects.
+        processes: Processes of this run on this machine, which share the cores.
+        before: Number of a stopped run: another one would change the order of sums and the last bits of weights.
 
     Raises:
-        InputError: `wanted` is neither.
+        InputError: `wanted` is invalid.
     """
     import torch
 
     if wanted != "auto":
-        choice = Choice(number(wanted), "as asked for", {})
+        choice = Choice(number(wanted), "as configured", {})
     elif GIVEN:
         choice = Choice(torch.get_num_threads(), f"as {GIVEN} says", {})
     elif (most := max(1, cores() // processes)) == 1 and before in (None, 1):
@@ -78,20 +78,20 @@ def settle(wanted: Threads | str, work: Callable[[], Any], *, processes: int = 1
 
 
 def number(wanted: Threads | str) -> int:
-    """A number of threads that somebody typed.
+    """Parse a number of threads.
 
     Raises:
-        InputError: It is none.
+        InputError: It is not a number.
     """
     if not str(wanted).isdecimal() or not 1 <= int(wanted) <= 4096:
-        raise InputError(f"'{wanted}' is no number of threads", where="threads", fix="use auto, or 1 or more")
+        raise InputError(f"'{wanted}' is not a number of threads", where="threads", fix="use auto, or 1 or more")
     return int(wanted)
 
 
 def measure(work: Callable[[], Any], most: int) -> dict[int, float]:
-    """Mean seconds of the work with 1, 2, 4 ... and `most` threads, by turns; torch has as many as before afterwards.
+    """Mean seconds of the work with 1, 2, 4 ... and `most` threads, in turns; torch's setting is restored.
 
-    The mean, for it is what a run takes: on busy cores some turns are quick by luck.
+    The mean is used because it is what a run takes: on busy cores some turns are fast by chance.
     """
     import torch
 
@@ -108,7 +108,7 @@ def measure(work: Callable[[], Any], most: int) -> dict[int, float]:
                 while now - begun < SLICE * min(turn, 1) or now == begun:
                     work()
                     now = time.perf_counter()
-                    counts_now = turn > 0 or now - begun > LONG     # the first turn starts threads and allocates
+                    counts_now = turn > 0 or now - begun > LONG      # the first turn starts threads and allocates
                     done[count] += counts_now
                 spent[count] += (now - begun) * counts_now
     finally:
@@ -117,7 +117,7 @@ def measure(work: Callable[[], Any], most: int) -> dict[int, float]:
 
 
 def fastest(seconds: dict[int, float]) -> int:
-    """The least count of threads that no larger one beats by a tenth."""
+    """The smallest number of threads that no larger one beats by a tenth."""
     best = min(seconds)
     for count in sorted(seconds):
         if seconds[count] < WORTH * seconds[best]:
@@ -126,11 +126,11 @@ def fastest(seconds: dict[int, float]) -> int:
 
 
 def training_work(width: int, tokens: int) -> Callable[[], None]:
-    """Forward and backward of a layer of this width, as large as some milliseconds allow; on tensors of its own.
+    """Forward and backward of a layer of this width within some milliseconds, on its own tensors.
 
     Args:
-        width: Of the model; up to 1,024 of it are used.
-        tokens: Of a micro-batch at most.
+        width: Width of the model; at most 1,024 are used.
+        tokens: Maximum number of tokens of a micro-batch.
     """
     import torch
     from torch.nn import functional as F

@@ -1,1 +1,1 @@
-"""Batches to weights."""
+"""Training: the module, the trainer, the loss, strategies, planning and checks."""

@@ -1,7 +1,6 @@
-"""Build the model that a module trains: load or initialise it, put adapters on it, and prepare it for its strategy.
+"""Build the model of a module: load or initialise it, add adapters, and prepare it for its strategy.
 
-The module calls this when Lightning asks it to configure its model. Combinations that cannot work are refused by
-`compatible.py`.
+It is called when Lightning configures the model. `compatible.py` refuses combinations that cannot work.
 """
 
 import logging
@@ -36,7 +35,7 @@ DTYPES = {"bf16-true": torch.bfloat16, "16-true": torch.float16, "64-true": torc
 
 
 def ask(module: Module, stage: str) -> None:
-    """Ask a model that is not built yet what can be asked without weights, and say it."""
+    """Determine and report what is known of a model before it is built, without weights."""
     module.choose_attention(module._tokenizer_facts() if module.init else {})
     if module.trainer.is_global_zero:
         forward.announce(module.way or forward.Way())
@@ -47,7 +46,7 @@ def ask(module: Module, stage: str) -> None:
 
 
 def build(module: Module) -> None:
-    """Load or build the model of a module, put on it what learns, and prepare it for the strategy of its trainer."""
+    """Load or build the model of a module, add adapters, and prepare it for the trainer's strategy."""
     dtype = DTYPES.get(str(module.trainer.precision), torch.float32)
     kind = module.choose_attention(module._tokenizer_facts() if module.init else {})
     strategy = distribution.of(module.trainer.strategy)
@@ -61,7 +60,7 @@ def build(module: Module) -> None:
     else:
         assert module.init is not None
         inner = model.init_causal_lm(module.init, dtype=dtype, attention=kind, **module._tokenizer_facts())
-    if dtype.itemsize < 4:                          # Lightning would cast buffers too, and positions would be wrong
+    if dtype.itemsize < 4:                          # Lightning would also cast buffers, which breaks positions
         module.trainer.precision_plugin.convert_module = lambda module: module
     if module.base is not None and (tokenizer := tokenizer_of(module.trainer)) is not None:
         compatible.check_tokenizer(module.base, module.trainer.datamodule)
@@ -75,7 +74,7 @@ def build(module: Module) -> None:
     if not adapter.has_virtual_tokens(module.model):
         off = module.router_aux_loss is None and (module.init or {}).get("output_router_logits") is False
         module.balance_coefficient = balance.coefficient(module.model, 0.0 if off else module.router_aux_loss)
-        _check(module)                              # which now knows whether routers are balanced
+        _check(module)                              # now that the load-balancing coefficient is known
     module.half_adapters = _autocasts(module)
     if module.half_adapters:
         adapter.skip_input_copies(module.model)
@@ -83,11 +82,11 @@ def build(module: Module) -> None:
     module.model.train()
     if module.compile_layers:
         for layer in anatomy.decoder_layers(module.model):
-            layer.compile()                         # in place: names of weights stay
+            layer.compile()                         # in place, which keeps the names of weights
     elif module.way is None or module.way.fast_norms:
-        rmsnorm.quicken(module.model)           # which compiled layers have fused
+        rmsnorm.use_fast_norms(module.model)           # compiled layers fuse them anyway
     if strategy.gathers_layers and module.trainer.state.fn == "fit":
-        module.keep_masters()                       # FSDP2 would not see it later
+        module.keep_masters()                       # before FSDP2 wraps the weights
     half = DTYPES.get(str(module.trainer.precision).replace("mixed", "true"))
     strategy.shard(module.model, anatomy.decoder_layers(module.model), dtype=half)
     if module.trainer.is_global_zero and module.trainer.training:
@@ -95,30 +94,30 @@ def build(module: Module) -> None:
 
 
 def _check(module: Module) -> None:
-    """Rules of what goes with what, for a module with a trainer."""
+    """Refuse incompatible options, for a module with a trainer."""
     trainer = module.trainer
     compatible.check(module, trainer.strategy, trainer.world_size, precision=str(trainer.precision),
                      training=trainer.state.fn == "fit")
 
 
 def _grow(module: Module, inner: Any, tokens: int) -> None:
-    """A row for each token of a tokenizer that has more than the base."""
+    """Resize the vocabulary if the tokenizer has more tokens than the base."""
     before = vocabulary.rows(inner)
     new = vocabulary.grow(inner, tokens)
     if new and module.trainer.is_global_zero and module.trainer.training:
-        log.info("the tokenizer has %s tokens and the base %s rows: %s rows are added to embedding and head, each "
-                 "the mean of the others", f"{tokens:,}", f"{before:,}", f"{new:,}")
+        log.info("the tokenizer has %s tokens and the base model %s rows: %s rows are added to embedding and head, "
+                 "each the mean of the existing ones", f"{tokens:,}", f"{before:,}", f"{new:,}")
 
 
 def pretrained(module: Module) -> str | None:
-    """Where whole weights come from: a checkpoint of a run that trained them all, else the base."""
+    """Source of complete weights: a checkpoint of a run that trained all of them, or the base."""
     if module.checkpoint is not None and (module.checkpoint / "model").is_dir():
         return str(module.checkpoint / "model")
     return module.base
 
 
 def check_start(module: Module, folder: str) -> None:
-    """Find the adapter to start from and check that it fits the base; one that is continued says what is trained.
+    """Find the initial adapter and check that it fits the base; a continued adapter determines the PEFT method.
 
     Raises:
         InputError: There is none, or it was trained on another base.
@@ -131,7 +130,7 @@ def check_start(module: Module, folder: str) -> None:
 
 
 def adapted(module: Module, inner: Any) -> Any:
-    """The model with what learns on it: a checkpoint's adapter, one to be continued, or a new one."""
+    """Add an adapter to the model: a checkpoint's, one to be continued, or a new one."""
     if module.checkpoint is not None and (module.checkpoint / "adapter").is_dir():
         return starting.load(inner, module.checkpoint / "adapter", trainable=True)
     if module.start is not None and not module.merge_start:
@@ -146,10 +145,10 @@ def adapted(module: Module, inner: Any) -> Any:
 
 
 def tokens_to_train(module: Module, inner: Any) -> list[int]:
-    """Ids of `lora.train_tokens`: those named, or tokens of the data that the base was never trained on."""
+    """Ids of `lora.train_tokens`: the given ones, or tokens of the data that the base was never trained on."""
     data = text_data(module.trainer)
     assert module.peft_spec is not None
-    if module.saved_ids is not None:                # of the checkpoint that the module is loaded from
+    if module.saved_ids is not None:                # from the checkpoint that the module is loaded from
         return module.saved_ids
     if module.train_tokens is None or data is None:
         return []
@@ -158,13 +157,13 @@ def tokens_to_train(module: Module, inner: Any) -> list[int]:
         obstacle = table.NO_ROWS
     if module.train_tokens != "auto":
         if obstacle is not None:
-            raise InputError(f"no rows of tokens can be trained: {obstacle}", where="model.lora.train_tokens",
+            raise InputError(f"single token rows cannot be trained: {obstacle}", where="model.lora.train_tokens",
                              fix="set it to null")
         return learned_tokens.named(data.tokenizer, module.train_tokens)
     if trained_rows.chooses_rows(inner, module.peft_spec):
         return []
     before = getattr(getattr(module.trainer, "run", None), "resumed_from", None)
-    if before is not None and (before / "adapter").is_dir():        # what was chosen stays chosen
+    if before is not None and (before / "adapter").is_dir():        # keep the previous choice
         return trained_rows.stored_tokens(before / "adapter")
     embedding, head = inner.get_input_embeddings().weight, inner.get_output_embeddings().weight
     matrix = shards.whole(embedding)
@@ -173,41 +172,41 @@ def tokens_to_train(module: Module, inner: Any) -> list[int]:
         every_token=data.train_on == "all", new=getattr(inner, "new_rows", 0),
         chats=any(not plan.corpus.is_document.all() for plan in getattr(data, "plans", {}).values()))
     if choice.ids and module.trainer.is_global_zero and module.trainer.training:
-        learned_tokens.say(data.tokenizer, choice, obstacle)
+        learned_tokens.report(data.tokenizer, choice, obstacle)
     return choice.ids if obstacle is None else []
 
 
 def _autocasts(module: Module) -> bool:
-    """Whether adapters are float32 in a forward pass in bfloat16; DeepSpeed and FSDP2 make them bfloat16 for it."""
+    """Whether adapters are float32 in a bfloat16 forward pass; DeepSpeed and FSDP2 cast them instead."""
     return (str(module.trainer.precision).startswith("bf16") and module.peft_spec is not None
             and not distribution.of(module.trainer.strategy).casts_weights)
 
 
-# ---- what the data say of the model ----------------------------------------------------------------------------------
+# ---- settings from the data ------------------------------------------------------------------------------------------
 
 def text_data(trainer: Any) -> TextDataModule | None:
-    """This project's data module, where the trainer has one."""
+    """The trainer's data module, if it is this project's."""
     data = getattr(trainer, "datamodule", None)
     return data if isinstance(data, TextDataModule) else None
 
 
 def tokenizer_of(trainer: Any) -> Tokenizer | None:
-    """The tokenizer of the trainer's data module, where it has one of this project's."""
+    """The tokenizer of the trainer's data module, if it is this project's."""
     tokenizer = getattr(getattr(trainer, "datamodule", None), "tokenizer", None)
     return tokenizer if isinstance(tokenizer, Tokenizer) else None
 
 
 def tokenizer_facts(module: Module) -> dict[str, Any]:
-    """What the config of a new model takes from the tokenizer; nothing where the data module has none.
+    """Config values of a new model from the tokenizer; empty if the data module has none.
 
     Raises:
-        InputError: Then nobody tells how many tokens there are.
+        InputError: There is no tokenizer and the vocabulary size is not set.
     """
     tokenizer = tokenizer_of(private.trainer_of(module))
     if tokenizer is not None:
         return model.tokenizer_facts(tokenizer)
     if module.init is not None and "vocab_size" not in module.init:
-        raise InputError("the data have no tokenizer that would tell the size of the vocabulary",
+        raise InputError("the vocabulary size is unknown, because the data have no tokenizer",
                          where="model.init.vocab_size", fix="add it, and eos_token_id; or use lit_llm.TextDataModule")
     return {}
 
@@ -216,13 +215,13 @@ def tokenizer_facts(module: Module) -> dict[str, Any]:
 
 @contextmanager
 def with_trainer(module: Module) -> Generator[None, None, None]:
-    """A module that is attached to no trainer is built as for evaluation in float32 on the CPU."""
+    """Build a module without a trainer as for evaluation in float32 on the CPU."""
     if private.trainer_of(module) is not None:
         yield
         return
     speaker = logging.getLogger("lightning.pytorch.utilities.rank_zero")
     level = speaker.level
-    speaker.setLevel(logging.WARNING)               # it lists the devices of the machine
+    speaker.setLevel(logging.WARNING)               # silences the list of devices
     try:
         module.trainer = L.Trainer(accelerator="cpu", devices=1, logger=False, enable_checkpointing=False,
                                    enable_progress_bar=False, enable_model_summary=False,

@@ -1,8 +1,8 @@
 """Compute the summed negative log-likelihood of a packed batch's supervised tokens in one forward pass.
 
-Documents share a row where attention keeps them apart. Architectures that mix tokens by more than that (caps, sinks,
-convolutions, states) would mix documents too, so their documents go through the model one by one, and so do those of
-prompt and prefix tuning, which put tokens in front that are not in the row.
+Documents share a packed sequence if attention isolates them. Architectures that mix tokens in other ways (caps, sinks,
+convolutions, states) cannot isolate them, so their documents are processed one by one, and so are those of prompt and
+prefix tuning, which insert virtual tokens.
 """
 
 import logging
@@ -32,18 +32,19 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Way:
-    """What of our own code computes a model's loss, and what is left to transformers; `proof.py` finds it.
+    """How a model's loss is computed, by this project or by transformers; determined by `proof.py`.
 
     Args:
-        packed: Documents share a row, kept apart by our attention; otherwise each has a forward pass of its own.
-        own_logits: The model's whole forward pass makes the logits; otherwise its backbone makes hidden states, and our
-            loss multiplies them by the output matrix, without logits of a whole batch in memory.
-        factor: What the model multiplies the product of hidden states and output matrix by.
-        cap: Where it squashes logits softly.
-        keep: The model's forward pass can be asked for the logits of some positions alone.
-        fast_norms: RMS norms on a CPU may run as `rmsnorm.py` has them.
-        why_alone: Why documents do not share a row; empty where they do.
-        why_own_logits: Why the loss is not computed from hidden states; empty where it is.
+        packed: Documents share a packed sequence, isolated by this project's attention; otherwise each has its own
+            forward pass.
+        own_logits: The model's whole forward pass computes the logits; otherwise its backbone computes hidden states,
+            and this project's loss multiplies them by the head, without all logits of a batch in memory.
+        factor: Factor that the model applies to its logits.
+        cap: Soft cap of the logits.
+        keep: The model can compute the logits of selected positions only.
+        fast_norms: RMS norms on a CPU may use `rmsnorm.py`.
+        why_unpacked: Why documents do not share a packed sequence; empty if they do.
+        why_own_logits: Why the loss is not computed from hidden states; empty if it is.
     """
 
     packed: bool = True
@@ -52,27 +53,27 @@ class Way:
     cap: float | None = None
     keep: bool = False
     fast_norms: bool = True
-    why_alone: str = ""
+    why_unpacked: str = ""
     why_own_logits: str = ""
 
 
 def announce(way: Way) -> None:
-    """Say in a line each what is not as fast as it could be, and why."""
-    if way.why_alone:
-        log.warning("packed documents are processed one by one, which is slower: %s", way.why_alone)
+    """Log the parts that are slower than they could be, and why."""
+    if way.why_unpacked:
+        log.warning("packed documents are processed one by one, which is slower: %s", way.why_unpacked)
     if way.why_own_logits:
         log.warning("the loss is computed from the model's own logits, which takes more memory: %s", way.why_own_logits)
 
 
 @dataclass(frozen=True, slots=True)
 class Choices:
-    """How a run sends a batch through its model.
+    """Settings of a run for its forward pass.
 
     Args:
-        way: What of the forward pass is ours.
-        noise: NEFTune's alpha; null where there is none, and in evaluation.
-        cross_entropy: Whose kernels train (see `loss.nll_sum`).
-        balance: Whether to give the routers' load balance too.
+        way: How the loss is computed.
+        noise: NEFTune's alpha; null without noise, and in evaluation.
+        cross_entropy: Kernels of the training loss (see `loss.nll_sum`).
+        balance: Whether to compute the routers' load balance as well.
     """
 
     way: Way = field(default_factory=Way)
@@ -82,13 +83,13 @@ class Choices:
 
 
 class Sums(NamedTuple):
-    """Of one micro-batch.
+    """Sums over one micro-batch.
 
     Args:
         total: As `Nll.total`: nats of all supervised tokens.
         correct: As `Nll.correct`.
-        balance: () where the routers' load balance was asked for: of each document its tokens times its balance
-            (`balance.py`). No part of `total`.
+        balance: () if the routers' load balance was requested: sum over documents of their tokens times their balance
+            (`balance.py`). Not part of `total`.
     """
 
     total: Tensor
@@ -97,13 +98,13 @@ class Sums(NamedTuple):
 
 
 def nll(model: Any, batch: "Batch", choices: Choices) -> Sums:
-    """Sums over the supervised tokens of one micro-batch: with a gradient where gradients are enabled.
+    """Sums over the supervised tokens of one micro-batch, with a gradient if gradients are enabled.
 
     Args:
-        model: A causal LM of transformers, adapters or not; all its weights can be reached from this process.
-        batch: (B, T) `input_ids`, `labels` and `position_ids` of B rows, which are read as one row of B * T tokens, and
-            `cu_seqlens`, the borders of its documents.
-        choices: Of the run.
+        model: A causal LM of transformers, with or without adapters, whose weights are available to this process.
+        batch: (B, T) `input_ids`, `labels` and `position_ids` of B packed sequences, which are processed as one of
+            B * T tokens, and `cu_seqlens`, the boundaries of its documents.
+        choices: Settings of the run.
     """
     if adapter.has_virtual_tokens(model):
         return Sums(*_nll_behind_prompts(model, batch))
@@ -118,13 +119,13 @@ def nll(model: Any, batch: "Batch", choices: Choices) -> Sums:
 
 
 def logits(model: Any, input_ids: Tensor, attention_mask: Tensor | None, way: Way) -> Tensor:
-    """(B, T, V) logits of rows that are one document each; zeros at padding.
+    """(B, T, V) logits of sequences of one document each; zeros at padding.
 
     Args:
         model: As in `nll`.
         input_ids: (B, T).
-        attention_mask: (B, T) 1 for tokens, 0 for padding on one side; null where there is none.
-        way: Packed, all rows are computed in one pass; otherwise one by one.
+        attention_mask: (B, T) 1 for tokens, 0 for padding on one side; null without padding.
+        way: If packed, all sequences are computed in one pass; otherwise one by one.
     """
     real = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask != 0
     lengths = real.sum(1)
@@ -142,19 +143,19 @@ def logits(model: Any, input_ids: Tensor, attention_mask: Tensor | None, way: Wa
 
 
 def supervised_logits(model: Any, batch: "Batch", choices: Choices) -> tuple[Tensor, Tensor]:
-    """(N, V) logits of the supervised positions of a micro-batch, and (N,) the tokens that come next there.
+    """(N, V) logits of the supervised positions of a micro-batch, and (N,) their next tokens.
 
-    For losses that `nll` cannot give, such as a z-loss or distillation. All logits are in memory together, N * V
-    numbers of the precision of the model; `nll` makes those of a slice of tokens at a time.
+    For losses that `nll` cannot compute, such as a z-loss or distillation. All logits are in memory together, N * V
+    numbers in the precision of the model; `nll` computes those of a slice of tokens at a time.
 
     Args:
         model: As in `nll`.
         batch: As in `nll`.
-        choices: Of the run; the routers' load balance is not given here.
+        choices: Settings of the run; the routers' load balance is not computed here.
     """
     way, choices = choices.way, replace(choices, balance=False)
     if adapter.has_virtual_tokens(model):
-        raise InputError("the logits behind a learned prompt cannot be asked for", where="model.peft",
+        raise InputError("logits are not available with prompt tuning", where="model.peft",
                          fix="set --model.lora or train every weight")
     made = []
     for part in _parts(batch, way):
@@ -169,7 +170,7 @@ def supervised_logits(model: Any, batch: "Batch", choices: Choices) -> tuple[Ten
 
 
 def _parts(batch: "Batch", way: Way) -> "list[_Part]":
-    """What the model is called with: a packed batch at once, or its supervised documents one by one."""
+    """The calls of the model: one for a packed batch, or one per supervised document."""
     ids, labels = batch["input_ids"].view(1, -1), batch["labels"].view(-1)
     if way.packed:
         borders: dict[str, Any] = {"position_ids": batch["position_ids"].view(1, -1), "attention_mask": None,
@@ -184,14 +185,14 @@ def _parts(batch: "Batch", way: Way) -> "list[_Part]":
 
 @dataclass(frozen=True, slots=True)
 class _Part:
-    """What one call of the model is about: a packed batch, or one document.
+    """The input of one call of the model: a packed batch, or one document.
 
     Args:
         ids: (1, T).
         labels: (T,) unshifted.
-        cu_seqlens: Borders of documents; null where there is one.
+        cu_seqlens: Document boundaries; null for one document.
         more: Keyword arguments of the call.
-        count: Supervised tokens, where they are known without looking.
+        count: Number of supervised tokens, if known on the host.
     """
 
     ids: Tensor
@@ -202,7 +203,7 @@ class _Part:
 
 
 def _called(callee: Any, model: Any, part: _Part, choices: Choices, **more: Any) -> Any:
-    """What a model, or its backbone, says of the tokens of a part."""
+    """Call a model or its backbone on a part."""
     if accepts(callee, "use_cache"):
         more["use_cache"] = False
     if choices.balance:
@@ -212,9 +213,9 @@ def _called(callee: Any, model: Any, part: _Part, choices: Choices, **more: Any)
 
 
 def _nll_of_logits(model: Any, part: _Part, choices: Choices) -> Sums:
-    """Sums by the logits that the whole model makes of supervised positions, or of all where it makes all."""
+    """Sums from the model's own logits, of supervised positions only if the model supports that."""
     index, targets = supervised(part.labels, part.count)
-    asked = index if len(index) else torch.zeros_like(part.labels[:1])  # a graph for every rank to walk
+    asked = index if len(index) else torch.zeros_like(part.labels[:1])  # a graph on every rank
     more = {"logits_to_keep": asked} if choices.way.keep else {}
     said = _called(anatomy.causal_lm(model), model, part, choices, **more)
     logits = said.logits[0]
@@ -237,7 +238,7 @@ def _sum(parts: list[Sums]) -> Sums:
 
 
 def accepts(callee: nn.Module, name: str) -> bool:
-    """Whether a forward pass has such an argument, or hands on those that it does not know."""
+    """Whether a forward pass accepts an argument, or passes unknown ones on."""
     arguments = signature(callee.forward).parameters
     return name in arguments or any(each.kind is Parameter.VAR_KEYWORD for each in arguments.values())
 
@@ -246,7 +247,7 @@ def accepts(callee: nn.Module, name: str) -> bool:
 
 @contextmanager
 def _shaken(model: Any, part: _Part, alpha: float | None) -> Iterator[None]:
-    """Noise on what the token embedding gives (NEFTune); the model still has the ids, which some read twice."""
+    """Add noise to the token embeddings (NEFTune); the model still gets ids, which some models read twice."""
     if not alpha:
         yield
         return
@@ -264,9 +265,9 @@ def _shaken(model: Any, part: _Part, alpha: float | None) -> Iterator[None]:
 def noisy(embedded: Tensor, cu_seqlens: Tensor, alpha: float) -> Tensor:
     """Embeddings with uniform noise of alpha / sqrt(L * D) at most (NEFTune), L tokens being a token's own document.
 
-    The rows of the paper (arXiv:2310.05914) hold one document each. In a packed row a document must not have less noise
-    because of its neighbours, so each has its own length. Drawn from torch's generator of the device, whose state a
-    checkpoint keeps.
+    In the paper (arXiv:2310.05914) each row has one document. In a packed sequence a document must not get less noise
+    because of its neighbours, so each uses its own length. Noise is drawn from torch's generator of the device, whose
+    state is stored in checkpoints.
 
     Args:
         embedded: (1, T, D).
@@ -274,16 +275,16 @@ def noisy(embedded: Tensor, cu_seqlens: Tensor, alpha: float) -> Tensor:
         alpha: The noise of a whole document has a norm of about alpha / sqrt(3), whatever its length.
     """
     lengths = cu_seqlens.diff()
-    of_token = lengths.repeat_interleave(lengths, output_size=embedded.shape[1])   # sized, or CUDA would wait
+    of_token = lengths.repeat_interleave(lengths, output_size=embedded.shape[1])   # a size, or CUDA synchronises
     bound = alpha / (of_token * embedded.shape[-1]).sqrt()
     noise = torch.rand(embedded.shape, device=embedded.device) * 2 - 1
     return embedded + (noise * bound[None, :, None]).to(embedded.dtype)
 
 
-# ---- prompts that learn ----------------------------------------------------------------------------------------------
+# ---- prompt tuning ---------------------------------------------------------------------------------------------------
 
 def _nll_behind_prompts(model: Any, batch: "Batch") -> Nll:
-    """Sums by the logits of a PEFT model of prompt, prefix or p-tuning."""
+    """Sums from the logits of a PEFT model with prompt, prefix or p-tuning."""
     ids, labels = batch["input_ids"].view(-1), batch["labels"].view(-1)
     identity = nn.Identity()
     total, correct = torch.zeros((), dtype=torch.float64, device=ids.device), torch.zeros_like(ids[0])
@@ -293,6 +294,6 @@ def _nll_behind_prompts(model: Any, batch: "Batch") -> Nll:
         logits = model(input_ids=ids[None, start:stop], use_cache=False).logits[0, start - stop:]
         part = nll_sum(logits, labels[start:stop], identity)
         total, correct = total + part.total, correct + part.correct
-    if torch.is_grad_enabled() and not total.requires_grad:     # a graph for every rank to walk
+    if torch.is_grad_enabled() and not total.requires_grad:     # a graph on every rank
         total = total + sum(weight.sum() * 0.0 for weight in model.parameters() if weight.requires_grad)
     return Nll(total.float() if torch.is_grad_enabled() else total, correct)

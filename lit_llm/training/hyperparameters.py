@@ -1,6 +1,6 @@
-"""The settings of optimization that a run may change when it goes on from a checkpoint, and how they take effect.
+"""Apply changed optimization settings to a run that resumes from a checkpoint.
 
-An optimizer and a schedule that are restored have the values that they were saved with, whatever the config says now.
+A restored optimizer and schedule have the values that they were saved with, whatever the config says.
 """
 
 import logging
@@ -13,13 +13,13 @@ from lit_llm.system.private import torch as torch_private
 from lit_llm.training import optim
 
 log = logging.getLogger(__name__)
-KEY = "hyperparameters"                             # in a checkpoint
+KEY = "hyperparameters"                             # key in a checkpoint
 NAMES = ("lr", "schedule", "warmup", "cooldown", "min_lr_share", "weight_decay", "betas", "eps")
-OF_GROUPS = ("lr", "weight_decay", "betas", "eps")  # what an optimizer keeps for each group of weights
+OF_GROUPS = ("lr", "weight_decay", "betas", "eps")  # settings of the optimizer's parameter groups
 
 
 class Hyperparameters:
-    """Those of one run: as its config has them now, and as the checkpoint that it goes on from has them."""
+    """The settings of a run, from its config and from the checkpoint that it resumes from."""
 
     def __init__(self) -> None:
         self.now: dict[str, Any] = {}
@@ -27,11 +27,11 @@ class Hyperparameters:
         self._groups: list[dict[str, Any]] = []
 
     def scheduled(self, module: Any, optimizer: Optimizer, total: int) -> LambdaLR:
-        """The schedule of a new optimizer.
+        """Create the schedule of a new optimizer.
 
         Args:
-            module: Has the settings of `NAMES`.
-            optimizer: Of the whole run.
+            module: The module with the settings in `NAMES`.
+            optimizer: The optimizer.
             total: Optimizer steps of the run.
         """
         self.now = {f"model.{name}": getattr(module, name) for name in NAMES}
@@ -48,20 +48,20 @@ class Hyperparameters:
         return step >= int(self.now.get("steps of the run", step + 1))
 
     def save(self, checkpoint: dict[str, Any]) -> None:
-        """Put them into a checkpoint."""
+        """Store the settings in a checkpoint."""
         checkpoint[KEY] = self.now
 
     def load(self, checkpoint: dict[str, Any]) -> None:
-        """Remember those of the checkpoint that a fit goes on from."""
+        """Read the settings of the checkpoint that a fit resumes from."""
         self._before = checkpoint.get(KEY, {})
 
     def take_effect(self, trainer: Any) -> None:
-        """Give a restored optimizer and its schedule the values of the config, from the next step on.
+        """Set a restored optimizer and its schedule to the config's values, from the next step on.
 
-        A run in which nothing was changed keeps exactly what was restored.
+        Without changes, the restored values are kept exactly.
 
         Args:
-            trainer: Right before its first step, with everything restored.
+            trainer: The trainer before its first step, with everything restored.
         """
         before, self._before = self._before, None
         if before is None or before == self.now:
@@ -79,7 +79,7 @@ class Hyperparameters:
 
 
 def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """Settings that are not what they were.
+    """Settings that have changed.
 
     >>> differences({"model.lr": 0.003, "model.eps": 1e-8}, {"model.lr": 1e-6, "model.eps": 1e-8})
     ['model.lr 0.003 -> 1e-06']

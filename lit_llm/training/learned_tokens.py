@@ -1,7 +1,7 @@
 """Choose the tokens whose embedding and head rows must be trained beside adapters, from the base and the data.
 
-A base never saw the chat template, and perhaps not each word of the answers either; the rows of such tokens lie where
-training left all that it never used (`untrained.py`).
+A base model has never seen the chat template, and possibly some words of the answers; the rows of such tokens are still
+untrained (`untrained.py`).
 """
 
 import logging
@@ -21,19 +21,19 @@ if TYPE_CHECKING:
     from lit_llm.text.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
-MOST = 4096                                         # rows that learn: 268 MB in training where they are 4,096 wide
-NAMED = 3                                           # tokens that a message names
+MOST = 4096                                         # trained rows: 268 MB in training at width 4,096
+NAMED = 3                                           # tokens named in a message
 PROBE = Conversation((Message("user", "x"), Message("assistant", "y"), Message("user", "z")))
 
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """Tokens whose rows learn.
+    """Tokens whose rows are trained.
 
     Args:
-        ids: In their order.
-        left: Kinds of untrained tokens beyond the limit, whose rows stay frozen.
-        share: Of the supervised tokens that are of these kinds.
+        ids: Token ids in order.
+        left: Number of untrained tokens beyond the limit, whose rows stay frozen.
+        share: Share of the supervised tokens that they make up.
         whole: Whether all training data were counted.
     """
 
@@ -45,19 +45,19 @@ class Choice:
 
 def choose(tokenizer: "Tokenizer", embedding: Tensor, head: Tensor, seen: "Occurrences | None", *,
            every_token: bool = False, chats: bool = True, new: int = 0) -> Choice:
-    """Tokens of the training data and of chats that the base was never trained on.
+    """Choose tokens of the training data and of chats that the base was never trained on.
 
-    A token must be known where it is read, so of all tokens of the data the rows of the embedding are looked at; and
-    it must not be lost among twins where it is said, so of the supervised ones those of the head.
+    A token must be distinguishable as an input, so the embedding rows of all tokens of the data are checked; and it
+    must be distinguishable as an output, so the head rows of supervised tokens are checked.
 
     Args:
-        tokenizer: With the chat template in use.
-        embedding: (V, D) of the base.
-        head: (V, D), the same where they are tied.
-        seen: What the training data hold; null where there are none.
-        every_token: Whether all tokens are targets of training, and not only answers with their stop token.
-        new: How many rows at the end were added just now; all of them learn.
-        chats: Whether there are conversations, whose control tokens are wanted even where no record holds them.
+        tokenizer: The tokenizer with its chat template.
+        embedding: (V, D) embedding of the base.
+        head: (V, D) head of the base, the same if tied.
+        seen: Token counts of the training data; null without data.
+        every_token: Whether all tokens are supervised, not only answers.
+        new: Number of new rows at the end, all of which are trained.
+        chats: Whether there are conversations, whose control tokens are needed even if no record contains them.
     """
     control = candidates(tokenizer) if chats else []
     size = min(len(embedding), len(head))
@@ -77,10 +77,10 @@ def choose(tokenizer: "Tokenizer", embedding: Tensor, head: Tensor, seen: "Occur
 
 
 def candidates(tokenizer: "Tokenizer") -> list[int]:
-    """Control tokens that the chat template writes around turns."""
+    """Control tokens of the chat template."""
     try:
         written = tokenizer.encode_prompt(PROBE)
-    except InputError:                              # a template that wants another conversation
+    except InputError:                              # a template that refuses this conversation
         written = list(tokenizer.stop_ids[:1])
     return sorted(set(written) & set(tokenizer.special_ids))
 
@@ -97,40 +97,40 @@ def named(tokenizer: "Tokenizer", spellings: str | Sequence[str]) -> list[int]:
         if spelling not in vocabulary:
             known = [tokenizer.hf.convert_ids_to_tokens(id_) for id_ in sorted(tokenizer.special_ids)]
             raise InputError(f"the tokenizer has no token '{spelling}'.{did_you_mean(spelling, known)}",
-                             where="model.lora.train_tokens", fix="auto chooses by itself, null trains none")
+                             where="model.lora.train_tokens", fix="auto chooses them, null trains none")
     return sorted({vocabulary[spelling] for spelling in spellings})
 
 
-def say(tokenizer: "Tokenizer", choice: Choice, obstacle: str | None = None) -> None:
-    """One line on tokens that the base was never trained on: that their rows learn now, or why they do not."""
+def report(tokenizer: "Tokenizer", choice: Choice, obstacle: str | None = None) -> None:
+    """Log whether the rows of tokens that the base was never trained on are trained now, or why not."""
     ids = choice.ids
     names = _names(tokenizer, ids)
     were, are = ("were", "their rows are") if len(ids) > 1 else ("was", "its row is")
     share = f" ({choice.share:.1%} of the supervised tokens)" if choice.share else ""
     if not choice.whole:
-        share = f" ({choice.share:.1%} of the supervised tokens that were counted, not all data were)"
+        share = f" ({choice.share:.1%} of the supervised tokens in a part of the data)"
     if obstacle is None:
-        left = (f"; {choice.left:,} rarer kinds are left as they are, since at most {MOST:,} rows learn"
+        left = (f"; {choice.left:,} rarer ones stay frozen, because at most {MOST:,} rows are trained"
                 if choice.left else "")
         log.info("%s%s %s never trained in this base: %s trained with the adapters%s", names, share, were, are, left)
     else:
-        log.warning("%s%s %s never trained in this base, and %s frozen, since %s: answers may not end, and these "
+        log.warning("%s%s %s never trained in this base, and %s frozen, because %s: answers may not end, and these "
                     "tokens can hardly be learned", names, share, were, are, obstacle)
 
 
 def _names(tokenizer: "Tokenizer", ids: Sequence[int]) -> str:
-    """Some of them by name, control tokens first, and how many more there are."""
+    """Names of some of them, control tokens first, and the number of the others."""
     control = [id_ for id_ in ids if id_ in tokenizer.special_ids]
     ordered = control + [id_ for id_ in ids if id_ not in tokenizer.special_ids]
     shown = ordered if len(ordered) <= NAMED + 1 else ordered[:NAMED]
     names = [_spelled(tokenizer, id_) for id_ in shown]
     if rest := len(ordered) - len(shown):
-        return f"{', '.join(names)} and {rest:,} other kinds of tokens"
+        return f"{', '.join(names)} and {rest:,} other tokens"
     return f"{', '.join(names[:-1])} and {names[-1]}" if len(names) > 1 else names[0]
 
 
 def _spelled(tokenizer: "Tokenizer", id_: int) -> str:
-    """A control token as it is; a word as its text, in quotes; a part of a character as its token."""
+    """A control token as it is, text in quotes, a partial character as its token."""
     token = str(tokenizer.hf.convert_ids_to_tokens(id_))
     if id_ in tokenizer.special_ids:
         return token

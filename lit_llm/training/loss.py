@@ -1,6 +1,6 @@
-"""Compute the summed negative log-likelihood of labels from hidden states; labels are shifted here and nowhere else.
+"""Compute the summed negative log-likelihood of labels from hidden states. Labels are shifted only here.
 
-Logits exist for a chunk of supervised rows at a time, never for a batch.
+Logits are computed for a chunk of supervised tokens at a time, never for a whole batch.
 
     B rows, T tokens, V vocabulary, N supervised tokens, D hidden
 """
@@ -28,7 +28,7 @@ class Nll(NamedTuple):
 
     Args:
         total: () float32 with a gradient in training, float64 without: nats.
-        correct: () int64: tokens whose likeliest prediction was right; zero in training, where it is not computed.
+        correct: () int64: tokens whose most likely prediction was right; zero in training, where it is not computed.
     """
 
     total: Tensor
@@ -52,15 +52,15 @@ def nll_sum(hidden_TD: Tensor, labels_T: Tensor, head: nn.Module, *, factor: flo
     """Sum of -log p(token) over the supervised tokens.
 
     Args:
-        hidden_TD: (T, D) what the backbone gives for a flattened batch.
-        labels_T: (T,) int64, unshifted; the first token of each packed document must be ignored, or it would be
-            predicted by its neighbour.
+        hidden_TD: (T, D) output of the backbone for a flattened batch.
+        labels_T: (T,) int64, unshifted; the first token of each packed document must be ignored, because it would be
+            predicted from the previous document.
         head: The output embedding, (D) -> (V).
         factor: Multiplies the logits (see `anatomy.logit_adjustment`).
-        cap: Squashes them softly.
-        per_token: Give (N,) losses instead of their sum; for tests and reports.
-        count: N, where the host knows it: a CUDA device would otherwise be waited for, to learn it.
-        by: Whose kernels train (see `borrowed.py`); evaluation is always ours.
+        cap: Soft cap of the logits.
+        per_token: Return (N,) losses instead of their sum, for tests and reports.
+        count: N if known on the host; otherwise CUDA must synchronise.
+        by: Kernels of the training loss (see `borrowed.py`); evaluation always uses this project's.
     """
     index_N, targets_N = supervised(labels_T, count)
     hidden_ND = hidden_TD.index_select(0, index_N)
@@ -71,7 +71,7 @@ def nll_sum(hidden_TD: Tensor, labels_T: Tensor, head: nn.Module, *, factor: flo
     caller: Any = _WithRows(rows) if rows else head
     if not torch.is_grad_enabled():
         return _evaluate(hidden_ND, targets_N, caller, *settings)
-    if not len(index_N):                            # a row of padding: no loss, but a graph for every rank to walk
+    if not len(index_N):                            # only padding: no loss, but a graph on every rank
         return Nll(caller(hidden_TD[:1]).float().sum() * 0.0, torch.zeros_like(index_N.sum()))
     return _train(hidden_ND, targets_N, caller, *settings)
 
@@ -81,7 +81,7 @@ def supervised(labels_T: Tensor, count: int | None = None) -> tuple[Tensor, Tens
 
     Args:
         labels_T: (T,) int64, unshifted.
-        count: N, where the host knows it.
+        count: N, if known on the host.
     """
     targets_T = shift(labels_T)
     which_T = targets_T != IGNORE_INDEX
@@ -90,17 +90,17 @@ def supervised(labels_T: Tensor, count: int | None = None) -> tuple[Tensor, Tens
 
 
 def of_logits(logits_NV: Tensor, targets_N: Tensor) -> Nll:
-    """Sum of -log p(token) by logits that the model has made itself."""
+    """Sum of -log p(token) from the model's own logits."""
     run = _train if torch.is_grad_enabled() else _evaluate
     return run(logits_NV, targets_N, nn.Identity(), 1.0, None, False, "fused")
 
 
 def _in_one_call(hidden_ND: Tensor, targets_N: Tensor, head: nn.Module, *settings: Any) -> Nll:
-    """All chunks within a single call of a head that ZeRO-3 has cut into shards.
+    """Compute all chunks in a single call of a head that ZeRO-3 has sharded.
 
-    ZeRO-3 gathers weights around each call of a module, in backward too, so all ranks must make the same calls in the
-    same order; but they have different numbers of tokens, so of chunks. A rank that calls more often waits for the
-    others forever, or takes what they send for something else, and gloo aborts: the sizes do not match.
+    ZeRO-3 gathers weights around each call of a module, also in backward, so all ranks must make the same calls in the
+    same order; but they have different numbers of tokens and so of chunks. A rank with more calls would wait forever,
+    or receive data of another collective, and gloo would abort with a size mismatch.
     """
     run = _train if torch.is_grad_enabled() else _evaluate
     whole = _Whole(head)
@@ -113,11 +113,11 @@ def _in_one_call(hidden_ND: Tensor, targets_N: Tensor, head: nn.Module, *setting
     try:
         return Nll(*head(hidden_ND))
     finally:
-        del head.forward                            # the class's own is back
+        del head.forward                            # restores the class's method
 
 
 class _Whole:
-    """A head whose weights are gathered at this moment: called without the hooks that would gather them."""
+    """A head whose weights are already gathered, called without the hooks that gather them."""
 
     def __init__(self, head: nn.Module) -> None:
         self.head, self.rows = head, _rows(head) if type(head) is nn.Linear else sys.maxsize
@@ -127,7 +127,7 @@ class _Whole:
 
 
 class _WithRows:
-    """A frozen linear head of which some rows learn (`trained_rows.trained_rows`): no copy of the matrix is made."""
+    """A frozen linear head with some trained rows (`trained_rows.trained_rows`), without a copy of the matrix."""
 
     def __init__(self, trained: TrainedRows) -> None:
         self.head, self.index_K, self.rows_KD = trained.layer, trained.index, trained.rows
@@ -163,7 +163,7 @@ def head_logits(hidden_ND: Tensor, head: nn.Module, *, factor: float = 1.0, cap:
 
 
 def as_matrices(head: nn.Module) -> fused.Head | None:
-    """A head as plain matrices; null where there is an adapter on it."""
+    """A head as plain matrices; null if it has an adapter."""
     rows = trained_rows(head)
     return _linear(_WithRows(rows) if rows else head, 1.0, None)
 
@@ -203,7 +203,7 @@ def _evaluate(hidden_ND: Tensor, targets_N: Tensor, head: Any, factor: float, ca
 
 
 def _rows(head: Any) -> int:
-    """Rows whose float32 logits fit into CHUNK_BYTES."""
+    """Tokens whose float32 logits fit into CHUNK_BYTES."""
     if isinstance(head, _Whole):
         return head.rows
     vocabulary = int(getattr(head, "out_features", 0) or getattr(head, "num_embeddings", 0) or 131072)

@@ -161,9 +161,9 @@ class CausalLMModule(SavedModule):
         return attention.NAME if self.way.packed else None
 
     @property
-    def why_alone(self) -> str:
+    def why_unpacked(self) -> str:
         """Why each document has a forward pass of its own; empty where none has, and before the model was asked."""
-        return self.way.why_alone if self.way is not None else ""
+        return self.way.why_unpacked if self.way is not None else ""
 
     def configure_model(self) -> None:
         """Load or build the model and wrap it; Lightning calls this at every verb, so it does so once."""

@@ -19,7 +19,7 @@ Name = Literal["adamw", "adamw_8bit", "muon"]
 def parameter_groups(named: Iterable[tuple[str, nn.Parameter]], weight_decay: float) -> list[dict]:
     """Trainable parameters in two groups: matrices are decayed; norms, biases and other vectors are not.
 
-    Under ZeRO-3 a parameter's own shape is that of a shard, so its full shape is asked.
+    Under ZeRO-3 a parameter's shape is that of a shard, so the full shape is used.
     """
     decayed: list[nn.Parameter] = []
     plain: list[nn.Parameter] = []
@@ -32,16 +32,16 @@ def parameter_groups(named: Iterable[tuple[str, nn.Parameter]], weight_decay: fl
 
 def build(optimizer: Name, named: Iterable[tuple[str, nn.Parameter]], *, lr: float, weight_decay: float,
           betas: tuple[float, float], eps: float, embeddings: Iterable[nn.Parameter] = ()) -> Optimizer:
-    """An optimizer by its name, over what is trainable.
+    """Create an optimizer for the trainable parameters.
 
     Args:
-        optimizer: `adamw` (arXiv:1711.05101) in its fused form, quicker on CUDA and on CPU alike; `adamw_8bit`; `muon`.
+        optimizer: `adamw` (arXiv:1711.05101) in its fused form, which is faster on CUDA and CPU; `adamw_8bit`; `muon`.
         named: Parameters; frozen ones are left out.
         lr: Peak learning rate.
         weight_decay: Decoupled decay of matrices.
         betas: Averages of AdamW.
         eps: AdamW's guard against division by zero.
-        embeddings: Matrices that Muon leaves to AdamW: rows of a table, not maps from one space to another.
+        embeddings: Matrices that are trained with AdamW under `muon`: embeddings and the head.
 
     Raises:
         InputError: No parameter is trainable, or bitsandbytes is not installed.
@@ -67,18 +67,18 @@ def _bitsandbytes() -> Any:
 
 
 class Muon(Optimizer):
-    """Muon (arXiv:2502.16982) for matrices between layers, AdamW for everything else; one learning rate for both.
+    """Muon (arXiv:2502.16982) for hidden matrices, AdamW for everything else, with one learning rate.
 
-    A matrix moves by its momentum with all singular values set to about 1, times 0.2 * sqrt(larger side): then the root
-    mean square of a step is AdamW's, so that learning rate, decay and schedule carry over. Keeps one number per weight
-    of a matrix where AdamW keeps two. Needs whole matrices: what ZeRO hands to an optimizer is flat.
+    A matrix is updated by its momentum with all singular values set to about 1, times 0.2 * sqrt(larger side): the root
+    mean square of an update is then that of AdamW, so learning rate, decay and schedule carry over. Stores one number
+    per weight of a matrix, where AdamW stores two. It needs whole matrices, but ZeRO gives optimizers flat shards.
 
     Args:
-        groups: Of `parameter_groups`.
-        embeddings: Matrices that AdamW moves.
-        lr: Of both.
-        betas: AdamW's; Muon's own momentum is 0.95, with Nesterov's look ahead.
-        eps: AdamW's.
+        groups: Result of `parameter_groups`.
+        embeddings: Matrices that AdamW updates.
+        lr: Learning rate of both.
+        betas: Betas of AdamW; Muon's momentum is 0.95, with Nesterov momentum.
+        eps: Epsilon of AdamW.
     """
 
     def __init__(self, groups: list[dict], embeddings: Iterable[nn.Parameter], *, lr: float,
@@ -99,12 +99,12 @@ class Muon(Optimizer):
         super().__init__([group for inner in self._inner.values() for group in inner.param_groups], {"lr": lr})
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Move all weights once."""
+        """Update all weights once."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for matrices, inner in self._inner.items():             # a loaded checkpoint has put others in their place
+        for matrices, inner in self._inner.items():             # a loaded checkpoint has replaced them
             inner.state = self.state
             inner.param_groups = [group for group in self.param_groups if group["matrices"] == matrices]
             inner.step()
@@ -124,15 +124,15 @@ def warmup_steps(warmup: float, total: int) -> int:
 
 def shape(schedule: Schedule, *, warmup: int, total: int, floor: float,
           cooldown: float = 0.2) -> Callable[[int], float]:
-    """The learning rate's course as a factor on its peak, by the number of steps already taken.
+    """The learning rate schedule as a factor of its peak, by the number of completed steps.
 
     Args:
         schedule: `cosine` (arXiv:1608.03983), `linear`, `wsd` (arXiv:2405.18392: flat, then a linear cool-down),
             `constant`.
-        warmup: Steps of linear rise; the first step already moves.
+        warmup: Steps of linear warmup; the rate of the first step is above 0.
         total: Steps of the run.
         floor: Factor at the end of the decay.
-        cooldown: Share of all steps that a `wsd` run cools down; the warmup is never cut.
+        cooldown: Share of all steps that a `wsd` run cools down; the warmup is never shortened.
     """
     falling = max(1.0, min(cooldown * total, total - warmup))
 
@@ -153,13 +153,13 @@ def shape(schedule: Schedule, *, warmup: int, total: int, floor: float,
 
 def scheduler(optimizer: Optimizer, schedule: Schedule, *, warmup: float, total: int, floor: float,
               cooldown: float = 0.2) -> LambdaLR:
-    """The schedule on an optimizer, to be stepped after every optimizer step."""
+    """Create the schedule of an optimizer, to be stepped after every optimizer step."""
     steps = warmup_steps(warmup, total)
     return LambdaLR(optimizer, shape(schedule, warmup=steps, total=total, floor=floor, cooldown=cooldown))
 
 
 def keep_masters(module: nn.Module) -> None:
-    """Make float32 of what learns: half precision would lose small updates.
+    """Convert trained weights to float32, because half precision would lose small updates.
 
     Args:
         module: Its weights that require gradients are converted in place.

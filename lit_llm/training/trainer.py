@@ -1,4 +1,4 @@
-"""Lightning's Trainer with this project's defaults: a run folder, CSV always, whole checkpoints, DeepSpeed anywhere."""
+"""Lightning's Trainer with this project's defaults: run folder, metrics.csv, atomic checkpoints, DeepSpeed."""
 
 import logging
 import os
@@ -35,37 +35,37 @@ from lit_llm.training.run.writing import of_writing, unwritable
 from lit_llm.training.step.monitors import MonitorCheck
 
 log = logging.getLogger(__name__)
-NOTHING = ("max_steps", "max_epochs", "limit_train_batches", "val_check_interval")     # what 0 makes of a run
+NOTHING = ("max_steps", "max_epochs", "limit_train_batches", "val_check_interval")     # limits that must not be 0
 RENDEZVOUS = ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "RANK", "LOCAL_RANK", "WORLD_SIZE")
 
 
 class Trainer(L.Trainer):
-    """Trains, validates and tests; everything a run writes lies below `default_root_dir`.
+    """Trains, validates and tests; everything that a run writes is in `default_root_dir`.
 
     Args:
         strategy: `auto`, `ddp`, `deepspeed_stage_1`, `_2` or `_3` or `fsdp2` (on CUDA, and on CPU with gloo), any other
             strategy of Lightning's, or a class_path.
         default_root_dir: The run folder, runs/<name>.
-        logger: Loggers beside `metrics.csv`, which is always written.
-        callbacks: Callbacks beside checkpoints, progress bar and run folder, which are always there; a
+        logger: Loggers in addition to `metrics.csv`, which is always written.
+        callbacks: Callbacks in addition to checkpoints, progress bar and run folder, which are always active; a
             `StepCheckpoint` given here replaces the default one.
-        num_sanity_val_steps: Validation batches before the first step. -1 takes all, so that the run can tell
+        num_sanity_val_steps: Validation batches before the first step. -1 uses all, so that the run can report
             perplexity before and after.
-        log_every_n_steps: Steps between two rows of `metrics.csv`. A run of fewer steps has a row for each.
-        max_epochs: Passes over the data; with no limit of any kind it is one, and -1 is none.
-        max_steps: Optimizer steps at most; -1 is no limit.
-        max_time: Time at most, as "DD:HH:MM:SS" (in quotes), or as a mapping such as {hours: 12}.
-        enable_model_summary: Lightning's table of layers; parameters are counted without it.
-        max_skipped_steps: A step whose loss or gradient is not finite is skipped, counted and its records named; after
-            so many in a row the run stops.
-        accept_changes: What may differ from the checkpoint that a run goes on from, or that is measured: base, peft,
-            tokenizer, template, quantize.
-        threads: Of each process on CPUs. auto measures 1, 2, 4 ... up to its share of the cores at the start and takes
-            the fastest, which on busy cores is often 1; $OMP_NUM_THREADS wins over auto. A resumed run keeps its
-            number, for another one adds in another order and changes the last bits.
+        log_every_n_steps: Steps between two rows of `metrics.csv`. A run with fewer steps has a row for each.
+        max_epochs: Passes over the data; without any limit it is 1; -1 means unlimited.
+        max_steps: Maximum number of optimizer steps; -1 means unlimited.
+        max_time: Maximum duration, as "DD:HH:MM:SS" (in quotes) or a mapping such as {hours: 12}.
+        enable_model_summary: Whether to print Lightning's table of layers; parameters are always counted.
+        max_skipped_steps: Steps whose loss or gradient is not finite are skipped and counted, and their records are
+            named; after this many in a row the run stops.
+        accept_changes: What may differ from the checkpoint that is resumed or evaluated: base, peft, tokenizer,
+            template, quantize.
+        threads: CPU threads of each process. auto measures 1, 2, 4 ... up to its share of the cores at start and uses
+            the fastest, which on busy cores is often 1; $OMP_NUM_THREADS overrides auto. A resumed run keeps its
+            number, because another number changes the order of sums and so the last bits.
         kernels: plain computes with torch's and transformers' own operations in place of the kernels written here, to
             check a result without them; null takes $LIT_LLM_KERNELS, else own.
-        kwargs: Lightning's own.
+        kwargs: Other arguments of Lightning's Trainer.
     """
 
     def __init__(
@@ -93,7 +93,7 @@ class Trainer(L.Trainer):
         self.preemption = Preemption()
         self.thread_count = ThreadCount(threads)
         self.kernels = kernels
-        self.exports = True                         # whether a finished fit leaves an export/ behind
+        self.exports = True                         # whether a finished fit writes export/
         callbacks = [] if callbacks is None else callbacks if isinstance(callbacks, list) else [callbacks]
         guard = [] if any(isinstance(each, FiniteGuard) for each in callbacks) else [FiniteGuard(max_skipped_steps)]
         callbacks = [MonitorCheck(), *callbacks, *guard, RngState(), self.thread_count, self.run, self.preemption]
@@ -103,7 +103,7 @@ class Trainer(L.Trainer):
                 callbacks.append(default())
         loggers = [] if logger in (None, True, False) else logger if isinstance(logger, list) else [logger]
         for each in loggers:
-            if isinstance(each, WandbLogger):       # its arguments go to its own log and to its server
+            if isinstance(each, WandbLogger):       # it logs its arguments, also to its server
                 private.change_wandb_arguments(each, redact)
         super().__init__(
             strategy=named.strategy(strategy),
@@ -120,26 +120,26 @@ class Trainer(L.Trainer):
         )
         compatible.check_trainer(self)
         if str(kwargs.get("precision")) in ("16", "16-mixed") and self.precision == "bf16-mixed":
-            log.warning("trainer.precision: a CPU has no float16 with a loss scale, bf16-mixed is used instead")
+            log.warning("trainer.precision: CPUs do not support float16 with a loss scale; using bf16-mixed instead")
 
     def fit(  # type: ignore[override]
             self, model: L.LightningModule, train_dataloaders: Any = None, val_dataloaders: Any = None,
             datamodule: L.LightningDataModule | None = None, ckpt_path: str | Path | None = None,
             **kwargs: Any) -> None:
-        """Train; with `ckpt_path` (last, best, auto, or a checkpoint folder) go on where that checkpoint stands.
+        """Train; with `ckpt_path` (last, best, auto, or a checkpoint folder) resume from that checkpoint.
 
         Args:
             model: The module.
-            train_dataloaders: Instead of a datamodule.
-            val_dataloaders: Instead of a datamodule.
+            train_dataloaders: Dataloaders, instead of a data module.
+            val_dataloaders: Dataloaders, instead of a data module.
             datamodule: The data.
-            ckpt_path: `last`, `best`, or a folder like runs/sft/checkpoints/step_40; null starts anew; `auto` is last
-                where there is one and anew otherwise, for jobs that are started again by themselves.
-            kwargs: Lightning's own.
+            ckpt_path: `last`, `best`, or a folder like runs/sft/checkpoints/step_40; null starts a new run; `auto` is
+                last if there is one and a new run otherwise, for jobs that restart themselves.
+            kwargs: Other arguments of Lightning's fit.
         """
         if kwargs.get("weights_only") is False and not safe_load.is_trusted():
-            raise InputError("a file may not decide that a checkpoint is loaded with pickle", where="weights_only",
-                             fix="leave it out; who trusts the checkpoint types --trust-checkpoint")
+            raise InputError("a config file must not enable loading checkpoints with pickle", where="weights_only",
+                             fix="leave it out; if you trust the checkpoint, type --trust-checkpoint")
         if automatic := ckpt_path == "auto" or (ckpt_path is None and is_requeued()):
             ckpt_path = "last" if manifest.folders(Path(self.default_root_dir)) else None
         if ckpt_path is not None:
@@ -147,13 +147,13 @@ class Trainer(L.Trainer):
             self.run.resumed_from = manifest.find(Path(self.default_root_dir), str(ckpt_path))
             kwargs |= safe_load.arguments(self.run.resumed_from / "state")
         elif self.run.accept_changes and not automatic:
-            log.warning("trainer.accept_changes: no checkpoint is resumed (--ckpt_path), so it changes nothing")
+            log.warning("trainer.accept_changes: no checkpoint is resumed (--ckpt_path), so it has no effect")
         with switch.using(self.kernels):
             self._check_rules(model)
         with self.preemption.listening(self), self._own_environment(), manifest.verified(self.run.resumed_from):
             try:
                 super().fit(model, train_dataloaders, val_dataloaders, datamodule, **kwargs)
-            except OSError as error:                # a row or a figure; checkpoints say it themselves
+            except OSError as error:                # metrics; checkpoints report it themselves
                 if not of_writing(Path(self.default_root_dir), error):
                     raise
                 raise unwritable(Path(self.default_root_dir), error) from error
@@ -163,15 +163,15 @@ class Trainer(L.Trainer):
     def validate(  # type: ignore[override]
             self, model: Any = None, dataloaders: Any = None, ckpt_path: str | Path | None = None,
             verbose: bool = False, datamodule: L.LightningDataModule | None = None, **kwargs: Any) -> Any:
-        """Perplexity on the validation data, of the base or of a checkpoint.
+        """Measure perplexity on the validation data, for the base or a checkpoint.
 
         Args:
             model: The module.
-            dataloaders: Instead of a datamodule.
-            ckpt_path: `last`, `best`, or a checkpoint folder; null takes the model as configured.
-            verbose: Lightning's table of figures; ours is printed without it.
+            dataloaders: Dataloaders, instead of a data module.
+            ckpt_path: `last`, `best`, or a checkpoint folder; null uses the model as configured.
+            verbose: Whether to print Lightning's table of metrics; this project's are always printed.
             datamodule: The data.
-            kwargs: Lightning's own.
+            kwargs: Other arguments of Lightning's validate.
         """
         return self._measured(super().validate, "val_sources", model, ckpt_path, dataloaders=dataloaders,
                               verbose=verbose, datamodule=datamodule, **kwargs)
@@ -179,41 +179,41 @@ class Trainer(L.Trainer):
     def test(  # type: ignore[override]
             self, model: Any = None, dataloaders: Any = None, ckpt_path: str | Path | None = None,
             verbose: bool = False, datamodule: L.LightningDataModule | None = None, **kwargs: Any) -> Any:
-        """Perplexity on the test data, of the base or of a checkpoint.
+        """Measure perplexity on the test data, for the base or a checkpoint.
 
         Args:
             model: The module.
-            dataloaders: Instead of a datamodule.
-            ckpt_path: `last`, `best`, or a checkpoint folder; null takes the model as configured.
-            verbose: Lightning's table of figures; ours is printed without it.
+            dataloaders: Dataloaders, instead of a data module.
+            ckpt_path: `last`, `best`, or a checkpoint folder; null uses the model as configured.
+            verbose: Whether to print Lightning's table of metrics; this project's are always printed.
             datamodule: The data.
-            kwargs: Lightning's own.
+            kwargs: Other arguments of Lightning's test.
         """
         return self._measured(super().test, "test_sources", model, ckpt_path, dataloaders=dataloaders,
                               verbose=verbose, datamodule=datamodule, **kwargs)
 
     def prepare(self, model: L.LightningModule, datamodule: L.LightningDataModule) -> None:
-        """Tokenize the data of a run into the cache, and say what it holds; no model is built.
+        """Tokenize the data of a run into the cache, and print statistics; no model is built.
 
         Args:
-            model: Not touched.
+            model: The module, which is not built.
             datamodule: The data.
         """
-        datamodule.trainer = self                       # whose steps the summary counts
+        datamodule.trainer = self                       # for the number of steps in the summary
         self.strategy.connect(model)                    # whose tokenizer the data take
         datamodule.prepare_data()
         datamodule.setup("fit")
 
     def inspect(self, model: L.LightningModule, datamodule: L.LightningDataModule, rows: int = 3,
                 characters: int = 400, html: str | None = None) -> None:
-        """Show the data of a run as the model will see it, with counts of all of it; no model is built.
+        """Show tokens and loss mask of a run's data, with statistics; no model is built.
 
         Args:
-            model: Not touched.
+            model: The module, which is not built.
             datamodule: The data.
-            rows: Training rows to show.
-            characters: Of a stretch of one speaker's text, the most that the terminal shows; 0 shows all of it.
-            html: Also write it as a page, into this file.
+            rows: Number of packed training sequences to show.
+            characters: Maximum number of characters per text in the terminal; 0 shows all.
+            html: Also write an HTML page to this file.
         """
         from lit_llm.data.inspect.inspection import examine
         from lit_llm.data.inspect.page import as_page
@@ -221,7 +221,7 @@ class Trainer(L.Trainer):
 
         for name, value in (("rows", rows), ("characters", characters)):
             ranges.check(f"inspect.{name}", value, where=name)
-        datamodule.quiet = True  # type: ignore[attr-defined]      # the same follows at length
+        datamodule.quiet = True  # type: ignore[attr-defined]      # the full report follows
         self.prepare(model, datamodule)
         seen = examine(datamodule, rows)  # type: ignore[arg-type]
         print(as_text(seen, colour=sys.stdout.isatty() and "NO_COLOR" not in os.environ, characters=characters))
@@ -230,21 +230,21 @@ class Trainer(L.Trainer):
 
     def plan(self, model: L.LightningModule, datamodule: L.LightningDataModule, memory: float | None = None,
              device: str | None = None, probe: bool = False, json: str | None = None) -> None:
-        """Say before training what a run costs and whether it fits; no weights are loaded.
+        """Estimate the cost of a run and whether it fits into memory; no weights are loaded.
 
         Args:
-            model: Only its settings are read.
-            datamodule: The data; tokenized into the cache, as `prepare` does.
-            memory: GiB of a device to plan for, a GPU unless `device` is cpu; null takes what the device has.
-            device: What to plan for, whatever this machine has: t4, v100-32, rtx3090, rtx4080, rtx4090, rtx5090, l4,
-                l40s, a10, a6000, a100-40, a100-80, h100, h200, b200, mi300x or cpu; null takes the devices of this
-                machine. `trainer.devices` says how many.
-            probe: Also train four steps in a process of its own, and measure time and memory.
-            json: Also write all figures into this file.
+            model: The module, of which only the settings are read.
+            datamodule: The data, which are tokenized into the cache as by `prepare`.
+            memory: Memory in GiB of the device to plan for, a GPU unless `device` is cpu; null uses the device's own.
+            device: Device to plan for: t4, v100-32, rtx3090, rtx4080, rtx4090, rtx5090, l4, l40s, a10, a6000, a100-40,
+                a100-80, h100, h200, b200, mi300x or cpu; null uses the devices of this machine. `trainer.devices` sets
+                the number.
+            probe: Also train four steps in a separate process, and measure time and memory.
+            json: Also write all values to this file.
         """
         from lit_llm.training.planning import devices, plan
 
-        devices.named(device, memory)                   # before the data are read
+        devices.named(device, memory)                   # first, because reading the data takes longer
         datamodule.quiet = True  # type: ignore[attr-defined]
         self.prepare(model, datamodule)
         with switch.using(self.kernels):
@@ -255,12 +255,12 @@ class Trainer(L.Trainer):
             write_json(Path(json), plan.as_values(made))
 
     def verify_resume(self, model: L.LightningModule, datamodule: L.LightningDataModule, steps: int = 4) -> None:
-        """Prove that a run stopped in the middle and resumed ends bit for bit where it would have ended.
+        """Verify that a run that is stopped in the middle and resumed ends bit-identically.
 
         Args:
-            model: As configured; trained twice for some steps in a temporary folder, the run's own is not touched.
+            model: The module, trained twice for some steps in a temporary folder; the run's folder is not changed.
             datamodule: The data.
-            steps: Optimizer steps of each.
+            steps: Optimizer steps of each run.
         """
         from lit_llm.training.planning.doctor import verify_resume
 
@@ -269,12 +269,12 @@ class Trainer(L.Trainer):
 
     def selftest(self, model: L.LightningModule, datamodule: L.LightningDataModule, processes: int | None = None
                  ) -> None:
-        """Prove that the first step's gradient does not depend on how its rows are divided, packed and spread.
+        """Verify that the first step's gradient is independent of micro-batches, packing and processes.
 
         Args:
-            model: As configured; without dropout and noise. Its gradient is made anew for each division.
-            datamodule: The data, of which one step's worth is used.
-            processes: Compare one process with so many; null takes `trainer.devices`.
+            model: The module, without dropout and noise; its gradient is computed for each division.
+            datamodule: The data, of which one step is used.
+            processes: Number of processes to compare with one; null uses `trainer.devices`.
         """
         from lit_llm.training.planning.doctor import selftest
 
@@ -293,7 +293,7 @@ class Trainer(L.Trainer):
 
     def _run(self, *args: Any, **kwargs: Any) -> Any:
         self.preemption.begin_watch(self)
-        with redacted_argv():                       # wandb keeps the words of the command
+        with redacted_argv():                       # wandb records the command line
             for logger in self.loggers if self.is_global_zero else ():
                 _ = logger.experiment if isinstance(logger, WandbLogger) else None
         with switch.using(self.kernels):
@@ -310,7 +310,7 @@ class Trainer(L.Trainer):
 
     @contextmanager
     def _own_environment(self) -> Generator[None, None, None]:
-        """Of a lone process: its rendezvous must not reach the commands that a notebook starts later."""
+        """Restore rendezvous variables of a single process, which later commands of a notebook would inherit."""
         before = {name: os.environ.get(name) for name in RENDEZVOUS}
         try:
             yield
@@ -322,7 +322,7 @@ class Trainer(L.Trainer):
 
     def _measured(self, evaluate: Callable[..., Any], key: str, model: Any, ckpt_path: str | Path | None,
                   **kwargs: Any) -> Any:
-        """Figures of a model, or of a checkpoint's weights: they lie beside its state in the field's formats."""
+        """Evaluate a model, or the weights of a checkpoint, which are stored beside its state."""
         if ckpt_path is not None:
             model.checkpoint = manifest.find(Path(self.default_root_dir), str(ckpt_path))
             if not isinstance(model, SavedModule):  # which does not take its weights from there itself
@@ -330,13 +330,13 @@ class Trainer(L.Trainer):
         with self._own_environment(), manifest.verified(model.checkpoint if ckpt_path is not None else None):
             figures = evaluate(model, **kwargs)
         if not figures:
-            raise InputError("there is no data to measure on", where=f"data.{key}",
+            raise InputError("there are no data to evaluate on", where=f"data.{key}",
                              fix=f"set data.{key}, or data.val_fraction to hold out a share of data.sources")
         return figures
 
 
 def _check_numbers(options: dict[str, Any]) -> None:
-    """What Lightning takes, and then divides by or does nothing with."""
+    """Refuse values that Lightning accepts but cannot use."""
     for name in NOTHING:
         if options.get(name) == 0:
             raise InputError("must not be 0: nothing would be trained or measured", where=f"trainer.{name}",

@@ -217,7 +217,7 @@ def examine(keys, seed):
             continue
         how = f"{'packed' if way.packed else 'alone':6} {'own logits' if way.own_logits else 'our loss':10}"
         same = loss <= tolerance and gradient <= 10 * tolerance
-        why = way.why_alone or way.why_own_logits
+        why = way.why_unpacked or way.why_own_logits
         return (f"{'packed' if way.packed else 'alone'}, {'own logits' if way.own_logits else 'our loss'}"
                 if same else "DIFFERENT"), f"{how} loss {loss:.0e} gradient {gradient:.0e} {precision}  {why[:90]}"
     return "CRASH", " ".join(f"{type(error).__name__}: {error}".split())[:200]

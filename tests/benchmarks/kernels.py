@@ -52,7 +52,7 @@ def contestants(dtype, batch, vocabulary):
         model = init_causal_lm(LLAMA, attention=attention.register(), vocab_size=vocabulary)
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
         with without(*off):
-            rmsnorm.quicken(model)
+            rmsnorm.use_fast_norms(model)
 
         def train(model=model, optimizer=optimizer, off=off):
             with without(*off), torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):

@@ -74,7 +74,7 @@ def test_nobody_is_waited_for_who_was_killed(tokenizer, jsonl, tmp_path):
     until(lambda: list(here.glob("*.tmp-*")))
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
-    with pytest.raises(InputError, match="nobody has been preparing"):
+    with pytest.raises(InputError, match="no process has been preparing"):
         wait_for(Source(path), tokenizer, cache_dir=str(here), patience=0.3)
 
 
@@ -105,7 +105,7 @@ def test_a_damaged_store_is_named_and_made_again(harm, tokenizer, jsonl, capfd):
         file.write_bytes(file.read_bytes()[:-3])
     assert cache.opened(folder) is None
     assert bytes_of(prepare(source, tokenizer).folder) == whole
-    assert re.search(rf"{folder} is damaged \({re.escape(file.name)}.*made again", capfd.readouterr().err)
+    assert re.search(rf"{folder} is damaged \({re.escape(file.name)}.*rebuilt", capfd.readouterr().err)
 
 
 def test_touched_is_not_changed(tokenizer, jsonl, monkeypatch, tmp_path):

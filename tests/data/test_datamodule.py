@@ -151,15 +151,15 @@ def test_overlong_conversations_are_cut_dropped_or_refused_and_counted(module, j
     assert {name: count for name, count in plans["drop"].notes.items() if count} == {"dropped_overlong": 2}
     assert len(plans["cut"].rows.segments) == 2
     assert len(plans["drop"].rows.segments) == 1
-    with pytest.raises(InputError, match=r"data\.jsonl:2: \d+ tokens, and data\.seq_len is 64"):
+    with pytest.raises(InputError, match=r"data\.jsonl:2: it has \d+ tokens, but data\.seq_len is 64"):
         module(path, overlong="error")
 
 
 # ---- what is said and refused -------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize(("settings", "named"), [
-    ({"packing": "concat"}, "concat would cut conversations"), ({"val_fraction": 1.5}, "data.val_fraction: 1.5"),
-    ({"val_fraction": 0.5, "test_fraction": 0.5}, "leave nothing to learn"), ({"test_fraction": -1}, "data.test_fraction: -1"),
+    ({"packing": "concat"}, "concat would separate answers"), ({"val_fraction": 1.5}, "data.val_fraction: 1.5"),
+    ({"val_fraction": 0.5, "test_fraction": 0.5}, "leave no training data"), ({"test_fraction": -1}, "data.test_fraction: -1"),
     ({"bad_record_limit": 2}, "data.bad_record_limit: 2"),
     ({"seq_len": 1}, "data.seq_len: 1"), ({"batch_size": 0}, "data.batch_size: 0"),
     ({"tokenizer": None}, "data.tokenizer: no tokenizer"), ({"val_fraction": 1e-12}, "no record is left for val")])
@@ -169,7 +169,7 @@ def test_what_cannot_be_meant_is_refused(module, jsonl, settings, named):
 
 
 def test_no_source_and_no_weight_are_refused(module, jsonl):
-    with pytest.raises(InputError, match=r"data\.sources: there is nothing to read"):
+    with pytest.raises(InputError, match=r"data\.sources: no source is set"):
         module()
     for weight in (0, -1, float("inf"), float("nan"), 1e12, 1e308):
         with pytest.raises(InputError, match=r"data\.sources\.weight: .* is not a number above 0, at most 1,000"):
@@ -194,7 +194,7 @@ def silent(number, **how):
 def test_data_that_never_teaches_to_stop_is_refused(module, jsonl):
     """All answers are cut; one that is whole is enough, documents alone have none, and what is cut counts."""
     long = [talk(number, "long " * 50) for number in range(5)]
-    with pytest.raises(InputError, match=r"data\.seq_len: none of 5 conversations teaches the token that ends an answer"):
+    with pytest.raises(InputError, match=r"data\.seq_len: none of 5 conversations has a supervised stop token"):
         module(jsonl(long))
     with pytest.raises(InputError, match="none of 5 conversations"):
         module(jsonl([*long, {"text": "a document, whole"}]))
@@ -217,7 +217,7 @@ def test_a_flood_of_bad_records_stops_early_or_at_the_end(module, jsonl, monkeyp
     from lit_llm.data.tokens import prepare
 
     records = [talk(number) if number % 4 else {"prompt": 5} for number in range(400)]
-    with pytest.raises(InputError, match=r"100 of 400 records are bad, more than a share of 0\.2;") as caught:
+    with pytest.raises(InputError, match=r"100 of 400 records are bad, more than the limit of 20\.0%;") as caught:
         module(jsonl(records), on_bad_record="quarantine", bad_record_limit=0.2)
     lines = Path(re.search(r"\S+quarantine\.jsonl", caught.value.fix)[0]).read_text().splitlines()
     assert [json.loads(line)["where"].rsplit(":", 1)[1] for line in lines] == [str(n + 1) for n in range(0, 400, 4)]
@@ -258,9 +258,9 @@ def test_the_summary_says_all_that_was_left_out(module, jsonl, capsys):
     module(jsonl(records), on_bad_record="quarantine", bad_record_limit=0.5, val_sources=[Source(jsonl([talk(3)], "v.jsonl"))])
     said = capsys.readouterr().err
     for words in ("data.jsonl: 6 records, 4 kept;", "1 dropped: the text is empty (first at", "data.jsonl:3)",
-                  "1 (25.0%) records that say exactly what an earlier one says", "2 (50.0%) longer than a row and cut",
-                  "1 (25.0%) of them cut in an answer", "1 (25.0%) left out: no token is learned", "v.jsonl: 1 record, 1 kept",
-                  "val: 1 sequence in 1 row of 64", "steps: 1 in an epoch, of 4 rows each, the last of 2"):
+                  "1 (25.0%) records that are exact duplicates of earlier ones", "2 (50.0%) longer than data.seq_len and cut",
+                  "1 (25.0%) of them cut within an answer", "1 (25.0%) left out: no supervised token", "v.jsonl: 1 record, 1 kept",
+                  "val: 1 sequence in 1 packed sequence of 64", "steps: 1 per epoch, of 4 packed sequences each (the last one 2)"):
         assert words in said, said
 
 

@@ -100,18 +100,18 @@ def test_what_is_not_read_is_named():
     notes = set()
     turns = [{"role": "user", "content": "q", "id": 1}, {"role": "assistant", "content": "I am {{ name }}."}]
     convert({"messages": turns, "system": None, "url": "x"}, notes=notes)
-    assert notes == {"the key 'url' is not read", "the key 'id' of a message is not read", "a {{placeholder}} is left open"}
+    assert notes == {"the key 'url' is not used", "the key 'id' of a message is not used", "a {{placeholder}} is left open"}
 
 
 @pytest.mark.parametrize(("record", "named"), [
     ({"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}], "label": False},
-     "label is false: .*quarantine"),
-    ({"prompt": "q", "completion": "a", "image": "x.png"}, "'image'; images and audio are not read"),
+     "label is false, .*quarantine"),
+    ({"prompt": "q", "completion": "a", "image": "x.png"}, "'image'; images and audio are not supported"),
     ({"message_tree_id": "x", "text": "a", "role": "prompter"}, "tree of messages"),
-    ({"id": "x", "question": [[{"role": "user", "content": "q"}]], "function": []}, "'question' asks and nothing answers"),
+    ({"id": "x", "question": [[{"role": "user", "content": "q"}]], "function": []}, "'question' is a question without an answer"),
     ({"a": {"file_name": "a.json"}, "b": {"file_name": "b.json"}}, "an object of objects, not a record"),
-    ({"version": 1, "data": [{"text": "a"}]}, r"""may lie inside 'data'.*jq -c '.\["data"\]\[\]' FILE"""),
-    ({"input_ids": [1], "labels": [1]}, "tokens of some tokenizer already"),
+    ({"version": 1, "data": [{"text": "a"}]}, r"""may be within 'data'.*jq -c '.\["data"\]\[\]' FILE"""),
+    ({"input_ids": [1], "labels": [1]}, "already tokenized"),
     ({"instruction": "q", "input": float("nan"), "output": "a"}, "NaN is how pandas writes"),
     ({"text": "a\0"}, "a NUL character"),
     ({"messages": {"role": "user"}}, "messages must be a list, not {"),
@@ -153,7 +153,7 @@ READ_AND_REFUSED = {                                    # of the files as publis
     "sft/llamafactory/dpo_en_demo.json": (0, "preference record"),
     "sft/llamafactory/dataset_info.json": (0, "an object of objects"),
     "sft/oasst_en_100_tree.jsonl": (0, "tree of messages"),
-    "sft/bfcl/BFCL_v4_simple_python.json": (0, "nothing answers"),
+    "sft/bfcl/BFCL_v4_simple_python.json": (0, "without an answer"),
     "sft/fastchat/mt_bench_question.jsonl": (0, "no known format has the keys question_id, category, turns"),
     "sft/openai/drone_training.jsonl": (103, ""), "sft/openai/toy_chat_fine_tuning.jsonl": (5, ""),
     "sft/litgpt/dolly.json": (12, ""), "sft/llamafactory/v1_sft_demo.jsonl": (500, ""),

@@ -78,7 +78,7 @@ def test_duplicates_are_counted_and_left_out_on_request(seen):
     assert counted.stages[0].sequences == 26
     assert without.stages[0].sequences == 20
     assert sorted(data.plans["train"].corpus.index) == list(range(20))
-    assert "6 records say exactly what an earlier one says" in as_text(counted, colour=False)
+    assert "6 records are exact duplicates of earlier ones" in as_text(counted, colour=False)
 
 
 def test_a_terminal_and_a_page_show_the_same_and_run_nothing(seen):
@@ -123,7 +123,7 @@ def test_long_text_and_long_names_fit_a_terminal(seen, monkeypatch):
     _, inspection = seen([*TALKS, {"messages": [{"role": "user", "content": "Tell"},
                                                 {"role": "assistant", "content": "head" + "-" * 150 + "tail"}]}], rows=9)
     lines = as_text(inspection, colour=False, characters=30).split("\n")
-    assert f"⟦head{'-' * 16} ... 128 characters more ... {'-' * 6}tail<|im_end|>⟧" in lines
+    assert f"⟦head{'-' * 16} ... 128 more characters ... {'-' * 6}tail<|im_end|>⟧" in lines
     assert max(len(line) for line in lines if "data.jsonl" not in line or "  " in line) <= 80
     drawn = {f"/a/very/long/path/{'x' * 90}/{name}.jsonl": {"sequences": 10**9, "tokens": 10**12, "supervised": 10**11}
              for name in ("one", "two")}

@@ -213,7 +213,7 @@ GOOD = '{"text": "good"}\n'
 def test_a_line_that_is_too_long_is_a_bad_record_among_good_ones(tokenizer, tmp_path, small):
     path = tmp_path / "a.jsonl"
     path.write_text(GOOD + '{"text": "' + "x " * 5000 + '"}\n\n' + GOOD)
-    with pytest.raises(InputError, match=r"a\.jsonl:2: a line of more than"):
+    with pytest.raises(InputError, match=r"a\.jsonl:2: a line has .* more than"):
         prepare(Source(str(path)), tokenizer, num_proc=1)
     store = prepare(Source(str(path)), tokenizer, num_proc=1, on_bad_record="quarantine")
     assert (store.report.read, store.report.kept, store.report.quarantined) == (3, 2, 1)
@@ -230,7 +230,7 @@ def test_so_is_a_line_or_a_paragraph_of_a_text_file(document, row, what, tokeniz
     found = list(Source(str(path), document=document).scan())
     assert [record for record, _ in found if isinstance(record, str)] == ["good", "also"]
     wrong, place = found[1]
-    assert f"a {what} of more than" in wrong.what
+    assert f"a {what} has" in wrong.what
     assert str(place).endswith("a.txt:3")
 
 
@@ -253,10 +253,10 @@ def test_a_packed_table_that_unpacks_to_far_more_is_refused(tmp_path, small):
 
 
 @pytest.mark.parametrize(("name", "content", "said"), [
-    ("a.csv", 'text\ngood\n"x\n' + "y\n" * 5000, r"a\.csv:3: a row of more than .*\n.*quote left open"),
-    ("a.csv", "text\ngood\n" + "x " * 9000 + "\n", r"a\.csv:3: a line of more than"),
-    ("a.json", '[{"text": "good"}, {"text": "' + "x " * 9000, r"a\.json:1:20: a value of more than|not closed"),
-    ("a.txt", "\n" * 9000 + "x", r"a\.txt:\d+: more than .* white space"),
+    ("a.csv", 'text\ngood\n"x\n' + "y\n" * 5000, r"a\.csv:3: a row is larger than .*\n.*quote not closed"),
+    ("a.csv", "text\ngood\n" + "x " * 9000 + "\n", r"a\.csv:3: a line has .* more than"),
+    ("a.json", '[{"text": "good"}, {"text": "' + "x " * 9000, r"a\.json:1:20: a value is larger than|not closed"),
+    ("a.txt", "\n" * 9000 + "x", r"a\.txt:\d+: .*more than .* white space"),
 ])
 def test_where_the_next_record_begins_nobody_can_say(name, content, said, tmp_path, small, monkeypatch):
     from lit_llm.data.records import jsonfile
@@ -277,7 +277,7 @@ def test_a_small_packed_file_of_very_many_line_ends(ending, document, tmp_path, 
     path = tmp_path / f"a.{ending}.gz"
     path.write_bytes(gzip.compress(b"\n" * 8_000_000) * 10)
     began = time.process_time()
-    with pytest.raises(InputError, match=rf"a\.{ending}\.gz:\d+: more than .* (blank lines in a row|white space)"):
+    with pytest.raises(InputError, match=rf"a\.{ending}\.gz:\d+: .*more than .* (consecutive blank lines|white space)"):
         list(Source(str(path), document=document).scan())
     assert time.process_time() - began < 20
 
@@ -342,7 +342,7 @@ def test_a_conversation_that_would_be_rendered_for_minutes_is_named(monkeypatch)
     assert len(formats.convert(talk(4000)).messages) == 4000
     with pytest.raises(InputError, match="4,002 messages; at most 4,000"):
         formats.convert(talk(4002))
-    with pytest.raises(InputError, match="at most 2,000,000 are read"):
+    with pytest.raises(InputError, match="at most 2,000,000 characters are allowed"):
         formats.convert(talk(2000, 1100))
 
 
@@ -355,5 +355,5 @@ def test_weights_that_fill_the_memory_are_named(tokenizer, jsonl, monkeypatch):
     corpus = Corpus([(store, np.arange(50)) for store in stores], names=["a", "b"])
     monkeypatch.setattr(mixture, "COPIES", 500)
     assert len(Mixture(corpus, [1, 9], seq_len=16).first.segments.lengths) == 500
-    with pytest.raises(InputError, match=r"b: with a weight of 1000 an epoch has 50,000 sequences of it"):
+    with pytest.raises(InputError, match=r"b: with a weight of 1000, an epoch has 50,000 sequences of it"):
         Mixture(corpus, [1, 1000], seq_len=16)

@@ -145,7 +145,7 @@ def test_a_document_longer_than_its_length_can_say_is_refused(tmp_path):
         writer.add(empty, items, [first])
 
     add(True, False)
-    with pytest.raises(InputError, match=r"big\.txt:1: a document of more than 2,147,483,647 tokens"):
+    with pytest.raises(InputError, match=r"big\.txt:1: a document has more than 2,147,483,647 tokens"):
         add(False, True)
 
 

@@ -382,8 +382,8 @@ def test_bad_records_are_set_aside_once_and_counted(module, tmp_path):
 
 
 @pytest.mark.parametrize(("lines", "says"), [
-    ("", "there is no record in it"), ('{"text": " "}\n' * 3, r"no record of \d+ could be kept: the text is empty"),
-    ('{"prompt": "' + "long " * 9 + '", "completion": "x"}\n', "nothing in it can be learned")])
+    ("", "the source has no record"), ('{"text": " "}\n' * 3, r"no record of \d+ could be kept: the text is empty"),
+    ('{"prompt": "' + "long " * 9 + '", "completion": "x"}\n', "no sequence can be trained on")])
 def test_a_source_that_gives_nothing_does_not_turn_for_ever(module, tmp_path, lines, says):
     path = tmp_path / "nothing.jsonl"
     path.write_text(lines)

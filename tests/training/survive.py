@@ -96,7 +96,7 @@ def signalled(lives, words, ranks, count, seed, longest):
             elif "stopped after step" in said:
                 end = f"a stop after step {after}"
                 assert f"stopped after step {after}," in said, said
-                assert "go on with" in said
+                assert "resume with" in said
                 assert set(life["codes"]) <= {agreed, 143, 130}, (life["codes"], said)
                 assert len(set(life["codes"])) == 1
             else:

@@ -203,5 +203,5 @@ def test_what_would_hang_is_refused(stage, ranks, recompute, coefficient, refuse
 
     module = CausalLMModule(base="sample:base")
     module.balance_coefficient, module.recompute = coefficient, recompute
-    with pytest.raises(InputError, match="load balance") if refused else nullcontext():
+    with pytest.raises(InputError, match="load-balancing loss") if refused else nullcontext():
         table.check(table.Setup(module, ZeroStrategy(stage=stage), ranks))

@@ -88,7 +88,7 @@ def test_nothing_to_train(lives, start):
     before = content(lives.folder / "epochs")
     done = lives.live(*words, "epochs", "--trainer.max_epochs", 1, "--ckpt_path", "last", "--model.lr", 1e-6)
     assert done["codes"] == [2], done["said"][0]["err"][-2000:]
-    assert "there is nothing to train: the checkpoint stands at step 5, and trainer.max_epochs is 1" in done["said"][0]["err"]
+    assert "there is nothing to train: the checkpoint is at step 5, and trainer.max_epochs is 1" in done["said"][0]["err"]
     assert content(lives.folder / "epochs") == before
     automatic = lives.live(*words, "run", "--ckpt_path", "auto", "--trainer.max_steps", FIRST)     # a job started again
     assert automatic["codes"] == [0]

@@ -256,7 +256,7 @@ def test_the_newest_whole_one_is_taken(fit, caplog):
         caplog.clear()
         assert manifest.find(run, "last") == run / "checkpoints" / f"step_{step - 1}"
         assert words in caplog.text
-        assert f"going on from step_{step - 1}" in caplog.text
+        assert f"resuming from step_{step - 1}" in caplog.text
         with pytest.raises(InputError, match=words):
             manifest.find(run, str(run / "checkpoints" / f"step_{step}"))
     resumed = fit("run", rows=6, resume="last")
@@ -288,7 +288,7 @@ def test_a_foreign_checkpoint_is_named(fit, tmp_path, tiny_model):
     (other / "tokenizer.json").write_text(json.dumps(facts))
     with pytest.raises(InputError, match=r"another base .*another tokenizer"):
         fit("run", resume="last", base=str(other), max_steps=4)
-    with pytest.raises(InputError, match="written under SingleDeviceStrategy"):
+    with pytest.raises(InputError, match="written with SingleDeviceStrategy"):
         fit("run", resume="last", strategy="deepspeed_stage_1")
     fit("run", resume="last", base=str(moved), max_steps=3)
     fit("run", resume="last", base=str(moved), max_steps=4, accept_changes=["base"])

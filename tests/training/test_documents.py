@@ -105,4 +105,4 @@ def test_processes_that_share_layers_are_refused(base, tmp_path, monkeypatch):
 @pytest.mark.parametrize("kind", ["llama", "qwen3", "gpt2"])
 def test_who_can_share_a_row_does(kind):
     way = way_of(None, SHAPES[kind], vocab_size=64)
-    assert (way.packed, way.own_logits, way.why_alone) == (True, False, "")
+    assert (way.packed, way.own_logits, way.why_unpacked) == (True, False, "")

@@ -76,7 +76,7 @@ def test_a_disk_that_stays_full(strategy, ranks, size, disk, lives, tiny_model):
     (error,) = [line for line in said.splitlines() if line.startswith("error: ")]
     assert f"the checkpoint of step {step + 1} could not be written" in error
     assert "GiB are free" in error
-    assert f"make room, then go on from {folder}/run/checkpoints/step_{step} with --ckpt_path last" in said
+    assert f"free some space, then resume from {folder}/run/checkpoints/step_{step} with --ckpt_path last" in said
     assert_whole(folder / "run", step)
     disk("64m")
     again = lives.live(*words, folder / "run", "--ckpt_path", "last", ranks=ranks, limit=100)
@@ -134,7 +134,7 @@ def test_not_even_a_row_fits(disk, tiny_model, tmp_path):
 def test_a_folder_that_is_gone_is_not_a_full_disk(tiny_model, tmp_path):
     with pytest.raises(InputError) as caught:
         fit(tmp_path, tiny_model("llama"), write_data(tmp_path), At(3, lambda: shutil.move(tmp_path / "run", tmp_path / "moved")))
-    assert "make room" not in str(caught.value)
+    assert "free some space" not in str(caught.value)
     assert "free" not in str(caught.value)
     assert "move it back" in caught.value.fix
     assert not (tmp_path / "run").exists()          # not made again without its past
@@ -149,7 +149,7 @@ def test_an_export_that_does_not_fit(place, disk):
         assert "Traceback" not in err
         said = err[err.index("error: "):]
         assert "the export could not be written" in said
-        assert "make room" in said
+        assert "free some space" in said
         assert "GiB are free" in said
         assert not list(folder.iterdir())
     disk("4m")
@@ -162,7 +162,7 @@ def test_tokens_that_do_not_fit(place, disk):
     code, _, err = call("prepare", "--config", "ok.yaml", "--data.cache_dir", folder / "cache")
     assert code == 2, err
     assert "Traceback" not in err
-    assert "Make room" in err
+    assert "Free some space" in err
     assert not [path for path in (folder / "cache").iterdir() if path.is_dir()]
     disk("64m")
     assert call("prepare", "--config", "ok.yaml", "--data.cache_dir", folder / "cache")[0] == 0
@@ -173,4 +173,4 @@ def test_a_run_that_cannot_even_begin(place, disk):
     code, _, err = call("fit", "--config", "ok.yaml", "--trainer.default_root_dir", folder / "run")
     assert code == 2, err
     assert "Traceback" not in err
-    assert "make room" in err
+    assert "free some space" in err

@@ -18,7 +18,7 @@ from lit_llm.models import load as model
 from lit_llm.models.adapters import adapter, trained_rows
 from lit_llm.text import check
 from lit_llm.training import learned_tokens
-from lit_llm.training.checks.in_memory import FixedRows
+from lit_llm.training.checks.in_memory import ReferenceScores
 from lit_llm.training.run import manifest, rng
 
 HOW = dict(rows=6, max_steps=3, limit_val_batches=0)
@@ -106,7 +106,7 @@ def test_scoring_disturbs_nothing(fit, tiny_model):  # noqa: F811
             modes = [layer.training for layer in module.modules()]
             state = rng.current()
             gradients = {name: weight.grad.clone() for name, weight in module.named_parameters() if weight.requires_grad}
-            found.extend(FixedRows().measured(trainer)["nll"] for _ in range(2))
+            found.extend(ReferenceScores().measured(trainer)["nll"] for _ in range(2))
             assert [layer.training for layer in module.modules()] == modes
             assert torch.equal(rng.current()["torch"], state["torch"])
             assert rng.current()["python"] == state["python"]

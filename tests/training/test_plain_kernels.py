@@ -61,5 +61,5 @@ def test_the_environment_decides_where_the_trainer_does_not(monkeypatch):
 
 
 def test_kernels_of_others_are_kernels_too(tiny_model, chats, tmp_path):
-    with pytest.raises(InputError, match=r"plain kernels are asked for, and liger is a kernel"):
+    with pytest.raises(InputError, match=r"plain kernels are selected, but liger is an external kernel"):
         figures(tiny_model("llama"), chats, tmp_path, "plain", cross_entropy="liger")

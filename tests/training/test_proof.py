@@ -36,7 +36,7 @@ def test_loss_and_gradient_are_those_of_transformers(kind):
     assert loss < 1e-6
     assert gradient < 1e-5
     assert (way.packed, way.own_logits) == (packed, own_logits), way
-    assert bool(way.why_alone) == (not packed)
+    assert bool(way.why_unpacked) == (not packed)
     assert bool(way.why_own_logits) == own_logits
 
 
@@ -72,7 +72,7 @@ def test_a_transform_that_is_ours_alone_is_noticed(monkeypatch):
         patch.setattr(blockwise, "causal", lambda *args, **more: causal(*args[:3], (0, args[0].shape[1]), **more))
         way = proof.prove(like, config)
         assert not way.packed
-        assert "loss would be" in way.why_alone
+        assert "loss would be" in way.why_unpacked
 
 
 def test_an_answer_is_kept_and_a_damaged_one_is_not_believed(tmp_path, monkeypatch):

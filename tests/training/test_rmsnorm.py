@@ -56,7 +56,7 @@ def test_a_quickened_layer_answers_as_before(kind, dtype):
     layer = kind(32, eps=1e-5).to(dtype)
     layer.weight.data.copy_(weight.data)
     before = [layer(x).detach(), *torch.autograd.grad(layer(x), [x, layer.weight], upstream)]
-    assert rmsnorm.quicken(torch.nn.Sequential(layer)) == 1
+    assert rmsnorm.use_fast_norms(torch.nn.Sequential(layer)) == 1
     for quick in (layer, copy.deepcopy(layer)):     # as PEFT copies a layer that is to learn beside its adapters
         assert "Norm" in layer(x).grad_fn.name()
         after = [quick(x).detach(), *torch.autograd.grad(quick(x), [x, quick.weight], upstream)]
@@ -84,7 +84,7 @@ def test_another_formula_stays_as_it_is():
             return x
 
     layers = Gemma3RMSNorm(8), OddRMSNorm(8), BareRMSNorm()
-    assert rmsnorm.quicken(torch.nn.Sequential(*layers)) == 0
+    assert rmsnorm.use_fast_norms(torch.nn.Sequential(*layers)) == 0
     assert all("forward" not in vars(layer) for layer in layers)
 
 
@@ -92,6 +92,6 @@ def test_a_weight_of_another_type_is_left_to_the_layer():
     layer = LlamaRMSNorm(8)
     x = torch.randn(3, 8).bfloat16()
     before = layer(x)
-    rmsnorm.quicken(torch.nn.Sequential(layer))
+    rmsnorm.use_fast_norms(torch.nn.Sequential(layer))
     assert layer(x).dtype == before.dtype == torch.float32
     assert torch.equal(layer(x), before)

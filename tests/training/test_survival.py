@@ -86,7 +86,7 @@ def test_signals_to_any_rank_end_all_alike(lives, run, tmp_path):
         assert told["codes"] == [code] * TWO, [said["err"][-1500:] for said in told["said"]]
         step = int((lives.folder / "killed" / "checkpoints" / "LATEST").read_text().removeprefix("step_"))
         assert f"stopped after step {step}" in told["said"][0]["err"]
-        assert "go on with" in told["said"][0]["err"]
+        assert "resume with" in told["said"][0]["err"]
         assert told["said"][1]["err"] == ""
         steps.append(step)
     assert steps[0] < steps[1] == STEPS // 2 < steps[2] < STEPS
@@ -154,10 +154,10 @@ def test_a_rank_that_dies_does_not_leave_the_other_waiting(rank, lives, tiny_mod
         told = process.communicate(timeout=30)[1]               # until no rank holds the pipe any more
         assert_ends(child)
     assert process.returncode == [-signal.SIGKILL, 1][rank]
-    died = ["rank 0 is gone", "rank 1 was ended by SIGKILL"][rank]
+    died = ["rank 0 has ended", "rank 1 was ended by SIGKILL"][rank]
     assert told[told.index("error: "):].splitlines() == [
-        f"error: the process of {died}, and with it the run",
-        f"  go on with: {python()} -m lit_llm {' '.join(words)} two --ckpt_path last"], told[-3000:]
+        f"error: the process of {died}, which ended the run",
+        f"  resume with: {python()} -m lit_llm {' '.join(words)} two --ckpt_path last"], told[-3000:]
     assert "Traceback" not in told
 
 
@@ -231,8 +231,8 @@ def test_a_step_that_is_not_finite_is_left_out(ranks, lives, poisoned):
     counts = {int(row["step"]): float(row["train/skipped_steps"]) for row in rows if "train/skipped_steps" in row}
     assert counts == {step: 1.0 + (step >= second) for step in range(first, STEPS + 1)}
     assert [line for line in told["said"][0]["err"].splitlines() if "skipped" in line] == [
-        *(f"step {step} is skipped: its loss is not finite, at {poisoned[1]}:7" for step in (first, second)),
-        "2 of 10 steps were skipped, since they were not finite"]
+        *(f"step {step} was skipped: its loss is not finite, at {poisoned[1]}:7" for step in (first, second)),
+        "2 of 10 steps were skipped because they were not finite"]
     folders = lives.folder / "killed" / "checkpoints"
     before, after = (content(folders / f"step_{step}") for step in (second - 1, second))
     assert before.keys() == after.keys() >= {"state", "adapter/adapter_model.safetensors"}
@@ -257,7 +257,7 @@ def test_float16_that_overflows(strategy, power, lives, tiny_model):
     assert told["codes"] == [0], told["said"][0]["err"][-3000:]
     lines = [line for line in told["said"][0]["err"].splitlines() if "float16" in line]
     steps = [int(line.split()[1]) for line in lines]
-    assert lines[0] == f"step 1 is skipped: its gradient overflowed float16; the loss scale is {2 ** (power - 1):,} now"
+    assert lines[0] == f"step 1 was skipped: its gradient overflowed in float16; the loss scale is {2 ** (power - 1):,} now"
     assert len(steps) < steps[-1] < STEPS               # it was raised and overflowed again
     rows = rows_of(lives.folder / "straight")
     counted = {int(row["step"]): float(row["train/skipped_steps"]) for row in rows}
@@ -294,5 +294,5 @@ def test_many_in_a_row_stop_the_run(lives, poisoned, tiny_model):
     shutil.rmtree(lives.folder / "killed", ignore_errors=True)
     told = lives.live(*words, "killed")
     assert told["codes"] == [2]
-    assert "2 steps in a row had a loss or gradient that is not finite" in told["said"][0]["err"]
+    assert "2 consecutive steps had a non-finite loss or gradient" in told["said"][0]["err"]
     assert "Traceback" not in told["said"][0]["err"]

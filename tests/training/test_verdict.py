@@ -25,8 +25,8 @@ def test_good_runs_are_not_blamed(course):
 
 @pytest.mark.parametrize(("course", "words"), [
     (Course(2, 1.0, True, [6.1, 5.9]), ["2 steps in 1.0 passes over the data are too few", "still 5.90 nats"]),
-    (Course(80, 40.0, True, [7.0, 3.0, 1.5]), ["still 1.50 nats a token after 40 passes over the same data"]),
-    (Course(500, 0.3, True, [5.0, 3.1]), ["still 3.10 nats a token (perplexity 22.2)"]),
+    (Course(80, 40.0, True, [7.0, 3.0, 1.5]), ["still 1.50 nats per token after 40 passes over the same data"]),
+    (Course(500, 0.3, True, [5.0, 3.1]), ["still 3.10 nats per token (perplexity 22.2)"]),
     (Course(400, 1.0, False, [9.0, 6.0]), ["still 6.00 nats"]),
     (Course(360, 30.0, True, [3.0, 0.01], [(100, 1.0), (200, 1.4), (360, 2.0)], 3.0),
      ["validation rises: perplexity 2.718 at step 100, 7.389 at the end"]),

@@ -1,1 +1,1 @@
-"""What the data hold, for a terminal and for a page."""
+"""Show the data of a run in the terminal or as an HTML page."""

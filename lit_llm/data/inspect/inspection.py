@@ -1,6 +1,6 @@
-"""Collect what a user should see of a run's data: the first rows as the model reads them, and counts of all rows.
+"""Collect statistics of a run's data, and the first packed sequences as the model sees them.
 
-How they are shown is `terminal.py`'s and `page.py`'s.
+`terminal.py` and `page.py` format them.
 """
 
 import itertools
@@ -22,26 +22,26 @@ from lit_llm.data.tokens.store import CONTROLS, Report, TokenStore
 from lit_llm.text.tokenizer import SPEAKERS, Tokenizer
 
 BINS = 12
-NOTES = {                                               # of `Plan.notes`, in words
-    "duplicates": "records that say exactly what an earlier one says",
-    "duplicates_left_out": "left out: they say exactly what an earlier one says",
-    "cut": "longer than a row and cut",
-    "cut_in_an_answer": "of them cut in an answer, whose stop token is lost",
-    "dropped_overlong": "left out: longer than a row",
-    "dropped_nothing_left": "left out: no token is learned in what fits a row",
+NOTES = {                                               # descriptions of `Plan.notes`
+    "duplicates": "records that are exact duplicates of earlier ones",
+    "duplicates_left_out": "left out: exact duplicates of earlier records",
+    "cut": "longer than data.seq_len and cut",
+    "cut_in_an_answer": "of them cut within an answer, whose stop token is lost",
+    "dropped_overlong": "left out: longer than data.seq_len",
+    "dropped_nothing_left": "left out: no supervised token within data.seq_len",
     "also_in_train": "records that are exact duplicates of training records",
 }
 
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """A stretch of one speaker's tokens, spelled; control characters are replaced.
+    """Consecutive tokens of one speaker as text; control characters are replaced.
 
     Args:
-        text: What it says.
-        speaker: Who says it, of SPEAKERS.
-        learned: Whether it is.
-        special: Whether it is control tokens.
+        text: The text.
+        speaker: Source of the tokens, of SPEAKERS.
+        learned: Whether the tokens are supervised.
+        special: Whether they are control tokens.
     """
 
     text: str
@@ -52,15 +52,15 @@ class Run:
 
 @dataclass(frozen=True, slots=True)
 class Shown:
-    """One segment of a row.
+    """One segment of a packed sequence.
 
     Args:
-        place: Where its record stands.
-        start: The first of its tokens, counted from the record's first.
-        stop: Behind the last of them.
-        length: Tokens of the whole sequence.
-        learned: Tokens learned here.
-        runs: What it says.
+        place: Place of its record.
+        start: Index of its first token within the record.
+        stop: Index after its last token.
+        length: Number of tokens of the whole sequence.
+        learned: Number of supervised tokens.
+        runs: Its text in runs.
     """
 
     place: str
@@ -73,19 +73,19 @@ class Shown:
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """One stage of the data, counted.
+    """Statistics of one stage of the data.
 
     Args:
         name: train, val or test.
-        sequences: Conversations and documents.
-        rows: Of `seq_len` tokens, in an epoch.
-        tokens: In all rows, padding not counted.
-        supervised: Of them.
-        padding: Share of the rows that is padding.
-        notes: What was cut, dropped, or is there more than once.
+        sequences: Number of conversations and documents.
+        rows: Packed sequences of `seq_len` tokens per epoch.
+        tokens: Tokens per epoch, without padding.
+        supervised: Supervised tokens among them.
+        padding: Share of padding.
+        notes: Numbers of cut, dropped and duplicate sequences.
         drawn: What an epoch draws of each source.
         lengths: (edges, counts) of the sequences' tokens, `edges[i] <= length < edges[i + 1]`; the last count is of
-            those longer than a row.
+            sequences longer than `seq_len`.
         spread: The shortest, median and longest sequence, in tokens.
     """
 
@@ -106,10 +106,10 @@ class Pace:
     """Optimizer steps.
 
     Args:
-        rows: Of a step, over all processes and micro-steps.
-        epoch: Steps of an epoch.
-        last: Rows of an epoch's last step.
-        run: Steps of the run; 0 where its length is not counted in steps.
+        rows: Packed sequences per step, over all processes and micro-batches.
+        epoch: Steps per epoch.
+        last: Packed sequences of an epoch's last step.
+        run: Steps of the run; 0 if its length is not known in steps.
     """
 
     rows: int
@@ -123,13 +123,13 @@ class Inspection:
     """Everything that `inspect` shows.
 
     Args:
-        reports: Of each source, its records.
-        stages: Of each stage, its sequences and rows.
-        shown: The first training rows, each as its segments.
-        findings: What looks wrong.
+        reports: Report of the records of each source.
+        stages: Statistics of each stage.
+        shown: The first training sequences, as lists of segments.
+        findings: Warnings about the data.
         seq_len: Tokens of a row.
-        pace: Steps.
-        note: What was chosen for the user's tokenizer, where it lacks a chat template.
+        pace: Optimizer steps.
+        note: The chat template chosen for a tokenizer without one.
     """
 
     reports: list[Report]
@@ -142,11 +142,11 @@ class Inspection:
 
 
 def examine(data: Data, rows: int = 0) -> Inspection:
-    """Look at data that has been set up.
+    """Inspect data after setup.
 
     Args:
-        data: Its plans are made.
-        rows: How many training rows to show, as the first epoch draws them.
+        data: The data module after setup.
+        rows: Number of training sequences to show, in the order of the first epoch.
     """
     stages = [_stage(name, plan, data.seq_len) for name, plan in data.plans.items()]
     train = data.plans.get("train")
@@ -162,7 +162,7 @@ def examine(data: Data, rows: int = 0) -> Inspection:
 
 
 def _first(data: Data, rows: int) -> list[int]:
-    """Numbers of the first rows that are drawn; of a stream, those of its first chunk."""
+    """Numbers of the first rows in order; for a stream, those of its first chunk."""
     loader = data.train_dataloader()
     return loader.order(0)[:rows].tolist() if isinstance(loader, RowLoader) else [
         *range(min(rows, len(data.plans["train"].rows)))]
@@ -180,7 +180,7 @@ def _stage(name: str, plan: Plan, seq_len: int) -> Stage:
 
 
 def _pace(rows: int, batch_size: int, trainer: Any) -> Pace:
-    """As the loader and Lightning will count."""
+    """Steps as the loader and Lightning count them."""
     accumulate, limit = (trainer.accumulate_grad_batches, trainer.limit_train_batches) if trainer else (1, 1.0)
     each = batch_size * accumulate * (trainer.world_size if trainer else 1)
     batches = math.ceil(rows / each) * accumulate
@@ -192,12 +192,12 @@ def _pace(rows: int, batch_size: int, trainer: Any) -> Pace:
 
 
 def _row(corpus: Corpus, rows: Rows, number: int, tokenizer: Tokenizer) -> list[Shown]:
-    """The segments of a row; of each, stretches of one speaker that are learned or not, control tokens apart."""
+    """The segments of a row, each split into runs of one speaker, supervised or not, with control tokens separate."""
     segments = []
     for sequence, start, stop in rows.row(number):
         ids, marks = corpus.marked(sequence, start, stop)
         marks = marks.copy()
-        marks[0] &= 0xFE                                # nothing stands before it to predict it from
+        marks[0] &= 0xFE                                # there is nothing to predict it from
         special = np.isin(ids, list(tokenizer.special_ids))
         kinds = marks.astype(np.int64) << 1 | special
         cuts = [0, *(np.flatnonzero(np.diff(kinds)) + 1).tolist(), len(ids)]
@@ -210,31 +210,31 @@ def _row(corpus: Corpus, rows: Rows, number: int, tokenizer: Tokenizer) -> list[
 
 
 def _unsound(stores: Sequence[TokenStore]) -> Iterator[str]:
-    """What is wrong with records."""
+    """Problems of records."""
     for report, folder in ((store.report, store.folder) for store in stores):
         if report.stopless:
-            yield (f"{report.source}: {report.stopless:,} conversations teach no stop token; a model trained on them "
-                   "does not learn to stop")
+            yield (f"{report.source}: {report.stopless:,} conversations contain no supervised stop token; a model "
+                   "trained on them does not learn to stop")
         if report.double_bos:
             yield f"{report.source}: {report.double_bos:,} sequences begin with two BOS tokens"
         if left := report.notes.get(OPEN_NOTE):
-            yield f"{report.source}: in {left:,} records {OPEN_NOTE}; the model learns to say it so"
+            yield f"{report.source}: in {left:,} records {OPEN_NOTE}; the model learns to write it"
         if report.quarantined:
             yield (f"{report.source}: {report.quarantined:,} bad records were set aside, with their reasons, in "
                    f"{folder / 'quarantine.jsonl'}")
 
 
 def _doubtful(stages: Sequence[Stage], seq_len: int) -> Iterator[str]:
-    """What may not be meant."""
+    """Possibly unintended properties."""
     for stage in stages:
         if count := stage.notes.get("duplicates"):
-            yield f"{stage.name}: {count:,} records say exactly what an earlier one says; data.dedup leaves them out"
+            yield f"{stage.name}: {count:,} records are exact duplicates of earlier ones; data.dedup leaves them out"
         if count := stage.notes.get("also_in_train"):
-            yield (f"{stage.name}: {count:,} records are exact duplicates of training records, so its figures "
-                   "will be too good")
+            yield (f"{stage.name}: {count:,} records are exact duplicates of training records, so its metrics will be "
+                   "too good")
         if (count := stage.notes.get("cut", 0)) > stage.sequences // 20:
             lost = stage.notes.get("cut_in_an_answer", 0)
             yield (f"{stage.name}: {count / stage.sequences:.0%} of the sequences are longer than {seq_len:,} tokens "
                    f"and cut, {lost:,} of them in an answer; the longest has {stage.spread[2]:,} tokens (data.seq_len)")
         if stage.padding > 0.2 and stage.name == "train":
-            yield f"{stage.name}: {stage.padding:.0%} of the rows is padding; data.packing: best_fit wastes less"
+            yield f"{stage.name}: {stage.padding:.0%} of the tokens are padding; data.packing: best_fit needs less"

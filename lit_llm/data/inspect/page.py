@@ -1,4 +1,4 @@
-"""Write an inspection as one HTML page that loads nothing, runs no script and escapes all data."""
+"""Format an inspection as an HTML page without external resources or scripts; all data are escaped."""
 
 import html
 from collections.abc import Iterator, Sequence
@@ -41,25 +41,25 @@ pre {{ white-space: pre-wrap; overflow-wrap: anywhere; margin: 0; padding: .5rem
 
 
 def as_page(seen: Inspection, title: str) -> str:
-    """All of it.
+    """Format the inspection.
 
     Args:
-        seen: What to show.
-        title: Of the page.
+        seen: The inspection.
+        title: Title of the page.
     """
     body = [f'<div class="look">{html.escape(finding)}</div>' for finding in seen.findings]
     if (pace := seen.pace) is not None:
-        last = f", the last of {pace.last:,}" if pace.last < pace.rows else ""
+        last = f" (the last one {pace.last:,})" if pace.last < pace.rows else ""
         run = f"; {pace.run:,} in the run" if pace.run else ""
-        body.append(f"<p>{pace.epoch:,} steps in an epoch, of {pace.rows:,} rows each{last}{run}.</p>")
+        body.append(f"<p>{pace.epoch:,} steps per epoch, of {pace.rows:,} packed sequences each{last}{run}.</p>")
     if seen.shown:
-        body.append('<h2>First rows</h2><p><span class="learned">supervised</span>, '
+        body.append('<h2>First packed sequences</h2><p><span class="learned">supervised</span>, '
                     '<span class="template">of the template</span>, <span class="special">control tokens</span>; '
-                    'who says it appears where the pointer rests</p>')
+                    'hover to see the speaker</p>')
     for number, segments in enumerate(seen.shown, 1):
         used = sum(segment.stop - segment.start for segment in segments)
         padding = f", then {seen.seq_len - used:,} of padding" if used < seen.seq_len else ""
-        body.append(f"<h3>Row {number} of {seen.stages[0].rows:,}: {used:,} tokens{padding}</h3>"
+        body.append(f"<h3>Sequence {number} of {seen.stages[0].rows:,}: {used:,} tokens{padding}</h3>"
                     f'<div class="row">{"".join(map(_segment, segments))}</div>')
     for stage in seen.stages:
         body += _stage(stage, seen.seq_len)
@@ -70,19 +70,19 @@ def as_page(seen: Inspection, title: str) -> str:
 
 def _stage(stage: Stage, seq_len: int) -> Iterator[str]:
     yield f"<h2>{stage.name}</h2>"
-    facts = [["sequences", f"{stage.sequences:,}", ""], [f"rows of {seq_len:,}", f"{stage.rows:,}", ""],
+    facts = [["sequences", f"{stage.sequences:,}", ""], [f"packed sequences of {seq_len:,}", f"{stage.rows:,}", ""],
              ["tokens", f"{stage.tokens:,}", ""],
              ["supervised", f"{stage.supervised:,}", f"{stage.supervised / stage.tokens:.1%}"],
              ["padding", f"{stage.rows * seq_len - stage.tokens:,}", f"{stage.padding:.1%}"]]
     facts += [[NOTES.get(name, name), f"{count:,}", f"{count / stage.sequences:.1%}"]
               for name, count in stage.notes.items() if count]
     yield _table(["", "", ""], facts)
-    yield f"<h3>What {'an epoch draws' if stage.name == 'train' else 'is read'}</h3>"
+    yield f"<h3>{'Drawn per epoch' if stage.name == 'train' else 'Sources'}</h3>"
     yield _table(["source", "sequences", "tokens", "supervised", "share"], [
         [source, *(f"{counts[key]:,}" for key in ("sequences", "tokens", "supervised")),
          f"{counts['tokens'] / stage.tokens:.1%}"] for source, counts in stage.drawn.items()])
     least, half, most = stage.spread
-    yield f"<h3>Tokens of a sequence: {least:,} to {most:,}, half of them up to {half:,}</h3>"
+    yield f"<h3>Tokens per sequence: {least:,} to {most:,}, median {half:,}</h3>"
     edges, counts = stage.lengths
     highest = max([1, *counts])
     rows = "".join(f'<tr><td>{name}</td><td>{count:,}</td><td><div class="bar" '
@@ -98,7 +98,7 @@ def _source(report: Report) -> Iterator[str]:
         *([f"dropped: {reason}", f"{count:,}", f"first at {first}"] for reason, (count, first) in
           sorted(report.dropped.items(), key=lambda item: -item[1][0])),
         *([name, f"{count:,}", ""] for name, count in report.noted.items())])
-    yield _table(["who says it", "tokens", "supervised", ""], [
+    yield _table(["speaker", "tokens", "supervised", ""], [
         [name, f"{tokens:,}", f"{learned:,}", f"{learned / tokens:.1%}"]
         for name, (tokens, learned) in report.speakers.items()])
 

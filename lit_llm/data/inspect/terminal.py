@@ -1,7 +1,4 @@
-"""Format an inspection for a terminal of at least 80 columns.
-
-What the data says has lost its control characters before.
-"""
+"""Format an inspection for a terminal of at least 80 columns; control characters of the data were removed before."""
 
 import itertools
 import shutil
@@ -13,23 +10,23 @@ from lit_llm.data.rows.corpus import Tally
 from lit_llm.data.tokens.store import Report
 
 LEARNED, QUIET, BOLD, PLAIN = "\x1b[32m", "\x1b[2m", "\x1b[1m", "\x1b[0m"       # green, dim
-REASONS = 8                                             # of a source's reasons to drop, those that are shown
+REASONS = 8                                             # reasons for dropping records that are shown per source
 
 
 def as_text(seen: Inspection, *, colour: bool, characters: int = 400) -> str:
-    """All of it.
+    """Format the inspection.
 
     Args:
-        seen: What to show.
-        colour: Whether the terminal has colours; without them, what is learned stands in brackets.
-        characters: Of a stretch of one speaker's text, the most that is shown; 0 shows all.
+        seen: The inspection.
+        colour: Whether the terminal has colours; without them, supervised text is in brackets.
+        characters: Maximum number of characters per run of one speaker; 0 shows all.
     """
-    say = "green is supervised, bold are control tokens" if colour else "⟦...⟧ is supervised"
+    say = "supervised in green, control tokens in bold" if colour else "⟦...⟧ is supervised"
     lines: list[str] = []
     for number, segments in enumerate(seen.shown, 1):
         used = sum(segment.stop - segment.start for segment in segments)
-        lines.append(_strong(f"row {number} of {seen.stages[0].rows:,}: {used:,} of {seen.seq_len:,} tokens ({say})",
-                             colour))
+        of = f"sequence {number} of {seen.stages[0].rows:,}"
+        lines.append(_strong(f"{of}: {used:,} of {seen.seq_len:,} tokens ({say})", colour))
         for segment in segments:
             lines += [_ruled(_origin(segment), colour), *_said(segment.runs, colour, characters).split("\n")]
         padding = f"{_several(seen.seq_len - used, 'token')} of padding" if used < seen.seq_len else ""
@@ -44,7 +41,7 @@ def as_text(seen: Inspection, *, colour: bool, characters: int = 400) -> str:
 
 
 def short(seen: Inspection) -> str:
-    """What `fit` says before the first step."""
+    """The summary that `fit` prints before the first step."""
     lines = [seen.note] if seen.note else []
     for report in seen.reports:
         first, *rest = _records(report)
@@ -80,7 +77,7 @@ def _ruled(text: str, colour: bool) -> str:
 
 
 def _said(runs: Sequence[Run], colour: bool, characters: int) -> str:
-    """Text of a segment, what is learned in green or in brackets."""
+    """Text of a segment, with supervised tokens in green or in brackets."""
     out = []
     for learned, group in itertools.groupby(runs, key=lambda run: run.learned):
         words = [(run, _shortened(run.text, characters)) for run in group]
@@ -98,13 +95,13 @@ def _shortened(text: str, most: int) -> str:
     if not most or len(text) <= most:
         return text
     head, tail = text[:most * 2 // 3], text[len(text) - most // 3:]
-    return f"{head} ... {len(text) - len(head) - len(tail):,} characters more ... {tail}"
+    return f"{head} ... {len(text) - len(head) - len(tail):,} more characters ... {tail}"
 
 
 # ---- counts ----------------------------------------------------------------------------------------------------------
 
 def _records(report: Report) -> Iterator[str]:
-    """A source's records in words; one line, and one for each reason to drop."""
+    """A source's records: one line, and one for each reason to drop records."""
     share = f", {report.supervised / report.tokens:.1%} supervised" if report.tokens else ""
     yield f"{_several(report.read, 'record')}, {report.kept:,} kept; {report.tokens:,} tokens{share}"
     yield from (f"{count:,} {name}" for name, count in report.noted.items())
@@ -120,25 +117,26 @@ def _records(report: Report) -> Iterator[str]:
 def _speakers(report: Report) -> list[str]:
     rows = [[name, f"{tokens:,}", f"{learned:,}", f"{learned / tokens:.1%}"]
             for name, (tokens, learned) in report.speakers.items()]
-    return _table(["who says it", "tokens", "supervised", ""], rows)
+    return _table(["speaker", "tokens", "supervised", ""], rows)
 
 
 def _stage(stage: Stage, seq_len: int) -> Iterator[str]:
-    yield (f"  {_several(stage.sequences, 'sequence')} in {_several(stage.rows, 'row')} of {seq_len:,}, "
-           f"{1 - stage.padding:.1%} full; {stage.tokens:,} tokens, {stage.supervised / stage.tokens:.1%} supervised")
+    yield (f"  {_several(stage.sequences, 'sequence')} in {_several(stage.rows, 'packed sequence')} of {seq_len:,}, "
+           f"{1 - stage.padding:.1%} full")
+    yield f"  {stage.tokens:,} tokens, {stage.supervised / stage.tokens:.1%} supervised"
     for name, count in stage.notes.items():
         if count:
             yield f"  {count:,} ({count / stage.sequences:.1%}) {NOTES.get(name, name)}"
 
 
 def _drawn(stage: Stage) -> list[str]:
-    return ledger(stage.drawn, "in an epoch") if stage.name == "train" else []
+    return ledger(stage.drawn, "per epoch") if stage.name == "train" else []
 
 
 def _histogram(stage: Stage) -> Iterator[str]:
     edges, counts = stage.lengths
     least, half, most = stage.spread
-    yield f"  tokens of a sequence: {least:,} to {most:,}, half of them up to {half:,}"
+    yield f"  tokens per sequence: {least:,} to {most:,}, median {half:,}"
     highest = max([1, *counts])
     for name, count in zip(bins(edges), counts, strict=True):
         if count:
@@ -146,7 +144,7 @@ def _histogram(stage: Stage) -> Iterator[str]:
 
 
 def bins(edges: Sequence[int]) -> list[str]:
-    """The names of a histogram's bins, the last for what is longer than a row."""
+    """Names of a histogram's bins; the last one is for sequences longer than `seq_len`."""
     return [f"{low:,} - {high - 1:,}" if high - low > 1 else f"{low:,}" for low, high in itertools.pairwise(edges)] + [
         f"over {edges[-1] - 1:,}"]
 
@@ -154,13 +152,13 @@ def bins(edges: Sequence[int]) -> list[str]:
 def _pace(seen: Inspection) -> list[str]:
     if (pace := seen.pace) is None:
         return []
-    last = f", the last of {pace.last:,}" if pace.last < pace.rows else ""
+    last = f" (the last one {pace.last:,})" if pace.last < pace.rows else ""
     run = f"; {pace.run:,} in the run" if pace.run else ""
-    return [f"steps: {pace.epoch:,} in an epoch, of {pace.rows:,} rows each{last}{run}"]
+    return [f"steps: {pace.epoch:,} per epoch, of {_several(pace.rows, 'packed sequence')} each{last}{run}"]
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    """Columns; the first holds names and takes what room is left."""
+    """Format columns; the first has names and takes the remaining width."""
     rows = [list(row) for row in rows]
     widths = [max(len(row[column]) for row in [list(head), *rows]) for column in range(len(head))]
     widths[0] = max(12, min(widths[0], _width() - 2 - sum(width + 2 for width in widths[1:])))
@@ -178,7 +176,7 @@ def _width() -> int:
 
 
 def _fitted(name: str, room: int) -> str:
-    """A path by its end, which tells more than its beginning."""
+    """Shorten a path at its beginning."""
     return name if len(name) <= room else "..." + name[3 - max(room, 12):]
 
 

@@ -1,1 +1,1 @@
-"""Files to records: conversations and documents."""
+"""Read files and hub datasets as records, and convert records to conversations and documents."""

@@ -1,4 +1,4 @@
-"""Remove superfluous white space from a text, where a source asks for it."""
+"""Remove superfluous white space from texts, as configured for a source."""
 
 import re
 from collections.abc import Iterable, Iterator
@@ -12,7 +12,7 @@ _BLANKS, _LINES = re.compile(r"[^\S\n]+"), re.compile(r"\n{3,}")
 
 
 def cleaned(said: Document | Conversation, how: Clean) -> Document | Conversation:
-    """A document or conversation whose texts are cleaned; the very same object where nothing changed."""
+    """The document or conversation with cleaned texts; the same object if nothing changed."""
     if how == "none":
         return said
     if isinstance(said, Document):
@@ -23,7 +23,7 @@ def cleaned(said: Document | Conversation, how: Clean) -> Document | Conversatio
 
 
 def clean(text: str, how: Clean) -> str:
-    r"""`strip`: no white space at the ends. `collapse`: that, one space for a run of blanks, at most one empty line.
+    r"""Clean a text. `strip`: trim the ends. `collapse`: also one space per run of blanks, at most one empty line.
 
     >>> clean("  a \t b  \n\n\n\n c ", "collapse")
     'a b\n\nc'
@@ -32,7 +32,7 @@ def clean(text: str, how: Clean) -> str:
 
 
 def clean_blocks(blocks: Iterable[str], how: Clean) -> Iterator[str]:
-    """The same for a text that comes in blocks of whole lines."""
+    """The same for a text in blocks of whole lines."""
     if how == "none":
         yield from blocks
         return
@@ -41,7 +41,7 @@ def clean_blocks(blocks: Iterable[str], how: Clean) -> Iterator[str]:
         text = _collapsed(held + block) if how == "collapse" else held + block
         text = text if begun else text.lstrip()
         solid = text.rstrip()
-        held = text[len(solid):]                        # white space that may be the document's end
+        held = text[len(solid):]                        # white space that may end the document
         if solid:
             begun = True
             yield solid

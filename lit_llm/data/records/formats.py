@@ -1,8 +1,7 @@
-"""Convert a record of any known format to a Document or a Conversation.
+"""Convert a record of any supported format to a Document or a Conversation.
 
-Pure functions, few for many files: a record is a text, turns, or a question and its answer, in some spelling. Whatever
-is wrong is an InputError that says what would be right; keys that mean nothing here are named, to be counted. Which
-format a record has is `recognition.py`.
+A record is a text, a list of turns, or a question and its answer, under various names. Errors are InputErrors that say
+what would be right; unused keys are noted, to be counted. `recognition.py` determines the format of a record.
 """
 
 import hashlib
@@ -34,24 +33,24 @@ SPEAKERS = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "a
             "tool_call": "call", "tool_response": "tool", "function_response": "tool", "ipython": "tool",
             "chatgpt": "assistant", "bing": "assistant", "bard": "assistant", "model": "assistant", "prompter": "user"}
 SYSTEM, TOOLS = ("system", "system_prompt"), ("tools", "functions")
-TEMPLATE_ARGS = ("chat_template_kwargs", "template_args")   # variables of the chat template; TRL's name and ours
+TEMPLATE_ARGS = ("chat_template_kwargs", "template_args")  # variables of the chat template
 MEDIA = ("image", "images", "video", "videos", "audio", "audios")
-MESSAGES, RENDERED = 4000, 4_000_000_000                # of a conversation; its messages times their characters
+MESSAGES, RENDERED = 4000, 4_000_000_000  # limits on messages of a conversation, and on messages times characters
 OURS = ("text", "instruction", "input", "output", "history", "system", "prompt", "completion", "tools", "label", *TURNS)
 
 
 def convert(record: dict[str, Any] | str, *, format: str = "auto", columns: Mapping[str, str] | None = None,
             notes: set[str] | None = None) -> Document | Conversation:
-    """What a record means.
+    """Convert a record.
 
     Args:
         record: A parsed object, or the text of a document.
         format: A name in `FORMATS`, or `auto`.
-        columns: Our key to the record's own, `{"prompt": "question"}`; the record's key no longer counts as itself.
-        notes: What a person should know, and no fault, is added to it: keys that are not read, blanks left open.
+        columns: Standard key -> the record's key, `{"prompt": "question"}`; that key then loses its own meaning.
+        notes: Notes about unused keys and unfilled placeholders are added to it.
 
     Raises:
-        InputError: An unknown format, a missing key, a wrong type, nothing to learn from.
+        InputError: An unknown format, a missing key, a wrong type, or no answer.
 
     >>> convert({"q": "1+1?", "a": "2"}, columns={"prompt": "q", "completion": "a"}).messages[1].content
     '2'
@@ -61,7 +60,7 @@ def convert(record: dict[str, Any] | str, *, format: str = "auto", columns: Mapp
                          f"{did_you_mean(format, list(FORMATS))}")
     if isinstance(record, str):
         if format not in ("auto", "text"):
-            raise InputError(f"format '{format}' needs objects with keys, and this file is plain text")
+            raise InputError(f"format '{format}' needs objects with keys, but this file is plain text")
         return Document(record)
     seen = Fields(_renamed(record, columns) if columns else record)
     said = FORMATS[recognise(seen.record) if format == "auto" else format](seen)
@@ -71,7 +70,7 @@ def convert(record: dict[str, Any] | str, *, format: str = "auto", columns: Mapp
     else:
         texts = [said.text]
     if any("\0" in text for text in texts):
-        raise InputError("a NUL character (\\u0000) stands in the text; no text has that", fix="Take it out.")
+        raise InputError("the text contains a NUL character (\\u0000), which is not allowed", fix="Remove it.")
     if notes is not None:
         notes.update(seen.unread())
         if isinstance(said, Conversation) and any(map(_BLANK.search, texts)):
@@ -88,7 +87,7 @@ class Fields:
         self.record, self.keys = record, set[str]()
 
     def get(self, *names: str) -> Any:
-        """The value of the first of these keys that is there and not null."""
+        """The value of the first of these keys that exists and is not null."""
         for key in names:
             if self.record.get(key) is not None:
                 self.keys.add(key)
@@ -96,19 +95,19 @@ class Fields:
         return None
 
     def need(self, key: str) -> Any:
-        """The value of a key, or an error that names the keys there are."""
+        """The value of a key, or an error that names the existing keys."""
         if key not in self.record:
             raise _absent(key, self.record)
         self.keys.add(key)
         return self.record[key]
 
     def unread(self) -> Iterator[str]:
-        """Keys that were not read; at most 20 of each kind, so that a hostile record does not fill a report."""
+        """Keys that were not read; at most 20 of each kind, to limit the report."""
         extra = [str(key) for key, value in self.record.items() if value is not None and key not in self.keys]
         turns = next((value for key in TURNS if key in self.keys and isinstance(value := self.record[key], list)), [])
         inner = {str(key) for turn in turns if isinstance(turn, Mapping) for key in turn if key not in _IN_TURNS}
-        yield from (f"the key '{key[:40]}' is not read" for key in extra[:20])
-        yield from (f"the key '{key[:40]}' of a message is not read" for key in sorted(inner)[:20])
+        yield from (f"the key '{key[:40]}' is not used" for key in extra[:20])
+        yield from (f"the key '{key[:40]}' of a message is not used" for key in sorted(inner)[:20])
 
 
 OPEN_NOTE = "a {{placeholder}} is left open"
@@ -127,8 +126,8 @@ def text(record: Fields) -> Document:
 def turns(record: Fields) -> Conversation:
     """A list of turns under `messages`, `conversations` or `conversation`, with optional `system` and `tools`.
 
-    A turn is spelled as OpenAI does (role, content), as ShareGPT (from, value; function calls and observations
-    included), as Firefly (human and assistant in one), or is a string, questions and answers by turns.
+    A turn has the form of OpenAI (role, content), of ShareGPT (from, value; including function calls and observations),
+    of Firefly (human and assistant in one), or is a string, alternating between question and answer.
     """
     key = turns_key(record.record) or next((key for key in TURNS if key in record.record), TURNS[0])
     told = listed(record.need(key))
@@ -138,20 +137,21 @@ def turns(record: Fields) -> Conversation:
 
 
 def alpaca(record: Fields) -> Conversation:
-    """`instruction`, `input` (below it, may be empty), `output`, with optional `system`, `history` and `tools`.
+    """`instruction`, `input` (appended to it, may be empty), `output`, with optional `system`, `history` and `tools`.
 
-    Also by other names: question, query, prompt or problem; context; answer, response, completion, solution or target.
+    Also accepted under other names: question, query, prompt or problem; context; answer, response, completion,
+    solution or target.
     """
     return _pair(record, *(pair_keys(record.record) or NAMED[0]))
 
 
 def prompt(record: Fields) -> Conversation:
-    """`prompt` and `completion`, each a string or a list of messages; only the completion is learned."""
+    """`prompt` and `completion`, each a string or a list of messages; only the completion is supervised."""
     return _pair(record, *NAMED[1])
 
 
 def firefly(record: Fields) -> Conversation:
-    """`conversation`, a list of `{"human": ..., "assistant": ...}`; or the older `kind`, `input`, `target`."""
+    """`conversation`, a list of `{"human": ..., "assistant": ...}`; or the older form `kind`, `input`, `target`."""
     return turns(record) if "conversation" in record.record else _pair(record, "input", "target")
 
 
@@ -212,8 +212,8 @@ def _pair(record: Fields, ask: str, answer: str) -> Conversation:
 
 def _instance(instances: Any) -> tuple[list[str], str]:
     if not isinstance(instances, list) or len(instances) != 1 or not isinstance(instances[0], Mapping):
-        raise InputError("instances must hold one object with input and output",
-                         fix="Write each further instance as a record of its own.")
+        raise InputError("instances must contain one object with input and output",
+                         fix="Write each further instance as a separate record.")
     one = Fields(instances[0])
     return [_string(one.get("input") or "", "input")], _string(one.need("output"), "output")
 
@@ -225,14 +225,14 @@ def _conversation(record: Fields, messages: list[dict[str, Any]]) -> Conversatio
     if system and not (messages and messages[0]["role"] == "system"):
         messages.insert(0, {"role": "system", "content": system})
     elif system and messages[0].get("content") != system:
-        raise InputError("two system prompts: one under a key of the record, another in its first message")
+        raise InputError("two system prompts: one under a key of the record and one in its first message")
     _refuse_huge(messages)
     return Conversation.from_openai(messages, _tools(record.get(*TOOLS)), record.get(*TEMPLATE_ARGS))
 
 
 def _turn(turn: Any, number: int) -> list[dict[str, Any]]:
-    """The messages of a turn, in OpenAI's spelling."""
-    if isinstance(turn, str):                           # LIMA's: questions and answers in turn
+    """The messages of a turn, in OpenAI's format."""
+    if isinstance(turn, str):                           # LIMA: alternating questions and answers
         return [{"role": ("assistant", "user")[number % 2], "content": turn}]
     if not isinstance(turn, Mapping):
         raise InputError(f"message {number}: a message must be an object with role and content, not {shown(turn)}")
@@ -268,7 +268,7 @@ def _turn(turn: Any, number: int) -> list[dict[str, Any]]:
 
 
 def _tools(tools: Any) -> Any:
-    """OpenAI wraps a schema as `{"type": "function", "function": ...}`; ShareGPT files hold it bare, often as text."""
+    """OpenAI wraps a schema as `{"type": "function", "function": ...}`; ShareGPT files do not, and often use text."""
     if isinstance(tools, str):
         try:
             tools = json.loads(tools) if tools.strip() else None
@@ -281,26 +281,26 @@ def _tools(tools: Any) -> Any:
     return [dict(tool) if "function" in tool else {"type": "function", "function": dict(tool)} for tool in tools]
 
 
-# ---- what is wrong ---------------------------------------------------------------------------------------------------
+# ---- refused records -------------------------------------------------------------------------------------------------
 
 def _refuse_huge(messages: list[dict[str, Any]]) -> None:
-    """Refuse what would take minutes: each answer is rendered with all that stands before it."""
+    """Refuse conversations that would take minutes, because each answer is rendered with all that precedes it."""
     if len(messages) > MESSAGES:
-        raise InputError(f"a conversation of {len(messages):,} messages; at most {MESSAGES:,} are read",
-                         fix="Divide it into several records.")
+        raise InputError(f"the conversation has {len(messages):,} messages; at most {MESSAGES:,} are allowed",
+                         fix="Split it into several records.")
     if (size := size_of_value(messages)) * len(messages) > RENDERED:
-        raise InputError(f"a conversation of {len(messages):,} messages with {size:,} characters is too long: with so "
-                         f"many messages, at most {RENDERED // len(messages):,} are read",
-                         fix="Divide it into several records.")
+        raise InputError(f"the conversation is too long: with {len(messages):,} messages, at most "
+                         f"{RENDERED // len(messages):,} characters are allowed, not {size:,}",
+                         fix="Split it into several records.")
 
 
 def _refuse_what_is_not_to_learn(record: Fields) -> None:
     if record.get("label", "kto_tag") is False:
-        raise InputError("label is false: a preference file's mark for a bad answer; it must not be learned",
+        raise InputError("label is false, which marks a bad answer in preference data, so it must not be trained on",
                          fix="data.on_bad_record: quarantine sets such records aside and keeps the good answers.")
     for key in MEDIA:
         if record.get(key):
-            raise InputError(f"the record has '{key}'; images and audio are not read, only text")
+            raise InputError(f"the record has '{key}'; images and audio are not supported, only text")
 
 
 def _renamed(record: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
@@ -309,7 +309,7 @@ def _renamed(record: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str,
             raise InputError(f"columns maps '{ours}', which no format has; use {', '.join(OURS)}."
                              f"{did_you_mean(ours, list(OURS))}")
         if theirs not in record:
-            raise InputError(f"columns names '{theirs}', and the record's keys are {keys(record)}."
+            raise InputError(f"columns names '{theirs}', but the record's keys are {keys(record)}."
                              f"{did_you_mean(theirs, names(record))}")
     kept = {key: value for key, value in record.items() if key not in columns.values() and key not in columns}
     return {**kept, **{ours: record[theirs] for ours, theirs in columns.items()}}

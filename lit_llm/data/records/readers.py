@@ -1,8 +1,8 @@
-"""Read one file, of any supported kind, as raw records, each with its place.
+"""Read one file of any supported type as raw records, each with its place.
 
-A bad line is given as a value and does not end the file; the caller decides what to do with it. Files are read as they
-are asked for, so their size does not matter. CSV, text and tables are read here, JSON in `jsonfile.py`; what a record
-means is decided in `formats.py`, and which files there are in `sources.py`.
+A bad line is yielded as an error and does not end the file; the caller decides what to do with it. Files are read
+lazily, so their size does not matter. CSV, text and tables are read here, JSON in `jsonfile.py`; `formats.py`
+interprets records, and `sources.py` finds the files.
 """
 
 import csv
@@ -24,12 +24,12 @@ KINDS = {".txt": "text", ".md": "text", ".jsonl": "json", ".ndjson": "json", ".j
          ".tsv": "csv", ".parquet": "table", ".arrow": "table"}
 SEPARATOR = "<|endoftext|>"
 SEPARATOR_LINE = re.compile(rf"^{re.escape(SEPARATOR)}$", re.MULTILINE)
-PACKED_AT_MOST = 50                                     # unpacked bytes of a table for each byte; text has 2 to 10
-LONG = 1 << 20                                          # characters of a document that is handed on in blocks
+PACKED_AT_MOST = 50                                     # limit on the compression ratio of a table; text has 2 to 10
+LONG = 1 << 20                                          # characters above which a document is passed on in blocks
 
 
 def kind_of(path: Path) -> str | None:
-    """How a file is read, by its name; None where the name does not say."""
+    """The type of a file by its name; None if unknown."""
     name = Path(path.name.lower())
     packed = name.suffix in PACKED
     kind = KINDS.get(name.with_suffix("").suffix if packed else name.suffix)
@@ -37,15 +37,15 @@ def kind_of(path: Path) -> str | None:
 
 
 def scan_file(path: Path, *, document: str = "auto", parse: bool = True) -> Iterator[Found]:
-    """Each record of a file, or the reason why it is none, with its place.
+    """Yield each record of a file, or its error, with its place.
 
     Args:
         path: The file.
         document: As in `Source`.
-        parse: False leaves JSON lines as bytes, for another process to parse.
+        parse: False yields JSON lines as bytes, for parsing in another process.
 
     Raises:
-        InputError: The file cannot be opened, what follows cannot be told apart any more, or it changed meanwhile.
+        InputError: The file cannot be opened, its structure is broken, or it changed while it was read.
     """
     notes: set[str] = set()
     open_bytes(path).close()
@@ -66,15 +66,16 @@ def scan_file(path: Path, *, document: str = "auto", parse: bool = True) -> Iter
         yield record, replace(place, notes=tuple(sorted(new))) if new else place
     after = path.stat()
     if (before.st_mtime_ns, before.st_size) != (after.st_mtime_ns, after.st_size):
-        raise InputError("the file changed while it was read", where=str(path), fix="Run again when it is complete.")
+        raise InputError("the file changed while it was read", where=str(path),
+                         fix="Run again when the file is complete.")
 
 
 # ---- CSV and text ----------------------------------------------------------------------------------------------------
 
 def _csv(path: Path, notes: set[str]) -> Iterator[Found]:
-    """Rows as strings, verbatim: a data frame would turn 007 into 7 and NA into null."""
+    """CSV rows as verbatim strings: a data frame would convert 007 to 7 and NA to null."""
     csv.field_size_limit(LONGEST)
-    held = 0                                            # characters of the row that is being read
+    held = 0                                            # characters of the current row
 
     def measured() -> Iterator[str]:
         nonlocal held
@@ -82,8 +83,8 @@ def _csv(path: Path, notes: set[str]) -> Iterator[Found]:
             for line in io.StringIO(text, newline=""):
                 held += len(line)
                 if held > LONGEST:
-                    raise InputError(f"a row of more than {LONGEST >> 20} MB", where=f"{path}:{row_begins}", fix="Is a "
-                                     "quote left open? Else divide the record into several.")
+                    raise InputError(f"a row is larger than {LONGEST >> 20} MB", where=f"{path}:{row_begins}",
+                                     fix="Is a quote not closed? Otherwise split the record.")
                 yield line
 
     rows, row_begins = measured(), 1
@@ -98,7 +99,7 @@ def _csv(path: Path, notes: set[str]) -> Iterator[Found]:
             row = next(reader)
         except StopIteration:
             return
-        except csv.Error as error:                      # where the next row begins, nobody can say
+        except csv.Error as error:                      # the start of the next row is unknown
             raise InputError(f"not CSV: {error}", where=f"{path}:{line}") from None
         held, blank = 0, 0 if row else blank + 1
         if not row:
@@ -107,15 +108,15 @@ def _csv(path: Path, notes: set[str]) -> Iterator[Found]:
         if names is None:
             names = row
             if twice := [name for name, count in Counter(names).items() if count > 1]:
-                raise InputError(f"the header has '{twice[0][:40]}' twice", where=f"{path}:{line}")
+                raise InputError(f"the header contains '{twice[0][:40]}' twice", where=f"{path}:{line}")
         elif len(row) != len(names):
-            yield InputError(f"the row has {len(row)} fields, and the header {len(names)}"), Place(str(path), line)
+            yield InputError(f"the row has {len(row)} fields, but the header has {len(names)}"), Place(str(path), line)
         else:
             yield dict(zip(names, row, strict=True)), Place(str(path), line)
 
 
 def _text(path: Path, document: str, notes: set[str]) -> Iterator[Found]:
-    """Documents of a text file; what lies between separator lines is kept to the last character."""
+    """Documents of a text file; text between separator lines is unchanged."""
     if document == "line":
         yield from ((row, place) for row, place in _rows(path, notes) if row)
     elif document == "paragraph":
@@ -125,11 +126,11 @@ def _text(path: Path, document: str, notes: set[str]) -> Iterator[Found]:
 
 
 def _rows(path: Path, notes: set[str]) -> Iterator[tuple[str | InputError, Place]]:
-    """Lines; a blank one is empty, and one longer than `LONGEST` is an error."""
+    """Lines of a file; a blank line is empty, and one longer than `LONGEST` is an error."""
     number = blank = lost = 0
     held, share = "", 0.0
     for block, share in blocks(path, notes, ends="torn"):
-        if block.isspace() and block.endswith("\n") and not (held or lost):      # perhaps one of very many
+        if block.isspace() and block.endswith("\n") and not (held or lost):      # possibly one of very many
             blank, number = blank + block.count("\n"), number + block.count("\n")
             refuse_blank(blank, path, number)
             yield "", Place(str(path), number, share=share)
@@ -158,7 +159,7 @@ def _rows(path: Path, notes: set[str]) -> Iterator[tuple[str | InputError, Place
 
 
 def _too_long(what: str, size: int) -> InputError:
-    return InputError(f"a {what} of more than {LONGEST:,} characters, {size:,}", fix="Give the text line ends.")
+    return InputError(f"a {what} has {size:,} characters, more than {LONGEST:,}", fix="Add line breaks to the text.")
 
 
 def _unix(block: str, notes: set[str]) -> str:
@@ -189,7 +190,7 @@ def _paragraphs(path: Path, notes: set[str]) -> Iterator[Found]:
 
 
 def _separated(path: Path, separator: re.Pattern[str] | None, notes: set[str]) -> Iterator[Found]:
-    """What stands between separators; its place is its first line that is not blank."""
+    """Texts between separators; their place is the first line that is not blank."""
     stretches = _stretches(path, separator, notes)
     held: list[str] = []
     size, place = 0, None
@@ -200,8 +201,8 @@ def _separated(path: Path, separator: re.Pattern[str] | None, notes: set[str]) -
         held.append(text)
         size += len(text)
         if not place and size > LONGEST:
-            raise InputError(f"more than {LONGEST >> 20} MB of white space", where=f"{path}:{line}",
-                             fix="Is this the right file? If so, take it out.")
+            raise InputError(f"the file contains more than {LONGEST >> 20} MB of white space", where=f"{path}:{line}",
+                             fix="Is this the right file? If so, remove it.")
         if place and size > LONG and not ends:
             yield LongText(_until_end(held, stretches)), place
         elif place and ends:
@@ -221,7 +222,7 @@ def _until_end(held: list[str], stretches: Iterator[tuple[str, bool, int, float]
 
 def _stretches(path: Path, separator: re.Pattern[str] | None,
                notes: set[str]) -> Iterator[tuple[str, bool, int, float]]:
-    """(text, whether its document ends with it, its first line, share of the file read)."""
+    """(text, whether it ends its document, its first line, share of the file that was read)."""
     line = 1
     for block, share in blocks(path, notes, ends="torn"):
         text = _unix(block, notes)
@@ -240,7 +241,7 @@ def _open_table(path: Path) -> Any:
 
     kind = path.suffix.lower().removeprefix(".")
     try:
-        if kind == "parquet":                       # `datasets` unpacks a row group as a whole, with all repeated cells
+        if kind == "parquet":                       # `datasets` decodes whole row groups, with all repeated cells
             batches = pyarrow.parquet.ParquetFile(path).iter_batches(batch_size=_rows_at_once(path))
             return (row for batch in batches for row in batch.to_pylist())
         return datasets.load_dataset(kind, data_files=[str(path)], split="train", streaming=True)
@@ -251,10 +252,10 @@ def _open_table(path: Path) -> Any:
 
 
 def _rows_at_once(path: Path) -> int:
-    """How many rows of a parquet file are unpacked together: few where each may be large.
+    """Rows of a parquet file that are decoded together: few if they may be large.
 
     Raises:
-        InputError: It would unpack to far more than its size says.
+        InputError: It would decode to much more data than its size suggests.
     """
     import pyarrow.parquet
 
@@ -269,7 +270,7 @@ def _rows_at_once(path: Path) -> int:
                              "rows", where=str(path),
                              fix="Is this the right file? If so, write it with smaller row groups.")
         least = 1 if size > PACKED_AT_MOST * packed else 4
-        most = min(most, max(least, LONGEST // max(size, 1)))   # equal cells are stored once, so each may be so large
+        most = min(most, max(least, LONGEST // max(size, 1)))   # equal cells are stored once, so each row may be large
     return most
 
 
@@ -287,13 +288,13 @@ def scan_table(rows: Any, name: str) -> Iterator[Found]:
                              where=f"{name}:record {number}") from None
         place, size = Place(name, number, "record"), size_of_value(row)
         if size > LONGEST:
-            yield InputError(f"a record of more than {LONGEST >> 20} MB, {size / 2**20:,.1f} MB", fix=DIVIDE), place
+            yield InputError(f"a record has {size / 2**20:,.1f} MB, more than {LONGEST >> 20} MB", fix=DIVIDE), place
         else:
             yield {key: _without_nulls(value) for key, value in row.items()}, place
 
 
 def _without_nulls(value: Any) -> Any:
-    """Nested objects without the keys that Arrow filled up: it gives all rows the keys of each of them."""
+    """Remove null keys of nested objects, because Arrow gives every row the keys of all rows."""
     if isinstance(value, dict):
         return {key: _without_nulls(inner) for key, inner in value.items() if inner is not None}
     return [_without_nulls(inner) for inner in value] if isinstance(value, list) else value

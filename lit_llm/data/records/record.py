@@ -1,6 +1,6 @@
-"""A raw record as it was read from a file or a table, and the place that it came from.
+"""A raw record as read from a file or table, and its place.
 
-What a record means is decided in `formats.py`.
+`formats.py` interprets records.
 """
 
 import json
@@ -13,15 +13,15 @@ from lit_llm.errors import InputError
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a record came from.
+    """Origin of a record.
 
     Args:
-        path: The file, or the hub dataset.
-        number: A line (JSON, CSV, text) or a record number (tables, the hub), from 1.
-        unit: Which of them, `line` or `record`.
-        share: Of its file, read so far; for the time left.
-        column: Where it begins in its line, if it is not the first one there; else 0.
-        notes: What was mended in the file, with the first record that comes after.
+        path: File or hub dataset.
+        number: Line number (JSON, CSV, text) or record number (tables, hub), from 1.
+        unit: Kind of number, `line` or `record`.
+        share: Share of the file read so far, for the remaining time.
+        column: Start column if it is not the first record of its line; otherwise 0.
+        notes: What was corrected in the file, given with the first record after it.
     """
 
     path: str
@@ -39,7 +39,7 @@ class Place:
 
 @dataclass(frozen=True, slots=True)
 class LongText:
-    """One document, in blocks that end with a line as a rule; all are read before the next record is asked for."""
+    """One document in blocks, usually of whole lines; they must be read before the next record."""
 
     blocks: Iterator[str]
 
@@ -49,7 +49,7 @@ Found = tuple[Record | InputError, Place]
 
 
 def shown(value: Any) -> str:
-    """The beginning of a value as JSON, without writing all of it.
+    """The beginning of a value as JSON, without encoding all of it.
 
     >>> shown({"a": [1, 2]})
     '{"a": [1, 2]}'
@@ -64,7 +64,7 @@ def shown(value: Any) -> str:
 
 
 def size_of_value(value: Any) -> int:
-    """About how many characters the texts of a record have; what is empty takes memory, too, and counts as some."""
+    """Approximate characters of a record's texts; empty values also count, because they take memory."""
     if isinstance(value, str | bytes):
         return len(value) or 8
     if isinstance(value, dict):

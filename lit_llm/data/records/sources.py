@@ -1,7 +1,6 @@
 """Find the files or the hub dataset of a source and read its raw records.
 
-Knows folders, globs, packaged samples and the hub. How one file is read is `readers.py`; what a record means is
-`formats.py`.
+It handles folders, globs, packaged samples and the hub. `readers.py` reads files, and `formats.py` interprets records.
 """
 
 import contextlib
@@ -29,32 +28,32 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 @dataclass
 class Source:
-    """One named corpus.
+    """One corpus.
 
     Args:
         path: A file, a folder, a glob (`data/*.jsonl`), or a hub id (`owner/name`). `sample:NAME` is a file that ships
             with the package. Extensions: .txt .md .jsonl .ndjson .json .csv .tsv .parquet .arrow; all but the last two
-            also .gz and .zst. Of a folder every such file is read, recursively, but for hidden ones and those that
-            speak about the data (README*, LICENSE*, dataset_info.json); where their names tell splits apart
-            (`train.jsonl`, `test-00000.parquet`), those of `split`. Text is UTF-8: a BOM goes and is counted, other
-            encodings are named and refused, and so is damage (NUL, half a surrogate pair, a key twice in an object).
-        format: What a record means. `auto` recognises each record by its keys and refuses what can be read in two
-            ways; `text` is {text}; `alpaca` {instruction, input, output, system, history} and others' names for these
-            (question and answer, instruction and context and response); `prompt` {prompt, completion}; `messages`,
-            `sharegpt` and `firefly` are turns under messages, conversations or conversation. Keys that are not read
-            are counted in the report. Preference records need `columns`; answers with `label: false` are refused.
-        split: The split of a hub dataset, of a saved one, or of a folder whose files name splits.
-        subset: The configuration of a hub dataset that has several, such as `wikitext-2-raw-v1`.
-        weight: How often its records are drawn per epoch, above 0 and at most 1,000: 2 takes each twice; 0.25 a quarter
-            of them, in each epoch the next one, so that four epochs see all. Of a long document, a quarter of its
-            windows.
-        columns: Our key to the record's own, where they differ: `{prompt: question, completion: answer}`,
-            `{text: paragraphs}`, or of a preference record `{prompt: conversations, completion: chosen}`.
-        document: What one document of a text file is. `auto` splits at lines that are exactly `<|endoftext|>`, the
-            separator in the field's published corpora, and else takes the whole file; `file`; `paragraph` (blank
-            lines between); `line`. The text itself is kept as it stands; CRLF becomes LF and a BOM goes.
-        clean: White space to take away. `strip`: at the ends of a text or message; `collapse`: also runs of blanks
-            become one space, runs of empty lines one.
+            also with .gz or .zst. A folder is read recursively, except hidden files and those about the data (README*,
+            LICENSE*, dataset_info.json); if file names tell splits (`train.jsonl`, `test-00000.parquet`), only those of
+            `split`. Text must be UTF-8: a BOM is removed and counted; other encodings and damage (NUL, a lone
+            surrogate, a duplicate key) are refused with their names.
+        format: How to interpret records. `auto` recognises each record by its keys and refuses ambiguous ones; `text`
+            is {text}; `alpaca` {instruction, input, output, system, history} and other names for these (question and
+            answer, instruction and context and response); `prompt` {prompt, completion}; `messages`, `sharegpt` and
+            `firefly` are turns under messages, conversations or conversation. Unused keys are counted in the report.
+            Preference records need `columns`; answers with `label: false` are refused.
+        split: Split of a hub dataset, a saved dataset, or a folder whose files are named after splits.
+        subset: Configuration of a hub dataset with several, such as `wikitext-2-raw-v1`.
+        weight: How often its records are drawn per epoch, above 0 and at most 1,000: 2 draws each twice; 0.25 draws a
+            quarter of them, another quarter in each epoch, so that four epochs see all. For a long document it is a
+            quarter of its windows.
+        columns: Standard key -> the record's key, if they differ: `{prompt: question, completion: answer}`,
+            `{text: paragraphs}`, or for a preference record `{prompt: conversations, completion: chosen}`.
+        document: How a text file is split into documents. `auto` splits at lines that are exactly `<|endoftext|>`, the
+            usual separator of published corpora, or takes the whole file; `file`; `paragraph` (separated by blank
+            lines); `line`. The text itself is unchanged, except that CRLF becomes LF and a BOM is removed.
+        clean: White space to remove. `strip`: at the ends of a text or message; `collapse`: also runs of blanks become
+            one space, and runs of empty lines one.
     """
 
     path: str
@@ -69,10 +68,10 @@ class Source:
     # ---- reading -----------------------------------------------------------------------------------------------------
 
     def read(self) -> Iterator[tuple[Record, str]]:
-        """Each record with its place, `file:line`.
+        """Yield each record with its place, `file:line`.
 
         Raises:
-            InputError: At the first thing that cannot be read; it names the place.
+            InputError: Something cannot be read; the error names the place.
         """
         for record, place in self.scan():
             if isinstance(record, InputError):
@@ -80,10 +79,10 @@ class Source:
             yield record, str(place)
 
     def scan(self, *, parse: bool = True) -> Iterator[Found]:
-        """Each record, or the reason why it is none, with its place; a file that cannot be opened raises.
+        """Yield each record, or its error, with its place; raises for files that cannot be opened.
 
         Args:
-            parse: False leaves JSON lines as bytes, for another process to parse.
+            parse: False yields JSON lines as bytes, for parsing in another process.
         """
         if self.is_hub:
             yield from scan_table(self.hub_dataset(), self.path)
@@ -92,9 +91,9 @@ class Source:
             yield from scan_file(path, document=self.document, parse=parse)
 
     def parts(self) -> list[Callable[[], Iterator[Found]]]:
-        """The source in parts that can be scanned on their own, without the rest: its files, or a hub dataset's shards.
+        """Parts of the source that can be scanned independently: its files, or a hub dataset's shards.
 
-        JSON lines come as bytes, for who tokenizes them to parse.
+        JSON lines are yielded as bytes, for parsing where they are tokenized.
         """
         if self.is_hub:
             return shards(self.hub_dataset(streaming=True), self.path)
@@ -104,14 +103,14 @@ class Source:
 
     @property
     def is_hub(self) -> bool:
-        """Whether it is a dataset of the hub."""
+        """Whether the source is a hub dataset."""
         return is_hub(self.path)
 
     def files(self) -> list[Path]:
-        """The local files, sorted. A named file needs no known extension when `format` is `text`.
+        """The local files, sorted. A single file needs no known extension if `format` is `text`.
 
         Raises:
-            InputError: The path does not exist (with similar names), or holds no file of a supported kind.
+            InputError: The path does not exist (with similar names), or there is no file of a supported type.
         """
         if self.document not in DOCUMENT_CHOICES:
             raise InputError(f"document must be one of {', '.join(DOCUMENT_CHOICES)}, not '{self.document}'."
@@ -121,38 +120,38 @@ class Source:
         return found
 
     def sizes(self) -> dict[str, int] | None:
-        """Bytes of each of its files; null for a dataset of the hub, where they are unknown."""
+        """Bytes of each of its files; null for a hub dataset, where they are unknown."""
         return None if self.is_hub else {str(path): path.stat().st_size for path in self.files()}
 
     def _refuse_idle(self, found: list[Path]) -> None:
-        """Refuse settings that the files give no meaning to.
+        """Refuse settings that have no effect with these files.
 
         Raises:
-            InputError: It names the setting.
+            InputError: The error names the setting.
         """
         if self.subset is not None:
-            raise InputError(f"subset: {self.subset} would change nothing: only a dataset of the hub has several",
+            raise InputError(f"subset: {self.subset} has no effect: only hub datasets have several",
                              where=self.path, fix="Leave `subset` out.")
         saved = locate(self.path) / "dataset_dict.json"
         wanted = [name for name, words in SPLITS.items() if self.split in (name, *words)]
         if self.split != "train" and not saved.is_file() and not any(_split_of(path) in wanted for path in found):
-            raise InputError(f"split: {self.split} would change nothing: no file here is named after a split",
+            raise InputError(f"split: {self.split} has no effect: no file here is named after a split",
                              where=self.path, fix="Leave `split` out, or name the files.")
         if self.document != "auto" and self.format != "text" and not any(kind_of(path) == "text" for path in found):
-            raise InputError(f"document: {self.document} would change nothing: it divides text files (.txt, .md)",
+            raise InputError(f"document: {self.document} has no effect: it splits text files (.txt, .md)",
                              where=self.path, fix="Leave `document` out.")
 
     def _find(self) -> list[Path]:
-        """The files that a path names."""
+        """The files of a path."""
         path = locate(self.path)
         if path.is_dir():
             found = _folder(path, self.split)
         elif path.exists():
-            if not path.is_file():                          # a pipe would block, and can be read only once
-                raise InputError("not a regular file", where=str(path), fix="Write what it gives to a file first.")
+            if not path.is_file():                          # a pipe would block and can be read only once
+                raise InputError("not a regular file", where=str(path), fix="Write its content to a file first.")
             if not kind_of(path) and self.format != "text":
-                raise InputError(f"cannot tell what '{path.suffix}' is; read are {', '.join(KINDS)}", where=str(path),
-                                 fix="Rename it, or set `format: text` if it is plain text.")
+                raise InputError(f"unknown extension '{path.suffix}'; supported are {', '.join(KINDS)}",
+                                 where=str(path), fix="Rename it, or set `format: text` if it is plain text.")
             return [path]
         elif glob.has_magic(str(path)):
             found = sorted(Path(name) for name in glob.glob(str(path), recursive=True)
@@ -160,31 +159,31 @@ class Source:
         else:
             raise _missing(path)
         if not found:
-            raise InputError(f"no file here that can be read; read are {', '.join(KINDS)}", where=self.path)
+            raise InputError(f"no readable file here; supported are {', '.join(KINDS)}", where=self.path)
         return found
 
     def hub_dataset(self, *, streaming: bool = False) -> Any:
-        """A hub dataset, from the cache where it is there; with `streaming` its rows come as they are asked for.
+        """Load a hub dataset, from the cache if possible; with `streaming` its records are loaded lazily.
 
         Raises:
-            InputError: Whatever went wrong, in one line, with the ways that need no hub.
+            InputError: It cannot be loaded; the error names alternatives without the hub.
         """
         if self.document != "auto":
-            raise InputError(f"document: {self.document} would change nothing: it divides text files, and a dataset of "
+            raise InputError(f"document: {self.document} has no effect: it splits text files, but a dataset of "
                              "the hub has records", where=self.path, fix="Leave `document` out.")
         import datasets
         import huggingface_hub.constants
 
-        if hub.offline():                                   # both clients would try again for half a minute
+        if hub.offline():                                   # both clients would retry for half a minute
             datasets.config.HF_HUB_OFFLINE = huggingface_hub.constants.HF_HUB_OFFLINE = True
         try:
             with quiet_hub():
                 return datasets.load_dataset(self.path, self.subset, split=self.split, streaming=streaming)
-        except Exception as error:                          # the hub client raises some thirty kinds
+        except Exception as error:                          # the hub client raises about thirty types
             reason = str(error).strip().split("\n")[0][:200] or type(error).__name__
             raise InputError(
-                f"no file or folder of that name, and the hub dataset cannot be read: {reason}", where=self.path,
-                fix="Without the hub: give a local folder or file; or set HF_HOME to a cache that holds it, with "
+                f"there is no such file or folder, and the hub dataset cannot be loaded: {reason}", where=self.path,
+                fix="Without the hub: give a local folder or file; or set HF_HOME to a cache that contains it, with "
                     "HF_HUB_OFFLINE=1; or HF_ENDPOINT to a mirror.") from None
 
 
@@ -216,11 +215,11 @@ def is_hub(path: str) -> bool:
 
 
 def _folder(folder: Path, split: str) -> list[Path]:
-    if (folder / "dataset_dict.json").exists():         # what `DatasetDict.save_to_disk` wrote
+    if (folder / "dataset_dict.json").exists():         # written by `DatasetDict.save_to_disk`
         folder = folder / split
         if not folder.is_dir():
             raise InputError(f"the saved dataset has no split '{split}'", where=str(folder.parent))
-    if (folder / "state.json").exists():                # `Dataset.save_to_disk`: its .json files are no records
+    if (folder / "state.json").exists():                # `Dataset.save_to_disk`: its .json files are not records
         return sorted(folder.glob("*.arrow"))
     found = sorted(path for path in folder.rglob("*") if path.is_file() and kind_of(path)
                    and not any(part.startswith(".") for part in path.relative_to(folder).parts)
@@ -231,7 +230,7 @@ def _folder(folder: Path, split: str) -> list[Path]:
     wanted = [name for name, words in SPLITS.items() if split in (name, *words)]
     if not (chosen := [path for path in found if named[path] in wanted]):
         there = ", ".join(sorted(name for name in set(named.values()) if name))
-        raise InputError(f"the files here are split into {there}, and none is '{split}'", where=str(folder),
+        raise InputError(f"the files here have the splits {there}, but not '{split}'", where=str(folder),
                          fix="Set `split` of the source, or name the files.")
     return chosen
 
@@ -258,7 +257,7 @@ def check_exists(path: str) -> None:
 
 def _missing(path: Path) -> InputError:
     if path.is_symlink():
-        return InputError(f"a symbolic link that leads nowhere: it points to '{path.readlink()}'", where=str(path))
+        return InputError(f"a broken symbolic link: it points to '{path.readlink()}'", where=str(path))
     above = path.parent
     while not above.exists():
         above = above.parent
@@ -270,7 +269,7 @@ def _missing(path: Path) -> InputError:
 
 @contextlib.contextmanager
 def quiet_hub() -> Iterator[None]:
-    """The clients log each of their retries; we say once what came of them."""
+    """Silence the clients' retry logs; the final error is reported once."""
     loggers = [logging.getLogger(name) for name in ("datasets", "huggingface_hub")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:

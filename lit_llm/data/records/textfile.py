@@ -1,10 +1,9 @@
-"""Read the text of one file in lines, or in blocks that end with a line: never the whole file at once.
+"""Read the text of one file in lines or in blocks of lines, never the whole file at once.
 
-Knows packing (gzip, zstd) and encodings: UTF-8 is read, others are named; what is mended is added to the caller's
-`notes`. `readers.py` and `jsonfile.py` read records from the text.
-
-What is held at a time is bounded: by `LONGEST` for a line, which is one record or a part of one. Packed files may hold
-much more than their size says, so what is only skipped is bounded, too.
+It handles compression (gzip, zstd) and encodings: UTF-8 is read, others are named in the error; corrections are added
+to the caller's `notes`. `readers.py` and `jsonfile.py` read records from the text. Memory is bounded by `LONGEST` per
+line, which is a record or a part of one. Compressed files may be much larger than their size suggests, so skipping is
+bounded as well.
 """
 
 import gzip
@@ -17,23 +16,23 @@ from typing import Any, BinaryIO, Literal
 from lit_llm.errors import InputError
 
 BLOCK = 1 << 20                                         # bytes, up to the next line end
-LONGEST = 64 << 20                                      # bytes of a line, of a JSON value, of a CSV row, of a cell
-SKIPPED = 1 << 30                                       # bytes of a line after which the file is given up
-BLANK = 10_000_000                                      # blank lines in a row
-BUFFER = 1 << 17                                       # bytes that are unpacked at a time
-DIVIDE = "Divide the record into several, or leave it out (data.on_bad_record: quarantine)."
-TAIL = 64                                               # bytes that are held back where a line is torn
+LONGEST = 64 << 20                                      # limit in bytes of a line, a JSON value, a CSV row, a cell
+SKIPPED = 1 << 30                                       # bytes of a line after which reading the file stops
+BLANK = 10_000_000                                      # consecutive blank lines
+BUFFER = 1 << 17                                       # bytes that are decompressed at a time
+DIVIDE = "Split the record into several, or leave it out (data.on_bad_record: quarantine)."
+TAIL = 64                                               # bytes that are held back when a line is split
 PACKED = (".gz", ".zst")
 DAMAGE = (OSError, EOFError, zlib.error)
-BOM_NOTE, CRLF_NOTE = "byte order mark taken away", "CRLF line ends made LF"
+BOM_NOTE, CRLF_NOTE = "byte order mark removed", "CRLF line ends converted to LF"
 _MARKS = {b"\xff\xfe\0\0": "UTF-32", b"\0\0\xfe\xff": "UTF-32", b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"}
 
 
 def open_bytes(path: Path, notes: set[str] | None = None) -> BinaryIO:
-    """The bytes of a file, unpacked by what they are; refuses UTF-16 by its byte order mark and eats that of UTF-8.
+    """Open a file, decompressed by its content; refuses UTF-16 by its byte order mark and skips that of UTF-8.
 
     Raises:
-        InputError: It cannot be opened, or stands for data that is elsewhere.
+        InputError: It cannot be opened, or it is only a pointer to the data.
     """
     try:
         raw: Any = path.open("rb")
@@ -46,12 +45,12 @@ def open_bytes(path: Path, notes: set[str] | None = None) -> BinaryIO:
             raw = io.BufferedReader(pyarrow.CompressedInputStream(raw, "zstd"), BUFFER)
         head = raw.peek(64)[:64]
     except DAMAGE as error:
-        raise InputError(f"cannot be read: {error}", where=str(path)) from None
+        raise InputError(f"the file cannot be read: {error}", where=str(path)) from None
     for mark, name in _MARKS.items():
         if head.startswith(mark):
             raise _encoding(path, name)
     if head.startswith(b"version https://git-lfs.github.com"):
-        raise InputError("this is a pointer of Git LFS, not the data it stands for", where=str(path),
+        raise InputError("this is a Git LFS pointer, not the data", where=str(path),
                          fix="Fetch the data: git lfs pull")
     if head.startswith(b"\xef\xbb\xbf"):
         raw.read(3)
@@ -63,10 +62,10 @@ def open_bytes(path: Path, notes: set[str] | None = None) -> BinaryIO:
 def decode(raw: bytes, path: Path, line: int = 1) -> str:
     """UTF-8 text, or an error at its line and column that names the likely encoding; `line` is the first one's."""
     if b"\0" in raw:
-        many = raw.count(0) > len(raw) // 8             # half of ASCII's bytes, few of Chinese
+        many = raw.count(0) > len(raw) // 8             # half of the bytes of ASCII, few of Chinese
         if (many or not _is_utf8(raw)) and (name := _utf16(raw)):
             raise _encoding(path, name)
-        raise InputError("a NUL byte; text has none", where=_spot(raw, raw.index(0), path, line),
+        raise InputError("a NUL byte, which text does not contain", where=_spot(raw, raw.index(0), path, line),
                          fix="Is this a binary file?")
     try:
         return raw.decode("utf-8")
@@ -90,7 +89,7 @@ def _is_utf8(raw: bytes) -> bool:
 
 
 def _utf16(raw: bytes) -> str | None:
-    """Which order of bytes gives text: ASCII counts most, since read the other way it gives rare ideographs."""
+    """The byte order that gives text: ASCII counts most, because the other order gives rare ideographs."""
     def share(name: str) -> float:
         text = raw[:4096].decode(name, errors="ignore")
         latin = sum("\t" <= char <= "~" for char in text)
@@ -114,10 +113,10 @@ def _encoding(path: Path, name: str) -> InputError:
 
 
 def lines(path: Path, notes: set[str] | None = None) -> Iterator[tuple[bytes | InputError, int]]:
-    """Lines that are not blank, without their end, with their number from 1; an error for one longer than `LONGEST`.
+    """Yield lines that are not blank, without line end, with their number; an error for one above `LONGEST`.
 
     Raises:
-        InputError: The file is damaged, or has `BLANK` blank lines in a row.
+        InputError: The file is damaged, or has `BLANK` consecutive blank lines.
     """
     with open_bytes(path, notes) as stream:
         number = last = 0                               # of the last line that is not blank
@@ -132,18 +131,18 @@ def lines(path: Path, notes: set[str] | None = None) -> Iterator[tuple[bytes | I
 
 
 def refuse_blank(count: int, path: Path, number: int) -> None:
-    """Refuse a file with very many blank lines in a row: a packed one of a megabyte may hold a billion of them.
+    """Refuse a file with very many consecutive blank lines: a compressed megabyte may contain a billion.
 
     Raises:
         InputError: There are more than `BLANK`.
     """
     if count > BLANK:
-        raise InputError(f"more than {BLANK:,} blank lines in a row", where=f"{path}:{number}",
-                         fix="Is this the right file? If so, take them out.")
+        raise InputError(f"more than {BLANK:,} consecutive blank lines", where=f"{path}:{number}",
+                         fix="Is this the right file? If so, remove them.")
 
 
 def _blank_ahead(stream: BinaryIO, path: Path, number: int) -> bytes:
-    """Blank lines that are in the buffer already, read at once: a packed file may hold millions of them."""
+    """Skip buffered blank lines at once: a compressed file may contain millions of them."""
     try:
         ahead = stream.peek(1)                          # type: ignore[attr-defined]
         blank = ahead[:len(ahead) - len(ahead.lstrip())]
@@ -154,12 +153,12 @@ def _blank_ahead(stream: BinaryIO, path: Path, number: int) -> bytes:
 
 def blocks(path: Path, notes: set[str] | None = None, *,
            ends: Literal["line", "torn", "any"] = "line") -> Iterator[tuple[str, float]]:
-    """Decoded text, about a megabyte at a time, with the share of the file that has been read.
+    """Yield decoded text, about a megabyte at a time, with the share of the file that has been read.
 
     Args:
         path: The file.
-        notes: What is mended is added to it.
-        ends: Where a block ends: behind a line (a line longer than `LONGEST` is an error); behind a line, or within one
+        notes: Corrections are added to it.
+        ends: Where a block ends: after a line (a line longer than `LONGEST` is an error); after a line, or within one
             that is longer than a block, never near its ends; or anywhere.
     """
     size, done, line, held = max(path.stat().st_size, 1), 0, 1, b""
@@ -177,7 +176,7 @@ def blocks(path: Path, notes: set[str] | None = None, *,
                 return
             if inside and ends == "line":
                 rest = _read_line(stream, path, line + raw.count(10))
-            if isinstance(rest, InputError):            # where a CSV file's next row begins, nobody can say
+            if isinstance(rest, InputError):            # the start of a CSV file's next row is unknown
                 raise rest
             torn = ends == "torn" and len(rest) == BLOCK + TAIL and not rest.endswith(b"\n")
             whole = len(raw) < BLOCK or (ends != "any" and not torn)
@@ -190,9 +189,9 @@ def blocks(path: Path, notes: set[str] | None = None, *,
 
 
 def _character_end(raw: bytes) -> int:
-    """Where to cut so that no character of UTF-8 is torn: behind the last whole one."""
+    """Where to split without splitting a UTF-8 character: after the last complete one."""
     for back in range(1, 4):
-        if raw[-back] >= 0xC0:                          # a first byte; it says how many there are
+        if raw[-back] >= 0xC0:                          # a first byte, which gives the length
             return len(raw) - back if raw[-back] >= (0xC0, 0xE0, 0xF0)[back - 1] else len(raw)
         if raw[-back] < 0x80:
             break
@@ -200,7 +199,7 @@ def _character_end(raw: bytes) -> int:
 
 
 def _read_line(stream: BinaryIO, path: Path, number: int) -> bytes | InputError:
-    """A line with its end; of one that is too long, an error with its size, and the rest of it is skipped."""
+    """Read a line with its end; a line that is too long is skipped and becomes an error with its size."""
     try:
         line = stream.readline(LONGEST)
         if len(line) < LONGEST or line.endswith(b"\n"):
@@ -215,9 +214,9 @@ def _read_line(stream: BinaryIO, path: Path, number: int) -> bytes | InputError:
     where = f"{path}:{number}"
     if size >= SKIPPED:
         raise InputError(f"a line does not end within {size >> 20:,} MB", where=where, fix="Is this text?")
-    return InputError(f"a line of more than {LONGEST >> 20} MB, {size / 2**20:,.1f} MB", where=where, fix=DIVIDE)
+    return InputError(f"a line has {size / 2**20:,.1f} MB, more than {LONGEST >> 20} MB", where=where, fix=DIVIDE)
 
 
 def _damaged(error: Exception, path: Path, line: int) -> InputError:
-    return InputError(f"the file breaks off or is damaged: {error}", where=f"{path}:{line}",
-                      fix="Was it copied or downloaded whole?")
+    return InputError(f"the file is truncated or damaged: {error}", where=f"{path}:{line}",
+                      fix="Was it copied or downloaded completely?")

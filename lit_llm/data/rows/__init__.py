@@ -1,1 +1,1 @@
-"""Token sequences to packed rows and batches."""
+"""Pack token sequences into rows of a fixed length, mix sources, and collate batches."""

@@ -1,6 +1,6 @@
 """Several token stores as one list of sequences.
 
-Arrays in memory say where each lies and how long it is; tokens stay on disk until they are read.
+Offsets and lengths are arrays in memory; tokens stay on disk until they are read.
 """
 
 from collections.abc import Sequence
@@ -14,19 +14,19 @@ from lit_llm.data.tokens.encode import DOCUMENT
 from lit_llm.text.tokenizer import SPEAKERS
 
 Tally = dict[str, dict[str, int]]                       # source -> {sequences, tokens, supervised}
-ANSWER = SPEAKERS.index("assistant") << 1 | 1           # the mark of a learned token that the assistant says
-COUNTED = 2**28                                         # tokens that `occurrences` looks at, some seconds' worth
+ANSWER = SPEAKERS.index("assistant") << 1 | 1           # mark of a supervised token of the assistant
+COUNTED = 2**28                                         # tokens that `occurrences` counts, within seconds
 BLOCK = 2**24
 
 
 @dataclass(frozen=True, slots=True)
 class Occurrences:
-    """How often each token of a vocabulary stands in a corpus.
+    """Counts of each token of a vocabulary in a corpus.
 
     Args:
-        read: (V,) anywhere.
-        supervised: (V,) where it is learned.
-        whole: Whether all of the corpus was counted.
+        read: (V,) all occurrences.
+        supervised: (V,) occurrences as a supervised token.
+        whole: Whether the whole corpus was counted.
     """
 
     read: np.ndarray
@@ -35,23 +35,23 @@ class Occurrences:
 
 
 class Store(Protocol):
-    """Token sequences where they lie: on disk, or those of a stream that are in memory now."""
+    """Token sequences on disk, or those of a stream that are in memory."""
 
     tokens: np.ndarray
     marks: np.ndarray
     sequences: np.ndarray
 
     def place(self, sequence: int) -> str:
-        """Where the record of a sequence stands."""
+        """Place of the record of a sequence."""
 
 
 class Corpus:
     """Several stores as one list of N sequences.
 
     Args:
-        draws: Of each store, which of its sequences, in what order.
-        end: Whether documents keep their end-of-text token: so in training; not in evaluation, which scores the text.
-        names: Of the stores, for a tally.
+        draws: Each store with the indices of its sequences, in order.
+        end: Whether documents keep their end-of-text token: in training, but not in evaluation.
+        names: Names of the stores, for reports.
     """
 
     def __init__(self, draws: Sequence[tuple[Store, np.ndarray]], *, end: bool = True,
@@ -77,14 +77,14 @@ class Corpus:
         return tokens, (marks & 1).view(bool)
 
     def marked(self, sequence: int, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens `start:stop` of a sequence, and their marks as the store keeps them."""
+        """Tokens `start:stop` of a sequence, and their marks as stored."""
         store = self.stores[self.store_of[sequence]]
         first = int(store.sequences["offset"][self.index[sequence]])
         part = slice(first + start, first + stop)
         return store.tokens[part], store.marks[part]
 
     def count(self, segments: Segments) -> np.ndarray:
-        """(S,) supervised tokens of each segment beyond its first: all of a document, else looked up where cut."""
+        """(S,) supervised tokens of each segment, without its first token."""
         counts = segments.lengths - 1
         talk = np.flatnonzero(~self.is_document[segments.sequence])
         counts[talk] = self.learned[segments.sequence[talk]]
@@ -103,7 +103,7 @@ class Corpus:
         return marks
 
     def endless(self, segments: Segments, stop_ids: Sequence[int]) -> bool:
-        """Whether answers are learned here and none of them with its stop token; it reads up to the first that is."""
+        """Whether answers are supervised but none includes its stop token; stops at the first that does."""
         answers = False
         for talk in np.flatnonzero(~self.is_document[segments.sequence]).tolist():
             place = (int(values[talk]) for values in (segments.sequence, segments.start, segments.stop))
@@ -114,10 +114,10 @@ class Corpus:
         return answers
 
     def occurrences(self, vocabulary: int) -> Occurrences:
-        """How often each token is read and learned; of a huge corpus, in an equal part of each store.
+        """Count how often each token occurs and is supervised; for a huge corpus, in an equal part of each store.
 
         Args:
-            vocabulary: V; ids are below it.
+            vocabulary: Vocabulary size V.
         """
         read, learned = np.zeros(vocabulary, np.int64), np.zeros(vocabulary, np.int64)
         most = max(1, COUNTED // max(1, len(self.stores)))
@@ -141,14 +141,14 @@ class Corpus:
         return Occurrences(read, learned, whole)
 
     def column(self, name: str) -> np.ndarray:
-        """(N,) what the stores know of each sequence, such as its `content`."""
+        """(N,) a column of the stores' tables, such as `content`."""
         parts = [store.sequences[name][self.index[self.store_of == number]] for number, store in enumerate(self.stores)]
         return np.concatenate(parts or [np.empty(0, np.int64)])
 
     def tally(self, rows: Rows) -> np.ndarray:
         """(stores, 3): sequences, tokens and supervised tokens of each store in these rows.
 
-        A sequence that is cut into several segments counts where its first one is.
+        A sequence that is split into several segments counts where its first one is.
         """
         owner, segments = self.store_of[rows.segments.sequence], rows.segments
         counts = [np.bincount(owner, weights=values, minlength=len(self.stores))
@@ -156,7 +156,7 @@ class Corpus:
         return np.stack(counts, axis=1).astype(np.int64)    # exact: float64 holds counts up to 2^53
 
     def named(self, tally: np.ndarray) -> Tally:
-        """A tally by the names of the stores; two of one name are one."""
+        """A tally by the names of the stores; stores of the same name are added."""
         out = {name: dict.fromkeys(("sequences", "tokens", "supervised"), 0) for name in self.names}
         for name, values in zip(self.names, tally.tolist(), strict=True):
             for key, value in zip(out[name], values, strict=True):
@@ -164,5 +164,5 @@ class Corpus:
         return out
 
     def place(self, sequence: int) -> str:
-        """Where the record of a sequence stands."""
+        """Place of the record of a sequence."""
         return self.stores[self.store_of[sequence]].place(int(self.index[sequence]))

@@ -1,6 +1,6 @@
-"""What a run's rows are made of, as parts with names: which records, and which settings lay them into rows.
+"""Identify the data of a run, in named parts: which records, and which settings pack them.
 
-Records are known by what they say, so a file may lie elsewhere, under another path or name, and be the same data.
+Records are identified by their content, so a file may be moved or renamed and still be the same data.
 """
 
 from hashlib import sha256
@@ -9,15 +9,15 @@ from typing import Any
 
 from lit_llm.data.tokens.store import TokenStore
 
-COLUMNS = ("length", "supervised", "kind", "ended", "content")      # of a store's table; not where a record stands
+COLUMNS = ("length", "supervised", "kind", "ended", "content")      # columns of a store's table, without places
 
 
 def of_store(store: TokenStore, name: str) -> dict[str, Any]:
     """The records of one source.
 
     Args:
-        store: Its sequences.
-        name: The source's path, of which the last part is kept for messages and never compared.
+        store: The store with its sequences.
+        name: Path of the source; its last part is kept for messages and never compared.
     """
     digest = sha256()
     for column in COLUMNS:
@@ -26,7 +26,7 @@ def of_store(store: TokenStore, name: str) -> dict[str, Any]:
 
 
 def differences(before: Any, now: Any) -> list[str]:
-    """How two identities differ, in words with the names of the keys; empty where they do not.
+    """Describe how two identities differ, by the names of the keys; empty if they are equal.
 
     >>> differences({"data.seq_len": 64}, {"data.seq_len": 128})
     ['data.seq_len was 64 and is 128']
@@ -41,7 +41,7 @@ def differences(before: Any, now: Any) -> list[str]:
         if key == "data.sources":
             found += _sources(then or [], value)
         elif key == "tokenizer":
-            found += ["the tokenizer or its chat template is another"] if then != value else []
+            found += ["the tokenizer or its chat template has changed"] if then != value else []
         elif then != value:
             found.append(f"{key} was {then} and is {value}")
     return found

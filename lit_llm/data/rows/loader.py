@@ -1,8 +1,7 @@
-"""Collate rows into batches, in an order that is a function of (seed, epoch) and can be resumed at any step.
+"""Collate packed sequences into batches, in an order that is a function of (seed, epoch) and resumable at any step.
 
-A ledger tells what was drawn of each source up to there. Not a torch DataLoader: Lightning takes any iterable with a
-length, saves its `state_dict` and gives it back. Knows of ranks and accumulation only as numbers; nothing of text or
-devices.
+It reports what was drawn of each source. It is not a torch DataLoader: Lightning accepts any iterable with a length,
+and saves and restores its `state_dict`. Ranks and accumulation are plain numbers here.
 """
 
 import math
@@ -21,17 +20,17 @@ from lit_llm.text.tokenizer import IGNORE_INDEX
 
 
 class Batch(TypedDict):
-    """One micro-batch of one rank, on the CPU; B rows, T tokens.
+    """One micro-batch of one rank, on the CPU: B packed sequences (rows) of T tokens.
 
-    B is at most `batch_size`: rows that do not exist are not made. A rank that has no row while others have some gets
-    one row of two padding tokens, so that all ranks can make the same collective calls.
+    B is at most `batch_size`: missing rows are not padded. A rank without a row, while other ranks have some, gets one
+    row of two padding tokens, so that all ranks make the same collective calls.
 
     Two rows of five, `a b | x y z` and `p q` with padding `_`:
 
         input_ids     a  b  x  y  z      p  q  _  _  _
         labels        .  b  .  y  z      .  q  .  .  .      `.` is -100: each first token, context, padding
         position_ids  0  1  0  1  2      0  1  0  1  2
-        cu_seqlens    0     2            5     7       10   bounds in the flattened B*T; padding is a segment too
+        cu_seqlens    0     2            5     7       10   boundaries in the flattened B*T; padding is a segment
     """
 
     input_ids: torch.Tensor                             # (B, T) int64
@@ -42,20 +41,20 @@ class Batch(TypedDict):
     num_supervised: int                                 # labels that are not -100, here
     num_supervised_in_step: int                         # the same over all micro-batches and ranks of the step
     last_in_step: bool                                  # whether the optimizer steps after this one
-    num_bytes: int                                      # UTF-8 bytes that the supervised tokens stand for
+    num_bytes: int                                      # UTF-8 bytes of the supervised tokens
     num_tokens: int                                     # tokens that are not padding
     num_tokens_in_step: int                             # the same over all micro-batches and ranks of the step
-    idle: NotRequired[bool]                             # no rank has a supervised token here: no forward is needed
+    idle: NotRequired[bool]                             # no rank has a supervised token: no forward pass is needed
     step_is_unknown: NotRequired[bool]                  # of an own DataLoader: `_in_step` counts this batch alone
 
 
 class Share(NamedTuple):
-    """Which of a step's rows a rank computes in one micro-batch: rows `start` to `stop` of the step.
+    """The rows of a step that a rank computes in one micro-batch: `start` to `stop`.
 
     Args:
-        start: Of the rank's rows.
-        stop: Behind them; equal to `start` where the rank has none.
-        done: Rows of the step that all ranks have computed before this micro-batch.
+        start: First row of the rank.
+        stop: End of the rank's rows; equal to `start` if it has none.
+        done: Rows of the step that all ranks computed before this micro-batch.
         idle: Whether no rank has a row here.
     """
 
@@ -66,17 +65,17 @@ class Share(NamedTuple):
 
 
 def deal(rows: int, micro: int, *, rank: int, world: int, accumulate: int, batch_size: int) -> Share:
-    """Deal the rows of a step to its micro-batches and ranks.
+    """Distribute the rows of a step over its micro-batches and ranks.
 
-    Micro-batches that get no row come first: gradients are reduced over ranks in a step's last micro-batch, which must
-    therefore have some. Seven rows, `batch_size` 2, two ranks, `accumulate` 4:
+    Micro-batches without rows come first, because gradients are reduced over ranks in a step's last micro-batch, which
+    must have rows. Seven rows, `batch_size` 2, two ranks, `accumulate` 4:
 
         micro-batch   0       1       2       3
         rank 0        idle    idle    0 1     4 5
         rank 1        idle    idle    2 3     6
     """
     each = world * batch_size
-    turn = micro - accumulate + math.ceil(rows / each)  # among the micro-batches that have rows
+    turn = micro - accumulate + math.ceil(rows / each)  # index among the micro-batches with rows
     if turn < 0:
         return Share(0, 0, 0, True)
     start = min(rows, turn * each + rank * batch_size)
@@ -85,17 +84,17 @@ def deal(rows: int, micro: int, *, rank: int, world: int, accumulate: int, batch
 
 def collate(corpus: Corpus, rows: Rows, numbers: Sequence[int], *, seq_len: int, pad_id: int,
             token_bytes: np.ndarray) -> Batch:
-    """The rows of these numbers as a batch."""
+    """Collate the rows with these numbers to a batch."""
     return lay([[corpus.read(*segment) for segment in rows.row(number)] for number in numbers], seq_len=seq_len,
                pad_id=pad_id, token_bytes=token_bytes)
 
 
 def lay(rows: Sequence[Sequence[tuple[np.ndarray, np.ndarray]]], *, seq_len: int, pad_id: int,
         token_bytes: np.ndarray) -> Batch:
-    """Rows side by side, padded to `seq_len`; of each, its segments' tokens and whether each is supervised.
+    """Collate rows, padded to `seq_len`; a row is a list of (tokens, supervised) for its segments.
 
-    No rows at all become one row of two padding tokens. The step's totals are this batch's own until a loader that
-    knows the step sets them.
+    No rows become one row of two padding tokens. The totals of the step are those of this batch until a loader sets
+    them.
     """
     if not rows:
         rows, seq_len = [[]], 2
@@ -129,7 +128,7 @@ def lay(rows: Sequence[Sequence[tuple[np.ndarray, np.ndarray]]], *, seq_len: int
 
 
 def _bytes(input_ids: np.ndarray, labels: np.ndarray, position_ids: np.ndarray, token_bytes: np.ndarray) -> int:
-    """UTF-8 bytes that the supervised tokens stand for; what follows a control token at the start begins a text."""
+    """UTF-8 bytes of the supervised tokens; a token after an initial control token begins a text."""
     learned = labels != IGNORE_INDEX
     first = learned & (position_ids == 1)
     first[:, 1:] &= token_bytes[0][input_ids[:, :-1]] == 0
@@ -137,33 +136,33 @@ def _bytes(input_ids: np.ndarray, labels: np.ndarray, position_ids: np.ndarray, 
 
 
 class RowLoader:
-    """Batches of one rank, whole accumulation windows only.
+    """Batches of one rank, in complete accumulation windows.
 
-    An epoch is the rows in shuffled order, cut into windows of `G = world * accumulate * batch_size`, each of them a
-    step whose rows `deal` hands out. So 1, 2 or 4 processes see the same rows in the same step while G is the same. The
-    last window has the rows that are left: nothing is dropped, no rank ever has one micro-batch less, and
-    `num_supervised_in_step` counts what is really there. So an epoch is whole steps for Lightning and for DeepSpeed
-    alike, which count a part of a window differently. Rows without a supervised token belong to their step, but are not
-    made: they have no gradient and no share in any metric.
+    An epoch is the rows in shuffled order, split into windows of `G = world * accumulate * batch_size`; each window is
+    a step whose rows `deal` distributes. So 1, 2 or 4 processes see the same rows in the same step if G is the same.
+    The last window has the remaining rows: nothing is dropped, all ranks have the same number of micro-batches, and
+    `num_supervised_in_step` counts the actual tokens. So an epoch consists of whole steps for Lightning and DeepSpeed,
+    which count partial windows differently. Rows without a supervised token belong to their step but are not computed:
+    they have no gradient and do not contribute to metrics.
 
-    An iteration yields `len(self)` batches from where the state stands, over the end of the epoch if it must;
-    without `shuffle` (evaluation) it always begins at the beginning and has no state to keep.
+    An iteration yields `len(self)` batches from the current state, across the end of an epoch if necessary; without
+    `shuffle` (evaluation) it always starts at the beginning and has no state.
 
     Args:
-        corpus: Where tokens lie.
-        rows: What rows are made of, with their supervised tokens counted.
+        corpus: The corpus with the tokens.
+        rows: The packed rows, with their supervised tokens counted.
         batch_size: Rows per micro-batch and rank.
         seq_len: Tokens of a row.
-        pad_id: Fills the rest of a row; never supervised.
+        pad_id: Padding token; never supervised.
         token_bytes: (2, V) bytes of each token, and of a text's first one, for `num_bytes`.
-        seed: Of the order.
+        seed: Seed of the order.
         rank: This process, of `world`.
-        world: Processes that share each step.
-        accumulate: Micro-batches of a step.
-        shuffle: Whether an epoch has an order of its own.
+        world: Number of processes.
+        accumulate: Micro-batches per step.
+        shuffle: Whether each epoch has its own order.
         trim: Pad to the longest row of the batch, not to `seq_len`.
-        fingerprint: What the rows are made of; a checkpoint of others is refused, by the names of the parts.
-        draw: The rows of an epoch, where they differ from one to the next: as many as `rows`, which is the first's.
+        fingerprint: Identity of the rows by named parts; a checkpoint of other rows is refused.
+        draw: Function epoch -> rows if they differ between epochs: as many as `rows`, those of the first.
     """
 
     def __init__(self, corpus: Corpus, rows: Rows, *, batch_size: int, seq_len: int, pad_id: int,
@@ -175,7 +174,7 @@ class RowLoader:
         self.seed, self.rank, self.world, self.accumulate = seed, rank, world, accumulate
         self.shuffle, self.trim, self.fingerprint = shuffle, trim, fingerprint
         self.rows_per_step = world * accumulate * batch_size
-        self._done = 0                                  # micro-batches handed out since the first epoch
+        self._done = 0                                  # micro-batches yielded since the first epoch
         self._epoch = lru_cache(maxsize=2)(self._ordered)
 
     def __len__(self) -> int:
@@ -186,8 +185,8 @@ class RowLoader:
         begin = self._done if self.shuffle else 0
         for number in range(begin, begin + len(self)):
             batch = self.batch(number)
-            if self.shuffle:                            # before the yield: Lightning saves while it holds this batch,
-                self._done = number + 1                 # and never comes back after the last one
+            if self.shuffle:                            # before the yield: Lightning saves while it processes this
+                self._done = number + 1                 # batch, and does not return here after the last one
             yield batch
 
     def batch(self, number: int) -> Batch:
@@ -206,7 +205,7 @@ class RowLoader:
         return batch
 
     def alone(self, number: int) -> Iterator[tuple[str, Batch]]:
-        """Each segment of a micro-batch as a batch of its own, with the place of its record."""
+        """Each segment of a micro-batch as a separate batch, with the place of its record."""
         rows, _, _ = self._epoch(number // len(self))
         window, share = self._share(number)
         for row in window[share.start:share.stop].tolist():
@@ -217,7 +216,7 @@ class RowLoader:
                     seq_len=max(2, int(one.lengths[0])), pad_id=self.pad_id, token_bytes=self.token_bytes)
 
     def _share(self, number: int) -> tuple[np.ndarray, Share]:
-        """Numbers of the rows of the whole step that a micro-batch is part of, and this rank's share of them."""
+        """Row numbers of the step of a micro-batch, and this rank's share of them."""
         epoch, within = divmod(number, len(self))
         step, micro = divmod(within, self.accumulate)
         rows, _, order = self._epoch(epoch)
@@ -231,7 +230,7 @@ class RowLoader:
         return self._epoch(epoch)[2]
 
     def _ordered(self, epoch: int) -> tuple[Rows, np.ndarray, np.ndarray]:
-        """An epoch's rows, their lengths, and their numbers in order; equal on all ranks."""
+        """An epoch's rows, their lengths, and their order; equal on all ranks."""
         rows = self._draw(epoch) if self._draw else self.rows
         count = len(rows)
         assert count == len(self.rows), "the epochs of a run have equally many rows"
@@ -242,13 +241,13 @@ class RowLoader:
 
     @property
     def ledger(self) -> Tally:
-        """What all ranks have drawn of each source so far."""
+        """Totals of what all ranks have drawn of each source so far."""
         return self.drawn(self._done)
 
     def drawn(self, batches: int) -> Tally:
-        """What all ranks draw of each source in so many micro-batches of each since the first epoch.
+        """Totals of each source that all ranks draw in a number of micro-batches since the first epoch.
 
-        A function of their number alone: right after a resume, and the same on every rank.
+        A function of the number only, so it is correct after a resume and equal on all ranks.
         """
         epoch, within = divmod(batches, len(self))
         if self._draw:
@@ -262,23 +261,23 @@ class RowLoader:
 
     @property
     def position(self) -> int:
-        """Micro-batches handed out since the first epoch."""
+        """Micro-batches yielded since the first epoch."""
         return self._done
 
     # ---- resuming ----------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the run stands; equal on all ranks, since DDP and ZeRO keep only that of rank 0."""
+        """The position of the run; equal on all ranks, because DDP and ZeRO store only that of rank 0."""
         return {"epoch": self._done // len(self), "batches": self._done, "accumulate_grad_batches": self.accumulate,
                 **self._identity()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue with the very next batch; between two steps also with their rows divided anew.
+        """Continue with the next batch; between two steps the division into micro-batches may change.
 
-        Other numbers of processes, micro-batches and rows in one are no matter where a step has as many rows as before.
+        The numbers of processes and micro-batches and the batch size may change if a step has as many rows as before.
 
         Raises:
-            InputError: The state belongs to other data or steps; it names what differs.
+            InputError: The state belongs to other data or steps; the error names the differences.
         """
         saved = int(state.get("accumulate_grad_batches", self.accumulate))
         steps, within = divmod(int(state.get("batches", 0)), saved)
@@ -288,7 +287,7 @@ class RowLoader:
         differs = differences(state.get("data"), self.fingerprint) + differs
         if differs:
             raise InputError("the checkpoint cannot continue on these batches: " + "; ".join(differs), where="data",
-                             fix="Give the same data and settings, or start a new run from its weights; rows_per_step "
+                             fix="Use the same data and settings, or start a new run from its weights; rows_per_step "
                              "is batch_size * accumulate_grad_batches * devices.")
         self._done = steps * self.accumulate + within
 

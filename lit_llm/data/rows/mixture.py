@@ -1,4 +1,4 @@
-"""Choose each epoch's rows from weighted sources, and split records into training, validation and test.
+"""Select each epoch's packed sequences from weighted sources, and split records into training, validation and test.
 
 Everything is a function of the records, the settings and the seed.
 """
@@ -14,41 +14,41 @@ from lit_llm.data.rows.packing import Overlong, Packing, Rows, Segments
 from lit_llm.errors import InputError
 
 Stage = Literal["train", "val", "test"]
-COPIES = 10_000_000                                     # sequences that weights may put into an epoch
+COPIES = 10_000_000                                     # limit on sequences of an epoch due to weights
 
 
 class Mixture:
-    """A stage's sequences as rows, of one epoch after another.
+    """The rows of a stage, epoch by epoch.
 
-    A weight of 2.25 puts a source's sequences into every epoch twice, and a quarter of them once more. The quarter
-    moves on: of n in a seeded order, epoch e takes k from place `e * k`, around the end, so all have come after
-    `ceil(n / k)` epochs. With n = 5, k = 2:
+    A weight of 2.25 draws a source's sequences twice in every epoch, and a quarter of them once more. The quarter
+    rotates: of n sequences in a seeded order, epoch e takes k from position `e * k`, cyclically, so all were drawn
+    after `ceil(n / k)` epochs. With n = 5, k = 2:
 
         order      c a e b d
         epoch 0    c a
         epoch 1        e b
         epoch 2    c       d
 
-    What comes every epoch is packed once; the moving part is packed anew for each, and fills as many rows as in the
-    first epoch, because the steps of a run are counted before it begins: where the packing came out a few rows longer
-    or shorter, that many of the part stay out or come twice. The ledger counts what came.
+    The constant part is packed once; the rotating part is packed for each epoch and fills as many rows as in the first
+    epoch, because the steps of a run are counted before it starts: if packing gives a few rows more or less, that many
+    of the rotating part are left out or repeated. The report counts what was drawn.
 
     Args:
-        corpus: The sequences, each once.
-        weights: Of each of its stores.
+        corpus: The sequences.
+        weights: Weight of each store.
         seq_len: Tokens of a row.
-        packing: As in `packing.py`. Under `concat` the moving part is windows of `seq_len`, then a stream as well.
-        overlong: What becomes of conversations longer than a row.
-        seed: Of the moving part's order, and of the stream's under `concat`.
+        packing: As in `packing.py`. With `concat` the rotating part is windows of `seq_len`, concatenated as well.
+        overlong: What to do with conversations longer than a row.
+        seed: Seed of the rotating part's order, and of the order of `concat`.
 
     Raises:
-        InputError: A conversation too long where `overlong` is `error`; it names the place.
+        InputError: A conversation is too long and `overlong` is `error`; the error names the place.
     """
 
     def __init__(self, corpus: Corpus, weights: Sequence[float], *, seq_len: int, packing: Packing = "best_fit",
                  overlong: Overlong = "cut", seed: int = 0) -> None:
         self.corpus, self.seq_len, self.packing, self.seed = corpus, seq_len, packing, seed
-        self.notes: dict[str, int] = {}                 # what was cut or dropped -> sequences
+        self.notes: dict[str, int] = {}                 # reason for cutting or dropping -> sequences
         copies, rest = np.divmod(np.asarray(weights, dtype=np.float64), 1)
         stream = packing == "concat"
         pieces = self._pieces(overlong) if rest.any() or not stream else pack.whole(corpus.lengths)
@@ -62,7 +62,7 @@ class Mixture:
         self.first = self._always + self._moving(0) if self._parts else self._always
 
     def rows(self, epoch: int) -> Rows:
-        """The rows of an epoch: as many in each."""
+        """The rows of an epoch; every epoch has the same number."""
         if not self._parts or not epoch:
             return self.first
         part, room = self._moving(epoch), len(self.first) - len(self._always)
@@ -75,7 +75,7 @@ class Mixture:
         return bool(self._parts)
 
     def _pieces(self, overlong: Overlong) -> Segments:
-        """Segments that fit a row and teach something; what did not is noted."""
+        """Segments that fit a row and have supervised tokens; the others are noted."""
         corpus = self.corpus
         windows = corpus.is_document if self.packing != "concat" else np.ones(len(corpus), dtype=bool)
         try:
@@ -100,7 +100,7 @@ class Mixture:
 
 
 class _Part:
-    """The moving part of one source: `share` of its segments in each epoch, at least one."""
+    """The rotating part of one source: `share` of its segments in each epoch, at least one."""
 
     def __init__(self, segments: Segments, share: float, seed: list[int]) -> None:
         self.segments = segments[np.random.default_rng(seed).permutation(len(segments))]
@@ -111,29 +111,29 @@ class _Part:
 
 
 def _refuse_flood(corpus: Corpus, whole: Segments, weights: Sequence[float], seq_len: int) -> None:
-    """Refuse weights whose copies would not fit in memory, where each takes some hundred bytes."""
+    """Refuse weights whose copies would not fit in memory; each takes about a hundred bytes."""
     counts = np.bincount(corpus.store_of[whole.sequence], np.maximum(1, whole.lengths // seq_len), len(weights))
     drawn, most = counts * np.asarray(weights, dtype=np.float64), max(COPIES, 2 * int(counts.sum()))
     if drawn.sum() > most:
         store = int(drawn.argmax())
-        raise InputError(f"with a weight of {weights[store]:g} an epoch has {drawn[store]:,.0f} sequences of it, "
-                         f"and all sources together may have {most:,}", where=corpus.names[store],
+        raise InputError(f"with a weight of {weights[store]:g}, an epoch has {drawn[store]:,.0f} sequences of it, but "
+                         f"all sources together may have at most {most:,}", where=corpus.names[store],
                          fix="Lower the weight, and raise trainer.max_epochs.")
 
 
 def _copied(owner: np.ndarray, copies: np.ndarray) -> np.ndarray:
-    """Places of what is drawn whole, as often as its owner wants: all once, then again those that want it."""
+    """Indices of constant draws, repeated as often as their store's weight says."""
     return np.concatenate([np.flatnonzero(copies[owner] > turn) for turn in range(int(copies.max(initial=0)))]
                           or [np.empty(0, np.int64)])
 
 
-# ---- who belongs where -----------------------------------------------------------------------------------------------
+# ---- splits ----------------------------------------------------------------------------------------------------------
 
 def side(content: np.ndarray, stage: Stage, *, val_fraction: float, test_fraction: float) -> np.ndarray:
-    """(N,) bool: which records belong to a stage, by the hash of what they say.
+    """(N,) bool: which records belong to a stage, by the hash of their content.
 
-    Validation takes hashes from the bottom and test from the top, so that a record moves only when the share of its
-    own side changes, and never because others were added; equal records stay together.
+    Validation takes the lowest hashes and test the highest, so that a record moves only when the share of its own split
+    changes, and never because others were added; equal records stay together.
 
         0 |--- val ---|---------------- train ----------------|-- test --| 2^64
     """
@@ -143,9 +143,9 @@ def side(content: np.ndarray, stage: Stage, *, val_fraction: float, test_fractio
 
 
 def repeats(corpus: Corpus) -> np.ndarray:
-    """(N,) bool: whether a sequence belongs to a record that says exactly what an earlier one says, of any source.
+    """(N,) bool: whether a sequence belongs to an exact duplicate of an earlier record, of any source.
 
-    A record may be several sequences, which say the same and stay together.
+    The sequences of one record have the same content and stay together.
     """
     keys = np.stack([corpus.store_of, corpus.column("record")])
     record = np.cumsum((np.diff(keys, axis=1, prepend=-1) != 0).any(axis=0))

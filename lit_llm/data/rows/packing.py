@@ -24,9 +24,9 @@ CONCAT = Rule("`data.packing: concat`", "conversations of which a part is superv
 
 @dataclass(frozen=True, slots=True)
 class Segments:
-    """Stretches of sequences: segment s is tokens `start[s]:stop[s]` of sequence `sequence[s]`; each (S,) int64.
+    """Sections of sequences: segment s is tokens `start[s]:stop[s]` of sequence `sequence[s]`; each (S,) int64.
 
-    The first token of a segment is context only: nothing before it is there to predict it from.
+    The first token of a segment is context only, because there is nothing to predict it from.
     """
 
     sequence: np.ndarray
@@ -51,13 +51,13 @@ class Segments:
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """What each row of a batch is made of.
+    """The segments of each row.
 
     Args:
-        segments: All segments, those of a row side by side.
+        segments: All segments, grouped by row.
         offsets: (R + 1,) int64; row r is segments `offsets[r]:offsets[r + 1]`.
-        supervised: (R,) int64, supervised tokens of each row; zeros until `counted`.
-        learned: (S,) int64, the same of each segment.
+        supervised: (R,) int64, supervised tokens per row; zeros until `counted`.
+        learned: (S,) int64, supervised tokens per segment.
     """
 
     segments: Segments
@@ -69,13 +69,13 @@ class Rows:
         return len(self.offsets) - 1
 
     def __add__(self, other: "Rows") -> "Rows":
-        """These rows, then the others."""
+        """These rows followed by the others."""
         offsets = np.concatenate([self.offsets, self.offsets[-1] + other.offsets[1:]])
         return Rows(self.segments + other.segments, offsets, np.concatenate([self.supervised, other.supervised]),
                     np.concatenate([self.learned, other.learned]))
 
     def take(self, numbers: np.ndarray) -> "Rows":
-        """The rows of these numbers, in this order; a number may come twice."""
+        """The rows with these numbers, in this order; numbers may repeat."""
         count = np.diff(self.offsets)[numbers]
         offsets = np.concatenate([[0], np.cumsum(count)])
         which = np.repeat(self.offsets[numbers] - offsets[:-1], count) + np.arange(offsets[-1])
@@ -93,13 +93,13 @@ class Rows:
         return _sums(self.segments.lengths, self.offsets)
 
     def counted(self, supervised: np.ndarray) -> "Rows":
-        """The same rows, knowing the supervised tokens of each of their segments, (S,)."""
+        """The same rows with the supervised tokens of each segment, (S,)."""
         return replace(self, supervised=_sums(supervised, self.offsets), learned=supervised)
 
 
 @dataclass(frozen=True, slots=True)
 class Split:
-    """What `split` made: the segments, and which sequences it cut or dropped for their length, as indices."""
+    """Result of `split`: the segments, and the indices of sequences that were cut or dropped."""
 
     segments: Segments
     cut: np.ndarray
@@ -107,17 +107,17 @@ class Split:
 
 
 def split(lengths: np.ndarray, is_document: np.ndarray, *, seq_len: int, overlong: Overlong = "cut") -> Split:
-    """Segments of at most `seq_len` tokens, for the policies that do not cut by themselves.
+    """Split sequences into segments of at most `seq_len` tokens, for policies that do not cut themselves.
 
-    A document too long becomes windows that overlap by ONE token, so that each token but the very first is predicted
-    exactly once, whatever the packing:
+    A long document becomes windows that overlap by ONE token, so that each token except the first is predicted exactly
+    once, with every packing policy:
 
         tokens     a b c d e f g h          seq_len 4
         window 0   a b c d                  predicts b c d
         window 1         d e f g            predicts e f g
         window 2               g h          predicts h
 
-    A conversation too long keeps its head (`cut`: an answer never stands without its question) or goes (`drop`).
+    A long conversation keeps its beginning (`cut`: no answer without its question) or is left out (`drop`).
 
     Args:
         lengths: (N,) tokens of each sequence.
@@ -128,7 +128,7 @@ def split(lengths: np.ndarray, is_document: np.ndarray, *, seq_len: int, overlon
     long = lengths > seq_len
     talk = np.flatnonzero(long & ~is_document)
     if overlong == "error" and len(talk):
-        raise InputError(f"{lengths[talk[0]]} tokens, and data.seq_len is {seq_len}", where=str(talk[0]),
+        raise InputError(f"it has {lengths[talk[0]]} tokens, but data.seq_len is {seq_len}", where=str(talk[0]),
                          fix="Raise data.seq_len, or set data.overlong to cut or drop.")
     kept = np.arange(len(lengths))[~(long & ~is_document) if overlong == "drop" else slice(None)]
     count = np.where(long & is_document, -((1 - lengths) // (seq_len - 1)), 1)[kept]        # ceil((n - 1) / (L - 1))
@@ -141,7 +141,7 @@ def split(lengths: np.ndarray, is_document: np.ndarray, *, seq_len: int, overlon
 
 
 def pack(segments: Segments, *, seq_len: int, packing: Packing) -> Rows:
-    """Rows of `segments` by one of the policies; under `concat` segments may be longer than a row.
+    """Pack segments into rows by a policy; with `concat`, segments may be longer than a row.
 
     >>> rows = pack(whole(np.array([3, 5, 2])), seq_len=5, packing="best_fit")
     >>> [rows.row(number) for number in range(len(rows))]
@@ -167,11 +167,10 @@ def whole(lengths: np.ndarray) -> Segments:
 
 
 def best_fit(lengths: np.ndarray, capacity: int) -> np.ndarray:
-    """Best-fit decreasing: each length, longest first, into the row where the least room stays.
+    """Best-fit decreasing: put each length, longest first, into the row with the least remaining space.
 
-    Equal lengths go in together and equal rooms are one pile, so the cost is a sort and some piles for each distinct
-    length, not a search for each item: 10 million lengths take seconds. About 11/9 of the fewest rows at worst
-    (Johnson 1974).
+    Equal lengths are placed together and rows with equal space are one pile, so the cost is a sort and a few piles per
+    distinct length: 10 million lengths take seconds. At most about 11/9 of the optimal number of rows (Johnson 1974).
 
     Args:
         lengths: (N,) tokens, each at most `capacity`.
@@ -185,7 +184,7 @@ def best_fit(lengths: np.ndarray, capacity: int) -> np.ndarray:
     row_of = np.empty(len(lengths), dtype=np.int64)
     order = np.argsort(-lengths, kind="stable")
     edges = np.flatnonzero(np.diff(lengths[order], prepend=0, append=0)) if len(order) else order
-    piles: dict[int, list[np.ndarray]] = {}             # room left -> rows with just that room
+    piles: dict[int, list[np.ndarray]] = {}             # remaining space -> rows with exactly that space
     rooms: list[int] = []                               # the keys of piles, ascending
     rows = 0
     for begin, end in pairwise(edges.tolist()):
@@ -247,7 +246,7 @@ def _check_rows(packing: str, row_of: np.ndarray, lengths: np.ndarray, seq_len: 
 
 
 def _concat(segments: Segments, seq_len: int) -> tuple[Segments, np.ndarray]:
-    """One stream, cut every `seq_len` tokens; the last row may be short."""
+    """Concatenate all segments and cut every `seq_len` tokens; the last row may be short."""
     ends = np.cumsum(segments.lengths)
     total = int(ends[-1]) if len(ends) else 0
     cuts = np.sort(np.concatenate([ends - segments.lengths, np.arange(0, total, seq_len)]), kind="stable")

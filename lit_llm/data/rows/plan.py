@@ -1,4 +1,4 @@
-"""One stage of a run's data, planned: which sequences there are, how they lie in rows, and what they were made of."""
+"""The plan of one stage of a run's data: its sequences, how they are packed, and their identity."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,12 +14,12 @@ class Plan:
     """One stage's data.
 
     Args:
-        corpus: The sequences there are.
-        rows: How they lie in rows, in the first epoch.
-        notes: How many were cut, dropped, said before.
-        fingerprint: What the rows are made of, by names (`identity.py`).
-        stores: Of each source, where its tokens lie, and what became of its records.
-        draw: The rows of an epoch, where they differ.
+        corpus: All sequences.
+        rows: Packed sequences of the first epoch.
+        notes: Numbers of cut, dropped and duplicate sequences.
+        fingerprint: Identity of the rows by named parts (`identity.py`).
+        stores: Token store and report of each source.
+        draw: Function epoch -> rows if epochs differ.
     """
 
     corpus: Corpus

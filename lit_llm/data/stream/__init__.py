@@ -1,1 +1,1 @@
-"""The same without a store, for corpora larger than memory or disk."""
+"""Tokenize and pack while training, without a store, for corpora larger than memory or disk."""

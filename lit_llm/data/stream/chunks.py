@@ -1,8 +1,8 @@
-"""Tokenize and pack a stream of records chunk by chunk; memory holds one or two chunks, never the corpus.
+"""Tokenize and pack a stream of records chunk by chunk; memory contains one or two chunks, never the corpus.
 
 A chunk is some megabytes of text that are tokenized, packed and shuffled together. All processes read all records,
-which is cheap, each tokenizes its share of a chunk, and they exchange the tokens; so each knows every row, no row
-depends on the number of processes, and where a stream stands is the same on all.
+which is cheap; each tokenizes its share of a chunk, and they exchange the tokens. So each process knows every packed
+sequence, none depends on the number of processes, and the position of a stream is the same on all.
 """
 
 import json
@@ -39,22 +39,22 @@ from lit_llm.data.tokens.encode import (
 from lit_llm.data.tokens.workers import Workers
 from lit_llm.errors import InputError
 
-BLOCK_RECORDS, BLOCK_CHARACTERS = 256, 1 << 17          # what one call tokenizes, whichever comes first
-JUDGED = 1000                                           # records of a source before its share of bad ones counts
-QUARANTINE = 16 << 20                                   # bytes of records set aside that are kept
-Share = Callable[[Any], list[Any]]                      # a value of each process, to all of them
+BLOCK_RECORDS, BLOCK_CHARACTERS = 256, 1 << 17          # limits of a block
+JUDGED = 1000  # records of a source after which its share of bad ones is checked
+QUARANTINE = 16 << 20                                   # bytes of set-aside records that are stored
+Share = Callable[[Any], list[Any]]                      # exchanges a value of each process with all
 
 
 @dataclass(frozen=True, slots=True)
 class Position:
-    """Where a chunk begins: all that is needed to make it and what follows it again.
+    """The start of a chunk: everything that is needed to rebuild it and what follows.
 
     Args:
-        number: Chunks before it.
+        number: Number of chunks before it.
         cursors: The next record of each source.
         kept: Records of each source that became tokens.
         bad: Records of each source that were set aside.
-        held: What is left over of the chunk before it: less than a row of tokens.
+        held: Remainder of the previous chunk: less than a packed sequence.
     """
 
     number: int
@@ -66,13 +66,13 @@ class Position:
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """Rows that are packed and shuffled together.
+    """Packed sequences that were packed and shuffled together.
 
     Args:
-        begin: Where it begins.
+        begin: Its start.
         memory: Its sequences.
-        corpus: The same for the loader.
-        rows: With their supervised tokens counted.
+        corpus: The sequences as a corpus for the loader.
+        rows: The packed rows, with their supervised tokens counted.
         order: The rows' numbers, shuffled.
         counts: (S, 4): of each segment its source, whether a sequence begins with it, tokens, supervised tokens.
     """
@@ -87,32 +87,32 @@ class Chunk:
 
 @dataclass(slots=True)
 class _Read:
-    """What was read for one chunk: its records in blocks, and the tokens of those that are this process's, on order."""
+    """The records read for one chunk in blocks, and pending tokens of this process's blocks."""
 
     blocks: list[list[tuple[int, Item]]] = field(default_factory=list)
     mine: list[Callable[[], Block]] = field(default_factory=list)
-    cursors: tuple[Cursor, ...] = ()                    # behind it
-    error: InputError | None = None                     # why it ends here, to be told when its turn comes
+    cursors: tuple[Cursor, ...] = ()                    # positions after it
+    error: InputError | None = None                     # error that ends it, raised when its turn comes
 
 
 class Stream:
-    """Chunks of rows of several sources; which, is a function of the arguments up to `bad_record_limit` alone.
+    """Chunks of packed rows of several sources, a function of the arguments up to `bad_record_limit`.
 
     Args:
-        encoders: Of the sources, with one tokenizer and one `train_on`.
+        encoders: Encoders of the sources, with the same tokenizer and `train_on`.
         seq_len: Tokens of a row.
-        packing: How rows are filled, within a chunk.
-        overlong: What becomes of a conversation longer than a row.
-        seed: Of the order.
-        buffer: Characters of a chunk.
-        on_bad_record: Stop, or set aside.
-        bad_record_limit: Share of a source's records that may be set aside.
-        quarantine: The file for them; written by process 0.
+        packing: Packing policy within a chunk.
+        overlong: What to do with conversations longer than a row.
+        seed: Seed of the order.
+        buffer: Characters per chunk.
+        on_bad_record: Whether to stop or to set records aside.
+        bad_record_limit: Maximum share of a source's records that may be set aside.
+        quarantine: File for records set aside; written by process 0.
         rank: This process, of `world`.
-        world: Processes that divide the work.
-        share: Exchanges a value between them; null lets each do all the work.
-        num_proc: Processes that tokenize for this one; 1 is this one itself.
-        fingerprint: Of data and settings; all processes must have the same.
+        world: Number of processes that share the work.
+        share: Exchanges a value between processes; null lets each do all the work.
+        num_proc: Tokenizing processes of this process; 1 is this process.
+        fingerprint: Fingerprint of data and settings, which must be equal on all processes.
     """
 
     def __init__(self, encoders: Sequence[SourceEncoder], *, seq_len: int, packing: Packing, overlong: Overlong,
@@ -125,28 +125,28 @@ class Stream:
         self.share, self.num_proc, self.fingerprint = share, num_proc, fingerprint
         self.is_first = rank == 0
         self.rank, self.world = (rank, world) if share else (0, 1)
-        self.notes: dict[str, int] = {}                 # what this process saw cut or dropped
+        self.notes: dict[str, int] = {}                 # what this process cut or dropped
         self._dtype = token_dtype(encoders[0].tokenizer)
 
     @property
     def paths(self) -> list[str]:
-        """Of the sources."""
+        """Paths of the sources."""
         return [encoder.source.path for encoder in self.encoders]
 
     @property
     def beginning(self) -> Position:
-        """Of the first chunk."""
+        """Position of the first chunk."""
         none = (0,) * len(self.encoders)
         return Position(0, (Cursor(),) * len(none), none, none, Memory.empty(self._dtype))
 
     def chunks(self, begin: Position) -> Generator[Chunk, None, None]:
-        """Endless chunks from a position on; with other processes the next one is tokenized while one is used.
+        """Yield chunks endlessly from a position; with worker processes the next one is tokenized in advance.
 
         Raises:
-            InputError: A bad record, too many of them, or a whole pass without anything to learn; on all processes.
+            InputError: A bad record, too many of them, or a pass without supervised tokens; raised on all processes.
         """
         feed = Feed(self.encoders, seed=self.seed, cursors=begin.cursors)
-        items, position, written = iter(feed), begin, begin.number     # what is made again was written before
+        items, position, written = iter(feed), begin, begin.number     # records of rebuilt chunks were already written
         work = partial(_to_block, encoders=self.encoders)
         ahead: deque[_Read] = deque()
         with closing(Workers(work, self.num_proc)) as workers:
@@ -162,14 +162,14 @@ class Stream:
                     begin = position
                     yield chunk
                 elif all(new.turn > old.turn + 1 for new, old in zip(read.cursors, begin.cursors, strict=True)):
-                    raise InputError("nothing in it can be learned: every sequence is too long, or no token of it is "
-                                     "supervised", where="data.sources", fix="Look at data.seq_len, data.overlong and "
+                    raise InputError("no sequence can be trained on: each is too long or has no supervised token",
+                                     where="data.sources", fix="Look at data.seq_len, data.overlong and "
                                      "data.train_on.")
 
     # ---- records to blocks -------------------------------------------------------------------------------------------
 
     def _read(self, feed: Feed, items: Iterator[tuple[int, Item]], workers: Workers) -> _Read:
-        """Records of a chunk, those of this process under way to become tokens."""
+        """Read the records of a chunk, and start tokenizing this process's share."""
         read, total = _Read(), 0
         while total < self.buffer and not read.error:
             batch: list[tuple[int, Item]] = []
@@ -188,7 +188,7 @@ class Stream:
         return read
 
     def _exchanged(self, read: _Read) -> list[Block]:
-        """The blocks of all processes, in order; what is wrong in one of them is raised in all."""
+        """The blocks of all processes in order; an error of one is raised in all."""
         mine: list[Block] = []
         failed = read.error
         try:
@@ -196,7 +196,7 @@ class Stream:
         except InputError as reason:
             failed = reason
         except Exception as reason:
-            if self.share:                              # the others must not wait for this one
+            if self.share:                              # the others must not wait for this process
                 self.share((self.fingerprint, mine, InputError(f"process {self.rank} failed: {reason!r}")))
             raise
         said = (self.fingerprint, mine, failed)
@@ -205,11 +205,11 @@ class Stream:
             if error:
                 raise error
             if fingerprint != self.fingerprint:
-                raise InputError(f"process {rank} sees other data than process {self.rank}", where="data.sources",
-                                 fix="Give all machines the same files and settings.")
+                raise InputError(f"process {rank} has other data than process {self.rank}", where="data.sources",
+                                 fix="Use the same files and settings on all machines.")
         return [every[number % self.world][1][number // self.world] for number in range(len(read.blocks))]
 
-    # ---- what became of records --------------------------------------------------------------------------------------
+    # ---- reports -----------------------------------------------------------------------------------------------------
 
     def _judged(self, read: _Read, blocks: Sequence[Block], position: Position,
                 *, write: bool) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -236,7 +236,7 @@ class Stream:
             if bad[number] > self.bad_record_limit * cursor.drawn and (cursor.turn or cursor.drawn >= JUDGED):
                 raise InputError(f"{bad[number]:,} of {cursor.drawn:,} records are bad, more than "
                                  "data.bad_record_limit allows", where=self.paths[number],
-                                 fix=f"They are in {self.quarantine}, each with its reason; mend them, or raise the "
+                                 fix=f"They are in {self.quarantine}, each with its reason; fix them, or raise the "
                                  "limit.")
         return tuple(kept), tuple(bad)
 
@@ -252,10 +252,10 @@ class Stream:
         with file.open("a", encoding="utf-8", errors="backslashreplace") as stream:
             stream.write(json.dumps(line, ensure_ascii=False, default=str)[:QUARANTINE] + "\n")
 
-    # ---- sequences to rows -------------------------------------------------------------------------------------------
+    # ---- packing -----------------------------------------------------------------------------------------------------
 
     def _packed(self, begin: Position, memory: Memory) -> tuple[Chunk, Memory]:
-        """The rows of a chunk, and what is left for the next one."""
+        """Pack the rows of a chunk; returns also the remainder for the next one."""
         lengths, is_document = memory.sequences["length"].astype(np.int64), memory.sequences["kind"] != CONVERSATION
         if self.packing == "concat":
             if self.encoders[0].train_on != "all" and not is_document.all():
@@ -278,7 +278,7 @@ class Stream:
         return Chunk(begin, memory, corpus, rows.counted(counts[:, 3]), order, counts), held
 
     def _split(self, memory: Memory, lengths: np.ndarray, is_document: np.ndarray) -> tuple[pack.Segments, Memory]:
-        """Segments of at most a row; of a document that goes on, the windows that are full."""
+        """Segments of at most a row; of an unfinished document only full windows."""
         last, stride = len(lengths) - 1, self.seq_len - 1
         held = Memory.empty(self._dtype)
         if memory.open:
@@ -300,7 +300,7 @@ class Stream:
 
 
 def _to_block(batch: list[tuple[int, Item]], *, encoders: Sequence[SourceEncoder]) -> Block:
-    """Tokens of records of several sources, in their order."""
+    """Encode records of several sources, in order."""
     out: list[Encoded | InputError | None] = [None] * len(batch)
     for number in {number for number, _ in batch}:
         which = [at for at, (other, _) in enumerate(batch) if other == number]
@@ -311,7 +311,7 @@ def _to_block(batch: list[tuple[int, Item]], *, encoders: Sequence[SourceEncoder
 
 
 def _whole_rows(rows: Rows, memory: Memory, seq_len: int) -> tuple[Rows, Memory]:
-    """The full rows of `concat`, and the last one's segments where it is not full."""
+    """The full rows of `concat`, and the segments of an incomplete last row."""
     lengths = rows.lengths
     full = len(rows) - int(len(rows) > 0 and lengths[-1] < seq_len)
     first = int(rows.offsets[full])

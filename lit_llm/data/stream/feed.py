@@ -1,7 +1,7 @@
 """Repeat the records of several sources endlessly, in an order given by the seed, from any position.
 
-A source that ends begins again with its files in another order; which source is next follows from the weights and from
-what was drawn.
+A source that ends starts again with its files in another order; the next source is chosen by the weights and by what
+was drawn so far.
 """
 
 from collections import deque
@@ -17,19 +17,19 @@ from lit_llm.data.records.sources import Source
 from lit_llm.data.tokens.encode import Item, SourceEncoder
 from lit_llm.errors import InputError
 
-SAMPLE = 1 << 14                                        # bytes at each end of a file that tell whether it changed
+SAMPLE = 1 << 14                                        # bytes at each end of a file that are hashed to detect changes
 
 
 @dataclass(frozen=True, slots=True)
 class Cursor:
-    """Where the next record of a source stands.
+    """Position of the next record of a source.
 
     Args:
-        drawn: Records before it, over all passes.
-        turn: The pass it belongs to.
-        part: A place in that pass's order of files.
-        record: Records of the file before it.
-        piece: Pieces of the record before it, where that is a long document.
+        drawn: Number of records before it, over all passes.
+        turn: Number of the pass.
+        part: Index in that pass's order of files.
+        record: Number of records of the file before it.
+        piece: Number of pieces of its long document before it.
     """
 
     drawn: int = 0
@@ -40,31 +40,31 @@ class Cursor:
 
 
 class Feed:
-    """An endless sequence of the records of several sources.
+    """Yields the records of several sources endlessly.
 
-    The next record is from a source that is behind its weight's share of the records drawn, so at any moment each
-    source has its share to within a record.
+    The next record is from a source whose share of the records drawn is below its weight's, so each source always has
+    its share to within one record.
 
     Args:
-        encoders: Of the sources; they know where a long document may be cut.
-        seed: Of the order of files.
-        cursors: Where to begin; null is the beginning.
+        encoders: Encoders of the sources, which split long documents.
+        seed: Seed of the order of files.
+        cursors: Where to start; null is the beginning.
     """
 
     def __init__(self, encoders: Sequence[SourceEncoder], *, seed: int,
                  cursors: Sequence[Cursor] | None = None) -> None:
         self.encoders, self.seed = encoders, seed
-        self.cursors = list(cursors or [Cursor()] * len(encoders))      # behind the record handed out last
+        self.cursors = list(cursors or [Cursor()] * len(encoders))      # after the last yielded record
 
     def __iter__(self) -> Iterator[tuple[int, Item]]:
-        """(number of its source, record or piece of one with its place)."""
+        """Yield (index of the source, record or piece with its place)."""
         streams = [self._endless(number) for number in range(len(self.encoders))]
         while True:
             number = self._next()
             yield number, next(streams[number])
 
     def _next(self) -> int:
-        """The source of the next record; a document that was begun is read to its end first."""
+        """The source of the next record; an unfinished document is completed first."""
         for number, cursor in enumerate(self.cursors):
             if cursor.piece:
                 return number
@@ -83,11 +83,11 @@ class Feed:
                 self.cursors[number] = Cursor(self.cursors[number].drawn, begun.turn, place + 1)
             drawn = self.cursors[number].drawn
             if drawn == begun.drawn and not (begun.part or begun.record):
-                raise InputError("there is no record in it", where=self.encoders[number].source.path)
+                raise InputError("the source has no record", where=self.encoders[number].source.path)
             self.cursors[number] = Cursor(drawn, begun.turn + 1)
 
     def _part(self, number: int, found: Iterator[Found]) -> Iterator[Item]:
-        """What a file still holds; what was drawn of it is read over, which costs no tokenizing."""
+        """The remaining records of a file; those already drawn are skipped without tokenizing."""
         for record, _ in islice(found, self.cursors[number].record):
             if isinstance(record, LongText):
                 deque(record.blocks, maxlen=0)
@@ -105,9 +105,9 @@ class Feed:
 
 
 def identity(source: Source) -> str:
-    """What a source is made of, without reading all of it: sizes of its files, and a hash of their ends.
+    """Identify the data of a source without reading all of it, by the sizes of its files and a hash of their ends.
 
-    Where the files lie and how they are called is no part of it, but for what tells how they are read.
+    Paths and names are not part of it, except for what determines how files are read.
     """
     if source.is_hub:
         return f"{len(source.parts())} shards of {source.subset or 'the default subset'}, {source.split}"

@@ -1,7 +1,7 @@
-"""Collate rows of a stream into batches; its state is a few numbers, equal on all ranks, valid for any number of ranks.
+"""Collate the packed sequences of a stream into batches; the state is equal on all ranks, for any number of ranks.
 
-The counterpart of `loader.RowLoader` for a corpus that is never held as a whole. Knows ranks and accumulation as
-numbers; nothing of text or devices.
+The counterpart of `loader.RowLoader` for a corpus that is never in memory as a whole. Ranks and accumulation are plain
+numbers here.
 """
 
 from collections.abc import Iterator
@@ -22,12 +22,12 @@ COUNTED = ("sequences", "tokens", "supervised")
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One row of a chunk.
+    """One packed row of a chunk.
 
     Args:
-        segments: Tokens of each, and whether each is supervised.
-        counts: (S, 4), as a chunk's.
-        length: Tokens.
+        segments: Tokens of each segment, and whether each is supervised.
+        counts: (S, 4), as in a chunk.
+        length: Number of tokens.
     """
 
     segments: list[tuple[np.ndarray, np.ndarray]]
@@ -36,23 +36,23 @@ class Row:
 
 
 class StreamLoader:
-    """Batches of one rank, `steps` whole accumulation windows of them: an epoch is what the trainer makes of it.
+    """Batches of one rank, in `steps` complete accumulation windows per epoch.
 
-    Rows come in one order, a function of the stream alone, and a step takes the next
-    `G = world * accumulate * batch_size` of them, dealt as `RowLoader` deals them. Each rank sees all rows pass, so
-    what is supervised in a step is known without asking the others.
+    The order of rows is a function of the stream, and a step takes the next `G = world * accumulate * batch_size` of
+    them, distributed as in `RowLoader`. Each rank reads all rows, so the supervised tokens of a step are known without
+    communication.
 
     Args:
-        stream: The rows.
-        steps: Optimizer steps of an epoch, for Lightning, which wants a length.
+        stream: The stream of rows.
+        steps: Optimizer steps per epoch, because Lightning needs a length.
         batch_size: Rows per micro-batch and rank.
-        pad_id: Fills the rest of a row; never supervised.
+        pad_id: Padding token; never supervised.
         token_bytes: (2, V) bytes of each token, and of a text's first one.
         rank: This process, of `world`.
-        world: Processes that share each step.
-        accumulate: Micro-batches of a step.
+        world: Number of processes.
+        accumulate: Micro-batches per step.
         trim: Pad to the longest row of the batch, not to the row's full length.
-        identity: Of data and settings, by names for messages; a checkpoint of others is refused.
+        identity: Identity of data and settings by named parts; a checkpoint of other data is refused.
     """
 
     def __init__(self, stream: Stream, *, steps: int, batch_size: int, pad_id: int, token_bytes: np.ndarray,
@@ -61,7 +61,7 @@ class StreamLoader:
         self.stream, self.steps, self.batch_size = stream, steps, batch_size
         self.pad_id, self.token_bytes, self.rank, self.world = pad_id, token_bytes, rank, world
         self.accumulate, self.trim, self.identity = accumulate, trim, dict(identity or {})
-        self._at = (stream.beginning, 0, 0)             # the window's chunk, its first row, micro-batches handed out
+        self._at = (stream.beginning, 0, 0)             # chunk of the window, its first row, yielded micro-batches
         self._drawn = np.zeros((len(stream.paths), len(COUNTED)), dtype=np.int64)
 
     def __len__(self) -> int:
@@ -78,8 +78,8 @@ class StreamLoader:
                 window.append(row)
             for micro in range(done, self.accumulate):
                 batch = self._batch(window, micro)
-                if batch["last_in_step"]:               # before the yield: Lightning saves while it holds this batch,
-                    self._at = (*behind, 0)             # and never comes back after the last one
+                if batch["last_in_step"]:               # before the yield: Lightning saves while it processes this
+                    self._at = (*behind, 0)             # batch, and does not return here after the last one
                     self._drawn = self._drawn + self._counted(window)
                 else:
                     self._at = (begin, first, micro + 1)
@@ -87,7 +87,7 @@ class StreamLoader:
             (begin, first), done = behind, 0
 
     def _rows(self, begin: Position, first: int) -> Iterator[tuple[Row, tuple[Position, int]]]:
-        """Each row, and where the one after it is."""
+        """Yield each row with the position of the next one."""
         for chunk in self.stream.chunks(begin):
             skip = first if chunk.begin.number == begin.number else 0
             for at, number in enumerate(chunk.order.tolist()[skip:], skip + 1):
@@ -114,7 +114,7 @@ class StreamLoader:
 
     @property
     def ledger(self) -> dict[str, dict[str, int]]:
-        """Of each source what the steps so far really held, over all ranks."""
+        """Totals of each source in the steps so far, over all ranks."""
         out = {path: dict.fromkeys(COUNTED, 0) for path in self.stream.paths}
         for path, counts in zip(self.stream.paths, self._drawn.tolist(), strict=True):
             for name, count in zip(COUNTED, counts, strict=True):
@@ -123,12 +123,12 @@ class StreamLoader:
 
     @property
     def passes(self) -> list[int]:
-        """How often each source was read to its end."""
+        """Number of complete passes over each source."""
         return [cursor.turn for cursor in self._at[0].cursors]
 
     def told(self) -> list[str]:
-        """How often the sources were read to their end, and what this process saw cut, dropped or set aside."""
-        lines = [f"train: {path} was read to its end {turns:,} times" for path, turns in
+        """Summary lines: passes over the sources, and what this process cut, dropped or set aside."""
+        lines = [f"train: {path} was read completely {turns:,} times" for path, turns in
                  zip(self.stream.paths, self.passes, strict=True) if turns]
         notes = self.stream.notes | {"bad_records_set_aside": sum(self._at[0].bad)}
         if found := [f"{count:,} {name.replace('_', ' ')}" for name, count in notes.items() if count]:
@@ -138,26 +138,26 @@ class StreamLoader:
     # ---- resuming ----------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the run stands: equal on all ranks, plain numbers and text, less than a row of tokens."""
+        """The position of the run: equal on all ranks, plain numbers and text, less than a row of tokens."""
         begin, first, done = self._at
         return {"chunk": begin.number, "row": first, "micro": done, "drawn": self._drawn.tolist(),
                 "cursors": [asdict(cursor) for cursor in begin.cursors], "kept": list(begin.kept),
                 "bad": list(begin.bad), "held": _as_lists(begin.held), **self._settings()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue with the very next row; the chunk that it is in is made again, nothing before it.
+        """Continue with the next row; only its chunk is rebuilt.
 
         Raises:
-            InputError: The state belongs to other data or settings; it names what differs.
+            InputError: The state belongs to other data or settings; the error names the differences.
         """
         settings = self._settings()
-        if not state.get("micro"):                      # between two steps, their rows may be divided anew
+        if not state.get("micro"):                      # between two steps, the division may change
             settings = {key: value for key, value in settings.items() if key not in ("processes", "batch_size")}
         differs = [f"{key} was {state.get(key)} and is {value}" for key, value in settings.items()
                    if state.get(key) != value]
         if differs:
             raise InputError("the checkpoint cannot continue on this stream: " + "; ".join(differs), where="data",
-                             fix="Give the same data and settings, or start a new run from its weights.")
+                             fix="Use the same data and settings, or start a new run from its weights.")
         cursors = tuple(Cursor(**cursor) for cursor in state["cursors"])
         begin = Position(int(state["chunk"]), cursors, tuple(state["kept"]), tuple(state["bad"]),
                          _from_lists(state["held"], self.stream.beginning.held))

@@ -1,7 +1,4 @@
-"""Keep the token sequences of a chunk in memory, with the interface of a store on disk.
-
-What a stream holds at a time.
-"""
+"""Keep the token sequences of a chunk in memory, with the interface of a store on disk."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,16 +13,16 @@ from lit_llm.data.tokens.encode import SEQUENCE, Block, Item
 
 @dataclass(slots=True)
 class Memory:
-    """Sequences in memory, as the loader reads a store's.
+    """Sequences in memory, with the interface of a store.
 
     Args:
-        tokens: All sequences end to end.
-        marks: As a store's.
-        sequences: (N,) SEQUENCE; `number` is a place in `places`.
-        source: (N,) the source of each.
-        begins: (N,) bool, whether it is the beginning of a document or conversation, not the rest of one.
-        open: Whether the last one goes on in the next chunk.
-        places: Of records.
+        tokens: All sequences concatenated.
+        marks: As in a store.
+        sequences: (N,) SEQUENCE; `number` is an index into `places`.
+        source: (N,) the source of each sequence.
+        begins: (N,) bool, whether it is the beginning of a document or conversation.
+        open: Whether the last one continues in the next chunk.
+        places: Places of records.
     """
 
     tokens: np.ndarray
@@ -38,16 +35,16 @@ class Memory:
 
     @classmethod
     def empty(cls, dtype: np.dtype) -> Self:
-        """No sequence."""
+        """An empty memory."""
         return cls(np.zeros(0, dtype), np.zeros(0, np.uint8), np.zeros(0, SEQUENCE), np.zeros(0, np.int64),
                    np.zeros(0, bool))
 
     def place(self, sequence: int) -> str:
-        """Where the record of a sequence stands."""
+        """Place of the record of a sequence."""
         return self.places[int(self.sequences["number"][sequence])]
 
     def taken(self, segments: Segments, *, open: bool) -> "Memory":
-        """Some stretches of sequences, each as a sequence of its own."""
+        """Some segments, each as a separate sequence."""
         old = self.sequences[segments.sequence]
         where = [slice(at, at + length) for at, length in
                  zip((old["offset"] + segments.start).tolist(), segments.lengths.tolist(), strict=True)]
@@ -62,11 +59,11 @@ class Memory:
 
 
 def joined(held: Memory, batches: Sequence[Sequence[tuple[int, Item]]], blocks: Sequence[Block]) -> Memory:
-    """All sequences of a chunk behind those held; pieces of one document, which lie side by side, are one sequence.
+    """All sequences of a chunk after the remainder; consecutive pieces of one document become one sequence.
 
     Args:
-        held: Left over of the chunk before.
-        batches: Records, each with the number of its source.
+        held: Remainder of the previous chunk.
+        batches: Records, each with the index of its source.
         blocks: Their tokens.
     """
     tables, flags = [held.sequences], [np.ones((len(held.sequences), 2), dtype=bool)]

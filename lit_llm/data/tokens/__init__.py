@@ -1,1 +1,1 @@
-"""Records to token sequences, kept in a store on disk."""
+"""Encode records as token sequences, and store them on disk."""

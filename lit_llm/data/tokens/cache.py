@@ -1,7 +1,7 @@
-"""A source, a tokenizer and settings in; the folder of their tokens out, and who is writing it.
+"""The cache of token stores: the folder for a source, a tokenizer and settings, and the lock on it.
 
-A store lies in a folder named by a hash of all that shapes it. Beside it lies a lock, held by the one process that
-writes it; the file says why the last writer failed.
+The folder of a store is named by a hash of everything that determines its content. Beside it is a lock file, held by
+the single process that writes the store; it records why the last writer failed.
 """
 
 import contextlib
@@ -28,15 +28,15 @@ from lit_llm.errors import InputError
 from lit_llm.system.private import others
 from lit_llm.text.tokenizer import Tokenizer
 
-LARGE = 64 << 20                                        # bytes; of a smaller file the hash is not worth remembering
-RULES = 1                                               # raised whenever the same data give other tokens or masks
-SETTLED = 2.0                                           # seconds; a file changed since may change within one tick
+LARGE = 64 << 20                                        # bytes above which the hash of a file is cached
+RULES = 1                                               # increase it when the same data give other tokens or masks
+SETTLED = 2.0                                           # seconds; a file that is newer may change within a clock tick
 
 
 # ---- the key ---------------------------------------------------------------------------------------------------------
 
 def folder_of(source: Source, tokenizer: Tokenizer, settings: dict[str, Any], cache_dir: str | None) -> Path:
-    """Where a source's tokens lie: another folder as soon as data, tokenizer, template, a setting or `RULES` differs.
+    """The folder of a source's tokens, which depends on data, tokenizer, template, settings and `RULES`.
 
     Raises:
         InputError: A file of the source cannot be read.
@@ -53,7 +53,7 @@ def folder_of(source: Source, tokenizer: Tokenizer, settings: dict[str, Any], ca
 
 
 def _digest(path: Path, memory: Path) -> str:
-    """sha256 of a file. Of a large one it is remembered while the file system says that nobody has touched the file."""
+    """sha256 of a file; for large files it is cached until the file's metadata change."""
     try:
         with path.open("rb") as stream:
             seen = os.fstat(stream.fileno())
@@ -66,7 +66,7 @@ def _digest(path: Path, memory: Path) -> str:
     except OSError as error:
         raise InputError(f"cannot be read: {error.strerror}", where=str(path)) from None
     if seen.st_size >= LARGE and time.time() - max(seen.st_mtime, seen.st_ctime) > SETTLED:
-        with contextlib.suppress(OSError):              # a cache that is read only
+        with contextlib.suppress(OSError):              # a read-only cache
             disk.replace_text(note, json.dumps([identity, digest]))
     return digest
 
@@ -82,11 +82,11 @@ def _remembered(note: Path, identity: list[Any]) -> str | None:
 # ---- reading ---------------------------------------------------------------------------------------------------------
 
 def opened(folder: Path, *, say: bool = False) -> TokenStore | None:
-    """The store, if it is there and whole.
+    """Open a store if it exists and is intact.
 
     Args:
-        folder: Where it lies; it came by a rename, so it is whole unless someone has changed it since.
-        say: Whether to name damage on stderr.
+        folder: Its folder, which appeared by a rename and is complete unless it was changed later.
+        say: Whether to report damage on stderr.
     """
     if not folder.exists():
         return None
@@ -94,15 +94,15 @@ def opened(folder: Path, *, say: bool = False) -> TokenStore | None:
         return TokenStore(folder)
     except InputError as error:
         if say:
-            print(f"the token store {folder} is damaged ({error.what}); it is made again", file=sys.stderr)
+            print(f"the token store {folder} is damaged ({error.what}) and will be rebuilt", file=sys.stderr)
         return None
 
 
 def waited_for(folder: Path, patience: float) -> TokenStore:
-    """The store that another process writes: looks at the disk now and then, for as long as someone is at work.
+    """Wait for a store that another process writes, by polling the disk while that process is working.
 
     Raises:
-        InputError: What stopped that process; or nobody has been at work for `patience` seconds.
+        InputError: The other process failed, or no process has been working for `patience` seconds.
     """
     began, lock = time.time(), folder.with_suffix(".lock")
     idle = time.monotonic()
@@ -113,15 +113,16 @@ def waited_for(folder: Path, patience: float) -> TokenStore:
         elif failure and (lock.stat().st_mtime >= began or time.monotonic() - idle > patience):
             raise failure
         elif time.monotonic() - idle > patience:
-            raise InputError(f"the tokens of this source are not there, and for {patience:.0f} seconds nobody has been "
-                             "preparing them", where=str(folder.parent), fix="Did another process stop? Run `python -m "
+            raise InputError(f"the tokens of this source do not exist, and no process has been preparing them for "
+                             f"{patience:.0f} seconds", where=str(folder.parent),
+                             fix="Did another process stop? Run `python -m "
                              "lit_llm prepare` first, on each machine that does not share data.cache_dir.")
         time.sleep(0.25)
     return store
 
 
 def size_of(root: Path) -> tuple[int, int]:
-    """Stores in a cache, and their bytes."""
+    """Number of stores in a cache, and their bytes."""
     stores = [meta.parent for meta in root.glob("*/meta.json")]
     return len(stores), sum(file.stat().st_size for store in stores for file in store.iterdir())
 
@@ -130,7 +131,7 @@ def size_of(root: Path) -> tuple[int, int]:
 
 @contextlib.contextmanager
 def sole_writer(folder: Path) -> Iterator[None]:
-    """The right to write a store, waited for. What interrupted writers left behind goes; a failure leaves a note.
+    """Wait for the lock on a store. Removes leftovers of interrupted writers; a failure is recorded in the lock file.
 
     Raises:
         InputError: The cache cannot be written.
@@ -155,7 +156,7 @@ def sole_writer(folder: Path) -> Iterator[None]:
 
 def _unwritable(error: OSError, root: Path) -> InputError:
     return InputError(f"the token cache cannot be written: {error}", where=str(root),
-                      fix="Make room, or set data.cache_dir (or LIT_LLM_CACHE) to another folder.")
+                      fix="Free some space, or set data.cache_dir (or LIT_LLM_CACHE) to another folder.")
 
 
 def _locked(path: Path, *, wait: bool = True) -> AbstractContextManager[object]:
@@ -168,9 +169,9 @@ def _locked(path: Path, *, wait: bool = True) -> AbstractContextManager[object]:
 
 
 def _sweep(mine: Path) -> None:
-    """Remove half-written stores that nobody writes any more; the caller holds the lock of its own.
+    """Remove incomplete stores of writers that no longer run; the caller holds its own lock.
 
-    One whose lock is held, or another user's, is left alone.
+    Stores whose lock is held, or that belong to another user, are kept.
     """
     for debris in mine.parent.glob("*.tmp-*"):
         owner = mine.parent / debris.name.split(".")[0]
@@ -192,7 +193,7 @@ def _is_held(lock: Path) -> bool:
 
 
 def _failure(lock: Path) -> InputError | None:
-    """Why the last writer failed, as it said itself."""
+    """The recorded error of the last writer."""
     try:
         what, where, fix = json.loads(lock.read_text(encoding="utf-8"))
         return InputError(what, where=where, fix=fix)

@@ -1,7 +1,7 @@
 """Encode the records of a source into blocks of tokens, for the store on disk (`prepare.py`) and for streams alike.
 
-A record is a line or an object as `records/` reads it; a block is the arrays of a batch of them. What is wrong with one
-record becomes a value in the block, so that the caller decides whether to stop or to set the record aside.
+A record is a line or an object from `records/`; a block has the arrays of a batch of records. An error in one record
+becomes a value in the block, so that the caller decides whether to stop or to set the record aside.
 """
 
 import hashlib
@@ -30,13 +30,13 @@ DOCUMENTS = np.array([SPEAKERS.index("document")], dtype=np.uint8)
 SEQUENCE = np.dtype([
     ("offset", "<i8"), ("length", "<i4"), ("supervised", "<i4"),    # supervised: beyond the first token
     ("kind", "u1"), ("ended", "u1"),                                # ended: its last token is the end-of-text token
-    ("file", "<i4"), ("number", "<i8"),                             # where its record stands, for people
+    ("file", "<i4"), ("number", "<i8"),                             # place of its record, for messages
     ("content", "<u8"), ("record", "<i8")])                         # content: a hash, equal for equal records
 
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """A stretch of a long document: its beginning, its end, or neither; or why it cannot be read on."""
+    """A part of a long document, or the error that ends it."""
 
     piece: Piece | InputError
     first: bool
@@ -49,31 +49,31 @@ class Part:
 
 
 Item = tuple[Record | Part | InputError, Place]
-LEFT = 1 << 30                                          # characters of a document that are passed over
+LEFT = 1 << 30                                          # characters of a document that may be skipped
 
 
 def size_of(record: Any) -> int:
-    """About how many characters a record has."""
+    """Approximate number of characters of a record."""
     if isinstance(record, Part):
         return len(record.piece.text) if isinstance(record.piece, Piece) else 0
     return size_of_value(record)
 
 
 def begins_record(record: Any) -> bool:
-    """Whether a record, or a long document in parts, begins with this item."""
+    """Whether this item begins a record, or a long document in parts."""
     return not isinstance(record, Part) or record.first
 
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """A record's sequences; none, with the reason in `dropped`, where it holds nothing.
+    """The sequences of a record; none, with the reason in `dropped`, if it is empty.
 
     Args:
         kind: CONVERSATION or DOCUMENT.
-        content: Hash of what it says.
-        sequences: Its tokens.
-        dropped: Why it is left out.
-        first: Whether its sequence begins here; the parts of a long document come one after another.
+        content: Hash of its content.
+        sequences: Its token sequences.
+        dropped: The reason why it is left out.
+        first: Whether its sequence begins here; parts of a long document are consecutive.
         last: Whether it ends here.
     """
 
@@ -87,18 +87,18 @@ class Encoded:
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """A batch of records as arrays, ready to be appended: cheap to send from one process to another.
+    """A batch of records as arrays that can be appended to a store, and cheaply sent between processes.
 
     Args:
-        tokens: Of all its sequences.
-        marks: (as many,) uint8, as in marks.bin.
-        rows: (S,) SEQUENCE; offsets count from the block's beginning, `number` is the record's place in the batch.
-        faults: (place in the batch, why it is left out): an error, or a reason to drop it.
-        unbroken: (S, 2) bool, whether a sequence begins and ends here; null where all do.
-        stopless: Conversations that teach no stop token.
-        double_bos: Sequences that begin with it twice.
-        cleaned: Records that lost white space.
-        notes: What else was seen, such as keys that are not read -> records.
+        tokens: Tokens of all its sequences.
+        marks: (tokens,) uint8, as in marks.bin.
+        rows: (S,) SEQUENCE; offsets are relative to the block, `number` is the record's index in the batch.
+        faults: (index in the batch, reason why it is left out): an error, or a reason to drop it.
+        unbroken: (S, 2) bool, whether a sequence begins and ends here; null if all do.
+        stopless: Conversations without a supervised stop token.
+        double_bos: Sequences that begin with two BOS tokens.
+        cleaned: Records whose white space was cleaned.
+        notes: Other notes, such as unused keys -> number of records.
     """
 
     tokens: np.ndarray
@@ -113,7 +113,7 @@ class Block:
 
 
 def token_dtype(tokenizer: Tokenizer) -> np.dtype:
-    """The smallest that holds every id."""
+    """The smallest dtype for all token ids."""
     return np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
 
 
@@ -144,7 +144,7 @@ def to_block(encoded: Sequence[Encoded | InputError], tokenizer: Tokenizer, *, c
     tokens = np.concatenate([*ids, np.zeros(0, dtype=np.int32)]).astype(token_dtype(tokenizer))
     stopless = double_bos = 0
     if rows:
-        firsts = mask[table["offset"]] & [first for first, _ in flags]      # nothing predicts a sequence's first token
+        firsts = mask[table["offset"]] & [first for first, _ in flags]  # a sequence's first token is never predicted
         table["supervised"] = np.add.reduceat(mask, table["offset"], dtype=np.int64) - firsts
         stops = np.add.reduceat(mask & np.isin(tokens, tokenizer.stop_ids), table["offset"], dtype=np.int64)
         stopless = int(((stops == 0) & (table["kind"] == CONVERSATION)).sum())
@@ -157,11 +157,11 @@ def to_block(encoded: Sequence[Encoded | InputError], tokenizer: Tokenizer, *, c
 
 
 class SourceEncoder:
-    """Encodes the records of one source. It holds settings only, so it can be sent to other processes.
+    """Encodes the records of one source. It contains only settings, so it can be sent to other processes.
 
     Args:
-        source: What to read.
-        tokenizer: Makes the tokens.
+        source: The source.
+        tokenizer: The tokenizer.
         train_on: Which tokens of a conversation are supervised.
     """
 
@@ -178,7 +178,7 @@ class SourceEncoder:
     # ---- reading -----------------------------------------------------------------------------------------------------
 
     def items(self) -> Iterator[Item]:
-        """Records with their places, JSON lines unparsed; a long document in parts that are encoded one by one."""
+        """Yield records with their places, JSON lines unparsed, and long documents in parts."""
         for record, place in self.source.scan(parse=False):
             if not isinstance(record, LongText):
                 yield record, place
@@ -193,7 +193,7 @@ class SourceEncoder:
                 raise error.at(str(place)) from None
 
     def parts_of(self, record: LongText) -> Iterator[Part]:
-        """A long document in parts that are encoded one by one; the last one is an error where reading had to stop."""
+        """Yield the parts of a long document; the last one is an error if reading failed."""
         first = True
         try:
             for piece, _, last in self.tokenizer.pieces(clean_blocks(record.blocks, self.source.clean)):
@@ -201,32 +201,32 @@ class SourceEncoder:
                 first = False
         except UncutError as error:
             yield Part(error, first, True)
-            left = LEFT                                 # the rest of the document is skipped, to reach the next record
+            left = LEFT                                 # skip the rest of the document to reach the next record
             for block in record.blocks:
                 left -= len(block)
                 if left < 0:
-                    raise InputError(f"{error.what}; and {LEFT:,} characters behind it belong to the same document",
+                    raise InputError(f"{error.what}; the {LEFT:,} characters after it belong to the same document",
                                      fix=error.fix) from None
 
     # ---- encoding ----------------------------------------------------------------------------------------------------
 
     def block(self, items: list[Item]) -> Block:
-        """A batch of records as arrays."""
+        """Encode a batch of records as arrays."""
         encoded, changed, notes = self.encode(items)
         return to_block(encoded, self.tokenizer, cleaned=changed, notes=notes)
 
     def encode(self, items: list[Item]) -> tuple[list[Encoded | InputError], int, dict[str, int]]:
-        """Records to tokens, one by one.
+        """Encode records.
 
         Args:
             items: Records with their places.
 
         Returns:
-            For each record its tokens, or what is wrong with it; how many records were cleaned; and notes -> records.
+            The tokens or the error of each record; the number of cleaned records; notes -> number of records.
         """
         changed, noted = 0, Counter[str]()
-        out: list[Encoded | InputError | None] = []     # None: a document, which is filled in below
-        texts: list[Piece] = []                         # documents go through the tokenizer together
+        out: list[Encoded | InputError | None] = []     # None: a document, filled in below
+        texts: list[Piece] = []                         # documents are tokenized together
         for record, place in items:
             try:
                 notes: set[str] = set()
@@ -251,7 +251,7 @@ class SourceEncoder:
                 for one, (_, place) in zip(every, items, strict=True)], changed, noted
 
     def _content(self, record: Any, place: Place, notes: set[str]) -> tuple[Piece | Conversation, bool]:
-        """What a record says, and whether white space was taken away."""
+        """The content of a record, and whether its white space was cleaned."""
         if isinstance(record, Part):
             record = record.piece
         elif isinstance(record, bytes):
@@ -278,8 +278,8 @@ class SourceEncoder:
         try:
             whole = [talk.to_openai(), list(talk.tools), *([talk.template_args] if talk.template_args else [])]
             text = json.dumps(whole, sort_keys=True, ensure_ascii=False)
-        except (TypeError, ValueError, RecursionError) as error:        # of a table, whose values may be dates or bytes
-            raise InputError(f"tools or calls of tools hold what JSON has no word for: {error}") from None
+        except (TypeError, ValueError, RecursionError) as error:  # from tables, whose values may be dates or bytes
+            raise InputError(f"tools or tool calls contain a value that JSON cannot represent: {error}") from None
         encoded = self.tokenizer.encode_conversation(talk, train_on=self.train_on, notes=notes)
         if not all((sequence.labels[1:] != IGNORE_INDEX).any() for sequence in encoded):
             raise InputError("nothing to learn from: no token of this conversation is supervised")

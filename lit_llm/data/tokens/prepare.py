@@ -1,7 +1,7 @@
-"""Make the token store of a source and a tokenizer, once, or open the one that exists.
+"""Build the token store of a source and a tokenizer, or open an existing one.
 
-Records are read in one process, parsed and tokenized in several, in their order. What is kept of them is `store.py`'s,
-where it is kept is `cache.py`'s.
+Records are read in one process, and parsed and tokenized in several, in order. `store.py` defines what is stored,
+`cache.py` where.
 """
 
 import contextlib
@@ -30,27 +30,27 @@ from lit_llm.data.tokens.workers import Workers, process_count
 from lit_llm.errors import InputError
 from lit_llm.text.tokenizer import Tokenizer, TrainOn
 
-BATCH_RECORDS, BATCH_SIZE = 512, 1 << 20                # of a batch, records or about characters, what comes first
-UNDER_WAY = 64 << 20                                    # characters of batches that other processes work on
-ENOUGH = 10_000                                         # records after which a share of bad ones says something
+BATCH_RECORDS, BATCH_SIZE = 512, 1 << 20                # limits of a batch: records, approximate characters
+UNDER_WAY = 64 << 20                                    # characters of batches in progress in other processes
+ENOUGH = 10_000                                         # records after which the share of bad ones is checked
 
 
 def prepare(source: Source, tokenizer: Tokenizer, *, train_on: TrainOn = "assistant",
             on_bad_record: OnBadRecord = "error", cache_dir: str | None = None,
             num_proc: int | None = None, bad_record_limit: float = 1.0) -> TokenStore:
-    """The store of a source: opened if it is there, else written. A second process waits for the first.
+    """Open the store of a source, or write it. A second process waits for the first.
 
     Args:
-        source: What to read.
+        source: The source.
         tokenizer: Its fingerprint is part of the key.
-        train_on: Which tokens of a conversation are learned.
-        on_bad_record: `error` stops at the first, `quarantine` writes it aside with the reason and goes on.
-        cache_dir: Where stores live; null is `$LIT_LLM_CACHE`, else `~/.cache/lit_llm`.
-        num_proc: Processes that tokenize; null takes the machine's cores, and this process alone for a small source.
-        bad_record_limit: Share of records set aside above which it stops, once it has read `ENOUGH`.
+        train_on: Which tokens of a conversation are supervised.
+        on_bad_record: `error` stops at the first, `quarantine` sets it aside with the reason and continues.
+        cache_dir: Folder of the cache; null is `$LIT_LLM_CACHE`, else `~/.cache/lit_llm`.
+        num_proc: Number of tokenizing processes; null uses all cores, or only this process for a small source.
+        bad_record_limit: Maximum share of records set aside, checked after `ENOUGH` records.
 
     Raises:
-        InputError: A bad record with its place; nothing kept; a cache that cannot be written.
+        InputError: A bad record with its place, no usable record, or a cache that cannot be written.
     """
     folder = folder_of(source, tokenizer, _settings(train_on, on_bad_record), cache_dir)
     if store := opened(folder):
@@ -65,16 +65,16 @@ def prepare(source: Source, tokenizer: Tokenizer, *, train_on: TrainOn = "assist
 def wait_for(source: Source, tokenizer: Tokenizer, *, train_on: TrainOn = "assistant",
              on_bad_record: OnBadRecord = "error", cache_dir: str | None = None,
              patience: float = 60) -> TokenStore:
-    """The store that another process prepares: polls the disk, so no collective can time out meanwhile.
+    """Wait for the store that another process prepares, by polling, so that no collective times out.
 
     Raises:
-        InputError: What stopped that process; or nobody has been at work for `patience` seconds.
+        InputError: The other process failed, or no process has been working for `patience` seconds.
     """
     return waited_for(folder_of(source, tokenizer, _settings(train_on, on_bad_record), cache_dir), patience)
 
 
 def _settings(train_on: TrainOn, on_bad_record: OnBadRecord) -> dict[str, str]:
-    """The arguments that change what a store holds, as they are part of its key."""
+    """The arguments that determine the content of a store, for its key."""
     return {"train_on": train_on, "on_bad_record": on_bad_record}
 
 
@@ -87,7 +87,7 @@ def _batches(items: Iterable[Item]) -> Iterator[list[Item]]:
         batch.append(item)
         size += size_of(item[0])
         broken = isinstance(item[0], Part) and item[0].is_broken
-        if len(batch) >= BATCH_RECORDS or size >= BATCH_SIZE or broken:     # `Writer.add` wants those to come last
+        if len(batch) >= BATCH_RECORDS or size >= BATCH_SIZE or broken:     # `Writer.add` requires them to be last
             yield batch
             batch, size = [], 0
     if batch:
@@ -98,7 +98,7 @@ def _batches(items: Iterable[Item]) -> Iterator[list[Item]]:
 
 def _blocks(batches: Iterable[list[Item]], work: Callable[[list[Item]], Block],
             num_proc: int) -> Generator[tuple[list[Item], Block], None, None]:
-    """Each batch with its block, in order; a few batches are under way in other processes."""
+    """Yield each batch with its block, in order; a few batches are in progress in other processes."""
     waiting: deque[tuple[list[Item], Callable[[], Block]]] = deque()
     with contextlib.closing(Workers(work, num_proc)) as workers:
         sizes: deque[int] = deque()
@@ -128,12 +128,12 @@ def _write(folder: Path, encoder: SourceEncoder, on_bad_record: OnBadRecord, num
                     raise error
                 writer.add(new, items, [begins_record(record) for record, _ in items])
                 if writer.report.read >= ENOUGH:
-                    writer.report.refuse_flood(bad_record_limit, "Mend them, name the source's `format` or `columns`, "
+                    writer.report.refuse_flood(bad_record_limit, "Fix them, set the source's `format` or `columns`, "
                                                "or raise data.bad_record_limit.")
                 progress.show(writer.report, items[-1][1])
         writer.report.refuse_nothing()
         writer.close()
-        disk.replace_folder(temporary, folder)          # there only if it was damaged
+        disk.replace_folder(temporary, folder)          # exists only if it was damaged
         progress.end(writer.report, folder.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -1,6 +1,6 @@
-"""What has been prepared of a source in; a line on stderr out, with tokens/s and the time that is left.
+"""Print the progress of preparing a source on stderr, with tokens/s and the remaining time.
 
-Silent about what takes less than two seconds.
+Nothing is printed if it takes less than two seconds.
 """
 
 import sys
@@ -12,16 +12,16 @@ from lit_llm.data.records.textfile import PACKED
 from lit_llm.data.tokens.cache import size_of
 from lit_llm.data.tokens.store import Report
 
-MUCH = 1_000_000_000                                    # bytes of a cache that are worth a word
+MUCH = 1_000_000_000                                    # bytes of a cache above which its size is printed
 QUIET, OFTEN, SELDOM = 2.0, 0.5, 10.0                   # seconds: before the first line; on a terminal; in a log
 
 
 class Progress:
-    """The line of one source.
+    """Progress of one source.
 
     Args:
-        name: What is read.
-        sizes: Bytes of each of its files; empty for the hub, where how much is left is unknown.
+        name: Name of the source.
+        sizes: Bytes of each file; empty for the hub, where the total is unknown.
     """
 
     def __init__(self, name: str, sizes: dict[str, int]) -> None:
@@ -32,11 +32,11 @@ class Progress:
         self._terminal = sys.stderr.isatty()
 
     def show(self, report: Report, place: Place) -> None:
-        """Say how far it is, if it is time to say it.
+        """Print the progress if enough time has passed.
 
         Args:
-            report: What is done.
-            place: Of the last record that is done.
+            report: The report so far.
+            place: Place of the last record that is done.
         """
         now = time.monotonic()
         if now - self.began < QUIET or now - self.shown < (OFTEN if self._terminal else SELDOM):
@@ -47,16 +47,16 @@ class Progress:
                   f"{report.tokens / spent:,.0f} tokens/s{left}", end="\r" if self._terminal else "\n")
 
     def share(self, place: Place) -> float:
-        """Of the source's bytes, how many are done: 0 to 1; 0 where that is not known.
+        """Share of the source's bytes that are done: 0 to 1; 0 if unknown.
 
-        How much of a packed file has been read is not known, only that those before it are done.
+        For a compressed file only the files before it are counted.
         """
         size = self.sizes.get(place.path, 0)
         read = 0.0 if place.path.lower().endswith(PACKED) else place.share
         return (self._before[place.path] + size * read) / self.total if size else 0.0
 
     def end(self, report: Report, root: Path) -> None:
-        """Say what it came to, if it took a while; and what the cache has come to, since nobody empties it."""
+        """Print the totals if it took a while, and the size of a large cache, which is never emptied automatically."""
         spent = time.monotonic() - self.began
         if spent < QUIET:
             return
@@ -64,15 +64,15 @@ class Progress:
                   f"{report.tokens / spent:,.0f} tokens/s")
         stores, size = size_of(root)
         if size > MUCH:
-            self._say(f"the token cache {root} holds {stores} store{'s' * (stores > 1)}, {size / 1e9:,.1f} GB; delete "
-                      "it whenever you like")
+            self._say(f"the token cache {root} contains {stores} store{'s' * (stores > 1)}, {size / 1e9:,.1f} GB; you "
+                      "may delete it at any time")
 
     def _say(self, line: str, end: str = "\n") -> None:
         print(f"  {line}" + ("\x1b[K" if self._terminal else ""), end=end, file=sys.stderr, flush=True)
 
 
 def _running(sizes: list[int]) -> list[int]:
-    """What lies before each.
+    """Sum of the sizes before each.
 
     >>> _running([3, 4, 5])
     [0, 3, 7]
@@ -81,7 +81,7 @@ def _running(sizes: list[int]) -> list[int]:
 
 
 def _duration(seconds: float) -> str:
-    """Seconds as one reads them.
+    """Format seconds.
 
     >>> _duration(7.2), _duration(200), _duration(7300)
     ('7 s', '3 min 20 s', '2 h 1 min')

@@ -1,12 +1,12 @@
-"""A memory-mapped folder of token sequences, written once and read where they are needed.
+"""A memory-mapped folder of token sequences that is written once.
 
-The folder appears under its final name by one rename, so it is complete or not there: safe against kill -9 and against
-a second process. `encode.py` makes the blocks that are appended here; `prepare.py` decides when.
+The folder gets its final name by one rename, so it is either complete or absent: safe against kill -9 and against a
+second process. `encode.py` builds the blocks that are appended here; `prepare.py` decides when.
 
-    tokens.bin      uint16 or uint32, all sequences end to end
-    marks.bin       uint8, bit 0 where the token is learned; above it who says it, a place in SPEAKERS
-    sequences.bin   one SEQUENCE for each: where it lies, what it is, which record it came from
-    meta.json       files, counts; with quarantine.jsonl the records that were set aside
+    tokens.bin      uint16 or uint32, all sequences concatenated
+    marks.bin       uint8, bit 0: the token is supervised; higher bits: index of its speaker in SPEAKERS
+    sequences.bin   one SEQUENCE each: offset, kind, record
+    meta.json       files, counts; quarantine.jsonl has the records that were set aside
 """
 
 import json
@@ -25,15 +25,15 @@ from lit_llm.errors import InputError
 from lit_llm.text.tokenizer import SPEAKERS
 
 WRITTEN = 1 << 20                                       # tokens that are written at a time
-MANY = 100                                              # reasons and notes that are told apart
+MANY = 100                                              # distinct reasons and notes
 CONTROLS = {code: "\ufffd" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
-CONTROLS |= {code: "\ufffd" for code in (*range(0x202A, 0x202F), *range(0x2066, 0x206A))}   # they reorder what is read
+CONTROLS |= {code: "\ufffd" for code in (*range(0x202A, 0x202F), *range(0x2066, 0x206A))}   # they reorder text
 LONGEST = int(np.iinfo("<i4").max)                      # tokens of a sequence
 
 
 @dataclass
 class Report:
-    """What became of a source's records. `read` = `kept` + the dropped; tokens are those of kept records."""
+    """Counts of a source's records. `read` = `kept` + dropped; tokens are those of kept records."""
 
     source: str
     read: int = 0
@@ -44,15 +44,15 @@ class Report:
     dropped: dict[str, tuple[int, str]] = field(default_factory=dict)       # reason -> count, first place
     quarantined: int = 0
     marks: list[int] = field(default_factory=lambda: [0] * 2 * len(SPEAKERS))
-    stopless: int = 0                                   # conversations that teach no stop token
-    cleaned: int = 0                                    # records that lost white space
-    double_bos: int = 0                                 # sequences that begin with it twice
-    notes: dict[str, int] = field(default_factory=dict)         # what else was seen -> records
-    mended: dict[str, int] = field(default_factory=dict)        # what was mended -> files
-    fixes: dict[str, str] = field(default_factory=dict)         # reason -> what would settle it
+    stopless: int = 0                                   # conversations without a supervised stop token
+    cleaned: int = 0                                    # records whose white space was cleaned
+    double_bos: int = 0                                 # sequences that begin with two BOS tokens
+    notes: dict[str, int] = field(default_factory=dict)         # other notes -> records
+    mended: dict[str, int] = field(default_factory=dict)        # corrections -> files
+    fixes: dict[str, str] = field(default_factory=dict)         # reason -> advice
 
     def drop(self, reason: str, place: str, fix: str = "") -> None:
-        """Count one more; a reason quotes its record, so a bad file may have one of its own for each."""
+        """Count a dropped record; reasons quote records, so their number is limited."""
         reason = reason.translate(CONTROLS)
         if reason not in self.dropped and len(self.dropped) >= MANY:
             reason = "other reasons"
@@ -62,17 +62,17 @@ class Report:
             self.fixes.setdefault(reason, fix.translate(CONTROLS))
 
     def refuse_flood(self, limit: float, fix: str) -> None:
-        """Raise where a larger share than `limit` of the records read so far was set aside."""
+        """Raise if a larger share than `limit` of the records read so far was set aside."""
         if self.quarantined > limit * self.read:
             reason, (count, first) = max(self.dropped.items(), key=lambda item: item[1][0])
-            raise InputError(f"{self.quarantined:,} of {self.read:,} records are bad, more than a share of {limit:g}; "
-                             f"{count:,} of them: {reason} (first at {first})", where=self.source,
+            raise InputError(f"{self.quarantined:,} of {self.read:,} records are bad, more than the limit of "
+                             f"{limit:.1%}; {count:,} of them: {reason} (first at {first})", where=self.source,
                              fix=" ".join(filter(None, (self.fixes.get(reason), fix))))
 
     def refuse_nothing(self) -> None:
-        """Raise where there was no record at all, or none that could be kept."""
+        """Raise if there was no record, or none that could be kept."""
         if not self.read:
-            raise InputError("no record here: nothing, or only blank lines", where=self.source)
+            raise InputError("no record found: the source is empty or has only blank lines", where=self.source)
         if not self.kept:
             reason, (count, first) = next(iter(self.dropped.items()))
             raise InputError(f"no record of {self.read} could be kept: {reason} ({count} times)",
@@ -80,28 +80,28 @@ class Report:
 
     @property
     def noted(self) -> dict[str, int]:
-        """What was mended or looks odd, in words, with how often; nothing that never came."""
+        """Descriptions of corrections and oddities -> counts, without zeros."""
         counts = {"cleaned": self.cleaned, **{f"files: {name}": count for name, count in self.mended.items()},
                   **{f"records: {name}": count for name, count in self.notes.items()},
-                  "conversations teach no stop token": self.stopless,
+                  "conversations without a supervised stop token": self.stopless,
                   "sequences begin with two BOS tokens": self.double_bos}
         return {name: count for name, count in counts.items() if count}
 
     @property
     def speakers(self) -> dict[str, tuple[int, int]]:
-        """Who says something -> (tokens, supervised tokens)."""
+        """Speaker -> (tokens, supervised tokens)."""
         pairs = zip(SPEAKERS, self.marks[::2], self.marks[1::2], strict=True)
         return {name: (silent + learned, learned) for name, silent, learned in pairs if silent + learned}
 
 
 class TokenStore:
-    """A finished store, opened: arrays on disk that are read where they are touched.
+    """An open store: memory-mapped arrays.
 
     Args:
-        folder: What `prepare` wrote.
+        folder: The folder that `prepare` wrote.
 
     Raises:
-        InputError: A file of it is missing, or not of the size it was written with.
+        InputError: A file is missing or has another size than when it was written.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -122,7 +122,7 @@ class TokenStore:
         return len(self.sequences)
 
     def place(self, sequence: int) -> str:
-        """Where the record of a sequence stands."""
+        """Place of the record of a sequence."""
         row = self.sequences[sequence]
         return str(Place(self.files[row["file"]], int(row["number"]), self.unit))
 
@@ -133,16 +133,16 @@ class Writer:
     """Appends blocks to the files of a store.
 
     Args:
-        folder: Exists and is empty.
-        name: Of the source, for the report.
-        dtype: Of the tokens.
+        folder: An existing, empty folder.
+        name: Name of the source, for the report.
+        dtype: Dtype of the tokens.
     """
 
     def __init__(self, folder: Path, name: str, dtype: np.dtype) -> None:
         self.folder, self.dtype = folder, dtype
         self.files: dict[str, int] = {}
         self.report, self.unit = Report(name), "line"
-        self._open: np.ndarray | None = None            # the row of a document whose end has not come yet
+        self._open: np.ndarray | None = None            # entry of a document whose end has not been read yet
         self._streams = [(folder / name).open("wb") for name in ("tokens.bin", "marks.bin", "sequences.bin")]
 
     def add(self, new: Block, items: Sequence[tuple[Any, Place]], begins: Sequence[bool]) -> None:
@@ -151,7 +151,7 @@ class Writer:
         Args:
             new: The arrays.
             items: The records of the block with their places.
-            begins: Which of them begin a record; the others go on with one.
+            begins: Which of them begin a record; the others continue one.
         """
         self.unit = items[-1][1].unit
         for number, reason in new.faults:
@@ -178,7 +178,7 @@ class Writer:
         for (_, place), begin in zip(items, begins, strict=True):
             if begin and place.notes:
                 _count(self.report.mended, dict.fromkeys(place.notes, 1))
-        for start in range(0, len(new.marks), WRITTEN):     # it takes eight bytes for each of these
+        for start in range(0, len(new.marks), WRITTEN):     # np.bincount uses eight bytes for each
             counts = np.bincount(new.marks[start:start + WRITTEN], minlength=len(self.report.marks))
             self.report.marks = (counts + self.report.marks).tolist()
         rows = self._joined(rows, new.unbroken, str(items[-1][1]))
@@ -190,7 +190,7 @@ class Writer:
             self._forget()
 
     def _forget(self) -> None:
-        """Take back what was written of a document that cannot be read on."""
+        """Remove the written part of a document that cannot be read further."""
         assert self._open is not None
         offset, length = int(self._open["offset"]), int(self._open["length"])
         self.report.tokens -= length
@@ -202,7 +202,7 @@ class Writer:
         self._open = None
 
     def _joined(self, rows: np.ndarray, unbroken: np.ndarray | None, place: str) -> np.ndarray:
-        """Rows of sequences that are complete now; parts of one document become one row."""
+        """Entries of sequences that are complete now; parts of one document become one entry."""
         if unbroken is None:
             return rows
         complete = []
@@ -212,7 +212,7 @@ class Writer:
             else:
                 assert self._open is not None
                 if int(self._open["length"]) + int(row["length"]) > LONGEST:
-                    raise InputError(f"a document of more than {LONGEST:,} tokens", where=place, fix="Put a line "
+                    raise InputError(f"a document has more than {LONGEST:,} tokens", where=place, fix="Put a line "
                                      "<|endoftext|> between its documents, or set `document: paragraph` or `line`.")
                 self._open["length"] += row["length"]
                 self._open["supervised"] += row["supervised"]
@@ -228,13 +228,13 @@ class Writer:
         line: dict[str, Any] = {"where": error.where, "reason": error.what, **({"fix": error.fix} if error.fix else {})}
         if isinstance(record, bytes):
             record = parse_line(record, Path(place.path), place.number)
-        if isinstance(record, dict | str):              # a part of a long document is left where it is
+        if isinstance(record, dict | str):              # parts of long documents are not copied
             line["record"] = record
         with (self.folder / "quarantine.jsonl").open("a", encoding="utf-8", errors="backslashreplace") as stream:
             stream.write(json.dumps(line, ensure_ascii=False, default=str) + "\n")
 
     def close(self) -> None:
-        """Write what is known of it and wait for the disk."""
+        """Write meta.json and flush all files to disk."""
         meta = {"dtype": self.dtype.str, "files": list(self.files), "unit": self.unit, "report": asdict(self.report)}
         (self.folder / "meta.json").write_text(json.dumps(meta, indent=1, ensure_ascii=False), encoding="utf-8")
         for stream in self._streams:
@@ -247,7 +247,7 @@ class Writer:
 def _count(into: dict[str, int], more: dict[str, int]) -> None:
     for name, count in more.items():
         name = name.translate(CONTROLS)
-        if name in into or len(into) < MANY:            # a hostile file may have a key of its own in each record
+        if name in into or len(into) < MANY:            # a hostile file may have different keys in each record
             into[name] = into.get(name, 0) + count
 
 

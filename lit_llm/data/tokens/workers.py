@@ -1,6 +1,6 @@
 """Call a function on a sequence of arguments in several processes, or in this one, and yield the results in order.
 
-And the ranks' results to each other.
+`Exchange` sends values between ranks.
 """
 
 import multiprocessing
@@ -17,16 +17,16 @@ from typing import Any
 
 from lit_llm.errors import InputError
 
-ALONE = 4 << 20                                         # bytes that one process tokenizes sooner than several
+ALONE = 4 << 20                                         # bytes below which one process is faster than several
 
 
 def process_count(num_proc: int | None, size: int | None, *, shared_by: int = 1) -> int:
-    """Processes that tokenize.
+    """Number of tokenizing processes.
 
     Args:
-        num_proc: As configured; null takes the machine's cores, and one process where there is little to do.
-        size: Bytes of the files to read; null where that is unknown.
-        shared_by: Ranks of this machine that divide its cores.
+        num_proc: The configured number; null uses all cores, or one process for little data.
+        size: Bytes of the files; null if unknown.
+        shared_by: Ranks on this machine that share its cores.
     """
     if num_proc is not None:
         return max(1, num_proc)
@@ -37,21 +37,21 @@ def process_count(num_proc: int | None, size: int | None, *, shared_by: int = 1)
 
 
 class Workers:
-    """Processes that do one kind of work; they end when this one does, however it ends.
+    """Worker processes for one function; they end when this process ends.
 
     Args:
-        work: The function; it and what comes out must travel between processes.
-        count: Processes; 1 is this one itself.
+        work: The function; it and its results must be picklable.
+        count: Number of processes; 1 is this process.
     """
 
     def __init__(self, work: Callable[[Any], Any], count: int) -> None:
         self.work, self._pool = work, None if count == 1 else _pool(work, count)
 
     def submit(self, what: Any) -> Callable[[], Any]:
-        """Ask for work; calling what comes back waits for the result.
+        """Submit work; calling the returned function waits for the result.
 
         Raises:
-            InputError: From the call: what the function raises, or that its process was killed.
+            InputError: Raised by that call: an error of the function, or its process was killed.
         """
         if self._pool is None:
             return lambda: self.work(what)
@@ -63,7 +63,7 @@ class Workers:
         return lambda: _result(future)
 
     def close(self) -> None:
-        """Work that has not begun is not done any more."""
+        """Cancel work that has not started."""
         if self._pool is not None:
             self._pool.shutdown(cancel_futures=True)
 
@@ -75,7 +75,7 @@ def _pool(work: Callable[[Any], Any], count: int) -> ProcessPoolExecutor:
 
 @contextmanager
 def _ctrl_c_later() -> Generator[None, None, None]:
-    """Hear Ctrl-C behind the block: the first work forks, and what is raised in a hook of fork is lost."""
+    """Delay Ctrl-C until after the block: the first submit forks, and exceptions in fork hooks are lost."""
     if threading.current_thread() is not threading.main_thread() or not callable(signal.getsignal(signal.SIGINT)):
         yield
         return
@@ -89,11 +89,11 @@ def _ctrl_c_later() -> Generator[None, None, None]:
         signal.raise_signal(signal.SIGINT)
 
 
-_work: Any = None                                       # in a process of the pool: what it does
+_work: Any = None                                       # the function, in a process of the pool
 
 
 def _begin(work: Any, parent: int) -> None:
-    """In a new process: keep the work, and end when the parent ends, however it ends; Ctrl-C is for the parent."""
+    """In a worker: store the function, end with the parent, and leave Ctrl-C to the parent."""
     global _work
     _work = work
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -119,18 +119,18 @@ def _result(future: Future[Any]) -> Any:
 
 
 def _killed() -> InputError:
-    return InputError("a process that tokenizes was killed; memory may have run out", where="data.num_proc",
-                      fix="Set --data.num_proc 1, or make memory free.")
+    return InputError("a tokenizing process was killed, possibly because memory ran out", where="data.num_proc",
+                      fix="Set --data.num_proc 1, or free some memory.")
 
 
 class Exchange:
-    """A value of each rank, to all ranks: over the CPU, in a group of its own, so that no gradient waits behind it."""
+    """Exchange a value of each rank with all ranks, on the CPU in a separate process group."""
 
     def __init__(self) -> None:
         self._group: Any = None
 
     def __call__(self, mine: Any) -> list[Any]:
-        """The values in the ranks' order; all ranks call it equally often."""
+        """The values in rank order. Collective."""
         import torch.distributed as dist
 
         if self._group is None:

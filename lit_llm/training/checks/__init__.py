@@ -1,1 +1,1 @@
-"""What a run proves or refuses before and while it trains."""
+"""Checks before and during a run: incompatible options, divergence, and verification of results."""

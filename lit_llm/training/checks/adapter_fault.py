@@ -1,7 +1,7 @@
-"""An exception of a forward pass in; out, where PEFT's layer raised it, an error that names the method and the layer.
+"""Convert an exception inside a PEFT layer to an error that names the method and the layer.
 
-PEFT builds some methods on layers that they cannot compute on, and says so by the sizes of a matrix product: OLoRA on
-GPT-2's Conv1D, whose weight is transposed.
+PEFT accepts some methods on layers that they cannot compute on, and fails later with a shape error: OLoRA on GPT-2's
+Conv1D, for example, whose weight is transposed.
 """
 
 from collections.abc import Generator
@@ -13,19 +13,19 @@ from torch import nn
 
 from lit_llm.errors import InputError
 
-MEMORY = ("memory", "alloc")                        # words of errors that are no method's fault
+MEMORY = ("memory", "alloc")                        # words of errors that are not caused by a method
 
 
 @contextmanager
 def explained(model: nn.Module, spec: dict[str, Any] | None) -> Generator[None, None, None]:
-    """Around a forward pass of a model with adapters.
+    """Context for a forward pass of a model with adapters.
 
     Args:
-        model: With the layers.
-        spec: The method, as `model.peft` has it; null where no adapters are on the model.
+        model: The model with adapters.
+        spec: The method, as in `model.peft`; null without adapters.
 
     Raises:
-        InputError: A layer of PEFT raised an exception inside.
+        InputError: A PEFT layer raised an exception.
     """
     try:
         yield
@@ -45,19 +45,19 @@ def explained(model: nn.Module, spec: dict[str, Any] | None) -> Generator[None, 
         said = next(iter(str(error).splitlines()), type(error).__name__)[:160]
         raise InputError(f"{method} cannot compute on {name.removeprefix('base_model.model.')} ({kind}): PEFT fails "
                          f"there with: {said}", where="model.peft",
-                         fix="name layers of another kind in target_modules, or take another method, such as plain "
+                         fix="name layers of another kind in target_modules, or use another method, such as plain "
                              "LoRA: --model.lora.r 16 --model.peft null") from None
 
 
 def _raised_by(place: TracebackType | None) -> nn.Module | None:
-    """The layer of PEFT in whose own code an exception arose: below it there is nothing but torch."""
+    """The PEFT layer whose own code raised an exception, with only torch below it."""
     found: nn.Module | None = None
     while place is not None:
         home, owner = str(place.tb_frame.f_globals.get("__name__")), place.tb_frame.f_locals.get("self")
         if home.startswith("peft."):
             if isinstance(owner, nn.Module) and type(owner).__module__.startswith("peft."):
                 found = owner
-        elif home.partition(".")[0] not in ("torch", "deepspeed"):      # which replaces functions of torch
+        elif home.partition(".")[0] not in ("torch", "deepspeed"):      # DeepSpeed replaces functions of torch
             found = None                            # a layer below, or a caller above
         place = place.tb_next
     return found

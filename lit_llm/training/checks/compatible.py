@@ -24,16 +24,16 @@ NUMBERS = ("lr", "warmup", "cooldown", "min_lr_share", "weight_decay", "betas", 
 
 
 def check_options(module: Module) -> None:
-    """Refuse values of a module that mean nothing, alone or together; it is not built, and no trainer is known.
+    """Refuse invalid values of a module; it is not built yet and has no trainer.
 
     Raises:
-        InputError: It names the key and what to set instead.
+        InputError: The error names the key and what to set instead.
     """
     if module.base is None and module.init is None:
         raise table.ONE_MODEL.error()
     ranges.check_all("model", {name: getattr(module, name) for name in NUMBERS})
     if (taken := module.lr * module.weight_decay) > 1:
-        raise InputError(f"a step would take lr * weight_decay = {taken:g} of each weight, more than all of it",
+        raise InputError(f"a step would take lr * weight_decay = {taken:g} of each weight, more than the weight",
                          where="model.weight_decay", fix="for example --model.weight_decay 0.1")
     table.check(table.Setup(module))
 
@@ -49,7 +49,7 @@ def check(module: Module, strategy: Strategy, processes: int, *, precision: str,
         training: Whether it trains, rather than validates or tests.
 
     Raises:
-        InputError: It names the key and what to set instead.
+        InputError: The error names the key and what to set instead.
     """
     deterministic = (torch.are_deterministic_algorithms_enabled()
                      and not torch.is_deterministic_algorithms_warn_only_enabled())
@@ -58,36 +58,36 @@ def check(module: Module, strategy: Strategy, processes: int, *, precision: str,
 
 
 def check_data(inner: Any, data: Any) -> None:
-    """Refuse ids and rows that do not fit the model: the first step would die in an index error.
+    """Refuse token ids and sequences that do not fit the model; the first step would fail with an index error.
 
     Args:
         inner: The transformers model.
-        data: Of the run; null where it has none of ours.
+        data: The run's data module; null if it is not this project's.
 
     Raises:
-        InputError: It names the key and what to set instead.
+        InputError: The error names the key and what to set instead.
     """
     if data is None:
         return
     rows, tokens = inner.get_input_embeddings().num_embeddings, data.tokenizer.vocab_size
-    if tokens > rows:                               # of an architecture; a base has grown
+    if tokens > rows:                               # for random weights; a base was resized
         raise InputError(f"the tokenizer has {tokens} tokens, the model's embedding {rows} rows",
                          where="model.init.vocab_size", fix=f"leave it out, or set it to {tokens} or more")
     room = getattr(inner.config, "max_position_embeddings", None)
     if room is not None and data.seq_len > room:
-        raise InputError(f"rows of {data.seq_len} tokens are longer than the model's {room} positions",
+        raise InputError(f"sequences of {data.seq_len} tokens are longer than the model's {room} positions",
                          where="data.seq_len", fix=f"set --data.seq_len {room} or less")
 
 
 def check_tokenizer(base: str, data: Any) -> None:
-    """Refuse a tokenizer whose ids mean other words than the base has learned; more tokens are none of these.
+    """Refuse a tokenizer whose ids differ from the base's; additional tokens are allowed.
 
     Args:
-        base: What training starts from.
-        data: Of the run; null where it has none of ours.
+        base: The base model.
+        data: The run's data module; null if it is not this project's.
 
     Raises:
-        InputError: It names a token.
+        InputError: The error names a token.
     """
     tokenizer = getattr(data, "tokenizer", None)
     if isinstance(tokenizer, Tokenizer) and (difference := unlike(tokenizer, base)):
@@ -96,10 +96,10 @@ def check_tokenizer(base: str, data: Any) -> None:
 
 
 def check_trainer(trainer: Any) -> None:
-    """Options of Lightning's that checkpoints or the loader, which never begins again, would not follow.
+    """Refuse options of Lightning that checkpoints or the loader would not follow.
 
     Raises:
-        InputError: It names the key.
+        InputError: The error names the key.
     """
     distribution.of(trainer.strategy).check_arguments()
     rules.check(table.OF_TRAINER, table.TRAINER_FEATURES, trainer)
@@ -118,26 +118,26 @@ def check_built(module: Module) -> None:
 
 
 def check_windows(trainer: Any) -> None:
-    """An epoch that a limit cuts must be whole steps, for whose tokens the loader gives the count.
+    """Refuse a limit that ends an epoch within an accumulation window.
 
     Raises:
-        InputError: The last one would be a part of a step, and the next epoch begin with its rest.
+        InputError: The last step of an epoch would be incomplete, and the next epoch would start with the rest.
     """
     if not hasattr(trainer.train_dataloader, "accumulate"):
         return                                      # an own DataLoader, whose windows may be of any size
     count, accumulate = trainer.num_training_batches, trainer.accumulate_grad_batches
-    limit = trainer.limit_train_batches             # 1 is a batch, 1.0 is all of them
+    limit = trainer.limit_train_batches             # 1 is one batch, 1.0 is all
     if (isinstance(limit, int) or limit < 1.0) and count % accumulate and not trainer.fast_dev_run:
         end_together(trainer)
-        raise InputError(f"{count} micro-batches are no whole steps of {accumulate}",
+        raise InputError(f"{count} micro-batches are not a multiple of the {accumulate} micro-batches of a step",
                          where="trainer.limit_train_batches", fix=f"set it to {-(-count // accumulate) * accumulate}")
 
 
 def check_head(module: Module) -> None:
-    """Refuse an output head that the chosen cross-entropy cannot do, once the model is built.
+    """Refuse an output head that the chosen cross-entropy does not support, once the model is built.
 
     Raises:
-        InputError: It names the key and what to set instead.
+        InputError: The error names the key and what to set instead.
     """
     if module.cross_entropy != "fused" and module.trainer.state.fn == "fit":
         from lit_llm.kernels import borrowed

@@ -1,7 +1,7 @@
-"""Refuse to go on where weights or validation figures of a run are not finite any more.
+"""Stop a run whose weights or validation metrics are no longer finite.
 
-A run that goes on, saves or exports after that gives a model that is worth nothing, and a later checkpoint would
-replace the last good one.
+Continuing, saving or exporting after that would only give a useless model, and a later checkpoint would replace the
+last good one.
 """
 
 import math
@@ -19,13 +19,13 @@ from lit_llm.training.run import manifest
 
 
 def check_weights(trainer: L.Trainer) -> None:
-    """Refuse trained weights that are inf or nan; one pass over them, the same verdict on all ranks. A collective.
+    """Refuse trained weights that are inf or nan, equally on all ranks. Collective.
 
     Args:
-        trainer: In a fit, after a step.
+        trainer: The trainer within a fit, after a step.
 
     Raises:
-        InputError: It names the step, the learning rate and the last good checkpoint.
+        InputError: The error names the step, the learning rate and the last good checkpoint.
     """
     module: Any = trainer.lightning_module
     trained = [weight for weight in module.parameters() if weight.requires_grad and weight.is_floating_point()]
@@ -34,22 +34,22 @@ def check_weights(trainer: L.Trainer) -> None:
     if trainer.strategy.reduce_boolean_decision(finite, all=True):
         return
     if trainer.global_step:
-        raise _diverged(trainer, "the trained weights are no finite numbers any more (inf or nan)")
+        raise _diverged(trainer, "the trained weights are no longer finite (inf or nan)")
     end_together(trainer)
-    raise InputError(f"its weights are no finite numbers in {trainer.precision} (inf or nan) before the first step",
+    raise InputError(f"its weights are not finite in {trainer.precision} (inf or nan) before the first step",
                      where=_place(module), fix="give other weights, or set "
                      "--trainer.precision 32-true or bf16-true")
 
 
 def check_figures(trainer: L.Trainer, split: str) -> None:
-    """Refuse a validation in which perplexity is inf or nan; of data without a supervised token it is not looked at.
+    """Refuse a validation with infinite or nan perplexity; data without supervised tokens are not checked.
 
     Args:
-        trainer: After the pass, which gave all ranks the same figures.
-        split: Whose figures.
+        trainer: The trainer after the evaluation.
+        split: The evaluated split.
 
     Raises:
-        InputError: Before training it speaks of the model, later of the step and the learning rate.
+        InputError: Before training the error is about the model, later about the step and the learning rate.
     """
     figures = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith(f"{split}/")}
     if are_finite(figures, split):
@@ -58,14 +58,14 @@ def check_figures(trainer: L.Trainer, split: str) -> None:
     seen = f"perplexity on the validation data is {figures.get(f'{split}/perplexity')}"
     if trainer.sanity_checking:
         end_together(trainer)
-        raise InputError(f"{seen} before the first step, so the model is broken, or its numbers do not fit "
+        raise InputError(f"{seen} before the first step, so the model is damaged, or its values exceed the range of "
                          f"{trainer.precision}", where=_place(module),
-                         fix="set --trainer.precision 32-true or bf16-true; or give other weights")
+                         fix="set --trainer.precision 32-true or bf16-true; or use other weights")
     raise _diverged(trainer, seen)
 
 
 def are_finite(figures: Mapping[str, Any], split: str = "val") -> bool:
-    """Whether loss and perplexity are finite; also where nothing was measured."""
+    """Whether loss and perplexity are finite; true if nothing was measured."""
     if not figures.get(f"{split}/tokens"):
         return True
     return all(isinstance(value := figures.get(f"{split}/{name}"), int | float) and math.isfinite(value)
@@ -73,15 +73,15 @@ def are_finite(figures: Mapping[str, Any], split: str = "val") -> bool:
 
 
 def check_learned(trainer: L.Trainer, skipped: int) -> None:
-    """Refuse a run at its end of which every single step was skipped: it would be told as trained.
+    """Refuse a finished run whose steps were all skipped.
 
     Raises:
-        InputError: With their number.
+        InputError: The error names their number.
     """
     if skipped and skipped >= trainer.global_step:
         end_together(trainer)
-        raise InputError(f"all {skipped:,} steps were skipped, for loss or gradient was inf or nan: nothing is learned",
-                         where=f"step {trainer.global_step}", fix="mend the records named above, lower model.lr, or "
+        raise InputError(f"all {skipped:,} steps were skipped because loss or gradient was inf or nan: nothing learned",
+                         where=f"step {trainer.global_step}", fix="fix the records named above, lower model.lr, or "
                          "set --trainer.precision bf16-mixed or 32-true")
 
 
@@ -91,13 +91,13 @@ def _place(module: Any) -> str:
 
 
 def _diverged(trainer: L.Trainer, what: str) -> InputError:
-    """The error, once all ranks are ready to raise it."""
+    """The error, once all ranks can raise it."""
     end_together(trainer)
     rate = float(trainer.optimizers[0].param_groups[0]["lr"]) if trainer.optimizers else math.nan
     good = [folder for folder in manifest.folders(Path(trainer.default_root_dir))
             if manifest.step_of(folder.name) < trainer.global_step and are_finite(
                 manifest.read(folder).get("figures") or {})]
     kept = f"; {good[-1]} is the last checkpoint before it" if good else ""
-    return InputError(f"{what}: training diverged, and nothing of this step is saved or exported{kept}",
+    return InputError(f"{what}: training diverged, and nothing of this step was saved or exported{kept}",
                       where=f"step {trainer.global_step}", fix=f"the likely cause is the learning rate, {rate:.3g} in "
                       "this step: lower model.lr, raise model.warmup, or set --trainer.gradient_clip_val 1.0")

@@ -1,4 +1,4 @@
-"""A length of time as a config gives it; nothing out, or an error that says how one is written."""
+"""Check durations in a config, such as `trainer.max_time`."""
 
 import re
 from datetime import timedelta
@@ -13,14 +13,14 @@ LONGEST = timedelta(days=36_500)
 
 
 def check(where: str, value: Any) -> None:
-    """Refuse a text or mapping that is no length of time; null, numbers and others are not looked at.
+    """Refuse a text or mapping that is not a duration; other values are not checked.
 
     Args:
         where: The key.
         value: `DD:HH:MM:SS`, or a mapping such as {hours: 12}.
 
     Raises:
-        InputError: With what came and how it is written.
+        InputError: The error shows the value and the format.
     """
     if isinstance(value, str):
         parts = re.fullmatch(r"(\d{1,5}):([01]\d|2[0-3]):([0-5]\d):([0-5]\d)", value.strip())
@@ -32,5 +32,5 @@ def check(where: str, value: Any) -> None:
     known = bool(value) and all(unit in UNITS and isinstance(count, int | float) and not isinstance(count, bool)
                                 and 0 <= count < 1e9 for unit, count in value.items())
     if not known or timedelta(**value) > LONGEST:
-        raise InputError(f"'{ranges.shown(given)}' is no length of time", where=where, fix="write it as DD:HH:MM:SS in "
+        raise InputError(f"'{ranges.shown(given)}' is not a duration", where=where, fix="write it as DD:HH:MM:SS in "
                          f"quotes, \"00:12:00:00\", or as a mapping of {', '.join(UNITS)}: {{hours: 12}}")

@@ -1,7 +1,7 @@
-"""Score the fixed rows of `text/check.py` with the weights in memory while a model is trained.
+"""Score the reference sequences of `text/check.py` with the weights in memory at each checkpoint.
 
-Each checkpoint's manifest keeps it. `export` scores the same rows with the model that it reloads from the checkpoint,
-so that a fault in writing or reading the weights is seen.
+The result is stored in the checkpoint's manifest. `export` scores the same sequences with the model reloaded from the
+checkpoint, which detects faults in writing or reading weights.
 """
 
 import logging
@@ -22,48 +22,48 @@ from lit_llm.text import check
 log = logging.getLogger(__name__)
 
 
-class FixedRows:
-    """The fixed rows of a run, made once and scored at each checkpoint."""
+class ReferenceScores:
+    """The reference sequences of a run, built once and scored at each checkpoint."""
 
     def __init__(self) -> None:
         self._rows: list[check.Reference] | None = None
 
     def measured(self, trainer: L.Trainer) -> dict[str, Any]:
-        """Facts for the manifest; a collective of all ranks, since ZeRO-3 and FSDP2 gather each layer from them.
+        """Entries for the manifest. Collective: ZeRO-3 and FSDP2 gather each layer from all ranks.
 
-        Random generators, gradients and the mode of each layer stay as they are. A failure never costs a checkpoint: it
-        is logged, and the facts say why there is no figure.
+        Random generators, gradients and the mode of each layer are restored. A failure never prevents a checkpoint: it
+        is logged, and the entries contain the reason.
 
         Args:
-            trainer: In a fit.
+            trainer: The trainer within a fit.
 
         Returns:
-            A digest of the rows' ids, their nll by the forward pass of training without dropout and noise, in which
-            precision and on which kind of device it was computed; or `skipped`, the reason.
+            A digest of the sequences' ids, their NLL by the forward pass of training without dropout and noise, and the
+            precision and kind of device; or `skipped`, the reason.
         """
         module: Any = trainer.lightning_module
         tokenizer: Any = getattr(getattr(trainer, "datamodule", None), "tokenizer", None)
         if not hasattr(tokenizer, "encode_document"):
-            return {"skipped": "the data have no tokenizer that could make the fixed rows"}
+            return {"skipped": "the data have no tokenizer for the reference sequences"}
         try:
             if self._rows is None:
                 self._rows = check.reference_rows(tokenizer, check.vocabulary(module.model))
             with _undisturbed(trainer):
                 nll = _nll(trainer, [row.ids[: check.scored_length(module.model)] for row in self._rows])
-        except Exception as error:                  # a subclass with another kind of model, or no memory for it
+        except Exception as error:                  # another kind of model in a subclass, or too little memory
             why = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
             if trainer.is_global_zero:
-                log.warning("the fixed rows of a checkpoint could not be scored in memory, so an export cannot be "
-                            "compared with the model in training: %s", why)
+                log.warning("the reference sequences could not be scored in memory, so an export cannot be compared "
+                            "with the model in training: %s", why)
             return {"skipped": why}
         if not math.isfinite(nll):
-            return {"skipped": "their nll in memory is not a number"}
+            return {"skipped": "their nll in memory is not finite"}
         return {"rows": check.digest(self._rows), "nll": nll,
                 "precision": str(trainer.precision), "device": trainer.strategy.root_device.type}
 
 
 def _nll(trainer: L.Trainer, documents: list[tuple[int, ...]]) -> float:
-    """Mean nats per token but each document's first, of all documents in one packed row."""
+    """Mean nats per token, without the first of each document, of documents in one packed sequence."""
     strategy, module = trainer.strategy, trainer.lightning_module
     length, most = sum(map(len, documents)), max(map(max, documents))
     segments = [(np.array(ids), np.ones(len(ids), bool)) for ids in documents]
@@ -72,7 +72,7 @@ def _nll(trainer: L.Trainer, documents: list[tuple[int, ...]]) -> float:
     with trainer.precision_plugin.val_step_context():
         if strategy.model is module:
             total: Any = module.rows_nll(batch)  # type: ignore[operator]
-        else:                                       # as Lightning calls `validation_step`: DeepSpeed's engine gathers
+        else:                                       # as Lightning calls `validation_step`, for DeepSpeed's engine
             assert strategy.model is not None
             total = private.call_as_step(strategy, module, "rows_nll", batch)
     return float(total) / (length - len(documents))
@@ -80,10 +80,10 @@ def _nll(trainer: L.Trainer, documents: list[tuple[int, ...]]) -> float:
 
 @contextmanager
 def _undisturbed(trainer: L.Trainer) -> Generator[None, None, None]:
-    """Evaluation for a moment, in the middle of whatever the trainer does."""
-    outer: Any = trainer.model                      # DeepSpeed's engine has a mode of its own
+    """Context for an evaluation in the middle of training."""
+    outer: Any = trainer.model                      # DeepSpeed's engine has its own train mode
     compiled = getattr(trainer.lightning_module, "compile_layers", False)
-    stance = torch.compiler.set_stance("force_eager") if compiled else nullcontext()    # these shapes are not compiled
+    stance = torch.compiler.set_stance("force_eager") if compiled else nullcontext()  # do not compile for these shapes
     with private.modes_restored(outer), torch.no_grad(), stance, isolate_rng():
         outer.eval()
         yield

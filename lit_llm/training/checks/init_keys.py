@@ -1,8 +1,8 @@
-"""Find keys of `model.init` that its architecture accepts and never reads, and name them.
+"""Find keys of `model.init` that its architecture accepts but never uses.
 
-Configs of transformers hold keys that no forward pass uses, such as Llama's `pretraining_tp`. A key is named where
-neither its absence nor any other value of it changes the rest of the config, nor a small model of it: the shapes and
-first values of its weights, and its logits in training and evaluation, in float32 and in bfloat16.
+Configs of transformers have keys that no forward pass uses, such as Llama's `pretraining_tp`. A key is reported if
+neither its absence nor any other value changes the rest of the config or a small model of it: the shapes and first
+values of its weights, and its logits in training and evaluation, in float32 and in bfloat16.
 """
 
 import logging
@@ -19,17 +19,17 @@ from lit_llm.models import miniature
 from lit_llm.training.checks.proof import documents, perturb
 
 log = logging.getLogger(__name__)
-OVERRULED = ("dtype", "torch_dtype")                # by trainer.precision
-ELSEWHERE = re.compile(r"_token_id$|_token_index$|^max_position_embeddings$|router|aux_loss")  # read outside of logits
-LARGE = 5_000_000                                   # parameters: no model is tried that has more
+OVERRULED = ("dtype", "torch_dtype")                # overridden by trainer.precision
+ELSEWHERE = re.compile(r"_token_id$|_token_index$|^max_position_embeddings$|router|aux_loss")  # used outside of logits
+LARGE = 5_000_000                                   # limit on parameters of tried models
 
 
 def unread(init: dict[str, Any], **defaults: Any) -> list[str]:
-    """Keys that change nothing in a model of this architecture.
+    """Keys that have no effect on a model of this architecture.
 
     Args:
-        init: As in `model.init_causal_lm`, which accepts it.
-        defaults: There too.
+        init: As in `load.init_causal_lm`, which accepts it.
+        defaults: As there.
     """
     keys = {key: value for key, value in init.items() if key != "model_type"}
     tried = [key for key, value in keys.items() if isinstance(value, bool | int | float | str | None)
@@ -40,11 +40,11 @@ def unread(init: dict[str, Any], **defaults: Any) -> list[str]:
 
 
 def warn(init: dict[str, Any], **defaults: Any) -> None:
-    """Name the keys that change nothing. A config that was copied whole holds some, so they do not end a run.
+    """Warn about keys without effect. Complete published configs contain some, so they are no error.
 
     Args:
         init: As in `unread`.
-        defaults: There too.
+        defaults: As there.
     """
     if names := unread(init, **defaults):
         log.warning("model.init: %s does not use %s: no value of %s changes this model", init["model_type"],
@@ -52,7 +52,7 @@ def warn(init: dict[str, Any], **defaults: Any) -> None:
 
 
 class _Trial:
-    """A small model of a config, and what becomes of it with another value of a key."""
+    """A small model of a config, compared with models that have another value of a key."""
 
     def __init__(self, kind: str, defaults: dict[str, Any], keys: dict[str, Any]) -> None:
         self.defaults, self.keys = defaults, keys
@@ -61,28 +61,28 @@ class _Trial:
         self.way, self.small, self.base = self._first()
 
     def _first(self) -> tuple[int, Any, dict[str, Tensor] | None]:
-        """The first small config of which a model can be built, with its number and what there is to compare."""
+        """The first small config that can be built, with its index and its values for comparison."""
         for way, small in enumerate(self._candidates(self.config)):
-            with suppress(Exception):               # each architecture refuses in its own way
+            with suppress(Exception):               # architectures raise errors of many types
                 return way, small, _evidence(self.like, small)
         return 0, None, None
 
     def is_dead(self, key: str) -> bool:
-        """Whether the model is the same without the key and with other values of it."""
+        """Whether the model is the same without the key and with other values."""
         name = self.config.attribute_map.get(key, key)
         try:
             absent = self._whole({other: value for other, value in self.keys.items() if other != key})
-        except Exception:                           # the other keys need it
+        except Exception:                           # other keys need it
             return False
         taken = getattr(self.config, name, None)
         if taken == self.keys[key] == getattr(absent, name, None):
-            return False                            # the default, written down
+            return False                            # the value is the default
         if taken != self.keys[key] and absent.to_dict() == self.config.to_dict():
-            return True                             # the config itself drops it
+            return True                             # the config drops it
         try:
             return not (any(map(self._differs, self._changed(key, name, absent)))
                         or any(self._shapes(other) != self._shapes(self.config) for other in self._wholes(key, absent)))
-        except Exception:                           # who refuses a value has read it
+        except Exception:                           # a refused value was read
             return False
 
     def _changed(self, key: str, name: str, absent: Any) -> Iterator[Any]:
@@ -105,12 +105,12 @@ class _Trial:
         return ours.keys() != theirs.keys() or not all(torch.equal(ours[each], theirs[each]) for each in ours)
 
     def _wholes(self, key: str, absent: Any) -> Iterator[Any]:
-        """The config without a key, and with other values of it."""
+        """The config without a key, and with other values."""
         yield absent
         yield from (self._whole({**self.keys, key: value}) for value in _others(self.keys[key]))
 
     def _shapes(self, config: Any) -> list[Any]:
-        """Of the model as large as it shall be: one with a single head, say, hides how heads are shared."""
+        """Parameter shapes at full size: a small model with one head, for example, hides how heads are shared."""
         with torch.device("meta"):
             return [(name, weight.shape) for name, weight in models.like(self.like, config, None).named_parameters()]
 
@@ -118,7 +118,7 @@ class _Trial:
         return type(self.like.config)(**{**self.defaults, **keys})
 
     def _candidates(self, config: Any) -> Iterator[Any]:
-        """As `miniature.candidates`, with the config's own dropout."""
+        """Like `miniature.candidates`, with the config's own dropout."""
         for small in miniature.candidates(config, whole=False):
             for key, value in config.to_dict().items():
                 if miniature.RANDOM.search(key) and isinstance(value, float):
@@ -142,7 +142,7 @@ def _others(value: Any) -> list[Any]:
 
 
 def _evidence(like: Any, config: Any) -> dict[str, Tensor]:
-    """Weights of a new model, its buffers, and its logits."""
+    """Weights, buffers and logits of a new model."""
     with torch.device("meta"):
         size = sum(weight.numel() for weight in models.like(like, config, None).parameters())
     if size > LARGE:

@@ -1,4 +1,4 @@
-"""What checks and the builder of a model read of a module, and what the builder sets; `CausalLMModule` has it all."""
+"""The interface of a module for the checks and the builder of its model; see `CausalLMModule`."""
 
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -51,14 +51,14 @@ class Module(Protocol):
     def trainer(self, trainer: Any) -> None: ...
 
     @property
-    def why_alone(self) -> str:
-        """Why each document has a forward pass of its own; empty where none has."""
+    def why_unpacked(self) -> str:
+        """Why documents are not packed; empty if they are."""
 
     def choose_attention(self, facts: dict[str, Any]) -> str | None:
-        """How layers attend; null is the model's choice."""
+        """Attention implementation of the layers; null is the model's default."""
 
     def keep_masters(self) -> None:
-        """Keep what learns in float32."""
+        """Keep trained weights in float32."""
 
     def _tokenizer_facts(self) -> dict[str, Any]: ...
 

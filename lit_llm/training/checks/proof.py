@@ -1,15 +1,15 @@
-"""Find by computation which parts of our own forward pass give the loss of a config's architecture exactly.
+"""Determine by computation which parts of this project's forward pass give the exact loss of an architecture.
 
-A small model of the same config with random weights is given a few short documents. What plain transformers says of
-them one by one, the loss and the gradient of every weight, is the standard. Ways of ours are tried from the fastest to
-the plainest, and the first that gives the same is taken; the plainest is transformers' own forward pass of each
-document, so no architecture is refused and none is computed differently.
+A small model of the same config with random weights processes a few short documents. The reference is plain
+transformers on the single documents: the loss and the gradient of every weight. Ways are tried from the fastest to the
+plainest, and the first with equal results is used; the plainest is transformers' own forward pass of each document, so
+no architecture is refused and none is computed differently.
 
     1  packed, our attention and our loss from hidden states     4  one by one, the model's own logits
     2  packed, our attention and the model's own logits
     3  one by one, our loss from hidden states
 
-`proof_cache.py` keeps the answers by the small config, in the process and on disk.
+`proof_cache.py` caches the results by the small config, in memory and on disk.
 """
 
 import json
@@ -39,9 +39,9 @@ from lit_llm.training.checks import proof_cache
 from lit_llm.training.forward import Choices, Way
 
 log = logging.getLogger(__name__)
-LENGTHS = (21, 12, 7, 2)                            # tokens of documents, most of them above miniature.WINDOW
+LENGTHS = (21, 12, 7, 2)                            # tokens of documents, mostly more than miniature.WINDOW
 PADDING = 6
-SMALL, LARGE = 3_000_000, 40_000_000                # parameters: small enough as it is; too many to be tried
+SMALL, LARGE = 3_000_000, 40_000_000                # parameters: used unchanged; too many to try
 TOLERANCE = {torch.float64: (1e-8, 1e-7), torch.float32: (2e-5, 2e-3)}      # relative: of the loss, of gradients
 WAYS = ((True, True, False), (True, True, True), (True, False, False), (True, False, True),
         (False, False, False), (False, False, True))    # (packed, our norms, its own logits)
@@ -49,16 +49,16 @@ PLAIN = Way(packed=False, own_logits=True, fast_norms=False)
 
 
 def way_of(base: str | None, init: dict[str, Any] | None, *, seq_len: int | None = None, **defaults: Any) -> Way:
-    """How a model's loss may be computed.
+    """Determine how a model's loss is computed.
 
     Args:
-        base: As in `model.skeleton`: the config alone is read.
-        init: There too.
-        seq_len: Tokens of a row of the run; null where it is not known.
-        defaults: As in `model.skeleton`.
+        base: As in `load.skeleton`; only the config is read.
+        init: As in `load.skeleton`.
+        seq_len: Tokens per packed sequence of the run; null if unknown.
+        defaults: As in `load.skeleton`.
 
     Raises:
-        InputError: No such base or architecture, it sees the tokens that follow, or it cannot be run with tokens alone.
+        InputError: No such base or architecture, it is not causal, or it needs more than token ids.
     """
     skeleton = models.skeleton(base, init, **defaults)
     small = sum(weight.numel() for weight in skeleton.parameters()) <= SMALL
@@ -70,18 +70,18 @@ def way_of(base: str | None, init: dict[str, Any] | None, *, seq_len: int | None
         except _NotBuiltError as error:
             obstacle = str(error)
     because = f"no small model of this config could be built to compare with ({obstacle})"
-    return replace(PLAIN, why_alone=because, why_own_logits=because)
+    return replace(PLAIN, why_unpacked=because, why_own_logits=because)
 
 
 class Wide(TorchFunctionMode):
-    """Within it float64 stays float64, though models are written to norm, to rotate and to route in float32.
+    """Keep float64 where models convert to float32 for norms, rotary embeddings and routing.
 
-    Their rounding would otherwise be part of the comparison: layers magnify it, and choices (experts, kept tokens) turn
-    over where two values are nearly the same.
+    Their rounding would otherwise be part of the comparison: layers amplify it, and discrete choices (experts, selected
+    tokens) change where two values are nearly equal.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Runs an operation with float64 in place of float32 where it is asked for by name."""
+        """Run an operation with float64 where float32 is requested by name."""
         if func is Tensor.float and args[0].dtype == torch.float64:
             return args[0]
         more = kwargs or {}
@@ -92,23 +92,23 @@ class Wide(TorchFunctionMode):
 
 
 class _NotBuiltError(Exception):
-    """This config makes no model, or one too large to be tried."""
+    """No model can be built from this config, or it is too large to try."""
 
 
 # ---- the proof -------------------------------------------------------------------------------------------------------
 
 def prove(like: Any, config: Any, *, seed: int = 0) -> Way:
-    """The best way that gives what transformers gives, for a model of this config.
+    """The fastest way with the same results as transformers, for a model of this config.
 
     Args:
         like: A model of the class, without weights.
-        config: Small; a model of it is built.
-        seed: Of weights and documents.
+        config: A small config, of which a model is built.
+        seed: Seed of weights and documents.
 
     Raises:
-        InputError: The model sees tokens that follow, or cannot be run with tokens alone.
+        InputError: The model is not causal, or needs more than token ids.
     """
-    elsewhere = torch.get_default_device().type != "cpu"        # its context costs as much as these small operations do
+    elsewhere = torch.get_default_device().type != "cpu"        # its context costs more than these small operations
     with torch.random.fork_rng(devices=[]), torch.device("cpu") if elsewhere else nullcontext():
         torch.manual_seed(seed)
         plain = _built(like, config, None)
@@ -120,28 +120,28 @@ def prove(like: Any, config: Any, *, seed: int = 0) -> Way:
                 try:
                     plain = plain.to(dtype)
                     standard = _standard(plain, batch)
-                except Exception as error:          # parts that are written for float32 alone
+                except Exception as error:          # parts that support float32 only
                     failure = _line(error)
                     continue
                 logits = _first_logits(plain, batch)
                 _check_causal(plain, batch, logits)
                 return _best(plain, packed.to(dtype) if packed is not None else None, obstacle, batch, standard, logits)
-        raise _NotBuiltError(f"transformers cannot run it with tokens alone: {failure}")
+        raise _NotBuiltError(f"transformers cannot run it with token ids only: {failure}")
 
 
 def _best(plain: Any, packed: Any, alone: str, batch: Batch, standard: "_Sums", logits: Tensor) -> Way:
-    """Walks down from the fastest way; norms of ours are tried where attention is ours too.
+    """Try ways from the fastest on; fast norms are tried only with packed attention.
 
     Args:
-        plain: Has transformers' attention.
-        packed: The same with ours, or nothing.
-        alone: Why there is nothing.
-        batch: Documents.
-        standard: What plain says of them.
-        logits: Of the first document by plain, in evaluation mode.
+        plain: Model with transformers' attention.
+        packed: The same model with packed attention, or None.
+        alone: Why there is none.
+        batch: The documents.
+        standard: Results of `plain`.
+        logits: Logits of the first document by `plain`, in evaluation mode.
     """
     keep, adjusted = _keeps(plain, batch, logits), _adjustment(plain, batch, logits)
-    own = "" if adjusted else "what it does to hidden states or logits around its output matrix is its own"
+    own = "" if adjusted else "it transforms hidden states or logits around its head in its own way"
     for is_packed, fast_norms, own_logits in WAYS:
         model = packed if is_packed else plain
         if model is None or not (own_logits or adjusted):
@@ -152,26 +152,26 @@ def _best(plain: Any, packed: Any, alone: str, batch: Batch, standard: "_Sums", 
         reason = _differs(model, batch, way, standard)
         if not reason:
             return way
-        if own_logits:                              # not for its head, then
+        if own_logits:                              # then not because of its head
             alone = reason if is_packed else alone
         else:
             own = reason
-    return replace(PLAIN, why_alone=alone or own, why_own_logits=own or alone)
+    return replace(PLAIN, why_unpacked=alone or own, why_own_logits=own or alone)
 
 
 def _packing(plain: Any) -> tuple[Any, str]:
-    """The same model with packed attention, or none and why there is none."""
+    """The same model with packed attention, or None with the reason."""
     try:
         models.check_packable(plain)
         packed = _built(plain, plain.config, attention.NAME)
         packed.load_state_dict(plain.state_dict())
         return packed, ""
-    except Exception as error:                      # an attention of its own, which knows no other
+    except Exception as error:                      # its own attention implementation
         return None, error.what if isinstance(error, InputError) else _line(error)
 
 
 class _Sums:
-    """Loss in training and in evaluation, and gradients in training."""
+    """Losses in training and evaluation, and gradients in training."""
 
     def __init__(self, model: Any, sums: Any) -> None:
         self.model = model
@@ -189,7 +189,7 @@ class _Sums:
 
 
 def _standard(plain: Any, batch: Batch) -> _Sums:
-    """By transformers alone, document by document."""
+    """Results of plain transformers, document by document."""
     def sums() -> Tensor:
         ids, labels = batch["input_ids"].view(-1), batch["labels"].view(-1)
         totals = []
@@ -202,20 +202,20 @@ def _standard(plain: Any, batch: Batch) -> _Sums:
 
     found = _Sums(plain, sums)
     if not math.isfinite(found.training):
-        raise FloatingPointError("its loss is no number")
+        raise FloatingPointError("its loss is not finite")
     return found
 
 
 def _differs(model: Any, batch: Batch, way: Way, standard: _Sums) -> str:
-    """How what a way computes differs from the standard; empty where it does not."""
-    touched = rmsnorm.quicken(model) if way.fast_norms else 0
+    """How the results of a way differ from the reference; empty if they are equal."""
+    touched = rmsnorm.use_fast_norms(model) if way.fast_norms else 0
     try:
         ours = _Sums(model, lambda: forward.nll(model, batch, Choices(way)).total)
-    except Exception as error:                      # a forward pass that wants other arguments, or meets other shapes
+    except Exception as error:                      # a forward pass with other arguments or shapes
         return error.what if isinstance(error, InputError) else _line(error)
     finally:
         if touched:
-            rmsnorm.slow(model)
+            rmsnorm.use_plain_norms(model)
     dtype = next(model.parameters()).dtype
     loss, gradient = TOLERANCE[dtype]
     for name in ("training", "evaluation"):
@@ -225,23 +225,23 @@ def _differs(model: Any, batch: Batch, way: Way, standard: _Sums) -> str:
     scale = float(torch.stack([each.norm() for each in standard.gradients.values()]).norm())
     for name, right in standard.gradients.items():
         if not float((ours.gradients[name] - right).norm()) <= gradient * (float(right.norm()) + 1e-3 * scale):
-            return f"the gradient of {name} would be another one"
+            return f"the gradient of {name} would differ"
     return ""
 
 
-# ---- what stands around the output matrix ----------------------------------------------------------------------------
+# ---- the output head -------------------------------------------------------------------------------------------------
 
 def _first_logits(plain: Any, batch: Batch) -> Tensor:
-    """Of the first document, (tokens, V), in evaluation mode."""
+    """Logits of the first document, (tokens, V), in evaluation mode."""
     plain.eval()
     with torch.no_grad():
         return plain(input_ids=batch["input_ids"][:, :LENGTHS[0]]).logits[0]
 
 
 def _adjustment(plain: Any, batch: Batch, logits: Tensor) -> tuple[float, float | None] | None:
-    """(factor, cap) that turn hidden states times the output matrix into the model's logits; null where none does.
+    """(factor, cap) from hidden states times head to the model's logits; null if there are none.
 
-    Only values of the config that speak of logits are tried, because another factor might depend on the model's width.
+    Only config values about logits are tried, because another factor might depend on the model's width.
     """
     ids = batch["input_ids"][:, :LENGTHS[0]]
     try:
@@ -268,29 +268,29 @@ def _adjustment(plain: Any, batch: Batch, logits: Tensor) -> tuple[float, float 
 
 
 def _keeps(plain: Any, batch: Batch, logits: Tensor) -> bool:
-    """Whether the model can be asked for the logits of some positions alone."""
+    """Whether the model can compute the logits of selected positions only."""
     ids, places = batch["input_ids"][:, :LENGTHS[0]], torch.tensor([1, 4, 5])
     if not forward.accepts(plain, "logits_to_keep"):
         return False
     try:
         with torch.no_grad():
             some = plain(input_ids=ids, logits_to_keep=places).logits[0]
-    except Exception:                               # it knows a number of positions, but not which ones
+    except Exception:                               # it accepts a number of positions, but not indices
         return False
     return some.shape == logits[places].shape and torch.allclose(some, logits[places], rtol=1e-5, atol=1e-7)
 
 
 def _check_causal(plain: Any, batch: Batch, logits: Tensor) -> None:
-    """Encoders get a head for words too, and would see the words that they shall predict."""
+    """Refuse encoders: they also have a language-modeling head, but see the tokens that they should predict."""
     ids = batch["input_ids"][:, :LENGTHS[0]].clone()
     before = logits[:-1]
     with torch.no_grad():
         ids[0, -1] = ids[0, -2]
         after = plain(input_ids=ids).logits[0, :-1]
     if float((after - before).abs().max()) > 1e-5 * float(before.abs().max()):
-        raise InputError(f"{type(plain).__name__} is an encoder here: each token sees those that follow it",
-                         where="model", fix="take a causal model, like Llama or Qwen; of BERT's kin those with "
-                         "is_decoder: true are")
+        raise InputError(f"{type(plain).__name__} is an encoder: each token attends to those that follow it",
+                         where="model", fix="use a causal model, such as Llama or Qwen, or a BERT-like model with "
+                         "is_decoder: true")
 
 
 # ---- a model and documents -------------------------------------------------------------------------------------------
@@ -299,23 +299,23 @@ def _built(like: Any, config: Any, kind: str | None) -> Any:
     """A model with random weights.
 
     Raises:
-        _NotBuiltError: There is none of this config, or it has too many weights.
+        _NotBuiltError: It cannot be built, or it has too many weights.
     """
     try:
         with torch.device("meta"):
             size = sum(weight.numel() for weight in models.like(like, config, kind).parameters())
         if size <= LARGE:
             model = models.like(like, config, kind)
-            with suppress(Exception):               # the product of all experts at once knows no float64
+            with suppress(Exception):               # grouped expert products do not support float64
                 model.set_experts_implementation("eager")
             return model
-    except Exception as error:                      # each architecture refuses in its own way
+    except Exception as error:                      # architectures raise errors of many types
         raise _NotBuiltError(_line(error)) from None
     raise _NotBuiltError(f"the smallest one has {size:,} parameters")
 
 
 def perturb(model: nn.Module) -> None:
-    """Noise on every weight, so that norms are not 1, biases not 0, and no transform is the identity."""
+    """Add noise to every weight, so that norms are not 1, biases not 0, and no transform is the identity."""
     for weight in model.parameters():
         if weight.is_floating_point():
             with torch.no_grad():
@@ -324,7 +324,7 @@ def perturb(model: nn.Module) -> None:
 
 
 def documents(model: Any, seed: int, lengths: Sequence[int] = LENGTHS) -> Batch:
-    """A row of random documents of these lengths, some tokens of which are unsupervised, with padding at its end."""
+    """A packed sequence of random documents of these lengths, with some unsupervised tokens, and padding."""
     draw = np.random.default_rng(seed)
     rows = min(len(model.get_input_embeddings().weight), model.config.get_text_config(decoder=True).vocab_size)
     special = {value for key, value in model.config.to_dict().items() if isinstance(value, int)

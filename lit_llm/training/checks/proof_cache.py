@@ -1,6 +1,6 @@
-"""Keep the answers of `proof.py` in memory and in the cache folder, so that each config is tried once.
+"""Cache the results of `proof.py` in memory and on disk, so that each config is tried once.
 
-A file that is damaged, belongs to another key or holds a value of the wrong kind is not used, and is written anew.
+A file that is damaged, belongs to another key or has a value of the wrong type is ignored and rewritten.
 """
 
 import hashlib
@@ -18,21 +18,21 @@ from lit_llm import disk
 from lit_llm.disk import cache_root
 from lit_llm.training.forward import Way
 
-FORMAT = 2                                          # of answers on disk; raised whenever `proof.py` judges otherwise
+FORMAT = 2  # version of cached results; increase it when results of `proof.py` change
 
 
 @lru_cache(maxsize=64)
 def in_memory(key: str) -> list[Way]:
-    """Of a key: nothing yet, or the answer."""
+    """The result for a key: an empty list, or one item."""
     return []
 
 
 def answered(facts: str, find: Callable[[], Way]) -> Way:
-    """An answer given before for the same config by the same libraries, or a new one. A damaged file is no answer.
+    """A cached result for the same config and libraries, or a new one. Damaged files are ignored.
 
     Args:
-        facts: The config as text; with the versions of the libraries it is the key of the answer.
-        find: Computes the answer; called where none is kept.
+        facts: The config as text; the key is made of it and the versions of the libraries.
+        find: Computes the result; called if none is cached.
     """
     import transformers
 
@@ -44,16 +44,16 @@ def answered(facts: str, find: Callable[[], Way]) -> Way:
             known.append(_read(json.loads(file.read_text(encoding="utf-8")), key))
     if not known:
         known.append(find())
-        with suppress(OSError):                     # a cache that cannot be written costs a second next time
+        with suppress(OSError):                     # without a cache it is computed again next time
             disk.replace_text(file, json.dumps({"key": key, "way": asdict(known[0])}) + "\n")
     return known[0]
 
 
 def _read(entry: dict[str, Any], key: str) -> Way:
-    """An entry whose every value is of the kind that was written.
+    """Read an entry, and check the types of its values.
 
     Raises:
-        ValueError: It is not.
+        ValueError: A value has another type.
     """
     way = Way(**entry["way"])
     for name, value in asdict(Way()).items():

@@ -1,1 +1,1 @@
-"""Strategies of several processes, and the shards of weights that they keep."""
+"""Strategies for several processes, and access to sharded weights."""

@@ -21,8 +21,8 @@ def strategy(value: Any) -> Any:
     Raises:
         InputError: There is no such strategy, or it starts processes that could not be stopped together.
     """
-    if isinstance(value, dict):                     # what the command line could not build
-        raise InputError(f"{value.get('class_path')} is no strategy that can be made here", where="trainer.strategy")
+    if isinstance(value, dict):                     # a value that could not be built
+        raise InputError(f"{value.get('class_path')} is not a strategy that can be used here", where="trainer.strategy")
     if not isinstance(value, str):
         return value
     if own := OWN.get(value.partition("_")[0]):

@@ -1,7 +1,7 @@
-"""All processes of a run, ending together: what each decided alike must not look like one of them dying.
+"""End all processes of a run together, and distinguish a common decision from the death of one process.
 
-Where one did die, nobody waits for it and the user is told.
-Knows Lightning's launcher, which starts the other ranks of a machine; under torchrun and SLURM those see to it.
+If a process dies, the others do not wait for it and the user is informed. This concerns Lightning's launcher, which
+starts the other ranks of a machine; torchrun and SLURM handle it themselves.
 """
 
 import os
@@ -16,16 +16,16 @@ import torch.distributed as dist
 
 from lit_llm.system.private import lightning as private
 
-PARENT = os.getppid()                               # once it is gone, another one adopts this process
-PAUSE, GRACE = 0.5, 10.0                            # seconds: between two looks; for them to find out
+PARENT = os.getppid()                               # once it has ended, another one adopts this process
+PAUSE, GRACE = 0.5, 10.0                            # seconds: between two checks; for processes to end by themselves
 
 
 class Watch:
-    """Ends this process where another one of the run died: its collectives would wait, on CUDA for half an hour.
+    """Ends this process if another one of the run died, because its collectives would wait, on CUDA for half an hour.
 
     Args:
-        trainer: After its launcher ran.
-        go_on: What to type next.
+        trainer: The trainer after its launcher ran.
+        go_on: Returns advice for the user.
     """
 
     def __init__(self, trainer: L.Trainer, go_on: Callable[[], str]) -> None:
@@ -39,13 +39,13 @@ class Watch:
             threading.Thread(target=self._look, name="rank-watch", daemon=True).start()
 
     def stop(self) -> None:
-        """From here on the others may end as they like."""
+        """Stop watching."""
         self._over.set()
 
     def explain(self, error: BaseException) -> None:
-        """After an error of this process: does not return where it came from the death of another."""
+        """Handle an error of this process; does not return if another process died."""
         if isinstance(error, dist.DistError) or "gloo" in str(error):
-            self._over.wait(2 * GRACE)              # the watching thread ends this process meanwhile
+            self._over.wait(2 * GRACE)              # meanwhile the watching thread ends this process
         self.stop()
 
     def _look(self) -> None:
@@ -53,16 +53,16 @@ class Watch:
             lost, killed = self._lost()
             if not lost or self._over.wait(PAUSE if killed else GRACE):
                 continue
-            if self.rank <= (self.parent is not None):      # one process speaks for all that are left
-                os.write(2, f"error: {lost}, and with it the run\n  {self.go_on()}\n".encode())
+            if self.rank <= (self.parent is not None):      # one process reports for all remaining ones
+                os.write(2, f"error: {lost}, which ended the run\n  {self.go_on()}\n".encode())
             for process in self.started:
                 process.kill()
             os._exit(1)
 
     def _lost(self) -> tuple[str, bool]:
-        """Who is gone, and whether by a signal; who ended itself had an error, which may be on its way here, too."""
+        """Which process ended, and whether by a signal; otherwise it had an error that may occur here as well."""
         if self.parent is not None and os.getppid() != self.parent:
-            return "the process of rank 0 is gone", True
+            return "the process of rank 0 has ended", True
         for rank, process in enumerate(self.started, 1):
             if code := process.poll():
                 how = f"with exit code {code}" if code > 0 else f"by {signal.Signals(-code).name}"
@@ -77,14 +77,14 @@ def _stop_watch(trainer: L.Trainer) -> None:
 
 
 def end_together(trainer: L.Trainer) -> None:
-    """Before all ranks raise the same error: from here on none is killed because another was first. A collective."""
+    """Prepare all ranks for raising the same error, so that none is killed because another was first. Collective."""
     private.dismiss_watcher()
     _stop_watch(trainer)
     trainer.strategy.barrier()
 
 
 def tell_parent(trainer: L.Trainer, signum: int) -> None:
-    """Pass a signal on to the process that started this one, which would wait for it."""
+    """Forward a signal to the parent process, which would wait for this one."""
     if is_started_by_another(trainer) and os.getppid() == PARENT:
         os.kill(PARENT, signum)
 

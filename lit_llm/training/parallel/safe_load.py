@@ -99,7 +99,7 @@ def _check_file(file: Path) -> None:
     allowed = {f"{module}.{name}" for module, name in DEEPSPEED}
     try:
         foreign = sorted(set(get_unsafe_globals_in_checkpoint(str(file))) - allowed)
-    except Exception as error:                      # a stranger's file: torch has no one error for them
+    except Exception as error:                      # untrusted files: torch raises errors of many types
         raise InputError(f"not a file that torch wrote: {_line(error)}", where=str(file),
                          fix="use another checkpoint of the run") from None
     if foreign:
@@ -139,8 +139,8 @@ class _IndexReader(pickle.Unpickler):
 
 
 def _refusal(file: Path, name: str) -> InputError:
-    return InputError(f"it holds {name[:100]}, which is no data, so loading it could run any program", where=str(file),
-                      fix=f"use a checkpoint of your own; if you know who wrote it, {OPTION} loads it all the same")
+    return InputError(f"it contains {name[:100]}, which is not data and could run any program", where=str(file),
+                      fix=f"use your own checkpoint; if you trust its author, {OPTION} loads it anyway")
 
 
 def _line(error: Exception) -> str:

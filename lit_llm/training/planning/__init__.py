@@ -1,1 +1,1 @@
-"""Memory, time and devices of a run before it begins."""
+"""Plan the memory, time and devices of a run before it starts."""

@@ -1,9 +1,9 @@
 """Look up the memory and the peak rate of a device by its name, or of this machine.
 
-The one table of devices. Rates are dense (without sparsity), with sums in float32, from the vendors' data sheets and
-architecture papers: tensor cores for 16 bits, and torch's default for float32, which is not TF32. Memory is what
-drivers report, which is less than the name says where ECC or the system takes some. None of it was measured here; nor
-was `utilisation`, the share of the rate that a training step is assumed to reach.
+This is the only table of devices. Rates are dense (without sparsity) with float32 accumulation, from data sheets and
+architecture papers of the vendors: tensor cores for 16 bits, and torch's default (no TF32) for float32. Memory is what
+drivers report, which is less than the nominal size with ECC. Nothing of it was measured here, nor was `utilisation`,
+the share of the rate that a training step is assumed to reach.
 """
 
 import math
@@ -17,23 +17,23 @@ from lit_llm.errors import InputError, did_you_mean
 from lit_llm.system import ranges
 from lit_llm.system.config_limits import installed_memory
 
-MARGIN = 0.85                                       # of a device's memory; fragments, buffers and others have the rest
+MARGIN = 0.85                                       # usable share of memory; the rest is for fragments and buffers
 GIB, TERA = 2**30, 1e12
 SERVER, DESKTOP, PROCESSOR = 0.40, 0.35, 0.50       # assumed utilisation of a class of devices
 
 
 @dataclass(frozen=True, slots=True)
 class Device:
-    """What a run is planned for.
+    """A device that a run is planned for.
 
     Args:
-        name: As it is typed, or as a driver says it.
-        memory: GiB of one device; of a processor, what the machine has.
-        half: TFLOP/s of products of matrices in bfloat16 (float16 where there is none); 0 where it is unknown.
+        name: Name as typed, or as reported by a driver.
+        memory: GiB of one device; for a processor, the machine's memory.
+        half: TFLOP/s of matrix products in bfloat16 (float16 if there is no bfloat16); 0 if unknown.
         single: The same in float32.
         utilisation: Share of that rate that a training step is assumed to reach.
-        cpu: Whether it is a processor: then the process itself lies in the same memory, and processes share it.
-        bfloat16: Whether it multiplies in bfloat16.
+        cpu: Whether it is a processor, whose memory also holds the process and is shared by processes.
+        bfloat16: Whether it supports bfloat16.
     """
 
     name: str
@@ -45,11 +45,11 @@ class Device:
     bfloat16: bool = True
 
     def rate(self, half: bool) -> float:
-        """FLOP/s that a step is assumed to reach; 0 where it is unknown."""
+        """FLOP/s that a step is assumed to reach; 0 if unknown."""
         return (self.half if half else self.single) * self.utilisation * TERA
 
     def room(self, processes: int = 1) -> int:
-        """Bytes that one process of a run may fill, of so many on this machine."""
+        """Bytes that one of the run's processes on this machine may use."""
         return int(MARGIN * self.memory * GIB) // (processes if self.cpu else 1)
 
 
@@ -75,7 +75,7 @@ ALIASES = {"a100": "a100-80", "v100": "v100-32", "h100-80": "h100", "h200-141": 
 
 
 def named(name: str | None, memory: float | None) -> Device | None:
-    """The device that somebody typed; a number of GiB alone is a GPU of that memory. None where nothing was typed.
+    """Look up a device by name; GiB without a name are a GPU of that size; None if neither is given.
 
     Raises:
         InputError: No such device, or no memory.
@@ -97,7 +97,7 @@ def named(name: str | None, memory: float | None) -> Device | None:
 
 
 def here(root: Any) -> Device:
-    """The device that a run has on this machine.
+    """The device of a run on this machine.
 
     Args:
         root: The torch device of its first process.
@@ -114,12 +114,12 @@ def here(root: Any) -> Device:
 
 
 def processor() -> Device:
-    """This machine's, or what its container may have; its rate is not known before it is measured."""
+    """The processor of this machine or container; its rate must be measured."""
     return Device("memory of this machine", installed_memory() / GIB, utilisation=PROCESSOR, cpu=True)
 
 
 def measured(device: Device, seconds: float = 0.1) -> Device:
-    """A processor with its rate: products of matrices that fit its cache, in float32, on the threads torch has now."""
+    """Measure a processor's rate: float32 products of matrices in cache, with torch's current threads."""
     with torch.random.fork_rng(devices=[]):
         left = torch.randn(512, 512)
     best, until = math.inf, time.perf_counter() + seconds

@@ -1,6 +1,6 @@
 """Prove with a run's own config that it resumes exactly and that its gradient is right.
 
-Everything happens in temporary folders and in processes of their own (`trial.py`); the run's folder is not touched.
+Everything runs in temporary folders and separate processes (`trial.py`); the run's folder is not changed.
 """
 
 import shutil
@@ -16,27 +16,27 @@ from lit_llm.training.planning import trial
 from lit_llm.training.run import manifest
 from lit_llm.training.run.report import rows_of
 
-EXACT = 1e-5                                        # relative, of a gradient in float32: the order of sums
-ROUGH = 3e-2                                        # of one in 16 bits: their rounding
+EXACT = 1e-5                                        # relative difference of float32 gradients: order of sums
+ROUGH = 3e-2                                        # of 16-bit gradients: rounding
 
 
 # ---- resume ----------------------------------------------------------------------------------------------------------
 
 def verify_resume(config: dict[str, Any] | None, steps: int = 4) -> bool:
-    """Whether a run that dies in the middle and goes on ends where one does that never stopped.
+    """Whether a run that is killed in the middle and resumed ends like an uninterrupted run.
 
-    The second run begins as the first one was when its middle checkpoint had its name, and nothing later: as after a
-    kill -9 shortly before the next one.
+    The second run starts from the state of the first when its middle checkpoint was complete and nothing later existed,
+    as after a kill -9.
 
     Args:
-        config: Of the run.
+        config: Config of the run.
         steps: Optimizer steps, at least 2.
 
     Raises:
         InputError: The run itself fails.
     """
     if steps < 2:
-        raise InputError(f"{steps} steps have no middle; use 2 or more", where="steps")
+        raise InputError(f"{steps} steps cannot be interrupted in the middle; use 2 or more", where="steps")
     middle = steps // 2
     saves = {"class_path": "lit_llm.training.run.checkpoint.StepCheckpoint",
              "init_args": {"every_n_steps": middle, "keep_last": steps + 1}}
@@ -52,7 +52,7 @@ def verify_resume(config: dict[str, Any] | None, steps: int = 4) -> bool:
         pairs: dict[str, Any] = {"logged losses": (_rows(straight), _rows(resumed))}
         ends = [_content(folder / "checkpoints" / f"step_{steps}") for folder in (straight, resumed)]
     pairs |= {part: (ends[0][part], ends[1].get(part)) for part in ends[0]}
-    print(f"{steps} steps at once, against {middle}, a new process, and the other {steps - middle}")
+    print(f"{steps} steps in one process, compared with {middle} steps and {steps - middle} more in a new process")
     return all([_same(part, *pair) for part, pair in pairs.items()])
 
 
@@ -62,13 +62,13 @@ def _rows(run: Path) -> list[dict[str, str]]:
 
 
 def _content(folder: Path) -> dict[str, Any]:
-    """What a checkpoint holds, by what it is to a user; all of it was written by our own children."""
+    """The content of a checkpoint by category; all files were written by our own child processes."""
     found: dict[str, Any] = {"weights": {}, "optimizer": {}, "schedule, generators, place in the data": {}}
     for file in sorted(path for path in folder.rglob("*") if path.is_file()):
         name = str(file.relative_to(folder))
         if file.suffix == ".safetensors":
             found["weights"][name] = file.read_bytes()
-        elif file.name == ".metadata":              # FSDP2's: the shards of all processes, put together
+        elif file.name == ".metadata":              # FSDP2's: the shards of all processes
             shards = _joined(file.parent)
             found["weights"][name], found["optimizer"][name] = shards["model"], shards.get("optimizer", {})
         elif file.suffix == ".pt" or file.name == "state":
@@ -83,7 +83,7 @@ def _content(folder: Path) -> dict[str, Any]:
 
 
 def _joined(folder: Path) -> dict[str, Any]:
-    """All that torch's distributed checkpoint holds, whole."""
+    """The unsharded content of a distributed checkpoint."""
     from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
     with tempfile.TemporaryDirectory(prefix="lit_llm-") as name, safe_load.data_only():
@@ -95,13 +95,13 @@ def _joined(folder: Path) -> dict[str, Any]:
 def _same(part: str, one: Any, other: Any) -> bool:
     apart = _differences(one, other)
     print(f"{'FAIL' if apart or not one else 'PASS'}  {part}: " + (
-        "the same to the last bit" if one and not apart else
-        f"{len(apart)} differ, the first {apart[0]}" if apart else "nothing to compare"))
+        "bit-identical" if one and not apart else
+        f"{len(apart)} differ, first {apart[0]}" if apart else "nothing to compare"))
     return bool(one) and not apart
 
 
 def _differences(one: Any, other: Any, path: str = "") -> list[str]:
-    """Where two nested structures differ, down to the last bit."""
+    """Paths at which two nested structures are not bit-identical."""
     if isinstance(one, torch.Tensor) or isinstance(other, torch.Tensor):
         same = type(one) is type(other) and one.dtype == other.dtype and torch.equal(one, other)
         return [] if same else [path]
@@ -120,13 +120,13 @@ def _differences(one: Any, other: Any, path: str = "") -> list[str]:
 # ---- gradient --------------------------------------------------------------------------------------------------------
 
 def selftest(config: dict[str, Any] | None, data: Any, *, devices: int, processes: int) -> bool:
-    """Whether the gradient of one step is the same however its rows are divided, packed and spread over processes.
+    """Whether the gradient of a step is independent of micro-batches, packing and the number of processes.
 
     Args:
-        config: Of the run.
-        data: Its datamodule, for the size of a micro-batch.
-        devices: Processes of the run.
-        processes: Against one; 1 leaves that out.
+        config: Config of the run.
+        data: Datamodule of the run, for the size of a micro-batch.
+        devices: Number of processes of the run.
+        processes: Number of processes to compare with one; 1 skips the comparison.
 
     Raises:
         InputError: The run itself fails.
@@ -141,7 +141,7 @@ def selftest(config: dict[str, Any] | None, data: Any, *, devices: int, processe
     ways: list[tuple[str, int, int, bool]] = [
         (f"{rows} rows, {size} at a time", size, devices, False), (f"{rows} rows, 1 at a time", 1, devices, False)]
     if data.packing == "best_fit":
-        ways.append(("their conversations and documents, each in a row of its own", size, devices, True))
+        ways.append(("their conversations and documents, without packing", size, devices, True))
     if many > 1:
         ways.append((f"{rows} rows, in {1 if devices > 1 else many} process(es)", max(1, size // 2),
                      1 if devices > 1 else many, False))
@@ -161,12 +161,12 @@ def selftest(config: dict[str, Any] | None, data: Any, *, devices: int, processe
             fine &= apart_by < limit
             print(f"{'PASS' if apart_by < limit else 'FAIL'}  differs by {apart_by:.1e} (below {limit:g}): {say}")
     if half:
-        print("      in 16 bits; --trainer.precision 32-true shows it without their rounding")
+        print("      computed in 16 bits; --trainer.precision 32-true shows it without rounding")
     return fine
 
 
 def distance(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
-    """|one - other| / |other| over all weights together; infinite where they are of other weights."""
+    """|one - other| / |other| over all weights; infinite if the weights differ in name."""
     norm = sum(float(part.double().square().sum()) for part in other.values())
     if one.keys() != other.keys() or not norm:
         return float("inf")

@@ -1,6 +1,6 @@
-"""Compute bytes and FLOPs of a step from counts; nothing is built or measured.
+"""Compute the bytes and FLOPs of a step from counts; nothing is built or measured.
 
-Exact for weights, gradients and optimizer states; what comes and goes in a step is `trace.py`'s.
+Exact for weights, gradients and optimizer states; temporary memory of a step comes from `trace.py`.
 """
 
 from collections.abc import Callable, Sequence
@@ -10,10 +10,10 @@ from lit_llm.models.recompute import Recompute
 from lit_llm.training.planning.trace import Step
 
 FLOAT, HALF = 4, 2
-FOUR_BITS = 0.516                                   # bytes of a weight in 4 bits, its doubly quantized scales included
+FOUR_BITS = 0.516                                   # bytes of a 4-bit weight with its doubly quantized scales
 STATES = {"adamw": 8, "adamw_8bit": 2, "muon": 8}   # bytes of optimizer state per trained number
-BUCKET = 200_000_000                                # numbers that ZeRO reduces at once, of those that are trained
-GATHERED = 1_000_000_000                            # weights that ZeRO-3 leaves gathered until it needs room for others
+BUCKET = 200_000_000                                # trained numbers that ZeRO reduces at once
+GATHERED = 1_000_000_000                            # weights that ZeRO-3 may keep gathered
 KERNELS = 30 * 2**20                                # MKL's panels (4 MiB), code of kernels and of writing checkpoints
 ENGINE = 50 * 2**20                                 # DeepSpeed's engine and gloo: threads, buffers, objects of weights
 HOLES, HOLES_OF_GRADIENTS = 1.2, 0.45
@@ -21,21 +21,21 @@ HOLES, HOLES_OF_GRADIENTS = 1.2, 0.45
 
 @dataclass(frozen=True, slots=True)
 class Counts:
-    """What of a model takes memory and time.
+    """Counts of a model that determine memory and time.
 
     Args:
-        total: Parameters, tied ones once.
-        trained: Those that learn.
-        matrices: Those of linear layers and the head, which every token is multiplied with; without the embedding; of
-            experts, as many as a token sees.
-        adapters: Those of `matrices` that learn beside a frozen base; 0 where all weights learn.
-        quantized: Those that lie in 4 bits.
-        muon: Those of which Muon keeps one number, not two.
-        head: Of the output head.
-        head_learns: Whether it does.
-        vocabulary: Rows of the head.
-        width: Of a layer.
-        attention: Heads times their width, over all layers.
+        total: Number of parameters, tied ones once.
+        trained: Trained parameters.
+        matrices: Parameters of linear layers and the head, which multiply every token; without the embedding; of
+            experts, as many as a token uses.
+        adapters: Part of `matrices` that is trained beside a frozen base; 0 if all weights are trained.
+        quantized: Parameters stored in 4 bits.
+        muon: Parameters for which Muon stores one number instead of two.
+        head: Parameters of the output head.
+        head_learns: Whether the head is trained.
+        vocabulary: Vocabulary size.
+        width: Width of a layer.
+        attention: Heads times head width, over all layers.
     """
 
     total: int
@@ -53,21 +53,21 @@ class Counts:
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """How a run trains.
+    """Settings of a run that determine memory and time.
 
     Args:
-        stage: Of ZeRO; 0 is plain (one device, or DDP).
-        devices: Processes.
-        tokens: Of a micro-batch on one device.
-        supervised: Of them, those that are learned.
-        recompute: What is computed again in the backward pass.
-        optimizer: Its name.
-        precision: As `trainer.precision` says it.
-        offload_optimizer: Optimizer states in CPU memory.
-        offload_parameters: Weights too.
-        accumulate: Micro-batches of an optimizer step.
-        cpu: Whether the device is a CPU: then the process itself and what malloc cannot reuse lie there too.
-        exports: Whether a finished run writes its model.
+        stage: ZeRO stage; 0 is plain (one device, or DDP).
+        devices: Number of processes.
+        tokens: Tokens of a micro-batch on one device.
+        supervised: Supervised tokens among them.
+        recompute: Gradient checkpointing.
+        optimizer: Name of the optimizer.
+        precision: Value of `trainer.precision`.
+        offload_optimizer: Whether optimizer states are in CPU memory.
+        offload_parameters: Whether weights are as well.
+        accumulate: Micro-batches per optimizer step.
+        cpu: Whether the device is a CPU, whose memory also holds the process and malloc's unusable blocks.
+        exports: Whether a finished run exports its model.
     """
 
     stage: int
@@ -91,18 +91,18 @@ class Setting:
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """Bytes on one device at the height of a step.
+    """Peak bytes on one device during a step.
 
     Args:
-        weights: Of the model, as the device holds them.
-        gradients: Of what learns.
-        optimizer: Averages, and the float32 masters of ZeRO.
-        activations: Of the layers, as far as they do not lie where gradients come later.
-        logits: Of the loss.
-        buckets: ZeRO's: gradients on their way, weights it leaves gathered.
+        weights: Weights of the model on the device.
+        gradients: Gradients of trained weights.
+        optimizer: Optimizer moments, and ZeRO's float32 master weights.
+        activations: Activations of the layers, beyond memory that gradients reuse later.
+        logits: Logits of the loss.
+        buckets: ZeRO's buffers: gradients being reduced, weights kept gathered.
         process: Interpreter and libraries, or CUDA's context.
-        holes: Freed between blocks that live, and of no use for larger ones.
-        export: To read the finished model again, on the first process.
+        holes: Freed heap blocks between live ones, too small to be reused (CPU).
+        export: Reloading the finished model for the export, on the first process.
     """
 
     weights: int
@@ -117,27 +117,27 @@ class Memory:
 
     @property
     def total(self) -> int:
-        """All of it."""
+        """Total bytes."""
         return (self.weights + self.gradients + self.optimizer + self.activations + self.logits + self.buckets
                 + self.process + self.holes + self.export)
 
 
 def memory(counts: Counts, setting: Setting, step: Step, process: int = 0) -> Memory:
-    """What a device holds at the height of a step.
+    """Estimate the peak memory of a device during a step.
 
         bytes per trained weight    weights   gradient   optimizer        under ZeRO, over n devices
         float32, plain                 4         4          8
         float32, ZeRO                  4         4        4 + 8           optimizer / n from 1, gradient from 2,
         bf16, ZeRO                     2         4        4 + 8           weights from 3
 
-    The height is where the forward pass ends, or in the backward pass, or where ZeRO has a second, flat copy of its
-    gradients. Lightning keeps the last step's gradients until a forward pass is over, ZeRO only within a step.
+    The peak is at the end of the forward pass, or in the backward pass, or where ZeRO has a second, flat copy of its
+    gradients. Lightning keeps the last step's gradients until the next forward pass is over, ZeRO only within a step.
 
     Args:
-        counts: Of the model.
-        setting: Of the run.
-        step: Of a micro-batch.
-        process: Bytes of the process before it has a model.
+        counts: Counts of the model.
+        setting: Settings of the run.
+        step: Memory trace of a micro-batch.
+        process: Bytes of the process without a model.
     """
     zero, share, full = setting.stage > 0, setting.devices, setting.stage == 3
     small = HALF if setting.half and (zero or setting.precision.endswith("true")) else FLOAT
@@ -170,25 +170,25 @@ def memory(counts: Counts, setting: Setting, step: Step, process: int = 0) -> Me
 
 
 def holes(counts: Counts, setting: Setting, step: Step) -> float:
-    """What malloc holds and cannot use: freed blocks between others that live, too small for what comes next.
+    """Heap memory that malloc cannot reuse: freed blocks between live ones that are too small for later requests.
 
-    An allowance, not a law. Blocks below 32 MiB lie in one heap, whose end only moves up; in real runs (glibc 2.36 as
-    `__main__.py` sets it, 26 of 0.3 to 100 million weights) it lay above the bytes that lived by about a layer's work
-    and a part of the gradients, which come and go among it. The numbers here were fitted to those runs. Beside it stand
-    what kernels keep to themselves, and their code, which was not in memory before the first step.
+    This is an empirical allowance. Blocks below 32 MiB are in one heap whose end only grows; in real runs (glibc 2.36
+    as `__main__.py` sets it, 26 runs of 0.3 to 100 million weights) the heap exceeded live bytes by about one layer's
+    activations and a part of the gradients. The constants were fitted to those runs. Added to it are buffers that
+    kernels keep, and their code, which is loaded at the first step.
     """
     work = HOLES * step.layer + HOLES_OF_GRADIENTS * FLOAT * counts.trained
     return KERNELS + work + (ENGINE if setting.stage > 0 else 0)
 
 
 def flops_per_token(counts: Counts, reach: float) -> float:
-    """Of forward and backward; a multiply-add is two, attention is causal, recomputing is not counted.
+    """FLOPs of forward and backward; a multiply-add counts as two, attention is causal, without recomputation.
 
     All weights: 6 N + 6 d T. Adapters: 4 N + 6 d T + 2 N_adapters, since frozen weights need no gradient.
 
     Args:
         counts: N = `matrices`, adapters included; d = `attention`, over all layers.
-        reach: T, the mean of what a token can look back on, twice: sum(length^2) / sum(length) of documents.
+        reach: T, twice the mean attended length: sum(length^2) / sum(length) of documents.
     """
     if not counts.adapters:
         return 6 * counts.matrices + 6 * counts.attention * reach
@@ -196,16 +196,16 @@ def flops_per_token(counts: Counts, reach: float) -> float:
 
 
 def work_per_token(counts: Counts, reach: float, recompute: Recompute) -> float:
-    """FLOPs that a device really makes for a token: `flops_per_token`, and the forward pass again where it recomputes.
+    """FLOPs that a device performs per token: `flops_per_token`, plus the forward pass if it is recomputed.
 
-    `selective` computes again what costs next to nothing.
+    The recomputation of `selective` costs almost nothing.
     """
     again = 2 * counts.matrices + 2 * counts.attention * reach if recompute == "full" else 0
     return flops_per_token(counts, reach) + again
 
 
 def checkpoint_bytes(counts: Counts, *, zero: bool, half: bool) -> int:
-    """On disk: the trained weights twice, two averages of AdamW, ZeRO's float32 masters."""
+    """Bytes on disk: the trained weights twice, two moments of AdamW, ZeRO's float32 master weights."""
     return counts.trained * ((HALF if half else FLOAT) + 16 if zero else 4 * FLOAT)
 
 
@@ -213,13 +213,13 @@ def checkpoint_bytes(counts: Counts, *, zero: bool, half: bool) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """A way to train the model: as configured, with adapters, or with adapters on a base in 4 bits.
+    """A way to train the model: as configured, with adapters, or with adapters on a 4-bit base.
 
     Args:
-        counts: Of the model trained so.
-        step: Of a micro-batch of so many rows, recomputed so.
-        said: What to type for it; empty where it is as configured.
-        precision: That comes with it; null leaves the run's.
+        counts: Counts of the model trained this way.
+        step: Memory trace for a number of packed sequences and a checkpointing mode.
+        said: Options that select it; empty if it is configured.
+        precision: Precision that it implies; null keeps the run's.
     """
 
     counts: Counts
@@ -230,13 +230,13 @@ class Kind:
 
 @dataclass(frozen=True, slots=True)
 class Option:
-    """A way to make a run fit.
+    """A set of changes that makes a run fit.
 
     Args:
-        changes: What to type, or to change.
-        memory: Of a device after that.
-        setting: The same.
-        counts: Of the model trained so.
+        changes: Options to type or values to change.
+        memory: Memory of a device with these changes.
+        setting: Settings with these changes.
+        counts: Counts of the model trained this way.
     """
 
     changes: list[str]
@@ -246,16 +246,16 @@ class Option:
 
 
 def options(kinds: Sequence[Kind], setting: Setting, room: int, *, rows: int, process: int = 0) -> list[Option]:
-    """What would make a run fit that does not: as it is trained now, with adapters, with 4 bits, with more devices.
+    """Changes that would make a run fit: as it is trained now, with adapters, with 4 bits, with more devices.
 
-    Of each the change of least harm. Shorter rows come in only where nothing else fits.
+    For each, the least intrusive change. Shorter sequences are suggested only if nothing else fits.
 
     Args:
-        kinds: As in `nearest`, as are the others.
-        setting: Of the run.
-        room: Bytes of a device.
-        rows: Of a micro-batch.
-        process: Bytes of the process before it has a model.
+        kinds: As in `nearest`, like the other arguments.
+        setting: Settings of the run.
+        room: Usable bytes of a device.
+        rows: Packed sequences of a micro-batch.
+        process: Bytes of the process without a model.
     """
     for shorts in ((1,), (2, 4, 8)):
         found = [_nearest([kind], setting, room, rows, process, shorts) for kind in kinds]
@@ -272,17 +272,17 @@ def options(kinds: Sequence[Kind], setting: Setting, room: int, *, rows: int, pr
 
 def nearest(kinds: Sequence[Kind], setting: Setting, room: int, *, rows: int, process: int = 0
             ) -> tuple[list[str], Memory] | None:
-    """The change of least harm that fits, or the fewest together; null if nothing does.
+    """The least intrusive change that fits, or the smallest combination; null if none does.
 
-    In this order: what costs time alone (computing again, smaller micro-batches), what changes how processes share
-    (a stage of ZeRO, offload), what trains less (adapters, 4 bits), what shortens rows.
+    In this order: changes that only cost time (recomputation, smaller micro-batches), changes of how processes share
+    memory (ZeRO stage, offload), changes that train less (adapters, 4 bits), shorter sequences.
 
     Args:
         kinds: Ways to train it, as configured first.
-        setting: Of the run, which does not fit.
-        room: Bytes of a device.
-        rows: Of a micro-batch.
-        process: Bytes of the process before it has a model.
+        setting: Settings of the run, which does not fit.
+        room: Usable bytes of a device.
+        rows: Packed sequences of a micro-batch.
+        process: Bytes of the process without a model.
     """
     found = _nearest(kinds, setting, room, rows, process, (1, 2, 4, 8))
     return None if found is None else (found.changes, found.memory)
@@ -295,7 +295,7 @@ def _nearest(kinds: Sequence[Kind], setting: Setting, room: int, rows: int, proc
     for short in shorts:
         for kind in kinds:
             for stage, offload in _shares(setting, kind.counts):
-                # one row is the least before rows are shortened, so shorter ones come one by one
+                # shorter sequences are tried only with one per micro-batch
                 for size in [rows >> halved for halved in range(rows.bit_length())] if short == 1 else [1]:
                     for way in ways:
                         part = size / short / rows
@@ -311,9 +311,9 @@ def _nearest(kinds: Sequence[Kind], setting: Setting, room: int, rows: int, proc
 
 
 def _shares(setting: Setting, counts: Counts) -> list[tuple[int, bool]]:
-    """Stages of ZeRO, then with the optimizer in CPU memory, which is no help where the device is the CPU.
+    """ZeRO stages, then with the optimizer in CPU memory, which does not help if the device is the CPU.
 
-    Weights in 4 bits cannot be cut into pieces, so stage 3 is not for them.
+    4-bit weights cannot be sharded, so stage 3 is left out for them.
     """
     stages = [setting.stage, *range(max(2, setting.stage + 1), 4)] if setting.devices > 1 else [setting.stage]
     if counts.quantized:

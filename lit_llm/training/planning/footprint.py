@@ -1,7 +1,7 @@
-"""Estimate the memory of a run before it begins, as configured and in ways that need less.
+"""Estimate the memory of a run before it starts, as configured and with options that need less.
 
-The model is built without weights, anew for each way of recomputing and of training. A step's bytes are `trace.py`'s,
-their sum is `estimate.py`'s.
+The model is built without weights for each checkpointing mode and each way of training. `trace.py` traces the memory of
+a step, and `estimate.py` sums it up.
 """
 
 import logging
@@ -32,18 +32,18 @@ from lit_llm.training.planning.estimate import Counts, Kind, Memory, Setting
 from lit_llm.training.planning.trace import Step
 
 log = logging.getLogger(__name__)
-CONTEXT = 512 * 2**20                               # of CUDA in a process; what others report, not measured here
+CONTEXT = 512 * 2**20                               # CUDA context of a process; reported elsewhere, not measured here
 
 
 @dataclass(frozen=True, slots=True)
 class Footprint:
-    """What a run holds.
+    """Memory of a run.
 
     Args:
-        kind: How its model is trained: what of it takes memory, what a step of so many rows holds.
-        setting: Of the run; its `recompute` is chosen where the config leaves that to us.
-        rows: Of a micro-batch.
-        process: Bytes of the process before it has a model.
+        kind: Counts of its model and the memory of a step by number of packed sequences.
+        setting: Settings of the run; `recompute` is resolved if the config says `auto`.
+        rows: Packed sequences of a micro-batch.
+        process: Bytes of the process without a model.
     """
 
     kind: Kind
@@ -52,23 +52,23 @@ class Footprint:
     process: int
 
     def memory(self, **changes: Any) -> Memory:
-        """Bytes on one device at the height of a step, with these changes of the setting."""
+        """Peak bytes on one device during a step, with these changes of the settings."""
         setting = replace(self.setting, **changes)
         return estimate.memory(self.kind.counts, setting, self.kind.step(self.rows, setting.recompute), self.process)
 
 
 def of(trainer: Any, module: Any, data: Any, room: int, device: Device | None = None) -> Footprint:
-    """Of a run whose data are set up and whose model is not built.
+    """Estimate a run whose data are set up and whose model is not built.
 
     Args:
-        trainer: Not begun.
-        module: Its settings are read.
-        data: Its plans are made.
-        room: Bytes of a device, for who leaves recomputing to us.
-        device: In place of this machine's.
+        trainer: The trainer before the run.
+        module: The module, whose settings are read.
+        data: The datamodule after setup.
+        room: Usable bytes of a device, for `gradient_checkpointing: auto`.
+        device: A device other than this machine's.
 
     Raises:
-        InputError: No step of this architecture can be traced without its weights.
+        InputError: A step of this architecture cannot be traced without its weights.
     """
     build = _builder(module, data)
     counts = count(*build(module.peft_spec), quantized=module.quantize is not None, muon=module.optimizer == "muon")
@@ -79,13 +79,13 @@ def of(trainer: Any, module: Any, data: Any, room: int, device: Device | None = 
                        tokens=borders[-1], supervised=supervised,
                        cpu=trainer.strategy.root_device.type == "cpu" if device is None else device.cpu)
     kind = Kind(counts, _steps(lambda: build(module.peft_spec)[0], borders, setting, rows, counts))
-    kind.step(rows, setting.recompute)              # walks through a step, and so through libraries
+    kind.step(rows, setting.recompute)              # traces a step, which loads libraries
     found = Footprint(kind, setting, rows, resident_bytes() if setting.cpu else CONTEXT)
     return replace(found, setting=replace(setting, recompute=cheapest(found, room))) if auto else found
 
 
 def cheapest(footprint: Footprint, room: int) -> Recompute:
-    """The way that computes least again and still fits; all of it where nothing does."""
+    """The mode with the least recomputation that fits; full if none does."""
     for way in WAYS:
         if footprint.memory(recompute=way).total < room:
             return way
@@ -93,9 +93,9 @@ def cheapest(footprint: Footprint, room: int) -> Recompute:
 
 
 def agreed(trainer: Any, module: Any, data: Any) -> Recompute:
-    """What all ranks compute again: what the narrowest must, or some would gather layers twice and wait for the others.
+    """The checkpointing mode for all ranks: that of the smallest device, because all ranks must gather alike.
 
-    A collective: every rank calls it.
+    Collective: every rank calls it.
     """
     try:
         if data is None:
@@ -112,33 +112,33 @@ def agreed(trainer: Any, module: Any, data: Any) -> Recompute:
 
 
 def room(trainer: Any, device: Device | None = None) -> int:
-    """Bytes of a device that a run may fill; processes on CPUs share a machine's memory.
+    """Usable bytes of a device; processes on CPUs share the machine's memory.
 
     Args:
-        trainer: Not begun.
-        device: In place of this machine's.
+        trainer: The trainer before the run.
+        device: A device other than this machine's.
     """
     return (device or devices.here(trainer.strategy.root_device)).room(int(trainer.num_devices))
 
 
 def rows_at_once(data: Any) -> int:
-    """Rows of the largest micro-batch that the data can make."""
+    """Packed sequences of the largest micro-batch of the data."""
     return data.batch_size if data.streaming else min(data.batch_size, len(data.plans["train"].rows))
 
 
 def count(whole: Any, inner: Any, *, quantized: bool = False, muon: bool = False) -> Counts:
-    """What of a model takes memory and time.
+    """Count the parameters of a model that determine memory and time.
 
     Args:
-        whole: With its adapters.
-        inner: The transformers model in it.
-        quantized: Whether its frozen linear layers lie in 4 bits.
-        muon: Whether Muon moves its matrices.
+        whole: The model with its adapters.
+        inner: The transformers model within it.
+        quantized: Whether its frozen linear layers are in 4 bits.
+        muon: Whether its matrices are trained with Muon.
     """
     sizes = anatomy.count_parameters(whole)
     head, config = inner.get_output_embeddings(), inner.config
     linears = [layer for layer in whole.modules() if isinstance(layer, nn.Linear) or type(layer).__name__ == "Conv1D"]
-    if rows := trained_rows.trained_rows(head):          # whose `weight` is made anew at each call
+    if rows := trained_rows.trained_rows(head):          # its `weight` is rebuilt at each access
         head = rows.layer
     head_weight = getattr(head, "weight", None)
     head_weight = head.base_layer.weight if head_weight is None else head_weight
@@ -157,16 +157,16 @@ def count(whole: Any, inner: Any, *, quantized: bool = False, muon: bool = False
 
 
 def _head_width(config: Any) -> int:
-    """Numbers of a query, and of a value; their mean in latent attention (DeepSeek), which has both."""
+    """Width of a head; the mean of query and value widths for latent attention (DeepSeek)."""
     if getattr(config, "kv_lora_rank", None):
         return int(config.qk_nope_head_dim + config.qk_rope_head_dim + config.v_head_dim) // 2
     return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
 
 def heaviest(data: Any) -> tuple[list[int], int]:
-    """Borders of documents in the heaviest micro-batch that the data can make, and its supervised tokens.
+    """Document boundaries of the most expensive micro-batch that the data can make, and its supervised tokens.
 
-    That of the longest documents: attention on CPU keeps a matrix of tokens by tokens of each where it drops weights.
+    It has the longest documents: with dropout, attention on CPU keeps a tokens-by-tokens matrix of each document.
     """
     rows = data.plans["train"].rows
     squares = np.add.reduceat(np.square(rows.segments.lengths), rows.offsets[:-1])
@@ -182,10 +182,10 @@ def heaviest(data: Any) -> tuple[list[int], int]:
 
 
 def kinds(now: Footprint, module: Any, data: Any) -> list[Kind]:
-    """Ways to train it: as configured, with adapters, with adapters on 4 bits."""
+    """Ways to train the model: as configured, with adapters, with adapters on a 4-bit base."""
     found, spec, setting = [now.kind], module.peft_spec, now.setting
     if module.base is None or module.quantize is not None:
-        return found                                # adapters on random weights would learn nothing
+        return found                                # adapters on random weights are pointless
     build, (borders, _) = _builder(module, data), heaviest(data)
 
     def kind(spec: dict[str, Any], said: str, *, quantized: bool = False) -> Kind:
@@ -202,7 +202,7 @@ def kinds(now: Footprint, module: Any, data: Any) -> list[Kind]:
 
 
 def _builder(module: Any, data: Any) -> Callable[[dict[str, Any] | None], tuple[Any, Any]]:
-    """What makes the model anew without weights, with adapters of a spec and without, for who changes its layers."""
+    """A function that builds the model without weights, with or without adapters of a spec."""
     def build(spec: dict[str, Any] | None) -> tuple[Any, Any]:
         facts = model.tokenizer_facts(data.tokenizer)
         inner = model.skeleton(module.base, module.init, attention=module.choose_attention(facts), **facts)
@@ -216,7 +216,7 @@ def _builder(module: Any, data: Any) -> Callable[[dict[str, Any] | None], tuple[
 
 
 def _trained_tokens(module: Any, data: Any, inner: Any) -> list[int]:
-    """Those whose rows learn beside adapters; of `auto`, which asks the weights, all that it may choose."""
+    """Tokens whose rows are trained beside adapters; for `auto`, all candidates."""
     if module.peft_spec is None or module.train_tokens is None or trained_rows.row_obstacle(inner, module.peft_spec):
         return []
     if module.train_tokens != "auto":
@@ -229,7 +229,7 @@ def _trained_tokens(module: Any, data: Any, inner: Any) -> list[int]:
 
 def _steps(build: Callable[[], Any], borders: list[int], setting: Setting, whole: int, counts: Counts
            ) -> Callable[[float, Recompute], Step]:
-    """What a step of so many rows holds. Traced for all rows and for one, a straight line between."""
+    """Memory of a step by number of packed sequences, interpolated between traces of all and of one."""
     one = borders[-1] // whole
     autocast = setting.half and setting.stage == 0
 
@@ -243,8 +243,8 @@ def _steps(build: Callable[[], Any], borders: list[int], setting: Setting, whole
                               cuda=not setting.cpu)
         except InputError:
             raise
-        except Exception as error:                  # a forward pass that asks its numbers, each in its own way
-            raise InputError(f"what a step of this architecture holds cannot be said without its weights "
+        except Exception as error:                  # forward passes that need values raise errors of many types
+            raise InputError("the memory of a step of this architecture cannot be traced without its weights "
                              f"({type(error).__name__}: {' '.join(str(error).split())[:120]})", where="model") from None
 
     def step(rows: float, way: Recompute) -> Step:
@@ -259,10 +259,10 @@ def _steps(build: Callable[[], Any], borders: list[int], setting: Setting, whole
 
 
 def resident_bytes() -> int:
-    """Of this process, which has imported all that a run imports and walked through a step: what libraries take."""
+    """Resident bytes of this process after all imports and a traced step: the memory of libraries."""
     try:
         return int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    except OSError:                                 # macOS tells the most it ever was
+    except OSError:                                 # macOS reports the peak
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 

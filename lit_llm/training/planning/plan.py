@@ -1,6 +1,6 @@
 """Plan a run before it begins: parameters, tokens, steps, FLOPs, memory, disk, and what would fit.
 
-What a device must hold is `footprint.py`'s, arithmetic `estimate.py`'s, a probe's measuring `trial.py`'s.
+`footprint.py` estimates memory, `estimate.py` has the formulas, and `trial.py` measures a probe.
 """
 
 import json
@@ -22,14 +22,14 @@ NAMES = {0: "plain", 1: "ZeRO-1", 2: "ZeRO-2", 3: "ZeRO-3"}        # DDP is plai
 
 @dataclass(frozen=True, slots=True)
 class Probe:
-    """Two steps, measured.
+    """Measurements of two steps.
 
     Args:
-        seconds_per_step: Of an optimizer step.
-        tokens_per_second: Of all devices.
-        seconds: Of the whole run at that pace; null where its end is unknown. Validation is not in it.
-        peak_bytes: What torch allocated on the first device.
-        resident_bytes: All that the first process held in CPU memory, libraries too.
+        seconds_per_step: Seconds per optimizer step.
+        tokens_per_second: Tokens per second of all devices.
+        seconds: Duration of the whole run at that speed, without validation; null if its end is unknown.
+        peak_bytes: Peak bytes that torch allocated on the first device.
+        resident_bytes: Peak resident bytes of the first process, including libraries.
     """
 
     seconds_per_step: float
@@ -41,11 +41,11 @@ class Probe:
 
 @dataclass(frozen=True, slots=True)
 class Pace:
-    """How fast a run would be, from the work of its tokens and an assumed share of what its devices can do.
+    """Estimated speed of a run, from its FLOPs and an assumed utilisation of its devices.
 
     Args:
-        tokens_per_second: Of all devices together; communication is not counted.
-        hours: Of the whole run; null where its end is unknown.
+        tokens_per_second: Tokens per second of all devices, without communication.
+        hours: Duration of the whole run; null if its end is unknown.
     """
 
     tokens_per_second: float
@@ -54,28 +54,28 @@ class Pace:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What a run costs.
+    """The cost of a run.
 
     Args:
-        counts: Of the model.
-        setting: Of the run.
-        tokens: Of an epoch.
-        supervised: Of them.
-        steps: Of an epoch; null for a stream.
-        steps_in_run: Null where the run is not ended by a count.
-        tokens_in_run: The same.
+        counts: Counts of the model.
+        setting: Settings of the run.
+        tokens: Tokens per epoch.
+        supervised: Supervised tokens per epoch.
+        steps: Steps per epoch; null for a stream.
+        steps_in_run: Steps of the run; null if no number of steps or epochs ends it.
+        tokens_in_run: Tokens of the run; null likewise.
         flops_per_token: See `estimate.flops_per_token`.
-        flops_in_run: Null where the run's tokens are unknown.
-        memory: Of each stage of ZeRO that the number of devices allows; 0 is plain.
-        room: Bytes of a device that a run may fill.
-        device: What it is planned for.
-        pace: On that device; null where its rate is unknown.
-        options: What would make the run fit, the least change first; empty where it fits, or where nothing helps.
-        paces: Of each option.
-        checkpoint_bytes: Of each checkpoint on disk.
-        export_bytes: Of the export after a finished fit.
-        free_bytes: Of the disk that the run folder lies on.
-        probe: What was measured; null where nobody asked.
+        flops_in_run: FLOPs of the run; null if its tokens are unknown.
+        memory: Memory for each ZeRO stage that the number of devices allows; 0 is plain.
+        room: Usable bytes of a device.
+        device: The planned device.
+        pace: Speed on that device; null if its rate is unknown.
+        options: Changes that make the run fit, the smallest first; empty if it fits or nothing helps.
+        paces: Speed of each option.
+        checkpoint_bytes: Bytes of a checkpoint on disk.
+        export_bytes: Bytes of the export.
+        free_bytes: Free bytes on the run folder's disk.
+        probe: Measurements; null unless requested.
     """
 
     counts: Counts
@@ -100,12 +100,12 @@ class Plan:
 
     @property
     def now(self) -> Memory:
-        """Of the run as configured."""
+        """Memory of the run as configured."""
         return self.memory[self.setting.stage]
 
     @property
     def fits(self) -> bool:
-        """Whether a device holds the run as configured."""
+        """Whether the run as configured fits on a device."""
         return self.now.total < self.room
 
 
@@ -113,11 +113,11 @@ def make(trainer: Any, module: Any, data: Any, memory: float | None = None, devi
     """Plan a run whose data are set up.
 
     Args:
-        trainer: Not begun.
-        module: Not built.
-        data: Its plans are made.
-        memory: GiB of a device, in place of what it has.
-        device: Its name (see `devices.py`); null is what this machine has, and with `memory` a GPU.
+        trainer: The trainer before the run.
+        module: The module before its model is built.
+        data: The datamodule after setup.
+        memory: Memory of a device in GiB, instead of its actual memory.
+        device: Name of a device (see `devices.py`); null is this machine's device, or with `memory` a GPU.
 
     Raises:
         InputError: No such device.
@@ -154,7 +154,7 @@ def make(trainer: Any, module: Any, data: Any, memory: float | None = None, devi
 
 
 def _pace(device: Device, counts: Counts, setting: Setting, reach: float, tokens: int | None) -> Pace | None:
-    rate = device.rate(setting.half) * (1 if device.cpu else setting.devices)      # processes share a processor
+    rate = device.rate(setting.half) * (1 if device.cpu else setting.devices)      # processes share one processor
     if not rate:
         return None
     each = estimate.work_per_token(counts, reach, setting.recompute) / rate
@@ -162,7 +162,7 @@ def _pace(device: Device, counts: Counts, setting: Setting, reach: float, tokens
 
 
 def probed(plan: Plan, config: dict[str, Any] | None) -> Plan:
-    """The plan with two steps measured, in a process of its own and in a temporary folder."""
+    """Add measurements of two steps, made in a separate process and a temporary folder."""
     with tempfile.TemporaryDirectory(prefix="lit_llm-") as folder:
         file = Path(folder) / "seen.json"
         trial.fit(config, Path(folder) / "probe", trial.Clock(str(file)), trainer__max_steps=trial.Clock.STEPS,
@@ -174,34 +174,34 @@ def probed(plan: Plan, config: dict[str, Any] | None) -> Plan:
 
 
 def as_values(plan: Plan) -> dict[str, Any]:
-    """All of it, as JSON takes it."""
+    """The plan as JSON values."""
     return asdict(plan)
 
 
-# ---- for a terminal --------------------------------------------------------------------------------------------------
+# ---- terminal output -------------------------------------------------------------------------------------------------
 
 def as_text(plan: Plan) -> str:
-    """Some thirty lines of at most 100 columns."""
+    """The plan as about thirty lines of at most 100 columns."""
     counts, setting = plan.counts, plan.setting
     share = 100 * counts.trained / counts.total
     formula = f"{'4 N + 2 N_adapters' if counts.adapters else '6 N'} + 6 d T, causal"
-    lines = [f"model    {counts.total:,} parameters, {counts.trained:,} of them learn ({share:.2f} %)",
-             f"data     {plan.tokens:,} tokens an epoch, {plan.supervised:,} of them supervised"
+    lines = [f"model    {counts.total:,} parameters, {counts.trained:,} trained ({share:.2f} %)",
+             f"data     {plan.tokens:,} tokens per epoch, {plan.supervised:,} of them supervised"
              + (f", {plan.steps:,} steps" if plan.steps else " (of the stream's beginning)")]
     if plan.steps_in_run:
         lines.append(f"run      {plan.steps_in_run:,} steps, about {plan.tokens_in_run:,} tokens")
-    lines.append(f"work     {_flops(plan.flops_per_token)} a token"
-                 + (f", {_flops(plan.flops_in_run)} in all" if plan.flops_in_run else "")
+    lines.append(f"work     {_flops(plan.flops_per_token)} per token"
+                 + (f", {_flops(plan.flops_in_run)} in total" if plan.flops_in_run else "")
                  + f"  ({formula})")
-    lines.append(f"disk     {_size(plan.checkpoint_bytes)} a checkpoint, {_size(plan.export_bytes)} the export; "
+    lines.append(f"disk     {_size(plan.checkpoint_bytes)} per checkpoint, {_size(plan.export_bytes)} for the export; "
                  f"{_size(plan.free_bytes)} are free")
     parts = [("weights", 8), ("gradients", 10), ("optimizer", 10), ("activations", 12), ("logits", 8), ("buckets", 9),
-             ("process", 9), *([("holes", 7), ("export", 8)] if setting.cpu else [])]   # which only a CPU's process has
+             ("process", 9), *([("holes", 7), ("export", 8)] if setting.cpu else [])]   # CPU only
     named = {"process": "process" if setting.cpu else "context"}
     lines += ["", f"memory in MiB of {'a' if setting.devices == 1 else f'each of {setting.devices}'} device"
                   f"{'s' * (setting.devices > 1)}, {setting.tokens:,} tokens at once, {setting.precision}, "
                   f"gradient checkpointing {setting.recompute}",
-              f"  {'':<7}" + "".join(f"{named.get(name, name):>{wide}}" for name, wide in parts) + f"{'in all':>8}"]
+              f"  {'':<7}" + "".join(f"{named.get(name, name):>{wide}}" for name, wide in parts) + f"{'total':>8}"]
     for stage, need in sorted(plan.memory.items()):
         mark = "> " if stage == setting.stage else "  "
         lines.append(f"{mark}{NAMES[stage]:<7}"
@@ -211,10 +211,10 @@ def as_text(plan: Plan) -> str:
     if plan.probe is not None:
         took = f", the run about {_time(plan.probe.seconds)} without validation" if plan.probe.seconds else ""
         seen = plan.probe
-        lines += [f"measured {seen.tokens_per_second:,.0f} tokens/s, {seen.seconds_per_step:.3g} s a step{took}",
-                  f"         the process held {_size(seen.resident_bytes)} at most, {_size(plan.now.total)} are planned"
-                  if setting.cpu else f"         {_size(seen.peak_bytes)} were allocated at most, "
-                  f"{_size(plan.now.total - plan.now.process)} are planned"]
+        lines += [f"measured {seen.tokens_per_second:,.0f} tokens/s, {seen.seconds_per_step:.3g} s per step{took}",
+                  f"         at most {_size(seen.resident_bytes)} were used; {_size(plan.now.total)} were planned"
+                  if setting.cpu else f"         at most {_size(seen.peak_bytes)} were allocated; "
+                  f"{_size(plan.now.total - plan.now.process)} were planned"]
     return "\n".join(lines)
 
 
@@ -224,32 +224,32 @@ def _verdict(plan: Plan) -> list[str]:
         return [f"fits     {_size(plan.now.total)} into {room}"]
     lines = [f"does not fit: {_size(plan.now.total)} into {room}"]
     if not plan.options:
-        return [*lines, "         no setting here would; take a smaller model, or larger or more devices"]
+        return [*lines, "         no setting makes it fit; use a smaller model, or larger or more devices"]
     for option, pace in zip(plan.options, plan.paces, strict=True):
         took = f", about {_time(3600 * pace.hours)}" if pace and pace.hours else ""
-        lines += [f"         it would ({_size(option.memory.total)}{took}) with"]
+        lines += [f"         it fits ({_size(option.memory.total)}{took}) with"]
         lines += [f"           {line}" for line in option.changes]
     return lines
 
 
 def _speed(plan: Plan) -> list[str]:
-    """How long, by which assumption."""
+    """The estimated speed and its assumption."""
     device, half = plan.device, plan.setting.half
     notes = [] if device.bfloat16 or not plan.setting.precision.startswith("bf16") else [
         f"note     {device.name} has no bfloat16: set --trainer.precision 16-mixed"]
     if plan.pace is None:
-        return [*notes, "speed    not known for a GPU without a name: --device h100, for instance, says hours"]
+        return [*notes, "speed    unknown for a GPU without a name; give one, for example --device h100"]
     took = f", the run about {_time(3600 * plan.pace.hours)}" if plan.pace.hours else ""
     rate = device.half if half else device.single
     each = "of this processor" if device.cpu else "of each device" if plan.setting.devices > 1 else "of the device"
-    said = "measured here just now" if device.cpu else "data sheet; no GPU's speed was measured here"
+    said = "just measured here" if device.cpu else "from the data sheet, not measured here"
     return [*notes,
             f"speed    about {plan.pace.tokens_per_second:,.0f} tokens/s{took}, without validation, if a step reaches",
             f"         {device.utilisation:.0%} of the {rate:.3g} TFLOP/s {each} ({said})"]
 
 
 def _size(count: float) -> str:
-    """Bytes for people.
+    """Format bytes.
 
     >>> _size(3 * 2**20), _size(5.26 * 2**30)
     ('3.0 MiB', '5.3 GiB')
@@ -258,7 +258,7 @@ def _size(count: float) -> str:
 
 
 def _flops(count: float) -> str:
-    """Work for people.
+    """Format FLOPs.
 
     >>> _flops(33.2e9)
     '33.2 GFLOP'
@@ -270,7 +270,7 @@ def _flops(count: float) -> str:
 
 
 def _time(seconds: float) -> str:
-    """Seconds for people.
+    """Format seconds.
 
     >>> _time(42.0), _time(5400.0)
     ('42 s', '1.5 h')

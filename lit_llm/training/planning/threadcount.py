@@ -1,7 +1,7 @@
-"""The threads of every process of a run: chosen before its first forward, kept in its checkpoints.
+"""Set the number of CPU threads of every process of a run before its first forward pass, and store it in checkpoints.
 
-The number of threads changes the order of floating-point additions, so a resumed run keeps its number. The measurement
-itself is in `threads.py`.
+The number of threads changes the order of floating-point additions, so a resumed run keeps its number. `threads.py`
+measures the fastest number.
 """
 
 import logging
@@ -18,7 +18,7 @@ log = logging.getLogger(__name__)
 
 
 class ThreadCount(Callback):
-    """Chooses torch's threads on CPUs; on a GPU only a number that was typed is set.
+    """Sets torch's threads on CPUs; on a GPU only an explicitly given number is used.
 
     Args:
         wanted: A number, or auto.
@@ -27,10 +27,10 @@ class ThreadCount(Callback):
     def __init__(self, wanted: threads.Threads = "auto") -> None:
         ranges.check("trainer.threads", wanted)
         self.wanted = wanted
-        self._ranks: list[int] = []                 # of a stopped run
+        self._ranks: list[int] = []                 # threads of the stopped run
 
     def state_dict(self) -> dict[str, Any]:
-        """Of all ranks; a collective."""
+        """Numbers of threads of all ranks. Collective."""
         ranks: list[Any] = [torch.get_num_threads()]
         if dist.is_available() and dist.is_initialized():
             ranks = [None] * dist.get_world_size()
@@ -38,11 +38,11 @@ class ThreadCount(Callback):
         return {"ranks": ranks}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Keep them until the first step."""
+        """Keep the numbers until the first step."""
         self._ranks = list(state_dict["ranks"])
 
     def settle(self, trainer: L.Trainer) -> None:
-        """Before the first forward of a verb: choose, set and say."""
+        """Choose, set and log the number of threads before the first forward pass."""
         if trainer.strategy.root_device.type != "cpu" and self.wanted == "auto":
             return
         data: Any = trainer.datamodule  # type: ignore[attr-defined]

@@ -1,9 +1,9 @@
 """Trace the memory of a training step without weights or data, on fake tensors.
 
-The step is the real one, module for module and kernel for kernel, on torch's fake tensors: they have shapes, lifetimes
-and gradients, but no numbers. So norms of queries, dropout of attention, tied heads, rows of tokens that learn beside
-adapters and whatever an architecture brings with it are counted, not known by name. The loss is that of
-`cross_entropy.py`, whatever `model.cross_entropy` says: others' kernels do not run without numbers.
+The traced step is the real one, module by module and kernel by kernel, on torch's fake tensors: they have shapes,
+lifetimes and gradients, but no values. So query norms, attention dropout, tied heads, trained token rows and anything
+else that an architecture contains is counted without special cases. The loss is that of `cross_entropy.py`, whatever
+`model.cross_entropy` says: other kernels do not run without values.
 """
 
 import weakref
@@ -26,14 +26,14 @@ from lit_llm.training.loss import nll_sum
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """Bytes that come and go in a step, beside weights and optimizer.
+    """Temporary bytes of a step, beside weights and optimizer.
 
     Args:
-        layers: What the backbone leaves for its backward pass.
-        head: The most that the loss takes beside it: a chunk of logits, gradients of hidden states and head.
-        backward: The most at once in the backward pass, gradients as they come among it.
+        layers: Activations that the backbone saves for its backward pass.
+        head: Peak of the loss: a chunk of logits, gradients of hidden states and head.
+        backward: Peak of the backward pass, including gradients.
         bare: The same without gradients of weights.
-        layer: Of `layers`, what one layer holds while it is computed.
+        layer: Part of `layers` that one layer uses while it is computed.
     """
 
     layers: float
@@ -43,22 +43,22 @@ class Step:
     layer: float
 
     def towards(self, other: "Step", share: float) -> "Step":
-        """Between this step and another of more tokens: all of it grows with tokens in a straight line."""
+        """Interpolate to a step with more tokens: memory is linear in tokens."""
         def between(name: str) -> float:
             return getattr(self, name) + share * (getattr(other, name) - getattr(self, name))
 
         return Step(between("layers"), between("head"), between("backward"), between("bare"), between("layer"))
 
     def times(self, share: float) -> "Step":
-        """Of so much shorter rows."""
+        """The step for sequences that are shorter by a factor."""
         return Step(*(share * getattr(self, name) for name in self.__slots__))
 
 
 class Borders(list[int]):
-    """`cu_seqlens` that the host knows: a fake tensor could not say where its documents end."""
+    """`cu_seqlens` with values: a fake tensor has none."""
 
     def tolist(self) -> list[int]:
-        """As a tensor's."""
+        """As `Tensor.tolist`."""
         return list(self)
 
 
@@ -66,7 +66,7 @@ _DispatchMode: Any = torch_private.dispatch_mode()
 
 
 class _Ledger(_DispatchMode):
-    """Counts storages while they live."""
+    """Tracks the bytes of live storages."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -81,7 +81,7 @@ class _Ledger(_DispatchMode):
         return out
 
     def enter(self, tensor: Tensor) -> None:
-        """From here on until its storage dies; a view of one that is known is nothing new."""
+        """Count a tensor's storage until it is freed; views of known storages add nothing."""
         storage: Any = tensor.untyped_storage()
         key, size = torch_private.storage_key(storage), storage.nbytes()
         if key in self._held:
@@ -97,24 +97,24 @@ class _Ledger(_DispatchMode):
         self.bare = max(self.bare, self.live - self.given)
 
     def restart(self) -> int:
-        """Forget the peaks; what lives now."""
+        """Reset the peak; return the live bytes."""
         self.peak = self.bare = self.live
         return self.live
 
 
 def step(build: Callable[[], Any], borders: Sequence[int], *, supervised: int, recompute_: recompute.Recompute = "none",
          half: bool = False, autocast: bool = False, quantized: bool = False, cuda: bool = False) -> Step:
-    """What a step of one micro-batch holds.
+    """Trace the memory of a step of one micro-batch.
 
     Args:
-        build: Makes the model on the meta device, with its adapters and packed attention; its layers are changed.
-        borders: Of documents in the flattened micro-batch, from 0 to its tokens.
-        supervised: Tokens of it that are learned.
-        recompute_: What is computed again.
-        half: Whether frozen weights, and without `autocast` all weights, lie in two bytes.
-        autocast: Whether matrices are multiplied in bfloat16 whatever they lie in.
-        quantized: Whether frozen linear layers lie in 4 bits, which are made two bytes for a product and dropped again.
-        cuda: As there: larger slices of logits, no matrices of attention weights where they are dropped.
+        build: Builds the model on the meta device with adapters and packed attention; its layers are modified.
+        borders: Document boundaries in the flattened micro-batch, from 0 to its tokens.
+        supervised: Its supervised tokens.
+        recompute_: Gradient checkpointing mode.
+        half: Whether frozen weights (without `autocast` all weights) have two bytes.
+        autocast: Whether matrix products use bfloat16 regardless of the weights' dtype.
+        quantized: Whether frozen linear layers are in 4 bits and expanded to two bytes for each product.
+        cuda: Whether to trace as on CUDA: larger slices of logits, no attention matrices with dropout.
     """
     whole, ledger, fake, tokens = build(), _Ledger(), torch_private.fake_mode(), borders[-1]
     inner = anatomy.causal_lm(whole)
@@ -128,7 +128,7 @@ def step(build: Callable[[], Any], borders: Sequence[int], *, supervised: int, r
     if cuda:
         _without_attention_dropout(whole)
     else:
-        rmsnorm.quicken(whole)
+        rmsnorm.use_fast_norms(whole)
     try:
         with fake, ledger, sliced_as_on("cuda" if cuda else "cpu"):
             for tensor in (*whole.parameters(), *whole.buffers()):
@@ -146,7 +146,7 @@ def step(build: Callable[[], Any], borders: Sequence[int], *, supervised: int, r
             ledger.restart()
             loss.backward()
     finally:
-        blockwise.stacks.cache_clear()              # its answers are fake too
+        blockwise.stacks.cache_clear()              # its cached tensors are fake as well
     depth = max(1, len(anatomy.decoder_layers(whole)))
     bare = ledger.bare - weights
     head = max(0, forward - layers)
@@ -155,7 +155,7 @@ def step(build: Callable[[], Any], borders: Sequence[int], *, supervised: int, r
 
 
 def _as_here(func: Any, args: Any, kwargs: Any) -> Any:
-    """What an operation gives; of experts' products torch's fake tensors know bfloat16 alone."""
+    """Run an operation; torch's fake tensors support grouped products in bfloat16 only."""
     if func is torch_private.grouped_product() and args[0].dtype != torch.bfloat16:
         return func(*(value.bfloat16() if isinstance(value, Tensor) and value.is_floating_point() else value
                       for value in args), **kwargs).to(args[0].dtype)
@@ -163,7 +163,7 @@ def _as_here(func: Any, args: Any, kwargs: Any) -> Any:
 
 
 def _hidden(whole: Any, ids: Tensor, borders: Sequence[int]) -> Tensor:
-    """(T, D) hidden states of a packed row, or of one document after the other, as it is in training."""
+    """(T, D) hidden states of a packed sequence, or of one document after the other, as in training."""
     if adapter.has_virtual_tokens(whole):
         return _behind_prompts(whole, ids, borders)
     if transformers_private.attention_of(anatomy.causal_lm(whole).config) != attention.NAME:
@@ -175,7 +175,7 @@ def _hidden(whole: Any, ids: Tensor, borders: Sequence[int]) -> Tensor:
 
 
 def _behind_prompts(whole: Any, ids: Tensor, borders: Sequence[int]) -> Tensor:
-    """(T, D) the same behind virtual tokens that learn."""
+    """(T, D) the same with trained virtual tokens before each document."""
     prompt = whole.get_prompt(batch_size=1)
     keys: Any = {"past_key_values": prompt} if whole.active_peft_config.peft_type.value == "PREFIX_TUNING" else {}
     parts = []
@@ -190,13 +190,13 @@ def _behind_prompts(whole: Any, ids: Tensor, borders: Sequence[int]) -> Tensor:
 
 
 def _linears(inner: Any) -> set[int]:
-    """Weights of linear layers but the head."""
+    """Ids of the weights of linear layers except the head."""
     out = inner.get_output_embeddings()
     return {id(part.weight) for part in inner.modules() if isinstance(part, nn.Linear) and part is not out}
 
 
 def _embody(whole: nn.Module, *, frozen: torch.dtype, trained: torch.dtype, halved: set[int]) -> None:
-    """Fake tensors of the CPU in the place of meta ones, tied ones tied; frozen ones of `halved` in bfloat16."""
+    """Replace meta tensors by fake CPU tensors, keeping ties; frozen ones of `halved` become bfloat16."""
     made: dict[int, Tensor] = {}
     for part in whole.modules():
         for table in torch_private.own_tensors(part):

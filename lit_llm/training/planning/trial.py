@@ -1,6 +1,6 @@
 """Run a few steps of a config in separate processes, without touching the run itself.
 
-The children are the real command, `python -m lit_llm fit`, with a callback of this module that watches.
+The child processes run the real command, `python -m lit_llm fit`, with a callback of this module.
 """
 
 import copy
@@ -35,18 +35,18 @@ OWN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "NODE_RANK", "GROUP_RANK", "MASTER_AD
 
 def fit(config: dict[str, Any] | None, folder: Path, watch: Callback, options: Sequence[str] = (),
         more: Sequence[dict[str, Any]] = (), **changes: Any) -> None:
-    """Train for some steps, without validation, loggers or the callbacks of the user.
+    """Train for some steps without validation, loggers or user callbacks.
 
     Args:
-        config: Of the run, with all its keys.
-        folder: The run folder of this trial.
-        watch: Of this module; is made anew in the child from its `args`.
-        options: More words of the command.
-        more: Other callbacks, by class_path.
+        config: Config of the run with all keys.
+        folder: Run folder of the trial.
+        watch: A callback of this module, rebuilt in the child process from its `args`.
+        options: More command-line options.
+        more: Other callbacks by class_path.
         changes: Keys of the config by dotted names, `__` for the dot: trainer__max_steps=4.
 
     Raises:
-        InputError: It failed; it says what the child said last.
+        InputError: The trial failed; the error quotes the end of its output.
     """
     if config is None:
         raise InputError("a trial needs the run's config", fix="python -m lit_llm VERB --config FILE")
@@ -77,21 +77,21 @@ def fit(config: dict[str, Any] | None, folder: Path, watch: Callback, options: S
 
 
 class Quiet(Callback):
-    """A trial whose model nobody wants."""
+    """A trial without an export."""
 
     def __init__(self) -> None:
         self.args: dict[str, Any] = {}
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Nothing is exported."""
+        """Disable the export."""
         trainer.exports = False  # type: ignore[attr-defined]
 
 
 class Clock(Quiet):
-    """Times the second and the third step, and measures the memory of the fourth; the first allocates and compiles.
+    """Times steps two and three and measures the memory of step four; step one allocates and compiles.
 
     Args:
-        file: Where rank 0 writes what it saw.
+        file: File for rank 0's measurements.
     """
 
     STEPS = 4
@@ -102,7 +102,7 @@ class Clock(Quiet):
         self._profile: Any = None
 
     def on_train_batch_start(self, trainer: L.Trainer, module: L.LightningModule, batch: Any, batch_idx: int) -> None:
-        """Begin with the second step; end before the fourth."""
+        """Start the clock at the second step, stop it before the fourth."""
         step = trainer.global_step
         if step == 1 and not self._begun:
             self._begun = _now(module.device)
@@ -118,7 +118,7 @@ class Clock(Quiet):
                 self._profile.__enter__()
 
     def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        """Write it."""
+        """Write the measurements."""
         if not self._seconds:
             return
         if self._profile is not None:
@@ -140,7 +140,7 @@ def _now(device: torch.device) -> float:
 
 
 def held_bytes() -> int:
-    """Of all tensors on the CPU that Python can see, each storage once."""
+    """Bytes of all CPU tensors that Python can see, each storage once."""
     found: dict[int, int] = {}
     for thing in gc.get_objects():
         if issubclass(type(thing), torch.Tensor) and thing.device.type == "cpu" and type(thing) in (
@@ -153,19 +153,19 @@ def held_bytes() -> int:
 
 
 def _peak_bytes(profile: Any) -> int:
-    """The most that torch's allocator held beyond what it held at the beginning."""
+    """Peak bytes of torch's allocator above its initial state."""
     events = profile.profiler.kineto_results.events()
     changes = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
     return max(accumulate((size for _, size in changes), initial=0))
 
 
 class Gradient(Quiet):
-    """Makes one step of the first `rows` training rows, however they are divided, and keeps its whole gradient.
+    """Runs one step on the first `rows` packed sequences and stores its complete gradient.
 
     Args:
-        file: Where rank 0 writes it.
-        rows: As the run packs them.
-        apart: Whether each of their documents and conversations gets a row of its own.
+        file: File for rank 0's gradient.
+        rows: Number of packed sequences, as in the run.
+        apart: Whether to unpack them, with one document or conversation per sequence.
     """
 
     def __init__(self, file: str, rows: int, apart: bool = False) -> None:
@@ -173,7 +173,7 @@ class Gradient(Quiet):
         self.file, self.rows, self.apart = Path(file), rows, apart
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Leave these rows alone in the data, and let all their micro-batches be one step."""
+        """Restrict the data to these sequences, and make all their micro-batches one step."""
         super().setup(trainer, pl_module, stage)
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         plan = data.plans["train"]
@@ -184,7 +184,7 @@ class Gradient(Quiet):
         trainer.accumulate_grad_batches = -(-len(rows) // (data.batch_size * trainer.world_size))
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        """Dropout would draw differently for another division."""
+        """Disable dropout, which would differ between divisions."""
         for layer in module.modules():
             if isinstance(layer, nn.Dropout):
                 layer.p = 0.0
@@ -192,7 +192,7 @@ class Gradient(Quiet):
                 layer.attention_dropout = 0.0  # type: ignore[assignment]
 
     def on_before_optimizer_step(self, trainer: L.Trainer, module: L.LightningModule, optimizer: Any) -> None:
-        """Before it is clipped."""
+        """Store the gradient before clipping."""
         gradients = gathered_gradients(module)
         if trainer.is_global_zero:
             torch.save(gradients, self.file)

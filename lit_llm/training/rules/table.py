@@ -1,7 +1,7 @@
-"""The table of what does not go with what in a run, checked before anything is loaded.
+"""The table of incompatible features of a run, checked before anything is loaded.
 
-Each of these pairs would otherwise hang, fail deep inside a library, or train something else without a message.
-`FEATURES` says which features a run has, `RULES` which two do not go together. Another rule is one entry of `RULES`
+Each of these pairs would otherwise hang, fail deep inside a library, or silently train something else.
+`FEATURES` tells which features a run has, `RULES` lists the incompatible pairs. Another rule is one entry of `RULES`
 and, for a feature that is not there yet, one of `FEATURES`; `matrix.py` prints both, and a test triggers every rule
 from the command line.
 """
@@ -22,16 +22,16 @@ from lit_llm.training.parallel.distribution import Distribution
 
 @dataclass(frozen=True)
 class Setup:
-    """What is known of a run when its rules are checked: a module, later also its trainer's settings.
+    """The settings of a run that the rules check: a module, later also its trainer's settings.
 
     Attributes:
-        module: With its options; what depends on the architecture is known once the model was asked.
-        strategy: Of the trainer; null where no trainer is known.
-        processes: Their number.
+        module: The module; properties of the architecture are known only after `build.ask`.
+        strategy: Strategy of the trainer; null without a trainer.
+        processes: Number of processes.
         precision: `trainer.precision`.
         training: Whether it trains, rather than validates or tests.
-        device: Kind of the device, such as `cuda`; empty where it is not known.
-        deterministic: Whether `trainer.deterministic` refuses operations that add in another order each time.
+        device: Kind of the device, such as `cuda`; empty if unknown.
+        deterministic: Whether `trainer.deterministic` refuses operations with a varying order of sums.
     """
 
     module: Module
@@ -86,7 +86,7 @@ _MODEL: dict[str, Callable[[Setup], bool]] = {
     "`model.cross_entropy` of other projects": _borrows,
     "`model.cross_entropy: cut_cross_entropy`": lambda s: _borrows(s) and s.module.cross_entropy == "cut_cross_entropy",
     "a model that makes its logits itself": lambda s: s.module.way is not None and s.module.way.own_logits,
-    "a model that processes documents one by one": lambda s: bool(s.module.why_alone),
+    "a model that processes documents one by one": lambda s: bool(s.module.why_unpacked),
     "recomputed layers whose routers are balanced":
         lambda s: bool(s.module.balance_coefficient) and s.module.recompute != "none",
 }
@@ -119,7 +119,7 @@ def _of_strategy(has: Callable[[Distribution, int], bool]) -> Callable[[Setup], 
 
 FEATURES: Mapping[str, Callable[[Setup], bool]] = {
     **_MODEL, **_TRAINER, **{name: _of_strategy(has) for name, has in STRATEGIES.items()}}
-NO_ROWS = "stage 3 cuts the embedding into shards (stage 2 does not)"
+NO_ROWS = "stage 3 shards the embedding (stage 2 does not)"
 _STAGE_2 = "set --trainer.strategy deepspeed_stage_2"
 _WHOLE = "set --trainer.strategy ddp (or auto), or --model.optimizer adamw"
 _FUSED = "set --model.cross_entropy fused"
@@ -129,82 +129,83 @@ ONE_MODEL = Rule("`model.base`", "`model.init`", "give model.base (a folder or h
 RULES: tuple[Rule, ...] = (
     # ---- the model and what is trained of it
     ONE_MODEL,
-    Rule("`model.cooldown`", "a schedule without cool-down", "a {s.module.schedule} schedule has no cool-down, which "
-         "would change nothing", "model.cooldown", "set --model.schedule wsd, or leave it out"),
-    Rule("`model.min_lr_share`", "`model.schedule: constant`", "a constant learning rate has no end of its own, so it "
-         "changes nothing", "model.min_lr_share", refused=False),
-    Rule("`model.init`", "`model.lora`, `model.peft`", "adapters on random weights would learn nothing that could be "
-         "merged or loaded again", "model.init", "set --model.lora null to train every weight, or give model.base"),
-    Rule("`model.merge_adapter`", "no `model.adapter`", "there is no adapter to merge", "model.merge_adapter",
+    Rule("`model.cooldown`", "a schedule without cool-down", "a {s.module.schedule} schedule has no cool-down, so "
+         "this has no effect", "model.cooldown", "set --model.schedule wsd, or leave it out"),
+    Rule("`model.min_lr_share`", "`model.schedule: constant`", "it has no effect with a constant learning "
+         "rate", "model.min_lr_share", refused=False),
+    Rule("`model.init`", "`model.lora`, `model.peft`", "adapters need a base model; with random weights they could "
+         "not be loaded again", "model.init", "set --model.lora null to train every weight, or give model.base"),
+    Rule("`model.merge_adapter`", "no `model.adapter`", "no adapter to merge is set", "model.merge_adapter",
          "give model.adapter"),
-    Rule("`model.adapter`", "`model.init`", "an adapter belongs to a base that was trained", "model.adapter",
+    Rule("`model.adapter`", "`model.init`", "an adapter needs a base model", "model.adapter",
          "give model.base"),
-    Rule("`model.adapter`, continued", "`model.lora`, `model.peft`", "an adapter is continued with its own method, and "
-         "another is given", "model.adapter", "--model.lora null (and --model.peft null) continues it; "
-         "--model.merge_adapter true merges it into the base first and trains the other one on that"),
+    Rule("`model.adapter`, continued", "`model.lora`, `model.peft`", "an adapter is continued with its own method, but "
+         "another one is given", "model.adapter", "--model.lora null (and --model.peft null) continues it; "
+         "--model.merge_adapter true merges it into the base first and trains the given one on top"),
     Rule("`model.merge_adapter`", "`model.quantize`", "an adapter cannot be merged into a base in 4 bits without loss",
          "model.merge_adapter", "export the adapter's run first, and give that folder as model.base"),
-    Rule("`model.quantize`", "training of every weight", "4-bit weights cannot learn; adapters on them can",
+    Rule("`model.quantize`", "training of every weight", "4-bit weights cannot be trained; adapters on them can",
          "model.quantize", "set model.lora (see configs/with/qlora.yaml), or --model.quantize null"),
-    Rule("prompt and prefix tuning", "`model.neftune_alpha`", "prompt and prefix tuning have embeddings of their own, "
-         "which take no noise", "model.neftune_alpha", "set --model.neftune_alpha null"),
+    Rule("prompt and prefix tuning", "`model.neftune_alpha`", "prompt and prefix tuning use their own embeddings, "
+         "to which noise is not added", "model.neftune_alpha", "set --model.neftune_alpha null"),
     Rule("`model.compile`", "`model.gradient_checkpointing: selective` or `auto`", "a compiled layer is one operation, "
-         "of which nothing can be kept", "model.gradient_checkpointing", "set it to true or false"),
-    # ---- kernels of other projects
+         "whose results cannot be saved selectively", "model.gradient_checkpointing", "set it to true or false"),
+    # ---- external kernels
     Rule("`model.cross_entropy` of other projects", "a model that makes its logits itself",
-         "the model makes its logits itself: {s.module.way.why_own_logits}", "model.cross_entropy", _FUSED),
-    Rule("`model.cross_entropy` of other projects", "prompt and prefix tuning", "prompt and prefix tuning make logits, "
-         "and no head is left for other kernels", "model.cross_entropy", _FUSED),
-    Rule("`model.cross_entropy` of other projects", "`trainer.kernels: plain`", "plain kernels are asked for, and "
-         "{s.module.cross_entropy} is a kernel", "model.cross_entropy", _FUSED + ", or --trainer.kernels own"),
-    Rule("`model.cross_entropy` of other projects", "a CPU", "{s.module.cross_entropy} needs a CUDA device, and this "
+         "the model computes its logits itself: {s.module.way.why_own_logits}", "model.cross_entropy", _FUSED),
+    Rule("`model.cross_entropy` of other projects", "prompt and prefix tuning", "prompt and prefix tuning compute "
+         "logits, so external kernels cannot use the head", "model.cross_entropy", _FUSED),
+    Rule("`model.cross_entropy` of other projects", "`trainer.kernels: plain`", "plain kernels are selected, but "
+         "{s.module.cross_entropy} is an external kernel", "model.cross_entropy",
+         _FUSED + ", or --trainer.kernels own"),
+    Rule("`model.cross_entropy` of other projects", "a CPU", "{s.module.cross_entropy} needs a CUDA device, but this "
          "run is on {s.device}", "model.cross_entropy", _FUSED),
     Rule("`model.cross_entropy` of other projects", "`trainer.precision: 64-true`", "{s.module.cross_entropy} computes "
          "in float32 at most", "trainer.precision", _FUSED),
-    Rule("`model.cross_entropy: cut_cross_entropy`", "`trainer.deterministic: true`", "cut_cross_entropy adds "
-         "gradients up in another order each time", "trainer.deterministic",
+    Rule("`model.cross_entropy: cut_cross_entropy`", "`trainer.deterministic: true`", "cut_cross_entropy sums "
+         "gradients in a varying order", "trainer.deterministic",
          "set it to false, or --model.cross_entropy fused"),
     # ---- strategies
     Rule("prompt and prefix tuning", "weights gathered by layer, several processes", "prompt and prefix tuning cannot "
          "be trained by processes that share each layer's weights", "trainer.strategy", _STAGE_2),
-    Rule("`model.optimizer: muon`", "an optimizer that gets flat pieces", "muon steps on whole matrices, and ZeRO "
-         "hands the optimizer flat pieces of many", "model.optimizer", _WHOLE),
-    Rule("`model.optimizer: adamw_8bit`", "optimizer states split", "8-bit states cannot be cut into pieces, saved and "
-         "read again as ZeRO and FSDP2 do it", "model.optimizer", _WHOLE),
+    Rule("`model.optimizer: muon`", "an optimizer that gets flat pieces", "muon updates whole matrices, but ZeRO "
+         "gives the optimizer flat shards", "model.optimizer", _WHOLE),
+    Rule("`model.optimizer: adamw_8bit`", "optimizer states split", "8-bit states cannot be sharded, saved and loaded "
+         "by ZeRO and FSDP2", "model.optimizer", _WHOLE),
     Rule("`trainer.precision: 16-true`", "no float32 masters", "small gradients would vanish in float16 without a loss "
          "scale", "trainer.precision", "set it to 16-mixed or bf16-true; or --trainer.strategy deepspeed_stage_2, "
          "which has one"),
     Rule("`trainer.precision: bf16-true`, training of every weight", "no float32 masters", "bf16-true would train "
-         "half-precision weights without a float32 copy, and small updates would be lost", "trainer.precision",
+         "half-precision weights without a float32 copy, so small updates would be lost", "trainer.precision",
          "set bf16-mixed, or a deepspeed strategy, which keeps float32 masters"),
     Rule("a model that processes documents one by one", "weights gathered by layer, several processes",
-         "{s.module.why_alone}; one by one, ranks have different numbers of them, and processes that share each "
-         "layer's weights would wait for each other forever", "trainer.strategy", _STAGE_2),
+         "{s.module.why_unpacked}; ranks have different numbers of documents, and processes that share each layer's "
+         "weights would wait for each other forever", "trainer.strategy", _STAGE_2),
     Rule("an adapter that is tied like the embedding (`ensure_weight_tying`)", "weights split while loaded",
-         "ensure_weight_tying gives the head the adapter of the embedding, and stage 3 gathers only a layer's weights",
+         "ensure_weight_tying shares the embedding's adapter with the head, but stage 3 gathers one layer's weights",
          "trainer.strategy", _STAGE_2),
-    Rule("`model.lora.train_tokens` with a list", "weights split while loaded", "no rows of tokens can be trained: "
+    Rule("`model.lora.train_tokens` with a list", "weights split while loaded", "token rows cannot be trained: "
          + NO_ROWS, "model.lora.train_tokens", "set it to null"),
-    Rule("`model.quantize`", "weights gathered by layer", "4-bit weights cannot be cut into pieces for each layer",
+    Rule("`model.quantize`", "weights gathered by layer", "4-bit weights cannot be sharded by layer",
          "model.quantize", "set --trainer.strategy deepspeed_stage_2 (or auto, ddp), or --model.quantize null"),
     Rule("`model.compile`", "weights gathered by layer", "layers whose weights are gathered one by one cannot be "
          "compiled", "model.compile", "set --model.compile false, or --trainer.strategy deepspeed_stage_2"),
     # Ranks would reduce gradients in different orders and wait for each other (measured with DeepSpeed 0.19.8).
     Rule("recomputed layers whose routers are balanced", "weights split while loaded, several processes", "the "
-         "routers' load balance hangs with recomputed layers under ZeRO-3", "model.gradient_checkpointing",
+         "load-balancing loss of routers hangs with recomputed layers under ZeRO-3", "model.gradient_checkpointing",
          "set --trainer.strategy fsdp2 or deepspeed_stage_2, --model.gradient_checkpointing false, or "
          "--model.router_aux_loss 0"),
 )
 
 # ---- options of Lightning's Trainer ----------------------------------------------------------------------------------
 
-_AVERAGES = "measures averaged weights, while checkpoints and the export would hold the others"
-_CALLBACKS = {                                      # that would do something else here than they say
+_AVERAGES = "evaluates averaged weights, but checkpoints and the export would have the others"
+_CALLBACKS = {                                      # that would not do here what they say
     "WeightAveraging": _AVERAGES,
     "StochasticWeightAveraging": _AVERAGES,
-    "GradientAccumulationScheduler": "divides steps into other micro-batches than the loader made, so gradients would "
-                                     "be too large; set trainer.accumulate_grad_batches",
-    "OnExceptionCheckpoint": "makes the next run go on from its file unasked; --ckpt_path last goes on from the newest "
+    "GradientAccumulationScheduler": "uses other accumulation windows than the loader, so gradients would be too "
+                                     "large; set trainer.accumulate_grad_batches",
+    "OnExceptionCheckpoint": "makes the next run resume from its file; --ckpt_path last resumes from the newest "
                              "checkpoint",
 }
 
@@ -222,18 +223,18 @@ TRAINER_FEATURES: dict[str, Callable[[Any], bool]] = {
 OF_TRAINER: tuple[Rule, ...] = (
     *(Rule(f"`{kind}`", "every run", f"{kind} {why}", "trainer.callbacks", "leave it out")
       for kind, why in _CALLBACKS.items()),
-    Rule("`trainer.overfit_batches`", "every run", "an epoch here is never the same rows again",
+    Rule("`trainer.overfit_batches`", "every run", "epochs here never repeat the same sequences",
          "trainer.overfit_batches", "give a file of a few records as data.sources, and set trainer.max_epochs"),
-    Rule("`trainer.reload_dataloaders_every_n_epochs`", "every run", "a loader made anew would begin with the first "
-         "epoch's rows again", "trainer.reload_dataloaders_every_n_epochs", "leave it out"),
+    Rule("`trainer.reload_dataloaders_every_n_epochs`", "every run", "a reloaded loader would repeat the first "
+         "epoch", "trainer.reload_dataloaders_every_n_epochs", "leave it out"),
 )
 ALL = (*RULES, *OF_TRAINER, *idle.RULES)            # the last are checked where data are read
 
 
 def check(setup: Setup) -> None:
-    """Refuse what cannot go together, as far as it is known.
+    """Refuse incompatible features, as far as they are known.
 
     Raises:
-        InputError: It names the key and what to set instead.
+        InputError: The error names the key and what to set instead.
     """
     rules.check(RULES, FEATURES, setup)

@@ -1,1 +1,1 @@
-"""A run on disk: checkpoints, metrics, stops and resumption."""
+"""The files of a run: checkpoints, metrics, and stopping and resuming."""

@@ -2,11 +2,12 @@
 
     runs/sft/checkpoints/
       step_40/   state           Lightning's or DeepSpeed's: optimizer, schedule, loops, generators, place in the data
-                 adapter/        or model/: the trained weights in the field's formats (safetensors)
-                 manifest.json   sizes and hashes of all of it; written last, then the folder gets its name
-      LATEST     the newest folder's name; BEST the one with the best monitored metric
+      step_40/   state           of Lightning or DeepSpeed: optimizer, schedule, loops, random states, position in data
+                 adapter/        or model/: the trained weights in standard formats (safetensors)
+                 manifest.json   sizes and hashes of all files; written last, then the folder gets its final name
+      LATEST     name of the newest folder; BEST is that of the folder with the best monitored metric
 
-`manifest.py` tells what is a checkpoint.
+`manifest.py` defines which folders are checkpoints.
 """
 
 import logging
@@ -39,21 +40,21 @@ from lit_llm.training.run.report import MetricsCSV
 from lit_llm.training.run.writing import Writing
 
 log = logging.getLogger(__name__)
-PREFIX = "model."                                   # the LightningModule's name for what it trains
+PREFIX = "model."                                   # attribute of the LightningModule that holds the model
 GIB = 2**30
 
 
 class StepCheckpoint(Checkpoint):
-    """Saves at optimizer-step ends, after each validation and at the end; keeps the newest, the best and milestones.
+    """Saves after optimizer steps, after each validation and at the end; keeps the newest, the best and milestones.
 
     Args:
-        every_n_steps: Save every so many optimizer steps; null saves at validations and at the end only. A run that is
-            killed loses no more steps than these.
+        every_n_steps: Save every n optimizer steps; null saves at validations and at the end only. A run that is
+            killed loses at most this many steps.
         monitor: Metric that decides which checkpoint is best; `val/nll` is perplexity on a log scale.
-        mode: Whether small or large values of it are good.
-        keep_best: Best checkpoints kept on disk.
-        keep_last: Newest checkpoints kept on disk.
-        keep_every_n_steps: Also save every so many steps, and keep these for good; null keeps none so.
+        mode: Whether lower (`min`) or higher (`max`) values are better.
+        keep_best: Number of best checkpoints kept on disk.
+        keep_last: Number of newest checkpoints kept on disk.
+        keep_every_n_steps: Also save every n steps and never delete these checkpoints; null disables this.
     """
 
     def __init__(self, every_n_steps: int | None = None, monitor: str = "val/nll", mode: Literal["min", "max"] = "min",
@@ -62,43 +63,43 @@ class StepCheckpoint(Checkpoint):
         self.keep_best, self.keep_last, self.keep_every_n_steps = keep_best, keep_last, keep_every_n_steps
         self.scores: dict[str, float] = {}          # folder name -> monitored value
         self._saved = -1
-        self._fixed_rows = in_memory.FixedRows()    # which each checkpoint is scored on
-        self._unfinished = False                    # whether what is saved stands inside a validation
+        self._reference_scores = in_memory.ReferenceScores()    # reference sequences that each checkpoint is scored on
+        self._unfinished = False                    # whether the checkpoint is written within a validation
 
-    # ---- when --------------------------------------------------------------------------------------------------------
+    # ---- when to save ------------------------------------------------------------------------------------------------
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """States go straight to their file: Lightning would hold them in memory, then in /tmp, a second time.
+        """Write states directly to their file; Lightning would hold a second copy in memory and then in /tmp.
 
         Raises:
-            InputError: A number is too small; said here, for the command line knows no reasons of constructors.
+            InputError: A number is too small; checked here because jsonargparse hides reasons of constructors.
         """
         ranges.check_all("StepCheckpoint", vars(self))
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             trainer.strategy.checkpoint_io = _StateFile()
 
     def on_train_start(self, trainer: L.Trainer, *_: Any) -> None:
-        """A resumed run compares with what lies there; folders behind the step where it goes on are set aside."""
+        """Read the scores of existing checkpoints; folders after the step that is resumed from are set aside."""
         step = trainer.global_step
         _check_disk(trainer, copies=1 if step else 2)
         if step and trainer.is_global_zero:
             plans = getattr(trainer.datamodule, "plans", {})  # type: ignore[attr-defined]
             self._recall(checkpoints(trainer), step, plans["val"].fingerprint if "val" in plans else None)
-        if self._unfinished:                        # Lightning would take the validation for done
+        if self._unfinished:                        # Lightning would treat the validation as done
             private.restart_validation(trainer)
             self._unfinished = False
         epochs: Any = trainer.fit_loop.epoch_progress.total
         if trainer.fit_loop.restarted_mid_epoch and epochs.processed == epochs.started:
             # The checkpoint was written after an epoch's last batch, and Lightning has counted that epoch as done; it
-            # would still go on as in the middle of one, and neither call `on_train_epoch_start` for the next epoch nor
-            # count it as started. A second resume would then count one epoch less than was trained.
+            # would still continue as within an epoch: neither call `on_train_epoch_start` for the next epoch nor count
+            # it as started. A second resume would then count one epoch too few.
             trainer.fit_loop.reset_restart_stage()
 
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
-        """Every n optimizer steps, at an epoch's last and at the run's last; where a validation is due, after it.
+        """Save every n steps and at the last step of an epoch and of the run; if a validation is due, after it.
 
-        Never inside an accumulation window, whose gradients a file would lose; and not only in `on_train_end`, where
-        Lightning's counters already stand in the next epoch and a resumed run would mix two windows.
+        Never within an accumulation window, whose gradients a file would lose, and not only in `on_train_end`, where
+        Lightning's counters already belong to the next epoch and a resumed run would mix two windows.
         """
         if private.accumulates(trainer):
             return
@@ -108,38 +109,38 @@ class StepCheckpoint(Checkpoint):
             self.save(trainer)
 
     def on_validation_end(self, trainer: L.Trainer, *_: Any) -> None:
-        """After a validation inside fit, with its score."""
+        """Save after a validation within fit, with its score."""
         if trainer.state.fn == "fit" and not trainer.sanity_checking and not private.accumulates(trainer):
             score = trainer.callback_metrics.get(self.monitor)
             named = {} if score is None else {self.monitor: float(score)}
             self.save(trainer, named.get(self.monitor), figures_of(trainer, "val/") | named)
 
     def on_train_end(self, trainer: L.Trainer, *_: Any) -> None:
-        """At the end, unless the last step is on disk already."""
+        """Save at the end, unless the last step is already on disk."""
         self.save(trainer)
 
-    # ---- what --------------------------------------------------------------------------------------------------------
+    # ---- what is saved -----------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """Where it was saved."""
+        """The step at which it was saved."""
         return {"step": self._saved, "unfinished": self._unfinished}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """That step lies on disk."""
+        """The loaded step is already on disk."""
         self._saved, self._unfinished = state_dict["step"], state_dict["unfinished"]
 
     def save(self, trainer: L.Trainer, score: float | None = None, figures: dict[str, float] | None = None, *,
              unfinished: bool = False) -> None:
-        """Write the folder of this step; a collective of all ranks.
+        """Write the checkpoint of this step. Collective: all ranks call it.
 
         Args:
-            trainer: In a fit.
-            score: The monitored metric at this very step; null if it was not measured here.
-            figures: All that was measured at this very step.
-            unfinished: Inside a validation, which a resumed run begins again.
+            trainer: The trainer within a fit.
+            score: The monitored metric at this step; null if it was not measured.
+            figures: All metrics of this step.
+            unfinished: Whether it is written within a validation, which a resumed run repeats.
 
         Raises:
-            InputError: It cannot be written; the older ones are whole.
+            InputError: The checkpoint cannot be written; older checkpoints are intact.
         """
         step = trainer.global_step
         folder = checkpoints(trainer) / f"step_{step}"
@@ -147,7 +148,7 @@ class StepCheckpoint(Checkpoint):
             self.scores[folder.name] = score
         if step == self._saved or not step:
             if figures and trainer.is_global_zero and (folder / manifest.NAME).is_file():
-                manifest.set_score(folder, score, figures)          # saved before it was measured
+                manifest.set_score(folder, score, figures)          # it was saved before the validation
                 self._point_and_prune(folder)
             return
         divergence.check_weights(trainer)
@@ -161,7 +162,7 @@ class StepCheckpoint(Checkpoint):
         with writing.noted(), writing.deferred():
             trainer.save_checkpoint(partial / "state")
         writing.agree(f"the checkpoint of step {step}")
-        scored = self._fixed_rows.measured(trainer)
+        scored = self._reference_scores.measured(trainer)
         state = gathered_trainable_state(trainer.lightning_module)
         with writing.noted():
             if trainer.is_global_zero:
@@ -172,7 +173,7 @@ class StepCheckpoint(Checkpoint):
                 manifest.write(partial, trainer, score, figures, scored)
                 for logger in trainer.loggers:
                     if isinstance(logger, MetricsCSV):
-                        logger.sync()               # no checkpoint survives the rows that led to it
+                        logger.sync()               # rows must be on disk before the checkpoint that follows them
                 disk.replace_folder(partial, folder)
                 self._point_and_prune(folder)
         writing.agree(f"the checkpoint of step {step}")
@@ -186,16 +187,16 @@ class StepCheckpoint(Checkpoint):
                 aside = folder.with_name(f"abandoned_{folder.name}")
                 shutil.rmtree(aside, ignore_errors=True)
                 folder.rename(aside)
-                log.info("%s lies behind step %d, where this run goes on; it is now in %s", folder, step, aside)
+                log.info("%s is after step %d, from which this run resumes; it was moved to %s", folder, step, aside)
             elif not (folder / manifest.NAME).is_file():
-                shutil.rmtree(folder, ignore_errors=True)           # half deleted when the run was killed
+                shutil.rmtree(folder, ignore_errors=True)           # deletion was interrupted when the run was killed
             elif (score := self._score_of(folder, measured_on)) is not None:
                 self.scores[folder.name] = float(score)
         if (folders / f"step_{step}").is_dir():
             self._point_and_prune(folders / f"step_{step}")
 
     def _score_of(self, folder: Path, measured_on: Any) -> float | None:
-        """The metric that is monitored now, of an earlier checkpoint; null if it was measured on other data."""
+        """The monitored metric of an earlier checkpoint; null if it was measured on other data."""
         facts = manifest.read(folder)
         data = facts.get("data")
         if isinstance(data, dict) and differences(data.get("val"), measured_on):
@@ -214,7 +215,7 @@ class StepCheckpoint(Checkpoint):
         else:
             model.save_weights(module.model, folder / "model", state)
         tokenizer: Any = getattr(getattr(trainer, "datamodule", None), "tokenizer", None)
-        if stop_ids := getattr(tokenizer, "stop_ids", ()):          # where answers end, beside what learned it
+        if stop_ids := getattr(tokenizer, "stop_ids", ()):          # stop tokens beside the trained weights
             settings = model.generation_config(module.model, stop_ids, tokenizer.pad_id)
             settings.save_pretrained(folder / ("adapter" if adapter.is_peft(module.model) else "model"))
 
@@ -229,44 +230,44 @@ class StepCheckpoint(Checkpoint):
         if self.keep_every_n_steps:
             keep |= {name for name in here if step_of(name) % self.keep_every_n_steps == 0}
         for name in here - keep:
-            (newest.parent / name / manifest.NAME).unlink(missing_ok=True)      # first: half a folder is none
+            (newest.parent / name / manifest.NAME).unlink(missing_ok=True)  # first: it defines a checkpoint
             shutil.rmtree(newest.parent / name, ignore_errors=True)
 
 
 class _StateFile(TorchCheckpointIO):
-    """One file, written in place: the folder around it is complete or not there."""
+    """Writes one file in place; its folder is either complete or absent."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)    # of Lightning's own callbacks
+        Path(path).parent.mkdir(parents=True, exist_ok=True)    # for Lightning's own callbacks
         torch.save(checkpoint, path)
 
 
 def checkpoints(trainer: L.Trainer) -> Path:
-    """Where a run keeps its checkpoints."""
+    """The folder of a run's checkpoints."""
     return Path(trainer.default_root_dir) / "checkpoints"
 
 
 def validation_is_due(trainer: L.Trainer) -> bool:
-    """Whether Lightning validates after this training batch; asked at the batch's end."""
+    """Whether Lightning validates after this training batch; called at the end of the batch."""
     epoch = trainer.fit_loop.epoch_loop
     if not private.validates_now(trainer):
         return False
-    epoch.val_loop.setup_data()                     # else it does not know yet whether there is anything
+    epoch.val_loop.setup_data()                     # otherwise it does not know yet whether there are batches
     return not epoch.val_loop.skip
 
 
 def estimated_bytes(module: L.LightningModule) -> int:
-    """Bytes of one checkpoint, from the weights that are trained."""
+    """Estimated bytes of one checkpoint, from the trained weights."""
     strategy = distribution.of(module.trainer.strategy)
     return (1 << 20) + sum(strategy.checkpoint_bytes(elements_of(weight), weight.element_size())
                            for weight in module.parameters() if weight.requires_grad)
 
 
 def _check_disk(trainer: L.Trainer, copies: int) -> None:
-    """Before the first step: room for the next checkpoint while the last one is still there; rank 0 tells the others.
+    """Before the first step, check the free space for all checkpoints; rank 0 broadcasts the result.
 
     Raises:
-        InputError: There is less.
+        InputError: There is too little space.
     """
     folder = checkpoints(trainer)
     while not folder.is_dir():
@@ -275,5 +276,5 @@ def _check_disk(trainer: L.Trainer, copies: int) -> None:
     need, free = trainer.strategy.broadcast((need, free))
     if free < need:
         end_together(trainer)
-        raise InputError(f"{copies} checkpoints take about {need / GIB:.2f} GiB and {free / GIB:.2f} GiB are free",
-                         where=str(folder), fix="make room, or write elsewhere: --trainer.default_root_dir")
+        raise InputError(f"{copies} checkpoints take about {need / GIB:.2f} GiB but only {free / GIB:.2f} GiB are free",
+                         where=str(folder), fix="free some space, or write elsewhere: --trainer.default_root_dir")

@@ -1,7 +1,7 @@
-"""Figures of a validation or a test, and where they are kept: with the run whose checkpoint was measured, or apart.
+"""Store the metrics of a validation or a test, with the evaluated run or separately.
 
-`metrics.json` of a run speaks of one checkpoint, which it names, on the run's own data. What is measured of another
-model or on other data gets a line in `evaluations.jsonl` and changes nothing else.
+`metrics.json` of a run describes one checkpoint, which it names, on the run's own data. Results of other models or on
+other data are appended to `evaluations.jsonl` and change nothing else.
 """
 
 import json
@@ -21,11 +21,11 @@ from lit_llm.training.run.report import write_json
 log = logging.getLogger(__name__)
 METRICS, RECORD = "metrics.json", "evaluations.jsonl"
 OF_DATA = ("sources", "val_sources", "val_fraction", "test_sources", "test_fraction", "train_on", "seq_len", "packing",
-           "overlong", "seed", "dedup")             # keys that decide what is measured
+           "overlong", "seed", "dedup")             # keys that determine the evaluated data
 
 
 def figures_of(trainer: L.Trainer, prefix: str) -> dict[str, float]:
-    """What was measured, of names that begin with a prefix such as `val/`."""
+    """The logged metrics whose names begin with a prefix such as `val/`."""
     return {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith(prefix)}
 
 
@@ -35,10 +35,10 @@ def write_metrics(run: Path, step: int, figures: dict[str, float], before: dict[
 
     Args:
         run: The run folder.
-        step: Optimizer step of the checkpoint that was measured.
-        figures: Of it.
-        before: Figures before training.
-        more: Other facts.
+        step: Optimizer step of the evaluated checkpoint.
+        figures: Its metrics.
+        before: Metrics before training.
+        more: Other entries.
     """
     facts = {"checkpoint": f"step_{step}" if step else None, "step": step, **figures,
              **{f"before/{name}": value for name, value in before.items()}, **(more or {})}
@@ -46,7 +46,7 @@ def write_metrics(run: Path, step: int, figures: dict[str, float], before: dict[
 
 
 def read_metrics(run: Path) -> dict[str, Any]:
-    """`metrics.json`; empty where there is none that can be read."""
+    """The content of `metrics.json`; empty if it is missing or unreadable."""
     try:
         facts = json.loads((run / METRICS).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -54,16 +54,16 @@ def read_metrics(run: Path) -> dict[str, Any]:
     return facts if isinstance(facts, dict) else {}
 
 
-def keep(trainer: L.Trainer, split: str, config: dict[str, Any] | None) -> dict[str, float]:
-    """Record what `validate` or `test` measured; on rank 0.
+def record(trainer: L.Trainer, split: str, config: dict[str, Any] | None) -> dict[str, float]:
+    """Record the results of `validate` or `test`, on rank 0.
 
     Args:
-        trainer: After the pass.
+        trainer: The trainer after the evaluation.
         split: `val` or `test`.
-        config: Settings of this command.
+        config: Config of this command.
 
     Returns:
-        The figures.
+        The metrics.
     """
     figures = figures_of(trainer, f"{split}/")
     run, module = Path(trainer.default_root_dir), trainer.lightning_module
@@ -84,20 +84,20 @@ def keep(trainer: L.Trainer, split: str, config: dict[str, Any] | None) -> dict[
         stream.write(redact_text(json.dumps(line, ensure_ascii=False, default=str)) + "\n")
     if own and not other:
         known = read_metrics(run)
-        same = known.get("step") == step            # then figures of the other split still are this checkpoint's
+        same = known.get("step") == step            # then metrics of the other split belong to this checkpoint as well
         kept = {key: value for key, value in known.items() if key.startswith(("val/", "test/", "last/")) and same}
         before = {key.removeprefix("before/"): value for key, value in known.items() if key.startswith("before/")}
         write_metrics(run, step, kept | figures, before)
-    elif not (run / "checkpoints").is_dir():        # no run is here whose record this could be taken for
+    elif not (run / "checkpoints").is_dir():        # no run is here that the record could be attributed to
         write_json(run / METRICS, {"checkpoint": line["checkpoint"], "base": line["base"], "step": step, **figures})
     else:
-        why = f"measured on other data than the run's ({other})" if own else "measured is no checkpoint of this run"
-        log.warning("%s: the figures are in %s, and metrics.json stays as it is", why, run / RECORD)
+        why = f"the data differ from the run's ({other})" if own else "the weights are not a checkpoint of the run"
+        log.warning("%s: the results are in %s, and metrics.json is unchanged", why, run / RECORD)
     return figures
 
 
 def _other_data(trainer: L.Trainer, split: str, checkpoint: Path | None, config: dict[str, Any] | None) -> str:
-    """How the data differ from those on which the checkpoint's run measures, in words; empty where they do not."""
+    """A description of how the data differ from those of the checkpoint's run; empty if they are the same."""
     if checkpoint is None:
         return ""
     data: Any = trainer.datamodule  # type: ignore[attr-defined]

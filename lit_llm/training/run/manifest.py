@@ -1,7 +1,7 @@
-"""Write and read the manifests of checkpoints, and find the folder meant by `last` or `best`.
+"""Write and read the manifests of checkpoints, and find the folder that `last` or `best` refers to.
 
-`manifest.json` holds size and sha256 of each file, and what the checkpoint belongs to. It is written last: a folder
-without a valid one is no checkpoint.
+`manifest.json` contains the size and sha256 of each file, and what the checkpoint depends on. It is written last: a
+folder without a valid manifest is not a checkpoint.
 """
 
 import hashlib
@@ -31,27 +31,27 @@ Change = Literal["base", "peft", "tokenizer", "template", "quantize"]
 NOUNS: dict[str, str] = {"base": "base_hash", "peft": "peft", "tokenizer": "tokenizer", "template": "template",
                          "quantize": "quantize"}
 VERIFIED = "LIT_LLM_VERIFIED_CHECKPOINT"            # in the environment of ranks: who has hashed which checkpoint
-FIXED = ("init", "optimizer")                       # what a resumed run cannot change in any case
+FIXED = ("init", "optimizer")                       # what a resumed run can never change
 
 
 # ---- writing ---------------------------------------------------------------------------------------------------------
 
 def write(folder: Path, trainer: L.Trainer, score: float | None, figures: dict[str, float] | None = None,
           check: dict[str, Any] | None = None) -> None:
-    """Wait until every file of the folder is on the disk, then write its manifest.
+    """Flush every file of the folder to disk, then write its manifest.
 
     Args:
-        folder: Complete but for the manifest.
-        trainer: In a fit.
+        folder: The folder, complete except for the manifest.
+        trainer: The trainer within a fit.
         score: The monitored metric, if measured.
-        figures: All that was measured of it.
-        check: The nll of fixed rows by the model in memory, as `in_memory.FixedRows` gives it.
+        figures: All metrics of the checkpoint.
+        check: NLL of the reference sequences by the model in memory, see `in_memory.py`.
     """
     import torch
     import transformers
 
     files = sorted(path for path in folder.rglob("*") if path.is_file())
-    with ThreadPoolExecutor() as pool:              # ZeRO writes a file a rank; hashing lets go of Python's lock
+    with ThreadPoolExecutor() as pool:              # ZeRO writes a file per rank; hashing releases Python's lock
         hashes = list(pool.map(integrity.sha256, files))
     for path in (*files, *(path for path in folder.rglob("*") if path.is_dir())):
         disk.sync(path)
@@ -70,7 +70,7 @@ def write(folder: Path, trainer: L.Trainer, score: float | None, figures: dict[s
 
 
 def set_score(folder: Path, score: float | None, figures: dict[str, float]) -> None:
-    """The monitored metric, and all others, of a folder that was saved before it was measured."""
+    """Add the metrics of a checkpoint that was saved before its validation."""
     _replace(folder, read(folder) | {"score": finite(score), "figures": _finite_only(figures)})
 
 
@@ -79,7 +79,7 @@ def _finite_only(figures: dict[str, float] | None) -> dict[str, float | None]:
 
 
 def finite(score: float | None) -> float | None:
-    """The score, or null where it is no number."""
+    """The score, or null if it is not finite."""
     return score if score is not None and math.isfinite(score) else None
 
 
@@ -87,10 +87,10 @@ def _replace(folder: Path, facts: dict[str, Any]) -> None:
     disk.replace_text(folder / NAME, redact_text(json.dumps(facts, indent=1, default=str)) + "\n")
 
 
-# ---- what it belongs to ----------------------------------------------------------------------------------------------
+# ---- what a checkpoint depends on ------------------------------------------------------------------------------------
 
 def identity(trainer: L.Trainer) -> dict[str, Any]:
-    """What a checkpoint must have in common with the run that goes on from it; null where it cannot be told."""
+    """What a checkpoint and the run that resumes from it must have in common; null if unknown."""
     module: Any = trainer.lightning_module
     data: Any = trainer.datamodule  # type: ignore[attr-defined]
     tokenizer, plans = getattr(data, "tokenizer", None), getattr(data, "plans", {})
@@ -110,19 +110,19 @@ def identity(trainer: L.Trainer) -> dict[str, Any]:
 
 
 def _method(module: Any) -> Any:
-    """The PEFT spec, and upon which merged adapter it is trained."""
+    """The PEFT spec, and the merged adapter below it."""
     if module.peft_spec is None or getattr(module, "start", None) is None or not module.merge_start:
         return module.peft_spec
     return module.peft_spec | {"upon": integrity.sha256(Path(module.start) / "adapter_model.safetensors")}
 
 
 def check_same(folder: Path, trainer: L.Trainer, accepted: Sequence[Change]) -> None:
-    """Refuse a checkpoint of another model, method, tokenizer or template: to go on from, or to measure.
+    """Refuse to resume from or evaluate a checkpoint of another model, method, tokenizer or template.
 
-    Data, batches and processes are checked by those who divide them: the loader and the strategy.
+    Data, batches and processes are checked by the loader and the strategy.
 
     Raises:
-        InputError: It names all that differs.
+        InputError: The error names all differences.
     """
     before, now = read(folder), identity(trainer)
     fitting = trainer.state.fn == "fit"
@@ -132,30 +132,30 @@ def check_same(folder: Path, trainer: L.Trainer, accepted: Sequence[Change]) -> 
     fixed = [noun for noun in (FIXED if fitting else ("init",)) if before.get(noun, now[noun]) != now[noun]]
     differs = [noun for noun in differs if noun not in accepted]
     if "tokenizer" in differs and "template" in differs:
-        differs.remove("tokenizer")                 # whose fingerprint holds the template's
+        differs.remove("tokenizer")                 # whose fingerprint includes the template's
     if differs or fixed:
         facts = {"base": f" ({before.get('base')}, not {now['base']})",
                  "peft": f" ({_apart(before.get('peft'), now['peft'])})",
                  "quantize": f" ({before.get('quantize')}, not {now['quantize']})"}
         told = [f"another {noun}{facts.get(noun, '')}" for noun in differs]
         told += [f"another model.{noun} ({_apart(before[noun], now[noun])})" for noun in fixed]
-        known = f"; or, if you know that nothing of it matters, --trainer.accept_changes '[{', '.join(differs)}]'"
+        known = f"; or, if these changes are intended, --trainer.accept_changes '[{', '.join(differs)}]'"
         raise InputError(f"the checkpoint was written with {'; '.join(told)}", where=str(folder),
-                         fix="give what it was trained with" + ("" if fixed else known))
+                         fix="use the settings that it was trained with" + ("" if fixed else known))
     state, strategy = folder / "state", distribution.of(trainer.strategy)
     if fitting and state.is_dir() != strategy.writes_folders:
-        raise InputError(f"the checkpoint was written under {before['strategy']}, and "
+        raise InputError(f"the checkpoint was written with {before['strategy']}, which "
                          f"{type(trainer.strategy).__name__} cannot read it", where="trainer.strategy",
-                         fix="resume with the strategy that wrote it; for "
-                         "another, start a new run from its weights: export it, and give that folder as model.base")
+                         fix="resume with the strategy that wrote it; for another strategy, export the run and start a "
+                         "new one with that folder as model.base")
     then = before.get("precision")
     if fitting and strategy.keeps_masters and _half(then) != _half(trainer.precision):
-        raise InputError(f"the checkpoint was written with {then}, and DeepSpeed cannot go on from it with "
-                         f"{trainer.precision}", where="trainer.precision", fix="set it to what it was")
+        raise InputError(f"the checkpoint was written with {then}, and DeepSpeed cannot resume from it with "
+                         f"{trainer.precision}", where="trainer.precision", fix="set it to its previous value")
 
 
 def _apart(one: Any, other: Any) -> str:
-    """Where two values of a config differ: keys of a mapping, the whole of others."""
+    """Describe how two config values differ: the keys of a mapping, or the whole value."""
     if not isinstance(one, dict) or not isinstance(other, dict):
         return f"{_named(one)}, not {_named(other)}"
     if one.get("class_path") != other.get("class_path"):
@@ -166,7 +166,7 @@ def _apart(one: Any, other: Any) -> str:
 
 
 def _half(precision: Any) -> str:
-    """The 16-bit type that a precision computes in; empty for float32."""
+    """The 16-bit dtype of a precision; empty for float32."""
     return next((kind for kind in ("bf16", "16") if str(precision).startswith(kind)), "")
 
 
@@ -177,13 +177,13 @@ def _named(value: Any) -> str:
 # ---- reading ---------------------------------------------------------------------------------------------------------
 
 def step_of(name: str) -> int:
-    """40 of `step_40`; -1 of any other name."""
+    """The step of a folder name: 40 for `step_40`, -1 for any other name."""
     digits = name.removeprefix("step_")
     return int(digits) if name.startswith("step_") and digits.isdigit() else -1
 
 
 def folders(run: Path) -> list[Path]:
-    """Checkpoint folders of a run, the newest first; not all of them need be whole."""
+    """Checkpoint folders of a run, the newest first; some may be incomplete."""
     found = [path for path in (run / "checkpoints").glob("step_*") if path.is_dir() and step_of(path.name) >= 0]
     return sorted(found, key=lambda path: -step_of(path.name))
 
@@ -213,13 +213,13 @@ def _from_parent() -> Path | None:
 
 
 def find(run: Path, wanted: str) -> Path:
-    """A whole checkpoint folder: `last`, `best`, or the path of one.
+    """Find a complete checkpoint folder: `last`, `best`, or a path.
 
     Every file is read and hashed, except in ranks that were started by a process which has done so. `last` is the
     newest folder that is whole: a torn one is named and passed over.
 
     Raises:
-        InputError: There is none; it names the file that is missing or was changed.
+        InputError: There is none; the error names the missing or changed file.
     """
     known = _from_parent()
     folder = Path(wanted).expanduser()
@@ -246,11 +246,12 @@ def _newest(run: Path) -> Path:
         fault = next(faults(folder), None)
         if fault is None:
             for words in torn:
-                _warn(f"{words}; going on from {folder.name}")
+                _warn(f"{words}; resuming from {folder.name}")
             return folder
         torn.append(fault)
     if torn:
-        raise InputError(torn[0], where="ckpt_path", fix="no older one is whole; start a fit without --ckpt_path")
+        raise InputError(torn[0], where="ckpt_path",
+                         fix="no older checkpoint is intact either; start a fit without --ckpt_path")
     raise InputError(f"{run} has no last checkpoint", where="ckpt_path", fix="start a fit without --ckpt_path")
 
 

@@ -1,7 +1,7 @@
-"""End a run on a signal to any process: at the end of a step, with a checkpoint, on all ranks.
+"""End a run when any of its processes receives a signal: at the end of a step, with a checkpoint, on all ranks.
 
-SIGTERM, SIGINT (Ctrl-C) and SIGUSR1 only leave a note. Ranks tell each other what they noted at each step's end and
-between batches of a validation, and read the answer at the next one: nobody waits, and collectives stay in order.
+SIGTERM, SIGINT (Ctrl-C) and SIGUSR1 only set a flag. Ranks exchange the flags at the end of each step and between
+validation batches, and read the result at the next exchange, so no rank waits and collectives keep their order.
 """
 
 import logging
@@ -36,59 +36,59 @@ SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGUSR1", "SIGTERM") if
 
 
 class Stopped(SystemExit):
-    """A run that was told to stop and did: exit code 143, after Ctrl-C 130."""
+    """Raised when a run stopped on a signal; exit code 143, or 130 after Ctrl-C."""
 
 
 class Preemption(Callback):
-    """Stops a run when a signal says so.
+    """Stops a run on a signal.
 
-    Before the first step there is nothing to save, and a signal ends the process at once. A second Ctrl-C does so at
-    any time; the checkpoints on disk are whole, whenever that is.
+    Before the first step there is nothing to save, and a signal ends the process immediately. A second Ctrl-C does so
+    at any time; the checkpoints on disk are always complete.
     """
 
     def __init__(self) -> None:
-        self.noted = 0                              # the signal this process got
+        self.noted = 0                              # the signal that this process received
         self._agreeing = False                      # from the first step on
-        self._met = False                           # whether the others have come there, too
+        self._met = False                           # whether the other ranks have started as well
         self._asked: tuple[Any, torch.Tensor] | None = None
-        self.watch: Watch | None = None             # over the other processes
+        self.watch: Watch | None = None             # of the other processes
 
-    # ---- others that die ---------------------------------------------------------------------------------------------
+    # ---- death of other processes ------------------------------------------------------------------------------------
 
     def begin_watch(self, trainer: L.Trainer) -> None:
-        """As soon as all processes of this machine are there."""
+        """Start watching once all processes of this machine exist."""
         def go_on() -> str:
             if trainer.state.fn != "fit":
-                return "its last words are above, if it had any"
+                return "its output above may show the reason"
             saved = any(manifest.folders(Path(trainer.default_root_dir)))
-            return f"go on with: {resume_command()}" if saved else "nothing was saved"
+            return f"resume with: {resume_command()}" if saved else "nothing was saved"
 
         self.watch = Watch(trainer, go_on)
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """All is done."""
+        """Stop watching."""
         if self.watch is not None:
             self.watch.stop()
 
     def on_exception(self, trainer: L.Trainer, module: L.LightningModule, exception: BaseException) -> None:
-        """Its own, or what it is like when another process is gone."""
+        """Report whether the error follows from the death of another process."""
         if self.watch is not None:
             self.watch.explain(exception)
 
-    # ---- noting ------------------------------------------------------------------------------------------------------
+    # ---- receiving signals -------------------------------------------------------------------------------------------
 
     @contextmanager
     def listening(self, trainer: L.Trainer) -> Generator[None, None, None]:
-        """Around a fit: take the signals, and give them back. Lightning's own handlers make ranks wait for ever."""
+        """Handle signals during a fit. Lightning's own handlers would make ranks wait forever."""
         private.leave_signals_alone(trainer)
         if threading.current_thread() is not threading.main_thread():
-            yield                                   # Python gives signals to the main thread alone
+            yield                                   # Python delivers signals to the main thread only
             return
         self.noted, self._agreeing, self._met, self._asked = 0, False, False, None
         owner = os.getpid()
 
         def note(number: int, _: Any) -> None:
-            if os.getpid() != owner:                # a worker that was forked
+            if os.getpid() != owner:                # a forked worker
                 signal.signal(number, signal.SIG_DFL)
                 os.kill(os.getpid(), number)
             elif number == signal.SIGINT == self.noted:
@@ -99,12 +99,12 @@ class Preemption(Callback):
 
         before = {number: signal.signal(number, note) for number in SIGNALS}
         try:
-            with self._insisting(trainer):
+            with self._handling_signals(trainer):
                 yield
         except Exception:
             if not self.noted or self._met:
                 raise
-            raise _at_once(self.noted, trainer) from None       # another rank was told to end, and did
+            raise _at_once(self.noted, trainer) from None       # another rank received the signal and ended
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
@@ -118,12 +118,12 @@ class Preemption(Callback):
         raise _at_once(self.noted, trainer)
 
     @contextmanager
-    def _insisting(self, trainer: L.Trainer) -> Generator[None, None, None]:
-        """While torch waits for another process, Python handles no signal; before the first step that may be for ever.
+    def _handling_signals(self, trainer: L.Trainer) -> Generator[None, None, None]:
+        """Handle signals while torch waits for another process, which blocks Python's handlers, possibly forever.
 
-        So a thread hears of signals too, and ends this process where nobody has noted one after a while.
+        A thread also receives the signals, and ends this process if the main thread has not handled one after a while.
         """
-        _deafen_children()
+        _reset_signal_handlers()
         ear, mouth = os.pipe()
         os.set_blocking(mouth, False)
         before = signal.set_wakeup_fd(mouth, warn_on_full_buffer=False)
@@ -141,12 +141,12 @@ class Preemption(Callback):
             yield
         finally:
             signal.set_wakeup_fd(before)
-            os.close(mouth)                         # which the thread hears, too
+            os.close(mouth)                         # which ends the thread
 
-    # ---- agreeing ----------------------------------------------------------------------------------------------------
+    # ---- agreement of ranks ------------------------------------------------------------------------------------------
 
     def on_train_start(self, trainer: L.Trainer, *_: Any) -> None:
-        """From here on signals are a matter for all ranks."""
+        """From here on, ranks agree on signals."""
         self._agreeing = True
         self._agreed(trainer)
         signum = self._agreed(trainer)
@@ -155,7 +155,7 @@ class Preemption(Callback):
             self._end(trainer, signum)
 
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
-        """At a step's end; where a validation is due, that begins and then ends at once."""
+        """Check at the end of a step; a due validation starts and then ends immediately."""
         if private.accumulates(trainer) or not (signum := self._agreed(trainer)):
             return
         if not validation_is_due(trainer):
@@ -164,14 +164,14 @@ class Preemption(Callback):
             self._end(trainer, signum)
 
     def on_validation_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
-        """A validation inside fit can be long; it is begun again by the resumed run."""
+        """Check within a validation, which can be long; the resumed run repeats it."""
         if self._agreeing and not trainer.sanity_checking and (signum := self._agreed(trainer)):
             for keeper in _keepers(trainer):
                 keeper.save(trainer, unfinished=True)
             self._end(trainer, signum)
 
     def on_train_end(self, trainer: L.Trainer, *_: Any) -> None:
-        """The last occasion; after it the run ends by itself."""
+        """Check a last time; the run ends anyway."""
         self._agreed(trainer)
         if signum := self._agreed(trainer):
             for keeper in _keepers(trainer):
@@ -179,7 +179,7 @@ class Preemption(Callback):
             self._end(trainer, signum)
 
     def _agreed(self, trainer: L.Trainer) -> int:
-        """What all ranks had noted when they were asked last time, 0 if nothing; and ask anew. A collective."""
+        """The signal of any rank at the previous exchange, or 0; starts the next exchange. Collective."""
         if trainer.world_size == 1:
             return self.noted
         answered, self._asked = self._asked, _ask(self.noted, trainer.strategy.root_device)
@@ -189,16 +189,16 @@ class Preemption(Callback):
         wait()
         return int(answer)
 
-    # ---- ending ------------------------------------------------------------------------------------------------------
+    # ---- the end of a run --------------------------------------------------------------------------------------------
 
     def _end(self, trainer: L.Trainer, signum: int) -> None:
-        """Say how to go on, ask SLURM for a new turn, leave. All ranks come here together."""
+        """Print how to resume, requeue the SLURM job, and exit. All ranks call it together."""
         end_together(trainer)
         if trainer.is_global_zero:
             name, step = signal.Signals(signum).name, trainer.global_step
             saved = next(iter(manifest.folders(Path(trainer.default_root_dir))), None) if step else None
             told = f"{name}: stopped after step {step:,}" if step else f"{name}: stopped before the first step"
-            told += f", which is in {saved}\n  go on with: {resume_command()}" if saved else "; nothing was saved"
+            told += f", saved in {saved}\n  resume with: {resume_command()}" if saved else "; nothing was saved"
             print(told, file=sys.stderr, flush=True)
             if signum == getattr(signal, "SIGUSR1", None):
                 requeue()
@@ -206,13 +206,13 @@ class Preemption(Callback):
 
 
 @cache
-def _deafen_children() -> None:
-    """What ends a forked worker must not be heard here."""
+def _reset_signal_handlers() -> None:
+    """Reset signal handlers in forked workers, so that ending them does not stop the run."""
     os.register_at_fork(after_in_child=lambda: signal.set_wakeup_fd(-1))
 
 
 def _ask(noted: int, device: torch.device) -> tuple[Any, torch.Tensor]:
-    """Start to find the largest of all ranks' signals: (what waits for it, where it will stand on the host)."""
+    """Start the all-reduce of the ranks' signals: (function that waits for it, result on the host)."""
     value = torch.tensor(noted, device=device)
     work: Any = dist.all_reduce(value, op=dist.ReduceOp.MAX, async_op=True)
     if device.type != "cuda":
@@ -225,7 +225,7 @@ def _ask(noted: int, device: torch.device) -> tuple[Any, torch.Tensor]:
 
 
 def _at_once(signum: int, trainer: L.Trainer) -> Stopped:
-    """Nothing was learned yet."""
+    """The exit before the first step."""
     kill_started(trainer)
     words = f"{signal.Signals(signum).name}: stopped before the first step; nothing was saved\n"
     os.write(2, words.encode())
@@ -241,7 +241,7 @@ def _keepers(trainer: L.Trainer) -> list[StepCheckpoint]:
 
 
 def resume_command() -> str:
-    """What to type to go on: this very command with `--ckpt_path last`, or words for a script or notebook."""
+    """The command that resumes this run: the same one with `--ckpt_path last`, or a call in a script."""
     spec = getattr(sys.modules["__main__"], "__spec__", None)
     if spec is None or spec.name.split(".")[0] != "lit_llm":
         return 'trainer.fit(..., ckpt_path="last")'
@@ -256,7 +256,7 @@ def resume_command() -> str:
 
 
 def requeue() -> None:
-    """Under SLURM, put this job back into the queue; its next life goes on from the last checkpoint."""
+    """Requeue this SLURM job; the restarted job resumes from the last checkpoint."""
     job = os.environ.get("SLURM_JOB_ID", "")
     if array := os.environ.get("SLURM_ARRAY_JOB_ID"):
         job = f"{array}_{os.environ.get('SLURM_ARRAY_TASK_ID', '')}"
@@ -267,10 +267,10 @@ def requeue() -> None:
         failed = done.stderr.strip() if done.returncode else ""
     except (OSError, subprocess.TimeoutExpired) as error:
         failed = str(error)
-    told = f"job {job} could not be requeued: {failed}" if failed else f"job {job} is requeued"
+    told = f"job {job} could not be requeued: {failed}" if failed else f"job {job} was requeued"
     print(told, file=sys.stderr, flush=True)
 
 
 def is_requeued() -> bool:
-    """Whether SLURM started this job before."""
+    """Whether SLURM restarted this job."""
     return os.environ.get("SLURM_RESTART_COUNT", "0") not in ("", "0")

@@ -1,4 +1,4 @@
-"""What shows a run while a model learns; it is not needed for correctness."""
+"""Show the progress of a run in the terminal."""
 
 import sys
 import time
@@ -10,16 +10,16 @@ from lightning.pytorch.callbacks import ProgressBar
 
 from lit_llm.system import ranges
 
-REFRESH = 0.2                                       # seconds between two looks of a bar
+REFRESH = 0.2                                       # seconds between updates of a bar
 
 
 class Progress(ProgressBar):
-    """One bar for the whole run: steps, loss, validation perplexity, tokens/s, time left.
+    """One progress bar for the whole run: steps, loss, validation perplexity, tokens/s, remaining time.
 
-    Where stderr is no terminal, a plain line every `every_seconds` instead.
+    If stderr is not a terminal, it prints a plain line every `every_seconds` instead.
 
     Args:
-        every_seconds: Between two plain lines.
+        every_seconds: Seconds between two plain lines.
     """
 
     def __init__(self, every_seconds: float = 10.0) -> None:
@@ -32,15 +32,15 @@ class Progress(ProgressBar):
         self._first = self._seen = 0                # optimizer steps
 
     def disable(self) -> None:
-        """On ranks that should be silent."""
+        """Disable output on this rank."""
         self._enabled = False
 
     def enable(self) -> None:
-        """Speak again."""
+        """Enable output again."""
         self._enabled = True
 
     def on_train_start(self, trainer: L.Trainer, *_: Any) -> None:
-        """Open the bar at the step where the run stands."""
+        """Open the bar at the current step."""
         self._tokens, self._since = 0, time.monotonic()
         self._said, self._first, self._seen = self._since, trainer.global_step, trainer.global_step
         if self._enabled and trainer.is_global_zero:
@@ -48,7 +48,7 @@ class Progress(ProgressBar):
 
     def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, batch: Any,
                            batch_idx: int) -> None:
-        """Count tokens; move at step ends."""
+        """Count tokens; update at the end of steps."""
         if isinstance(batch, Mapping) and "num_tokens" in batch:    # an own data module may give other batches
             self._tokens += int(batch["num_tokens"]) * trainer.world_size
         moved, self._seen = trainer.global_step - self._seen, trainer.global_step
@@ -56,7 +56,7 @@ class Progress(ProgressBar):
             return
         now = time.monotonic()
         self._bar.update(moved)
-        if now - self._said < (self.every_seconds if self._bar.disable else REFRESH):   # figures wait for the device
+        if now - self._said < (self.every_seconds if self._bar.disable else REFRESH):   # reading metrics synchronises
             return
         self._said = now
         shown = self._figures(trainer) | {"tok/s": f"{self._tokens / max(1e-9, now - self._since):,.0f}"}
@@ -75,11 +75,11 @@ class Progress(ProgressBar):
         return {name: format(float(known[key]), form) for name, (key, form) in keys.items() if key in known}
 
     def on_train_end(self, *_: Any) -> None:
-        """Close it."""
+        """Close the bar."""
         self._close()
 
     def on_exception(self, *_: Any) -> None:
-        """Close it, so that the error stands on a line of its own."""
+        """Close the bar, so that the error starts on a new line."""
         self._close()
 
     def _close(self) -> None:
@@ -88,21 +88,21 @@ class Progress(ProgressBar):
             self._bar = None
 
     def on_validation_start(self, trainer: L.Trainer, *_: Any) -> None:
-        """A bar of its own for a long validation outside fit."""
+        """A separate bar for validation outside fit."""
         if self._enabled and trainer.is_global_zero and trainer.state.fn != "fit":
             self._bar = _bar(sum(int(count) for count in trainer.num_val_batches), 0, "validate", unit="batch")
 
     on_test_start = on_validation_start  # type: ignore[assignment]
 
     def on_validation_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
-        """Move it."""
+        """Update the bar."""
         if self._bar is not None and trainer.state.fn != "fit":
             self._bar.update(1)
 
     on_test_batch_end = on_validation_batch_end  # type: ignore[assignment]
 
     def on_validation_end(self, trainer: L.Trainer, *_: Any) -> None:
-        """Close it."""
+        """Close the bar."""
         if trainer.state.fn != "fit":
             self._close()
 

@@ -1,7 +1,4 @@
-"""Write logged figures to `metrics.csv` and `metrics.json`, without an account anywhere.
-
-A row is what somebody logged at a step.
-"""
+"""Write logged metrics to `metrics.csv` and `metrics.json`; no external service is needed."""
 
 import csv
 import io
@@ -28,80 +25,80 @@ LONGEST = 1 << 16                                   # bytes of a line
 
 
 class MetricsCSV(Logger):
-    """`metrics.csv` of a run folder: one row for each step at which something was logged, a column for each metric.
+    """`metrics.csv` of a run folder: one row per step with logged metrics, one column per metric.
 
-    Rows are appended, and only the last one is kept in memory. The whole file is written anew, row by row, where a new
-    metric needs a column and where a run is resumed. A resumed run continues the file: rows behind the step it resumes
-    from are dropped, so that no step stands twice, and so are those that a power cut left in pieces.
+    Rows are appended, and only the last one is kept in memory. The file is rewritten, row by row, when a new metric
+    needs a column and when a run is resumed. A resumed run continues the file: rows after the step that it resumes
+    from are dropped, so that no step occurs twice, and so are incomplete rows left by a power failure.
 
     Args:
-        folder: The run folder; made with the first row.
+        folder: The run folder; created with the first row.
     """
 
     def __init__(self, folder: str | Path) -> None:
         super().__init__()
         self.file = Path(folder) / "metrics.csv"
-        self._columns: list[str] = []               # none: the file is not this run's yet
+        self._columns: list[str] = []               # empty: the file does not belong to this run yet
         self._last: dict[str, Any] = {}             # the last row,
-        self._at = self._end = 0                    # and the bytes of the file where it begins and ends
+        self._at = self._end = 0                    # and its start and end offsets in the file
         self._started = time.monotonic()
-        self.recording = True                       # false outside fit: the file is the record of the training
+        self.recording = True                       # false outside fit: the file records the training only
 
     @property
     def name(self) -> str:
-        """Of the run."""
+        """Name of the run."""
         return self.file.parent.name
 
     @property
     def version(self) -> str:
-        """None: the folder is the version."""
+        """Empty: the folder identifies the run."""
         return ""
 
     @rank_zero_only
     def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
-        """Nothing: `config.yaml` holds them."""
+        """Does nothing: `config.yaml` contains them."""
 
     def resume(self, step: int) -> None:
-        """Keep the whole rows up to a step."""
+        """Keep the complete rows up to a step."""
         if not self.file.is_file():
             return
         columns = columns_of(self.file)
         if not columns:
             aside = self.file.with_name("metrics.csv.damaged")
             os.replace(self.file, aside)
-            log.warning("%s had no whole first line; it is now %s, and a new one is begun", self.file, aside)
+            log.warning("%s had no complete header; it was moved to %s and a new file was started", self.file, aside)
             return
         if broken := self._rewrite(columns, step):
-            log.warning("%s: %d lines were not whole, as a power cut leaves them, and are dropped", self.file, broken)
+            log.warning("%s: %d incomplete lines, as after a power failure, were dropped", self.file, broken)
 
     def sync(self) -> None:
-        """Wait until all rows are on the disk."""
+        """Flush all rows to disk."""
         if self._columns:
             disk.sync(self.file)
 
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        """Add figures to the row of a step, which Lightning counts from 0 and this file, as all others do, from 1."""
+        """Add metrics to the row of a step; Lightning counts steps from 0, this file from 1."""
         if self.recording:
             self.add(metrics, (step or 0) + 1)
 
     @rank_zero_only
     def add(self, metrics: dict[str, float], step: int) -> None:
-        """Add figures to the row of a step.
+        """Add metrics to the row of a step.
 
         Args:
-            metrics: By name; `epoch` has a column of its own.
-            step: Optimizer steps done; 0 is before training.
+            metrics: Values by name; `epoch` has its own column.
+            step: Number of completed optimizer steps; 0 is before training.
         """
         figures = {key: value for key, value in metrics.items() if key != "epoch"}
         if not figures:
             return
-        if self._columns and self.file.stat().st_size != self._end:     # somebody else wrote into it
+        if self._columns and self.file.stat().st_size != self._end:     # another program wrote to it
             self.resume(step)
         row = {"step": step, "epoch": int(metrics.get("epoch", 0)),
                "seconds": round(time.monotonic() - self._started, 3)} | figures
         at = self._end
-        if self._last.get("step") == step:          # written for a checkpoint before Lightning did, or measured again
+        if self._last.get("step") == step:  # written for a checkpoint before Lightning logged it, or measured again
             if all(str(self._last.get(key)) == str(value) for key, value in figures.items()):
                 return
             row, at = self._last | figures, self._at
@@ -115,7 +112,7 @@ class MetricsCSV(Logger):
         self._last, self._at, self._end = row, at, at + len(line)
 
     def _rewrite(self, columns: list[str], step: int, *, keeping: bool = True) -> int:
-        """The file anew with these columns and, if wanted, its whole rows up to a step; how many were not whole."""
+        """Rewrite the file with these columns and, if wanted, complete rows up to a step; return the dropped rows."""
         fresh, last, at, broken = self.file.with_name("metrics.csv.partial"), {}, 0, 0
         self.file.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -146,14 +143,14 @@ def _line(row: dict[str, Any], columns: list[str]) -> bytes:
 
 
 def _replace_end(file: Path, at: int, line: bytes) -> None:
-    """Write a line from a place to the end of a file; where the disk is full, the file stays as it was."""
+    """Write a line at an offset to the end of a file; if the disk is full, the file is unchanged."""
     with open(file, "r+b", buffering=0) as handle:
         handle.seek(at)
         before = handle.readall()
         try:
             _write(handle, at, line)
         except OSError:
-            with suppress(OSError):                 # its own bytes: there is room for them
+            with suppress(OSError):                 # restores the old bytes, which need no new space
                 _write(handle, at, before)
             raise
 
@@ -169,7 +166,7 @@ def _write(handle: io.FileIO, at: int, content: bytes) -> None:
 # ---- reading ---------------------------------------------------------------------------------------------------------
 
 def columns_of(file: Path) -> list[str]:
-    """The columns of a `metrics.csv`; none where its first line is not whole."""
+    """The columns of a `metrics.csv`; empty if its header is incomplete."""
     try:
         with open(file, "rb") as stream:
             columns = _fields(stream.readline(LONGEST))
@@ -179,9 +176,9 @@ def columns_of(file: Path) -> list[str]:
 
 
 def whole_rows(file: Path) -> Iterator[dict[str, str] | None]:
-    """The rows of a `metrics.csv`, one at a time; null for each line that is not whole.
+    """The rows of a `metrics.csv`, one at a time; null for each incomplete line.
 
-    A row is whole if its line ends, has a number or nothing in each column, and stands behind the step before it.
+    A row is complete if its line ends, each column is a number or empty, and its step is greater than the previous one.
     """
     columns, step = columns_of(file), -1
     if not columns:
@@ -198,7 +195,7 @@ def whole_rows(file: Path) -> Iterator[dict[str, str] | None]:
 
 
 def rows_of(file: Path) -> list[dict[str, str]]:
-    """The whole rows of a `metrics.csv`; none where there is no file."""
+    """The complete rows of a `metrics.csv`; empty if there is no file."""
     return [row for row in whole_rows(file) if row is not None]
 
 
@@ -228,7 +225,7 @@ def last_logged(folder: Path, name: str) -> tuple[int, float] | None:
 
 
 def write_json(file: Path, figures: dict[str, Any]) -> None:
-    """Write figures as JSON in one move; what is not finite becomes null."""
+    """Write metrics as JSON atomically; values that are not finite become null."""
     clean = {key: (None if isinstance(value, float) and not math.isfinite(value) else value)
              for key, value in figures.items()}
     disk.replace_text(file, redact_text(json.dumps(clean, indent=1, ensure_ascii=False)) + "\n")

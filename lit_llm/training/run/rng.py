@@ -1,6 +1,6 @@
-"""Save and restore the random states of all processes, so that a resumed run draws the same numbers.
+"""Save and restore the random states of all processes, so that a resumed run draws the same random numbers.
 
-Lightning saves none of them, and under DDP and ZeRO keeps only what rank 0 says; so all ranks tell each other.
+Lightning does not save them, and under DDP and ZeRO only rank 0's state would be kept, so ranks exchange theirs.
 """
 
 import logging
@@ -18,14 +18,14 @@ log = logging.getLogger(__name__)
 
 
 class RngState(Callback):
-    """Keeps the state of torch's, CUDA's, numpy's and Python's generators of each rank in checkpoints."""
+    """Stores the states of the generators of torch, CUDA, numpy and Python of each rank in checkpoints."""
 
     def __init__(self) -> None:
         self._ranks: list[dict[str, Any]] | None = None
-        self._seed: str | None = None               # of the run's beginning
+        self._seed: str | None = None               # seed at the beginning of the run
 
     def state_dict(self) -> dict[str, Any]:
-        """Of all ranks, a few kB each; a collective."""
+        """States of all ranks, a few kB each. Collective."""
         ranks: list[Any] = [current()]
         if dist.is_available() and dist.is_initialized():
             ranks = [None] * dist.get_world_size()
@@ -33,11 +33,11 @@ class RngState(Callback):
         return {"ranks": ranks, "seed": self._seed or os.environ.get("PL_GLOBAL_SEED")}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Keep them until the first step."""
+        """Keep the states until the first step."""
         self._ranks, self._seed = state_dict["ranks"], state_dict.get("seed")
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        """Each rank takes its own; with another number of ranks there is nothing to go on with."""
+        """Restore the state of each rank; with another number of ranks the states are not used."""
         if self._ranks is not None and len(self._ranks) == trainer.world_size:
             restore(self._ranks[trainer.global_rank])
             now = os.environ.get("PL_GLOBAL_SEED")
@@ -48,7 +48,7 @@ class RngState(Callback):
 
 
 def current() -> dict[str, Any]:
-    """This process's generators as tensors, numbers and lists: what torch loads without running code."""
+    """States of this process's generators as tensors, numbers and lists, which torch loads without running code."""
     _, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
     version, state, gauss = random.getstate()
     found = {"torch": torch.get_rng_state(), "python": [version, list(state), gauss],
@@ -59,7 +59,7 @@ def current() -> dict[str, Any]:
 
 
 def restore(state: dict[str, Any]) -> None:
-    """Set this process's generators to what `current` gave."""
+    """Set this process's generators to a result of `current`."""
     torch.set_rng_state(state["torch"].cpu())
     keys, position, has_gauss, cached = state["numpy"]
     np.random.set_state(("MT19937", keys.cpu().numpy().astype(np.uint32), position, has_gauss, cached))

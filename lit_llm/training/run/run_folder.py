@@ -1,8 +1,8 @@
-"""The record that a run keeps of itself in its folder, and what later verbs may add to it.
+"""The files that a run writes about itself in its folder, and what later verbs may add.
 
-`config.yaml` and `tokenizer/` say how it was trained; `data.json` what the sources held and what was drawn of each;
-`metrics.json` has the figures of the checkpoint that it names, with those before training. Each `validate` and `test`
-adds a line to `evaluations.jsonl`.
+`config.yaml` and `tokenizer/` describe how it was trained; `data.json` the content of the sources and what was drawn of
+each; `metrics.json` has the metrics of the checkpoint that it names and those before training. Each `validate` and
+`test` adds a line to `evaluations.jsonl`.
 """
 
 import logging
@@ -33,30 +33,30 @@ log = logging.getLogger(__name__)
 
 
 class RunFolder(Callback):
-    """Keeps a run's own record, with the perplexity before training.
+    """Writes the files of a run, with the perplexity before training.
 
     An earlier run of the same name is moved aside, never overwritten.
     """
 
     def __init__(self, accept_changes: list[manifest.Change] | None = None) -> None:
-        self.config: dict[str, Any] | None = None   # the CLI's
+        self.config: dict[str, Any] | None = None   # set by the CLI
         self.accept_changes = accept_changes or []
         self.before: dict[str, float] = {}
         self.after: dict[str, float] = {}
         self.resumed_from: Path | None = None       # a checkpoint
-        self.restarted = False                      # whether nobody asked for it: a job that was started again
+        self.restarted = False                      # whether a restarted job resumes by itself
         self._validated = -1                        # optimizer step of the last validation
         self._ending = self._started = self._made = False
-        self.lock = lock.Lock()                     # of the folder, on rank 0
-        self._aside: Path | None = None             # where the earlier run of this name is now
+        self.lock = lock.Lock()                     # lock on the folder, on rank 0
+        self._aside: Path | None = None             # new path of an earlier run of the same name
 
     @property
     def resumed(self) -> bool:
-        """Whether this fit goes on from a checkpoint."""
+        """Whether this fit resumes from a checkpoint."""
         return self.resumed_from is not None
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """The checkpoint must be of this model and method: before anything is read from it; a new run needs a place."""
+        """Check that a checkpoint matches the model and method before it is read; check the folder of a new run."""
         for logger in trainer.loggers:
             if isinstance(logger, MetricsCSV):
                 logger.recording = stage == "fit"   # `metrics.csv` is the record of the fit
@@ -73,10 +73,10 @@ class RunFolder(Callback):
                 raise
 
     def _claim(self, trainer: L.Trainer) -> None:
-        """Be the only run that writes the folder, if it is there; rank 0 holds the lock for all. A collective.
+        """Lock an existing folder against other runs; rank 0 holds the lock. Collective.
 
         Raises:
-            InputError: Another one writes it.
+            InputError: Another run is writing to it.
         """
         folder, refusal = Path(trainer.default_root_dir), None
         if trainer.is_global_zero and folder.is_dir():
@@ -86,18 +86,18 @@ class RunFolder(Callback):
             raise refusal
 
     def state_dict(self) -> dict[str, Any]:
-        """The figures before training, and the newest, survive a resume."""
+        """The metrics before training and the newest ones."""
         return {"before": dict(self.before), "after": dict(self.after), "validated": self._validated}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take them back."""
+        """Restore the metrics."""
         self.before, self.after = dict(state_dict["before"]), dict(state_dict["after"])
         self._validated = state_dict["validated"]
 
     def on_fit_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        """Now that the model stands, make room; then write the config, and the tokenizer with the template in use."""
+        """Once the model is built, move an earlier run aside, and write the config and the tokenizer."""
         folder = Path(trainer.default_root_dir)
-        self._claim(trainer)                        # it may have come into being since
+        self._claim(trainer)                        # it may have been created since
         if trainer.is_global_zero:
             mine = self.lock.holds(folder / lock.NAME)
             if not self.resumed and mine and (aside := _set_aside(folder)) is not None:
@@ -105,7 +105,7 @@ class RunFolder(Callback):
                 (aside / lock.NAME).unlink(missing_ok=True)
             folder.mkdir(parents=True, exist_ok=True)
         self._claim(trainer)                        # the new one
-        self._made = trainer.is_global_zero         # what is in it from here on is this run's
+        self._made = trainer.is_global_zero         # from here on its content belongs to this run
         if trainer.is_global_zero and not self.resumed:
             self._write_config(trainer)
 
@@ -122,10 +122,10 @@ class RunFolder(Callback):
             tokenizer.save(folder / "tokenizer")
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        """A resumed run continues data and `metrics.csv` where its checkpoint stands.
+        """Continue data and `metrics.csv` of a resumed run at its checkpoint.
 
-        The loader was set up before the checkpoint was read, when the schedule asked for the length of an epoch, and
-        Lightning does not come back to give it its state.
+        The loader was set up before the checkpoint was read, because the schedule needs the length of an epoch, and
+        Lightning does not restore its state afterwards.
         """
         private.load_loader_state(trainer)     # refuses other data: nothing of the run is changed before
         self._started = True
@@ -134,11 +134,11 @@ class RunFolder(Callback):
         if self.resumed and trainer.is_global_zero:
             self._write_config(trainer)
         if trainer.estimated_stepping_batches < trainer.log_every_n_steps:  # type: ignore[attr-defined]
-            trainer.log_every_n_steps = 1  # type: ignore[attr-defined]     # or nothing of a short run would be known
+            trainer.log_every_n_steps = 1  # type: ignore[attr-defined]     # otherwise short runs would log nothing
         self._continue_rows(trainer)
 
     def _forget_other_data(self, trainer: L.Trainer, checkpoint: Path) -> None:
-        """Figures of the validation data that the run had before are not compared with those of its new ones."""
+        """Drop metrics that were measured on other validation data."""
         plan = getattr(trainer.datamodule, "plans", {}).get("val")  # type: ignore[attr-defined]
         then = manifest.read(checkpoint).get("data")
         apart = differences(then.get("val"), plan.fingerprint if plan else None) if isinstance(then, dict) else []
@@ -146,13 +146,13 @@ class RunFolder(Callback):
             return
         self.before, self._validated = {}, -1
         if trainer.is_global_zero:
-            log.warning("the validation data are others than before (%s): earlier checkpoints are not compared with "
-                        "new ones, and perplexity before training is not known", "; ".join(apart))
+            log.warning("the validation data have changed (%s): earlier checkpoints are not compared with new ones, "
+                        "and perplexity before training is unknown", "; ".join(apart))
 
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
-        """A step's figures reach `metrics.csv` before any checkpoint of it is written; Lightning logs them later.
+        """Write a step's metrics to `metrics.csv` before any checkpoint of it; Lightning logs them later.
 
-        Those of the last step, too, whatever its number.
+        The metrics of the last step are written as well, whatever its number.
         """
         if private.accumulates(trainer):
             return
@@ -169,7 +169,7 @@ class RunFolder(Callback):
         self._keep_data(trainer)
 
     def on_sanity_check_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        """The validation before the first step is the base's."""
+        """Store the validation before the first step as that of the base."""
         self.before = figures_of(trainer, "val/")
         for logger in trainer.loggers:
             if isinstance(logger, MetricsCSV) and self.before:
@@ -179,8 +179,8 @@ class RunFolder(Callback):
                      self.before["val/perplexity"], self.before["val/tokens"])
 
     def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        """Keep the newest figures."""
-        if self._ending:                            # before anyone saves
+        """Store the newest metrics."""
+        if self._ending:                            # before anything is saved
             private.move_logged_step(trainer, 1)
             self._ending = False
         if not trainer.sanity_checking:
@@ -188,7 +188,7 @@ class RunFolder(Callback):
             self._keep(trainer, "val")
 
     def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        """A run that stops between two validations ends with one, or nobody would know what came out."""
+        """Validate at the end of a run that stopped between two validations."""
         if trainer.enable_validation and self._validated != trainer.global_step:
             trainer.validating = self._ending = True
             private.move_logged_step(trainer, -1)      # logged at the last step, not at one behind it
@@ -197,13 +197,13 @@ class RunFolder(Callback):
         self._keep_data(trainer)
 
     def check_left(self, trainer: L.Trainer) -> None:
-        """Refuse to go on where no step is left, before anything of the run is written.
+        """Refuse to resume where no step is left, before anything of the run is written.
 
-        A run that was stopped behind its last step still gets its last validation and its export. A job that was
-        started again by itself ends well.
+        A run that was stopped after its last step still gets its last validation and its export. A job that restarted
+        by itself ends without an error.
 
         Raises:
-            InputError: With the limit that is reached.
+            InputError: The error names the limit that is reached.
         """
         if not self.resumed:
             return
@@ -215,17 +215,17 @@ class RunFolder(Callback):
         unmeasured = trainer.enable_validation and self._validated != step
         exporting = trainer.exports and trainer.checkpoint_callbacks  # type: ignore[attr-defined]
         unfinished = unmeasured or (exporting and not (Path(trainer.default_root_dir) / "export").is_dir())
-        told = f"the checkpoint stands at step {step}, and {limit}"
+        told = f"the checkpoint is at step {step}, and {limit}"
         if step == total and (unfinished or self.restarted):
             if trainer.is_global_zero:
                 log.info("nothing is left to train: %s", told)
             return
         end_together(trainer)
         raise InputError(f"there is nothing to train: {told}", where=limit.split()[0],
-                         fix="raise it to train on; to measure or to write the model again, use validate or export")
+                         fix="raise it to train further; to evaluate or write the model again, use validate or export")
 
     def complete(self, trainer: L.Trainer) -> None:
-        """A run that was stopped behind its last step, in the validation that was to end it, is given that now."""
+        """Run the final validation of a run that was stopped after its last step."""
         if self._started or not self.resumed or not trainer.enable_validation:
             return
         if self._validated == trainer.global_step:
@@ -237,11 +237,11 @@ class RunFolder(Callback):
         trainer.training = True
 
     def on_exception(self, trainer: L.Trainer, module: L.LightningModule, exception: BaseException) -> None:
-        """A run that failed before its first step leaves nothing behind, and the earlier run has its name again."""
+        """Remove a run that failed before its first step, and restore the name of an earlier run."""
         folder = Path(trainer.default_root_dir)
         self.lock.release()
         if trainer.global_step and self._started and trainer.state.fn == "fit" and folder.is_dir():
-            with suppress(OSError):                 # a full disk: the error that brought us here is the one to tell
+            with suppress(OSError):                 # the original error is the one to report
                 self._keep_data(trainer)
         if self.resumed or trainer.global_step or not self._made or not folder.is_dir():
             return
@@ -255,18 +255,18 @@ class RunFolder(Callback):
                 shutil.move(self._aside, folder)
 
     def on_test_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        """Keep the newest figures."""
+        """Store the newest metrics."""
         self._keep(trainer, "test")
 
     def _keep_data(self, trainer: L.Trainer) -> None:
-        """`data.json`: what the sources held, and what was drawn of each so far."""
+        """Write `data.json`: the content of the sources, and what was drawn of each so far."""
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         if trainer.is_global_zero and hasattr(data, "facts"):
             write_json(Path(trainer.default_root_dir) / "data.json", data.facts())
 
     def _keep(self, trainer: L.Trainer, split: str) -> None:
         if trainer.state.fn != "fit":
-            self.after = evaluation.keep(trainer, split, self.config)
+            self.after = evaluation.record(trainer, split, self.config)
             return
         self.after = figures_of(trainer, f"{split}/")
         if trainer.is_global_zero:
@@ -278,19 +278,19 @@ def _is_run(folder: Path) -> bool:
 
 
 def _check_place(folder: Path) -> None:
-    """An earlier run there would be moved aside, which must not be the very folder that somebody works in."""
+    """Refuse a run folder with an earlier run that is the current directory, because it would be moved."""
     if _is_run(folder) and Path.cwd().is_relative_to(folder.resolve()):
-        raise InputError(f"{folder.resolve()} holds an earlier run, and it is the current directory",
-                         where="trainer.default_root_dir", fix="give a new folder, or go on with --ckpt_path last")
+        raise InputError(f"{folder.resolve()} contains an earlier run and is the current directory",
+                         where="trainer.default_root_dir", fix="give a new folder, or resume with --ckpt_path last")
 
 
 def _set_aside(folder: Path) -> Path | None:
-    """Move an earlier run of this name to `<name>-1`, `-2`, ... The first free one; null if there was none."""
+    """Move an earlier run of this name to the first free name of `<name>-1`, `-2`, ...; null if there was none."""
     if not _is_run(folder):
         return None
     number = 1
     while (aside := folder.with_name(f"{folder.name}-{number}")).exists():
         number += 1
     shutil.move(folder, aside)
-    log.info("the earlier run in %s is now in %s", folder, aside)
+    log.info("the earlier run in %s was moved to %s", folder, aside)
     return aside

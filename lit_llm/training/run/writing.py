@@ -1,7 +1,7 @@
-"""A checkpoint being written by all processes: what one of them cannot write, all of them learn, and end alike.
+"""Write a checkpoint from all processes: if one of them fails to write, all raise the same error.
 
-An error in one process alone would leave the others waiting for it in a collective. Errors are therefore kept until all
-come together, and only then raised.
+An error in only one process would leave the others waiting in a collective. Errors are therefore recorded until all
+processes synchronise, and only then raised.
 """
 
 import errno
@@ -24,15 +24,15 @@ from lit_llm.training.parallel.processes import end_together
 from lit_llm.training.run import manifest
 
 ERRORS = (OSError, RuntimeError, SafetensorError, CheckpointException)  # torch has a RuntimeError for a full disk
-ROOM = 1 << 16                                      # bytes that small files find when a large one met the end
+ROOM = 1 << 16                                      # bytes reserved for small files on a full disk
 
 
 class Writing:
-    """One checkpoint.
+    """Writes one checkpoint.
 
     Args:
-        trainer: In a fit.
-        partial: The folder as it is called until it is complete.
+        trainer: The trainer within a fit.
+        partial: Temporary folder name until it is complete.
     """
 
     def __init__(self, trainer: L.Trainer, partial: Path) -> None:
@@ -42,20 +42,20 @@ class Writing:
         self._room = partial / "room"
 
     def begin(self) -> None:
-        """Make the folder, and in it a small file that keeps room; of the first process."""
+        """Create the folder and a small file that reserves space; called by the first process."""
         if not self.run.is_dir():
-            raise FileNotFoundError(errno.ENOENT, "the run folder is gone", str(self.run))
+            raise FileNotFoundError(errno.ENOENT, "the run folder no longer exists", str(self.run))
         shutil.rmtree(self.partial, ignore_errors=True)
         self.partial.mkdir(parents=True)
         self._room.write_bytes(bytes(ROOM))
 
     def release(self) -> None:
-        """Give the room free."""
+        """Free the reserved space."""
         self._room.unlink(missing_ok=True)
 
     @contextmanager
     def noted(self) -> Iterator[None]:
-        """Errors of writing within are kept, not raised."""
+        """Record write errors in the block instead of raising them."""
         try:
             yield
         except ERRORS as error:
@@ -63,10 +63,10 @@ class Writing:
 
     @contextmanager
     def deferred(self) -> Iterator[None]:
-        """Keep errors of writing until every process has passed the next barrier of Lightning or DeepSpeed.
+        """Record write errors until every process has passed the next barrier of Lightning or DeepSpeed.
 
-        Some steps between two barriers run in the first process only. An error that left such a step would make the
-        other processes wait in the barrier for ever.
+        Some steps between two barriers run in the first process only. An error raised there would leave the other
+        processes waiting in the barrier forever.
         """
         writers = distribution.of(self.trainer.strategy).writers()
         for owner, name in writers:
@@ -75,7 +75,7 @@ class Writing:
             yield
         finally:
             for owner, name in writers:
-                delattr(owner, name)                # the class's own again
+                delattr(owner, name)                # restore the class's method
 
     def _keeping(self, write: Callable[..., Any]) -> Callable[..., Any]:
         def keep(*args: Any, **kwargs: Any) -> None:
@@ -83,7 +83,7 @@ class Writing:
                 write(*args, **kwargs)
             except ERRORS as error:
                 self._note(error)
-                for path in (*args, *kwargs.values()):      # what is half written takes the room of what is to come
+                for path in (*args, *kwargs.values()):      # partial files take space that later files need
                     if isinstance(path, str | os.PathLike):
                         with suppress(OSError):
                             os.unlink(path)
@@ -97,13 +97,13 @@ class Writing:
             self.release()
 
     def agree(self, what: str) -> None:
-        """All go on, or all end. A collective.
+        """Continue on all processes, or raise on all of them. Collective.
 
         Args:
             what: What is being written.
 
         Raises:
-            InputError: Any of the processes could not write; nothing of it stays.
+            InputError: A process could not write; the partial checkpoint is removed.
         """
         if self.trainer.strategy.reduce_boolean_decision(self.error is None, all=True):
             return
@@ -114,8 +114,8 @@ class Writing:
         raise unwritable(self.run, error, what, free) from self.error
 
     def _first(self) -> tuple[OSError, str]:
-        """The error of the first process that had one, and the room it saw."""
-        mine = (None if self.error is None else disk.number_of(self.error), disk.said(self.error), self.free)
+        """The first error of any process, and the free space that it saw."""
+        mine = (None if self.error is None else disk.number_of(self.error), disk.reason(self.error), self.free)
         told: list[Any] = [mine] * self.trainer.world_size
         if self.trainer.world_size > 1:
             dist.all_gather_object(told, mine)
@@ -124,7 +124,7 @@ class Writing:
 
 
 def of_writing(run: Path, error: OSError) -> bool:
-    """Whether an error comes from writing the run folder, rather than from reading data or from a connection."""
+    """Whether an error comes from writing the run folder, not from reading data or a connection."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
         return True
     name = error.filename2 or error.filename
@@ -132,16 +132,16 @@ def of_writing(run: Path, error: OSError) -> bool:
 
 
 def unwritable(run: Path, error: BaseException, what: str = "the record of the run", free: str = "") -> InputError:
-    """Why something of a run could not be written, and the checkpoint from which to go on.
+    """The error for a file of a run that could not be written, with the checkpoint to resume from.
 
     Args:
         run: The run folder.
-        error: What the system or a library said.
-        what: What was to be written.
-        free: The room there was, in words; empty asks now.
+        error: Error of the system or a library.
+        what: What should have been written.
+        free: Description of the free space; empty measures it now.
     """
     room = f"; {free or disk.free(run)}" if disk.is_full(error) else ""
     whole = next((folder for folder in manifest.folders(run) if next(manifest.faults(folder), None) is None), None)
-    then = f"then go on from {whole} with --ckpt_path last" if whole else "and start again: there is no checkpoint yet"
-    return InputError(f"{what} could not be written: {disk.said(error)}{room}", where=str(run),
+    then = f"then resume from {whole} with --ckpt_path last" if whole else "and start again: there is no checkpoint yet"
+    return InputError(f"{what} could not be written: {disk.reason(error)}{room}", where=str(run),
                       fix=f"{disk.remedy(error, run)}, {then}")
