@@ -45,7 +45,7 @@ def check(verb: str, options: Sequence[str]) -> None:
     """
     given: dict[str, Any] = {}
     own = tuple(f"{part}." for part in own_classes(options))
-    for key, value, typed in _given(configs.located(options)):
+    for key, value, typed in _given(configs.with_run_folder(options)):
         key = key.removesuffix("+")
         if key == ALLOW:
             raise InputError("a file may not open a package", where=ALLOW, fix=f"who starts the command types "
