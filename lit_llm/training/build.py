@@ -184,13 +184,13 @@ def _autocasts(module: Module) -> bool:
 
 # ---- settings from the data ------------------------------------------------------------------------------------------
 
-def text_data(trainer: Any) -> TextDataModule | None:
+def text_data(trainer: L.Trainer | None) -> TextDataModule | None:
     """The trainer's data module, if it is this project's."""
     data = getattr(trainer, "datamodule", None)
     return data if isinstance(data, TextDataModule) else None
 
 
-def tokenizer_of(trainer: Any) -> Tokenizer | None:
+def tokenizer_of(trainer: L.Trainer | None) -> Tokenizer | None:
     """The tokenizer of the trainer's data module, if it is this project's."""
     tokenizer = getattr(getattr(trainer, "datamodule", None), "tokenizer", None)
     return tokenizer if isinstance(tokenizer, Tokenizer) else None

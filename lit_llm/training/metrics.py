@@ -44,7 +44,7 @@ class Perplexity(Metric):
         self.nll, self.correct = self.nll + nll.to(self.nll), self.correct + correct.to(self.correct)
         self.tokens, self.bytes = self.tokens + tokens, self.bytes + num_bytes
 
-    def _apply(self, fn: Callable, exclude_state: Sequence[str] = "") -> "Perplexity":
+    def _apply(self, fn: Callable[[Tensor], Tensor], exclude_state: Sequence[str] = "") -> "Perplexity":
         """Move to another device but keep the dtype: `bf16-true` would convert every tensor of a module."""
         def move(tensor: Tensor) -> Tensor:
             return tensor.to(fn(tensor).device)

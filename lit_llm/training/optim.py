@@ -16,7 +16,7 @@ Schedule = Literal["cosine", "linear", "wsd", "constant"]
 Name = Literal["adamw", "adamw_8bit", "muon"]
 
 
-def parameter_groups(named: Iterable[tuple[str, nn.Parameter]], weight_decay: float) -> list[dict]:
+def parameter_groups(named: Iterable[tuple[str, nn.Parameter]], weight_decay: float) -> list[dict[str, Any]]:
     """Trainable parameters in two groups: matrices are decayed; norms, biases and other vectors are not.
 
     Under ZeRO-3 a parameter's shape is that of a shard, so the full shape is used.
@@ -81,10 +81,10 @@ class Muon(Optimizer):
         eps: Epsilon of AdamW.
     """
 
-    def __init__(self, groups: list[dict], embeddings: Iterable[nn.Parameter], *, lr: float,
+    def __init__(self, groups: list[dict[str, Any]], embeddings: Iterable[nn.Parameter], *, lr: float,
                  betas: tuple[float, float], eps: float) -> None:
         tables = {id(weight) for weight in embeddings}
-        parts: dict[bool, list[dict]] = {True: [], False: []}
+        parts: dict[bool, list[dict[str, Any]]] = {True: [], False: []}
         for group in groups:
             for matrices, part in parts.items():
                 chosen = [weight for weight in group["params"]

@@ -165,4 +165,4 @@ class Corpus:
 
     def place(self, sequence: int) -> str:
         """Place of the record of a sequence."""
-        return self.stores[self.store_of[sequence]].place(int(self.index[sequence]))
+        return str(self.stores[self.store_of[sequence]].place(int(self.index[sequence])))

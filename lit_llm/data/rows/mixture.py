@@ -150,4 +150,4 @@ def repeats(corpus: Corpus) -> np.ndarray:
     keys = np.stack([corpus.store_of, corpus.column("record")])
     record = np.cumsum((np.diff(keys, axis=1, prepend=-1) != 0).any(axis=0))
     _, first, said = np.unique(corpus.column("content"), return_index=True, return_inverse=True)
-    return record != record[first][said]
+    return np.asarray(record != record[first][said])

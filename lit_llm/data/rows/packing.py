@@ -46,7 +46,7 @@ class Segments:
     @property
     def lengths(self) -> np.ndarray:
         """(S,) tokens."""
-        return self.stop - self.start
+        return np.asarray(self.stop - self.start)
 
 
 @dataclass(frozen=True, slots=True)
@@ -259,4 +259,4 @@ def _concat(segments: Segments, seq_len: int) -> tuple[Segments, np.ndarray]:
 
 def _sums(values: np.ndarray, offsets: np.ndarray) -> np.ndarray:
     total = np.concatenate([[0], np.cumsum(values, dtype=np.int64)])
-    return total[offsets[1:]] - total[offsets[:-1]]
+    return np.asarray(total[offsets[1:]] - total[offsets[:-1]])

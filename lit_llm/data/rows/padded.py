@@ -12,7 +12,7 @@ removed and the documents are put side by side, which computes the same loss wit
 
 from collections.abc import Iterator, Mapping
 from itertools import pairwise
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -25,12 +25,12 @@ COLLATOR = ("give the DataLoader a collate_fn that pads, such as transformers.Da
             "or use lit_llm.TextDataModule")
 
 
-def packed(batch: Any) -> Batch:
+def packed(batch: object) -> Batch:
     """This project's own batches as they are, padded ones converted."""
     return cast(Batch, batch) if isinstance(batch, Mapping) and "cu_seqlens" in batch else as_batch(batch)
 
 
-def as_batch(batch: Any) -> Batch:
+def as_batch(batch: object) -> Batch:
     """A packed batch of one row with the documents of a padded batch, on the same device.
 
     Tokens that are padding are left out, whatever their labels. The first token of each document has nothing before it
@@ -77,7 +77,7 @@ def documents(batch: Batch) -> Iterator[Batch]:
                         for name in ("input_ids", "labels", "position_ids")})
 
 
-def _tensor(batch: Any, name: str, *, like: Tensor | None = None, default: Tensor | None = None) -> Tensor:
+def _tensor(batch: object, name: str, *, like: Tensor | None = None, default: Tensor | None = None) -> Tensor:
     """One value of a padded batch, which must have the shape of the tokens."""
     if not isinstance(batch, Mapping) or (name not in batch and default is None):
         came = f"keys {', '.join(map(str, batch))}" if isinstance(batch, Mapping) else type(batch).__name__

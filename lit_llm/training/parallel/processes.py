@@ -31,7 +31,7 @@ class Watch:
     def __init__(self, trainer: L.Trainer, go_on: Callable[[], str]) -> None:
         self.go_on, self.rank = go_on, trainer.local_rank
         launcher: Any = trainer.strategy.launcher
-        self.started: list[subprocess.Popen] = list(getattr(launcher, "procs", ()))
+        self.started: list[subprocess.Popen[bytes]] = list(getattr(launcher, "procs", ()))
         self.parent = os.getppid() if is_started_by_another(trainer) else None
         self._over = threading.Event()
         if self.started or self.parent is not None:

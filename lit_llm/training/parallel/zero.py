@@ -294,7 +294,7 @@ class ZeroStrategy(Distribution, DeepSpeedStrategy):
 
     # ---- checkpoints
 
-    def save_checkpoint(self, checkpoint: dict, filepath: str | Path, storage_options: Any = None) -> None:
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
         """Write a folder of shards, one part per process; frozen weights are left out where only a part is trained."""
         self.exclude_frozen_parameters = self._has_frozen_weights()
         whole = self.deepspeed_engine.save_checkpoint

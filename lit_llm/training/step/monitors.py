@@ -21,6 +21,7 @@ from lit_llm.training.run.checkpoint import StepCheckpoint
 log = logging.getLogger(__name__)
 TRAINED = [f"train/{name}" for name in ("loss", "lr", "aux_loss", "grad_norm", "skipped_steps")]    # at some steps only
 MEASURED = [f"val/{name}" for name in ("nll", "perplexity", "bits_per_byte", "token_accuracy", "tokens")]
+BEST = "val/nll"                                    # the default of StepCheckpoint; other modules may not log it
 COUNTED = ("epoch", "step")                         # of Lightning's ModelCheckpoint
 OURS = ("lit_llm.", "lightning.")
 
@@ -78,7 +79,8 @@ class MonitorCheck(Callback):
             return
         logged = sorted(trainer.callback_metrics)
         missing = [(callback, name) for callback, name in monitored(trainer)
-                   if name not in (*logged, *TRAINED, *COUNTED) and not name.startswith("lr-")]
+                   if name not in (*logged, *TRAINED, *COUNTED) and not name.startswith("lr-")
+                   and not (isinstance(callback, StepCheckpoint) and name == BEST)]
         if not trainer.sanity_checking:
             self._checked = True
             for callback, name in missing:

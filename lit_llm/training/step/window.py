@@ -6,13 +6,16 @@ reads it, which gives the same gradient exactly.
 """
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+import lightning as L
 import torch
 from torch import Tensor, nn
 
 from lit_llm.errors import InputError
 from lit_llm.system.private import lightning as private
+from lit_llm.training.forward import Sums
+from lit_llm.training.loss import Nll
 from lit_llm.training.parallel import distribution
 
 if TYPE_CHECKING:
@@ -28,7 +31,7 @@ class Window:
         self._all = 0
         self._last = False
 
-    def counted(self, batch: "Batch", trainer: Any, *, balance: bool) -> "Batch":
+    def counted(self, batch: "Batch", trainer: L.Trainer, *, balance: bool) -> "Batch":
         """The batch with the numbers of its step, where its loader did not know them; a collective there.
 
         Args:
@@ -51,7 +54,7 @@ class Window:
         return {**batch, "num_supervised_in_step": self._first, "num_tokens_in_step": tokens,
                 "last_in_step": self._last}
 
-    def add(self, sums: Any, batch: "Batch", trainer: Any, coefficient: float) -> Tensor:
+    def add(self, sums: Sums | Nll, batch: "Batch", trainer: L.Trainer, coefficient: float) -> Tensor:
         """Add a micro-batch to the step; its share of the loss, to go backward from.
 
         Lightning divides it by the micro-batches, and data parallelism averages it over ranks: both are undone here.
@@ -62,7 +65,7 @@ class Window:
             trainer: In a training step.
             coefficient: Of the balance.
         """
-        nll, balance = sums.total, getattr(sums, "balance", None)
+        nll, balance = sums.total, sums.balance if isinstance(sums, Sums) else None
         count = max(1, batch["num_supervised_in_step"])
         scale = trainer.accumulate_grad_batches * trainer.world_size
         parts, loss = [nll.detach().double() / count, torch.zeros_like(nll).double()], nll * (scale / count)
@@ -93,7 +96,7 @@ class Window:
         return 1.0 if self._first is None else self._first / max(1, self._all)
 
 
-def _check(trainer: Any, balance: bool) -> None:
+def _check(trainer: L.Trainer, balance: bool) -> None:
     """Refuse where the gradient of a window cannot be multiplied at its end."""
     answers = distribution.of(trainer.strategy)
     if answers.owns_gradients or answers.split_stage:
