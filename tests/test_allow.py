@@ -155,7 +155,7 @@ def test_own_parts_of_a_config_are_built_after_a_typed_allow(package):
 ])
 def test_without_allow_nothing_is_imported_and_what_to_type_is_said(sections, key, package):
     said = refused("fit", "--config", config("own.yaml", **sections), says=[key, "mine.parts", "type: --allow mine"])
-    assert "is not imported" in said
+    assert "is not allowed" in said
     assert not Path("IMPORTED").exists()
 
 
@@ -192,7 +192,7 @@ def test_a_package_that_cannot_be_opened(words, says, package):
     (["--model.class_path", "mine.parts.Shouting"], "no subclass of lit_llm.CausalLMModule"),
     (["--data.class_path", "mine.parts.ZLoss"], "no subclass of lit_llm.TextDataModule"),
     (["--model.class_path", "mine.parts.Missing"], "mine.parts.Missing"),
-    (["--model.class_path", "os.system"], "model.class_path: 'os.system' is not imported"),
+    (["--model.class_path", "os.system"], "model.class_path: 'os.system' is not allowed"),
     (["--model.class_path", "mine.parts.ZLoss", "--model.zz", "1"], "zz"),
     (["--model.class_path", "mine.parts.ZLoss", "--model.z", "much"], "model.z: 'much' is not a number"),
     (["--trainer.callbacks", json.dumps([{"class_path": "mine.parts.Spy"}])], "trainer.callbacks"),

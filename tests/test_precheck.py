@@ -119,14 +119,14 @@ def test_a_source_that_is_replaced_need_not_exist(tmp_path, monkeypatch):
 @pytest.mark.parametrize(("words", "says"), [
     (["--trainer.strategy", "deepsped_stage_1"], "no strategy is named 'deepsped_stage_1'. Did you mean 'deepspeed_stage_1'?"),
     (["--trainer.callbacks", "[{class_path: EarlyStoping}]"], "Did you mean 'EarlyStopping'?"),
-    (["--trainer.callbacks", "[{class_path: my_package.Mine}]"], "trainer.callbacks: 'my_package.Mine' is not imported"),
+    (["--trainer.callbacks", "[{class_path: my_package.Mine}]"], "trainer.callbacks: 'my_package.Mine' is not allowed"),
     (["--model.base", "./nope"], "model.base: there is no folder ./nope"),
     (["--data.tokenizer", "a/b/c"], "data.tokenizer: there is no folder a/b/c"),
     (["--data.chat_template", "nope.jinja"], "there is no template file nope.jinja"),
     (["--ckpt_path", "nope"], "there is no checkpoint folder nope"),
     (["--ckpt_path", "last", "--trainer.default_root_dir", "runs/mine"], "runs/mine has no last checkpoint"),
     (["--data.val_sources", "here.jsonl"], "data.val_sources: 'here.jsonl' is not a list"),
-    (["--data.packing", "bestfit"], "data.packing: 'bestfit' is none of best_fit, concat, none")])
+    (["--data.packing", "bestfit"], "data.packing: 'bestfit' is not one of best_fit, concat, none")])
 def test_names_and_paths_that_are_none(words, says, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert says in refusal(*words)

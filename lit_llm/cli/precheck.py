@@ -79,7 +79,7 @@ def own_classes(options: Sequence[str]) -> dict[str, str]:
     found = {part: path for part, path in given.items() if isinstance(path, str) and path != "null"}
     for part, path in found.items():
         if not (class_paths.is_open(path) or path.startswith("lit_llm.")):
-            raise InputError(f"'{path[:200]}' is not imported", where=f"{part}.class_path",
+            raise InputError(f"'{path[:200]}' is not allowed", where=f"{part}.class_path",
                              fix=class_paths.how_to_open(path) or "give a class in a package of your own")
     return found
 

@@ -159,7 +159,7 @@ def subclass(path: str, base: type, where: str) -> Any:
     if path in (f"lit_llm.{base.__name__}", f"{base.__module__}.{base.__name__}"):
         return base
     if not is_open(path):
-        raise InputError(f"'{path[:200]}' is not imported", where=where,
+        raise InputError(f"'{path[:200]}' is not allowed", where=where,
                          fix=how_to_open(path) or f"give a subclass of lit_llm.{base.__name__} in your own package")
     module, _, name = path.rpartition(".")
     try:

@@ -367,5 +367,5 @@ def test_the_tokenizer_is_that_of_the_module(tiny_model, tmp_path):
     data = TextDataModule(sources, seq_len=64)
     ours(tmp_path).prepare(CausalLMModule(base=folder), data)
     assert data.plans["train"].corpus
-    with pytest.raises(InputError, match="no tokenizer is named"):
+    with pytest.raises(InputError, match="no tokenizer is set"):
         ours(tmp_path).prepare(CausalLMModule(init={"model_type": "llama"}), TextDataModule(sources, seq_len=64))
