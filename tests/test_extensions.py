@@ -198,7 +198,9 @@ def test_a_dataset_format(package, tiny_model, tmp_path, monkeypatch):
     other = prepare(Source(str(tmp_path / "same.jsonl")), tokenizer, cache_dir=str(tmp_path / "cache"))
     assert store.tokens.tolist() == other.tokens.tolist()
     assert store.marks.tolist() == other.marks.tolist()
-    assert store.report.notes == {"the key 'mood' is not read": 1}
+    (note, count), = store.report.notes.items()
+    assert "'mood'" in note
+    assert count == 1
 
     file = Path(module.__file__)                        # the tokens are those of the code that made them
     before = file.read_text()
