@@ -102,7 +102,7 @@ def lit_llm(wheel, tmp_path_factory):
 def test_the_installed_command_knows_its_configs_and_the_server(lit_llm):
     done = lit_llm("validate")
     assert done.returncode == 2
-    assert re.search(r"^    configs/sft\.yaml +Teach a base model to answer", done.stderr, re.MULTILINE)
+    assert re.search(r"^    configs/sft\.yaml +Fine-tune a base model on conversations with LoRA", done.stderr, re.MULTILINE)
     assert " configs/with/zero3.yaml " in done.stderr
     assert "--model.lora" in lit_llm("fit", "--help").stdout
     assert "--drain-seconds" in lit_llm("serve", "--help").stdout
