@@ -110,5 +110,5 @@ def test_each_command_refuses_it_soon(words, place, tiny_model):
     code, _, err = call(*words, *given)
     assert code == 2
     assert "Traceback" not in err
-    assert "num_hidden_layers is 10,000,000; 2,000 at most" in err
+    assert "num_hidden_layers is 10,000,000; at most 2,000 is allowed" in err
     assert time.monotonic() - began < 20

@@ -144,7 +144,7 @@ def test_the_base_is_known_by_its_content(run, monkeypatch):
         exported = load_file("new/model.safetensors")
         assert all((exported[name] == weight).all() for name, weight in wanted.items())
     adapter = Path("..") / adapter
-    refused("export", "--run", "../run", "--base", "../near", says=["another base", "../near"])
+    refused("export", "--run", "../run", "--base", "../near", says=["not the base", "../near"])
     refused("chat", "--model", "../near", "--adapter", adapter, "--prompt", "say 1", says="trained on another base")
     code, out, err = call("chat", "--model", "../models/tiny", "--adapter", adapter, "--prompt", "say 1", "--max_tokens", 4)
     assert code == 0, err
