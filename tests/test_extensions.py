@@ -87,7 +87,7 @@ def test_a_packing_policy(package, tiny_model, tmp_path, monkeypatch):
     source = Source(str(tmp_path / "texts.jsonl"))
     Path(source.path).write_text("".join(json.dumps({"text": "word " * size}) + "\n" for size in (1, 3, 1, 4, 1, 1, 8, 2)))
     data = TextDataModule([source], tokenizer=tiny_model("llama"), seq_len=32, packing="in_order", cache_dir=str(tmp_path))
-    with pytest.raises(InputError, match=r"data\.packing: 'in_order' is none of concat, best_fit, none"):
+    with pytest.raises(InputError, match=r"data\.packing: 'in_order' is not one of concat, best_fit, none"):
         data.setup("fit")
     importlib.reload(importlib.import_module("my_llm.packing"))
     data.setup("fit")

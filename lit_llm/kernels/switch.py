@@ -26,7 +26,7 @@ def is_plain() -> bool:
     """
     kernels = _chosen or os.environ.get(VARIABLE) or "own"
     if kernels not in ("own", "plain"):
-        raise InputError(f"'{kernels[:40]}' is none of own, plain", where=VARIABLE)
+        raise InputError(f"'{kernels[:40]}' is not one of own, plain", where=VARIABLE)
     return kernels == "plain"
 
 

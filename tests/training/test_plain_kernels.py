@@ -56,7 +56,7 @@ def test_the_environment_decides_where_the_trainer_does_not(monkeypatch):
             assert not switch.is_plain()
     assert switch.is_plain()
     monkeypatch.setenv(switch.VARIABLE, "plian")
-    with pytest.raises(InputError, match="LIT_LLM_KERNELS: 'plian' is none of own, plain"):
+    with pytest.raises(InputError, match="LIT_LLM_KERNELS: 'plian' is not one of own, plain"):
         switch.is_plain()
 
 

@@ -17,8 +17,8 @@ from lit_llm.rules import Rule
 
 Packing = Literal["best_fit", "concat", "none"] | str   # a name in POLICIES, or concat
 Overlong = Literal["cut", "drop", "error"]
-CONCAT = Rule("`data.packing: concat`", "conversations of which a part is supervised", "concat would cut "
-              "conversations apart, answers from their questions", "data.packing",
+CONCAT = Rule("`data.packing: concat`", "conversations of which a part is supervised", "concat would "
+              "separate answers from their questions", "data.packing",
               "Set data.packing to best_fit; concat is for documents.")
 
 
