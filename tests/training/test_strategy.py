@@ -373,7 +373,7 @@ def test_optimizers_that_need_whole_weights_say_so(optimizer, strategy, folder, 
 
     from lit_llm.training.module import CausalLMModule
 
-    with pytest.raises(InputError, match="pieces") as caught:
+    with pytest.raises(InputError, match="shard") as caught:
         trainer(strategy, tmp_path).fit(CausalLMModule(base=folder, optimizer=optimizer), datamodule=Data(STEPS, 1))
     assert "ddp" in caught.value.fix
 
