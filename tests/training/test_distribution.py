@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, SingleDeviceStrategy
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy, SingleDeviceStrategy
 
 from lit_llm import CausalLMModule, Source, TextDataModule, Trainer
 from lit_llm.errors import InputError
@@ -97,6 +97,15 @@ def test_names_of_own_strategies():
     assert named.strategy("ddp") == "ddp"
     with pytest.raises(InputError, match="Did you mean 'fsdp2'"):
         named.strategy("fsdp2_offload")
+
+
+def test_lightnings_own_deepspeed_is_refused():
+    """It divides gradients by the accumulation a second time."""
+    strategy = DeepSpeedStrategy(stage=2)
+    assert named.strategy("deepspeed_stage_2") is not strategy
+    with pytest.raises(InputError, match="twice") as caught:
+        named.strategy(strategy)
+    assert "lit_llm.ZeroStrategy" in str(caught.value)
 
 
 def test_the_norm_of_gradients_sees_what_is_no_number():
