@@ -1,9 +1,11 @@
 """Print answers of the base and the trained model to held-out prompts and training prompts of a run."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from lit_llm.errors import InputError
 from lit_llm.inference.completion import TextEngine
 from lit_llm.inference.sampling import SamplingParams
 
@@ -60,24 +62,32 @@ def compare(base: str | None, folder: Path, examples: list[Example]) -> None:
     """
     import torch
 
-    params, count = SamplingParams(max_tokens=ANSWER_TOKENS, temperature=0.0), torch.get_num_threads()
+    count = torch.get_num_threads()
     tuned = TextEngine.load(folder, threads=count)
     room = tuned.engine.context_length - ANSWER_TOKENS
     examples = [example for example in examples if len(example.prompt) <= room]
     texts = {name: [tuned.tokenizer.decode(getattr(example, name), skip_special_tokens=True).strip()
                     for example in examples] for name in ("prompt", "expected")}
-    answers = {"tuned": [tuned.generate(example.prompt, params).text for example in examples]}
+    answers = {"tuned": [_answer(tuned, example.prompt) for example in examples]}
     del tuned
     if base is not None:
         engine = TextEngine.load(base, threads=count)
         vocabulary = engine.engine.vocab_size               # the base lacks tokens that were added in training
-        answers = {"base": [engine.generate(example.prompt, params).text if max(example.prompt) < vocabulary else
+        answers = {"base": [_answer(engine, example.prompt) if max(example.prompt) < vocabulary else
                             "(it has no row for a token of this prompt)" for example in examples]} | answers
     for place, example in enumerate(examples):
         print(f"\n  prompt   {_short(texts['prompt'][place], 200)}" + ("  (trained)" * (example.kind == "trained")))
         print(f"  expected {_short(texts['expected'][place], 200)}")
         for name, said in answers.items():
             print(f"  {name:<8} {_short(said[place], 200)}")
+
+
+def _answer(engine: TextEngine, prompt: Sequence[int]) -> str:
+    """A greedy answer, or why there is none: the run has ended well, and its model is exported."""
+    try:
+        return engine.generate(prompt, SamplingParams(max_tokens=ANSWER_TOKENS, temperature=0.0)).text
+    except InputError as error:
+        return f"(no answer: {error.what})"
 
 
 def _short(text: str, most: int) -> str:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lit_llm.errors import InputError
 from lit_llm.inference.engine import Engine, FinishReason
 from lit_llm.inference.loading import tokenizer_folder
 from lit_llm.inference.sampling import SamplingParams
@@ -125,7 +126,11 @@ class TextEngine:
         return list(prompt)
 
     def stream(self, prompt: Prompt, params: SamplingParams = GREEDY) -> Iterator[Completion]:
-        """Stream the pieces of an answer, the last with a finish_reason; closing the iterator cancels it."""
+        """Stream the pieces of an answer, the last with a finish_reason; closing the iterator cancels it.
+
+        Raises:
+            InputError: The prompt does not fit, or the model's logits are not finite.
+        """
         assert not self.engine.has_work, "one answer at a time"
         ids = self.encode(prompt)
         request_id = f"answer-{next(self._names)}"
@@ -134,6 +139,9 @@ class TextEngine:
         try:
             while self.engine.has_work:
                 for event in self.engine.step():    # none while a long prompt is being read
+                    if isinstance(event.error, FloatingPointError):
+                        raise InputError(f"{event.error} (inf or nan)", where="model",
+                                         fix="use float32, or other weights")
                     if event.error or event.token_id is None:
                         raise event.error or RuntimeError("the engine returned no token")
                     piece = detokenizer.push(event.token_id, event.finish_reason)

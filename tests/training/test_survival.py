@@ -257,7 +257,7 @@ def test_float16_that_overflows(strategy, power, lives, tiny_model):
     assert told["codes"] == [0], told["said"][0]["err"][-3000:]
     lines = [line for line in told["said"][0]["err"].splitlines() if "float16" in line]
     steps = [int(line.split()[1]) for line in lines]
-    assert lines[0] == f"step 1 was skipped: its gradient overflowed in float16; the loss scale is {2 ** (power - 1):,} now"
+    assert lines[0] == f"step 1 was skipped: its gradient overflowed in float16; the loss scale is now {2 ** (power - 1):,}"
     assert len(steps) < steps[-1] < STEPS               # it was raised and overflowed again
     rows = rows_of(lives.folder / "straight")
     counted = {int(row["step"]): float(row["train/skipped_steps"]) for row in rows}
