@@ -8,6 +8,7 @@ import torch
 
 from lit_llm.data.rows.loader import lay
 from lit_llm.training.module import CausalLMModule
+from lit_llm.training.rules import table
 
 LLAMA = {"model_type": "llama", "rms_norm_eps": 1e-5, "tie_word_embeddings": False}
 QWEN3 = {"model_type": "qwen3", "rms_norm_eps": 1e-6, "tie_word_embeddings": True}
@@ -33,6 +34,7 @@ class Shaped(CausalLMModule):
         super().__init__(**({"base": "drawn"} if shape else {}), **options)
         if shape:
             self.base, self.init = None, shape      # adapters too: a real base is no quicker
+            table.RULES = tuple(rule for rule in table.RULES if "`model.init`" not in (rule.first, rule.second))
 
     def configure_model(self):
         with torch.device(self.trainer.strategy.root_device):

@@ -468,15 +468,15 @@ def test_help_names_every_key_with_its_meaning(capsys):
     assert stop.value.code == 0
     text = " ".join(capsys.readouterr().out.split())
     for key, words in {"--model.lr ": "Peak learning rate", "--model.lora ": "Train low-rank adapters",
-                       "--data.seq_len ": "Tokens of a row", "--data.packing ": "never attending across",
+                       "--data.seq_len ": "Tokens per packed sequence", "--data.packing ": "isolated in attention",
                        "--trainer.strategy ": "deepspeed_stage_1", "--trainer.max_steps ": "",
-                       "--ckpt_path ": "a folder like"}.items():
+                       "--ckpt_path ": "or a folder like"}.items():
         assert key in text
         assert words in text
 
 
 @pytest.mark.parametrize(("key", "words"), [("model.lora", "Rank of the two matrices"),
-                                            ("data.sources", "One named corpus"), ("data.sources", "hub dataset")])
+                                            ("data.sources", "One corpus"), ("data.sources", "hub dataset")])
 def test_help_of_a_nested_key(key, words, capsys):
     with pytest.raises(SystemExit) as stop:
         main(["fit", f"--{key}.help"])

@@ -16,7 +16,7 @@ from jsonargparse import Namespace
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lit_llm import CausalLMModule, LoRA, Source, TextDataModule, Trainer
-from lit_llm.cli import runs, settings
+from lit_llm.cli import precheck, runs, settings
 from lit_llm.errors import InputError
 from lit_llm.models.adapters import peft_method
 from lit_llm.system import ranges
@@ -33,7 +33,7 @@ SMALL = {"model": {"base": "sample:base", "lora": {"r": 2}}, "data": {"sources":
 TEXT = "x 1e3_text unicode"                         # a name that is looked for later, in files or among the data's
 # Key -> names of all values that may be taken. A key that is not here takes none of them.
 ACCEPTED = {
-    "seed_everything": "true 0 1", "trainer": "{}",
+    "seed_everything": "true 0 1", "trainer": "{}", "model.class_path": "null", "data.class_path": "null",
     "model.base": TEXT, "model.init": "null", "model.lora": "null {}", "model.peft": "null", "model.quantize": "null",
     "model.adapter": "null", "model.lr": "1 0.5", "model.warmup": "0 1 0.5 1e3_text", "model.min_lr_share": "0 1 0.5",
     "model.weight_decay": "0 1 0.5", "model.eps": "1 0.5", "model.router_aux_loss": "null 0 1 0.5",
@@ -63,7 +63,7 @@ ACCEPTED = {
     "trainer.gradient_clip_val": "null 0 1 0.5 1e3_text", "trainer.gradient_clip_algorithm": "null",
     "trainer.deterministic": "null true", "trainer.benchmark": "null true", "trainer.inference_mode": "true",
     "trainer.use_distributed_sampler": "true", "trainer.detect_anomaly": "true",
-    "trainer.reload_dataloaders_every_n_epochs": "0", "trainer.enable_autolog_hparams": "true",
+    "trainer.kernels": "null", "trainer.reload_dataloaders_every_n_epochs": "0", "trainer.enable_autolog_hparams": "true",
     "trainer.model_registry": "null",
     "trainer.callbacks.StepCheckpoint.every_n_steps": "null 1", "trainer.callbacks.StepCheckpoint.monitor": TEXT,
     "trainer.callbacks.StepCheckpoint.keep_best": "0 1", "trainer.callbacks.StepCheckpoint.keep_last": "1",
@@ -93,6 +93,9 @@ def taken(parser, config):
     """Whether a config is parsed, checked and built; an error that the command would not tell is raised."""
     try:
         settings.check_plain(config)
+        paths = {part: keys.get("class_path") for part, keys in config.items()
+                 if part in ("model", "data") and isinstance(keys, dict)}
+        precheck.own_classes([f"--{part}.class_path={path}" for part, path in paths.items() if isinstance(path, str)])
         parsed = parser.parse_object(config, defaults=False)
         runs.check_values("fit", parsed)
         built = parser.instantiate(parsed)
@@ -239,7 +242,7 @@ def test_every_number_in_a_signature_has_a_range():
     (["fit", "--trainer.callbacks.help", "lit_llm.training.run.checkpoint.StepCheckpoint"],
      ["A whole number from 1 to 1,000,000. Never null.", "A whole number from 1 to 1,000,000,000, or null."]),
     (["fit", "--trainer.strategy.help", "lit_llm.training.parallel.zero.ZeroStrategy"], "A whole number from 1 to 3."),
-    (["inspect", "--help"], "Training rows to show. A whole number from 0 to 10,000."),
+    (["inspect", "--help"], "Number of packed training sequences to show. A whole number from 0 to 10,000."),
     (["chat", "--help"], "A number from 0 to 2. Never null."),
 ])
 def test_the_help_page_says_it(words, says):

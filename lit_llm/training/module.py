@@ -37,47 +37,51 @@ if TYPE_CHECKING:
 
 
 class CausalLMModule(SavedModule):
-    """A causal language model that learns: all its weights, or the adapters of any PEFT method.
+    """A causal language model of which all weights are trained, or the adapters of any PEFT method.
 
     Args:
         base: The model to start from: a folder in Hugging Face's layout, a hub id, or `sample:base`.
         init: Instead of `base`, an architecture with random weights to pretrain: `model_type` and keys of its config.
             Vocabulary size and control tokens are the tokenizer's unless given.
-        lora: Train low-rank adapters only; null trains every weight.
-        quantize: Keep the frozen base's linear layers in 4 bits, as QLoRA does (arXiv:2305.14314): nf4, fp4. A quarter
-            of a bf16 base's memory, slower; adapters are merged into the exact base. Needs bitsandbytes (CPU too).
+        lora: Train low-rank adapters only; null trains all weights.
+        quantize: Keep the linear layers of the frozen base in 4 bits, as QLoRA does (arXiv:2305.14314): nf4, fp4. They
+            take a quarter of the memory of bf16 and are slower; adapters are merged into the unquantized base. Needs
+            bitsandbytes, also on a CPU.
         peft: The long form: any PEFT config by `class_path` and `init_args`, e.g. class_path: peft.LoHaConfig.
         adapter: A trained adapter to start from: a folder in PEFT's format, a checkpoint, or a run (its best one). It
             is continued with its own method, so model.lora and model.peft must be null.
         merge_adapter: Merge that adapter into the base first; then model.lora, model.peft or all weights are trained
             on the result. Checkpoints carry the merged one with theirs.
-        lr: Peak learning rate. 2e-4 suits adapters; training every weight bears about ten times less.
+        lr: Peak learning rate. 2e-4 suits adapters; training all weights needs about a tenth of it.
         warmup: Linear rise of the learning rate: a number of steps, or a share of the run if below 1.
-        schedule: What the learning rate does after it: cosine, linear, wsd (flat, then a short cool-down) or constant.
-        cooldown: Share of a wsd run that cools down at its end (arXiv:2405.18392, section 4).
+        schedule: The learning rate after the warmup: cosine, linear, wsd (flat, then a short cool-down) or constant.
+        cooldown: Share of a wsd run that the cool-down takes at its end (arXiv:2405.18392, section 4).
         min_lr_share: Learning rate at the end, as a share of the peak.
-        optimizer: adamw; adamw_8bit (bitsandbytes: 2 bytes of state per weight, not 8; plain, DDP); muon for matrices
-            between layers with AdamW for the rest (arXiv:2502.16982 reports half the compute in pretraining), at the
-            same lr; it needs whole matrices, so not under ZeRO.
+        optimizer: adamw; adamw_8bit (bitsandbytes, 2 instead of 8 bytes of state per weight; one device or DDP); muon
+            for the matrices of layers and AdamW for the rest (arXiv:2502.16982 reports half the compute in
+            pretraining), at the same lr; it needs whole matrices and does not run under ZeRO.
         weight_decay: Decoupled decay of matrices; norms and biases are never decayed.
-        betas: AdamW's averages. 0.95 for the second forgets faster than the usual 0.999, which helps short runs.
-        eps: AdamW's guard against division by zero.
-        router_aux_loss: What a mixture of experts adds to its loss so that its experts are used evenly: this number
-            times the load balance (arXiv:2101.03961) that its class in transformers computes, of each document by
-            itself, averaged over the step by tokens (`train/aux_loss`; no part of `train/loss` and `val/nll`). Null is
-            the coefficient of the model's config (`router_aux_loss_coef` and the like), also where
-            `output_router_logits` is false in a base's config (in `init` that turns it off); 0 is none.
-        neftune_alpha: Noise on token embeddings in training (arXiv:2310.05914), 5 to 15; helps short SFT runs to
-            answer at more length. Null is none.
-        gradient_checkpointing: Compute activations again in the backward pass. true: all of them, a tenth of the memory
-            and a fifth slower or more; selective: all but products of matrices and attention, about half of the memory;
-            auto: the cheapest way that fits into the device, by what `plan` says.
-        compile: Compile each decoder layer with torch (a minute at the start; a C++ compiler on CPU). Pays on CUDA for
-            long runs; on CPU in bfloat16 it gains little. Not where layers are gathered one by one (ZeRO-3, FSDP2).
-        cross_entropy: Whose kernels make the loss of training from hidden states and head, without a batch's logits:
-            fused (ours); liger (arXiv:2410.10989); cut_cross_entropy (arXiv:2411.09009), whose release 25.1.1 errs by
-            some percent in gradients of large vocabularies and never resumes to the last bit. These two need CUDA and
-            `pip install 'lit_llm[kernels]'`. Perplexity is always ours. May change when a run is resumed.
+        betas: Decay rates of AdamW's averages. 0.95 for the second adapts faster than the usual 0.999, which helps
+            short runs.
+        eps: AdamW's term against division by zero.
+        router_aux_loss: Coefficient of the load-balancing loss of a mixture of experts (arXiv:2101.03961), which its
+            class in transformers computes. It is computed for each document, averaged over the step by tokens, and
+            logged as `train/aux_loss`; it is no part of `train/loss` and `val/nll`. Null takes the coefficient of the
+            model's config (`router_aux_loss_coef` and the like), also if `output_router_logits` is false in a base's
+            config (in `init` that turns the loss off); 0 turns it off.
+        neftune_alpha: Noise on token embeddings in training (arXiv:2310.05914), 5 to 15, which gives longer answers
+            after short SFT runs. Null adds none.
+        gradient_checkpointing: Compute activations again in the backward pass. true: all of them, which takes a tenth
+            of the memory and at least a fifth more time; selective: all except matrix products and attention, which
+            takes about half of the memory; auto: the fastest way that fits into the device according to `plan`.
+        compile: Compile each decoder layer with torch, which takes a minute at the start and needs a C++ compiler on a
+            CPU. It pays on CUDA for long runs; on a CPU in bfloat16 it gains little. Not available if layers are
+            gathered one by one (ZeRO-3, FSDP2).
+        cross_entropy: Kernels that compute the training loss from hidden states and head without the logits of a whole
+            batch: fused (of this project); liger (arXiv:2410.10989); cut_cross_entropy (arXiv:2411.09009), whose
+            release 25.1.1 has errors of some percent in gradients of large vocabularies and does not resume bit for
+            bit. The last two need CUDA and `pip install 'lit_llm[kernels]'`. Perplexity always uses fused. May change
+            when a run is resumed.
     """
 
     def __init__(

@@ -229,7 +229,7 @@ def check(packing: str) -> None:
         InputError: It names those that do.
     """
     if packing not in (known := ["concat", *POLICIES]):
-        raise InputError(f"'{packing}' is none of {', '.join(known)}.{did_you_mean(packing, known)}",
+        raise InputError(f"'{packing}' is not one of {', '.join(known)}.{did_you_mean(packing, known)}",
                          where="data.packing")
 
 
