@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, Self, TypeVar
 
 import torch
-from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, Strategy
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy, Strategy
 from torch import nn
 
 from lit_llm.errors import InputError
@@ -107,6 +107,10 @@ class _Lightnings(Distribution):
     """The answers of a strategy of Lightning's own."""
 
     def __init__(self, strategy: Strategy) -> None:
+        if isinstance(strategy, DeepSpeedStrategy):
+            raise InputError("Lightning's DeepSpeedStrategy divides gradients by the accumulation twice and writes "
+                             "checkpoints that cannot be resumed exactly", where="trainer.strategy",
+                             fix="set it to deepspeed_stage_2, or to class_path: lit_llm.ZeroStrategy")
         self.checkpoint_io, self.precision_plugin = strategy.checkpoint_io, strategy.precision_plugin
         plain = isinstance(strategy, SingleDeviceStrategy | DDPStrategy)
         self.writes_folders = not plain
@@ -121,5 +125,9 @@ class _Lightnings(Distribution):
 
 
 def of(strategy: Strategy) -> Distribution:
-    """The answers of any strategy."""
+    """The answers of any strategy.
+
+    Raises:
+        InputError: It is Lightning's own DeepSpeedStrategy.
+    """
     return strategy if isinstance(strategy, Distribution) else _Lightnings(strategy)

@@ -4,10 +4,10 @@ import importlib
 import re
 from typing import Any
 
-from lightning.pytorch.strategies import DeepSpeedStrategy, StrategyRegistry
+from lightning.pytorch.strategies import StrategyRegistry
 
 from lit_llm.errors import InputError, did_you_mean
-from lit_llm.training.parallel.distribution import Distribution
+from lit_llm.training.parallel import distribution
 
 OWN = {                                             # first part of a name -> module of this package, class
     "deepspeed": ("zero", "ZeroStrategy"),
@@ -24,11 +24,8 @@ def strategy(value: Any) -> Any:
     """
     if isinstance(value, dict):                     # a value that could not be built
         raise InputError(f"{value.get('class_path')} is not a strategy that can be used here", where="trainer.strategy")
-    if isinstance(value, DeepSpeedStrategy) and not isinstance(value, Distribution):
-        raise InputError("Lightning's DeepSpeedStrategy divides gradients by the accumulation twice and does not write "
-                         "checkpoints that can be resumed exactly", where="trainer.strategy",
-                         fix="set it to deepspeed_stage_2, or to class_path: lit_llm.ZeroStrategy with its arguments")
     if not isinstance(value, str):
+        distribution.of(value)                      # refuses what cannot train correctly
         return value
     if own := OWN.get(value.partition("_")[0]):
         module, name = own
