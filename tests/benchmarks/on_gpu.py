@@ -126,7 +126,8 @@ def measure(name, smoke, seconds, rows):
                           max_steps=100_000, default_root_dir=f"{folder}/run", callbacks=[clock],
                           enable_checkpointing=False, enable_progress_bar=False, gradient_clip_val=1.0)
         trainer.exports = False
-        trainer.fit(shapes.Shaped(shape, schedule="constant", warmup=0, **options), shapes.Rounds(made, 100_000))
+        with shapes.adapters_on_random_weights():
+            trainer.fit(shapes.Shaped(shape, schedule="constant", warmup=0, **options), shapes.Rounds(made, 100_000))
     reach = sum(map(shapes.reach, made)) / len(made)
     return clock.seen | {"flops": estimate.flops_per_token(counts, reach), "rows": rows, "seq_len": seq_len,
                          "trained": counts.trained, "total": counts.total}
