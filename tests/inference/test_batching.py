@@ -7,7 +7,7 @@ import random
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
@@ -49,6 +49,7 @@ def oracle(models, prompt, count):
 @settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(seed=st.integers(0, 10**6), running=st.integers(1, 9), room=st.sampled_from([0, 1500, 100_000]),
        chunk=st.sampled_from([9, 64, 256]))
+@example(seed=3236, running=4, room=1500, chunk=64)    # a slot changed places while tokens of this step were not counted
 def test_any_mixture_gives_the_answers_of_generate(models, seed, running, room, chunk):
     """Requests of all lengths that join, are cancelled, begin alike, wait for room and give it to others."""
     draw, monkey = random.Random(seed), pytest.MonkeyPatch()

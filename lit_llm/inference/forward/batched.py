@@ -65,13 +65,14 @@ class Batched:
         reading = [Part(each.state, part) for each, part in chosen if not each.state.generates]
         found = dict(self._logits(generating, reading))
         answers = []
-        for request, part in chosen:
+        for request, part in chosen:                # before any slot changes its place, which copies these tokens
+            if not isinstance(found[id(request.state)], Exception):
+                request.state.ids += part
+        for request, _ in chosen:
             logits = found[id(request.state)]
             if isinstance(logits, Exception):
                 answers.append(Answer(request, None, logits))
-                continue
-            request.state.ids += part
-            if len(request.state.ids) == len(request.ids):
+            elif len(request.state.ids) == len(request.ids):
                 answers.append(Answer(request, logits))
                 if not request.state.generates:
                     request.state.pool.finish_reading(request.state)
