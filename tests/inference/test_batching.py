@@ -46,7 +46,7 @@ def oracle(models, prompt, count):
     return known[prompt][:count]
 
 
-@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=8, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 @given(seed=st.integers(0, 10**6), running=st.integers(1, 9), room=st.sampled_from([0, 1500, 100_000]),
        chunk=st.sampled_from([9, 64, 256]))
 @example(seed=3236, running=4, room=1500, chunk=64)    # a slot changed places while tokens of this step were not counted
