@@ -1,4 +1,4 @@
-"""What goes with what: a rule is a pair of features and the error, or the warning, for a run that has both.
+"""Rules of incompatible features: a pair of features, and the error or warning for a run that has both.
 
 Tables of rules are data: `lit_llm/data/idle.py` has those among keys of the data, `lit_llm/training/rules/table.py` all
 of them. `lit_llm/training/rules/matrix.py` prints them into a README.
@@ -17,15 +17,15 @@ Features = Mapping[str, Callable[[Any], bool]]      # name, as the support matri
 
 @dataclass(frozen=True)
 class Rule:
-    """Two features that do not go together.
+    """Two incompatible features.
 
     Attributes:
         first: Name of a feature.
         second: Name of the other one.
-        why: The reason. As `where` and `fix` it may show attributes of the setup: "{s.schedule}".
+        why: The reason. Like `where` and `fix`, it can contain attributes of the setup: "{s.schedule}".
         where: The key that the error names.
         fix: What to type instead.
-        refused: False where the run goes on with a warning, since the key changes nothing.
+        refused: Whether the run is refused; otherwise it continues with a warning that the key has no effect.
     """
 
     first: str
@@ -40,7 +40,7 @@ class Rule:
 
         Args:
             setup: What the texts show.
-            where: A place that is known more exactly than the key.
+            where: A more specific place than the key.
         """
         return InputError(self.why.format(s=setup), where=where or self.where.format(s=setup),
                           fix=self.fix.format(s=setup))

@@ -215,7 +215,7 @@ def _entries(parser: Any) -> dict[str, dict[str, Any]]:
 
 
 def _plain(text: str | None) -> str:
-    """A description without the markup of Lightning's documentation and without the default, which stands beside it."""
+    """Remove from a description the markup of Lightning's documentation, and the default, which is shown separately."""
     text = re.sub(r":\w+:`~?(?:[\w.]*\.)?(\w+)`", r"\1", " ".join((text or "").split()))
     return re.sub(r" ?Defaults?:? (to )?``[^`]*``\.?", "", text).replace("``", "`")
 

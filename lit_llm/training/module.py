@@ -187,6 +187,10 @@ class CausalLMModule(SavedModule):
         """What a new model's config takes from the tokenizer."""
         return build.tokenizer_facts(self)
 
+    def saved_arguments(self) -> dict[str, Any]:
+        """Also what the tokenizer determines of a new model, because `load_from_checkpoint` has no tokenizer."""
+        return self.arguments | ({"init": self._tokenizer_facts() | self.init} if self.init else {})
+
     # ---- steps -------------------------------------------------------------------------------------------------------
 
     def on_train_start(self) -> None:

@@ -80,6 +80,21 @@ def background(server, count, body=ENDLESS, stream=False):
     return threads, results
 
 
+def assert_ends_in_order(server, number, *, tokens):
+    """After a signal a running answer is finished, then every process ends, with code 0."""
+    threads, results = background(server, 1, ENDLESS | {"max_tokens": tokens}, stream=True)
+    server.until(lambda: server.health() == (200, 1))
+    server.process.send_signal(number)
+    assert server.process.wait(60) == 0
+    threads[0].join(5)
+    assert results[0].endswith("data: [DONE]\n\n")
+    deadline = time.monotonic() + 5
+    while server.members() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert server.members() == []
+    assert "Traceback" not in server.process.stderr.read()
+
+
 @pytest.mark.slow
 def test_keys_limits_a_killed_worker_and_the_end(start_server, endless_model):
     """The life of one server, told in order, as each start takes seconds."""
@@ -118,17 +133,7 @@ def test_keys_limits_a_killed_worker_and_the_end(start_server, endless_model):
         assert server.http.post("/chat", json={"message": "Hi", "max_length": 2}, headers=headers).status_code == 200
 
     # SIGTERM: what runs is finished, then every process ends, with code 0.
-    threads, results = background(server, 1, ENDLESS | {"max_tokens": 1500}, stream=True)
-    server.until(lambda: server.health() == (200, 1))
-    server.process.send_signal(signal.SIGTERM)
-    assert server.process.wait(60) == 0
-    threads[0].join(5)
-    assert results[0].endswith("data: [DONE]\n\n")
-    deadline = time.monotonic() + 5
-    while server.members() and time.monotonic() < deadline:
-        time.sleep(0.1)
-    assert server.members() == []
-    assert "Traceback" not in server.process.stderr.read()
+    assert_ends_in_order(server, signal.SIGTERM, tokens=1500)
 
 
 def test_the_verb_is_the_same_server(start_server, endless_model, tmp_path):
@@ -137,17 +142,7 @@ def test_the_verb_is_the_same_server(start_server, endless_model, tmp_path):
     script.write_text("import sys\nfrom lit_llm.__main__ import run\nif __name__ == '__main__':\n    sys.exit(run())\n")
     server = start_server("--model", endless_model, "--name", "tale", command=(str(script), "serve"))
     assert server.http.get("/v1/models").json()["data"][0]["id"] == "tale"
-    threads, results = background(server, 1, ENDLESS | {"max_tokens": 60}, stream=True)
-    server.until(lambda: server.health() == (200, 1))
-    server.process.send_signal(signal.SIGINT)
-    assert server.process.wait(60) == 0
-    threads[0].join(5)
-    assert results[0].endswith("data: [DONE]\n\n")
-    deadline = time.monotonic() + 5
-    while server.members() and time.monotonic() < deadline:
-        time.sleep(0.1)
-    assert server.members() == []
-    assert "Traceback" not in server.process.stderr.read()
+    assert_ends_in_order(server, signal.SIGINT, tokens=60)
 
 
 @pytest.mark.parametrize("words", [["--help"], ["--model", "no/such/folder"], ["--modle", "x"], ["--model", "x", "--port", "0"]])

@@ -83,8 +83,7 @@ class SavedModule(L.LightningModule):
         """
         checkpoint[reshard.ACCUMULATE] = self.trainer.accumulate_grad_batches
         self.hyperparameters.save(checkpoint)
-        arguments = self.arguments | ({"init": self._tokenizer_facts() | self.init} if self.init else {})
-        checkpoint["hyper_parameters"] = {**checkpoint.get("hyper_parameters", {}), **arguments}
+        checkpoint["hyper_parameters"] = {**checkpoint.get("hyper_parameters", {}), **self.saved_arguments()}
         checkpoint["trained_ids"], checkpoint["vocabulary"] = self.trained_ids, self.vocabulary
         frozen = {name for name, weight in self.named_parameters() if not weight.requires_grad}
         checkpoint["state_dict"] = {      # the scales of 4-bit weights have names behind theirs
@@ -112,6 +111,6 @@ class SavedModule(L.LightningModule):
             self.hyperparameters.load(checkpoint)
             reshard.recount(checkpoint, self.trainer.accumulate_grad_batches)
 
-    def _tokenizer_facts(self) -> dict[str, Any]:
-        """What a new model's config takes from the tokenizer."""
-        raise NotImplementedError
+    def saved_arguments(self) -> dict[str, Any]:
+        """The arguments of the constructor that `load_from_checkpoint` passes to it."""
+        return self.arguments
