@@ -116,6 +116,20 @@ def test_a_prompt_that_begins_as_an_earlier_one_reads_what_is_new(tiny_model):
     assert engine.stats.reused_tokens == 89 + 90
 
 
+def test_two_chats_by_turns_keep_what_they_have_read(tiny_model):
+    """All chats begin with the tokens of the template; that alone takes no slot from another chat."""
+    begin, engine, read = [3, 4, 5], Engine.load(tiny_model("llama")), []
+    engine.model.register_forward_pre_hook(lambda *_, **given: read.append(_[2]["input_ids"].numel()), with_kwargs=True)
+    for turn in (0, 1):
+        for number in (0, 1):
+            prompt = begin + [20 + number] * 57 + [9] * 2 * turn
+            del read[:]
+            engine.add(f"{number}, {turn}", prompt, GREEDY)
+            while engine.has_work:
+                engine.step()
+            assert turn == 0 or read[0] == 2
+
+
 def test_requests_that_find_no_room_wait_and_are_read_again(tiny_model, monkeypatch):
     """The cache holds two contexts, for nine requests that grow into it: some give their room to older ones."""
     engine, preempted = Engine.load(tiny_model("llama")), []

@@ -161,7 +161,8 @@ class Slots:
         """
         wanted = self._pool_for(room)
         best = max(self._idle(), key=lambda slot: (shared(slot.ids, ids), slot.pool is wanted), default=None)
-        if best is not None and (count := min(shared(best.ids, ids), len(ids) - 1)):
+        count = min(shared(best.ids, ids), len(ids) - 1) if best is not None else 0
+        if best is not None and 0 < len(best.ids) <= 2 * count:     # otherwise the slot keeps more than it would save
             best.ids = best.ids[:count]
         elif (best := self._empty(wanted)) is None:
             return None
