@@ -16,7 +16,7 @@ from typing import Any
 from lit_llm.errors import InputError
 from lit_llm.inference.engine import Event
 from lit_llm.inference.sampling import SamplingParams
-from serve.schema import ApiError, bad_request
+from serve.errors import ApiError, bad_request
 from serve.worker import BEAT_SECONDS, CONSUMER, Add, Beat, Cancel
 
 SILENT_SECONDS = 6 * BEAT_SECONDS                   # a worker without a heartbeat for this long is dead

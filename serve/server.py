@@ -22,8 +22,8 @@ from lit_llm.inference.loading import model_folder, tokenizer_folder
 from lit_llm.text.tokenizer import Tokenizer
 from serve import private
 from serve.engine_client import Limits
-from serve.schema import ApiError
-from serve.spec import Routes
+from serve.errors import ApiError
+from serve.openai.routes import Routes
 from serve.worker import EngineAPI
 
 PAGE = Path(__file__).parent / "page" / "index.html"

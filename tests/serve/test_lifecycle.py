@@ -197,7 +197,7 @@ def test_a_request_that_was_lost_with_a_worker_is_not_left_to_the_next():
 
     from lit_llm.inference.sampling import SamplingParams
     from serve.engine_client import EngineClient, Limits
-    from serve.schema import ApiError
+    from serve.errors import ApiError
     from serve.worker import Add, Beat, Cancel
 
     class Beats:

@@ -5,15 +5,14 @@ They run in the API process, which has the tokenizer, and send token ids to the 
 
 import asyncio
 import hmac
-import json
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import aclosing, suppress
-from typing import Any, TypeVar
+from contextlib import aclosing
+from typing import Any
 
 from fastapi import Request
-from fastapi.responses import JSONResponse, Response, StreamingResponse
+from fastapi.responses import JSONResponse, Response
 from litserve.specs.base import LitSpec
 
 from lit_llm.errors import InputError
@@ -24,9 +23,10 @@ from lit_llm.text.conversation import Conversation, Document, Message
 from lit_llm.text.tokenizer import Tokenizer
 from serve import private
 from serve.engine_client import EngineClient, Limits
-from serve.schema import ApiError, ChatBody, ChatCompletionBody, CompletionBody, Sampling, Shape, bad_request
-
-T = TypeVar("T")
+from serve.errors import ApiError, bad_request
+from serve.openai.answers import Shape
+from serve.openai.bodies import ChatBody, ChatCompletionBody, CompletionBody, Sampling
+from serve.openai.streams import EventStream, events, until_disconnect, whole
 
 
 class Routes(LitSpec):
@@ -186,77 +186,3 @@ def budget_or_400(ids: list[int], params: SamplingParams, context_length: int, f
         return budget(len(ids), params, context_length)
     except InputError as error:
         raise ApiError(400, error.what, param=field, code="context_length_exceeded") from None
-
-
-async def whole(pieces: AsyncGenerator[Completion, None]) -> tuple[str, Completion]:
-    """The joined text of all pieces, and the last piece."""
-    async with aclosing(pieces):
-        got = [piece async for piece in pieces]
-    return "".join(piece.text for piece in got), got[-1]
-
-
-async def events(
-    shape: Shape, first: Completion, rest: AsyncGenerator[Completion, None], *, with_usage: bool
-) -> AsyncGenerator[str, None]:
-    """Server-sent events: the role, the text, the finish reason, the usage, `[DONE]`."""
-    def event(value: dict[str, Any]) -> str:
-        return f"data: {json.dumps(value, ensure_ascii=False)}\n\n"
-
-    async with aclosing(rest):
-        if opening := shape.opening():
-            yield event(opening)
-        piece = first
-        try:
-            while True:
-                if piece.text:
-                    yield event(shape.chunk(piece))
-                if piece.finish_reason:
-                    break
-                piece = await anext(rest)
-        except ApiError as error:  # too late for a status: send the error in the stream, without [DONE]
-            yield event(error.body)
-            return
-        yield event(shape.closing(piece))
-        if with_usage:
-            yield event(shape.accounts(piece))
-        yield "data: [DONE]\n\n"
-
-
-class EventStream(StreamingResponse):
-    """A stream that is closed with its connection, not at garbage collection, to free the engine's slot."""
-
-    def __init__(self, content: AsyncGenerator[str, None]) -> None:
-        self._events = content
-        super().__init__(content, media_type="text/event-stream",
-                         headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
-
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        """Send the stream."""
-        try:
-            await super().__call__(scope, receive, send)
-        finally:
-            await self._events.aclose()
-
-
-async def until_disconnect(request: Request, work: Awaitable[T]) -> T:
-    """Await the work; cancel it when the client disconnects.
-
-    Raises:
-        ApiError: 499 if the client has closed the connection.
-    """
-    task, disconnect = asyncio.ensure_future(work), asyncio.ensure_future(_disconnected(request))
-    try:
-        await asyncio.wait({task, disconnect}, return_when=asyncio.FIRST_COMPLETED)
-        if task.done():
-            return task.result()
-        raise ApiError(499, "the client closed the connection")
-    finally:
-        for part in (task, disconnect):
-            part.cancel()
-            with suppress(asyncio.CancelledError, Exception):
-                await part
-
-
-async def _disconnected(request: Request) -> None:
-    while not await request.is_disconnected():
-        await asyncio.sleep(0.1)

@@ -1,19 +1,16 @@
-"""Validate requests in OpenAI's JSON format, and build responses and errors in the same format.
+"""Validate requests in OpenAI's JSON format.
 
 Every field is used, documented as ignored, or refused; none is dropped silently.
 """
 
 import json
-import time
-import uuid
-from collections.abc import Mapping
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from lit_llm.errors import InputError, did_you_mean
-from lit_llm.inference.completion import Completion
 from lit_llm.inference.sampling import SamplingParams
+from serve.errors import ApiError, bad_request
 
 MOST = 2**31 - 1                                    # limit on new tokens
 # Accepted without effect: bookkeeping of OpenAI's own service.
@@ -27,34 +24,6 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "response_format": ({"type": "text"},), "modalities": (["text"],), "audio": (), "prediction": (),
     "reasoning_effort": (), "verbosity": (), "web_search_options": (),
 }
-
-
-class ApiError(Exception):
-    """An error response.
-
-    Args:
-        status: HTTP status.
-        message: Message for the client; it never quotes long parts of the request.
-        param: The field that is wrong.
-        code: OpenAI's machine-readable error code.
-        kind: OpenAI's `type`; null derives it from the status.
-        headers: Headers of the response.
-    """
-
-    def __init__(self, status: int, message: str, *, param: str | None = None, code: str | None = None,
-                 kind: str | None = None, headers: Mapping[str, str] | None = None) -> None:
-        super().__init__(message)
-        self.status, self.headers = status, dict(headers or {})
-        kinds = {401: "authentication_error", 429: "rate_limit_error"}
-        kind = kind or kinds.get(status, "server_error" if status >= 500 else "invalid_request_error")
-        self.body = {"error": {"message": message, "type": kind, "param": param, "code": code}}
-
-
-def bad_request(error: InputError, *, param: str | None = None, code: str | None = None) -> ApiError:
-    """Convert an `InputError` to a 400 response; its place becomes the field."""
-    field = error.where or None
-    text = f"{field}: {error.what}" if field else error.what
-    return ApiError(400, text, param=param or field, code=code)
 
 
 class Body(BaseModel):
@@ -186,56 +155,3 @@ def _check_text(body: Any) -> None:
         raise ApiError(400, "the text contains a lone surrogate, which is not a character") from None
     except RecursionError:
         raise ApiError(400, "the body is nested too deeply") from None
-
-
-# ---- answers ---------------------------------------------------------------------------------------------------------
-
-def usage(last: Completion) -> dict[str, int]:
-    """Token counts, including the stop token, as `generate` returns it."""
-    return {"prompt_tokens": last.prompt_tokens, "completion_tokens": last.completion_tokens,
-            "total_tokens": last.prompt_tokens + last.completion_tokens}
-
-
-class Shape:
-    """Builds the parts of one response, which share an id and a time.
-
-    Args:
-        chat: Whether it is a chat completion or a plain completion.
-        model: Name of the model in the API.
-    """
-
-    def __init__(self, model: str, *, chat: bool) -> None:
-        self.chat = chat
-        name = "chat.completion" if chat else "text_completion"
-        prefix = "chatcmpl" if chat else "cmpl"
-        head = {"id": f"{prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
-        self._whole = {**head, "object": name}
-        self._chunk = {**head, "object": f"{name}.chunk" if chat else name}
-
-    def whole(self, text: str, last: Completion) -> dict[str, Any]:
-        """The body of a response that is not streamed."""
-        content = {"message": {"role": "assistant", "content": text, "refusal": None}} if self.chat else {"text": text}
-        return {**self._whole, "choices": [self._choice(content, last.finish_reason)], "usage": usage(last)}
-
-    def opening(self) -> dict[str, Any] | None:
-        """The first chunk, which names the role; plain completions have none."""
-        return self._with({"role": "assistant", "content": ""}, None) if self.chat else None
-
-    def chunk(self, piece: Completion) -> dict[str, Any]:
-        """A chunk of text."""
-        return self._with({"content": piece.text} if self.chat else {"text": piece.text}, None)
-
-    def closing(self, last: Completion) -> dict[str, Any]:
-        """The last chunk, with the finish_reason."""
-        return self._with({} if self.chat else {"text": ""}, last.finish_reason)
-
-    def accounts(self, last: Completion) -> dict[str, Any]:
-        """The chunk with the token counts."""
-        return {**self._chunk, "choices": [], "usage": usage(last)}
-
-    def _with(self, content: dict[str, Any], finish_reason: str | None) -> dict[str, Any]:
-        return {**self._chunk, "choices": [self._choice({"delta": content} if self.chat else content, finish_reason)]}
-
-    @staticmethod
-    def _choice(content: dict[str, Any], finish_reason: str | None) -> dict[str, Any]:
-        return {"index": 0, **content, "logprobs": None, "finish_reason": finish_reason}
