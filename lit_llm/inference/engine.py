@@ -12,9 +12,12 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from lit_llm.errors import InputError
 from lit_llm.inference import loading
+from lit_llm.inference.constraint import Constraint, Factory
 from lit_llm.inference.sampling import SamplingParams, next_ids
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from lit_llm.inference.forward.request import Answer, Request
     from lit_llm.system.threads import Choice
 
@@ -87,11 +90,12 @@ class Engine:
         max_running: Requests computed concurrently; others wait in order of arrival.
         cache_tokens: Maximum number of tokens whose keys and values are kept, of all requests together; null allows
             what `max_running` requests can need, limited by the memory. Requests wait if there is no room.
+        constraints: Builds the constraints of requests with a grammar; null refuses these.
     """
 
     def __init__(self, model: Any, *, stop_ids: Sequence[int] = (), max_running: int = MAX_RUNNING,
-                 cache_tokens: int | None = None) -> None:
-        self.model, self.max_running = model, max_running
+                 cache_tokens: int | None = None, constraints: Factory | None = None) -> None:
+        self.model, self.max_running, self.constraints = model, max_running, constraints
         self.stop_ids = frozenset(stop_ids) | _own_stop_ids(model)
         config = model.config.get_text_config()
         self.context_length = int(getattr(config, "max_position_embeddings", None) or 2048)
@@ -120,7 +124,8 @@ class Engine:
 
     @classmethod
     def load(cls, folder: str | Path, *, device: str = "auto", dtype: str = "auto", adapter: str | Path | None = None,
-             stop_ids: Sequence[int] = (), max_running: int = MAX_RUNNING, threads: int | str = "auto") -> "Engine":
+             stop_ids: Sequence[int] = (), max_running: int = MAX_RUNNING, threads: int | str = "auto",
+             constraints: Factory | None = None) -> "Engine":
         """Load an engine from a folder that transformers can load.
 
         Args:
@@ -131,6 +136,7 @@ class Engine:
             stop_ids: As in `Engine`.
             max_running: As in `Engine`.
             threads: CPU threads; auto measures which number gives the fastest forward pass (see `threads.py`).
+            constraints: As in `Engine`.
 
         Raises:
             InputError: No such folder, no loadable model in it, or an invalid number of threads.
@@ -141,7 +147,7 @@ class Engine:
             number(threads)                         # first, because the weights take longer
         loaded = loading.load(str(folder), device, dtype, adapter)
         choice = settle(threads, lambda: _forward_alone(loaded)) if loaded.device.type == "cpu" else None
-        engine = cls(loaded, stop_ids=stop_ids, max_running=max_running)
+        engine = cls(loaded, stop_ids=stop_ids, max_running=max_running, constraints=constraints)
         engine.threads = choice
         return engine
 
@@ -149,7 +155,8 @@ class Engine:
         """Queue a request; invalid values are refused here, not in a later step.
 
         Raises:
-            InputError: An empty prompt, an id outside the vocabulary, or more tokens than the context has.
+            InputError: An empty prompt, an id outside the vocabulary, more tokens than the context has, or a grammar
+                that cannot be used.
         """
         import torch
 
@@ -165,7 +172,15 @@ class Engine:
         generator = None
         if params.seed is not None and not params.greedy:
             generator = torch.Generator(device=self.model.device).manual_seed(params.seed)
-        self._waiting.append(Request(request_id, prompt, len(prompt), left, params, generator))
+        constraint = self._constraint(params)
+        self._waiting.append(Request(request_id, prompt, len(prompt), left, params, generator, constraint))
+
+    def _constraint(self, params: SamplingParams) -> Constraint | None:
+        if params.grammar is None:
+            return None
+        if self.constraints is None:
+            raise InputError("this engine cannot constrain answers", where="grammar")
+        return self.constraints(params.grammar, self.vocab_size)
 
     def cancel(self, request_id: str) -> bool:
         """Remove a request and free its cache; false if it is unknown. No event follows."""
@@ -212,19 +227,27 @@ class Engine:
             return found
         logits = torch.stack([answers[at].logits for at in whole])      # type: ignore[misc]
         finite = logits.amax(-1).isfinite().tolist()
+        for row, at in enumerate(whole):
+            if finite[row]:
+                found[at] = _constrained(logits[row], answers[at].request)
+            else:
+                found[at] = FloatingPointError("the model's logits are not finite")
         likeliest = logits.argmax(-1).tolist()
         for row, at in enumerate(whole):
             request = answers[at].request
-            if not finite[row]:
-                found[at] = FloatingPointError("the model's logits are not finite")
-            elif request.params.greedy:
+            if found[at] is None and request.params.greedy:
                 found[at] = likeliest[row]
-            else:
+            elif found[at] is None:
                 found[at] = int(next_ids(logits[row:row + 1], [request.params], [request.generator]))
         return found
 
     def _event(self, answer: "Answer", drawn: int | Exception) -> Event:
         request = answer.request
+        if request.constraint is not None and isinstance(drawn, int) and drawn not in self.stop_ids:
+            try:
+                request.constraint.accept(drawn)
+            except Exception as error:
+                drawn = error
         if isinstance(drawn, Exception):            # fails only this request
             del self._running[request.name]
             self._forward.end(request, broken=True)
@@ -237,6 +260,22 @@ class Engine:
             del self._running[request.name]
             self._forward.end(request)
         return Event(request.name, drawn, reason)
+
+
+def _constrained(logits_V: "Tensor", request: "Request") -> Exception | None:
+    """Mask the tokens that the constraint of a request does not allow, in place; an error if it allows none."""
+    if request.constraint is None:
+        return None
+    try:
+        allowed = request.constraint.allowed()
+    except Exception as error:                      # of the library of constraints: this request's alone
+        return error
+    if allowed is None:
+        return None
+    if not bool(allowed.any()):
+        return RuntimeError("the constraint allows no token")
+    logits_V.masked_fill_(~allowed.to(logits_V.device), float("-inf"))
+    return None
 
 
 def _forward_alone(model: Any) -> None:

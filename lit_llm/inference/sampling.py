@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from lit_llm.errors import InputError
+from lit_llm.inference.constraint import Grammar
 from lit_llm.system import ranges
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ class SamplingParams:
         top_k: Keep this many most likely tokens; 0 keeps all.
         stop: The answer ends before the first of these strings, which is left out.
         seed: The same seed, prompt and settings give the same tokens, whatever else is running; null is random.
+        grammar: A constraint on all tokens of the answer; the engine needs a factory for it.
     """
 
     max_tokens: int | None = None
@@ -38,6 +40,7 @@ class SamplingParams:
     top_k: int = 0
     stop: tuple[str, ...] = ()
     seed: int | None = None
+    grammar: Grammar | None = None
 
     def __post_init__(self) -> None:
         for name in ("max_tokens", "top_k", "seed", "temperature", "top_p"):

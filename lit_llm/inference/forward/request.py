@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from lit_llm.inference.constraint import Constraint
 from lit_llm.inference.sampling import SamplingParams
 
 
@@ -19,6 +20,7 @@ class Request:
         left: Tokens that it may still generate.
         params: How a token is drawn.
         generator: Draws them, if the request has a seed.
+        constraint: Which tokens may come next, if the request has a grammar.
         state: Keys and values of the tokens that were read: a slot, or a cache of transformers.
     """
 
@@ -28,6 +30,7 @@ class Request:
     left: int
     params: SamplingParams
     generator: Any
+    constraint: Constraint | None = None
     state: Any = None
 
 
