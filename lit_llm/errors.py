@@ -4,6 +4,9 @@ They are raised anywhere and caught once, in `cli/main.py` and `serve`, where th
 without a traceback. Bugs are `assert`s and keep their traceback.
 """
 
+from collections.abc import Iterable
+from pathlib import Path
+
 # The distribution of a package where it has another name.
 DISTRIBUTIONS = {"comet_ml": "comet-ml", "cut_cross_entropy": "cut-cross-entropy", "liger_kernel": "liger-kernel",
                  "yaml": "pyyaml"}
@@ -59,6 +62,26 @@ def missing_package(error: BaseException | None) -> InputError | None:
     if not name or name in ("lit_llm", "serve"):    # those of this project are no package to install
         return None
     return InputError(f"the package '{name}' is not installed", fix=f"pip install {DISTRIBUTIONS.get(name, name)}")
+
+
+def did_you_mean_path(path: str, *, folders: bool = False, others: Iterable[str] = ()) -> str:
+    """` Did you mean 'runs/sft'?`, or an empty text if no path has a similar name, whatever its ending.
+
+    Args:
+        path: Where nothing is. What is in the same folder may be meant.
+        folders: Whether only folders are meant.
+        others: Paths elsewhere that may be meant.
+    """
+    from difflib import get_close_matches
+
+    try:
+        beside = [entry for entry in Path(path).parent.expanduser().iterdir() if not folders or entry.is_dir()]
+    except (OSError, RuntimeError, ValueError):
+        beside = []
+    known = {Path(other).stem: Path(other) for other in others}
+    known |= {entry.stem: Path(path).parent / entry.name for entry in beside}
+    close = get_close_matches(Path(path).stem, known, n=1, cutoff=0.6)
+    return f" Did you mean '{known[close[0]]}'?" if close else ""
 
 
 def did_you_mean(word: str, known: list[str]) -> str:

@@ -6,7 +6,7 @@ from functools import cache
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from lit_llm.errors import InputError
+from lit_llm.errors import InputError, did_you_mean_path
 
 SECONDS = 5.0
 
@@ -41,9 +41,18 @@ def cached(name: str) -> Path | None:
     return Path(file).parent if isinstance(file, str) else None
 
 
+def has_files(name: str) -> bool:
+    """Whether the hub's local cache has any file of a model or tokenizer."""
+    from huggingface_hub import constants
+
+    return Path(constants.HF_HUB_CACHE, f"models--{name.replace('/', '--')}").is_dir()
+
+
 def unreachable(name: str, *, where: str = "") -> InputError:
     """The error for a hub id that could not be downloaded, with the offline alternatives."""
+    near = did_you_mean_path(name, folders=True)
     return InputError(
-        f"'{name}' is not a local folder and could not be downloaded from the Hugging Face hub", where=where,
+        f"'{name}' is not a local folder and could not be downloaded from the Hugging Face hub{near and '.' + near}",
+        where=where,
         fix="offline: give a local folder, or fill the cache elsewhere and set HF_HOME to it with HF_HUB_OFFLINE=1;\n"
             "  behind a mirror: set HF_ENDPOINT to its address")

@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 
 from lit_llm import hub
-from lit_llm.errors import InputError
+from lit_llm.errors import InputError, did_you_mean_path
 
 SAMPLE = "sample:"                                  # a file or folder that ships with this package
 SAMPLES = Path(__file__).resolve().parent / "samples"
@@ -41,7 +41,8 @@ def check_folder(name: str, where: str, fix: str = "") -> None:
         InputError: Located at `where`, the key of the name.
     """
     if is_path(name) and not path_of(name).is_dir():
-        raise InputError(f"there is no folder {name}", where=where, fix=fix)
+        near = did_you_mean_path(name, folders=True)
+        raise InputError(f"there is no folder {name}{near and '.' + near}", where=where, fix=fix)
 
 
 def folder_of(name: str) -> Path | None:

@@ -5,20 +5,23 @@ Oracle: the parser itself, which is made from the signatures.
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import yaml
+from huggingface_hub import constants
 
-from lit_llm import InputError
+from lit_llm import InputError, hub
 from lit_llm.cli import pages, precheck, settings
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
-BY_THE_RUN = ("trainer.strategy", "data.packing", "ckpt_path")     # keys whose names the parser leaves to the run
+BY_THE_RUN = ("trainer.strategy", "data.packing", "ckpt_path", "model.base", "model.adapter",
+              "data.tokenizer")                     # keys whose names the parser leaves to the run
 
 
 def refusal(*words: str) -> str:
@@ -46,7 +49,9 @@ def test_every_key_is_known(monkeypatch):
                        "--model.init.hidden_size=3", "--print_config", "--trust-checkpoint")
     for file in [*ROOT.glob("configs/*.yaml"), *ROOT.glob("configs/with/*.yaml")]:
         own = file.name in ("qwen3_lora.yaml", "own_questions.yaml")        # which name a file of the user's
-        assert ("my.jsonl" if own else "") == refusal("--config", str(file)).partition(":")[0]
+        hub = file.name == "tutorial.yaml"          # which names a model of the hub
+        wanted = "my.jsonl" if own else "model.base" if hub else ""
+        assert wanted == refusal("--config", str(file)).partition(":")[0]
 
 
 def test_a_value_is_refused_only_where_the_parser_refuses_it(tmp_path, monkeypatch):
@@ -81,6 +86,16 @@ def test_a_value_is_refused_only_where_the_parser_refuses_it(tmp_path, monkeypat
     (["--model.lrr", "1"], "unknown key 'model.lrr'. Did you mean 'model.lr'?"),
     (["--learning_rate=1"], "Did you mean 'model.lr'?"),
     (["--config", "nope.yaml"], "there is no file"),
+    (["--config", "godo.yml"], "there is no file godo.yml. Did you mean 'good.yaml'?"),
+    (["--config", "confgis/stf.yaml"], "Did you mean 'configs/sft.yaml'?"),
+    (["--config", "zer3.yaml"], "Did you mean 'configs/with/zero3.yaml'?"),
+    (["--config", "good.yaml", "--model.base", "mymodl"], "model.base: 'mymodl' is not a local folder and could not be "
+     "downloaded from the Hugging Face hub. Did you mean 'mymodel'?"),
+    (["--config", "good.yaml", "--data.tokenizer", "./mymodl"], "data.tokenizer: there is no folder ./mymodl. Did you mean"),
+    (["--config", "good.yaml", "--model.adapter", "mymodl"], "model.adapter: there is no folder mymodl. Did you mean"),
+    (["--config", "good.yaml", "--trainer.devices", "x"], "trainer.devices: 'x' is not a number of devices"),
+    (["--config", "good.yaml", "--data.sources", "[{path:nope}]"], "data.sources: write a space after the colon: path: nope"),
+    (["--config", "good.yaml", "--data.sources", "{path:nope}"], "data.sources: '{path:nope}' is not a list"),
     (["--config", "good.yaml", "--model.lora.rank", "3"], "model.lora: unknown key 'rank'. Did you mean 'model.lora.r'?"),
     (["--config", "nested.yaml"], "model.lora: unknown key 'rank'. Did you mean 'model.lora.r'?"),
     (["--config", "good.yaml", "--model.lr", "abc"], "model.lr: 'abc' is not a number\n  model.lr takes a number above 0"),
@@ -97,6 +112,7 @@ def test_what_is_wrong_is_said_without_torch(words, says, tmp_path):
     (tmp_path / "nested.yaml").write_text("model: {lora: {rank: 3}}\n")
     (tmp_path / "typed.yaml").write_text("data: {seq_len: long}\n")
     (tmp_path / "bad.yaml").write_text("data: {pakcing: none}\n")
+    (tmp_path / "mymodel").mkdir()
     code = ("import sys\nfrom lit_llm.cli.main import main\ntry:\n    main(['fit', *sys.argv[1:]])\n"
             "finally:\n    print('torch' in sys.modules)")
     done = subprocess.run([sys.executable, "-c", code, *words], cwd=tmp_path, capture_output=True, text=True, timeout=60,
@@ -135,9 +151,27 @@ def test_names_and_paths_that_are_none(words, says, tmp_path, monkeypatch):
 @pytest.mark.parametrize("words", [
     ["--trainer.strategy", "ddp"], ["--trainer.strategy", "{class_path: lit_llm.Fsdp2Strategy}"],
     ["--trainer.strategy=lightning.pytorch.strategies.DDPStrategy"], ["--trainer.profiler", "simple"],
-    ["--trainer.logger", "false"], ["--trainer.callbacks", "LearningRateMonitor"], ["--model.base", "own/name"],
+    ["--trainer.logger", "false"], ["--trainer.callbacks", "LearningRateMonitor"], ["--trainer.devices", "0, 1"],
     ["--trainer.callbacks+", "lightning.pytorch.callbacks.early_stopping.EarlyStopping"], ["--ckpt_path", "auto"],
     ["--trainer.callbacks", "null"], ["--data.chat_template", "chatml"], ["--data.tokenizer", "sample:tokenizer"]])
 def test_names_that_are_left_to_the_run(words, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert refusal(*words) == ""
+
+
+def test_an_id_of_the_hub_is_left_to_the_run_where_it_can_be_loaded(tmp_path, monkeypatch):
+    """Refused only without a connection to the hub, and if no file of it was downloaded before."""
+    monkeypatch.chdir(tmp_path)
+    words = ["--model.base", "owner/name"]
+    hub.offline.cache_clear()
+    assert "model.base: 'owner/name' is not a local folder" in refusal(*words)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    (tmp_path / "models--owner--name").mkdir()
+    assert refusal(*words) == ""
+    (tmp_path / "models--owner--name").rmdir()
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+        monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.getsockname()[1]}")
+        hub.offline.cache_clear()
+        assert refusal(*words) == ""
+    hub.offline.cache_clear()

@@ -6,14 +6,13 @@ import sys
 from collections.abc import Sequence
 from dataclasses import MISSING, fields
 from difflib import get_close_matches
-from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
 from jsonargparse import ArgumentParser
 
-from lit_llm.cli import settings
-from lit_llm.errors import InputError, did_you_mean
+from lit_llm.cli import configs, settings
+from lit_llm.errors import InputError, did_you_mean, did_you_mean_path
 from lit_llm.system import class_paths, ranges
 from lit_llm.system.private import others
 
@@ -131,8 +130,7 @@ def explain(message: str, known: list[str]) -> str:
         has = [name for name in dir(sys.modules.get(found[1])) if name[0] != "_"]
         return f"{where}{found[1]} has no '{found[2]}'.{did_you_mean(found[2], has)}"
     if found := re.search(r"File does not exist: '(.*)'", message):
-        beside = [each.name for each in Path(found[1]).parent.glob("*.yaml")]
-        return f"there is no file {found[1]}.{did_you_mean(Path(found[1]).name, beside)}"
+        return f"there is no file {found[1]}.{did_you_mean_path(found[1], others=configs.shipped())}"
     if found := re.search(r"Literal\[([^\]]*)\]\. Got value: (.*)", message):
         choices = [choice.strip("'\" ") for choice in found[1].split(",")]
         return f"{where}'{found[2]}' is not one of {', '.join(choices)}.{did_you_mean(found[2], choices)}"

@@ -14,10 +14,10 @@ from typing import Any
 
 import yaml
 
-from lit_llm import names
+from lit_llm import hub, names
 from lit_llm.cli import configs, pages, parser, settings
 from lit_llm.data.records import sources
-from lit_llm.errors import DISTRIBUTIONS, InputError, did_you_mean
+from lit_llm.errors import DISTRIBUTIONS, InputError, did_you_mean, did_you_mean_path
 from lit_llm.system import class_paths, ranges
 
 ALLOW = class_paths.OPTION.lstrip("-")
@@ -131,6 +131,8 @@ def _check_sources(key: str, items: Any) -> None:
         if not isinstance(item, dict):
             continue
         for name in item:
+            if item[name] is None and re.fullmatch(r"\w+:.+", str(name)):
+                raise InputError(parser.explain(f'Parser key "{key}": Option \'{name}\' is not accepted', []))
             if name not in fields and re.fullmatch(r"\w+", str(name)):
                 raise InputError(f"unknown key '{name}'.{did_you_mean(str(name), fields)}", where=key)
         path = item.get("path")
@@ -139,12 +141,18 @@ def _check_sources(key: str, items: Any) -> None:
 
 
 def _check_paths(given: Mapping[str, Any]) -> None:
-    """Refuse names that can only be local paths, where nothing is."""
+    """Refuse names of models where there is no folder and cannot be a download, and paths where nothing is."""
     texts = {key: value for key, value in given.items() if isinstance(value, str) and value not in ("", "null")}
-    for key in ("model.base", "model.adapter", "data.tokenizer"):
+    for key in ("model.base", "data.tokenizer"):
         if key in texts:
             names.check_folder(texts[key], key, fix="give a folder in the layout of Hugging Face, or the id of one on "
-                               "the hub" if key != "model.adapter" else "give the folder of an adapter, or of a run")
+                               "the hub")
+            if names.is_local_only(texts[key]) and not hub.has_files(texts[key]):
+                raise hub.unreachable(texts[key], where=key)
+    adapter = texts.get("model.adapter", "")
+    if adapter and not Path(adapter).expanduser().exists():
+        raise InputError(f"there is no folder {adapter}.{did_you_mean_path(adapter, folders=True)}",
+                         where="model.adapter", fix="give the folder of an adapter, or of a run")
     template = texts.get("data.chat_template", "")
     if template.endswith(".jinja") and not Path(template).expanduser().exists():
         raise InputError(f"there is no template file {template}", where="data.chat_template",
@@ -191,13 +199,14 @@ def _given(options: Sequence[str]) -> Iterator[tuple[str, Any, bool]]:
             yield from ((key, part, False) for key, part in _written(value or ""))
         elif name.startswith("--") and name != "--":
             is_list = name[2:].removesuffix("+") in SOURCES
-            yield name[2:], _read(value or "") if is_list else value, not is_list
+            read = _read(value or "") if is_list else value
+            yield name[2:], value if isinstance(read, dict) else read, not is_list
 
 
 def _written(file: str) -> Iterator[tuple[str, Any]]:
     """Keys of a config file."""
     if not Path(file).expanduser().exists() and not file.lstrip().startswith(("{", "[")):
-        raise InputError(parser.explain(f"File does not exist: '{Path(file).expanduser().absolute()}'", []))
+        raise InputError(parser.explain(f"File does not exist: '{file}'", []))
     content = _read(Path(file).read_text(encoding="utf-8")) if Path(file).is_file() else None
     yield from _flat(content, "")
 

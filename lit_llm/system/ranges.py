@@ -5,6 +5,7 @@ class_path are listed under the class name.
 """
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -190,6 +191,9 @@ TEXTS: dict[str, tuple[str, ...]] = {               # keys annotated as str with
     **{f"{name}.process_group_backend": ("gloo", "nccl", "mpi", "ucc", "xccl") for name in (
         "DDPStrategy", "DeepSpeedStrategy", "FSDPStrategy", "ModelParallelStrategy")},
 }
+PATTERNS: dict[str, tuple[str, str]] = {            # key -> a pattern that its texts match, and what they are
+    "trainer.devices": (r"auto|-1|\d+( *, *\d+)*,?",
+                        "a number of devices, their indices such as 0,1, -1 for all, or auto")}
 SAME = {                                            # keys with the same range as another one
     "data.val_sources.weight": "data.sources.weight", "data.test_sources.weight": "data.sources.weight",
     "model.peft.init_args.r": "model.lora.r", "model.peft.init_args.lora_alpha": "model.lora.alpha",
@@ -203,7 +207,7 @@ def of(key: str) -> Numbers | None:
 
 def knows(key: str) -> bool:
     """Whether a key is in the table."""
-    return of(key) is not None or key in TEXTS
+    return of(key) is not None or key in TEXTS or key in PATTERNS
 
 
 def check(key: str, value: Any, *, where: str = "") -> None:
@@ -221,6 +225,9 @@ def check(key: str, value: Any, *, where: str = "") -> None:
     if texts and isinstance(value, str) and value not in texts:
         raise InputError(f"'{shown(value)}' is not one of {', '.join(texts)}.{did_you_mean(value, list(texts))}",
                          where=where or key)
+    pattern, description = PATTERNS.get(key, ("", ""))
+    if pattern and isinstance(value, str) and not re.fullmatch(pattern, value.strip()):
+        raise InputError(f"'{shown(value)}' is not {description}", where=where or key)
     if numbers is None:
         return
     for one in value if isinstance(value, list | tuple) else [value]:
