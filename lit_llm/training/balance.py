@@ -26,7 +26,7 @@ from lit_llm.system.private import transformers as transformers_private
 from lit_llm.text.tokenizer import IGNORE_INDEX
 
 COEFFICIENTS = ("router_aux_loss_coef", "aux_loss_coef")    # attributes of causal LMs; the second is JetMoe's
-GIVEN = {"gate_logits", "num_experts", "top_k", "attention_mask", "num_keys"}
+PASSED = {"gate_logits", "num_experts", "top_k", "attention_mask", "num_keys"}
 
 
 def coefficient(model: Any, wanted: float | None) -> float:
@@ -41,7 +41,7 @@ def coefficient(model: Any, wanted: float | None) -> float:
     """
     inner = anatomy.causal_lm(model)
     declared = next((getattr(inner, name) for name in COEFFICIENTS if getattr(inner, name, None) is not None), None)
-    if declared is None or _function(inner) is None or not _has_routers(inner):
+    if declared is None or _loss_function(inner) is None or not _has_routers(inner):
         if wanted:
             raise InputError(f"{type(inner).__name__} has no load-balancing loss",
                              where="model.router_aux_loss", fix="set it to null")
@@ -53,21 +53,22 @@ def _has_routers(inner: Any) -> bool:
     """Whether transformers records router logits of a layer; some configs have a coefficient without experts."""
     recorders = transformers_private.recorded_outputs(anatomy.backbone(inner)).get("router_logits", [])
     recorders = recorders if isinstance(recorders, list) else [recorders]
-    kinds: tuple[Any, ...] = tuple(getattr(each, "target_class", each) for each in recorders)
+    kinds: tuple[Any, ...] = tuple(getattr(recorder, "target_class", recorder) for recorder in recorders)
     return any(isinstance(layer, kinds) for layer in inner.modules())
 
 
-def _function(inner: Any) -> Callable[..., Any] | None:
+def _loss_function(inner: Any) -> Callable[..., Any] | None:
     """The loss function of the model's class; None if there is none, or it needs unknown arguments."""
     function = getattr(sys.modules[type(inner).__module__], "load_balancing_loss_func", None)
     if function is None:                            # FSDP2 derives a class from the model's
         modules = (sys.modules[kind.__module__] for kind in type(inner).__mro__)
-        function = next((found for found in (getattr(module, "load_balancing_loss_func", None) for module in modules)
-                         if found is not None), None)
+        candidates = (getattr(module, "load_balancing_loss_func", None) for module in modules)
+        function = next((candidate for candidate in candidates if candidate is not None), None)
     if function is None:
         return None
-    needed = {name for name, each in signature(function).parameters.items() if each.default is Parameter.empty}
-    return function if needed <= GIVEN else None
+    parameters = signature(function).parameters
+    needed = {name for name, parameter in parameters.items() if parameter.default is Parameter.empty}
+    return function if needed <= PASSED else None
 
 
 def balance_sum(model: Any, router_logits: Sequence[Tensor], labels: Tensor, cu_seqlens: Tensor | None) -> Tensor:
@@ -83,7 +84,7 @@ def balance_sum(model: Any, router_logits: Sequence[Tensor], labels: Tensor, cu_
         InputError: The model returned no router logits.
     """
     inner: Any = anatomy.causal_lm(model)
-    function = _function(inner)
+    function = _loss_function(inner)
     assert function is not None
     if not router_logits:
         raise InputError(f"{type(inner).__name__} returns no router logits (compiled layers hide them)",
@@ -103,8 +104,8 @@ def balance_sum(model: Any, router_logits: Sequence[Tensor], labels: Tensor, cu_
 
 def _of_document(layer: Tensor, start: int, stop: int, tokens: int) -> Tensor:
     """A document's rows of a layer's logits; Doge has several per token, one for each set of keys."""
-    each = len(layer) // tokens
-    return layer[start * each:stop * each]
+    rows_per_token = len(layer) // tokens
+    return layer[start * rows_per_token:stop * rows_per_token]
 
 
 def merged(parts: list[Tensor]) -> Tensor | None:

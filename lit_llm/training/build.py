@@ -35,7 +35,7 @@ DTYPES = {"bf16-true": torch.bfloat16, "16-true": torch.float16, "64-true": torc
 
 
 def ask(module: Module, stage: str) -> None:
-    """Determine and report what is known of a model before it is built, without weights."""
+    """Determine and report the properties of a model before it is built, without weights."""
     module.choose_attention(module._tokenizer_facts() if module.init else {})
     if module.trainer.is_global_zero:
         forward.announce(module.way or forward.Way())
@@ -122,11 +122,11 @@ def check_start(module: Module, folder: str) -> None:
     Raises:
         InputError: There is none, or it was trained on another base.
     """
-    found = starting.find(folder)
-    starting.check_base(found, str(module.base))
-    module.start = str(found)
+    folder_of_adapter = starting.find(folder)
+    starting.check_base(folder_of_adapter, str(module.base))
+    module.start = str(folder_of_adapter)
     if not module.merge_start:
-        module.peft_spec, module.train_tokens = peft_method.spec_in(found), "auto"
+        module.peft_spec, module.train_tokens = peft_method.spec_in(folder_of_adapter), "auto"
 
 
 def adapted(module: Module, inner: Any) -> Any:
@@ -230,4 +230,4 @@ def with_trainer(module: Module) -> Generator[None, None, None]:
     finally:
         module.trainer = None
         speaker.setLevel(level)
-        module.built_alone = True
+        module.built_without_trainer = True

@@ -111,11 +111,11 @@ def nll(model: Any, batch: "Batch", choices: Choices) -> Sums:
     way, parts = choices.way, _parts(batch, choices.way)
     if way.own_logits:
         return _sum([_nll_of_logits(model, part, choices) for part in parts])
-    said = [_called(anatomy.backbone(model), model, part, choices) for part in parts]
-    sums = nll_sum(torch.cat([each.last_hidden_state[0] for each in said]), torch.cat([part.labels for part in parts]),
-                   anatomy.head(model), factor=way.factor, cap=way.cap, count=batch["num_supervised"],
-                   by=choices.cross_entropy)
-    return Sums(*sums, _balance(model, parts, said, choices))
+    outputs = [_called(anatomy.backbone(model), model, part, choices) for part in parts]
+    hidden = torch.cat([output.last_hidden_state[0] for output in outputs])
+    sums = nll_sum(hidden, torch.cat([part.labels for part in parts]), anatomy.head(model), factor=way.factor,
+                   cap=way.cap, count=batch["num_supervised"], by=choices.cross_entropy)
+    return Sums(*sums, _balance(model, parts, outputs, choices))
 
 
 def logits(model: Any, input_ids: Tensor, attention_mask: Tensor | None, way: Way) -> Tensor:
@@ -215,21 +215,21 @@ def _called(callee: Any, model: Any, part: _Part, choices: Choices, **more: Any)
 def _nll_of_logits(model: Any, part: _Part, choices: Choices) -> Sums:
     """Sums from the model's own logits, of supervised positions only if the model supports that."""
     index, targets = supervised(part.labels, part.count)
-    asked = index if len(index) else torch.zeros_like(part.labels[:1])  # a graph on every rank
-    more = {"logits_to_keep": asked} if choices.way.keep else {}
-    said = _called(anatomy.causal_lm(model), model, part, choices, **more)
-    logits = said.logits[0]
-    balance = _balance(model, [part], [said], choices)
+    positions = index if len(index) else torch.zeros_like(part.labels[:1])  # a graph on every rank
+    more = {"logits_to_keep": positions} if choices.way.keep else {}
+    output = _called(anatomy.causal_lm(model), model, part, choices, **more)
+    logits = output.logits[0]
+    balance = _balance(model, [part], [output], choices)
     if not choices.way.keep:
-        logits = logits.index_select(0, asked)
+        logits = logits.index_select(0, positions)
     if not len(index):
         return Sums(logits.float().sum() * 0.0, torch.zeros_like(index.sum()), balance)
     return Sums(*of_logits(logits, targets), balance)
 
 
-def _balance(model: Any, parts: list["_Part"], said: list[Any], choices: Choices) -> Tensor | None:
-    return merged([balance_sum(model, each.router_logits, part.labels, part.cu_seqlens)
-                   for part, each in zip(parts, said, strict=True)] if choices.balance else [])
+def _balance(model: Any, parts: list["_Part"], outputs: list[Any], choices: Choices) -> Tensor | None:
+    return merged([balance_sum(model, output.router_logits, part.labels, part.cu_seqlens)
+                   for part, output in zip(parts, outputs, strict=True)] if choices.balance else [])
 
 
 def _sum(parts: list[Sums]) -> Sums:
@@ -240,7 +240,7 @@ def _sum(parts: list[Sums]) -> Sums:
 def accepts(callee: nn.Module, name: str) -> bool:
     """Whether a forward pass accepts an argument, or passes unknown ones on."""
     arguments = signature(callee.forward).parameters
-    return name in arguments or any(each.kind is Parameter.VAR_KEYWORD for each in arguments.values())
+    return name in arguments or any(parameter.kind is Parameter.VAR_KEYWORD for parameter in arguments.values())
 
 
 # ---- noise -----------------------------------------------------------------------------------------------------------

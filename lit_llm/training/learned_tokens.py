@@ -61,18 +61,19 @@ def choose(tokenizer: "Tokenizer", embedding: Tensor, head: Tensor, seen: "Occur
     """
     control = candidates(tokenizer) if chats else []
     size = min(len(embedding), len(head))
-    read, said = (np.zeros(size, np.int64) for _ in range(2)) if seen is None else (seen.read, seen.supervised)
+    read, supervised = (np.zeros(size, np.int64) for _ in range(2)) if seen is None else (seen.read, seen.supervised)
     read_ids = [int(id_) for id_ in sorted({*control, *np.flatnonzero(read[:size]).tolist()})]
-    said_ids = {*np.flatnonzero(said[:size]).tolist(),
+    supervised_ids = {*np.flatnonzero(supervised[:size]).tolist(),
                 *(id_ for id_ in control if every_token or id_ in tokenizer.stop_ids)}
     added = range(len(embedding) - new, len(embedding))
     lost = {*untrained(embedding, read_ids), *added}
     if head is not embedding:
-        lost |= set(untrained(head, sorted(said_ids)))
-    ranked = sorted(lost, key=lambda id_: (id_ not in control, -int(said[id_]), -int(read[id_]), id_ not in added, id_))
+        lost |= set(untrained(head, sorted(supervised_ids)))
+    ranked = sorted(lost, key=lambda id_: (
+        id_ not in control, -int(supervised[id_]), -int(read[id_]), id_ not in added, id_))
     ids = sorted(ranked[:MOST])
-    total = max(1, int(said.sum()))
-    return Choice(ids, len(ranked) - len(ids), float(said[ids].sum()) / total if ids else 0.0,
+    total = max(1, int(supervised.sum()))
+    return Choice(ids, len(ranked) - len(ids), float(supervised[ids].sum()) / total if ids else 0.0,
                   seen is None or seen.whole)
 
 
@@ -95,8 +96,8 @@ def named(tokenizer: "Tokenizer", spellings: str | Sequence[str]) -> list[int]:
     spellings = [spellings] if isinstance(spellings, str) else spellings
     for spelling in spellings:
         if spelling not in vocabulary:
-            known = [tokenizer.hf.convert_ids_to_tokens(id_) for id_ in sorted(tokenizer.special_ids)]
-            raise InputError(f"the tokenizer has no token '{spelling}'.{did_you_mean(spelling, known)}",
+            spellings_of_control = [tokenizer.hf.convert_ids_to_tokens(id_) for id_ in sorted(tokenizer.special_ids)]
+            raise InputError(f"the tokenizer has no token '{spelling}'.{did_you_mean(spelling, spellings_of_control)}",
                              where="model.lora.train_tokens", fix="auto chooses them, null trains none")
     return sorted({vocabulary[spelling] for spelling in spellings})
 

@@ -21,7 +21,7 @@ class Perplexity(Metric):
         nll: nats per supervised token.
         perplexity: exp(nll), Jelinek et al. 1977.
         bits_per_byte: bits per UTF-8 byte of supervised text; comparable across tokenizers. Left out where the loader
-            does not tell the bytes.
+            does not count bytes.
         token_accuracy: share of supervised tokens that were the most likely prediction.
         tokens: supervised tokens.
     """

@@ -1,8 +1,8 @@
 """The LightningModule that trains and evaluates a causal language model.
 
-It normalises the loss exactly, by the supervised tokens of a whole step, and keeps the options of `model` in a config.
-The model itself is built in `build.py` when Lightning asks for it, never in the constructor, so that `--help`,
-`inspect` and `plan` load nothing.
+The loss is divided by the number of supervised tokens of the whole optimizer step. The constructor only stores the keys
+of `model` of a config; `build.py` builds the model when Lightning configures it, so `--help`, `inspect` and `plan` load
+no weights.
 """
 
 from collections.abc import Callable
@@ -37,21 +37,21 @@ if TYPE_CHECKING:
 
 
 class CausalLMModule(SavedModule):
-    """A causal language model of which all weights are trained, or the adapters of any PEFT method.
+    """A causal language model; trains all of its weights, or adapters of any PEFT method.
 
     Args:
         base: The model to start from: a folder in Hugging Face's layout, a hub id, or `sample:base`.
         init: Instead of `base`, an architecture with random weights to pretrain: `model_type` and keys of its config.
             Vocabulary size and control tokens are the tokenizer's unless given.
         lora: Train low-rank adapters only; null trains all weights.
-        quantize: Keep the linear layers of the frozen base in 4 bits, as QLoRA does (arXiv:2305.14314): nf4, fp4. They
-            take a quarter of the memory of bf16 and are slower; adapters are merged into the unquantized base. Needs
-            bitsandbytes, also on a CPU.
+        quantize: Quantize the linear layers of the frozen base to 4 bits, as QLoRA does (arXiv:2305.14314): nf4, fp4.
+            They take a quarter of the memory of bf16 and are slower; adapters are merged into the unquantized base.
+            Needs bitsandbytes, also on a CPU.
         peft: The long form: any PEFT config by `class_path` and `init_args`, e.g. class_path: peft.LoHaConfig.
         adapter: A trained adapter to start from: a folder in PEFT's format, a checkpoint, or a run (its best one). It
             is continued with its own method, so model.lora and model.peft must be null.
         merge_adapter: Merge that adapter into the base first; then model.lora, model.peft or all weights are trained
-            on the result. Checkpoints carry the merged one with theirs.
+            on the result. Checkpoints contain the merged adapter as well.
         lr: Peak learning rate. 2e-4 suits adapters; training all weights needs about a tenth of it.
         warmup: Linear rise of the learning rate: a number of steps, or a share of the run if below 1.
         schedule: The learning rate after the warmup: cosine, linear, wsd (flat, then a short cool-down) or constant.
@@ -117,7 +117,7 @@ class CausalLMModule(SavedModule):
         self.peft_spec = spec_of(peft, lora)
         self.start, self.merge_start = adapter, merge_adapter       # an adapter's folder
         self.train_tokens = lora.train_tokens if lora is not None else "auto"
-        self.trained_ids: list[int] = []            # tokens whose rows learn beside the adapters
+        self.trained_ids: list[int] = []            # tokens whose embedding and head rows are trained with adapters
         self.saved_ids: list[int] | None = None     # those of a checkpoint that is loaded without a trainer
         self.vocabulary: int | None = None          # tokens of the data's tokenizer
         self.quantize = quantize
@@ -130,15 +130,15 @@ class CausalLMModule(SavedModule):
         self.cross_entropy, self.router_aux_loss = cross_entropy, router_aux_loss
         self.checkpoint: Path | None = None         # set by Trainer.validate and .test: weights of one checkpoint
         self.model: Any = None
-        self.way: forward.Way | None = None         # what of the forward pass is ours; null before the model was asked
-        self.built_alone = False                    # without a trainer
-        self.half_adapters, self.balance_coefficient = False, 0.0   # of the routers' load balance; 0: not trained
+        self.way: forward.Way | None = None         # how the loss is computed; null until `choose_attention`
+        self.built_without_trainer = False
+        self.half_adapters, self.balance_coefficient = False, 0.0   # the latter is 0 without a load-balancing loss
         self.gradient_norm: Tensor | None = None    # of the last step, if `FiniteGuard` measures it
-        self.step_skipped = False                   # whether the last step was left out: its gradient was not finite
+        self.step_skipped = False                   # whether the last step was skipped: its gradient was not finite
         self.hyperparameters = Hyperparameters()
-        self.strict_loading = False                 # checkpoints of adapters hold adapters only
+        self.strict_loading = False                 # checkpoints of adapters contain adapters only
         self.perplexity = nn.ModuleDict({"val": Perplexity(), "test": Perplexity()})
-        self.window = Window()                      # of the step so far
+        self.window = Window()                      # sums of the current accumulation window
         compatible.check_options(self)
         if adapter is not None:
             build.check_start(self, adapter)
@@ -146,66 +146,66 @@ class CausalLMModule(SavedModule):
     # ---- building ----------------------------------------------------------------------------------------------------
 
     def setup(self, stage: str) -> None:
-        """Ask the model what can be asked without weights, before a strategy cuts them up."""
+        """Determine the properties of the model that need no weights, before a strategy shards them."""
         compatible.check_built(self)
         if self.model is None:
             build.ask(self, stage)
 
     def choose_attention(self, facts: dict[str, Any]) -> str | None:
-        """How layers attend: to packed documents, or to one as transformers does it; null is its choice.
+        """The attention implementation of the layers: this project's for packed documents, or null for the default.
 
         Args:
-            facts: What a new model's config takes from the tokenizer.
+            facts: Config values of a new model that come from the tokenizer.
         """
         if peft_method.adds_virtual_tokens(self.peft_spec):
             return None
-        if self.way is None:                        # a model is asked once
+        if self.way is None:                        # determined once per model
             longest = getattr(getattr(private.trainer_of(self), "datamodule", None), "seq_len", None)
             self.way = proof.way_of(build.pretrained(self), self.init, seq_len=longest, **facts)
         return attention.NAME if self.way.packed else None
 
     @property
     def why_unpacked(self) -> str:
-        """Why each document has a forward pass of its own; empty where none has, and before the model was asked."""
+        """Why each document has its own forward pass; empty if documents are packed or this is not determined yet."""
         return self.way.why_unpacked if self.way is not None else ""
 
     def configure_model(self) -> None:
-        """Load or build the model and wrap it; Lightning calls this at every verb, so it does so once."""
+        """Load or build the model and wrap it, once; Lightning calls this hook at the start of every verb."""
         if self.model is None:
             with build.with_trainer(self):
                 build.build(self)
 
     def _adapted(self, inner: Any) -> Any:
-        """The model with what learns on it: a checkpoint's adapter, one to be continued, or a new one."""
+        """The model with an adapter: a checkpoint's, one to be continued, or a new one."""
         return build.adapted(self, inner)
 
     def _choose_tokens(self, inner: Any) -> list[int]:
-        """Ids of `lora.train_tokens`: those named, or tokens of the data that the base was never trained on."""
+        """Ids of `lora.train_tokens`: the given ones, or tokens of the data that the base was never trained on."""
         return build.tokens_to_train(self, inner)
 
     def _tokenizer_facts(self) -> dict[str, Any]:
-        """What a new model's config takes from the tokenizer."""
+        """Config values of a new model that come from the tokenizer."""
         return build.tokenizer_facts(self)
 
     def saved_arguments(self) -> dict[str, Any]:
-        """Also what the tokenizer determines of a new model, because `load_from_checkpoint` has no tokenizer."""
+        """Add values of a new model that come from the tokenizer; `load_from_checkpoint` has no tokenizer."""
         return self.arguments | ({"init": self._tokenizer_facts() | self.init} if self.init else {})
 
     # ---- steps -------------------------------------------------------------------------------------------------------
 
     def on_train_start(self) -> None:
-        """Check epoch limits now that the length of an epoch is known; a resumed run takes what was changed."""
+        """Check epoch limits now that the epoch length is known, and apply changed settings to a resumed run."""
         compatible.check_windows(self.trainer)
         self.hyperparameters.take_effect(self.trainer)
 
     def training_step(self, batch: "Batch", batch_idx: int) -> Tensor:
-        """The step's share of its loss: sum of NLL over all supervised tokens of the step, divided by their number.
+        """The micro-batch's share of the step's loss: its summed NLL by the supervised tokens of the whole step.
 
-        A step is all micro-batches of all ranks until the weights move (see `window.py`).
+        A step consists of all micro-batches of all ranks between two updates of the weights (see `window.py`).
         """
         batch = padded.packed(batch)
         if self.is_skipped(batch):
-            return torch.zeros((), device=self.device, requires_grad=True)      # for Lightning to go backward from
+            return torch.zeros((), device=self.device, requires_grad=True)      # Lightning calls backward on it
         batch = self.window.counted(batch, self.trainer, balance=self.balance_coefficient > 0)
         loss = self.window.add(self._nll(batch), batch, self.trainer, self.balance_coefficient)
         if batch["last_in_step"]:
@@ -213,16 +213,16 @@ class CausalLMModule(SavedModule):
         return loss
 
     def on_after_backward(self) -> None:
-        """Give the gradients of a window whose loader knew no count their right size."""
+        """Rescale the gradients of an accumulation window whose loader did not know its number of tokens."""
         self.window.correct(self.parameters())
 
     @staticmethod
     def is_skipped(batch: "Batch") -> bool:
-        """Whether training makes no forward: no rank has a supervised token, and gradients are not reduced here."""
+        """Whether no forward pass is needed: no rank has a supervised token, and gradients are not reduced here."""
         return bool(batch.get("idle")) and not batch["last_in_step"]
 
     def _log_loss(self) -> None:
-        """Mean NLL of the whole step, over all ranks; reduced only on steps that are logged, and on the last one."""
+        """Log the mean NLL of the step over all ranks; reduced only on steps that are logged, and on the last one."""
         window = self.window.taken()
         if private.logs_this_step(self.trainer) or self.hyperparameters.is_last(self.global_step + 1):
             total = self.trainer.strategy.reduce(window, reduce_op="sum")
@@ -232,15 +232,15 @@ class CausalLMModule(SavedModule):
             self.log("train/lr", self.trainer.optimizers[0].param_groups[0]["lr"], rank_zero_only=True)
 
     def validation_step(self, batch: "Batch", batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Add a batch to `val/`, whose figures are those of all loaders together."""
+        """Add a batch to the metrics of `val/`, which cover all validation loaders together."""
         self._evaluate(batch, "val")
 
     def test_step(self, batch: "Batch", batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Add a batch to `test/`."""
+        """Add a batch to the metrics of `test/`."""
         self._evaluate(batch, "test")
 
     def predict_step(self, batch: "Batch", batch_idx: int, dataloader_idx: int = 0) -> dict[str, Tensor]:
-        """Score each document, in the order of the batch's rows; `exp(nll / tokens)` is a document's perplexity.
+        """Score each document, in the order of the batch; `exp(nll / tokens)` is a document's perplexity.
 
         Returns:
             (documents,) float64 `nll` in nats of its supervised tokens, and (documents,) `tokens`, their number.
@@ -271,8 +271,8 @@ class CausalLMModule(SavedModule):
         """Add a micro-batch to the metrics of `val/` or `test/`: the one method to override for another metric.
 
         Args:
-            batch: Rows of this rank; `num_supervised` are its supervised tokens, `num_bytes` their bytes of text.
-            sums: What `sums` gave for it, without a gradient.
+            batch: Of this rank, with the number of its supervised tokens, `num_supervised`, and bytes, `num_bytes`.
+            sums: The result of `sums` for it, without a gradient.
             split: `val` or `test`; what is logged under `f"{split}/..."` is in `metrics.csv` and can be monitored.
         """
         metric: Any = self.perplexity[split]
@@ -290,12 +290,12 @@ class CausalLMModule(SavedModule):
         return self._surrounded(batch, lambda: self.sums(batch))
 
     def rows_nll(self, batch: "Batch") -> Tensor:
-        """() nats of the supervised tokens of a batch by the model itself, whatever else an override of `sums` adds."""
+        """() summed NLL in nats of a batch by the model alone, without terms that an override of `sums` adds."""
         return self._surrounded(batch, lambda: forward.nll(
             self.model, batch, forward.Choices(self.way or forward.Way()))).total
 
     def _surrounded(self, batch: "Batch", compute: Callable[[], Sums]) -> Sums:
-        """What `compute` gives, in the surroundings that the strategy and the precision ask for."""
+        """Call `compute` with the weights gathered and the autocast that strategy and precision need."""
         device = batch["input_ids"].device.type
         # float32 masters of adapters among bf16 weights
         halved = torch.autocast(device, torch.bfloat16) if self.half_adapters else nullcontext()
@@ -305,21 +305,21 @@ class CausalLMModule(SavedModule):
             return distribution.of(self.trainer.strategy).gathered(self.model, compute)
 
     def sums(self, batch: "Batch") -> Sums:
-        """What a micro-batch adds to the loss and to the metrics: the one method to override for another loss.
+        """Sums of a micro-batch for the loss and the metrics: the one method to override for another loss.
 
-        Called in training and in evaluation (`self.training` tells which), under every strategy and precision, with all
-        weights at hand. A term that is added to `total` here is divided, like the rest, by the number of supervised
-        tokens of the step, and would be part of `val/nll` in evaluation.
+        Called in training and in evaluation (`self.training` distinguishes them), under every strategy and precision,
+        with all weights available. A term added to `total` is divided, like the NLL, by the number of supervised tokens
+        of the step; in evaluation it would be part of `val/nll`.
 
         Args:
-            batch: Rows of this rank; `num_supervised` are its supervised tokens.
+            batch: A micro-batch of this rank; `num_supervised` is the number of its supervised tokens.
         """
         return forward.nll(self.model, batch, self._choices())
 
     def supervised_logits(self, batch: "Batch") -> tuple[Tensor, Tensor]:
         """(N, V) logits of supervised positions and (N,) their targets, for an override of `sums` that needs them.
 
-        All of them are in memory together, which the loss of `sums` avoids.
+        All of them are in memory at once, which the loss of `sums` avoids.
         """
         return forward.supervised_logits(self.model, batch, self._choices())
 
@@ -330,7 +330,7 @@ class CausalLMModule(SavedModule):
     # ---- optimization ------------------------------------------------------------------------------------------------
 
     def configure_optimizers(self) -> Any:
-        """The optimizer and its schedule, stepped after every optimizer step."""
+        """Create the optimizer and its schedule, which is stepped after every optimizer step."""
         self.keep_masters()
         optimizer = optim.build(self.optimizer, self.named_parameters(), lr=self.lr, weight_decay=self.weight_decay,
                                 betas=self.betas, eps=self.eps, embeddings=anatomy.embeddings(self.model))
@@ -342,18 +342,18 @@ class CausalLMModule(SavedModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
-        """The schedule stands still where a step was skipped."""
+        """Advance the schedule, except after a skipped step."""
         if not self.step_skipped:
             super().lr_scheduler_step(scheduler, metric)
 
     def keep_masters(self) -> None:
-        """What learns is float32: half precision would lose small updates. DeepSpeed keeps masters of its own."""
+        """Keep trained weights in float32, because half precision would lose small updates; DeepSpeed has its own."""
         if not distribution.of(self.trainer.strategy).keeps_masters:
             optim.keep_masters(self)
 
     def configure_gradient_clipping(self, optimizer: Any, gradient_clip_val: float | None = None,
                                     gradient_clip_algorithm: str | None = None) -> None:
-        """Clip by the norm of all gradients; under DeepSpeed the engine does it."""
+        """Clip by the norm of all gradients; DeepSpeed's engine does it itself."""
         if gradient_clip_val and not distribution.of(self.trainer.strategy).owns_gradients:
             weights = [weight for group in optimizer.param_groups for weight in group["params"]]
             shards.clip(weights, float(gradient_clip_val), self.gradient_norm)

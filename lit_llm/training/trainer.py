@@ -95,16 +95,17 @@ class Trainer(L.Trainer):
         self.kernels = kernels
         self.exports = True                         # whether a finished fit writes export/
         callbacks = [] if callbacks is None else callbacks if isinstance(callbacks, list) else [callbacks]
-        guard = [] if any(isinstance(each, FiniteGuard) for each in callbacks) else [FiniteGuard(max_skipped_steps)]
+        has_guard = any(isinstance(callback, FiniteGuard) for callback in callbacks)
+        guard = [] if has_guard else [FiniteGuard(max_skipped_steps)]
         callbacks = [MonitorCheck(), *callbacks, *guard, RngState(), self.thread_count, self.run, self.preemption]
         for enabled, kind, default in (("enable_progress_bar", AnyProgressBar, Progress),
                                       ("enable_checkpointing", StepCheckpoint, StepCheckpoint)):
             if kwargs.get(enabled) is not False and not any(isinstance(callback, kind) for callback in callbacks):
                 callbacks.append(default())
         loggers = [] if logger in (None, True, False) else logger if isinstance(logger, list) else [logger]
-        for each in loggers:
-            if isinstance(each, WandbLogger):       # it logs its arguments, also to its server
-                private.change_wandb_arguments(each, redact)
+        for one_logger in loggers:
+            if isinstance(one_logger, WandbLogger):     # it logs its arguments, also to its server
+                private.change_wandb_arguments(one_logger, redact)
         super().__init__(
             strategy=named.strategy(strategy),
             default_root_dir=default_root_dir,
@@ -200,7 +201,7 @@ class Trainer(L.Trainer):
             datamodule: The data.
         """
         datamodule.trainer = self                       # for the number of steps in the summary
-        self.strategy.connect(model)                    # whose tokenizer the data take
+        self.strategy.connect(model)                    # the data use the model's tokenizer
         datamodule.prepare_data()
         datamodule.setup("fit")
 
@@ -284,7 +285,7 @@ class Trainer(L.Trainer):
             raise SystemExit(1)
 
     def _check_rules(self, model: L.LightningModule) -> None:
-        """Refuse what cannot go together before data are read; what the model tells is checked when it is built."""
+        """Refuse incompatible settings before data are read; properties of the model are checked when it is built."""
         from lit_llm.training.module import CausalLMModule
 
         if isinstance(model, CausalLMModule):

@@ -28,43 +28,43 @@ CALLBACKS = {"WeightAveraging": {}, "StochasticWeightAveraging": {"swa_lrs": 1e-
              "GradientAccumulationScheduler": {"scheduling": {0: 2}}, "OnExceptionCheckpoint": {"dirpath": "here"}}
 EXAMPLES = {                                        # (first, second) -> keys beside those of BASE
     ("`model.base`", "`model.init`"): INIT | {"model.base": "BASE"},
-    ("`model.cooldown`", "a schedule without cool-down"): {"model.cooldown": 0.5},
+    ("`model.cooldown`", "a schedule without cooldown"): {"model.cooldown": 0.5},
     ("`model.min_lr_share`", "`model.schedule: constant`"): {"model.min_lr_share": 0.5, "model.schedule": "constant"},
     ("`model.init`", "`model.lora`, `model.peft`"): INIT | {"model.lora": {"r": 2}},
     ("`model.merge_adapter`", "no `model.adapter`"): {"model.merge_adapter": True},
     ("`model.adapter`", "`model.init`"): INIT | {"model.adapter": "adapter"},
     ("`model.adapter`, continued", "`model.lora`, `model.peft`"): {"model.adapter": "adapter"},
     ("`model.merge_adapter`", "`model.quantize`"): {"model.adapter": "adapter", "model.merge_adapter": True, "model.quantize": "nf4"},
-    ("`model.quantize`", "training of every weight"): FULL | {"model.quantize": "nf4"},
+    ("`model.quantize`", "training of all weights"): FULL | {"model.quantize": "nf4"},
     ("prompt and prefix tuning", "`model.neftune_alpha`"): PROMPT | {"model.neftune_alpha": 5.0},
     ("`model.compile`", "`model.gradient_checkpointing: selective` or `auto`"):
         {"model.compile": True, "model.gradient_checkpointing": "selective"},
-    ("`model.cross_entropy` of other projects", "a model that makes its logits itself"):
+    ("external `model.cross_entropy` kernels", "a model that computes its own logits"):
         INIT | TRITON | {"model.init": {"model_type": "modernbert-decoder", "bos_token_id": 1}, "model.cross_entropy": "liger"},
-    ("`model.cross_entropy` of other projects", "prompt and prefix tuning"): PROMPT | {"model.cross_entropy": "liger"},
-    ("`model.cross_entropy` of other projects", "`trainer.kernels: plain`"):
+    ("external `model.cross_entropy` kernels", "prompt and prefix tuning"): PROMPT | {"model.cross_entropy": "liger"},
+    ("external `model.cross_entropy` kernels", "`trainer.kernels: plain`"):
         {"model.cross_entropy": "liger", "trainer.kernels": "plain"},
-    ("`model.cross_entropy` of other projects", "a CPU"): {"model.cross_entropy": "cut_cross_entropy"},
-    ("`model.cross_entropy` of other projects", "`trainer.precision: 64-true`"):
+    ("external `model.cross_entropy` kernels", "a CPU"): {"model.cross_entropy": "cut_cross_entropy"},
+    ("external `model.cross_entropy` kernels", "`trainer.precision: 64-true`"):
         TRITON | {"model.cross_entropy": "liger", "trainer.precision": "64-true"},
     ("`model.cross_entropy: cut_cross_entropy`", "`trainer.deterministic: true`"):
         TRITON | {"model.cross_entropy": "cut_cross_entropy", "trainer.deterministic": True},
-    ("prompt and prefix tuning", "weights gathered by layer, several processes"): PROMPT | TWO,
-    ("`model.optimizer: muon`", "an optimizer that gets flat pieces"):
+    ("prompt and prefix tuning", "sharded weights gathered by layer, several processes"): PROMPT | TWO,
+    ("`model.optimizer: muon`", "flattened weights in the optimizer"):
         FULL | {"model.optimizer": "muon", "trainer.strategy": "deepspeed"},
-    ("`model.optimizer: adamw_8bit`", "optimizer states split"): {"model.optimizer": "adamw_8bit", "trainer.strategy": "fsdp2"},
+    ("`model.optimizer: adamw_8bit`", "sharded optimizer states"): {"model.optimizer": "adamw_8bit", "trainer.strategy": "fsdp2"},
     ("`trainer.precision: 16-true`", "no float32 masters"): {"trainer.precision": "16-true"},
-    ("`trainer.precision: bf16-true`, training of every weight", "no float32 masters"): FULL | {"trainer.precision": "bf16-true"},
-    ("a model that processes documents one by one", "weights gathered by layer, several processes"):
+    ("`trainer.precision: bf16-true`, training of all weights", "no float32 masters"): FULL | {"trainer.precision": "bf16-true"},
+    ("a model that processes documents one by one", "sharded weights gathered by layer, several processes"):
         CAPS | TWO | {"trainer.strategy": "fsdp2"},
-    ("an adapter that is tied like the embedding (`ensure_weight_tying`)", "weights split while loaded"): {
+    ("an adapter shared by embedding and head (`ensure_weight_tying`)", "weights sharded while loading"): {
         "model.lora": None, "trainer.strategy": "deepspeed_stage_3", "model.peft": {"class_path": "LoraConfig", "init_args": {
             "r": 2, "target_modules": ["embed_tokens"], "ensure_weight_tying": True}}},
-    ("`model.lora.train_tokens` with a list", "weights split while loaded"):
+    ("`model.lora.train_tokens` with a list", "weights sharded while loading"):
         {"model.lora": {"r": 2, "train_tokens": ["</s>"]}, "trainer.strategy": "deepspeed_stage_3"},
-    ("`model.quantize`", "weights gathered by layer"): {"model.quantize": "nf4", "trainer.strategy": "fsdp2"},
-    ("`model.compile`", "weights gathered by layer"): {"model.compile": True, "trainer.strategy": "fsdp2"},
-    ("recomputed layers whose routers are balanced", "weights split while loaded, several processes"): MOE | TWO,
+    ("`model.quantize`", "sharded weights gathered by layer"): {"model.quantize": "nf4", "trainer.strategy": "fsdp2"},
+    ("`model.compile`", "sharded weights gathered by layer"): {"model.compile": True, "trainer.strategy": "fsdp2"},
+    ("gradient checkpointing with a load-balancing loss", "weights sharded while loading, several processes"): MOE | TWO,
     **{(rule.first, rule.second): {"trainer.enable_checkpointing": True, "trainer.callbacks": [{
         "class_path": f"lightning.pytorch.callbacks.{name}", "init_args": CALLBACKS[name]}]}
        for rule in OF_TRAINER if (name := rule.first.strip("`")) in CALLBACKS},
@@ -81,8 +81,8 @@ EXAMPLES = {                                        # (first, second) -> keys be
     ("`data.packing: concat`, no evaluation", "`data.overlong`"): {"data.packing": "concat", "data.overlong": "drop"},
     ("`data.packing: concat`", "conversations of which a part is supervised"): {"data.packing": "concat"},
 }
-LATE = {"a model that makes its logits itself", "a model that processes documents one by one",     # first the model, or the data, is asked
-        "recomputed layers whose routers are balanced", "conversations of which a part is supervised"}
+LATE = {"a model that computes its own logits", "a model that processes documents one by one",     # first the model, or the data, is asked
+        "gradient checkpointing with a load-balancing loss", "conversations of which a part is supervised"}
 BASE = {"model.base": "BASE", "model.lora": {"r": 2}, "data.sources": CHATS, "data.seq_len": 64, "data.batch_size": 1,
         "data.packing": "none", "trainer.accelerator": "cpu", "trainer.devices": 1, "trainer.max_steps": 1,
         "trainer.default_root_dir": "run", "trainer.enable_progress_bar": False, "trainer.enable_checkpointing": False}

@@ -37,27 +37,27 @@ def explained(model: nn.Module, spec: dict[str, Any] | None) -> Generator[None, 
             raise
         inner = getattr(layer, "base_layer", None)
         kind = type(inner if isinstance(inner, nn.Module) else layer).__name__
-        name = next((name for name, each in model.named_modules() if each is layer), "a layer")
+        name = next((name for name, module in model.named_modules() if module is layer), "a layer")
         options = (spec or {}).get("init_args") or {}
         init = options.get("init_lora_weights")
         method = str((spec or {}).get("class_path")).rpartition(".")[2]
         method += f" with init_lora_weights: {init}" if isinstance(init, str) else ""
-        said = next(iter(str(error).splitlines()), type(error).__name__)[:160]
+        message = next(iter(str(error).splitlines()), type(error).__name__)[:160]
         raise InputError(f"{method} cannot compute on {name.removeprefix('base_model.model.')} ({kind}): PEFT fails "
-                         f"there with: {said}", where="model.peft",
+                         f"there with: {message}", where="model.peft",
                          fix="name layers of another kind in target_modules, or use another method, such as plain "
                              "LoRA: --model.lora.r 16 --model.peft null") from None
 
 
 def _raised_by(place: TracebackType | None) -> nn.Module | None:
     """The PEFT layer whose own code raised an exception, with only torch below it."""
-    found: nn.Module | None = None
+    layer: nn.Module | None = None
     while place is not None:
         home, owner = str(place.tb_frame.f_globals.get("__name__")), place.tb_frame.f_locals.get("self")
         if home.startswith("peft."):
             if isinstance(owner, nn.Module) and type(owner).__module__.startswith("peft."):
-                found = owner
+                layer = owner
         elif home.partition(".")[0] not in ("torch", "deepspeed"):      # DeepSpeed replaces functions of torch
-            found = None                            # a layer below, or a caller above
+            layer = None                            # a layer below, or a caller above
         place = place.tb_next
-    return found
+    return layer

@@ -1,6 +1,6 @@
-"""Refuse settings of a run that cannot work: pairs that do not go together, and what model, data and trainer need.
+"""Refuse settings of a run that cannot work: incompatible pairs, and values that do not fit the model or the data.
 
-The pairs are the table of `rules/table.py`. What is checked here beside it needs the model or the data.
+The pairs are in the table of `rules/table.py`. The other checks here need the model or the data.
 """
 
 from typing import Any
@@ -39,7 +39,7 @@ def check_options(module: Module) -> None:
 
 
 def check(module: Module, strategy: Strategy, processes: int, *, precision: str, training: bool) -> None:
-    """Refuse what cannot go together, before anything is loaded, and again once the model was asked and built.
+    """Refuse incompatible settings, before anything is loaded and again once properties of the model are known.
 
     Args:
         module: With its options.
@@ -111,7 +111,9 @@ def check_built(module: Module) -> None:
     Raises:
         InputError: It says what to do instead.
     """
-    if module.model is not None and module.built_alone and distribution.of(module.trainer.strategy).gathers_layers:
+    if module.model is None or not module.built_without_trainer:
+        return
+    if distribution.of(module.trainer.strategy).gathers_layers:
         raise InputError("the model was built before it was given to the trainer, so its weights are not sharded",
                          where="trainer.strategy", fix="give the trainer a new module: CausalLMModule(...); or set "
                          "--trainer.strategy deepspeed_stage_2 (or auto, ddp)")

@@ -97,7 +97,7 @@ def _diverged(trainer: L.Trainer, what: str) -> InputError:
     good = [folder for folder in manifest.folders(Path(trainer.default_root_dir))
             if manifest.step_of(folder.name) < trainer.global_step and are_finite(
                 manifest.read(folder).get("figures") or {})]
-    kept = f"; {good[-1]} is the last checkpoint before it" if good else ""
-    return InputError(f"{what}: training diverged, and nothing of this step was saved or exported{kept}",
+    last_good = f"; {good[-1]} is the last checkpoint before it" if good else ""
+    return InputError(f"{what}: training diverged, and nothing of this step was saved or exported{last_good}",
                       where=f"step {trainer.global_step}", fix=f"the likely cause is the learning rate, {rate:.3g} in "
                       "this step: lower model.lr, raise model.warmup, or set --trainer.gradient_clip_val 1.0")

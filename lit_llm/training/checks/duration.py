@@ -24,13 +24,13 @@ def check(where: str, value: Any) -> None:
     """
     if isinstance(value, str):
         parts = re.fullmatch(r"(\d{1,5}):([01]\d|2[0-3]):([0-5]\d):([0-5]\d)", value.strip())
-        value, given = parts and dict(zip(UNITS[1:], map(int, parts.groups()), strict=True)), value
+        value, original = parts and dict(zip(UNITS[1:], map(int, parts.groups()), strict=True)), value
     elif isinstance(value, dict):
-        given = value
+        original = value
     else:
         return
-    known = bool(value) and all(unit in UNITS and isinstance(count, int | float) and not isinstance(count, bool)
-                                and 0 <= count < 1e9 for unit, count in value.items())
-    if not known or timedelta(**value) > LONGEST:
-        raise InputError(f"'{ranges.shown(given)}' is not a duration", where=where, fix="write it as DD:HH:MM:SS in "
+    is_valid = bool(value) and all(unit in UNITS and isinstance(count, int | float) and not isinstance(count, bool)
+                                   and 0 <= count < 1e9 for unit, count in value.items())
+    if not is_valid or timedelta(**value) > LONGEST:
+        raise InputError(f"'{ranges.shown(original)}' is not a duration", where=where, fix="write it as DD:HH:MM:SS in "
                          f"quotes, \"00:12:00:00\", or as a mapping of {', '.join(UNITS)}: {{hours: 12}}")

@@ -54,23 +54,24 @@ def check_trainer(options: Mapping[str, Any]) -> None:
                     "addition", str(options["logger"]).lower())
 
 
-def check_zero(given: Mapping[str, Any], kind: type) -> None:
+def check_zero(arguments: Mapping[str, Any], kind: type) -> None:
     """Refuse arguments of ZeroStrategy that have no effect.
 
     Args:
-        given: All arguments by name, including defaults.
+        arguments: All arguments by name, including defaults.
         kind: DeepSpeedStrategy, which builds a DeepSpeed config from them.
 
     Raises:
         InputError: The error names the argument.
     """
-    known = inspect.signature(kind).parameters
-    options = {name: value for name, value in given.items() if name not in known or value != known[name].default}
+    parameters = inspect.signature(kind).parameters
+    options = {name: value for name, value in arguments.items()
+               if name not in parameters or value != parameters[name].default}
     for name, value in options.items():
         where = f"trainer.strategy.init_args.{name}"
         if name in ZERO:
             raise InputError(f"{value} has no effect: {ZERO[name]}", where=where, fix="leave it out")
-        rest = {other: given for other, given in options.items() if other != name}
+        rest = {other: arguments for other, arguments in options.items() if other != name}
         if name not in ZERO_ELSEWHERE and kind(**options).config == kind(**rest).config:
             raise InputError(f"{value} has no effect with the other arguments of the strategy", where=where,
                              fix="leave it out, or set the option it belongs to as well (offload_optimizer, "

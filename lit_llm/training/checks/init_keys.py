@@ -101,8 +101,9 @@ class _Trial:
             yield type(self.config).from_dict({**facts, name: value})
 
     def _differs(self, small: Any) -> bool:
-        ours, theirs = self.base or {}, _evidence(self.like, small)
-        return ours.keys() != theirs.keys() or not all(torch.equal(ours[each], theirs[each]) for each in ours)
+        reference, values = self.base or {}, _evidence(self.like, small)
+        return reference.keys() != values.keys() or any(
+            not torch.equal(reference[name], values[name]) for name in reference)
 
     def _wholes(self, key: str, absent: Any) -> Iterator[Any]:
         """The config without a key, and with other values."""
@@ -149,8 +150,8 @@ def _evidence(like: Any, config: Any) -> dict[str, Tensor]:
         raise OverflowError(size)
     torch.manual_seed(0)
     model = models.like(like, config, None)
-    found = {name: weight.detach().clone() for name, weight in model.state_dict(keep_vars=False).items()}
-    found |= {name: buffer.clone() for name, buffer in model.named_buffers()}
+    tensors = {name: weight.detach().clone() for name, weight in model.state_dict(keep_vars=False).items()}
+    tensors |= {name: buffer.clone() for name, buffer in model.named_buffers()}
     perturb(model)
     ids = documents(model, 0)["input_ids"][:, :40]
     for dtype in (torch.float32, torch.bfloat16):
@@ -158,5 +159,5 @@ def _evidence(like: Any, config: Any) -> dict[str, Tensor]:
         for training in (True, False):
             torch.manual_seed(0)
             with torch.no_grad():
-                found[f"logits {dtype} {training}"] = model.train(training)(input_ids=ids).logits
-    return found
+                tensors[f"logits {dtype} {training}"] = model.train(training)(input_ids=ids).logits
+    return tensors

@@ -22,7 +22,7 @@ class Module(Protocol):
     trained_ids: list[int]
     saved_ids: list[int] | None
     vocabulary: int | None
-    built_alone: bool
+    built_without_trainer: bool
     _trainer: Any
     quantize: Quantize | None
     lr: float
@@ -45,7 +45,7 @@ class Module(Protocol):
 
     @property
     def trainer(self) -> Any:
-        """Lightning's, or ours."""
+        """Lightning's trainer, or this project's."""
 
     @trainer.setter
     def trainer(self, trainer: Any) -> None: ...

@@ -66,7 +66,7 @@ def way_of(base: str | None, init: dict[str, Any] | None, *, seq_len: int | None
     for config in miniature.candidates(skeleton.config, whole=small, seq_len=seq_len):
         facts = json.dumps(config.to_dict(), sort_keys=True, default=str) + (" plain" if switch.is_plain() else "")
         try:
-            return proof_cache.answered(facts, partial(prove, skeleton, config))
+            return proof_cache.cached(facts, partial(prove, skeleton, config))
         except _NotBuiltError as error:
             obstacle = str(error)
     because = f"no small model of this config could be built to compare with ({obstacle})"
@@ -85,9 +85,9 @@ class Wide(TorchFunctionMode):
         if func is Tensor.float and args[0].dtype == torch.float64:
             return args[0]
         more = kwargs or {}
-        if any(each is torch.float32 for each in args) or any(each is torch.float32 for each in more.values()):
-            args = tuple(torch.float64 if each is torch.float32 else each for each in args)
-            more = {name: torch.float64 if each is torch.float32 else each for name, each in more.items()}
+        if any(value is torch.float32 for value in (*args, *more.values())):
+            args = tuple(torch.float64 if value is torch.float32 else value for value in args)
+            more = {name: torch.float64 if value is torch.float32 else value for name, value in more.items()}
         return func(*args, **more)
 
 
@@ -129,34 +129,34 @@ def prove(like: Any, config: Any, *, seed: int = 0) -> Way:
         raise _NotBuiltError(f"transformers cannot run it with token ids only: {failure}")
 
 
-def _best(plain: Any, packed: Any, alone: str, batch: Batch, standard: "_Sums", logits: Tensor) -> Way:
+def _best(plain: Any, packed: Any, why_unpacked: str, batch: Batch, standard: "_Sums", logits: Tensor) -> Way:
     """Try ways from the fastest on; fast norms are tried only with packed attention.
 
     Args:
         plain: Model with transformers' attention.
         packed: The same model with packed attention, or None.
-        alone: Why there is none.
+        why_unpacked: Why there is none.
         batch: The documents.
         standard: Results of `plain`.
         logits: Logits of the first document by `plain`, in evaluation mode.
     """
     keep, adjusted = _keeps(plain, batch, logits), _adjustment(plain, batch, logits)
-    own = "" if adjusted else "it transforms hidden states or logits around its head in its own way"
+    why_own_logits = "" if adjusted else "it transforms hidden states or logits around its head in its own way"
     for is_packed, fast_norms, own_logits in WAYS:
         model = packed if is_packed else plain
         if model is None or not (own_logits or adjusted):
             continue
         factor, cap = adjusted if adjusted and not own_logits else (1.0, None)
-        way = Way(is_packed, own_logits, factor, cap, keep, fast_norms, "" if is_packed else alone,
-                  own if own_logits else "")
+        way = Way(is_packed, own_logits, factor, cap, keep, fast_norms, "" if is_packed else why_unpacked,
+                  why_own_logits if own_logits else "")
         reason = _differs(model, batch, way, standard)
         if not reason:
             return way
         if own_logits:                              # then not because of its head
-            alone = reason if is_packed else alone
+            why_unpacked = reason if is_packed else why_unpacked
         else:
-            own = reason
-    return replace(PLAIN, why_unpacked=alone or own, why_own_logits=own or alone)
+            why_own_logits = reason
+    return replace(PLAIN, why_unpacked=why_unpacked or why_own_logits, why_own_logits=why_own_logits or why_unpacked)
 
 
 def _packing(plain: Any) -> tuple[Any, str]:
@@ -200,17 +200,17 @@ def _standard(plain: Any, batch: Batch) -> _Sums:
                                               reduction="sum"))
         return torch.stack(totals).sum()
 
-    found = _Sums(plain, sums)
-    if not math.isfinite(found.training):
+    sums_of_plain = _Sums(plain, sums)
+    if not math.isfinite(sums_of_plain.training):
         raise FloatingPointError("its loss is not finite")
-    return found
+    return sums_of_plain
 
 
 def _differs(model: Any, batch: Batch, way: Way, standard: _Sums) -> str:
     """How the results of a way differ from the reference; empty if they are equal."""
     touched = rmsnorm.use_fast_norms(model) if way.fast_norms else 0
     try:
-        ours = _Sums(model, lambda: forward.nll(model, batch, Choices(way)).total)
+        results = _Sums(model, lambda: forward.nll(model, batch, Choices(way)).total)
     except Exception as error:                      # a forward pass with other arguments or shapes
         return error.what if isinstance(error, InputError) else _line(error)
     finally:
@@ -219,12 +219,13 @@ def _differs(model: Any, batch: Batch, way: Way, standard: _Sums) -> str:
     dtype = next(model.parameters()).dtype
     loss, gradient = TOLERANCE[dtype]
     for name in ("training", "evaluation"):
-        given, right = getattr(ours, name), getattr(standard, name)
-        if not abs(given - right) <= loss * abs(right):
-            return f"its loss would be {given:.6g} instead of {right:.6g}"
-    scale = float(torch.stack([each.norm() for each in standard.gradients.values()]).norm())
-    for name, right in standard.gradients.items():
-        if not float((ours.gradients[name] - right).norm()) <= gradient * (float(right.norm()) + 1e-3 * scale):
+        value, reference = getattr(results, name), getattr(standard, name)
+        if not abs(value - reference) <= loss * abs(reference):
+            return f"its loss would be {value:.6g} instead of {reference:.6g}"
+    scale = float(torch.stack([right.norm() for right in standard.gradients.values()]).norm())
+    for name, reference in standard.gradients.items():
+        limit = gradient * (float(reference.norm()) + 1e-3 * scale)
+        if not float((results.gradients[name] - reference).norm()) <= limit:
             return f"the gradient of {name} would differ"
     return ""
 
@@ -260,9 +261,9 @@ def _adjustment(plain: Any, batch: Batch, logits: Tensor) -> tuple[float, float 
     factors += [left * right for left, right in product(factors[1:], repeat=2)]
     tolerance = TOLERANCE[plain.dtype][0] * float(logits.abs().max())
     for factor, cap in product(factors, caps):
-        ours = multiplied * factor
-        ours = torch.tanh(ours / cap) * cap if cap else ours
-        if float((ours - logits).abs().max()) <= tolerance:
+        candidate = multiplied * factor
+        candidate = torch.tanh(candidate / cap) * cap if cap else candidate
+        if float((candidate - logits).abs().max()) <= tolerance:
             return factor, cap
     return None
 

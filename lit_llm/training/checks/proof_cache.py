@@ -27,7 +27,7 @@ def in_memory(key: str) -> list[Way]:
     return []
 
 
-def answered(facts: str, find: Callable[[], Way]) -> Way:
+def cached(facts: str, find: Callable[[], Way]) -> Way:
     """A cached result for the same config and libraries, or a new one. Damaged files are ignored.
 
     Args:
@@ -37,16 +37,16 @@ def answered(facts: str, find: Callable[[], Way]) -> Way:
     import transformers
 
     key = hashlib.sha256(f"{FORMAT} {torch.__version__} {transformers.__version__} {facts}".encode()).hexdigest()
-    known = in_memory(key)
+    results = in_memory(key)
     file = cache_root(None) / "proofs" / f"{key[:32]}.json"
-    if not known:
+    if not results:
         with suppress(OSError, ValueError, TypeError, KeyError, AttributeError):
-            known.append(_read(json.loads(file.read_text(encoding="utf-8")), key))
-    if not known:
-        known.append(find())
+            results.append(_read(json.loads(file.read_text(encoding="utf-8")), key))
+    if not results:
+        results.append(find())
         with suppress(OSError):                     # without a cache it is computed again next time
-            disk.replace_text(file, json.dumps({"key": key, "way": asdict(known[0])}) + "\n")
-    return known[0]
+            disk.replace_text(file, json.dumps({"key": key, "way": asdict(results[0])}) + "\n")
+    return results[0]
 
 
 def _read(entry: dict[str, Any], key: str) -> Way:

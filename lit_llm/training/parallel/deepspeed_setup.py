@@ -14,7 +14,7 @@ from lit_llm.errors import InputError
 
 
 def load() -> None:
-    """Import it once without a word on stdout, where chat answers and reports go."""
+    """Import DeepSpeed once without its output on stdout, where chat answers and reports are written."""
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")      # read at import; without it a warning is printed
     with redirect_stdout(stderr):
@@ -26,7 +26,7 @@ def load() -> None:
 
 
 def select_device(kind: str) -> None:
-    """Tell DeepSpeed the device Lightning chose: beside a GPU it would not look at a CPU."""
+    """Set DeepSpeed's device to the one that Lightning chose; on a machine with a GPU it would never use the CPU."""
     import deepspeed
     from deepspeed.accelerator import get_accelerator, set_accelerator
 
@@ -36,41 +36,41 @@ def select_device(kind: str) -> None:
         os.environ["DS_ACCELERATOR"] = "cpu"
         set_accelerator(CPU_Accelerator())
     if kind == "cpu":
-        # else the first run compiles C++, and one killed meanwhile leaves a lock that hangs all later ones
+        # otherwise the first run compiles C++, and if it is killed meanwhile its lock blocks all later runs
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
 def check_config(config: dict[str, Any], *, clips: bool) -> None:
-    """Refuse a DeepSpeed config that would do something else than the keys of the run.
+    """Refuse a DeepSpeed config that contradicts the keys of the run.
 
     Args:
-        config: As given; Lightning has not added its own keys.
+        config: The config of the user, before Lightning adds its own keys.
         clips: Whether `trainer.gradient_clip_val` is set.
 
     Raises:
-        InputError: It names no stage, or sets what other keys set.
+        InputError: It has no stage, or it sets a value that belongs to another key.
     """
     stage = config.get("zero_optimization", {}).get("stage")
     if stage not in (1, 2, 3):                      # DeepSpeed ignores a misspelt key; resuming would fail
-        raise InputError(f"the DeepSpeed config names stage {stage}, not 1, 2 or 3", where="trainer.strategy",
-                         fix="Give it zero_optimization: {stage: 2}")
+        raise InputError(f"the DeepSpeed config has stage {stage}, which must be 1, 2 or 3", where="trainer.strategy",
+                         fix="add zero_optimization: {stage: 2} to it")
     for key in ("optimizer", "scheduler"):
         if key in config:
             raise InputError(f"'{key}' of the DeepSpeed config would replace what model.optimizer, model.lr and "
                              "model.schedule say", where="trainer.strategy", fix="Remove it")
     if clips and "gradient_clipping" in config:
-        raise InputError("clipping is set twice: here and as gradient_clipping in the DeepSpeed config",
-                         where="trainer.gradient_clip_val", fix="Remove one of them")
+        raise InputError("gradient clipping is set twice: here and as gradient_clipping in the DeepSpeed config",
+                         where="trainer.gradient_clip_val", fix="remove one of them")
 
 
 def check_float16(precision: str) -> None:
     """Refuse float16 where DeepSpeed does not support it.
 
     Args:
-        precision: As Lightning names it, such as `16-mixed`.
+        precision: `trainer.precision`, such as `16-mixed`.
 
     Raises:
-        InputError: This processor has no float16.
+        InputError: DeepSpeed does not support float16 on this device.
     """
     from deepspeed.accelerator import get_accelerator
 

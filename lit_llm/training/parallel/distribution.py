@@ -1,8 +1,8 @@
-"""What the rest of training asks a strategy: what it splits over processes, and which parts of a step it does itself.
+"""Properties of strategies: what they shard over processes, and which parts of a step they do themselves.
 
-`of(trainer.strategy)` answers for every strategy. A strategy of this project inherits from `Distribution` beside
-Lightning's class and overrides what differs from the answers given here, which are those of a strategy that keeps every
-weight whole (one device, DDP). Strategies of Lightning's that split weights are answered for by `_Lightnings`.
+`of(trainer.strategy)` returns them for any strategy. A strategy of this project inherits from `Distribution` and from
+Lightning's class, and overrides the defaults, which describe a strategy that replicates all weights (one device, DDP).
+`_Lightnings` describes Lightning's own strategies.
 """
 
 from collections.abc import Callable, Iterable
@@ -18,17 +18,17 @@ T = TypeVar("T")
 
 
 class Distribution:
-    """How a strategy distributes a model; also the answers of one that does not split it.
+    """How a strategy distributes a model; the defaults are those of a strategy that does not shard it.
 
     Attributes:
-        partitions_on_load: Weights are split while they are loaded, and gathered around the call of the module that
-            they belong to (ZeRO-3). FSDP2 splits a model that was built whole.
-        keeps_masters: Trained weights have float32 copies that the strategy keeps, and float16 has a loss scale.
-        casts_weights: Weights are cast to the type of the forward pass; otherwise autocast does it.
-        flattens_weights: The optimizer is given flat pieces of many weights rather than matrices.
-        owns_gradients: The strategy measures the gradient, skips a step where it is not finite, and clips it; it sets
+        partitions_on_load: Weights are sharded while they are loaded, and each module's weights are gathered when it is
+            called (ZeRO-3). FSDP2 shards a model that was built whole.
+        keeps_masters: The strategy keeps float32 copies of trained weights, and scales the loss in float16.
+        casts_weights: Weights are cast to the dtype of the forward pass; otherwise autocast does it.
+        flattens_weights: The optimizer gets flat shards of concatenated weights instead of matrices.
+        owns_gradients: The strategy measures and clips the gradient and skips a step if it is not finite; it sets
             `gradient_norm` and `step_skipped` of the module.
-        writes_folders: The state of a checkpoint is a folder of one part for each process rather than a file.
+        writes_folders: The state in a checkpoint is a folder with a part for each process, not a file.
     """
 
     partitions_on_load: bool = False
@@ -42,12 +42,12 @@ class Distribution:
 
     @property
     def split_stage(self) -> int:
-        """What is split over processes: 0 nothing, 1 optimizer states, 2 gradients too, 3 weights too."""
+        """What is sharded: 0 nothing, 1 optimizer states, 2 gradients as well, 3 weights as well."""
         return 0
 
     @property
     def gathers_layers(self) -> bool:
-        """Whether each layer's weights are gathered from all ranks when it is called, so that all must call it."""
+        """Whether each layer's weights are gathered from all ranks at its call, so that all ranks must call it."""
         return self.split_stage == 3
 
     @property
@@ -57,54 +57,54 @@ class Distribution:
 
     @property
     def float16_scale(self) -> float | None:
-        """What float16 multiplies the loss by and lowers when a gradient overflows; None where nothing is lowered."""
+        """The loss scale of float16, which is lowered when a gradient overflows; None without one."""
         scaler = getattr(self.precision_plugin, "scaler", None)
         return None if scaler is None else float(scaler.get_scale())
 
     @classmethod
     def from_name(cls, name: str) -> Self:
-        """The strategy that a name such as `fsdp2` means.
+        """The strategy for a name such as `fsdp2`.
 
         Raises:
-            InputError: The name says more, which nothing here reads.
+            InputError: The name has a suffix, which this strategy does not support.
         """
-        known, _, more = name.partition("_")
-        if more:
-            raise InputError(f"no strategy is named '{name}'. Did you mean '{known}'?", where="trainer.strategy")
+        base_name, _, suffix = name.partition("_")
+        if suffix:
+            raise InputError(f"no strategy is named '{name}'. Did you mean '{base_name}'?", where="trainer.strategy")
         return cls()
 
     def check_arguments(self) -> None:
-        """Refuse arguments of the strategy that change nothing."""
+        """Refuse arguments of the strategy that have no effect."""
 
     def shard(self, model: nn.Module, layers: Iterable[nn.Module], *, dtype: torch.dtype | None = None) -> None:
-        """Split a model that all processes have built alike.
+        """Shard a model that every process has built.
 
         Args:
-            model: All of it.
+            model: The whole model.
             layers: Its decoder layers.
-            dtype: Type of the forward pass where it differs from that of the weights; null is their own.
+            dtype: Dtype of the forward pass, if it differs from that of the weights.
         """
 
     def gathered(self, model: nn.Module, compute: Callable[[], T]) -> T:
-        """What `compute` gives while the weights outside the layers (embedding, last norm, head) are gathered."""
+        """Call `compute` while the weights outside the layers (embedding, last norm, head) are gathered."""
         return compute()
 
     def checkpoint_bytes(self, elements: int, itemsize: int) -> int:
-        """Bytes of a trained weight in a checkpoint: its copy in safetensors, and in the state with AdamW's averages.
+        """Bytes of a trained weight in a checkpoint: in safetensors, and in the state with AdamW's two averages.
 
         Args:
-            elements: Of the whole weight.
-            itemsize: Bytes of an element.
+            elements: Number of elements of the whole weight.
+            itemsize: Bytes per element.
         """
         return 4 * elements * itemsize
 
     def writers(self) -> list[tuple[Any, str]]:
-        """(object, name of its method) that write files of a checkpoint between two barriers."""
+        """Methods that write files of a checkpoint between two barriers, as (object, name of the method)."""
         return [(self.checkpoint_io, "save_checkpoint"), (self, "save_checkpoint")]
 
 
 class _Lightnings(Distribution):
-    """The answers of a strategy of Lightning's own."""
+    """The properties of a strategy of Lightning's own."""
 
     def __init__(self, strategy: Strategy) -> None:
         if isinstance(strategy, DeepSpeedStrategy):
@@ -114,7 +114,7 @@ class _Lightnings(Distribution):
         self.checkpoint_io, self.precision_plugin = strategy.checkpoint_io, strategy.precision_plugin
         plain = isinstance(strategy, SingleDeviceStrategy | DDPStrategy)
         self.writes_folders = not plain
-        self._strategy, self._stage = strategy, 0 if plain else 3       # FSDP and tensor parallelism split weights
+        self._strategy, self._stage = strategy, 0 if plain else 3       # FSDP and tensor parallelism shard weights
 
     @property
     def split_stage(self) -> int:
@@ -125,7 +125,7 @@ class _Lightnings(Distribution):
 
 
 def of(strategy: Strategy) -> Distribution:
-    """The answers of any strategy.
+    """The properties of any strategy.
 
     Raises:
         InputError: It is Lightning's own DeepSpeedStrategy.

@@ -1,7 +1,7 @@
-"""A strategy on torch's FSDP2: weights, gradients and optimizer states are sharded by layer.
+"""A strategy with torch's FSDP2: weights, gradients and optimizer states are sharded by layer.
 
-What ZeRO-3 does, in torch alone (arXiv:2304.11277; each weight is a DTensor). The gradient is averaged over processes,
-as under DDP.
+It does what ZeRO-3 does with torch only (arXiv:2304.11277; each weight is a DTensor). Gradients are averaged over
+processes, as under DDP.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -17,17 +17,17 @@ from lit_llm.training.parallel import safe_load
 from lit_llm.training.parallel.distribution import Distribution
 
 T = TypeVar("T")
-REST = "rest.pt"                                    # what is no tensor of weights or optimizer: loops, schedule
+REST = "rest.pt"                                    # the rest of the state: loops, schedule, callbacks
 
 
 class Fsdp2Strategy(Distribution, ModelParallelStrategy):
     """Torch's FSDP2 as a Lightning strategy, on CUDA and on CPU.
 
-    Every process builds the model whole in its own CPU memory and then keeps its share of it: the host must hold as
-    many copies as it has processes. Checkpoints hold what is trained, and any number of processes can read them.
+    Every process builds the whole model in its CPU memory and then keeps its shard, so the host needs memory for one
+    copy per process. Checkpoints contain the trained weights, and any number of processes can read them.
 
     Args:
-        process_group_backend: nccl or gloo; null takes what fits the device.
+        process_group_backend: nccl or gloo; null selects the one for the device.
         timeout: How long a process waits for the others, as H:MM:SS.
     """
 
@@ -39,19 +39,19 @@ class Fsdp2Strategy(Distribution, ModelParallelStrategy):
         super().__init__(tensor_parallel_size=1, process_group_backend=process_group_backend, timeout=timeout)
 
     def setup_environment(self) -> None:
-        """Join the other processes; all of them are one axis."""
+        """Join the process group; all processes form one mesh axis."""
         self._data_parallel_size = self.num_nodes * self.num_processes
         super().setup_environment()
 
     # ---- sharding
 
     def shard(self, model: nn.Module, layers: Iterable[nn.Module], *, dtype: torch.dtype | None = None) -> None:
-        """Split a model that all processes have built alike; its layers are gathered one by one.
+        """Shard a model that every process has built; its layers are gathered one by one.
 
         Args:
-            model: All of it; what is in no layer (embedding, last norm, head) is gathered once a step.
-            layers: Decoder layers.
-            dtype: Weights are gathered and multiplied in it, and stay as they are at rest; null is their own.
+            model: The whole model; weights outside the layers (embedding, last norm, head) are gathered once per step.
+            layers: Its decoder layers.
+            dtype: Dtype in which weights are gathered and multiplied; null uses that in which they are stored.
         """
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
@@ -61,7 +61,7 @@ class Fsdp2Strategy(Distribution, ModelParallelStrategy):
             fully_shard(part, mesh=self.device_mesh["data_parallel"], mp_policy=policy)
 
     def _align(self, model: nn.Module) -> None:
-        """Rank 0's values of what learns, on all ranks: adapters and new models are random."""
+        """Copy rank 0's trained weights to all ranks, because adapters and new models are initialized at random."""
         for weight in model.parameters():
             if weight.requires_grad:
                 here = weight.detach().to(self.root_device)
@@ -69,35 +69,35 @@ class Fsdp2Strategy(Distribution, ModelParallelStrategy):
                 weight.data.copy_(here)
 
     def gathered(self, model: nn.Module, compute: Callable[[], T]) -> T:
-        """What `compute` gives, with the weights outside layers gathered meanwhile.
+        """Call `compute` while the weights outside the layers are gathered.
 
-        FSDP2 gathers around a call of the module, but embedding, norm and head are used one by one here; so the call
-        is made with another inside.
+        FSDP2 gathers weights around a call of the module, but embedding, norm and head are used separately here.
+        Therefore `compute` temporarily replaces the forward method of the model, and the model is called.
         """
         model.forward = compute
         try:
             return model()
         finally:
-            del model.forward                       # the class's own is back
+            del model.forward                       # restores the class's method
 
     # ---- checkpoints
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        """Shards of what is trained; a frozen base is not saved again and again."""
+        """Shards of the trained weights; a frozen base is not saved with each checkpoint."""
         from torch.distributed.checkpoint.state_dict import get_model_state_dict
 
         assert self.model is not None
         return get_model_state_dict(self.model, options=_options())
 
     def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
-        """Shards of an optimizer's state."""
+        """This process's shards of an optimizer's state."""
         from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
         assert self.model is not None
         return get_optimizer_state_dict(self.model, getattr(optimizer, "optimizer", optimizer), options=_options())
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
-        """Write a folder: every process its shards, the first one the rest."""
+        """Write a folder: every process writes its shards, and the first one the rest of the state."""
         from torch.distributed.checkpoint import save
 
         path = Path(self.broadcast(filepath))
@@ -123,11 +123,11 @@ class Fsdp2Strategy(Distribution, ModelParallelStrategy):
             return torch.load(path / REST, map_location="cpu", weights_only=bool(weights_only))
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
-        """Nothing to do: `load_checkpoint` did it."""
+        """Does nothing: `load_checkpoint` has loaded the weights."""
 
 
 def _reader(path: Path) -> Any:
-    """Torch's reader of a distributed checkpoint, whose index is unpickled from known classes only."""
+    """Torch's reader of a distributed checkpoint, which unpickles the index from an allowlist of classes only."""
     from torch.distributed.checkpoint import FileSystemReader
     from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 

@@ -1,4 +1,4 @@
-"""Find the strategy that `trainer.strategy` names; DeepSpeed by name is this project's `ZeroStrategy`."""
+"""Find the strategy for a value of `trainer.strategy`; names of DeepSpeed select this project's `ZeroStrategy`."""
 
 import importlib
 import re
@@ -17,10 +17,10 @@ PATHS = sorted(f"lit_llm.{name}" for _, name in OWN.values())
 
 
 def strategy(value: Any) -> Any:
-    """The strategy of a name or a value that the command line read; strategies and names of Lightning's stay.
+    """The strategy for a name or a parsed value; strategies and names of Lightning's are returned unchanged.
 
     Raises:
-        InputError: There is no such strategy, or it starts processes that could not be stopped together.
+        InputError: There is no such strategy, or it starts processes that cannot be stopped together.
     """
     if isinstance(value, dict):                     # a value that could not be built
         raise InputError(f"{value.get('class_path')} is not a strategy that can be used here", where="trainer.strategy")
@@ -38,7 +38,7 @@ def strategy(value: Any) -> Any:
         raise InputError(f"there is no strategy '{named[1]}'" + (f". Did you mean '{near[0]}'?" if near else ""),
                          where="trainer.strategy", fix=f"this project's are {' and '.join(PATHS)}; Lightning's are in "
                          "lightning.pytorch.strategies")
-    if value not in (known := ["auto", *OWN, *StrategyRegistry.available_strategies()]):
-        raise InputError(f"no strategy is named '{value}'.{did_you_mean(value, known)}", where="trainer.strategy",
+    if value not in (names := ["auto", *OWN, *StrategyRegistry.available_strategies()]):
+        raise InputError(f"no strategy is named '{value}'.{did_you_mean(value, names)}", where="trainer.strategy",
                          fix="auto, ddp, fsdp2 and deepspeed_stage_1, _2 and _3 are the usual ones")
     return value

@@ -1,8 +1,9 @@
-"""Loading of a checkpoint's state without running code that the files may contain.
+"""Load a checkpoint's state without running code that its files may contain.
 
-DeepSpeed and torch's distributed checkpoints load their files with pickle, which calls whatever a file names. A
-checkpoint folder may come from somebody else, and the hashes in its manifest can be rewritten, so every such load is
-forced to torch's `weights_only` reader, which knows tensors, numbers and containers, plus the few classes listed here.
+DeepSpeed and torch's distributed checkpoints load their files with pickle, which can call any function that a file
+names. A checkpoint folder may come from somebody else, and the hashes in its manifest can be rewritten. Therefore every
+such load uses torch's `weights_only` reader, which accepts tensors, numbers, containers and the few classes listed
+here.
 """
 
 import os
@@ -14,18 +15,18 @@ from typing import Any
 
 from lit_llm.errors import InputError
 
-FORCE = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"             # torch.load obeys it even where its caller says weights_only=False
+FORCE = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"             # overrides weights_only=False of a caller of torch.load
 TRUST = "LIT_LLM_TRUST_CHECKPOINT"                  # set by the typed option --trust-checkpoint, inherited by all ranks
 OPTION = "--trust-checkpoint"
 
-# Classes of which DeepSpeed keeps objects beside its tensors. None of them does anything when it is built.
+# Classes of objects that DeepSpeed stores beside its tensors. None of them has effects when it is constructed.
 DEEPSPEED = (
     ("deepspeed.runtime.fp16.loss_scaler", "LossScaler"),
     ("deepspeed.runtime.fp16.loss_scaler", "DynamicLossScaler"),
     ("deepspeed.utils.tensor_fragment", "fragment_address"),
     ("deepspeed.runtime.zero.config", "ZeroStageEnum"),
 )
-# What the index of a distributed checkpoint of torch is made of.
+# Classes of the index of a distributed checkpoint of torch.
 INDEX = {
     "torch.distributed.checkpoint.metadata": {
         "Metadata", "TensorStorageMetadata", "BytesStorageMetadata", "ChunkStorageMetadata", "TensorProperties",
@@ -39,13 +40,13 @@ INDEX = {
 
 
 def is_trusted() -> bool:
-    """Whether the user typed `--trust-checkpoint`: files are then loaded as the libraries do it, and can run code."""
+    """Whether the user typed `--trust-checkpoint`: then the libraries load files as usual, which can run code."""
     return os.environ.get(TRUST) == "1"
 
 
 @contextmanager
 def data_only() -> Generator[None, None, None]:
-    """Within this context torch loads data only, whoever calls `torch.load` and with whatever arguments."""
+    """Within this context every call of `torch.load` loads data only, whatever its arguments."""
     if is_trusted():
         yield
         return
@@ -67,27 +68,27 @@ def _deepspeed_classes() -> list[Any]:
 
 
 def check(state: Path) -> None:
-    """Refuse a checkpoint's state that could not be loaded as data; every rank comes to the same verdict.
+    """Refuse a checkpoint's state that cannot be loaded as data, equally on every rank.
 
     Args:
         state: A checkpoint's `state`: a file, or the folder that DeepSpeed or FSDP2 wrote.
 
     Raises:
-        InputError: It names the file and what is in it.
+        InputError: The error names the file and the forbidden content.
     """
     if is_trusted():
         return
     for file in sorted(state.rglob("*.pt")) if state.is_dir() else [state]:
         _check_file(file)
-    for file in state.rglob(".metadata"):           # pieces of tensors beside it are read within `data_only`
+    for file in state.rglob(".metadata"):           # the shards beside it are read within `data_only`
         read_index(file)
 
 
 def arguments(state: Path) -> dict[str, Any]:
-    """What Lightning is given to load a checkpoint's state; a file may not decide how.
+    """Arguments with which Lightning loads a checkpoint's state safely.
 
     Args:
-        state: As for `check`, which is called.
+        state: As in `check`, which is called.
     """
     check(state)
     return {"ckpt_path": state, "weights_only": not is_trusted()}
@@ -100,17 +101,17 @@ def _check_file(file: Path) -> None:
     try:
         foreign = sorted(set(get_unsafe_globals_in_checkpoint(str(file))) - allowed)
     except Exception as error:                      # untrusted files: torch raises errors of many types
-        raise InputError(f"not a file that torch wrote: {_line(error)}", where=str(file),
+        raise InputError(f"torch cannot read this file: {_line(error)}", where=str(file),
                          fix="use another checkpoint of the run") from None
     if foreign:
         raise _refusal(file, foreign[0])
 
 
 def read_index(file: Path) -> Any:
-    """The index of a distributed checkpoint (`.metadata`), from nothing but the classes that it is made of.
+    """Read the index of a distributed checkpoint (`.metadata`), accepting only the classes that it consists of.
 
     Raises:
-        InputError: It names something else, or a file outside the folder, or it is damaged.
+        InputError: It contains another class or a file outside the folder, or it is damaged.
     """
     try:
         with open(file, "rb") as handle:
@@ -118,17 +119,17 @@ def read_index(file: Path) -> Any:
         names = {Path(info.relative_path) for info in index.storage_data.values()}
     except _ForeignError as error:
         raise _refusal(file, str(error)) from None
-    except Exception as error:                      # damaged bytes raise anything
-        raise InputError(f"not an index that torch wrote: {_line(error)}", where=str(file),
+    except Exception as error:                      # damaged bytes raise errors of many types
+        raise InputError(f"torch cannot read this index: {_line(error)}", where=str(file),
                          fix="use another checkpoint of the run") from None
     if outside := [name for name in names if len(name.parts) != 1 or name.is_absolute()]:
-        raise InputError(f"it names {outside[0]}, which is outside of the checkpoint", where=str(file),
+        raise InputError(f"it refers to {outside[0]}, which is outside of the checkpoint", where=str(file),
                          fix="use another checkpoint of the run")
     return index
 
 
 class _ForeignError(Exception):
-    """A pickle names something that an index does not consist of."""
+    """A pickle contains a class that no index consists of."""
 
 
 class _IndexReader(pickle.Unpickler):
@@ -139,7 +140,7 @@ class _IndexReader(pickle.Unpickler):
 
 
 def _refusal(file: Path, name: str) -> InputError:
-    return InputError(f"it contains {name[:100]}, which is not data and could run any program", where=str(file),
+    return InputError(f"it contains {name[:100]}, which is code and could run any program", where=str(file),
                       fix=f"use your own checkpoint; if you trust its author, {OPTION} loads it anyway")
 
 

@@ -1,7 +1,8 @@
-"""What a checkpoint of Lightning holds of the module, and how a module is made from one.
+"""Save a module in Lightning's checkpoints, and build a module from one.
 
-`fit` resumes from such a checkpoint, and `CausalLMModule.load_from_checkpoint` builds a module from one alone: it holds
-the arguments of the constructor, the weights that learn, and which rows of the vocabulary were added or trained.
+`fit` resumes from such a checkpoint, and `CausalLMModule.load_from_checkpoint` needs nothing else to build a module: it
+contains the arguments of the constructor, the trained weights, and which rows of embedding and head were added or
+trained.
 """
 
 from collections.abc import Mapping
@@ -20,81 +21,81 @@ from lit_llm.training.hyperparameters import Hyperparameters
 from lit_llm.training.parallel import reshard, safe_load
 
 
-def plain_arguments(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments of a constructor as numbers, texts, lists and mappings, which a checkpoint may hold.
+def plain_arguments(local_values: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of a constructor as numbers, texts, lists and mappings, which checkpoints may contain.
 
     Args:
-        given: Its local variables at its beginning.
+        local_values: The local variables at the beginning of the constructor.
     """
     return {name: asdict(value) if is_dataclass(value) and not isinstance(value, type) else value
-            for name, value in given.items() if name != "self" and not name.startswith("__")}
+            for name, value in local_values.items() if name != "self" and not name.startswith("__")}
 
 
 class SavedModule(L.LightningModule):
     """The part of `CausalLMModule` that is saved and loaded."""
 
-    arguments: dict[str, Any]                       # of the constructor
+    arguments: dict[str, Any]                       # arguments of the constructor
     base: str | None
     init: dict[str, Any] | None
     quantize: Quantize | None
     optimizer: optim.Name
     peft_spec: dict[str, Any] | None
     hyperparameters: Hyperparameters
-    trained_ids: list[int]                          # tokens whose rows learn beside the adapters
+    trained_ids: list[int]                          # tokens whose embedding and head rows are trained with adapters
     saved_ids: list[int] | None                     # those of a checkpoint that is loaded without a trainer
-    vocabulary: int | None                          # tokens of the data's tokenizer
+    vocabulary: int | None                          # size of the data's tokenizer
     model: Any
 
     @classmethod
     def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Self:
-        """A module with the weights of a checkpoint: on the CPU, in float32, to evaluate or to train on.
+        """Build a module with the weights of a checkpoint, on the CPU in float32, to evaluate it or train it further.
 
-        The file is loaded as data: it cannot run a program. The base model is loaded from where the run loaded it.
+        The file is loaded as data and cannot run code. The base model is loaded from where the run loaded it.
 
         Args:
             checkpoint_path: A file of `Trainer.save_checkpoint`, or a checkpoint folder such as
                 `runs/sft/checkpoints/step_40` (of one process, or of DDP).
-            args: Lightning's own.
-            kwargs: Lightning's own, and arguments of the constructor that replace the saved ones, such as `base`.
+            args: Lightning's arguments.
+            kwargs: Lightning's arguments, and arguments of the constructor that replace the saved ones, such as `base`.
 
         Raises:
-            InputError: A folder of ZeRO or FSDP2, whose state is in pieces.
+            InputError: A folder of ZeRO or FSDP2, whose state is sharded.
         """
         if isinstance(checkpoint_path, str | Path) and (folder := Path(checkpoint_path)).is_dir():
             checkpoint_path = folder / "state"
             if not checkpoint_path.is_file():
-                raise InputError("it has no state in one file, as ZeRO and FSDP2 write it in pieces", where=str(folder),
+                raise InputError("the state in this checkpoint is sharded by ZeRO or FSDP2", where=str(folder),
                                  fix=f"give {folder / 'model'} or {folder / 'adapter'} as model.base or model.adapter")
         if not safe_load.is_trusted():
             kwargs["weights_only"] = True
         return super().load_from_checkpoint(checkpoint_path, *args, **kwargs)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """As torch does it; frozen weights, which a checkpoint leaves out, are not reported as missing."""
-        found = super().load_state_dict(state_dict, strict, assign)
-        learning = {name for name, weight in self.named_parameters() if weight.requires_grad}
-        missing = [name for name in found.missing_keys if name in learning]
-        return torch_private.incompatible_keys(missing, found.unexpected_keys)
+        """Load weights as torch does, but do not report frozen weights, which checkpoints leave out, as missing."""
+        result = super().load_state_dict(state_dict, strict, assign)
+        trainable = {name for name, weight in self.named_parameters() if weight.requires_grad}
+        missing = [name for name in result.missing_keys if name in trainable]
+        return torch_private.incompatible_keys(missing, result.unexpected_keys)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add what a resumed run and `load_from_checkpoint` need, and leave out weights that do not learn.
+        """Add what a resumed run and `load_from_checkpoint` need, and leave out frozen weights.
 
-        Lightning does not say how many micro-batches a step had.
+        The number of micro-batches per step is added as well, because Lightning does not store it.
         """
         checkpoint[reshard.ACCUMULATE] = self.trainer.accumulate_grad_batches
         self.hyperparameters.save(checkpoint)
         checkpoint["hyper_parameters"] = {**checkpoint.get("hyper_parameters", {}), **self.saved_arguments()}
         checkpoint["trained_ids"], checkpoint["vocabulary"] = self.trained_ids, self.vocabulary
         frozen = {name for name, weight in self.named_parameters() if not weight.requires_grad}
-        checkpoint["state_dict"] = {      # the scales of 4-bit weights have names behind theirs
+        checkpoint["state_dict"] = {      # names of the scales of 4-bit weights begin with the weight's name
             name: value for name, value in checkpoint.get("state_dict", {}).items()
             if name not in frozen and name.partition(".weight.")[0] + ".weight" not in frozen}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """A run may go on with another division of its steps, but only with the same trained rows.
+        """Adapt the checkpoint to this run's number of micro-batches per step, and check the trained token rows.
 
-        Rows that are in only one of the two would be lost, or start again, in silence. Without a trainer, where
-        `load_from_checkpoint` calls, the model is built again with the rows of the checkpoint.
+        Rows that only one of the two trains would silently be lost or start again. Without a trainer, when
+        `load_from_checkpoint` calls this, the model is built again with the rows of the checkpoint.
         """
         ids, tokens = list(checkpoint.get("trained_ids", [])), checkpoint.get("vocabulary")
         same = sorted(ids) == sorted(self.trained_ids)
@@ -112,5 +113,5 @@ class SavedModule(L.LightningModule):
             reshard.recount(checkpoint, self.trainer.accumulate_grad_batches)
 
     def saved_arguments(self) -> dict[str, Any]:
-        """The arguments of the constructor that `load_from_checkpoint` passes to it."""
+        """Arguments that `load_from_checkpoint` passes to the constructor."""
         return self.arguments

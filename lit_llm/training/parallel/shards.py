@@ -1,8 +1,8 @@
-"""The one module that knows how a weight is split over processes.
+"""Access to weights and gradients that a strategy may have sharded over processes, independent of the strategy.
 
-DDP keeps every weight whole. ZeRO 1 and 2 keep float32 masters of what is trained in pieces, beside the weights of the
-forward pass; ZeRO-3 splits the weights as well and leaves empty tensors in their place (`ds_id` and other attributes
-of DeepSpeed). FSDP2 replaces weights and gradients by DTensors. The functions here answer alike for all of them.
+DDP replicates every weight. ZeRO 1 and 2 shard the float32 masters of trained weights, beside the weights of the
+forward pass; ZeRO-3 also shards the weights and leaves empty tensors in their place (`ds_id` and other attributes of
+DeepSpeed). FSDP2 replaces weights and gradients by DTensors. No other module depends on these representations.
 """
 
 from collections.abc import Callable, Iterable
@@ -16,12 +16,12 @@ from lit_llm.system.private import deepspeed as deepspeed_private
 # ---- one weight ------------------------------------------------------------------------------------------------------
 
 def is_partitioned(weight: Tensor) -> bool:
-    """Whether ZeRO-3 has split it: it is empty except around a call of the module that it belongs to."""
+    """Whether ZeRO-3 has sharded it: then it is empty except during a call of its module."""
     return hasattr(weight, "ds_id")
 
 
 def shape_of(weight: Tensor) -> torch.Size:
-    """Shape of the whole weight; the tensor of a weight that ZeRO-3 has split is empty."""
+    """Shape of the whole weight; the tensor of a weight that ZeRO-3 has sharded is empty."""
     return torch.Size(getattr(weight, "ds_shape", weight.shape))
 
 
@@ -31,14 +31,14 @@ def elements_of(weight: Tensor) -> int:
 
 
 def own_part(weight: Tensor) -> Tensor:
-    """The elements that this process keeps, without their gradient graph; all of them where nothing is split."""
+    """The elements that this process keeps, detached; all of them if the weight is not sharded."""
     part: Any = getattr(weight, "ds_tensor", weight)
     part = part.to_local() if hasattr(part, "to_local") else part       # a DTensor
     return part.detach()
 
 
 def whole(weight: Tensor) -> Tensor:
-    """The full weight, of the float32 master where DeepSpeed has one. A collective where the weight is split."""
+    """The full weight, from DeepSpeed's float32 master if there is one. Collective if the weight is sharded."""
     if is_partitioned(weight) and not deepspeed_private.is_stepped(weight):      # stage 3 without an optimizer
         from deepspeed.runtime.zero import GatheredParameters
 
@@ -52,7 +52,7 @@ def whole(weight: Tensor) -> Tensor:
 
 
 def gradient(weight: Tensor) -> Tensor | None:
-    """The full gradient before the optimizer reads it; None where there is none. A collective where it is split."""
+    """The full gradient before the optimizer uses it; None if there is none. Collective if it is sharded."""
     if _has_master(weight):
         from deepspeed.utils import safe_get_full_grad
 
@@ -61,7 +61,7 @@ def gradient(weight: Tensor) -> Tensor | None:
 
 
 def _has_master(weight: Tensor) -> bool:
-    """Whether DeepSpeed's optimizer keeps a float32 copy of it, whole or in pieces."""
+    """Whether DeepSpeed's optimizer keeps a float32 copy of it, whole or sharded."""
     return is_partitioned(weight) or deepspeed_private.has_master(weight)
 
 
@@ -72,16 +72,16 @@ def _full(tensor: Any) -> Tensor:
 # ---- all weights -----------------------------------------------------------------------------------------------------
 
 def gathered_trainable_state(module: nn.Module) -> dict[str, Tensor] | None:
-    """All trained weights, whole, on the CPU of rank 0; None elsewhere.
+    """All trained weights, unsharded, on the CPU of rank 0; None on other ranks. Collective under every strategy.
 
-    A collective under every strategy: all ranks call it, at the same place. Float32 masters where DeepSpeed has them,
-    since bfloat16 weights hold less than was learned. One weight at a time is gathered on the device.
+    DeepSpeed's float32 masters are used if there are any, because bfloat16 weights are rounded. Weights are gathered on
+    the device one at a time.
 
     Args:
         module: The LightningModule or any part of it; its parameter names are the keys. Tied weights appear once.
 
     Returns:
-        Copies that later steps do not touch: name -> contiguous tensor.
+        Name -> contiguous tensor, a copy that later steps do not change.
     """
     import torch.distributed as dist
 
@@ -91,26 +91,26 @@ def gathered_trainable_state(module: nn.Module) -> dict[str, Tensor] | None:
 
 
 def gathered_gradients(module: nn.Module) -> dict[str, Tensor]:
-    """Whole gradients of a step on the CPU of every rank, before the optimizer reads them. A collective."""
+    """Unsharded gradients of a step on the CPU of every rank, before the optimizer uses them. Collective."""
     return _gathered(module, gradient, keep=True)
 
 
 def _gathered(module: nn.Module, gather: Callable[[Tensor], Tensor | None], *, keep: bool) -> dict[str, Tensor]:
-    """What `gather` gives for each trained weight, by name; empty where it is not kept."""
-    found = {}
+    """The result of `gather` for each trained weight, by name; empty if results are not kept."""
+    tensors = {}
     for name, weight in module.named_parameters():
         if weight.requires_grad:
             tensor = gather(weight)
             if keep and tensor is not None:
-                found[name] = tensor.detach().to("cpu", copy=True).contiguous()
-    return found
+                tensors[name] = tensor.detach().to("cpu", copy=True).contiguous()
+    return tensors
 
 
 def gradient_norm(weights: Iterable[nn.Parameter]) -> Tensor:
-    """() norm of the gradients of all weights together, over all ranks where they are split; 0 where there is none.
+    """() norm of the gradients of all weights together, over all ranks; 0 if there are no gradients.
 
     The norm is inf or nan if any gradient is, or if the square of one exceeds float32 (beyond about 1e19). Not for
-    DeepSpeed, whose engine has the gradients. A collective where weights are split.
+    DeepSpeed, whose engine has the gradients. Collective if weights are sharded.
     """
     gradients = [weight.grad for weight in weights if weight.grad is not None]
     return _full(nn.utils.get_total_norm(gradients)) if gradients else torch.zeros(())
@@ -120,12 +120,12 @@ def clip(weights: Iterable[nn.Parameter], limit: float, norm: Tensor | None) -> 
     """Scale the gradients so that the norm of all of them is at most `limit`.
 
     Args:
-        weights: Those without a gradient are left out.
+        weights: The trained weights; those without a gradient are left out.
         limit: Upper limit of the norm.
-        norm: What `gradient_norm` gave; null, and gradients that are split, measure it here.
+        norm: Result of `gradient_norm`; if null, or if gradients are sharded, the norm is computed here.
     """
-    learned = [weight for weight in weights if weight.grad is not None]
-    if norm is None or any(hasattr(weight.grad, "full_tensor") for weight in learned):
-        nn.utils.clip_grad_norm_(learned, limit, foreach=True)
+    with_gradient = [weight for weight in weights if weight.grad is not None]
+    if norm is None or any(hasattr(weight.grad, "full_tensor") for weight in with_gradient):
+        nn.utils.clip_grad_norm_(with_gradient, limit, foreach=True)
     else:
-        nn.utils.clip_grads_with_norm_(learned, limit, norm, foreach=True)
+        nn.utils.clip_grads_with_norm_(with_gradient, limit, norm, foreach=True)

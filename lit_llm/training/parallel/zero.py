@@ -1,9 +1,9 @@
 """DeepSpeed's ZeRO stages 1, 2 and 3 as a strategy of Lightning, on CUDA and on CPU with gloo.
 
-It joins the process group, shards weights while they are loaded, says where an optimizer step ends, and saves and loads
-shards. The gradient that reaches the optimizer is exactly that of the loss that the module returned: Lightning divides
-it by the accumulated micro-batches, ZeRO averages it over processes, and nothing is divided twice.
-`deepspeed_setup.py` imports DeepSpeed and tells it the device, and `reshard.py` checks and converts shards on disk.
+It joins the process group, shards weights while they are loaded, ends optimizer steps, and saves and loads shards. The
+optimizer gets exactly the gradient of the loss that the module returned: Lightning divides the loss by the number of
+accumulated micro-batches, ZeRO averages gradients over processes, and nothing is divided twice.
+`deepspeed_setup.py` imports DeepSpeed and selects its device; `reshard.py` checks and converts shards on disk.
 """
 
 import atexit
@@ -35,21 +35,22 @@ _RENDEZVOUS = ("MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE", "LOCAL_RANK")
 class ZeroStrategy(Distribution, DeepSpeedStrategy):
     """DeepSpeed's ZeRO as a Lightning strategy (arXiv:1910.02054, section 5).
 
-    Differs from Lightning's own in five ways: it runs on CPU too; an optimizer step ends where Lightning says so, also
-    in a short last window; gradients are not divided by the accumulation a second time and are summed in float32;
-    transformers models are sharded while they load and adapters start at zero; checkpoints leave out frozen weights.
+    It differs from Lightning's own in five ways: it also runs on CPUs; Lightning determines the end of an optimizer
+    step, also in a shorter last accumulation window; gradients are not divided by the accumulation a second time and
+    are summed in float32; transformers models are sharded while they load, and adapters start at zero; checkpoints
+    leave out frozen weights.
 
     Args:
-        stage: What is split over processes. 1: optimizer states; 2: gradients too; 3: weights too, gathered by layer.
-            2 costs nothing over 1; 3 is for a model whose weights alone do not fit on one device.
-        offload_optimizer: Keep optimizer states in CPU memory. Saves 12 bytes per trainable parameter of device memory.
-        offload_parameters: Keep the weights in CPU memory, stage 3 only. Slow; for models that fit in no other way.
-        config: A DeepSpeed config, as a dict or the path of a JSON file, in place of all other arguments here. Must not
-            name `gradient_accumulation_steps`, and not `gradient_clipping` where `trainer.gradient_clip_val` is set.
-        kwargs: Any other argument of `lightning.pytorch.strategies.DeepSpeedStrategy`.
+        stage: What is sharded over processes. 1: optimizer states; 2: gradients as well; 3: weights as well, gathered
+            by layer. 2 costs nothing over 1; 3 is for a model whose weights do not fit on one device.
+        offload_optimizer: Keep optimizer states in CPU memory; saves 12 bytes of device memory per trained weight.
+        offload_parameters: Keep the weights in CPU memory, stage 3 only. Slow; for models that do not fit otherwise.
+        config: A DeepSpeed config, as a dict or the path of a JSON file, which replaces all other arguments. It must
+            not set `gradient_accumulation_steps`, nor `gradient_clipping` if `trainer.gradient_clip_val` is set.
+        kwargs: Other arguments of `lightning.pytorch.strategies.DeepSpeedStrategy`.
 
     Raises:
-        InputError: If `stage` is not 1, 2 or 3, or an option needs another stage.
+        InputError: `stage` is not 1, 2 or 3, or an option needs another stage.
     """
 
     keeps_masters = casts_weights = flattens_weights = owns_gradients = writes_folders = True
@@ -81,25 +82,25 @@ class ZeroStrategy(Distribution, DeepSpeedStrategy):
                        "config": config, **kwargs}
         self._environ: dict[str, str | None] = {}
         self._hf_config: object | None = None       # transformers keeps only a weak reference to it
-        self._skipped = False                       # whether the micro-batch at hand has no forward
+        self._skipped = False                       # whether the current micro-batch has no forward pass
 
     def check_arguments(self) -> None:
-        """Refuse arguments that change nothing; here, for the command line shows no reasons of constructors."""
+        """Refuse arguments without effect; not in the constructor, whose reasons the command line does not show."""
         idle.check_zero(self._given, DeepSpeedStrategy)
 
     @classmethod
     def from_name(cls, name: str) -> Self:
-        """The strategy of a name like `deepspeed`, `deepspeed_stage_3` or `deepspeed_stage_2_offload`.
+        """The strategy for a name such as `deepspeed`, `deepspeed_stage_3` or `deepspeed_stage_2_offload`.
 
         Raises:
-            InputError: If Lightning registers no DeepSpeed strategy of that name.
+            InputError: Lightning registers no DeepSpeed strategy of that name.
         """
-        known = [word for word in StrategyRegistry.available_strategies() if word.startswith("deepspeed")]
-        if name not in known:
+        names = [word for word in StrategyRegistry.available_strategies() if word.startswith("deepspeed")]
+        if name not in names:
             raise InputError(
-                f"no strategy is named {name!r}.{did_you_mean(name, known)}",
+                f"no strategy is named {name!r}.{did_you_mean(name, names)}",
                 where="trainer.strategy",
-                fix=f"One of: {', '.join(known)}",
+                fix=f"one of {', '.join(names)}",
             )
         arguments = StrategyRegistry[name]["init_params"]
         return cls(**{key: value for key, value in arguments.items() if key not in idle.ZERO})
@@ -108,12 +109,12 @@ class ZeroStrategy(Distribution, DeepSpeedStrategy):
 
     @property
     def root_device(self) -> torch.device:
-        """This process's device; a CPU too gets an index, since DeepSpeed takes it for the rank."""
+        """This process's device; a CPU also gets an index, which DeepSpeed uses as the rank."""
         device = super().root_device
         return torch.device("cpu", self.local_rank) if device.type == "cpu" else device
 
     def setup_environment(self) -> None:
-        """Check what DeepSpeed cannot do, then join the other processes."""
+        """Refuse what DeepSpeed does not support, then join the other processes."""
         assert self.lightning_module is not None
         assert isinstance(self.config, dict)
         clips = self.lightning_module.trainer.gradient_clip_val and not self._config_initialized
@@ -121,7 +122,7 @@ class ZeroStrategy(Distribution, DeepSpeedStrategy):
         deepspeed_setup.select_device(self.root_device.type)
         deepspeed_setup.check_float16(str(self.precision_plugin.precision))
         idle.check_scale(vars(self), str(self.precision_plugin.precision))
-        DDPStrategy.setup_environment(self)         # the parent's own refuses anything but CUDA
+        DDPStrategy.setup_environment(self)         # the parent class's method refuses all devices except CUDA
 
     def setup_distributed(self) -> None:
         """Join the process group: NCCL on CUDA, gloo on CPU."""
@@ -134,16 +135,16 @@ class ZeroStrategy(Distribution, DeepSpeedStrategy):
             self._init_deepspeed_distributed()
         else:
             super().setup_distributed()
-        # Not in teardown: `fit` and then `validate` on one trainer share the group.
+        # The group is not closed in teardown, because `fit` and then `validate` of one trainer share it.
         atexit.unregister(deepspeed_setup.leave_process_group)
         atexit.register(deepspeed_setup.leave_process_group)
 
     def teardown(self) -> None:
-        """Release the model; leave the environment of a lone process as it was."""
+        """Release the model; restore the environment of a single process."""
         super().teardown()
         self._hf_config = None
         if self.world_size > 1:
-            return                                  # the started processes live on, Lightning must not start more
+            return                                  # the started processes continue; Lightning must not start more
         for key, value in self._environ.items():
             os.environ.pop(key, None)
             if value is not None:
@@ -153,7 +154,7 @@ class ZeroStrategy(Distribution, DeepSpeedStrategy):
 
     @property
     def precision_plugin(self) -> Precision:
-        """DeepSpeed's precision, which leaves casting to the engine."""
+        """DeepSpeed's precision plugin, which leaves casting to the engine."""
         return super().precision_plugin
 
     @precision_plugin.setter
@@ -164,11 +165,11 @@ class ZeroStrategy(Distribution, DeepSpeedStrategy):
 
     @contextmanager
     def model_sharded_context(self) -> Generator[None, None, None]:
-        """Around `configure_model`: transformers shards what it builds or loads under stage 3.
+        """Context for `configure_model`: transformers shards what it builds or loads under stage 3.
 
-        Lightning's own context partitions every new module at once, so that weights load into empty tensors and LoRA's
-        zeros go nowhere. transformers knows the right way, if it can see the config; everything else (adapters) stays
-        whole until the engine starts, which broadcasts rank 0's values and partitions them.
+        Lightning's own context shards every new module immediately, so weights would be loaded into empty tensors and
+        LoRA's zeros would be lost. transformers does it correctly if it knows the config. All other weights (adapters)
+        stay whole until the engine starts, which broadcasts rank 0's values and shards them.
         """
         self._init_config_if_needed()
         if self.zero_stage_3:
@@ -180,10 +181,10 @@ class ZeroStrategy(Distribution, DeepSpeedStrategy):
     def setup(self, trainer: "Trainer") -> None:
         """Start the engine on the configured module."""
         self._init_config_if_needed()
-        self._halve_what_was_added()
+        self._halve_adapters()
         self._fit_buckets()
         super().setup(trainer)
-        if self.float16_scale is not None:          # FiniteGuard ends such a run, with a message
+        if self.float16_scale is not None:          # FiniteGuard ends such a run with a message
             self.deepspeed_engine.optimizer.loss_scaler.raise_error_at_min_scale = False
 
     def _format_config(self) -> None:
@@ -191,15 +192,16 @@ class ZeroStrategy(Distribution, DeepSpeedStrategy):
         config = self.config
         assert isinstance(config, dict)
         config.setdefault("zero_allow_untested_optimizer", True)
-        config.setdefault("zero_force_ds_cpu_optimizer", False)     # offload steps with our AdamW, nothing is compiled
+        config.setdefault("zero_force_ds_cpu_optimizer", False)     # offloading uses our AdamW, so nothing is compiled
         config.setdefault("communication_data_type", "fp32")
         if any(config.get(kind, {}).get("enabled") for kind in ("bf16", "fp16")):
             config.setdefault("data_types", {}).setdefault("grad_accum_dtype", "fp32")
 
-    def _halve_what_was_added(self) -> None:
-        """Adapters to 16 bits under stage 3, as the engine does it under 1 and 2; masters are float32 all the same.
+    def _halve_adapters(self) -> None:
+        """Convert adapters to 16 bits under stage 3, as the engine does under 1 and 2; masters are float32 anyway.
 
-        It takes the type of what is trained for the model's: with float32 it would scale no loss in float16.
+        The engine derives the model's dtype from the trained weights; with float32 it would not scale the loss in
+        float16.
         """
         assert isinstance(self.config, dict)
         assert self.model is not None
@@ -210,7 +212,7 @@ class ZeroStrategy(Distribution, DeepSpeedStrategy):
                         weight.data = weight.data.to(dtype)
 
     def _fit_buckets(self) -> None:
-        """Shrink the reduce bucket to what is trained: it is allocated whole, 800 MB and more for a small adapter."""
+        """Shrink the reduce bucket to the trained weights; it is allocated at once, 800 MB even for a small adapter."""
         assert isinstance(self.config, dict)
         assert self.model is not None
         zero = self.config.get("zero_optimization", {})
@@ -222,48 +224,48 @@ class ZeroStrategy(Distribution, DeepSpeedStrategy):
 
     @property
     def handles_gradient_accumulation(self) -> bool:
-        """No: Lightning says where a step ends, so that its counters, the schedule and the engine agree."""
+        """False: Lightning determines the end of a step, so that its counters, the schedule and the engine agree."""
         return False
 
     def block_backward_sync(self) -> AbstractContextManager[None]:  # type: ignore[override]
-        """Nothing to block: the engine itself reduces at the end of a step only."""
+        """Does nothing: the engine reduces gradients at the end of a step only."""
         return nullcontext()
 
     def training_step(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
-        """Of a micro-batch; one that the module skips on all ranks does not enter the engine."""
+        """Run a micro-batch in the engine, unless the module skips it on all ranks."""
         module: Any = self.lightning_module
         self._skipped = hasattr(module, "is_skipped") and module.is_skipped(batch)
         return module.training_step(batch, *args) if self._skipped else super().training_step(batch, *args, **kwargs)
 
     def backward(self, closure_loss: Tensor, optimizer: Any, *args: Any, **kwargs: Any) -> Tensor:
-        """Backward of one micro-batch; gradients are reduced for the step in its last one."""
+        """Backward pass of one micro-batch; the last one of a step reduces the gradients."""
         if self._skipped:
             return closure_loss
         assert self.lightning_module is not None
         last = not private.accumulates(self.lightning_module.trainer)
         self.deepspeed_engine.set_gradient_accumulation_boundary(last)
-        # Lightning has divided by accumulate_grad_batches, the engine would once more
+        # Lightning has divided by accumulate_grad_batches; the engine would do it again
         return super().backward(closure_loss, optimizer, *args, scale_wrt_gas=False, **kwargs)
 
     def optimizer_step(self, optimizer: Any, closure: Any, model: Any = None, **kwargs: Any) -> Any:
-        """A step; the engine skips it on all ranks where the gradient is not finite, and the schedule must know."""
+        """Step, or skip the step on all ranks if the gradient is not finite, which the schedule must know."""
         done = super().optimizer_step(optimizer, closure, model, **kwargs)
         module: Any = self.lightning_module
         module.step_skipped = bool(getattr(self.deepspeed_engine.optimizer, "overflow", False))
         module.gradient_norm = self.deepspeed_engine.get_global_grad_norm()     # before clipping
         return done
 
-    # ---- what training asks
+    # ---- properties
 
     @property
     def split_stage(self) -> int:
-        """The stage of ZeRO."""
+        """The ZeRO stage."""
         stage = self._zero_config.get("stage")
-        return stage if stage in (1, 2, 3) else 0   # others are refused before training
+        return stage if stage in (1, 2, 3) else 0   # other values are refused before training
 
     @property
     def partitions_on_load(self) -> bool:  # type: ignore[override]
-        """Under stage 3, where transformers splits what it loads."""
+        """True under stage 3, where transformers shards weights while loading them."""
         return self.split_stage == 3
 
     @property
@@ -273,7 +275,7 @@ class ZeroStrategy(Distribution, DeepSpeedStrategy):
 
     @property
     def float16_scale(self) -> float | None:
-        """What float16 multiplies the loss by and lowers when a gradient overflows; None where nothing is lowered."""
+        """The loss scale of float16, which is lowered when a gradient overflows; None without one."""
         optimizer: Any = getattr(self.model, "optimizer", None)
         return float(optimizer.loss_scale) if getattr(optimizer, "dynamic_loss_scale", False) else None
 
@@ -283,11 +285,11 @@ class ZeroStrategy(Distribution, DeepSpeedStrategy):
         return self.config.get("zero_optimization", {})
 
     def checkpoint_bytes(self, elements: int, itemsize: int) -> int:
-        """Its copy in safetensors, and in the state the weight, its float32 master and AdamW's two averages."""
+        """Bytes in safetensors, and in the state: the weight, its float32 master and AdamW's two averages."""
         return elements * (itemsize + 16)
 
     def writers(self) -> list[tuple[Any, str]]:
-        """Also what the engine calls between two barriers, some of it in the first process only."""
+        """Also methods that the engine calls between two barriers, some of them in the first process only."""
         engine = self.deepspeed_engine
         return [*super().writers(), deepspeed_private.recovery_script(engine), (engine.checkpoint_engine, "makedirs"),
                 (engine.checkpoint_engine, "save")]
@@ -295,7 +297,7 @@ class ZeroStrategy(Distribution, DeepSpeedStrategy):
     # ---- checkpoints
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
-        """Write a folder of shards, one part per process; frozen weights are left out where only a part is trained."""
+        """Write a folder with the shards of each process, without frozen weights."""
         self.exclude_frozen_parameters = self._has_frozen_weights()
         whole = self.deepspeed_engine.save_checkpoint
         # DeepSpeed writes `latest` in the first process before a barrier: an error there would block the others.
@@ -310,11 +312,11 @@ class ZeroStrategy(Distribution, DeepSpeedStrategy):
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
         """Restore weights and, when fitting, the optimizer; Lightning restores loops and schedule from the rest.
 
-        Shards of stage 1 and 2 may come from another number of processes: they are put together on the way.
+        Shards of stages 1 and 2 may come from another number of processes, and are converted first.
 
         Raises:
-            InputError: If the folder was written by another stage, by stage 3 with another number of processes, or by
-                stage 3 and now only to evaluate.
+            InputError: The folder was written by another stage, by stage 3 with another number of processes, or by
+                stage 3 and the run only evaluates.
         """
         module = self.lightning_module
         assert module is not None
@@ -340,7 +342,7 @@ class ZeroStrategy(Distribution, DeepSpeedStrategy):
             return super().load_checkpoint(folder)
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
-        """Nothing to do: the engine loaded the weights."""
+        """Does nothing: the engine has loaded the weights."""
 
     def _has_frozen_weights(self) -> bool:
         assert self.lightning_module is not None
@@ -348,7 +350,7 @@ class ZeroStrategy(Distribution, DeepSpeedStrategy):
 
 
 class _EnginePrecision(DeepSpeedPrecision):
-    """DeepSpeed's precision, without Lightning's cast of buffers: rotary frequencies in bf16 are wrong positions."""
+    """DeepSpeed's precision without Lightning's cast of buffers; rotary frequencies in bf16 give wrong positions."""
 
     def convert_module(self, module: nn.Module) -> nn.Module:
-        return module                               # the engine casts parameters, and only them
+        return module                               # the engine casts the parameters only

@@ -86,14 +86,14 @@ def named(name: str | None, memory: float | None) -> Device | None:
     key = name.lower().replace("_", "-").replace(" ", "")
     key = ALIASES.get(key, key)
     if key == "cpu":
-        found = processor()
+        device = processor()
     elif key in DEVICES:
-        found = DEVICES[key]
+        device = DEVICES[key]
     else:
-        known = [*DEVICES, "cpu"]
-        raise InputError(f"unknown device '{name}'.{did_you_mean(key, known)}", where="device",
-                         fix=f"one of {', '.join(known)}; or --memory GIB alone, for another GPU")
-    return found if memory is None else replace(found, memory=memory)
+        names = [*DEVICES, "cpu"]
+        raise InputError(f"unknown device '{name}'.{did_you_mean(key, names)}", where="device",
+                         fix=f"one of {', '.join(names)}; or --memory GIB alone, for another GPU")
+    return device if memory is None else replace(device, memory=memory)
 
 
 def here(root: Any) -> Device:
@@ -105,10 +105,10 @@ def here(root: Any) -> Device:
     if root.type != "cuda":
         return processor()
     seen = torch.cuda.get_device_properties(root)
-    words = seen.name.lower().replace("-", " ").split()
-    joined = "".join(words)
+    name_parts = seen.name.lower().replace("-", " ").split()
+    joined = "".join(name_parts)
     like = [device for device in DEVICES.values()
-            if device.name.split("-")[0] in words or (device.name.startswith("rtx") and device.name in joined)]
+            if device.name.split("-")[0] in name_parts or (device.name.startswith("rtx") and device.name in joined)]
     close = min(like, key=lambda device: abs(device.memory - seen.total_memory / GIB), default=Device("", 0))
     return replace(close, name=seen.name, memory=seen.total_memory / GIB)
 

@@ -63,23 +63,23 @@ def _rows(run: Path) -> list[dict[str, str]]:
 
 def _content(folder: Path) -> dict[str, Any]:
     """The content of a checkpoint by category; all files were written by our own child processes."""
-    found: dict[str, Any] = {"weights": {}, "optimizer": {}, "schedule, generators, place in the data": {}}
+    content: dict[str, Any] = {"weights": {}, "optimizer": {}, "schedule, generators, place in the data": {}}
     for file in sorted(path for path in folder.rglob("*") if path.is_file()):
         name = str(file.relative_to(folder))
         if file.suffix == ".safetensors":
-            found["weights"][name] = file.read_bytes()
+            content["weights"][name] = file.read_bytes()
         elif file.name == ".metadata":              # FSDP2's: the shards of all processes
             shards = _joined(file.parent)
-            found["weights"][name], found["optimizer"][name] = shards["model"], shards.get("optimizer", {})
+            content["weights"][name], content["optimizer"][name] = shards["model"], shards.get("optimizer", {})
         elif file.suffix == ".pt" or file.name == "state":
             with safe_load.data_only():
                 state = torch.load(file, weights_only=False, map_location="cpu")    # DeepSpeed keeps objects there
             is_optimizer = "optim" in file.name
             part = {key: state.pop(key) for key in ("optimizer_states", "optimizer") if key in state}
-            found["optimizer"][name] = state if is_optimizer else part
+            content["optimizer"][name] = state if is_optimizer else part
             if not is_optimizer:
-                found["schedule, generators, place in the data"][name] = state
-    return {part: held for part, held in found.items() if held}
+                content["schedule, generators, place in the data"][name] = state
+    return {part: entries for part, entries in content.items() if entries}
 
 
 def _joined(folder: Path) -> dict[str, Any]:
@@ -88,8 +88,8 @@ def _joined(folder: Path) -> dict[str, Any]:
 
     with tempfile.TemporaryDirectory(prefix="lit_llm-") as name, safe_load.data_only():
         dcp_to_torch_save(folder, file := Path(name) / "joined.pt")
-        held: dict[str, Any] = torch.load(file)
-    return held
+        content: dict[str, Any] = torch.load(file)
+    return content
 
 
 def _same(part: str, one: Any, other: Any) -> bool:

@@ -141,22 +141,22 @@ def memory(counts: Counts, setting: Setting, step: Step, process: int = 0) -> Me
     """
     zero, share, full = setting.stage > 0, setting.devices, setting.stage == 3
     small = HALF if setting.half and (zero or setting.precision.endswith("true")) else FLOAT
-    learns = small if zero else FLOAT               # plain runs train float32 alone
+    trained_size = small if zero else FLOAT         # bytes; plain runs train float32 weights only
     frozen = counts.total - counts.trained - counts.quantized
-    weights = counts.quantized * FOUR_BITS + frozen * small + counts.trained * learns
+    weights = counts.quantized * FOUR_BITS + frozen * small + counts.trained * trained_size
     gradients: float = counts.trained * FLOAT
     states: float = counts.trained * (STATES[setting.optimizer] + (FLOAT if zero else 0))
     states -= counts.muon * FLOAT if setting.optimizer == "muon" else 0
     # a bucket of gradients as they come, and where that is half as much, as they are summed
-    reduced = min(BUCKET, counts.trained) * (learns + (FLOAT if setting.half and share > 1 else 0)) if zero else 0
+    reduced = min(BUCKET, counts.trained) * (trained_size + (FLOAT if setting.half and share > 1 else 0)) if zero else 0
     gathered = min(GATHERED, counts.total) * small if full else 0
     states /= share if zero else 1
     gradients /= share if setting.stage >= 2 else 1
     weights /= share if full else 1
     states *= not setting.offload_optimizer
     weights *= not setting.offload_parameters
-    kept = gradients if not zero or full or setting.accumulate > 1 else 0
-    forward = step.layers + step.head + kept + gathered + (reduced if full else 0)
+    persistent = gradients if not zero or full or setting.accumulate > 1 else 0
+    forward = step.layers + step.head + persistent + gathered + (reduced if full else 0)
     coming = step.bare + gradients if setting.accumulate > 1 or full else step.backward
     backward = coming + reduced + gathered
     top = max(forward, backward, gradients * (2 if zero else 1) + gathered)
@@ -218,13 +218,13 @@ class Kind:
     Args:
         counts: Counts of the model trained this way.
         step: Memory trace for a number of packed sequences and a checkpointing mode.
-        said: Options that select it; empty if it is configured.
+        options: Options that select it; empty if it is configured.
         precision: Precision that it implies; null keeps the run's.
     """
 
     counts: Counts
     step: Callable[[float, Recompute], Step]
-    said: str = ""
+    options: str = ""
     precision: str | None = None
 
 
@@ -258,16 +258,16 @@ def options(kinds: Sequence[Kind], setting: Setting, room: int, *, rows: int, pr
         process: Bytes of the process without a model.
     """
     for shorts in ((1,), (2, 4, 8)):
-        found = [_nearest([kind], setting, room, rows, process, shorts) for kind in kinds]
+        candidates = [_nearest([kind], setting, room, rows, process, shorts) for kind in kinds]
         more = (replace(setting, devices=setting.devices * times) for times in (2, 4, 8, 16, 32, 64))
-        if not setting.cpu and shorts == (1,) and not kinds[0].counts.quantized and found[0] is None:
-            found.append(next((option for wider in more
-                               if (option := _nearest(kinds[:1], wider, room, rows, process, shorts))), None))
-            if last := found[-1]:
-                found[-1] = replace(last, changes=[f"--trainer.devices {last.setting.devices}", *last.changes])
-        if any(found):
+        if not setting.cpu and shorts == (1,) and not kinds[0].counts.quantized and candidates[0] is None:
+            candidates.append(next((option for wider in more
+                                    if (option := _nearest(kinds[:1], wider, room, rows, process, shorts))), None))
+            if last := candidates[-1]:
+                candidates[-1] = replace(last, changes=[f"--trainer.devices {last.setting.devices}", *last.changes])
+        if any(candidates):
             break
-    return [option for option in found if option is not None]
+    return [option for option in candidates if option is not None]
 
 
 def nearest(kinds: Sequence[Kind], setting: Setting, room: int, *, rows: int, process: int = 0
@@ -284,8 +284,8 @@ def nearest(kinds: Sequence[Kind], setting: Setting, room: int, *, rows: int, pr
         rows: Packed sequences of a micro-batch.
         process: Bytes of the process without a model.
     """
-    found = _nearest(kinds, setting, room, rows, process, (1, 2, 4, 8))
-    return None if found is None else (found.changes, found.memory)
+    option = _nearest(kinds, setting, room, rows, process, (1, 2, 4, 8))
+    return None if option is None else (option.changes, option.memory)
 
 
 def _nearest(kinds: Sequence[Kind], setting: Setting, room: int, rows: int, process: int, shorts: Sequence[int]
@@ -303,10 +303,10 @@ def _nearest(kinds: Sequence[Kind], setting: Setting, room: int, rows: int, proc
                                         precision=kind.precision or setting.precision,
                                         tokens=int(setting.tokens * part),
                                         supervised=max(1, int(setting.supervised * part)))
-                        found = memory(kind.counts, tried, kind.step(size / short, way), process)
-                        if found.total < room:
-                            said = _changes(setting, tried, rows // size, kind.said, short)
-                            return Option(said, found, tried, kind.counts)
+                        need = memory(kind.counts, tried, kind.step(size / short, way), process)
+                        if need.total < room:
+                            changes = _changes(setting, tried, rows // size, kind.options, short)
+                            return Option(changes, need, tried, kind.counts)
     return None
 
 
@@ -325,13 +325,13 @@ def _shares(setting: Setting, counts: Counts) -> list[tuple[int, bool]]:
 
 
 def _changes(before: Setting, after: Setting, fewer: int, kind: str, short: int) -> list[str]:
-    said = [kind] if kind else []
+    changes = [kind] if kind else []
     if after.recompute != before.recompute:
-        said.append("--model.gradient_checkpointing " + ("true" if after.recompute == "full" else after.recompute))
+        changes.append("--model.gradient_checkpointing " + ("true" if after.recompute == "full" else after.recompute))
     if fewer > 1:
-        said.append(f"data.batch_size / {fewer} and trainer.accumulate_grad_batches * {fewer} (the same step)")
+        changes.append(f"data.batch_size / {fewer} and trainer.accumulate_grad_batches * {fewer} (the same step)")
     if after.offload_optimizer and not before.offload_optimizer:
-        said.append(f"--trainer.strategy deepspeed_stage_{after.stage}_offload")
+        changes.append(f"--trainer.strategy deepspeed_stage_{after.stage}_offload")
     elif after.stage != before.stage:
-        said.append(f"--trainer.strategy deepspeed_stage_{after.stage}")
-    return said + ([f"data.seq_len / {short} (longer records are cut)"] if short > 1 else [])
+        changes.append(f"--trainer.strategy deepspeed_stage_{after.stage}")
+    return changes + ([f"data.seq_len / {short} (longer records are cut)"] if short > 1 else [])

@@ -80,8 +80,8 @@ def of(trainer: Any, module: Any, data: Any, room: int, device: Device | None = 
                        cpu=trainer.strategy.root_device.type == "cpu" if device is None else device.cpu)
     kind = Kind(counts, _steps(lambda: build(module.peft_spec)[0], borders, setting, rows, counts))
     kind.step(rows, setting.recompute)              # traces a step, which loads libraries
-    found = Footprint(kind, setting, rows, resident_bytes() if setting.cpu else CONTEXT)
-    return replace(found, setting=replace(setting, recompute=cheapest(found, room))) if auto else found
+    footprint = Footprint(kind, setting, rows, resident_bytes() if setting.cpu else CONTEXT)
+    return replace(footprint, setting=replace(setting, recompute=cheapest(footprint, room))) if auto else footprint
 
 
 def cheapest(footprint: Footprint, room: int) -> Recompute:
@@ -145,13 +145,13 @@ def count(whole: Any, inner: Any, *, quantized: bool = False, muon: bool = False
     weights = {id(layer.weight): layer.weight for layer in linears} | {id(head_weight): head_weight}
     tables = {id(weight) for weight in anatomy.embeddings(whole)}
     frozen = [weight for key, weight in weights.items() if not weight.requires_grad and key != id(head_weight)]
-    learns = [weight for weight in whole.parameters() if weight.requires_grad]
+    trained = [weight for weight in whole.parameters() if weight.requires_grad]
     one = sum(weight.numel() // len(weight) for weight in inner.parameters() if weight.ndim == 3)   # of all experts
     seen = one * (getattr(config, "num_experts_per_tok", None) or 1)
     return Counts(sizes.total, sizes.trainable, sum(weight.numel() for weight in weights.values()) + seen,
                   sizes.trainable if whole is not inner else 0,
                   sum(weight.numel() for weight in frozen) if quantized else 0,
-                  sum(weight.numel() for weight in learns if weight.ndim == 2 and id(weight) not in tables) if muon
+                  sum(weight.numel() for weight in trained if weight.ndim == 2 and id(weight) not in tables) if muon
                   else 0, head_weight.numel(), head_weight.requires_grad, head_weight.shape[0], config.hidden_size,
                   config.num_attention_heads * _head_width(config) * config.num_hidden_layers)
 
@@ -183,22 +183,22 @@ def heaviest(data: Any) -> tuple[list[int], int]:
 
 def kinds(now: Footprint, module: Any, data: Any) -> list[Kind]:
     """Ways to train the model: as configured, with adapters, with adapters on a 4-bit base."""
-    found, spec, setting = [now.kind], module.peft_spec, now.setting
+    ways, spec, setting = [now.kind], module.peft_spec, now.setting
     if module.base is None or module.quantize is not None:
-        return found                                # adapters on random weights are pointless
+        return ways                                # adapters on random weights are pointless
     build, (borders, _) = _builder(module, data), heaviest(data)
 
-    def kind(spec: dict[str, Any], said: str, *, quantized: bool = False) -> Kind:
+    def kind(spec: dict[str, Any], options: str, *, quantized: bool = False) -> Kind:
         counts = count(*build(spec), quantized=quantized, muon=module.optimizer == "muon")
         precision = "bf16-true" if quantized else None      # as that config says
         of = replace(setting, precision=precision or setting.precision,
                      stage=min(setting.stage, 2) if quantized else setting.stage)
-        return Kind(counts, _steps(lambda: build(spec)[0], borders, of, now.rows, counts), said, precision)
+        return Kind(counts, _steps(lambda: build(spec)[0], borders, of, now.rows, counts), options, precision)
 
     if spec is None:
         spec = peft_method.LoRA().as_peft()
-        found.append(kind(spec, "--config configs/with/lora.yaml"))
-    return [*found, kind(spec, "--config configs/with/qlora.yaml", quantized=True)]
+        ways.append(kind(spec, "--config configs/with/lora.yaml"))
+    return [*ways, kind(spec, "--config configs/with/qlora.yaml", quantized=True)]
 
 
 def _builder(module: Any, data: Any) -> Callable[[dict[str, Any] | None], tuple[Any, Any]]:

@@ -126,15 +126,15 @@ def make(trainer: Any, module: Any, data: Any, memory: float | None = None, devi
 
     seen = examine(data)
     train = next(stage for stage in seen.stages if stage.name == "train")
-    given = devices.named(device, memory)
-    target = given or devices.here(trainer.strategy.root_device)
-    room = footprint.room(trainer, given)
-    now = footprint.of(trainer, module, data, room, given)
+    other_device = devices.named(device, memory)
+    target = other_device or devices.here(trainer.strategy.root_device)
+    room = footprint.room(trainer, other_device)
+    now = footprint.of(trainer, module, data, room, other_device)
     counts, setting = now.kind.counts, now.setting
     target = devices.measured(target) if target.cpu else target
     stages = [0, 1, 2, 3] if module.quantize is None else [0, 1, 2]
     memories = {stage: now.memory(stage=stage) for stage in {*stages, setting.stage}}
-    found = [] if memories[setting.stage].total < room else estimate.options(
+    options = [] if memories[setting.stage].total < room else estimate.options(
         footprint.kinds(now, module, data), setting, room, rows=now.rows, process=now.process)
     lengths = data.plans["train"].rows.segments.lengths
     reach = float(np.square(lengths).sum() / lengths.sum())
@@ -145,10 +145,10 @@ def make(trainer: Any, module: Any, data: Any, memory: float | None = None, devi
     folder = Path(trainer.default_root_dir).absolute()
     while not folder.is_dir():
         folder = folder.parent
-    paces = [_pace(target, each, how, reach, tokens) for each, how in [
-        (counts, setting), *((option.counts, option.setting) for option in found)]]
+    paces = [_pace(target, counts_of_option, how, reach, tokens) for counts_of_option, how in [
+        (counts, setting), *((option.counts, option.setting) for option in options)]]
     return Plan(counts, setting, train.tokens, train.supervised, steps, run, tokens, flops,
-                flops * tokens if tokens else None, memories, room, target, paces[0], found, paces[1:],
+                flops * tokens if tokens else None, memories, room, target, paces[0], options, paces[1:],
                 estimate.checkpoint_bytes(counts, zero=setting.stage > 0, half=setting.half),
                 (counts.total - counts.adapters) * 4, shutil.disk_usage(folder).free)
 
@@ -157,8 +157,8 @@ def _pace(device: Device, counts: Counts, setting: Setting, reach: float, tokens
     rate = device.rate(setting.half) * (1 if device.cpu else setting.devices)      # processes share one processor
     if not rate:
         return None
-    each = estimate.work_per_token(counts, reach, setting.recompute) / rate
-    return Pace(1 / each, tokens * each / 3600 if tokens else None)
+    seconds_per_token = estimate.work_per_token(counts, reach, setting.recompute) / rate
+    return Pace(1 / seconds_per_token, tokens * seconds_per_token / 3600 if tokens else None)
 
 
 def probed(plan: Plan, config: dict[str, Any] | None) -> Plan:
@@ -241,11 +241,11 @@ def _speed(plan: Plan) -> list[str]:
         return [*notes, "speed    unknown for a GPU without a name; give one, for example --device h100"]
     took = f", the run about {_time(3600 * plan.pace.hours)}" if plan.pace.hours else ""
     rate = device.half if half else device.single
-    each = "of this processor" if device.cpu else "of each device" if plan.setting.devices > 1 else "of the device"
-    said = "just measured here" if device.cpu else "from the data sheet, not measured here"
+    where = "of this processor" if device.cpu else "of each device" if plan.setting.devices > 1 else "of the device"
+    source = "just measured here" if device.cpu else "from the data sheet, not measured here"
     return [*notes,
             f"speed    about {plan.pace.tokens_per_second:,.0f} tokens/s{took}, without validation, if a step reaches",
-            f"         {device.utilisation:.0%} of the {rate:.3g} TFLOP/s {each} ({said})"]
+            f"         {device.utilisation:.0%} of the {rate:.3g} TFLOP/s {where} ({source})"]
 
 
 def _size(count: float) -> str:

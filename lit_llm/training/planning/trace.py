@@ -70,7 +70,7 @@ class _Ledger(_DispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.live = self.peak = self.bare = self.given = 0
+        self.live = self.peak = self.bare = self.gradients = 0
         self._held: dict[int, Any] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -94,7 +94,7 @@ class _Ledger(_DispatchMode):
         self._held[key] = weakref.ref(storage, leave)
         self.live += size
         self.peak = max(self.peak, self.live)
-        self.bare = max(self.bare, self.live - self.given)
+        self.bare = max(self.bare, self.live - self.gradients)
 
     def restart(self) -> int:
         """Reset the peak; return the live bytes."""
@@ -214,7 +214,7 @@ def _embody(whole: nn.Module, *, frozen: torch.dtype, trained: torch.dtype, halv
 def _count_gradients(whole: nn.Module, ledger: _Ledger) -> None:
     def arrived(weight: Tensor) -> None:
         assert weight.grad is not None
-        ledger.given += weight.grad.untyped_storage().nbytes()
+        ledger.gradients += weight.grad.untyped_storage().nbytes()
 
     for weight in whole.parameters():
         if weight.requires_grad:

@@ -70,9 +70,9 @@ def fit(config: dict[str, Any] | None, folder: Path, watch: Callback, options: S
     done = subprocess.run([sys.executable, "-m", "lit_llm", "fit", "--config", str(file), *options, *allowed],
                           env=environ, capture_output=True, text=True, check=False)
     if done.returncode:
-        said = [line for line in done.stderr.splitlines() if line.strip()] or ["nothing"]
-        begin = next((at for at, line in enumerate(said) if line.startswith("error: ")), len(said) - 1)
-        raise InputError("\n".join(said[begin : begin + 3]).removeprefix("error: ")[:600],
+        lines = [line for line in done.stderr.splitlines() if line.strip()] or ["nothing"]
+        begin = next((at for at, line in enumerate(lines) if line.startswith("error: ")), len(lines) - 1)
+        raise InputError("\n".join(lines[begin : begin + 3]).removeprefix("error: ")[:600],
                          where=f"a trial of the run ended with exit code {done.returncode}")
 
 
@@ -98,7 +98,7 @@ class Clock(Quiet):
 
     def __init__(self, file: str) -> None:
         self.args, self.file = {"file": file}, Path(file)
-        self._begun, self._seconds, self._tokens, self._held = 0.0, 0.0, 0, 0
+        self._begun, self._seconds, self._tokens, self._live_before = 0.0, 0.0, 0, 0
         self._profile: Any = None
 
     def on_train_batch_start(self, trainer: L.Trainer, module: L.LightningModule, batch: Any, batch_idx: int) -> None:
@@ -113,7 +113,7 @@ class Clock(Quiet):
             if module.device.type == "cpu":
                 from torch.profiler import ProfilerActivity, profile
 
-                self._held = held_bytes()
+                self._live_before = live_bytes()
                 self._profile = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
                 self._profile.__enter__()
 
@@ -123,7 +123,7 @@ class Clock(Quiet):
             return
         if self._profile is not None:
             self._profile.__exit__(None, None, None)
-            peak = self._held + _peak_bytes(self._profile)
+            peak = self._live_before + _peak_bytes(self._profile)
         else:
             peak = torch.cuda.max_memory_allocated(module.device)
         if trainer.is_global_zero:
@@ -139,17 +139,17 @@ def _now(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def held_bytes() -> int:
+def live_bytes() -> int:
     """Bytes of all CPU tensors that Python can see, each storage once."""
-    found: dict[int, int] = {}
+    sizes: dict[int, int] = {}
     for thing in gc.get_objects():
         if issubclass(type(thing), torch.Tensor) and thing.device.type == "cpu" and type(thing) in (
                 torch.Tensor, nn.Parameter):
             for tensor in (thing, thing.grad if thing.is_leaf else None):
                 if tensor is not None and tensor.layout == torch.strided:
                     storage = tensor.untyped_storage()
-                    found[storage.data_ptr()] = storage.nbytes()
-    return sum(found.values())
+                    sizes[storage.data_ptr()] = storage.nbytes()
+    return sum(sizes.values())
 
 
 def _peak_bytes(profile: Any) -> int:

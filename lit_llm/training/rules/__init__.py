@@ -1,1 +1,1 @@
-"""What of a run goes with what: one table of rules, and its print as a support matrix."""
+"""Compatibility rules of a run's settings: one table, also printed as a support matrix."""

@@ -14,13 +14,13 @@ from lit_llm.training.rules.table import ALL, STRATEGIES
 
 README = Path(__file__).parents[1] / "README.md"
 BEGIN, END = "<!-- support matrix: written by rules/matrix.py -->\n", "<!-- end of the support matrix -->\n"
-_EXAMPLE = SimpleNamespace(                         # what the reasons show of a run
+_EXAMPLE = SimpleNamespace(                         # values of a run that the reasons quote
     device="cpu", sources=[SimpleNamespace(weight=2.0)], module=SimpleNamespace(
         schedule="cosine", cross_entropy="liger", way=SimpleNamespace(why_own_logits="its forward pass adds to them")))
 
 
 def as_markdown() -> str:
-    """Two tables: what goes with which strategy, and every other pair that does not go together."""
+    """Two tables: which features each strategy supports, and all other incompatible pairs."""
     columns: dict[str, Distribution] = {"one device, `ddp`": Distribution()}
     columns["`deepspeed_stage_1`, `_2`"], columns["`deepspeed_stage_3`"], columns["`fsdp2`"] = (
         named.strategy(name) for name in ("deepspeed_stage_2", "deepspeed_stage_3", "fsdp2"))
@@ -29,7 +29,7 @@ def as_markdown() -> str:
     for first in dict.fromkeys(rule.first for rule in by_strategy):
         mine = [rule for rule in by_strategy if rule.first == first]
         lines.append(f"| {first} | " + " | ".join(_cell(mine, strategy) for strategy in columns.values()) + " |")
-    lines += ["", "| | does not go with | because |", "|---|---|---|"]
+    lines += ["", "| feature | incompatible with | reason |", "|---|---|---|"]
     for rule in ALL:
         if rule.second not in STRATEGIES:
             why = rule.why.format(s=_EXAMPLE) + ("" if rule.refused else " (a warning)")
@@ -38,7 +38,7 @@ def as_markdown() -> str:
 
 
 def _cell(rules: list[Rule], strategy: Distribution) -> str:
-    """Whether rules of one feature let it go with a strategy of one process, and of several."""
+    """Whether a strategy supports a feature, with one process and with several."""
     alone, together = (any(STRATEGIES[rule.second](strategy, processes) for rule in rules) for processes in (1, 2))
     return "no" if alone else "one process only" if together else "yes"
 

@@ -1,4 +1,4 @@
-"""The table of incompatible features of a run, checked before anything is loaded.
+"""The table of incompatible features of a run, which are checked before anything is loaded.
 
 Each of these pairs would otherwise hang, fail deep inside a library, or silently train something else.
 `FEATURES` tells which features a run has, `RULES` lists the incompatible pairs. Another rule is one entry of `RULES`
@@ -48,11 +48,11 @@ class Setup:
         return self.module.peft_spec is None and (self.module.start is None or self.module.merge_start)
 
 
-def _learns_prompt(s: Setup) -> bool:
+def _trains_prompts(s: Setup) -> bool:
     return peft_method.adds_virtual_tokens(s.module.peft_spec)
 
 
-def _borrows(s: Setup) -> bool:
+def _uses_external_loss(s: Setup) -> bool:
     return s.training and s.module.cross_entropy != "fused"
 
 
@@ -60,39 +60,40 @@ _MODEL: dict[str, Callable[[Setup], bool]] = {
     "`model.base`": lambda s: s.module.base is not None,
     "`model.init`": lambda s: s.module.init is not None,
     "`model.lora`, `model.peft`": lambda s: s.module.peft_spec is not None,
-    "an adapter that is tied like the embedding (`ensure_weight_tying`)":
+    "an adapter shared by embedding and head (`ensure_weight_tying`)":
         lambda s: peft_method.ties_adapters(s.module.peft_spec),
-    "prompt and prefix tuning": _learns_prompt,
+    "prompt and prefix tuning": _trains_prompts,
     "`model.lora.train_tokens` with a list": lambda s: (
         s.module.peft_spec is not None and s.module.train_tokens not in (None, "auto")),
     "`model.adapter`": lambda s: s.module.start is not None,
     "no `model.adapter`": lambda s: s.module.start is None,
-    # only of what was given: the method of the adapter becomes the module's when it is found
+    # only before the strategy is known: when the adapter is found, its method becomes the module's
     "`model.adapter`, continued": lambda s: (
         s.module.start is not None and not s.module.merge_start and s.strategy is None),
     "`model.merge_adapter`": lambda s: s.module.merge_start,
-    "training of every weight": lambda s: s.trains_all,
+    "training of all weights": lambda s: s.trains_all,
     "`model.quantize`": lambda s: s.module.quantize is not None,
     "`model.compile`": lambda s: s.module.compile_layers,
     "`model.gradient_checkpointing: selective` or `auto`":
         lambda s: s.module.gradient_checkpointing in ("selective", "auto"),
     "`model.neftune_alpha`": lambda s: bool(s.module.neftune_alpha),
     "`model.cooldown`": lambda s: s.module.cooldown != 0.2,
-    "a schedule without cool-down": lambda s: s.module.schedule != "wsd",
+    "a schedule without cooldown": lambda s: s.module.schedule != "wsd",
     "`model.min_lr_share`": lambda s: s.module.min_lr_share != 0.1,
     "`model.schedule: constant`": lambda s: s.module.schedule == "constant",
     "`model.optimizer: muon`": lambda s: s.module.optimizer == "muon",
     "`model.optimizer: adamw_8bit`": lambda s: s.module.optimizer == "adamw_8bit",
-    "`model.cross_entropy` of other projects": _borrows,
-    "`model.cross_entropy: cut_cross_entropy`": lambda s: _borrows(s) and s.module.cross_entropy == "cut_cross_entropy",
-    "a model that makes its logits itself": lambda s: s.module.way is not None and s.module.way.own_logits,
+    "external `model.cross_entropy` kernels": _uses_external_loss,
+    "`model.cross_entropy: cut_cross_entropy`": lambda s: (
+        _uses_external_loss(s) and s.module.cross_entropy == "cut_cross_entropy"),
+    "a model that computes its own logits": lambda s: s.module.way is not None and s.module.way.own_logits,
     "a model that processes documents one by one": lambda s: bool(s.module.why_unpacked),
-    "recomputed layers whose routers are balanced":
+    "gradient checkpointing with a load-balancing loss":
         lambda s: bool(s.module.balance_coefficient) and s.module.recompute != "none",
 }
 _TRAINER: dict[str, Callable[[Setup], bool]] = {
     "`trainer.precision: 16-true`": lambda s: s.training and s.precision == "16-true",
-    "`trainer.precision: bf16-true`, training of every weight":
+    "`trainer.precision: bf16-true`, training of all weights":
         lambda s: s.training and s.precision == "bf16-true" and s.trains_all,
     "`trainer.precision: 64-true`": lambda s: "64" in s.precision,
     "`trainer.kernels: plain`": lambda s: switch.is_plain(),
@@ -101,14 +102,14 @@ _TRAINER: dict[str, Callable[[Setup], bool]] = {
     "a CPU": lambda s: s.device != "cuda" and bool(s.device) and os.environ.get("TRITON_INTERPRET") != "1",
 }
 STRATEGIES: dict[str, Callable[[Distribution, int], bool]] = {   # feature -> whether a strategy of n processes has it
-    "weights gathered by layer": lambda strategy, processes: strategy.gathers_layers,
-    "weights gathered by layer, several processes":
+    "sharded weights gathered by layer": lambda strategy, processes: strategy.gathers_layers,
+    "sharded weights gathered by layer, several processes":
         lambda strategy, processes: strategy.gathers_layers and processes > 1,
-    "weights split while loaded": lambda strategy, processes: strategy.partitions_on_load,
-    "weights split while loaded, several processes":
+    "weights sharded while loading": lambda strategy, processes: strategy.partitions_on_load,
+    "weights sharded while loading, several processes":
         lambda strategy, processes: strategy.partitions_on_load and processes > 1,
-    "optimizer states split": lambda strategy, processes: strategy.split_stage > 0,
-    "an optimizer that gets flat pieces": lambda strategy, processes: strategy.flattens_weights,
+    "sharded optimizer states": lambda strategy, processes: strategy.split_stage > 0,
+    "flattened weights in the optimizer": lambda strategy, processes: strategy.flattens_weights,
     "no float32 masters": lambda strategy, processes: not strategy.keeps_masters,
 }
 
@@ -129,7 +130,7 @@ ONE_MODEL = Rule("`model.base`", "`model.init`", "give model.base (a folder or h
 RULES: tuple[Rule, ...] = (
     # ---- the model and what is trained of it
     ONE_MODEL,
-    Rule("`model.cooldown`", "a schedule without cool-down", "a {s.module.schedule} schedule has no cool-down, so "
+    Rule("`model.cooldown`", "a schedule without cooldown", "a {s.module.schedule} schedule has no cool-down, so "
          "this has no effect", "model.cooldown", "set --model.schedule wsd, or leave it out"),
     Rule("`model.min_lr_share`", "`model.schedule: constant`", "it has no effect with a constant learning "
          "rate", "model.min_lr_share", refused=False),
@@ -144,54 +145,54 @@ RULES: tuple[Rule, ...] = (
          "--model.merge_adapter true merges it into the base first and trains the given one on top"),
     Rule("`model.merge_adapter`", "`model.quantize`", "an adapter cannot be merged into a base in 4 bits without loss",
          "model.merge_adapter", "export the adapter's run first, and give that folder as model.base"),
-    Rule("`model.quantize`", "training of every weight", "4-bit weights cannot be trained; adapters on them can",
+    Rule("`model.quantize`", "training of all weights", "4-bit weights cannot be trained; adapters on them can",
          "model.quantize", "set model.lora (see configs/with/qlora.yaml), or --model.quantize null"),
     Rule("prompt and prefix tuning", "`model.neftune_alpha`", "prompt and prefix tuning use their own embeddings, "
          "to which noise is not added", "model.neftune_alpha", "set --model.neftune_alpha null"),
     Rule("`model.compile`", "`model.gradient_checkpointing: selective` or `auto`", "a compiled layer is one operation, "
          "whose results cannot be saved selectively", "model.gradient_checkpointing", "set it to true or false"),
     # ---- external kernels
-    Rule("`model.cross_entropy` of other projects", "a model that makes its logits itself",
+    Rule("external `model.cross_entropy` kernels", "a model that computes its own logits",
          "the model computes its logits itself: {s.module.way.why_own_logits}", "model.cross_entropy", _FUSED),
-    Rule("`model.cross_entropy` of other projects", "prompt and prefix tuning", "prompt and prefix tuning compute "
+    Rule("external `model.cross_entropy` kernels", "prompt and prefix tuning", "prompt and prefix tuning compute "
          "logits, so external kernels cannot use the head", "model.cross_entropy", _FUSED),
-    Rule("`model.cross_entropy` of other projects", "`trainer.kernels: plain`", "plain kernels are selected, but "
+    Rule("external `model.cross_entropy` kernels", "`trainer.kernels: plain`", "plain kernels are selected, but "
          "{s.module.cross_entropy} is an external kernel", "model.cross_entropy",
          _FUSED + ", or --trainer.kernels own"),
-    Rule("`model.cross_entropy` of other projects", "a CPU", "{s.module.cross_entropy} needs a CUDA device, but this "
+    Rule("external `model.cross_entropy` kernels", "a CPU", "{s.module.cross_entropy} needs a CUDA device, but this "
          "run is on {s.device}", "model.cross_entropy", _FUSED),
-    Rule("`model.cross_entropy` of other projects", "`trainer.precision: 64-true`", "{s.module.cross_entropy} computes "
+    Rule("external `model.cross_entropy` kernels", "`trainer.precision: 64-true`", "{s.module.cross_entropy} computes "
          "in float32 at most", "trainer.precision", _FUSED),
     Rule("`model.cross_entropy: cut_cross_entropy`", "`trainer.deterministic: true`", "cut_cross_entropy sums "
          "gradients in a varying order", "trainer.deterministic",
          "set it to false, or --model.cross_entropy fused"),
     # ---- strategies
-    Rule("prompt and prefix tuning", "weights gathered by layer, several processes", "prompt and prefix tuning cannot "
-         "be trained by processes that share each layer's weights", "trainer.strategy", _STAGE_2),
-    Rule("`model.optimizer: muon`", "an optimizer that gets flat pieces", "muon updates whole matrices, but ZeRO "
+    Rule("prompt and prefix tuning", "sharded weights gathered by layer, several processes", "prompt and prefix tuning "
+         "cannot be trained by processes that share each layer's weights", "trainer.strategy", _STAGE_2),
+    Rule("`model.optimizer: muon`", "flattened weights in the optimizer", "muon updates whole matrices, but ZeRO "
          "gives the optimizer flat shards", "model.optimizer", _WHOLE),
-    Rule("`model.optimizer: adamw_8bit`", "optimizer states split", "8-bit states cannot be sharded, saved and loaded "
-         "by ZeRO and FSDP2", "model.optimizer", _WHOLE),
+    Rule("`model.optimizer: adamw_8bit`", "sharded optimizer states", "8-bit states cannot be sharded, saved and "
+         "loaded by ZeRO and FSDP2", "model.optimizer", _WHOLE),
     Rule("`trainer.precision: 16-true`", "no float32 masters", "small gradients would vanish in float16 without a loss "
          "scale", "trainer.precision", "set it to 16-mixed or bf16-true; or --trainer.strategy deepspeed_stage_2, "
          "which has one"),
-    Rule("`trainer.precision: bf16-true`, training of every weight", "no float32 masters", "bf16-true would train "
+    Rule("`trainer.precision: bf16-true`, training of all weights", "no float32 masters", "bf16-true would train "
          "half-precision weights without a float32 copy, so small updates would be lost", "trainer.precision",
          "set bf16-mixed, or a deepspeed strategy, which keeps float32 masters"),
-    Rule("a model that processes documents one by one", "weights gathered by layer, several processes",
+    Rule("a model that processes documents one by one", "sharded weights gathered by layer, several processes",
          "{s.module.why_unpacked}; ranks have different numbers of documents, and processes that share each layer's "
          "weights would wait for each other forever", "trainer.strategy", _STAGE_2),
-    Rule("an adapter that is tied like the embedding (`ensure_weight_tying`)", "weights split while loaded",
+    Rule("an adapter shared by embedding and head (`ensure_weight_tying`)", "weights sharded while loading",
          "ensure_weight_tying shares the embedding's adapter with the head, but stage 3 gathers one layer's weights",
          "trainer.strategy", _STAGE_2),
-    Rule("`model.lora.train_tokens` with a list", "weights split while loaded", "token rows cannot be trained: "
+    Rule("`model.lora.train_tokens` with a list", "weights sharded while loading", "token rows cannot be trained: "
          + NO_ROWS, "model.lora.train_tokens", "set it to null"),
-    Rule("`model.quantize`", "weights gathered by layer", "4-bit weights cannot be sharded by layer",
+    Rule("`model.quantize`", "sharded weights gathered by layer", "4-bit weights cannot be sharded by layer",
          "model.quantize", "set --trainer.strategy deepspeed_stage_2 (or auto, ddp), or --model.quantize null"),
-    Rule("`model.compile`", "weights gathered by layer", "layers whose weights are gathered one by one cannot be "
-         "compiled", "model.compile", "set --model.compile false, or --trainer.strategy deepspeed_stage_2"),
+    Rule("`model.compile`", "sharded weights gathered by layer", "layers whose weights are gathered one by one cannot "
+         "be compiled", "model.compile", "set --model.compile false, or --trainer.strategy deepspeed_stage_2"),
     # Ranks would reduce gradients in different orders and wait for each other (measured with DeepSpeed 0.19.8).
-    Rule("recomputed layers whose routers are balanced", "weights split while loaded, several processes", "the "
+    Rule("gradient checkpointing with a load-balancing loss", "weights sharded while loading, several processes", "the "
          "load-balancing loss of routers hangs with recomputed layers under ZeRO-3", "model.gradient_checkpointing",
          "set --trainer.strategy fsdp2 or deepspeed_stage_2, --model.gradient_checkpointing false, or "
          "--model.router_aux_loss 0"),
@@ -200,7 +201,7 @@ RULES: tuple[Rule, ...] = (
 # ---- options of Lightning's Trainer ----------------------------------------------------------------------------------
 
 _AVERAGES = "evaluates averaged weights, but checkpoints and the export would have the others"
-_CALLBACKS = {                                      # that would not do here what they say
+_CALLBACKS = {                                      # callbacks that do not work as expected here, and why
     "WeightAveraging": _AVERAGES,
     "StochasticWeightAveraging": _AVERAGES,
     "GradientAccumulationScheduler": "uses other accumulation windows than the loader, so gradients would be too "
@@ -211,7 +212,8 @@ _CALLBACKS = {                                      # that would not do here wha
 
 
 def _has_callback(kind: str) -> Callable[[Any], bool]:
-    return lambda trainer: any(base.__name__ == kind for each in trainer.callbacks for base in type(each).__mro__)
+    return lambda trainer: any(
+        base.__name__ == kind for callback in trainer.callbacks for base in type(callback).__mro__)
 
 
 TRAINER_FEATURES: dict[str, Callable[[Any], bool]] = {
@@ -223,7 +225,7 @@ TRAINER_FEATURES: dict[str, Callable[[Any], bool]] = {
 OF_TRAINER: tuple[Rule, ...] = (
     *(Rule(f"`{kind}`", "every run", f"{kind} {why}", "trainer.callbacks", "leave it out")
       for kind, why in _CALLBACKS.items()),
-    Rule("`trainer.overfit_batches`", "every run", "epochs here never repeat the same sequences",
+    Rule("`trainer.overfit_batches`", "every run", "this project's epochs do not repeat a fixed set of batches",
          "trainer.overfit_batches", "give a file of a few records as data.sources, and set trainer.max_epochs"),
     Rule("`trainer.reload_dataloaders_every_n_epochs`", "every run", "a reloaded loader would repeat the first "
          "epoch", "trainer.reload_dataloaders_every_n_epochs", "leave it out"),

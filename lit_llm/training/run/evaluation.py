@@ -83,11 +83,11 @@ def record(trainer: L.Trainer, split: str, config: dict[str, Any] | None) -> dic
     with open(run / RECORD, "a", encoding="utf-8") as stream:
         stream.write(redact_text(json.dumps(line, ensure_ascii=False, default=str)) + "\n")
     if own and not other:
-        known = read_metrics(run)
-        same = known.get("step") == step            # then metrics of the other split belong to this checkpoint as well
-        kept = {key: value for key, value in known.items() if key.startswith(("val/", "test/", "last/")) and same}
-        before = {key.removeprefix("before/"): value for key, value in known.items() if key.startswith("before/")}
-        write_metrics(run, step, kept | figures, before)
+        metrics = read_metrics(run)
+        same = metrics.get("step") == step          # then metrics of the other split belong to this checkpoint as well
+        others = {key: value for key, value in metrics.items() if key.startswith(("val/", "test/", "last/")) and same}
+        before = {key.removeprefix("before/"): value for key, value in metrics.items() if key.startswith("before/")}
+        write_metrics(run, step, others | figures, before)
     elif not (run / "checkpoints").is_dir():        # no run is here that the record could be attributed to
         write_json(run / METRICS, {"checkpoint": line["checkpoint"], "base": line["base"], "step": step, **figures})
     else:
@@ -103,19 +103,19 @@ def _other_data(trainer: L.Trainer, split: str, checkpoint: Path | None, config:
     data: Any = trainer.datamodule  # type: ignore[attr-defined]
     plan = getattr(data, "plans", {}).get(split)
     then = manifest.read(checkpoint).get("data")
-    known = then.get(split) if isinstance(then, dict) else None
-    found = []
-    if known is not None and plan is not None:
-        found = differences(known, plan.fingerprint)
+    fingerprint = then.get(split) if isinstance(then, dict) else None
+    changes = []
+    if fingerprint is not None and plan is not None:
+        changes = differences(fingerprint, plan.fingerprint)
     elif config is not None and (old := _config_of(checkpoint.parent.parent).get("data")):
         new = config.get("data") or {}
-        found = [f"data.{key} {old.get(key)}, not {new.get(key)}" for key in OF_DATA if old.get(key) != new.get(key)]
+        changes = [f"data.{key} {old.get(key)}, not {new.get(key)}" for key in OF_DATA if old.get(key) != new.get(key)]
     limit = getattr(trainer, f"limit_{split}_batches")
     usual = (_config_of(checkpoint.parent.parent).get("trainer") or {}).get(f"limit_{split}_batches")
     usual = 1.0 if usual is None else usual
     if (type(usual), usual) != (type(limit), limit):                # 1 is a batch, 1.0 is all of them
-        found.append(f"trainer.limit_{split}_batches {usual}, not {limit}")
-    return "; ".join(found)
+        changes.append(f"trainer.limit_{split}_batches {usual}, not {limit}")
+    return "; ".join(changes)
 
 
 def _config_of(run: Path) -> dict[str, Any]:

@@ -116,13 +116,13 @@ def _reason(trainer: L.Trainer, module: Any, window: list[tuple[int, Any]]) -> s
     losses = torch.stack([loss.float() for _, loss in window]) if window else torch.zeros(0)
     bad = [number for (number, _), finite in zip(window, losses.isfinite().tolist(), strict=True) if not finite]
     places = _places(trainer, module, bad)
-    found: list[Any] = [(len(bad), places)]
+    of_ranks: list[Any] = [(len(bad), places)]
     if trainer.world_size > 1:
-        found = [None] * trainer.world_size
-        dist.all_gather_object(found, (len(bad), places))
-    if not sum(count for count, _ in found):
+        of_ranks = [None] * trainer.world_size
+        dist.all_gather_object(of_ranks, (len(bad), places))
+    if not sum(count for count, _ in of_ranks):
         return None
-    places = list(dict.fromkeys(place for _, some in found for place in some))
+    places = list(dict.fromkeys(place for _, some in of_ranks for place in some))
     more = f" and {len(places) - NAMED} more" if len(places) > NAMED else ""
     return "its loss is not finite" + (f", at {', '.join(places[:NAMED])}{more}" if places else "")
 

@@ -137,15 +137,15 @@ def check_same(folder: Path, trainer: L.Trainer, accepted: Sequence[Change]) -> 
         facts = {"base": f" ({before.get('base')}, not {now['base']})",
                  "peft": f" ({_apart(before.get('peft'), now['peft'])})",
                  "quantize": f" ({before.get('quantize')}, not {now['quantize']})"}
-        told = [f"another {noun}{facts.get(noun, '')}" for noun in differs]
-        told += [f"another model.{noun} ({_apart(before[noun], now[noun])})" for noun in fixed]
-        known = f"; or, if these changes are intended, --trainer.accept_changes '[{', '.join(differs)}]'"
-        raise InputError(f"the checkpoint was written with {'; '.join(told)}", where=str(folder),
-                         fix="use the settings that it was trained with" + ("" if fixed else known))
+        changes = [f"another {noun}{facts.get(noun, '')}" for noun in differs]
+        changes += [f"another model.{noun} ({_apart(before[noun], now[noun])})" for noun in fixed]
+        accept = f"; or, if these changes are intended, --trainer.accept_changes '[{', '.join(differs)}]'"
+        raise InputError(f"the checkpoint was written with {'; '.join(changes)}", where=str(folder),
+                         fix="use the settings that it was trained with" + ("" if fixed else accept))
     state, strategy = folder / "state", distribution.of(trainer.strategy)
     if fitting and state.is_dir() != strategy.writes_folders:
         raise InputError(f"the checkpoint was written with {before['strategy']}, which "
-                         f"{type(trainer.strategy).__name__} cannot read it", where="trainer.strategy",
+                         f"{type(trainer.strategy).__name__} cannot read", where="trainer.strategy",
                          fix="resume with the strategy that wrote it; for another strategy, export the run and start a "
                          "new one with that folder as model.base")
     then = before.get("precision")
@@ -184,8 +184,8 @@ def step_of(name: str) -> int:
 
 def folders(run: Path) -> list[Path]:
     """Checkpoint folders of a run, the newest first; some may be incomplete."""
-    found = [path for path in (run / "checkpoints").glob("step_*") if path.is_dir() and step_of(path.name) >= 0]
-    return sorted(found, key=lambda path: -step_of(path.name))
+    candidates = [path for path in (run / "checkpoints").glob("step_*") if path.is_dir() and step_of(path.name) >= 0]
+    return sorted(candidates, key=lambda path: -step_of(path.name))
 
 
 @contextmanager
@@ -216,17 +216,17 @@ def find(run: Path, wanted: str) -> Path:
     """Find a complete checkpoint folder: `last`, `best`, or a path.
 
     Every file is read and hashed, except in ranks that were started by a process which has done so. `last` is the
-    newest folder that is whole: a torn one is named and passed over.
+    newest complete folder; incomplete ones are skipped with a warning.
 
     Raises:
         InputError: There is none; the error names the missing or changed file.
     """
-    known = _from_parent()
+    verified_folder = _from_parent()
     folder = Path(wanted).expanduser()
     if wanted == "last":
-        if known is None:
+        if verified_folder is None:
             return _newest(run)
-        folder = known
+        folder = verified_folder
     if wanted == "best":
         pointer = run / "checkpoints" / "BEST"
         if not pointer.is_file():
@@ -235,7 +235,7 @@ def find(run: Path, wanted: str) -> Path:
     if not folder.is_dir():
         raise InputError(f"there is no checkpoint folder {wanted}", where="ckpt_path",
                          fix="give `last`, `best`, or a folder like runs/sft/checkpoints/step_40")
-    for fault in faults(folder, hashes=known is None or known != folder.absolute()):
+    for fault in faults(folder, hashes=verified_folder is None or verified_folder != folder.absolute()):
         raise InputError(fault, where="ckpt_path", fix="use another checkpoint of the run: --ckpt_path last")
     return folder
 

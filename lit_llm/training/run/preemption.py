@@ -197,9 +197,9 @@ class Preemption(Callback):
         if trainer.is_global_zero:
             name, step = signal.Signals(signum).name, trainer.global_step
             saved = next(iter(manifest.folders(Path(trainer.default_root_dir))), None) if step else None
-            told = f"{name}: stopped after step {step:,}" if step else f"{name}: stopped before the first step"
-            told += f", saved in {saved}\n  resume with: {resume_command()}" if saved else "; nothing was saved"
-            print(told, file=sys.stderr, flush=True)
+            message = f"{name}: stopped after step {step:,}" if step else f"{name}: stopped before the first step"
+            message += f", saved in {saved}\n  resume with: {resume_command()}" if saved else "; nothing was saved"
+            print(message, file=sys.stderr, flush=True)
             if signum == getattr(signal, "SIGUSR1", None):
                 requeue()
         raise Stopped(_code(signum))
@@ -246,13 +246,13 @@ def resume_command() -> str:
     if spec is None or spec.name.split(".")[0] != "lit_llm":
         return 'trainer.fit(..., ckpt_path="last")'
     words = iter(sys.argv[1:])
-    kept = []
+    options = []
     for word in words:
         if word == "--ckpt_path":
             next(words, None)
         elif not word.startswith("--ckpt_path="):
-            kept.append(word)
-    return command.line("lit_llm", *redact_words(kept), "--ckpt_path", "last")
+            options.append(word)
+    return command.line("lit_llm", *redact_words(options), "--ckpt_path", "last")
 
 
 def requeue() -> None:
@@ -267,8 +267,8 @@ def requeue() -> None:
         failed = done.stderr.strip() if done.returncode else ""
     except (OSError, subprocess.TimeoutExpired) as error:
         failed = str(error)
-    told = f"job {job} could not be requeued: {failed}" if failed else f"job {job} was requeued"
-    print(told, file=sys.stderr, flush=True)
+    message = f"job {job} could not be requeued: {failed}" if failed else f"job {job} was requeued"
+    print(message, file=sys.stderr, flush=True)
 
 
 def is_requeued() -> bool:

@@ -28,7 +28,7 @@ class Progress(ProgressBar):
         self.every_seconds = every_seconds
         self._bar: Any = None
         self._enabled = True
-        self._tokens, self._since, self._said = 0, 0.0, 0.0
+        self._tokens, self._since, self._last_shown = 0, 0.0, 0.0
         self._first = self._seen = 0                # optimizer steps
 
     def disable(self) -> None:
@@ -42,7 +42,7 @@ class Progress(ProgressBar):
     def on_train_start(self, trainer: L.Trainer, *_: Any) -> None:
         """Open the bar at the current step."""
         self._tokens, self._since = 0, time.monotonic()
-        self._said, self._first, self._seen = self._since, trainer.global_step, trainer.global_step
+        self._last_shown, self._first, self._seen = self._since, trainer.global_step, trainer.global_step
         if self._enabled and trainer.is_global_zero:
             self._bar = _bar(int(trainer.estimated_stepping_batches), trainer.global_step, "train")
 
@@ -56,9 +56,9 @@ class Progress(ProgressBar):
             return
         now = time.monotonic()
         self._bar.update(moved)
-        if now - self._said < (self.every_seconds if self._bar.disable else REFRESH):   # reading metrics synchronises
-            return
-        self._said = now
+        if now - self._last_shown < (self.every_seconds if self._bar.disable else REFRESH):
+            return                                  # reading metrics would synchronise with the device
+        self._last_shown = now
         shown = self._figures(trainer) | {"tok/s": f"{self._tokens / max(1e-9, now - self._since):,.0f}"}
         self._bar.set_postfix(shown, refresh=False)
         if self._bar.disable:
@@ -69,10 +69,10 @@ class Progress(ProgressBar):
 
     @staticmethod
     def _figures(trainer: L.Trainer) -> dict[str, str]:
-        known = trainer.callback_metrics
+        metrics = trainer.callback_metrics
         keys = {"loss": ("train/loss", ".3f"), "val ppl": ("val/perplexity", ".3f"),
                 "skipped": ("train/skipped_steps", ".0f")}
-        return {name: format(float(known[key]), form) for name, (key, form) in keys.items() if key in known}
+        return {name: format(float(metrics[key]), form) for name, (key, form) in keys.items() if key in metrics}
 
     def on_train_end(self, *_: Any) -> None:
         """Close the bar."""

@@ -217,11 +217,11 @@ def _are_numbers(fields: list[str]) -> bool:
 
 def last_logged(folder: Path, name: str) -> tuple[int, float] | None:
     """The last step at which a metric was logged in a run's `metrics.csv`, and its value; null if there is none."""
-    found = None
+    latest = None
     for row in whole_rows(folder / "metrics.csv"):
         if row is not None and row.get(name):
-            found = int(row["step"]), float(row[name])
-    return found
+            latest = int(row["step"]), float(row[name])
+    return latest
 
 
 def write_json(file: Path, figures: dict[str, Any]) -> None:

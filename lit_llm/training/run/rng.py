@@ -51,11 +51,11 @@ def current() -> dict[str, Any]:
     """States of this process's generators as tensors, numbers and lists, which torch loads without running code."""
     _, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
     version, state, gauss = random.getstate()
-    found = {"torch": torch.get_rng_state(), "python": [version, list(state), gauss],
-             "numpy": [torch.from_numpy(np.asarray(keys, np.int64)), position, has_gauss, cached]}
+    states = {"torch": torch.get_rng_state(), "python": [version, list(state), gauss],
+              "numpy": [torch.from_numpy(np.asarray(keys, np.int64)), position, has_gauss, cached]}
     if torch.cuda.is_available() and torch.cuda.is_initialized():
-        found["cuda"] = torch.cuda.get_rng_state()
-    return found
+        states["cuda"] = torch.cuda.get_rng_state()
+    return states
 
 
 def restore(state: dict[str, Any]) -> None:

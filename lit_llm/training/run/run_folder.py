@@ -215,13 +215,13 @@ class RunFolder(Callback):
         unmeasured = trainer.enable_validation and self._validated != step
         exporting = trainer.exports and trainer.checkpoint_callbacks  # type: ignore[attr-defined]
         unfinished = unmeasured or (exporting and not (Path(trainer.default_root_dir) / "export").is_dir())
-        told = f"the checkpoint is at step {step}, and {limit}"
+        reason = f"the checkpoint is at step {step}, and {limit}"
         if step == total and (unfinished or self.restarted):
             if trainer.is_global_zero:
-                log.info("nothing is left to train: %s", told)
+                log.info("nothing is left to train: %s", reason)
             return
         end_together(trainer)
-        raise InputError(f"there is nothing to train: {told}", where=limit.split()[0],
+        raise InputError(f"there is nothing to train: {reason}", where=limit.split()[0],
                          fix="raise it to train further; to evaluate or write the model again, use validate or export")
 
     def complete(self, trainer: L.Trainer) -> None:

@@ -116,11 +116,11 @@ class Writing:
     def _first(self) -> tuple[OSError, str]:
         """The first error of any process, and the free space that it saw."""
         mine = (None if self.error is None else disk.number_of(self.error), disk.reason(self.error), self.free)
-        told: list[Any] = [mine] * self.trainer.world_size
+        errors: list[Any] = [mine] * self.trainer.world_size
         if self.trainer.world_size > 1:
-            dist.all_gather_object(told, mine)
-        number, said, free = next(each for each in told if each[1])
-        return OSError(number, said), free
+            dist.all_gather_object(errors, mine)
+        number, message, free = next(error for error in errors if error[1])
+        return OSError(number, message), free
 
 
 def of_writing(run: Path, error: OSError) -> bool:

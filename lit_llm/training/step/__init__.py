@@ -1,1 +1,1 @@
-"""One optimizer step: how the loss of its micro-batches is divided, and which logged figures callbacks monitor."""
+"""One optimizer step: the division of its loss by supervised tokens, and checks of the metrics that are monitored."""

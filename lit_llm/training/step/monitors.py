@@ -1,8 +1,8 @@
-"""Tell of a callback whose `monitor` is the name of nothing that is logged.
+"""Check that the metrics that callbacks monitor are logged.
 
-A callback may monitor anything that the module or another callback logs, so a name can only be judged when a
-validation has ended. Before the first step it is refused only where nothing but this project's module and Lightning's
-own callbacks can log: then all names are known.
+A callback may monitor any metric that the module or another callback logs, so a missing one is certain only after a
+validation. Before the first step a name is refused only if the module and all callbacks are this project's or
+Lightning's, whose metrics are known.
 """
 
 import logging
@@ -22,12 +22,12 @@ log = logging.getLogger(__name__)
 TRAINED = [f"train/{name}" for name in ("loss", "lr", "aux_loss", "grad_norm", "skipped_steps")]    # at some steps only
 MEASURED = [f"val/{name}" for name in ("nll", "perplexity", "bits_per_byte", "token_accuracy", "tokens")]
 BEST = "val/nll"                                    # the default of StepCheckpoint; other modules may not log it
-COUNTED = ("epoch", "step")                         # of Lightning's ModelCheckpoint
-OURS = ("lit_llm.", "lightning.")
+COUNTED = ("epoch", "step")                         # Lightning's ModelCheckpoint monitors them as well
+KNOWN_PACKAGES = ("lit_llm.", "lightning.")
 
 
 def monitored(trainer: L.Trainer) -> Iterator[tuple[Any, str]]:
-    """Callbacks of a run with the name that each monitors."""
+    """Pairs of a callback of the run and the metric that it monitors."""
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         name = getattr(callback, "monitor", None)
         if isinstance(name, str) and name:
@@ -35,15 +35,15 @@ def monitored(trainer: L.Trainer) -> Iterator[tuple[Any, str]]:
 
 
 def check(trainer: L.Trainer) -> None:
-    """Refuse a name before the first step, where it is certain that nothing logs it.
+    """Refuse the name of a metric before the first step if nothing can log it.
 
     Raises:
-        InputError: It names what is logged.
+        InputError: The error lists the metrics that are logged.
     """
     from lit_llm.training.module import CausalLMModule
 
     callbacks = trainer.callbacks  # type: ignore[attr-defined]
-    own = not all(type(callback).__module__.startswith(OURS) for callback in callbacks)
+    own = not all(type(callback).__module__.startswith(KNOWN_PACKAGES) for callback in callbacks)
     if own or type(trainer.lightning_module) is not CausalLMModule:
         return
     data = trainer.datamodule  # type: ignore[attr-defined]
@@ -57,23 +57,23 @@ def check(trainer: L.Trainer) -> None:
 
 
 class MonitorCheck(Callback):
-    """Looks at the end of the first validation whether what is monitored was logged; before other callbacks look.
+    """Checks after the first validation that the monitored metrics were logged, before other callbacks need them.
 
-    In the validation before the first step a warning is all, since callbacks may log nothing there.
+    After the validation before the first step it only warns, because callbacks may log nothing there.
     """
 
     def __init__(self) -> None:
         self._warned = self._checked = False
 
     def on_fit_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        """Before anything is written."""
+        """Check the names before anything is written."""
         check(trainer)
 
     def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        """Warn, or save a checkpoint and refuse.
+        """Warn of a missing metric; if a callback needs it now, save a checkpoint and stop.
 
         Raises:
-            InputError: A callback needs now what was not logged.
+            InputError: A callback needs a metric that was not logged.
         """
         if trainer.state.fn != "fit" or self._checked or (trainer.sanity_checking and self._warned):
             return
@@ -87,11 +87,12 @@ class MonitorCheck(Callback):
                 if _is_needed(callback, name, trainer):
                     self._save(trainer, module)
                     end_together(trainer)
-                    raise _refusal(callback, name, logged, "the step is saved: go on with --ckpt_path last")
+                    raise _refusal(callback, name, logged, "set the callback's monitor to one of them and resume with "
+                                   "--ckpt_path last; this step is saved")
         if trainer.is_global_zero and not self._warned:
             for callback, name in missing:
-                log.warning("%s: '%s' was not logged in this validation; there are %s.%s", _place(callback), name,
-                            ", ".join(logged) or "no figures", did_you_mean(name, logged))
+                log.warning("%s: the metric '%s' was not logged in this validation; logged are %s.%s", _place(callback),
+                            name, ", ".join(logged) or "no metrics", did_you_mean(name, logged))
         self._warned = True
 
     @staticmethod
@@ -102,7 +103,7 @@ class MonitorCheck(Callback):
 
 
 def _is_needed(callback: Any, name: str, trainer: L.Trainer) -> bool:
-    """Whether a callback reads its figure at the end of a validation, and not later, when it may have been logged."""
+    """Whether a callback reads its metric at the end of a validation, not later, when it may have been logged."""
     if name.startswith("train"):
         return False
     if isinstance(callback, EarlyStopping):
@@ -113,8 +114,8 @@ def _is_needed(callback: Any, name: str, trainer: L.Trainer) -> bool:
 
 
 def _refusal(callback: Any, name: str, logged: list[str], then: str = "") -> InputError:
-    known = ", ".join(logged) or "no figures"
-    return InputError(f"nothing is called '{name}'; there are {known}.{did_you_mean(name, logged)}",
+    names = ", ".join(logged) or "no metrics"
+    return InputError(f"no metric '{name}' is logged; logged are {names}.{did_you_mean(name, logged)}",
                       where=_place(callback), fix=then)
 
 

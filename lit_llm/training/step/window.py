@@ -1,8 +1,8 @@
 """Divide the loss of an optimizer step by the supervised tokens of all its micro-batches and ranks.
 
-`RowLoader` knows their number when a step begins. A user's own DataLoader does not: there each micro-batch is divided
-by the number of the window's first one, and the summed gradient is multiplied by `first / all` before the optimizer
-reads it, which gives the same gradient exactly.
+This project's loader knows their number when a step begins. A user's own DataLoader does not, so each micro-batch is
+divided by the number of the first one of its accumulation window, and the accumulated gradient is multiplied by
+`first / all` before the optimizer uses it, which gives the same gradient.
 """
 
 from collections.abc import Iterable
@@ -23,24 +23,24 @@ if TYPE_CHECKING:
 
 
 class Window:
-    """The accumulation window that a rank is in: its loss so far, and the counts of an own DataLoader."""
+    """A rank's current accumulation window: the loss so far, and token counts if the loader does not know them."""
 
     def __init__(self) -> None:
-        self._sums = torch.zeros(2, dtype=torch.float64)        # mean NLL, load balance of the routers
+        self._sums = torch.zeros(2, dtype=torch.float64)        # mean NLL, load-balancing loss of the routers
         self._first: int | None = None              # supervised tokens of the first micro-batch, over all ranks
-        self._all = 0
-        self._last = False
+        self._all = 0                               # those of all micro-batches so far
+        self._last = False                          # whether the current micro-batch is the last one
 
     def counted(self, batch: "Batch", trainer: L.Trainer, *, balance: bool) -> "Batch":
-        """The batch with the numbers of its step, where its loader did not know them; a collective there.
+        """Add token counts to a batch whose loader does not know those of the step. Collective for such a batch.
 
         Args:
-            batch: Of this rank.
-            trainer: In a training step.
-            balance: Whether the routers' load balance is trained, which is divided by another number.
+            batch: The micro-batch of this rank.
+            trainer: The trainer within a training step.
+            balance: Whether a load-balancing loss is trained, which is divided by all tokens of the step.
 
         Raises:
-            InputError: Micro-batches cannot be weighed afterwards.
+            InputError: The accumulated gradient cannot be rescaled at the end of the window.
         """
         if not batch.get("step_is_unknown"):
             return batch
@@ -55,15 +55,16 @@ class Window:
                 "last_in_step": self._last}
 
     def add(self, sums: Sums | Nll, batch: "Batch", trainer: L.Trainer, coefficient: float) -> Tensor:
-        """Add a micro-batch to the step; its share of the loss, to go backward from.
+        """Add a micro-batch to the window, and return its share of the step's loss for the backward pass.
 
-        Lightning divides it by the micro-batches, and data parallelism averages it over ranks: both are undone here.
+        Lightning divides the loss by the number of micro-batches and data parallelism averages gradients over ranks, so
+        the share is multiplied by both numbers.
 
         Args:
-            sums: What `CausalLMModule.sums` gives; an override may give an `Nll`, without a balance.
-            batch: As `counted` gives it.
-            trainer: In a training step.
-            coefficient: Of the balance.
+            sums: Result of `CausalLMModule.sums`; an override may return an `Nll`, which has no load balance.
+            batch: Result of `counted`.
+            trainer: The trainer within a training step.
+            coefficient: Coefficient of the load-balancing loss.
         """
         nll, balance = sums.total, sums.balance if isinstance(sums, Sums) else None
         count = max(1, batch["num_supervised_in_step"])
@@ -77,12 +78,12 @@ class Window:
         return loss
 
     def taken(self) -> Tensor:
-        """(2,) mean NLL and load balance of the step on this rank; the next step begins with zeros."""
+        """(2,) mean NLL and load-balancing loss of the step on this rank; resets both to zero."""
         sums, self._sums = self._sums, torch.zeros_like(self._sums)
         return sums * self._correction
 
     def correct(self, weights: Iterable[nn.Parameter]) -> None:
-        """Multiply the gradients of a window that is complete by `first / all`, where they were divided by `first`."""
+        """Multiply the gradients of a complete window by `first / all` if they were divided by `first`."""
         if not self._last:
             return
         factor = self._correction
@@ -97,14 +98,14 @@ class Window:
 
 
 def _check(trainer: L.Trainer, balance: bool) -> None:
-    """Refuse where the gradient of a window cannot be multiplied at its end."""
-    answers = distribution.of(trainer.strategy)
-    if answers.owns_gradients or answers.split_stage:
-        raise InputError("this DataLoader does not tell how many supervised tokens a step has, and the gradient that "
-                         "the strategy adds up cannot be divided by them afterwards",
+    """Refuse settings with which the gradient of a window cannot be rescaled at its end."""
+    strategy = distribution.of(trainer.strategy)
+    if strategy.owns_gradients or strategy.split_stage:
+        raise InputError("the DataLoader does not give the number of supervised tokens of a step, and gradients that "
+                         "this strategy accumulates cannot be divided by it afterwards",
                          where="trainer.accumulate_grad_batches",
                          fix="set it to 1, set trainer.strategy to auto or ddp, or use lit_llm.TextDataModule")
     if balance:
-        raise InputError("the routers' load balance is divided by the tokens of a step, which this DataLoader does not "
-                         "tell", where="trainer.accumulate_grad_batches",
+        raise InputError("the load-balancing loss is divided by the number of tokens of a step, which the DataLoader "
+                         "does not give", where="trainer.accumulate_grad_batches",
                          fix="set it to 1, set model.router_aux_loss to 0, or use lit_llm.TextDataModule")
