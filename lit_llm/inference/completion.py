@@ -54,6 +54,7 @@ class Detokenizer:
     tokenizer: "Tokenizer"
     prompt_tokens: int
     stop: tuple[str, ...] = ()
+    min_tokens: int = 0                             # stop strings that end within these tokens have no effect
     text: str = ""
     _ids: list[int] = field(default_factory=list)
     _drawn: int = 0
@@ -70,7 +71,7 @@ class Detokenizer:
         self._decode(finish_reason)
         end = len(self.text)
         ends = [(at + len(stop), at) for stop in self.stop
-                 if (at := self.text.find(stop, max(0, before - len(stop) + 1))) >= 0]
+                 if self._drawn > self.min_tokens and (at := self.text.find(stop, max(0, before - len(stop) + 1))) >= 0]
         if ends:                                   # the first complete stop string wins, independent of tokens
             end, finish_reason = min(ends)[1], "stop"
         elif not finish_reason:
@@ -134,7 +135,7 @@ class TextEngine:
         assert not self.engine.has_work, "one answer at a time"
         ids = self.encode(prompt)
         request_id = f"answer-{next(self._names)}"
-        detokenizer = Detokenizer(self.tokenizer, len(ids), params.stop)
+        detokenizer = Detokenizer(self.tokenizer, len(ids), params.stop, params.min_tokens)
         self.engine.add(request_id, ids, params)
         try:
             while self.engine.has_work:

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from lit_llm.errors import InputError
 from lit_llm.inference import loading
 from lit_llm.inference.constraint import Constraint, Factory
-from lit_llm.inference.sampling import SamplingParams, next_ids
+from lit_llm.inference.logprobs import TokenLogprob, logprobs
+from lit_llm.inference.sampling import SamplingParams, adjust, next_ids
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -34,12 +35,16 @@ class Event:
         token_id: The generated token, possibly the stop token; None only with an error.
         finish_reason: None while generation continues.
         error: An error of this request only, which the engine has already removed.
+        logprob: The token's log-probability, if the request asks for it.
+        prompt_logprobs: Of the tokens of the prompt, with its first token if the request asks for them.
     """
 
     request_id: str
     token_id: int | None
     finish_reason: FinishReason | None = None
     error: Exception | None = None
+    logprob: TokenLogprob | None = None
+    prompt_logprobs: tuple[TokenLogprob, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,6 +173,7 @@ class Engine:
             raise InputError("the prompt is empty", where="prompt")
         if not 0 <= min(prompt) <= max(prompt) < self.vocab_size:
             raise InputError(f"token ids must be from 0 to {self.vocab_size - 1}", where="prompt")
+        params.check_ids(self.vocab_size)
         left = budget(len(prompt), params, self.context_length)
         generator = None
         if params.seed is not None and not params.greedy:
@@ -197,7 +203,7 @@ class Engine:
         for request in reversed(self._forward.preempted()):
             del self._running[request.name]
             self._waiting.appendleft(request)       # its tokens are read again later
-        return [self._event(answer, id_) for answer, id_ in zip(answers, self._drawn(answers), strict=True)]
+        return [self._event(answer, *drawn) for answer, drawn in zip(answers, self._drawn(answers), strict=True)]
 
     @property
     def has_work(self) -> bool:
@@ -217,21 +223,22 @@ class Engine:
             if len(request.ids) == request.prompt_tokens:       # else it was preempted
                 self._prompt_tokens += request.prompt_tokens
 
-    def _drawn(self, answers: "list[Answer]") -> list[int | Exception]:
+    def _drawn(self, answers: "list[Answer]") -> "list[tuple[int | Exception, TokenLogprob | None]]":
         """Sample a token for each answer, greedy ones in one operation; an error where there is one."""
         import torch
 
         found: list[Any] = [answer.error for answer in answers]
+        tokens: list[TokenLogprob | None] = [None] * len(answers)
         whole = [at for at, answer in enumerate(answers) if answer.logits is not None]
         if not whole:
-            return found
+            return list(zip(found, tokens, strict=True))
         logits = torch.stack([answers[at].logits for at in whole])      # type: ignore[misc]
-        finite = logits.amax(-1).isfinite().tolist()
-        for row, at in enumerate(whole):
-            if finite[row]:
-                found[at] = _constrained(logits[row], answers[at].request)
-            else:
-                found[at] = FloatingPointError("the model's logits are not finite")
+        asked = [row for row, at in enumerate(whole) if answers[at].request.params.logprobs is not None]
+        raw = logits[asked] if asked else logits    # a copy, before the logits are changed
+        for row, finite in enumerate(logits.amax(-1).isfinite().tolist()):
+            request = answers[whole[row]].request
+            found[whole[row]] = (self._change(logits[row], request) if finite
+                                 else FloatingPointError("the model's logits are not finite"))
         likeliest = logits.argmax(-1).tolist()
         for row, at in enumerate(whole):
             request = answers[at].request
@@ -239,11 +246,38 @@ class Engine:
                 found[at] = likeliest[row]
             elif found[at] is None:
                 found[at] = int(next_ids(logits[row:row + 1], [request.params], [request.generator]))
-        return found
+        if places := [whole[row] for row in asked]:
+            ids = [found[at] if isinstance(found[at], int) else 0 for at in places]
+            counts = [answers[at].request.params.logprobs or 0 for at in places]
+            for at, token in zip(places, logprobs(raw, ids, counts), strict=True):
+                tokens[at] = token
+        return list(zip(found, tokens, strict=True))
 
-    def _event(self, answer: "Answer", drawn: int | Exception) -> Event:
+    def _change(self, logits_V: "Tensor", request: "Request") -> Exception | None:
+        """Apply the constraint and the penalties of a request in place; an error if no token is left."""
+        if request.constraint is not None:
+            try:
+                allowed = request.constraint.allowed()
+                if allowed is not None:
+                    logits_V.masked_fill_(~allowed.to(logits_V.device), float("-inf"))
+            except Exception as error:              # of the library of constraints: this request's alone
+                return error
+            if not bool(logits_V.amax() > float("-inf")):
+                return RuntimeError("the constraint allows no token")
+        if request.params.adjusts:
+            prompt, answer = request.ids[:request.prompt_tokens], request.ids[request.prompt_tokens:]
+            adjust(logits_V, request.params, prompt, answer, self._stop_ids(request.params))
+        return None
+
+    def _stop_ids(self, params: SamplingParams) -> frozenset[int]:
+        """Tokens that end an answer with these settings."""
+        own = frozenset[int]() if params.ignore_eos else self.stop_ids
+        return own.union(params.stop_token_ids) if params.stop_token_ids else own
+
+    def _event(self, answer: "Answer", drawn: int | Exception, logprob: TokenLogprob | None) -> Event:
         request = answer.request
-        if request.constraint is not None and isinstance(drawn, int) and drawn not in self.stop_ids:
+        stops = drawn in self._stop_ids(request.params)
+        if request.constraint is not None and isinstance(drawn, int) and not stops:
             try:
                 request.constraint.accept(drawn)
             except Exception as error:
@@ -252,30 +286,18 @@ class Engine:
             del self._running[request.name]
             self._forward.end(request, broken=True)
             return Event(request.name, None, error=drawn)
+        first = len(request.ids) == request.prompt_tokens
         request.ids.append(drawn)
         request.left -= 1
         self._generated_tokens += 1
-        reason: FinishReason | None = "stop" if drawn in self.stop_ids else None if request.left else "length"
+        reason: FinishReason | None = "stop" if stops else None if request.left else "length"
         if reason:
             del self._running[request.name]
             self._forward.end(request)
-        return Event(request.name, drawn, reason)
-
-
-def _constrained(logits_V: "Tensor", request: "Request") -> Exception | None:
-    """Mask the tokens that the constraint of a request does not allow, in place; an error if it allows none."""
-    if request.constraint is None:
-        return None
-    try:
-        allowed = request.constraint.allowed()
-    except Exception as error:                      # of the library of constraints: this request's alone
-        return error
-    if allowed is None:
-        return None
-    if not bool(allowed.any()):
-        return RuntimeError("the constraint allows no token")
-    logits_V.masked_fill_(~allowed.to(logits_V.device), float("-inf"))
-    return None
+        prompt: tuple[TokenLogprob, ...] = ()
+        if first and request.params.prompt_logprobs is not None:
+            prompt = (TokenLogprob(request.ids[0], None), *request.prompt_logprobs)
+        return Event(request.name, drawn, reason, logprob=logprob, prompt_logprobs=prompt)
 
 
 def _forward_alone(model: Any) -> None:

@@ -51,13 +51,20 @@ class Alone:
                 self._reads_cache = _reads_cache(self.model, request.ids)
             if not self._reads_cache:
                 ids = torch.tensor([request.ids], device=self.model.device)
-                return Answer(request, self.model(input_ids=ids).logits[0, -1].float())
+                return _answer(request, self.model(input_ids=ids).logits[0])
             first = request.state is None
             if first:
                 request.state = DynamicCache(config=self.model.config)
             ids = torch.tensor([request.ids if first else request.ids[-1:]], device=self.model.device)
-            output = self.model(input_ids=ids, past_key_values=request.state, use_cache=True, logits_to_keep=1)
-            return Answer(request, output.logits[0, -1].float())
+            output = self.model(input_ids=ids, past_key_values=request.state, use_cache=True,
+                                logits_to_keep=0 if request.needs_all_logits else 1)
+            return _answer(request, output.logits[0])
+
+
+def _answer(request: Request, logits_TV: torch.Tensor) -> Answer:
+    if request.needs_all_logits:
+        request.take(0, logits_TV.float())
+    return Answer(request, logits_TV[-1].float())
 
 
 def _reads_cache(model: Any, prompt: list[int]) -> bool:

@@ -31,7 +31,8 @@ class Batched:
 
     def begin(self, request: Request) -> bool:
         """Admit a request if there is room for its prompt; tokens that a slot still holds are taken over."""
-        slot = self.slots.begin(request.ids, len(request.ids) + min(request.left, AHEAD))
+        known = [] if request.needs_all_logits else request.ids     # the logits of tokens taken over are not known
+        slot = self.slots.begin(known, len(request.ids) + min(request.left, AHEAD))
         request.state = slot
         if slot is None:
             return False
@@ -62,12 +63,17 @@ class Batched:
         """
         chosen = self._chosen(list(running))
         generating = [Part(each.state, part) for each, part in chosen if each.state.generates]
-        reading = [Part(each.state, part) for each, part in chosen if not each.state.generates]
+        reading = [Part(each.state, part, each.needs_all_logits) for each, part in chosen if not each.state.generates]
         found = dict(self._logits(generating, reading))
         answers = []
         for request, part in chosen:                # before any slot changes its place, which copies these tokens
-            if not isinstance(found[id(request.state)], Exception):
-                request.state.ids += part
+            logits = found[id(request.state)]
+            if isinstance(logits, Exception):
+                continue
+            if logits.dim() > 1:
+                request.take(len(request.state.ids), logits)
+                found[id(request.state)] = logits[-1]
+            request.state.ids += part
         for request, _ in chosen:
             logits = found[id(request.state)]
             if isinstance(logits, Exception):

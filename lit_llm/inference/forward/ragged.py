@@ -33,10 +33,12 @@ class Part(NamedTuple):
     Args:
         slot: Where its keys and values are; `ids` are those before this step.
         ids: The tokens that are read now.
+        every: Whether the logits after each of them are needed, and not only after the last.
     """
 
     slot: Slot
     ids: Sequence[int]
+    every: bool = False
 
 
 class _Rows(NamedTuple):
@@ -111,12 +113,18 @@ class Step:
 
     @cached_property
     def ends(self) -> Tensor:
-        """(parts,) the last token of each part, in the row of all tokens."""
+        """(rows,) the tokens whose logits are needed, in the row of all tokens: the last of each part, or every one."""
         counts = torch.tensor([len(part.ids) for part in self.parts], device=self.ids.device)
-        return counts.cumsum(0) - 1
+        ends = counts.cumsum(0) - 1
+        if not any(part.every for part in self.parts):
+            return ends
+        return torch.cat([torch.arange(int(end) + 1 - len(part.ids) if part.every else int(end), int(end) + 1,
+                                       device=ends.device) for part, end in zip(self.parts, ends, strict=True)])
 
-    def logits(self, model: Any) -> Tensor:
-        """(parts, V) float32 after the last token of each part; keys and values of all tokens are in the slots then.
+    def logits(self, model: Any) -> list[Tensor]:
+        """Float32 logits of each part: (V,) after its last token, or (count, V) after every token.
+
+        Keys and values of all tokens are in the slots then.
 
         Args:
             model: A causal LM whose attention is `NAME`.
@@ -124,9 +132,12 @@ class Step:
         with torch.no_grad():
             output = model(input_ids=self.ids, position_ids=self.positions, past_key_values=self, use_cache=True,
                            logits_to_keep=self.ends, step=self)
-        logits: Tensor = output.logits
-        assert logits.shape[:2] == (1, len(self.parts))
-        return logits[0].float()
+        logits: Tensor = output.logits[0].float()
+        assert len(logits) == len(self.ends)
+        if not any(part.every for part in self.parts):
+            return list(logits)
+        rows = logits.split([len(part.ids) if part.every else 1 for part in self.parts])
+        return [each if part.every else each[0] for part, each in zip(self.parts, rows, strict=True)]
 
     # ---- what transformers asks of a cache ---------------------------------------------------------------------------
 
