@@ -217,8 +217,12 @@ class Engine:
                            self._forward.reused_tokens)
 
     def _admit(self) -> None:
-        while self._waiting and len(self._running) < self.max_running and self._forward.begin(self._waiting[0]):
-            request = self._waiting.popleft()
+        for request in list(self._waiting):
+            if self._forward.is_read(request, self._running.values()):
+                continue                            # samples of one prompt: it is read once
+            if len(self._running) >= self.max_running or not self._forward.begin(request):
+                break
+            self._waiting.remove(request)
             self._running[request.name] = request
             if len(request.ids) == request.prompt_tokens:       # else it was preempted
                 self._prompt_tokens += request.prompt_tokens

@@ -130,6 +130,28 @@ def test_two_chats_by_turns_keep_what_they_have_read(tiny_model):
             assert turn == 0 or read[0] == 2
 
 
+def test_samples_of_a_prompt_read_it_once(tiny_model):
+    """Eight answers to one prompt, added together, also beside a request that generates; each is that of an engine of its own."""
+    prompt, read = list(range(3, 93)), []
+    engine = Engine.load(tiny_model("llama"))
+    engine.model.register_forward_pre_hook(lambda *_, **given: read.append(_[2]["input_ids"].numel()), with_kwargs=True)
+    asked = {f"r{seed}": SamplingParams(max_tokens=8, seed=seed) for seed in range(8)}
+    engine.add("other", [7, 8], SamplingParams(max_tokens=30, temperature=0, ignore_eos=True))
+    for name, params in asked.items():
+        engine.add(name, prompt, params)
+    engine.add("next", [*prompt[:60], 5, 6], GREEDY)        # begins alike, while the others generate
+    got = {name: [] for name in (*asked, "other", "next")}
+    while engine.has_work:
+        for event in engine.step():
+            got[event.request_id].append(event.token_id)
+    assert engine.stats.reused_tokens >= 7 * 89
+    assert sum(read) <= 92 + 62 + sum(map(len, got.values()))
+    for name, params in asked.items():
+        alone = Engine.load(tiny_model("llama"))
+        alone.add(name, prompt, params)
+        assert got[name] == [event.token_id for _ in range(8) for event in alone.step()]
+
+
 def test_requests_that_find_no_room_wait_and_are_read_again(tiny_model, monkeypatch):
     """The cache holds two contexts, for nine requests that grow into it: some give their room to older ones."""
     engine, preempted = Engine.load(tiny_model("llama")), []

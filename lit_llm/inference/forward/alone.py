@@ -1,6 +1,6 @@
 """Compute requests one by one, each with a cache of transformers: for models whose requests cannot share a pass."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -23,6 +23,10 @@ class Alone:
     def begin(self, request: Request) -> bool:
         """Admit a request; there is always room."""
         return True
+
+    def is_read(self, request: Request, running: Iterable[Request]) -> bool:
+        """False: caches are not shared."""
+        return False
 
     def end(self, request: Request, *, broken: bool = False) -> None:
         """Forget what was read of a request."""

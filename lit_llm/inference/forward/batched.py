@@ -1,6 +1,6 @@
 """Compute all requests of a step in one pass, and long prompts in parts, so that they never stop the others."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lit_llm.inference.forward.ragged import Part, Step
 from lit_llm.inference.forward.request import Answer, Request
-from lit_llm.inference.forward.slots import Slots
+from lit_llm.inference.forward.slots import COPIED, Slots
 
 CHUNK = 256                                         # tokens of prompts that are read in a step
 AHEAD = 64                                          # positions for an answer that a new request gets at first
@@ -38,6 +38,11 @@ class Batched:
             return False
         self.reused_tokens += len(slot.ids)
         return True
+
+    def is_read(self, request: Request, running: Iterable[Request]) -> bool:
+        """Whether another request is reading the same prompt now: its keys and values are copied when it has."""
+        return not request.needs_all_logits and len(request.ids) > COPIED and any(
+            each.state is not None and not each.state.generates and each.ids == request.ids for each in running)
 
     def end(self, request: Request, *, broken: bool = False) -> None:
         """Take the slot of a request; its tokens stay for prompts that begin alike, unless they are `broken`."""

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 SMALLEST = 128                                      # positions of the smallest slots; larger ones double
+COPIED = 16                                         # fewer tokens than this are read again and not copied
 
 
 class Slot:
@@ -150,7 +151,9 @@ class Slots:
         return sum(pool.room * len(pool.slots) for pool in self.pools)
 
     def begin(self, ids: Sequence[int], room: int) -> Slot | None:
-        """A slot for a new request, with the longest beginning of its prompt that a slot without a request holds.
+        """A slot for a new request, with the longest beginning of its prompt that a slot holds.
+
+        A slot without a request is taken over if it holds little else; otherwise the tokens are copied.
 
         Args:
             ids: The prompt; its last token is always read, since it gives the first logits.
@@ -162,10 +165,14 @@ class Slots:
         wanted = self._pool_for(room)
         best = max(self._idle(), key=lambda slot: (shared(slot.ids, ids), slot.pool is wanted), default=None)
         count = min(shared(best.ids, ids), len(ids) - 1) if best is not None else 0
+        source = max(self._all(), key=lambda slot: shared(slot.ids, ids), default=None)
+        most = min(shared(source.ids, ids), len(ids) - 1) if source is not None else 0
         if best is not None and 0 < len(best.ids) <= 2 * count:     # otherwise the slot keeps more than it would save
             best.ids = best.ids[:count]
         elif (best := self._empty(wanted)) is None:
             return None
+        if source is not None:
+            self._copy(source, best, most)
         best.pool.begin(best)
         self._count += 1
         best.used = self._count
@@ -195,12 +202,26 @@ class Slots:
             pool.finish_reading(slot)
         return True
 
+    def _copy(self, source: Slot, slot: Slot, end: int) -> None:
+        """Copy the tokens of a slot up to `end` that another lacks, unless they are few or making room dropped them."""
+        begin = len(slot.ids)
+        if end - begin < COPIED or source not in source.pool.slots:
+            return
+        for number, states in source.pool.layers.items():
+            for state, new in zip(states, slot.pool.layer(number, states[0][:1], states[1][:1]), strict=True):
+                new[slot.index, :, begin:end] = state[source.index, :, begin:end]
+        slot.ids += source.ids[begin:end]
+
     def _pool_for(self, room: int) -> Pool:
         return next(pool for pool in self.pools if pool.room >= min(room, self.largest))
 
     def _idle(self) -> Iterator[Slot]:
         for pool in self.pools:
             yield from pool.idle
+
+    def _all(self) -> Iterator[Slot]:
+        for pool in self.pools:
+            yield from pool.slots
 
     def _empty(self, pool: Pool) -> Slot | None:
         """A slot of a pool that has no request, without its tokens; null where requests hold all there may be."""
