@@ -133,7 +133,7 @@ def test_the_installed_command_is_the_module(tmp_path):
     (["--model.lr", "0"], "model.lr"), (["--model.learning_rat", "1"], "Did you mean 'model.lr'?"),
     (["--model.warmup", "-1"], "model.warmup"),
     (["--model.init", "{model_type: llama}"], ["model.base", "model.init", "one of the two"]),
-    (["--model.base", "null", "--data.tokenizer", "x"], ["model.base", "model.init"]),
+    (["--model.base", "null", "--data.tokenizer", "sample:base"], ["model.base", "model.init"]),
     (["--model.base", "nobody/nothing"], ["nobody/nothing", "HF_HOME", "HF_ENDPOINT", "local folder"]),
     (["--model.base", "/no/such/folder"], "/no/such/folder"),
     (["--data.chat_template", "nope"], ["data.chat_template", "nope"]),

@@ -84,6 +84,7 @@ def test_a_value_is_refused_only_where_the_parser_refuses_it(tmp_path, monkeypat
 
 @pytest.mark.parametrize(("words", "says"), [
     (["--model.lrr", "1"], "unknown key 'model.lrr'. Did you mean 'model.lr'?"),
+    (["--html", "page.html"], "this verb has no key 'html'; other verbs have"),
     (["--learning_rate=1"], "Did you mean 'model.lr'?"),
     (["--config", "nope.yaml"], "there is no file"),
     (["--config", "godo.yml"], "there is no file godo.yml. Did you mean 'good.yaml'?"),

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lit_llm.errors import InputError
-from lit_llm.inference.completion import TextEngine
+from lit_llm.inference.completion import Detokenizer, TextEngine
 from lit_llm.inference.sampling import SamplingParams
 
 Kind = Literal["trained", "held out"]
@@ -68,13 +68,11 @@ def compare(base: str | None, folder: Path, examples: list[Example]) -> None:
     examples = [example for example in examples if len(example.prompt) <= room]
     texts = {name: [tuned.tokenizer.decode(getattr(example, name), skip_special_tokens=True).strip()
                     for example in examples] for name in ("prompt", "expected")}
-    answers = {"tuned": [_answer(tuned, example.prompt) for example in examples]}
+    answers = {"tuned": _answers(tuned, [example.prompt for example in examples])}
     del tuned
     if base is not None:
-        engine = TextEngine.load(base, threads=count)
-        vocabulary = engine.engine.vocab_size               # the base lacks tokens that were added in training
-        answers = {"base": [_answer(engine, example.prompt) if max(example.prompt) < vocabulary else
-                            "(it has no row for a token of this prompt)" for example in examples]} | answers
+        answers = {"base": _answers(TextEngine.load(base, threads=count), [example.prompt for example in examples])
+                   } | answers
     for place, example in enumerate(examples):
         print(f"\n  prompt   {_short(texts['prompt'][place], 200)}" + ("  (trained)" * (example.kind == "trained")))
         print(f"  expected {_short(texts['expected'][place], 200)}")
@@ -82,12 +80,26 @@ def compare(base: str | None, folder: Path, examples: list[Example]) -> None:
             print(f"  {name:<8} {_short(said[place], 200)}")
 
 
-def _answer(engine: TextEngine, prompt: Sequence[int]) -> str:
-    """A greedy answer, or why there is none: the run has ended well, and its model is exported."""
-    try:
-        return engine.generate(prompt, SamplingParams(max_tokens=ANSWER_TOKENS, temperature=0.0)).text
-    except InputError as error:
-        return f"(no answer: {error.what})"
+def _answers(model: TextEngine, prompts: Sequence[Sequence[int]]) -> list[str]:
+    """Greedy answers, generated together; or why there is none: the run has ended well, and its model is exported."""
+    engine, params = model.engine, SamplingParams(max_tokens=ANSWER_TOKENS, temperature=0.0)
+    answers = [Detokenizer(model.tokenizer, len(prompt)) for prompt in prompts]
+    failed: dict[int, str] = {}
+    for number, prompt in enumerate(prompts):
+        if max(prompt) >= engine.vocab_size:        # the base lacks tokens that were added in training
+            failed[number] = "(it has no row for a token of this prompt)"
+            continue
+        try:
+            engine.add(str(number), prompt, params)
+        except InputError as error:
+            failed[number] = f"(no answer: {error.what})"
+    while engine.has_work:
+        for event in engine.step():
+            if event.token_id is None:
+                failed[int(event.request_id)] = f"(no answer: {event.error})"
+            else:
+                answers[int(event.request_id)].push(event.token_id, event.finish_reason)
+    return [failed.get(number, answer.text) for number, answer in enumerate(answers)]
 
 
 def _short(text: str, most: int) -> str:

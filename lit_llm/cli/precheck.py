@@ -53,7 +53,7 @@ def check(verb: str, options: Sequence[str]) -> None:
         if key.startswith(own):                     # the parser knows the arguments of a class of the user
             given[key] = value
             continue
-        if re.fullmatch(r"[\w.]+", key) and not _is_key(key):
+        if re.fullmatch(r"[\w.]+", key) and (not _is_key(key) or _is_of_other_verbs(verb, key)):
             raise InputError(_unknown(key))
         if key.startswith(tuple(f"{name}." for name in SOURCES)):
             return                                  # a part of a source that is set elsewhere
@@ -90,6 +90,13 @@ def _is_key(key: str) -> bool:
     leaves = [name for name in every if name != NESTED and not any(other.startswith(f"{name}.") for other in every)]
     return (key in every or key in pages.table()["nested"] or key.startswith(("print_", "trust-checkpoint"))
             or any(key.startswith(f"{leaf}.") for leaf in leaves))
+
+
+def _is_of_other_verbs(verb: str, key: str) -> bool:
+    """Whether this is an option of other verbs alone."""
+    options = pages.table()["verbs"]
+    return (key not in options[verb] and key not in pages.table()["keys"]
+            and any(key in own for own in options.values()))
 
 
 def _unknown(key: str) -> str:

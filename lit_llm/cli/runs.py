@@ -250,18 +250,19 @@ def run(args: list[str]) -> None:
     class_paths.restrict(jsonargparse, class_paths.allowed())
     lower_loggers()                                 # Lightning sets its own level when it is imported
     try:
-        _built(_with_classes(precheck.own_classes(args[1:])), with_whole_sources(configs.with_run_folder(args)))
+        _built(_for_command(args[0], precheck.own_classes(args[1:])), with_whole_sources(configs.with_run_folder(args)))
     except (MisconfigurationException, ValueError, RuntimeError, ImportError) as error:
         if not (isinstance(error, MisconfigurationException) or _is_lightnings(error)):
             raise
         raise refusal(error) from None
 
 
-def _with_classes(paths: dict[str, str]) -> type[LitLLMCLI]:
-    """The command line for classes of the user, whose arguments are keys.
+def _for_command(verb: str, paths: dict[str, str]) -> type[LitLLMCLI]:
+    """The command line with one verb, because building the parsers of all takes most of a second.
 
     Args:
-        paths: `model` and `data` -> class_path, where one is given.
+        verb: The verb.
+        paths: `model` and `data` -> class_path of a class of the user, whose arguments are keys.
     """
     classes = {part: class_paths.subclass(paths[part], base, f"{part}.class_path") if part in paths else base
                for part, base in BASES.items()}
@@ -269,6 +270,10 @@ def _with_classes(paths: dict[str, str]) -> type[LitLLMCLI]:
     class Own(LitLLMCLI):
         named: ClassVar[dict[str, str]] = paths
         kinds: ClassVar[dict[str, Any]] = classes
+
+        @staticmethod
+        def subcommands() -> dict[str, set[str]]:
+            return {verb: LitLLMCLI.subcommands()[verb]}
 
     return Own
 
