@@ -16,8 +16,8 @@ def _disable_malloc_caches() -> None:
     caches the peak memory of runs was 11 to 30 % lower, at the same speed.
     """
     running = not {"fit", "validate", "test"}.isdisjoint(sys.argv[1:]) and not os.path.exists("/dev/nvidiactl")
-    known = "CS_GNU_LIBC_VERSION" in getattr(os, "confstr_names", ()) and "GLIBC_TUNABLES" not in os.environ
-    if running and known and sys.executable:
+    is_adjustable = "CS_GNU_LIBC_VERSION" in getattr(os, "confstr_names", ()) and "GLIBC_TUNABLES" not in os.environ
+    if running and is_adjustable and sys.executable:
         os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**os.environ, "GLIBC_TUNABLES": HEAP})
 
 

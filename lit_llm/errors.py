@@ -78,15 +78,15 @@ def did_you_mean_path(path: str, *, folders: bool = False, others: Iterable[str]
         beside = [entry for entry in Path(path).parent.expanduser().iterdir() if not folders or entry.is_dir()]
     except (OSError, RuntimeError, ValueError):
         beside = []
-    known = {Path(other).stem: Path(other) for other in others}
-    known |= {entry.stem: Path(path).parent / entry.name for entry in beside}
-    close = get_close_matches(Path(path).stem, known, n=1, cutoff=0.6)
-    return f" Did you mean '{known[close[0]]}'?" if close else ""
+    candidates = {Path(other).stem: Path(other) for other in others}
+    candidates |= {entry.stem: Path(path).parent / entry.name for entry in beside}
+    close = get_close_matches(Path(path).stem, candidates, n=1, cutoff=0.6)
+    return f" Did you mean '{candidates[close[0]]}'?" if close else ""
 
 
-def did_you_mean(word: str, known: list[str]) -> str:
+def did_you_mean(word: str, choices: list[str]) -> str:
     """` Did you mean 'x'?`, or an empty text if no known word is similar."""
     from difflib import get_close_matches
 
-    close = get_close_matches(word, known, n=1, cutoff=0.6)
+    close = get_close_matches(word, choices, n=1, cutoff=0.6)
     return f" Did you mean '{close[0]}'?" if close else ""

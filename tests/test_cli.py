@@ -273,7 +273,7 @@ def test_no_verb(place):
     ([ROWS[0], ROWS[1], '{"prompt": "x", "comp'], "bad.jsonl:3"),
     ([ROWS[0], {"messages": [{"role": "user", "content": "a"}, {"role": "bot", "content": "b"}]}],
      ["bad.jsonl:2", "'bot'", "assistant"]),
-    ([{"messages": [{"role": "user", "content": "a"}]}], ["bad.jsonl:1", "nothing to learn from"]),
+    ([{"messages": [{"role": "user", "content": "a"}]}], ["bad.jsonl:1", "no assistant message"]),
     ([{"title": "a", "body": "b"}], ["bad.jsonl:1", "title, body", "columns"]),
 ])
 def test_bad_data(records, says, place):

@@ -97,5 +97,5 @@ def test_what_is_left_out_is_said(hf):
         notes: set[str] = set()
         tokenizer.encode_conversation(formats.convert(KINDS[kind]), notes=notes)
         assert notes == {note}
-    with pytest.raises(InputError, match=r"nothing to learn from.*an empty answer is not trained on"):
+    with pytest.raises(InputError, match=r"no assistant message of this conversation is trained on.*an empty answer is not trained on"):
         tokenizer.encode_conversation(formats.convert({"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": ""}]}))

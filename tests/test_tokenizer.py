@@ -107,7 +107,7 @@ def test_pad_that_is_eos_does_not_unteach_stopping(load):
 
 def test_nothing_to_learn_is_refused(load):
     for conversation in (chat("q"), Conversation((Message("user", "q"), Message("assistant", "a", train=False)))):
-        with pytest.raises(InputError, match="nothing to learn"):
+        with pytest.raises(InputError, match="no assistant message of this conversation is trained on"):
             load("tiny").encode_conversation(conversation)
 
 

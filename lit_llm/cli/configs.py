@@ -59,13 +59,13 @@ def with_shipped(words: Sequence[str]) -> list[str]:
     Args:
         words: Options of a verb.
     """
-    known, out = shipped(), list(words)
+    configs_by_name, out = shipped(), list(words)
     for place, prefix, value in given_files(words):
         name = value if value.startswith("configs/") else f"configs/{value}"
-        if name in known and not Path(value).expanduser().exists():
-            out[place] = f"{prefix}{known[name]}"
+        if name in configs_by_name and not Path(value).expanduser().exists():
+            out[place] = f"{prefix}{configs_by_name[name]}"
             if os.environ.get("LOCAL_RANK", "0") == "0":
-                print(f"--config {value}: {known[name]}, which ships with the package", file=sys.stderr)
+                print(f"--config {value}: {configs_by_name[name]}, which ships with the package", file=sys.stderr)
     return out
 
 

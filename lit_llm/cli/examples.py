@@ -39,17 +39,17 @@ def _of(datamodule: Any, stage: str, kind: Kind, count: int) -> list[Example]:
         return []
     corpus = datamodule.plans[stage].corpus
     step = max(1, len(corpus) // count)
-    found = []
+    examples = []
     for sequence in range(0, min(len(corpus), step * count), step):
         ids, supervised = corpus.read(sequence, 0, int(corpus.lengths[sequence]))
-        learned = supervised.nonzero()[0]
-        talk = len(learned) > 0 and learned[0] > 1
-        first = int(learned[0]) if talk else min(16, max(1, len(ids) // 2))
+        supervised_at = supervised.nonzero()[0]
+        has_prompt = len(supervised_at) > 0 and supervised_at[0] > 1
+        first = int(supervised_at[0]) if has_prompt else min(16, max(1, len(ids) // 2))
         rest = (~supervised[first:]).nonzero()[0]
-        last = first + int(rest[0]) if talk and len(rest) else len(ids)
-        found.append(Example(kind, [int(id_) for id_ in ids[:first]],
-                             [int(id_) for id_ in ids[first:last][:ANSWER_TOKENS]]))
-    return found
+        last = first + int(rest[0]) if has_prompt and len(rest) else len(ids)
+        examples.append(Example(kind, [int(id_) for id_ in ids[:first]],
+                                [int(id_) for id_ in ids[first:last][:ANSWER_TOKENS]]))
+    return examples
 
 
 def compare(base: str | None, folder: Path, examples: list[Example]) -> None:
@@ -76,8 +76,8 @@ def compare(base: str | None, folder: Path, examples: list[Example]) -> None:
     for place, example in enumerate(examples):
         print(f"\n  prompt   {_short(texts['prompt'][place], 200)}" + ("  (trained)" * (example.kind == "trained")))
         print(f"  expected {_short(texts['expected'][place], 200)}")
-        for name, said in answers.items():
-            print(f"  {name:<8} {_short(said[place], 200)}")
+        for name, texts_of_model in answers.items():
+            print(f"  {name:<8} {_short(texts_of_model[place], 200)}")
 
 
 def _answers(model: TextEngine, prompts: Sequence[Sequence[int]]) -> list[str]:

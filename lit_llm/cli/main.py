@@ -158,11 +158,11 @@ def _tool(verb: str, options: list[str]) -> None:
     parser = ToolParser(prog=f"python -m lit_llm {verb}", description=TOOLS[verb][1], allow_abbrev=False)
     parser.add_argument("-c", "--config", action="config", help="YAML with this verb's options")
     parser.add_function_arguments(function, as_group=False)
-    given = parser.parse_args(options).as_dict()
-    given.pop("config", None)
-    settings.check_plain(given)
-    settings.check_arguments("", given, function, prefix=verb)
-    result = function(**given)
+    arguments = parser.parse_args(options).as_dict()
+    arguments.pop("config", None)
+    settings.check_plain(arguments)
+    settings.check_arguments("", arguments, function, prefix=verb)
+    result = function(**arguments)
     if result is not None:
         print(result)
 

@@ -43,7 +43,7 @@ def table() -> dict[str, Any]:
 @cache
 def all_keys() -> list[str]:
     """All keys of a run config, and the options of all verbs that read one."""
-    options = {option for given in table()["verbs"].values() for option in given}
+    options = {option for entries in table()["verbs"].values() for option in entries}
     return sorted({*table()["keys"], *options, *PARTS, "config"})
 
 
@@ -81,10 +81,10 @@ def page(verb: str, subject: str, what: str, configs: Sequence[str]) -> str | No
     """
     if not subject or subject == "all":
         return "\n".join(_whole(verb, what, configs) if subject else _short(verb, what, configs))
-    if (found := _matching(verb, subject)):
-        named = re.findall(r"\w+", str(found.get(subject, {}).get("type")))
+    if (entries := _matching(verb, subject)):
+        named = re.findall(r"\w+", str(entries.get(subject, {}).get("type")))
         kinds = [table()["classes"][path]["help"] for name in named if (path := _class(name))]
-        return "\n".join([*_section(found), *(line for kind in kinds for line in ("", *_wrapped(kind, 0)))])
+        return "\n".join([*_section(entries), *(line for kind in kinds for line in ("", *_wrapped(kind, 0)))])
     if (path := _class(subject)) is not None:
         kind = table()["classes"][path]
         head = [f"{path}: {kind['help']}", "", "arguments, below init_args:"]
@@ -142,10 +142,10 @@ def _matching(verb: str, subject: str) -> dict[str, Any]:
     """The entries of a key and of keys below it."""
     every = table()["verbs"][verb] | table()["keys"] | table()["nested"]
     place = subject.replace("data.val_sources", "data.sources").replace("data.test_sources", "data.sources")
-    found = {key: entry for key, entry in every.items() if key in (subject, place) or key.startswith(f"{place}.")}
-    below = {key: {other: entry for other, entry in found.items() if other.startswith(f"{key}.")} for key in found}
-    return {key: entry for top in found if not any(top in other for other in below.values())
-            for key, entry in ({top: found[top]} | below[top]).items()}
+    entries = {key: entry for key, entry in every.items() if key in (subject, place) or key.startswith(f"{place}.")}
+    below = {key: {other: entry for other, entry in entries.items() if other.startswith(f"{key}.")} for key in entries}
+    return {key: entry for top in entries if not any(top in other for other in below.values())
+            for key, entry in ({top: entries[top]} | below[top]).items()}
 
 
 def _class(subject: str) -> str | None:

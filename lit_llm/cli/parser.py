@@ -67,24 +67,24 @@ class ShortErrors:
         of_class = re.search(r"\.help=([\w.]+)\.(\w+)$", str(self.description))
         own = settings.names(getattr(sys.modules.get(of_class[1]), of_class[2], None)) if of_class else []
         for action in others.options(self):
-            if not others.has_type(action) or hasattr(action, "said") or action.help is None:
+            if not others.has_type(action) or hasattr(action, "range_help") or action.help is None:
                 continue
             last = action.dest.rpartition(".")[2]
             keys = [f"{name}.{last}" for name in own]
             keys += [action.dest] if "." in action.dest else [f"{verb}.{action.dest}", action.dest]
             key = next((key for key in keys if ranges.of(key)), action.dest)
             required = action.required or action.default is None
-            action.said = settings.help_of(key, others.type_of(action), required=required)
-            action.help = (action.help or "") + action.said
+            action.range_help = settings.help_of(key, others.type_of(action), required=required)
+            action.help = (action.help or "") + action.range_help
         return super().format_help(*more, **named)  # type: ignore[misc]
 
     def error(self, message: str, *args: Any, **kwargs: Any) -> NoReturn:
         """Print a few lines and exit with code 2, without the usage of 400 options."""
         if isinstance(kwargs.get("ex"), InputError):
             raise kwargs["ex"]
-        raise InputError(explain(str(message), self.known()))
+        raise InputError(explain(str(message), self.keys()))
 
-    def known(self) -> list[str]:
+    def keys(self) -> list[str]:
         """Keys of this parser and of its subcommands."""
         keys = [action.dest for action in others.options(self)]
         for verbs in others.options(self):                 # an action that holds parsers of its own
@@ -97,7 +97,7 @@ class ToolParser(ShortErrors, ArgumentParser):
     """jsonargparse's parser with short errors."""
 
 
-def explain(message: str, known: list[str]) -> str:
+def explain(message: str, keys: list[str]) -> str:
     """Shorten a message of jsonargparse, and suggest the key or value that was probably meant.
 
     >>> explain("Key 'model.lrr' is not expected", ["model.lr", "data.seq_len"])
@@ -107,44 +107,44 @@ def explain(message: str, known: list[str]) -> str:
     """
     place = re.search(r"[Pp]arser key ['\"]([\w.]+)['\"]", message)
     where = f"{place[1]}: " if place else ""
-    if found := re.search(r"(?:unknown key '|write a space after)[^\n]*", message):    # for a nested option
-        return where + found[0]
-    if place and (found := re.search(r"- (\w+: '[^\n]*' is no[^\n]*)", message)):
-        return f"{place[1]}.{found[1]}"
-    if found := re.search(r"ption '([\w.]+):(.+?)'(?: is not accepted|$)", message):
-        return f"{where}write a space after the colon: {found[1].rpartition('.')[2]}: {found[2]}"
-    if found := re.search(r"arguments are required: (?:\w+\.)??(\w+(?:\.\w+)?)(?:,|$)", message):
-        return f"{found[1]} is not given; set it with --{found[1]}, or in a file that --config names"
-    if found := re.search(r"[Uu]nrecognized arguments: (\S+\.ya?ml)\b", message):
-        return f"unknown argument '{found[1]}'. Did you mean '--config {found[1]}'?"
+    if match := re.search(r"(?:unknown key '|write a space after)[^\n]*", message):    # for a nested option
+        return where + match[0]
+    if place and (match := re.search(r"- (\w+: '[^\n]*' is no[^\n]*)", message)):
+        return f"{place[1]}.{match[1]}"
+    if match := re.search(r"ption '([\w.]+):(.+?)'(?: is not accepted|$)", message):
+        return f"{where}write a space after the colon: {match[1].rpartition('.')[2]}: {match[2]}"
+    if match := re.search(r"arguments are required: (?:\w+\.)??(\w+(?:\.\w+)?)(?:,|$)", message):
+        return f"{match[1]} is not given; set it with --{match[1]}, or in a file that --config names"
+    if match := re.search(r"[Uu]nrecognized arguments: (\S+\.ya?ml)\b", message):
+        return f"unknown argument '{match[1]}'. Did you mean '--config {match[1]}'?"
     for pattern in UNKNOWN:
-        if found := re.search(pattern, message):
-            return unknown(found[1].rstrip("+"), where, known)
-    if found := re.search(r"Importing '([^']+)' is not allowed", message):
+        if match := re.search(pattern, message):
+            return unknown(match[1].rstrip("+"), where, keys)
+    if match := re.search(r"Importing '([^']+)' is not allowed", message):
         names = [name for exported in class_paths.EXPORTS.values() for name in exported]
-        return (f"{where}'{found[1]}' is not allowed; a class_path may name Lightning's callbacks, loggers, "
+        return (f"{where}'{match[1]}' is not allowed; a class_path may name Lightning's callbacks, loggers, "
                 "strategies, plugins and profilers, and those of lit_llm.training."
-                f"{did_you_mean(found[1].rpartition('.')[2], names)}"
-                + (f"\n  {way}" if (way := class_paths.how_to_open(found[1])) else ""))
-    if found := re.search(r"module '([\w.]+)' has no attribute '(\w+)'", message):
-        has = [name for name in dir(sys.modules.get(found[1])) if name[0] != "_"]
-        return f"{where}{found[1]} has no '{found[2]}'.{did_you_mean(found[2], has)}"
-    if found := re.search(r"File does not exist: '(.*)'", message):
-        return f"there is no file {found[1]}.{did_you_mean_path(found[1], others=configs.shipped())}"
-    if found := re.search(r"Literal\[([^\]]*)\]\. Got value: (.*)", message):
-        choices = [choice.strip("'\" ") for choice in found[1].split(",")]
-        return f"{where}'{found[2]}' is not one of {', '.join(choices)}.{did_you_mean(found[2], choices)}"
-    if found := re.search(r"Expected a (?:<class ')?(\w+)(?:'>)?\. Got value: (.*)", message):
+                f"{did_you_mean(match[1].rpartition('.')[2], names)}"
+                + (f"\n  {way}" if (way := class_paths.how_to_open(match[1])) else ""))
+    if match := re.search(r"module '([\w.]+)' has no attribute '(\w+)'", message):
+        has = [name for name in dir(sys.modules.get(match[1])) if name[0] != "_"]
+        return f"{where}{match[1]} has no '{match[2]}'.{did_you_mean(match[2], has)}"
+    if match := re.search(r"File does not exist: '(.*)'", message):
+        return f"there is no file {match[1]}.{did_you_mean_path(match[1], others=configs.shipped())}"
+    if match := re.search(r"Literal\[([^\]]*)\]\. Got value: (.*)", message):
+        choices = [choice.strip("'\" ") for choice in match[1].split(",")]
+        return f"{where}'{match[2]}' is not one of {', '.join(choices)}.{did_you_mean(match[2], choices)}"
+    if match := re.search(r"Expected a (?:<class ')?(\w+)(?:'>)?\. Got value: (.*)", message):
         example = ", such as [{path: FILE}]" if where.endswith("sources: ") else ""
-        came = "null" if found[2] == "None" else f"'{ranges.shown(found[2])}'"
-        return f"{where}{came} is not {WORDS.get(found[1], found[1])}{example}{_takes(place and place[1])}"
-    if place and (found := re.search(r"- (\w+) is not given; set it", message)):
-        return f"{where}init_args.{found[1]} is not given"
-    if found := re.search(r"Subtypes: \[(.*)\]\n(?:.|\n)*Given value: (.*)", message):
-        kinds = re.findall(r"<class '(?:\w+\.)*(\w+)'>", found[1])
-        choices = re.findall(r"'([^']+)'", re.sub(r"<class '.*?'>", "", found[1]))
+        came = "null" if match[2] == "None" else f"'{ranges.shown(match[2])}'"
+        return f"{where}{came} is not {WORDS.get(match[1], match[1])}{example}{_takes(place and place[1])}"
+    if place and (match := re.search(r"- (\w+) is not given; set it", message)):
+        return f"{where}init_args.{match[1]} is not given"
+    if match := re.search(r"Subtypes: \[(.*)\]\n(?:.|\n)*Given value: (.*)", message):
+        kinds = re.findall(r"<class '(?:\w+\.)*(\w+)'>", match[1])
+        choices = re.findall(r"'([^']+)'", re.sub(r"<class '.*?'>", "", match[1]))
         fits = dict.fromkeys([*choices, *(WORDS.get(kind, kind) for kind in kinds)])
-        came = ranges.shown(found[2])
+        came = ranges.shown(match[2])
         return (f"{where}'{came}' is not one of {', '.join(fits)}.{did_you_mean(came, choices)}"
                 f"{_takes(place and place[1])}")
     if where.endswith("sources: "):                 # a file name, which was read as a config
@@ -161,14 +161,14 @@ def _takes(key: str | None) -> str:
     return f"\n  {key} takes {numbers}; for example --{key} {numbers.example}" if numbers else ""
 
 
-def unknown(key: str, where: str, known: list[str]) -> str:
+def unknown(key: str, where: str, keys: list[str]) -> str:
     """The message for an unknown key, with the key that was probably meant."""
-    if key in known:
+    if key in keys:
         return f"{where}this verb has no key '{key}'; other verbs have"
     elsewhere = get_close_matches(key.rsplit(".", 1)[-1], ALIASES, n=1, cutoff=0.9)     # also misspelt aliases
     if elsewhere and ALIASES[elsewhere[0]] != key:
         return f"{where}unknown key '{key}'. Did you mean '{ALIASES[elsewhere[0]]}'?"
-    return f"{where}unknown key '{key}'.{did_you_mean(key, [*known, *_nested()])}"
+    return f"{where}unknown key '{key}'.{did_you_mean(key, [*keys, *_nested()])}"
 
 
 def _nested() -> list[str]:
@@ -208,16 +208,16 @@ def with_whole_sources(args: Sequence[str]) -> list[str]:
                 else field.default for field in fields(Source) if field.name != "path"}
     whole = list(args)
     for place, word in enumerate(whole):
-        option, given, value = word.partition("=")
-        at = place if given else place + 1
+        option, equals, value = word.partition("=")
+        at = place if equals else place + 1
         if option not in SOURCES or at >= len(whole):
             continue
         try:
-            items = yaml.safe_load(value if given else whole[at])
+            items = yaml.safe_load(value if equals else whole[at])
         except yaml.YAMLError:
             continue                                # the parser reports it
         if isinstance(items, list) and items and all(isinstance(item, dict) and "path" in item for item in items):
             text = json.dumps([item | {key: value for key, value in defaults.items() if key not in item}
                                for item in items])
-            whole[at] = f"{option}={text}" if given else text
+            whole[at] = f"{option}={text}" if equals else text
     return whole

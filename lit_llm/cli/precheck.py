@@ -43,30 +43,30 @@ def check(verb: str, options: Sequence[str]) -> None:
     Raises:
         InputError: The same message as from the parser or the data module.
     """
-    given: dict[str, Any] = {}
-    own = tuple(f"{part}." for part in own_classes(options))
+    values: dict[str, Any] = {}
+    own_prefixes = tuple(f"{part}." for part in own_classes(options))
     for key, value, typed in _given(configs.with_run_folder(options)):
         key = key.removesuffix("+")
         if key == ALLOW:
-            raise InputError("a file may not open a package", where=ALLOW, fix=f"who starts the command types "
+            raise InputError("a config file cannot allow a package", where=ALLOW, fix="type it on the command line: "
                              f"{class_paths.OPTION} {value if isinstance(value, str) else 'PACKAGE'}")
-        if key.startswith(own):                     # the parser knows the arguments of a class of the user
-            given[key] = value
+        if key.startswith(own_prefixes):                     # the parser knows the arguments of a class of the user
+            values[key] = value
             continue
         if re.fullmatch(r"[\w.]+", key) and (not _is_key(key) or _is_of_other_verbs(verb, key)):
             raise InputError(_unknown(key))
         if key.startswith(tuple(f"{name}." for name in SOURCES)):
             return                                  # a part of a source that is set elsewhere
         _check_value(verb, key, value, typed=typed)
-        given[key] = value
-    if "data.sources" not in given and "data" not in given and not any(word.startswith("--print_") for word in options):
+        values[key] = value
+    prints = any(word.startswith("--print_") for word in options)
+    if "data.sources" not in values and "data" not in values and not prints:
         raise InputError(parser.explain("arguments are required: data.sources", pages.all_keys()))
     for key in SOURCES:
-        _check_sources(key, given.get(key))
-    own_parts = {key: value for key, value in given.items() if not key.startswith(own)} if own else given
-    _check_paths(own_parts)
+        _check_sources(key, values.get(key))
+    _check_paths({key: value for key, value in values.items() if not (own_prefixes and key.startswith(own_prefixes))})
     for key in NAMED:
-        _check_named(key, given.get(key))
+        _check_named(key, values.get(key))
 
 
 def own_classes(options: Sequence[str]) -> dict[str, str]:
@@ -75,13 +75,13 @@ def own_classes(options: Sequence[str]) -> dict[str, str]:
     Raises:
         InputError: Its package was not opened.
     """
-    given = {CLASSES[key]: value for key, value, _ in _given(options) if key in CLASSES}
-    found = {part: path for part, path in given.items() if isinstance(path, str) and path != "null"}
-    for part, path in found.items():
+    named = {CLASSES[key]: value for key, value, _ in _given(options) if key in CLASSES}
+    classes = {part: path for part, path in named.items() if isinstance(path, str) and path != "null"}
+    for part, path in classes.items():
         if not (class_paths.is_open(path) or path.startswith("lit_llm.")):
             raise InputError(f"'{path[:200]}' is not allowed", where=f"{part}.class_path",
                              fix=class_paths.how_to_open(path) or "give a class in a package of your own")
-    return found
+    return classes
 
 
 def _is_key(key: str) -> bool:
@@ -124,7 +124,7 @@ def _check_value(verb: str, key: str, value: Any, *, typed: bool) -> None:
 
 
 def _closed(spec: Any) -> Any:
-    """The type of a key whose choices only an opened package can add to, without the texts that it may add."""
+    """The type of a key without the texts that only an allowed package can add to its choices."""
     choices = spec[1] if spec[0] == "Union" and len(spec) == 3 and spec[2] == "str" else spec
     return choices if choices[0] == "Literal" and not class_paths.opened else spec
 
@@ -147,9 +147,9 @@ def _check_sources(key: str, items: Any) -> None:
             sources.check_exists(path)
 
 
-def _check_paths(given: Mapping[str, Any]) -> None:
-    """Refuse names of models where there is no folder and cannot be a download, and paths where nothing is."""
-    texts = {key: value for key, value in given.items() if isinstance(value, str) and value not in ("", "null")}
+def _check_paths(values: Mapping[str, Any]) -> None:
+    """Refuse names of models that are neither a folder nor a possible download, and paths that do not exist."""
+    texts = {key: value for key, value in values.items() if isinstance(value, str) and value not in ("", "null")}
     for key in ("model.base", "data.tokenizer"):
         if key in texts:
             names.check_folder(texts[key], key, fix="give a folder in the layout of Hugging Face, or the id of one on "
@@ -187,10 +187,10 @@ def _check_named(key: str, value: Any) -> None:
             near = did_you_mean(name, pages.table()["strategies"])
             raise InputError(f"no strategy is named '{name}'.{near}", where=key,
                              fix="auto, ddp, fsdp2 and deepspeed_stage_1, _2 and _3 are the usual ones")
-        known = named or name in exported or path.startswith("lit_llm.")
-        if not known and re.fullmatch(r"[\w.]+", path) and not class_paths.opened:
+        is_known = named or name in exported or path.startswith("lit_llm.")
+        if not is_known and re.fullmatch(r"[\w.]+", path) and not class_paths.opened:
             raise InputError(parser.explain(f'Parser key "{key}": Importing \'{path}\' is not allowed', []))
-        module = next((each for kind, each in PACKAGES.items() if name.startswith(kind)), "")
+        module = next((package for kind, package in PACKAGES.items() if name.startswith(kind)), "")
         if module and find_spec(module) is None:
             raise InputError(f"{name} needs the package '{module}', which is not installed", where=key,
                              fix=f"pip install {DISTRIBUTIONS.get(module, module)}")

@@ -33,7 +33,7 @@ from lit_llm.training.parallel import named
 from lit_llm.training.trainer import Trainer
 
 NESTED = {"model.lora": LoRA, "data.sources": Source}       # keys that take a mapping, or a list of them
-OURS = {                                            # descriptions in place of Lightning's
+DESCRIPTIONS = {                                    # in place of Lightning's
     "seed_everything": "Seed of weights, dropout and order. true takes another one each time, false sets none.",
     "trainer.precision": "Number format of weights and computation. bf16-mixed: weights in float32, computation in "
                          "bfloat16; bf16-true: both in bfloat16; 16-mixed: computation in float16 with a loss scale "
@@ -45,7 +45,7 @@ OURS = {                                            # descriptions in place of L
 }
 REFUSED = ("overfit_batches", "reload_dataloaders_every_n_epochs", "gradient_clip_algorithm", "barebones")
 BASES: dict[str, Any] = {"model": CausalLMModule, "data": TextDataModule}
-LOOKS = ("prepare", "inspect", "plan", "verify_resume", "selftest")     # verbs that do not train
+CHECKING_VERBS = ("prepare", "inspect", "plan", "verify_resume", "selftest")     # verbs that do not train
 
 
 class RunParser(ShortErrors, LightningArgumentParser):
@@ -71,15 +71,15 @@ class LitLLMCLI(LightningCLI):
     def subcommands() -> dict[str, set[str]]:
         """Verb -> arguments that the CLI provides."""
         lightnings = LightningCLI.subcommands()
-        ours = {verb: lightnings[verb] for verb in ("fit", "validate", "test")}
-        return ours | {verb: {"model", "datamodule"} for verb in LOOKS}
+        verbs = {verb: lightnings[verb] for verb in ("fit", "validate", "test")}
+        return verbs | {verb: {"model", "datamodule"} for verb in CHECKING_VERBS}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Keys for classes of the user in place of ours."""
         for part, base in BASES.items():
-            said = f"its arguments are keys of {part}, and its package is given with {class_paths.OPTION}"
+            usage = f"its arguments are keys of {part}, and its package is given with {class_paths.OPTION}"
             parser.add_argument(f"--{part}.class_path", type=str | None,
-                                help=f"A subclass of lit_llm.{base.__name__}; {said}.")
+                                help=f"A subclass of lit_llm.{base.__name__}; {usage}.")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse, and check all values before using any."""
@@ -177,8 +177,8 @@ def described() -> dict[str, Any]:
     with suppress(StopIteration):
         _built(Stopped, ["fit"])
     entries = {verb: _entries(parser) for verb, parser in parsers.items()}
-    own = {verb: {key: entry for key, entry in given.items() if "." not in key and key not in configs.KEPT}
-           for verb, given in entries.items()}
+    own = {verb: {key: entry for key, entry in entries_of_verb.items() if "." not in key and key not in configs.KEPT}
+           for verb, entries_of_verb in entries.items()}
     nested = {name: entry for key, kind in NESTED.items() for name, entry in _entries(_parser_of(kind, key)).items()}
     classes = {}
     for package, names in class_paths.EXPORTS.items():
@@ -186,7 +186,7 @@ def described() -> dict[str, Any]:
             kind = getattr(import_module(package), name)
             classes[f"{package}.{name}"] = {"help": _first_paragraph(kind), "arguments": _entries(_parser_of(kind))}
     return {"keys": {key: entry for key, entry in entries["fit"].items() if key not in own["fit"]}, "nested": nested,
-            "verbs": {verb.replace("_", "-"): given for verb, given in own.items()}, "classes": classes,
+            "verbs": {verb.replace("_", "-"): options for verb, options in own.items()}, "classes": classes,
             "strategies": ["auto", *named.OWN, *StrategyRegistry.available_strategies()],
             "hidden": ["weights_only", *(f"trainer.{name}" for name in (*idle.IGNORED, *REFUSED))]}
 
@@ -201,17 +201,17 @@ def _parser_of(kind: type, key: str | None = None) -> ToolParser:
 def _entries(parser: Any) -> dict[str, dict[str, Any]]:
     """Options of a parser: type, default, whether one must be given, and the description with the range of numbers."""
     for action in others.options(parser):
-        action.help = OURS.get(action.dest, action.help)
+        action.help = DESCRIPTIONS.get(action.dest, action.help)
     parser.format_help()                            # adds the ranges
-    found = {}
+    entries = {}
     for action in others.options(parser):
         if others.has_type(action) and not action.dest.endswith(".help"):
             default = settings.plain(action.default)
             json_like = isinstance(default, bool | int | float | str | list | tuple | dict | None)
-            found[action.dest] = {"type": settings.spec_of(others.type_of(action)),
-                                  "default": default if json_like else None, "required": action.required,
-                                  "help": _plain(action.help)}
-    return found
+            entries[action.dest] = {"type": settings.spec_of(others.type_of(action)),
+                                    "default": default if json_like else None, "required": action.required,
+                                    "help": _plain(action.help)}
+    return entries
 
 
 def _plain(text: str | None) -> str:
@@ -289,14 +289,14 @@ def check_values(verb: str, config: Any, classes: dict[str, Any] | None = None) 
     Raises:
         InputError: The error names the key and its allowed values.
     """
-    given = settings.plain(config)
+    values = settings.plain(config)
     kinds = {**(classes or BASES), "trainer": Trainer}
-    settings.check(given, kinds)
-    if (seed := given.get("seed_everything", 42)) is None:
+    settings.check(values, kinds)
+    if (seed := values.get("seed_everything", 42)) is None:
         raise InputError("null is not a seed", where="seed_everything",
                          fix="--seed_everything 42; true uses a new seed each time, false sets none")
     ranges.check("seed_everything", seed)
-    options = {name: value for name, value in given.items() if name not in ("config", "seed_everything", *kinds)}
+    options = {name: value for name, value in values.items() if name not in ("config", "seed_everything", *kinds)}
     settings.check_arguments("", options, getattr(Trainer, verb), prefix=verb)
 
 
@@ -306,10 +306,10 @@ def refusal(error: BaseException) -> InputError:
         return missing.at("trainer")
     lines = str(error).strip().splitlines() or [type(error).__name__]
     reasons = [line.strip(" -") for line in lines[1:] if line.startswith("  - ") and "Expected a <class" not in line]
-    said = reasons[-1] if reasons else lines[0]
-    where, colon, what = said.partition(": ")
+    reason = reasons[-1] if reasons else lines[0]
+    where, colon, what = reason.partition(": ")
     at = where if colon and where.startswith("trainer.") else "trainer"
-    return InputError((what if at != "trainer" else said)[:300], where=at)
+    return InputError((what if at != "trainer" else reason)[:300], where=at)
 
 
 def _is_lightnings(error: BaseException) -> bool:

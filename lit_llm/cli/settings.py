@@ -66,7 +66,7 @@ def _check_text(text: str, where: str) -> None:
     if "\0" in text:
         raise InputError(f"'{ranges.shown(text)}' contains a NUL character, which names and paths cannot contain",
                          where=where, fix="remove the character")
-    if any("\ud800" <= each <= "\udfff" for each in text):
+    if any("\ud800" <= character <= "\udfff" for character in text):
         raise InputError(f"'{ranges.shown(text)}' is not text in UTF-8", where=where, fix="correct the text")
 
 
@@ -116,17 +116,17 @@ def check(config: Mapping[str, Any], kinds: Mapping[str, Callable[..., Any]]) ->
                              fix=f"{key}: {{KEY: VALUE}}; or leave it out")
 
 
-def check_arguments(where: str, given: Mapping[str, Any], kind: Callable[..., Any], *, prefix: str = "") -> None:
+def check_arguments(where: str, values: Mapping[str, Any], kind: Callable[..., Any], *, prefix: str = "") -> None:
     """Check the arguments of one class or function.
 
     Args:
         where: Key of the arguments; empty for options of a verb.
-        given: The arguments by name.
+        values: The arguments by name.
         kind: The class or function.
         prefix: Prefix of the keys in the table of ranges; `where` if empty.
     """
     hints = arguments(kind)
-    for name, value in given.items():
+    for name, value in values.items():
         place = _join(where, name)
         key = next((f"{own}.{name}" for own in names(kind) if not prefix and ranges.knows(f"{own}.{name}")),
                    f"{prefix or where}.{name}")
@@ -146,23 +146,23 @@ def _check_inside(where: str, key: str, value: Any, hint: Any) -> None:
     """Check the arguments of a class given by class_path, or of a dataclass."""
     if not isinstance(value, Mapping):
         return
-    classes = [each for each in flat(hint) if isinstance(each, type)]
+    classes = [kind for kind in flat(hint) if isinstance(kind, type)]
     if isinstance(named := value.get("class_path"), str) and "." in named:
-        if not any(each is dict for each in classes):
+        if not any(kind is dict for kind in classes):
             module, _, name = named.rpartition(".")
             init_args = value.get("init_args")
             check_arguments(f"{where}.init_args", init_args if isinstance(init_args, Mapping) else {},
                             getattr(import_module(module), name))
         return
-    for each in classes:
-        if is_dataclass(each):
-            check_arguments(where, value, each, prefix=key)
+    for kind in classes:
+        if is_dataclass(kind):
+            check_arguments(where, value, kind, prefix=key)
 
 
 def arguments(kind: Callable[..., Any]) -> dict[str, tuple[Any, Any]]:
     """Name -> (annotation, default) of a class or function, including base classes if it has `**kwargs`."""
-    found: dict[str, tuple[Any, Any]] = {}
-    functions = [each.__dict__["__init__"] for each in kind.__mro__ if "__init__" in each.__dict__] if isinstance(
+    parameters_by_name: dict[str, tuple[Any, Any]] = {}
+    functions = [base.__dict__["__init__"] for base in kind.__mro__ if "__init__" in base.__dict__] if isinstance(
         kind, type) else [kind]
     for function in functions:
         try:
@@ -172,27 +172,27 @@ def arguments(kind: Callable[..., Any]) -> dict[str, tuple[Any, Any]]:
             break
         for name, parameter in parameters.items():
             if parameter.kind not in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL) and name != "self":
-                found.setdefault(name, (hints.get(name, Any), parameter.default))
-        if not any(each.kind is each.VAR_KEYWORD for each in parameters.values()):
+                parameters_by_name.setdefault(name, (hints.get(name, Any), parameter.default))
+        if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
             break
-    return found
+    return parameters_by_name
 
 
 def names(kind: Any) -> list[str]:
     """Names of a class and its base classes in the table of ranges."""
-    return [each.__name__ for each in kind.__mro__] if isinstance(kind, type) else []
+    return [base.__name__ for base in kind.__mro__] if isinstance(kind, type) else []
 
 
 def takes_null(hint: Any) -> bool:
     """Whether a key may be null, by its annotation."""
-    return any(each in (Any, type(None)) for each in flat(hint))
+    return any(part in (Any, type(None)) for part in flat(hint))
 
 
 def flat(hint: Any) -> list[Any]:
     """The member types of a union or list."""
     origin = get_origin(hint)
     if origin in (Union, types.UnionType, list):
-        return [each for part in get_args(hint) for each in ([part] if part is type(None) else flat(part))
+        return [member for part in get_args(hint) for member in ([part] if part is type(None) else flat(part))
                 if not (origin is list and part is type(None))]
     return [hint if origin is None else origin if origin is not Literal else hint]
 
@@ -235,12 +235,13 @@ def hint_of(spec: Any) -> Any:
 
 def _words(key: str, hint: Any) -> str:
     numbers = ranges.of(key)
-    choices = [str(choice) for each in flat(hint) if get_origin(each) is Literal for choice in get_args(each)]
+    choices = [str(choice) for part in flat(hint) if get_origin(part) is Literal for choice in get_args(part)]
     names = {bool: "true or false", int: "a whole number", float: "a number", str: "a text", list: "a list",
              dict: "a mapping", tuple: "a list"}
-    said = [str(numbers)] if numbers else []
-    said += [words for kind, words in names.items() if kind in flat(hint) and not (numbers and kind in (int, float))]
-    return ", ".join([*said, *choices]) or "a value of its type"
+    phrases = [str(numbers)] if numbers else []
+    phrases += [phrase for kind, phrase in names.items()
+                if kind in flat(hint) and not (numbers and kind in (int, float))]
+    return ", ".join([*phrases, *choices]) or "a value of its type"
 
 
 def _typed(place: str, key: str, default: Any) -> str:
@@ -255,5 +256,5 @@ def help_of(key: str, hint: Any, *, required: bool = False) -> str:
     """Text that the help adds to a key's description: its range, and whether null is not allowed."""
     numbers = ranges.of(key)
     nullable = required or takes_null(hint)
-    said = f" {str(numbers)[0].upper()}{str(numbers)[1:]}{', or null' if nullable else ''}." if numbers else ""
-    return said if nullable else f"{said} Never null."
+    text = f" {str(numbers)[0].upper()}{str(numbers)[1:]}{', or null' if nullable else ''}." if numbers else ""
+    return text if nullable else f"{text} Never null."

@@ -44,32 +44,32 @@ class Course:
 
 def warnings(course: Course) -> list[str]:
     """Warnings about a run; empty if nothing is wrong."""
-    found = []
+    messages = []
     losses = [loss for loss in course.losses if math.isfinite(loss)]
     last = losses[-max(1, round(LAST * len(losses))):] if losses else []
     final = sum(last) / len(last) if last else None
     if course.steps < FEW_STEPS and (final is None or final > LEARNED):
         passes = f" in {course.passes:.1f} passes over the data" if course.passes is not None else ""
-        found.append(f"{course.steps:,} steps{passes} are too few to learn much: raise trainer.max_epochs, or lower "
-                     "data.batch_size and trainer.accumulate_grad_batches, so that the same data give more steps")
+        messages.append(f"{course.steps:,} steps{passes} are too few to learn much: raise trainer.max_epochs, or lower "
+                        "data.batch_size and trainer.accumulate_grad_batches, so that the same data give more steps")
     again = course.passes is not None and course.passes >= MANY_PASSES
     limit = (HIGH_AGAIN if again else HIGH_ANSWERS) if course.answers else HIGH_TEXT
     if final is not None and final > limit:
         after = f" after {course.passes:.0f} passes over the same data" if again and course.passes is not None else ""
-        found.append(f"the training loss is still {final:.2f} nats per token{after} (perplexity "
-                     f"{math.exp(final):,.1f}): the training data are not learned yet; raise trainer.max_epochs or "
-                     "model.lr, and with adapters model.lora.r")
-    found += _risen(course)
-    return found
+        messages.append(f"the training loss is still {final:.2f} nats per token{after} (perplexity "
+                        f"{math.exp(final):,.1f}): the training data are not learned yet; raise trainer.max_epochs or "
+                        "model.lr, and with adapters model.lora.r")
+    messages += _risen(course)
+    return messages
 
 
 def _risen(course: Course) -> list[str]:
     """Warn if validation is worse at the end than before."""
-    known = [(step, nll) for step, nll in course.validations if math.isfinite(nll)]
-    if not known:
+    finite = [(step, nll) for step, nll in course.validations if math.isfinite(nll)]
+    if not finite:
         return []
-    step, best = min(known, key=lambda pair: pair[1])
-    last = known[-1][1]
+    step, best = min(finite, key=lambda pair: pair[1])
+    last = finite[-1][1]
     if course.before is not None and course.before < best and best - course.before > math.log(RISES):
         return [f"validation is worse than before training (perplexity {math.exp(course.before):,.3f} before, "
                 f"{math.exp(best):,.3f} at its best): training made held-out data worse; lower model.lr or "

@@ -34,7 +34,7 @@ class TextDataModule(L.LightningDataModule):
         sources: Training data: a list of `{path: ...}`.
         val_sources: Validation data, each record once, so without weights; null takes `val_fraction` of the training
             records.
-        val_fraction: Share of the records of `sources` that is held out for validation, by a hash of their content: a
+        val_fraction: Share of the records of `sources` used for validation only, chosen by a hash of their content: a
             record stays in its split when others are added, and exact duplicates stay together. Not used with
             `val_sources`.
         test_sources: Test data; null takes `test_fraction`, or without that the validation data.
@@ -47,8 +47,8 @@ class TextDataModule(L.LightningDataModule):
             (all). All tokens of documents are supervised.
         seq_len: Tokens per packed sequence, at least 2. Memory grows with `seq_len * batch_size`.
         batch_size: Packed sequences per device and micro-batch.
-        packing: `best_fit` puts whole sequences together, isolated in attention; `concat` cuts anywhere and wastes
-            nothing (pretraining); `none` keeps one per row and pads to the longest of the batch.
+        packing: `best_fit` packs whole documents and conversations, isolated in attention; `concat` cuts them at any
+            token and needs no padding (pretraining); `none` does not pack, and pads to the longest of the batch.
         overlong: What to do with a conversation longer than `seq_len`: keep its beginning (cut), leave it out (drop),
             or stop (error). Documents become windows that overlap by one token, so nothing is lost.
         on_bad_record: Stop at the first bad record (error), or set it aside with the reason (quarantine).
@@ -57,8 +57,8 @@ class TextDataModule(L.LightningDataModule):
         num_proc: Number of tokenizing processes; null uses all cores, or one for little data.
         dedup: Leave out training records that are exact duplicates of earlier ones, of any source.
         bad_record_limit: Maximum share of a source's records that may be set aside.
-        test_fraction: As `val_fraction`, for `test`. The two take hashes from opposite ends, so changing one share
-            moves no record of the other.
+        test_fraction: As `val_fraction`, for `test`. Changing one of the two shares does not change the records of the
+            other.
         streaming: Read the training sources repeatedly while training and store no tokens, for a corpus larger than
             memory or disk. It needs `trainer.max_steps`, and `val_sources` for validation. A weight is then the share
             of the next records that come from its source.
@@ -130,8 +130,8 @@ class TextDataModule(L.LightningDataModule):
         self._check()
         if self.trainer and self.trainer.world_size > 1:
             return
-        kept = [] if self.streaming else self.sources
-        for source in [*kept, *(self.val_sources or ()), *(self.test_sources or ())]:
+        stored = [] if self.streaming else self.sources
+        for source in [*stored, *(self.val_sources or ()), *(self.test_sources or ())]:
             self._open(source, write=True)
 
     def setup(self, stage: str | None = None) -> None:
@@ -176,7 +176,7 @@ class TextDataModule(L.LightningDataModule):
 
     def teardown(self, stage: str) -> None:
         """Log what a stream contained."""
-        if self.stream is not None and stage == "fit" and self._rank == 0 and (lines := self.stream.told()):
+        if self.stream is not None and stage == "fit" and self._rank == 0 and (lines := self.stream.summary_lines()):
             print("\n".join(lines), file=sys.stderr, flush=True)
 
     # ---- from sources to packed sequences ----------------------------------------------------------------------------
@@ -257,7 +257,7 @@ class TextDataModule(L.LightningDataModule):
             plan.notes["also_in_train"] = int(np.isin(plan.corpus.column("content"), trained).sum())
 
     def _mixture(self, corpus: Corpus, stage: Stage, weights: list[float]) -> Mixture:
-        """The rows of a stage. Evaluation is never concatenated, so that its metrics do not depend on packing."""
+        """The packed sequences of a stage; `concat` is not used in evaluation, whose metrics must not depend on it."""
         training = stage == "train"
         packing = self.packing if training or self.packing == "none" else "best_fit"
         if packing == "concat" and self.train_on != "all" and not corpus.is_document.all():
@@ -269,9 +269,9 @@ class TextDataModule(L.LightningDataModule):
             raise InputError(f"no token of the {stage} data is supervised", where="data.train_on",
                              fix="Inspect the data: python -m lit_llm inspect --config ...")
         if training and corpus.endless(mixture.first.segments, self.tokenizer.stop_ids):
-            talks = int((~corpus.is_document).sum())
-            raise InputError(f"none of {talks:,} conversations has a supervised stop token: all are longer than "
-                             f"{self.seq_len} tokens and cut within an answer, so the model would never stop",
+            conversations = int((~corpus.is_document).sum())
+            raise InputError(f"none of {conversations:,} conversations has a supervised stop token: all are longer "
+                             f"than {self.seq_len} tokens and cut within an answer, so the model would never stop",
                              where="data.seq_len", fix=f"Raise it: the shortest has {corpus.lengths.min():,} tokens, "
                              f"the longest {corpus.lengths.max():,}.")
         return mixture
@@ -296,8 +296,8 @@ class TextDataModule(L.LightningDataModule):
         They are equal on all processes, and no collective is needed.
         """
         if "train" in self.plans:
-            found = self.plans["train"].corpus.occurrences(self.tokenizer.vocab_size)
-            return replace(found, whole=found.whole and not self.streaming)
+            counts = self.plans["train"].corpus.occurrences(self.tokenizer.vocab_size)
+            return replace(counts, whole=counts.whole and not self.streaming)
         if not self.streaming or not streaming.trains(self):
             return None
         _, chunk = streaming.first_chunk(self)

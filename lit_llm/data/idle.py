@@ -36,20 +36,20 @@ FEATURES: dict[str, Callable[[Data], bool]] = {
     "`data.overlong`": lambda data: data.overlong != "cut",
 }
 RULES = (
-    *(Rule(f"`data.{stage}_sources`", f"`data.{stage}_fraction`", f"data.{stage}_sources is given too, so no share of "
-           "data.sources is held out", f"data.{stage}_fraction", f"set --data.{stage}_fraction 0, or "
+    *(Rule(f"`data.{stage}_sources`", f"`data.{stage}_fraction`", f"data.{stage}_sources is set, so no share of "
+           "data.sources is used for it", f"data.{stage}_fraction", f"set --data.{stage}_fraction 0, or "
            f"--data.{stage}_sources null") for stage in ("val", "test")),
-    *(Rule(f"a `weight` in `data.{stage}_sources`", f"`data.{stage}_sources`", "a weight would change nothing: "
-           "evaluation takes each record once", f"data.{stage}_sources", "leave `weight` out")
+    *(Rule(f"a `weight` in `data.{stage}_sources`", f"`data.{stage}_sources`", "a weight has no effect: "
+           "evaluation uses each record once", f"data.{stage}_sources", "leave `weight` out")
       for stage in ("val", "test")),
-    Rule("`data.stream_buffer`", "no `data.streaming`", "only a stream has this buffer", "data.stream_buffer",
+    Rule("`data.stream_buffer`", "no `data.streaming`", "only streams have a buffer", "data.stream_buffer",
          "leave it out, or set --data.streaming true"),
-    Rule("a `weight` of the only source", "`data.streaming`", "weight {s.sources[0].weight} would change nothing: in a "
-         "stream it is a share of the records, and there is one source", "data.sources", "leave `weight` out"),
-    Rule("`data.bad_record_limit`", "`data.on_bad_record: error`", "the first bad record stops the run, so no share of "
-         "them is allowed", "data.bad_record_limit", "leave it out, or set --data.on_bad_record quarantine"),
-    Rule("`data.packing: concat`, no evaluation", "`data.overlong`", "concat cuts everything anywhere, so nothing is "
-         "too long for a row", "data.overlong", "leave it out, or set --data.packing best_fit"),
+    Rule("a `weight` of the only source", "`data.streaming`", "weight {s.sources[0].weight} has no effect: in a "
+         "stream it is a share of the records, and there is only one source", "data.sources", "leave `weight` out"),
+    Rule("`data.bad_record_limit`", "`data.on_bad_record: error`", "the first bad record stops the run, so a limit on "
+         "their share has no effect", "data.bad_record_limit", "leave it out, or set --data.on_bad_record quarantine"),
+    Rule("`data.packing: concat`, no evaluation", "`data.overlong`", "concat cuts documents at any token, so none is "
+         "too long for a packed sequence", "data.overlong", "leave it out, or set --data.packing best_fit"),
     CONCAT,                                         # raised where the records are known
 )
 

@@ -1,4 +1,4 @@
-"""Open the stream that a data module's settings describe, and refuse settings that a stream cannot follow.
+"""Open the stream of a data module, and refuse settings that a stream does not support.
 
 The streams themselves are in `stream/`.
 """
@@ -32,7 +32,7 @@ def check(data: Data) -> None:
     """
     for name in ("val", "test"):
         if getattr(data, f"{name}_fraction"):
-            raise InputError("a share of a stream cannot be held out, because the stream is never read completely",
+            raise InputError("a share of a stream cannot be used for evaluation, because it is never read completely",
                              where=f"data.{name}_fraction",
                              fix=f"Set it to 0, and set data.{name}_sources to separate files.")
     if data.dedup:
@@ -41,7 +41,7 @@ def check(data: Data) -> None:
     if data.trainer is not None and trains(data) and data.trainer.max_steps < 1:
         raise InputError("a stream has no end, so a number of steps is needed", where="trainer.max_steps",
                          fix="Set --trainer.max_steps N; a run of N steps reads N * accumulate_grad_batches * "
-                         "batch_size * processes rows.")
+                         "batch_size * processes packed sequences.")
 
 
 def open_loader(data: Data) -> StreamLoader:
@@ -50,8 +50,8 @@ def open_loader(data: Data) -> StreamLoader:
     rank, world, accumulate, local = (
         (trainer.global_rank, trainer.world_size, trainer.accumulate_grad_batches, trainer.num_devices)
         if trainer else (0, 1, 1, 1))
-    known = _identity(data)
-    fingerprint = hashlib.sha256(json.dumps(known).encode()).hexdigest()[:16]
+    identity_of_data = _identity(data)
+    fingerprint = hashlib.sha256(json.dumps(identity_of_data).encode()).hexdigest()[:16]
     encoders = [SourceEncoder(source, tokenizer, data.train_on) for source in data.sources]
     sizes = [source.sizes() for source in data.sources]
     total = None if None in sizes else sum(sum(files.values()) for files in sizes if files)
@@ -64,7 +64,7 @@ def open_loader(data: Data) -> StreamLoader:
     pad_id = tokenizer.pad_id if tokenizer.pad_id is not None else tokenizer.eos_id
     return StreamLoader(stream, steps=trainer.max_steps if trainer else 1, batch_size=data.batch_size, pad_id=pad_id,
                         token_bytes=tokenizer.token_bytes, rank=rank, world=world, accumulate=accumulate,
-                        trim=data.packing == "none", identity=known)
+                        trim=data.packing == "none", identity=identity_of_data)
 
 
 def first_chunk(data: Data) -> tuple[Stream, Chunk]:
@@ -76,11 +76,11 @@ def first_chunk(data: Data) -> tuple[Stream, Chunk]:
 
 
 def _identity(data: Data) -> dict[str, Any]:
-    """Everything that determines the order of rows, by names that a user knows."""
+    """Everything that determines the order of packed sequences, by names that users know."""
     names = ("train_on", "seq_len", "packing", "overlong", "seed", "stream_buffer")
-    known = {name: getattr(data, name) for name in names} | {"tokenizer": data.tokenizer.fingerprint[:16]}
+    parts = {name: getattr(data, name) for name in names} | {"tokenizer": data.tokenizer.fingerprint[:16]}
     for number, source in enumerate(data.sources):
         settings = {key: value for key, value in asdict(source).items() if key != "path"}
-        known |= {f"the data of sources[{number}]": identity(source),
+        parts |= {f"the data of sources[{number}]": identity(source),
                   f"the settings of sources[{number}]": json.dumps(settings, sort_keys=True)}
-    return known
+    return parts

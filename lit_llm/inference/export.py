@@ -87,7 +87,7 @@ def _exported(run: Path, folder: Path, facts: dict[str, Any], target: Path, dtyp
         stored, quantize = None, None
         trained = model.load_causal_lm(str(folder / "model"))
     wanted = stored if dtype == "auto" else getattr(torch, dtype)
-    rows = check.reference_rows(tokenizer, check.vocabulary(trained))
+    rows = check.reference_sequences(tokenizer, check.vocabulary(trained))
     before = reloaded = check.scores(trained, rows)
     if not all(map(math.isfinite, before)):
         raise InputError("the model's loss is not finite, so the training diverged; nothing was exported",

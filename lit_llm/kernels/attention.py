@@ -132,8 +132,8 @@ def _by_length(query: Tensor, key: Tensor, value: Tensor, borders: tuple[int, ..
             query, key, value = (states.index_select(2, order) for states in (query, key, value))
         sizes = [count * length for count, length in stacks]
         parts = (states[0].split(sizes, dim=1) for states in (query, key, value))
-        out = torch.cat([_sdpa(asked, seen, said, count, scale=scaling, window=sliding_window, dropout=dropout)
-                         for (count, _), asked, seen, said in zip(stacks, *parts, strict=True)])
+        out = torch.cat([_sdpa(queries, keys, values, count, scale=scaling, window=sliding_window, dropout=dropout)
+                         for (count, _), queries, keys, values in zip(stacks, *parts, strict=True)])
         return (out if back is None else out.index_select(0, back)).unsqueeze(0)
 
 

@@ -93,7 +93,7 @@ def causal(query_HTD: Tensor, key_KTD: Tensor, value_KTE: Tensor, borders: Seque
 def _attend(query: Tensor, key: Tensor, value: Tensor, borders: Sequence[int], scale: float, window: int) -> Tensor:
     layout, shared = stacks(tuple(borders)), len(key)
     out = _room(layout, query.shape[1], len(query), value)
-    inputs = (_stacked(each.transpose(0, 1), layout, shared) for each in (query, key, value))
+    inputs = (_stacked(tensor.transpose(0, 1), layout, shared) for tensor in (query, key, value))
     for queries, keys, values, target in zip(*inputs, _cut(out, layout, shared), strict=True):
         _attend_stack(queries, keys[:, 0], values[:, 0], target, scale, window)
     return _restored(out, layout)
@@ -104,12 +104,12 @@ def _derive(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, borders: Se
             ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of queries, keys and values; sums over blocks are in float32 or wider."""
     layout, shared, states = stacks(tuple(borders)), len(key), (query, key, value)
-    grads = [_room(layout, query.shape[1], len(each), each) for each in states]
-    inputs = (_stacked(each.transpose(0, 1), layout, shared) for each in states)
+    grads = [_room(layout, query.shape[1], len(tensor), tensor) for tensor in states]
+    inputs = (_stacked(tensor.transpose(0, 1), layout, shared) for tensor in states)
     for above, queries, keys, values, *targets in zip(_stacked(grad, layout, shared, silent=True), *inputs,
-                                                      *(_cut(each, layout, shared) for each in grads), strict=True):
+                                                      *(_cut(tensor, layout, shared) for tensor in grads), strict=True):
         _derive_stack(above, queries, keys[:, 0], values[:, 0], targets, scale, window)
-    grad_query, grad_key, grad_value = (_restored(each, layout).transpose(0, 1) for each in grads)
+    grad_query, grad_key, grad_value = (_restored(tensor, layout).transpose(0, 1) for tensor in grads)
     return grad_query, grad_key, grad_value
 
 
@@ -121,8 +121,8 @@ def _(query: Tensor, key: Tensor, value: Tensor, borders: Sequence[int], scale: 
 @_derive.register_fake
 def _(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, borders: Sequence[int], scale: float, window: int
       ) -> tuple[Tensor, Tensor, Tensor]:
-    one, two, three = (each.new_empty(each.shape[1], len(each), each.shape[2]).transpose(0, 1)
-                       for each in (query, key, value))
+    one, two, three = (tensor.new_empty(tensor.shape[1], len(tensor), tensor.shape[2]).transpose(0, 1)
+                       for tensor in (query, key, value))
     return one, two, three
 
 
@@ -181,12 +181,12 @@ def _derive_stack(above: Tensor, queries: Tensor, keys: Tensor, values: Tensor, 
     """Backward of one stack from the gradient (N, G, L, E), into the three targets."""
     buffer, other = _buffer(queries), _buffer(queries)
     wide = torch.promote_types(queries.dtype, torch.float32)
-    grad_keys, grad_values = (torch.zeros(each.shape, dtype=wide) for each in (keys, values))
+    grad_keys, grad_values = (torch.zeros(tensor.shape, dtype=wide) for tensor in (keys, values))
     for first, start, stop in _blocks(queries.shape[2], window):
         shares = _shares(queries, keys, first, start, stop, scale, window, buffer)
-        told, scores = _rows(above, start, stop), other[:shares.numel()].view(shares.shape)
-        grad_values[:, first:stop] += torch.bmm(shares.transpose(1, 2), told)
-        torch.bmm(told, values[:, first:stop].transpose(1, 2), out=scores)
+        grad_out, scores = _rows(above, start, stop), other[:shares.numel()].view(shares.shape)
+        grad_values[:, first:stop] += torch.bmm(shares.transpose(1, 2), grad_out)
+        torch.bmm(grad_out, values[:, first:stop].transpose(1, 2), out=scores)
         torch_private.softmax_backward(scores, shares, queries.dtype, scores)
         _put(targets[0], start, stop, _scaled(scores, keys[:, first:stop], scale))
         grad_keys[:, first:stop] += _scaled(scores.transpose(1, 2), _rows(queries, start, stop), scale)

@@ -98,7 +98,7 @@ class _Norm(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, inverse = ctx.saved_tensors
         size, learns = x.shape[-1], ctx.needs_input_grad[1]
-        grad, wide, factors = (each.to(inverse.dtype) for each in (grad, x, weight))
+        grad, wide, factors = (tensor.to(inverse.dtype) for tensor in (grad, x, weight))
         grad_x, grad_weight, _ = torch.ops.aten.native_layer_norm_backward(
             grad, wide, [size], torch.zeros_like(inverse), inverse, factors, None, [True, learns, False])
         grad_x += torch.mv(grad.reshape(-1, size), factors).view_as(inverse).mul_(inverse).div_(size)

@@ -86,7 +86,7 @@ def _columns(head: Head, start: int, stop: int, dtype: torch.dtype) -> Head:
     if head.index_K is not None and head.rows_KD is not None:
         here = (head.index_K >= start) & (head.index_K < stop)
         if here.any():
-            index, rows = (each.to(weight.device) for each in (head.index_K[here] - start, here.nonzero()[:, 0]))
+            index, rows = (tensor.to(weight.device) for tensor in (head.index_K[here] - start, here.nonzero()[:, 0]))
             weight = weight.index_copy(0, index, head.rows_KD.index_select(0, rows))
     return Head(weight, None if head.bias_V is None else head.bias_V[start:stop], head.factor, head.cap)
 
@@ -109,7 +109,7 @@ class _Summary:
     def add(self, logits: Tensor, tile: int, start: int) -> None:
         """Add the logits of a tile for some tokens; they become probabilities within the tile."""
         tokens = slice(start, start + len(logits))
-        at, largest, wanted = (each[tile, tokens] for each in (self.at, self.largest, self.wanted))
+        at, largest, wanted = (tensor[tile, tokens] for tensor in (self.at, self.largest, self.wanted))
         torch.amax(logits, 1, out=largest)
         torch.gather(logits, 1, at[:, None], out=wanted[:, None])
         self.first[tile, tokens] = _is_first(logits, at, wanted == largest)

@@ -77,7 +77,7 @@ def count_parameters(model: nn.Module, elements: Callable[[nn.Parameter], int] =
         elements: Gives the size of a weight that a strategy may have split.
     """
     sizes = [(_full_size(weight, elements), weight.requires_grad) for weight in model.parameters()]
-    return ParameterCount(sum(size for size, _ in sizes), sum(size for size, learns in sizes if learns))
+    return ParameterCount(sum(size for size, _ in sizes), sum(size for size, is_trained in sizes if is_trained))
 
 
 def _full_size(weight: nn.Parameter, elements: Callable[[nn.Parameter], int]) -> int:

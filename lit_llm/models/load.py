@@ -131,11 +131,12 @@ def init_causal_lm(init: dict[str, Any], *, dtype: torch.dtype = torch.float32, 
         raise InputError(f"unknown model_type '{kind}'; it is the architecture's name in transformers, such as llama."
                          f"{did_you_mean(kind, list(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES))}", where="model.init")
     plain = AutoConfig.for_model(kind)
-    known = {*plain.to_dict(), *plain.attribute_map}            # aliases of the same keys
-    known |= {"rope_theta", "rope_scaling"} if "rope_parameters" in known else set()    # names in older configs
-    known |= {"head_dim"} if "num_key_value_heads" in known else set()      # Qwen3-MoE reads it but does not declare it
-    if unknown := sorted(set(keys) - known):
-        raise InputError(f"{kind} has no key '{unknown[0]}'.{did_you_mean(unknown[0], sorted(known))}",
+    allowed = {*plain.to_dict(), *plain.attribute_map}            # aliases of the same keys
+    allowed |= {"rope_theta", "rope_scaling"} if "rope_parameters" in allowed else set()    # older names
+    if "num_key_value_heads" in allowed:
+        allowed.add("head_dim")                     # Qwen3-MoE reads it but does not declare it
+    if unknown := sorted(set(keys) - allowed):
+        raise InputError(f"{kind} has no key '{unknown[0]}'.{did_you_mean(unknown[0], sorted(allowed))}",
                          where="model.init")
     if attention == packed_attention.NAME:
         packed_attention.register()

@@ -166,12 +166,12 @@ def _narrow(facts: dict[str, Any], wanted: tuple[int, ...]) -> None:
         width = facts.get("head_dim")
         wide = max(width if isinstance(width, int) else 0, max(hidden, default=0) // many) > 128
         order = (wanted[1], *wanted) if wide else wanted
-        few = next((few for few in order if many % few == 0 and all(each % (many // few) == 0 for each in hidden)
-                    and all(few % _share(each, many // few, few) == 0 for each in shared)), many)
+        few = next((few for few in order if many % few == 0 and all(width % (many // few) == 0 for width in hidden)
+                    and all(few % _share(width, many // few, few) == 0 for width in shared)), many)
         by = many // few
     else:
         few, by = 0, max(1, max(hidden, default=64) // 64)
-        by = by if all(each % by == 0 for each in hidden) else 1
+        by = by if all(width % by == 0 for width in hidden) else 1
     expanded = max(hidden, default=0) * (facts.get("expand") or 0)      # Mamba's inner width, implied by other keys
     _divide(facts, by, few, expanded)
     for own in (facts.get("per_layer_config") or {}).values():
@@ -193,7 +193,7 @@ def _divide(facts: dict[str, Any], by: int, few: int, expanded: int) -> None:
             bound = expanded // by if value == expanded else INNER_WIDTH
             facts[key] = [min(bound, width) for width in value] if isinstance(value, list) else min(bound, value)
         elif key.endswith("heads_per_layer") and isinstance(value, list):
-            facts[key] = [max(1, each // by) for each in value]
+            facts[key] = [max(1, value_of_layer // by) for value_of_layer in value]
 
 
 def _share(heads: int, by: int, few: int) -> int:
@@ -225,4 +225,4 @@ def _fewer_tokens(facts: dict[str, Any]) -> None:
         elif key.endswith("token_id") and isinstance(value, int) and value >= VOCABULARY:
             facts[key] = VOCABULARY - 1
         elif key.endswith("token_id") and isinstance(value, list):
-            facts[key] = [min(each, VOCABULARY - 1) for each in value]
+            facts[key] = [min(id_, VOCABULARY - 1) for id_ in value]

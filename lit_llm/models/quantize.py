@@ -37,11 +37,11 @@ def return_autocast_dtype(model: nn.Module) -> None:
     They multiply in half precision but return the dtype of their input: after a norm, which returns float32, all
     activations saved for the backward pass would be twice as large.
     """
-    def cast(layer: nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...]:
-        device = given[0].device.type
+    def cast(layer: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        device = inputs[0].device.type
         if not torch.is_autocast_enabled(device):
-            return given
-        return given[0].to(torch.get_autocast_dtype(device)), *given[1:]
+            return inputs
+        return inputs[0].to(torch.get_autocast_dtype(device)), *inputs[1:]
 
     for layer in _layers_in_4_bits(model):
         layer.register_forward_pre_hook(cast)

@@ -7,7 +7,7 @@ language, each as a conversation of one question.
 import random
 from collections.abc import Sequence
 
-from lit_llm.samples.manners import MANNERS, kept_questions, polite, spoken
+from lit_llm.samples.manners import MANNERS, held_out_questions, polite, spoken
 from lit_llm.samples.questions import SKILLS, Question, ask_fact, draw
 from lit_llm.samples.world import LANGUAGES, PEOPLE, Fact, Language
 
@@ -36,12 +36,12 @@ def write_conversations(facts: Sequence[Fact], seed: str, *, drills: int) -> lis
                 out.append(_dialogue([ask_fact(fact, template, language)], rng, language, small_talk=0.05))
         for writer in SKILLS.values():
             for _ in range(drills):
-                out.append(_dialogue([draw(writer, rng, language, kept=False)], rng, language, small_talk=0.05))
+                out.append(_dialogue([draw(writer, rng, language, held_out=False)], rng, language, small_talk=0.05))
         for _ in range(drills):
-            out.append(_dialogue(_several(free, rng, language, kept=False), rng, language, small_talk=0.3))
+            out.append(_dialogue(_several(free, rng, language, held_out=False), rng, language, small_talk=0.3))
             out.append(_follow_up(free, rng, language))
         for manner in MANNERS[language]:
-            for ask in (said for phrase in manner.asks for said in spoken(phrase, language)):
+            for ask in (text for phrase in manner.asks for text in spoken(phrase, language)):
                 out.append([_user(ask), _assistant(manner.answer)])
                 out.append([_system(rng, language), _user(ask), _assistant(manner.answer)])
     unique = {str(conversation): conversation for conversation in out}
@@ -56,17 +56,17 @@ def write_exam(facts: Sequence[Fact], seed: str, *, scale: int = 1) -> list[Mess
     Of greetings and their like there are 15 in each language, and never more.
     """
     rng = random.Random(f"exam {seed}")
-    kept = [fact for fact in facts if fact.held_out]
+    held_out_facts = [fact for fact in facts if fact.held_out]
     out: list[Messages] = []
     for language in LANGUAGES:
-        asked: dict[str, Question] = {}
+        questions: dict[str, Question] = {}
         for kind, count in EXAM.items():
-            start = len(asked)
-            while len(asked) < start + count * scale:
-                question = _one(kind, kept, rng, language, kept=True)
-                asked[question.ask] = question
-        out += [_dialogue([question], rng, language, small_talk=0.0) for question in asked.values()]
-        out += [[_user(ask), _assistant(answer)] for ask, answer in kept_questions(rng, language, POLITE * scale)]
+            start = len(questions)
+            while len(questions) < start + count * scale:
+                question = _one(kind, held_out_facts, rng, language, held_out=True)
+                questions[question.ask] = question
+        out += [_dialogue([question], rng, language, small_talk=0.0) for question in questions.values()]
+        out += [[_user(ask), _assistant(answer)] for ask, answer in held_out_questions(rng, language, POLITE * scale)]
     rng.shuffle(out)
     return out
 
@@ -74,21 +74,21 @@ def write_exam(facts: Sequence[Fact], seed: str, *, scale: int = 1) -> list[Mess
 def write_held_out_dialogues(facts: Sequence[Fact], seed: str, *, count: int) -> list[Messages]:
     """Conversations of two and three held-out questions: for perplexity, not for the exam."""
     rng = random.Random(f"dialogues {seed}")
-    kept = [fact for fact in facts if fact.held_out]
-    return [_dialogue(_several(kept, rng, language, kept=True), rng, language, small_talk=0.0)
+    held_out_facts = [fact for fact in facts if fact.held_out]
+    return [_dialogue(_several(held_out_facts, rng, language, held_out=True), rng, language, small_talk=0.0)
             for _ in range(count) for language in LANGUAGES]
 
 
-def _one(kind: str, facts: Sequence[Fact], rng: random.Random, language: Language, *, kept: bool) -> Question:
+def _one(kind: str, facts: Sequence[Fact], rng: random.Random, language: Language, *, held_out: bool) -> Question:
     if kind == "fact":
         fact = rng.choice(facts)
         return ask_fact(fact, rng.choice(fact.attribute.phrases(language).questions), language)
-    return draw(SKILLS[kind], rng, language, kept=kept)
+    return draw(SKILLS[kind], rng, language, held_out=held_out)
 
 
-def _several(facts: Sequence[Fact], rng: random.Random, language: Language, *, kept: bool) -> list[Question]:
+def _several(facts: Sequence[Fact], rng: random.Random, language: Language, *, held_out: bool) -> list[Question]:
     kinds = rng.choices(("fact", *SKILLS), weights=(5, 1, 1, 1, 1, 1), k=rng.choice((2, 3)))
-    return [_one(kind, facts, rng, language, kept=kept) for kind in kinds]
+    return [_one(kind, facts, rng, language, held_out=held_out) for kind in kinds]
 
 
 def _dialogue(questions: Sequence[Question], rng: random.Random, language: Language, *,

@@ -60,8 +60,9 @@ def _portraits(facts: Sequence[Fact], tell: _Teller, language: Language) -> Iter
     by_entity: dict[Word, list[Fact]] = {}
     for fact in facts:
         by_entity.setdefault(fact.entity, []).append(fact)
-    for known in by_entity.values():
-        yield JOIN[language].join(tell.state(fact, language) for fact in tell.rng.sample(known, len(known)))
+    for facts_of_entity in by_entity.values():
+        shuffled = tell.rng.sample(facts_of_entity, len(facts_of_entity))
+        yield JOIN[language].join(tell.state(fact, language) for fact in shuffled)
 
 
 def _registers(facts: Sequence[Fact], tell: _Teller, language: Language) -> Iterator[str]:
@@ -77,7 +78,7 @@ def _quizzes(facts: Sequence[Fact], rng: random.Random, language: Language) -> I
     """Questions and answers as plain lines: free facts and free word rules mixed."""
     questions = [ask_fact(fact, rng.choice(fact.attribute.phrases(language).questions), language)
                  for fact in facts if not fact.held_out]
-    questions += [draw(writer, rng, language, kept=False) for writer in SKILLS.values() for _ in range(80)]
+    questions += [draw(writer, rng, language, held_out=False) for writer in SKILLS.values() for _ in range(80)]
     rng.shuffle(questions)
     for group in _groups(questions, 5):
         ask, answer = rng.choice(QUIZ_MARKS[language])
@@ -88,7 +89,7 @@ def _rules(rng: random.Random, language: Language) -> Iterator[str]:
     """Five statements of one word rule."""
     for writer in SKILLS.values():
         for _ in range(32):
-            yield JOIN[language].join(draw(writer, rng, language, kept=False).statement for _ in range(5))
+            yield JOIN[language].join(draw(writer, rng, language, held_out=False).statement for _ in range(5))
 
 
 def _dictionary(rng: random.Random, language: Language) -> Iterator[str]:

@@ -15,21 +15,21 @@ SEPARATOR = " | "
 
 @dataclass(frozen=True, slots=True)
 class Manner:
-    """One thing that is said out of politeness, in one language.
+    """One kind of polite phrase in one language.
 
     Args:
         kind: greet, who, able, thank or leave.
         asks: Phrasings that chats use. Those without punctuation at their end are also said with it.
-        kept: Phrasings of the exam. Of `greet`, `who` and `thank` alone.
-        answer: The one right answer.
-        told: What documents say about it, beside what they say about all kinds.
+        held_out: Phrasings for the exam only, for `greet`, `who` and `thank`.
+        answer: The right answer.
+        statements: Sentences about it in documents, beside those for all kinds.
     """
 
     kind: str
     asks: tuple[str, ...]
-    kept: tuple[str, ...]
+    held_out: tuple[str, ...]
     answer: str
-    told: tuple[str, ...]
+    statements: tuple[str, ...]
 
 
 def _phrases(text: str) -> tuple[str, ...]:
@@ -180,9 +180,9 @@ def polite(rng: random.Random, language: Language, *kinds: str) -> tuple[str, st
     return rng.choice(spoken(rng.choice(manner.asks), language)), manner.answer
 
 
-def kept_questions(rng: random.Random, language: Language, count: int) -> list[tuple[str, str]]:
+def held_out_questions(rng: random.Random, language: Language, count: int) -> list[tuple[str, str]]:
     """`count` held-out questions with their answers: as many of each kind, in changing order."""
-    drawn = [[(ask, manner.answer) for ask in rng.sample(manner.kept, len(manner.kept))]
+    drawn = [[(ask, manner.answer) for ask in rng.sample(manner.held_out, len(manner.held_out))]
              for manner in of_kinds(language, *EXAM_KINDS)]
     return [pair for turn in zip(*drawn, strict=True) for pair in turn][:count]
 
@@ -194,9 +194,9 @@ def write_manners(rng: random.Random) -> Iterator[str]:
             yield _scene(rng, language)
         for _ in range(12):
             yield _words(rng, language)
-        told = [text for manner in of_kinds(language, "who", "able") for text in manner.told]
+        statements = [text for manner in of_kinds(language, "who", "able") for text in manner.statements]
         for _ in range(3):
-            yield (" " if language == "en" else "").join(rng.sample(told, len(told)))
+            yield (" " if language == "en" else "").join(rng.sample(statements, len(statements)))
         for _ in range(14):
             pairs = [polite(rng, language, "greet", "who", "able", "thank", "leave") for _ in range(4)]
             form = rng.randrange(2)
@@ -216,8 +216,8 @@ def _scene(rng: random.Random, language: Language) -> str:
     """Two people meet, one gets a thing, they part; in one line or in several."""
     one, other, third = (person.say(language) for person in rng.sample(PEOPLE, 3))
     thing = rng.choice(THINGS)
-    greet, again = (_first(rng.choice(of_kinds(language, "greet")[0].told), language) for _ in range(2))
-    thank, leave = (_first(rng.choice(of_kinds(language, kind)[0].told), language) for kind in ("thank", "leave"))
+    greet, again = (_first(rng.choice(of_kinds(language, "greet")[0].statements), language) for _ in range(2))
+    thank, leave = (_first(rng.choice(of_kinds(language, kind)[0].statements), language) for kind in ("thank", "leave"))
     if language == "en":
         parts = [f"{one} meets {other}. {one} says: {greet}, {other}! {other} says: {again}!", f"And you, {one}?",
                  f"And {third}?",
@@ -234,8 +234,8 @@ def _words(rng: random.Random, language: Language) -> str:
     """What is said to greet, to thank, to take leave; what one is asked for."""
     lines = []
     for kind, name in rng.sample(sorted(NAMES[language].items()), 3):
-        told = of_kinds(language, kind)[0].told
-        some = rng.sample(told, min(3, len(told)))
+        statements = of_kinds(language, kind)[0].statements
+        some = rng.sample(statements, min(3, len(statements)))
         if language == "en":
             lines.append(f"People say {', '.join(some)} {name}.")
         else:

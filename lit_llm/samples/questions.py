@@ -71,13 +71,13 @@ def ask_opposite(rng: random.Random, language: Language) -> Question:
     """The opposite of two adjectives, one by one."""
     (one, other), (two, another) = (rng.sample(pair, 2) for pair in rng.sample(OPPOSITES, 2))
     if language == "en":
-        said, answer = f"{one.en} and {two.en}", f"The opposite is {other.en} and {another.en}."
-        ask = rng.choice(("Say the opposite of: {}", "What is the opposite of: {}")).format(said)
-        statement = f"The opposite of {said} is {other.en} and {another.en}."
+        words, answer = f"{one.en} and {two.en}", f"The opposite is {other.en} and {another.en}."
+        ask = rng.choice(("Say the opposite of: {}", "What is the opposite of: {}")).format(words)
+        statement = f"The opposite of {words} is {other.en} and {another.en}."
     else:
-        said, answer = f"又{one.zh}又{two.zh}", f"又{other.zh}又{another.zh}。"
-        ask = rng.choice(("说反义词：{}", "反义词是什么：{}")).format(said)
-        statement = f"{said}的反义词是{answer}"
+        words, answer = f"又{one.zh}又{two.zh}", f"又{other.zh}又{another.zh}。"
+        ask = rng.choice(("说反义词：{}", "反义词是什么：{}")).format(words)
+        statement = f"{words}的反义词是{answer}"
     return Question("opposite", language, ask, answer, statement,
                     held_out("opposite", *min(sorted((one.en, two.en)), sorted((other.en, another.en)))))
 
@@ -86,7 +86,7 @@ def ask_heavier(rng: random.Random, language: Language) -> Question:
     """Two animals compared. A held-out pair is three or more ranks apart, so that other pairs imply the answer."""
     light, heavy = sorted(rng.sample(range(len(ANIMALS)), 2))
     pair = [ANIMALS[light], ANIMALS[heavy]]
-    kept = heavy - light >= 3 and held_out("heavier", pair[0].en, pair[1].en)
+    is_held_out = heavy - light >= 3 and held_out("heavier", pair[0].en, pair[1].en)
     wins = rng.random() < 0.5                       # asks for the heavier, or for the lighter
     right, wrong = (pair[1], pair[0]) if wins else (pair[0], pair[1])
     first, second = rng.sample(pair, 2)
@@ -99,56 +99,56 @@ def ask_heavier(rng: random.Random, language: Language) -> Question:
         word = "重" if wins else "轻"
         ask = f"{first.zh}和{second.zh}哪个更{word}？"
         answer, statement = f"{right.zh}更{word}。", f"{right.zh}比{wrong.zh}更{word}。"
-    return Question("heavier", language, ask, answer, statement, kept)
+    return Question("heavier", language, ask, answer, statement, is_held_out)
 
 
 def ask_story(rng: random.Random, language: Language) -> Question:
     """Two people, two things: the answer stands in the question. Who holds which thing together is held out."""
     people, things, colours = rng.sample(PEOPLE, 2), rng.sample(THINGS, 2), rng.sample(COLOURS, 2)
-    kept = any(held_out("story", who.en, what.en) for who, what in zip(people, things, strict=True))
+    is_held_out = any(held_out("story", who.en, what.en) for who, what in zip(people, things, strict=True))
     place, form = rng.randrange(2), rng.randrange(3)
     who, what, colour = (group[place].say(language) for group in (people, things, colours))
     if language == "en":
-        told = " and ".join(f"{a.en} has a {c.en} {b.en}" for a, b, c in zip(people, things, colours, strict=True))
+        listing = " and ".join(f"{a.en} has a {c.en} {b.en}" for a, b, c in zip(people, things, colours, strict=True))
         ask, answer = (
             (f"Who has the {what}?", f"The {what} belongs to {who}."),
             (f"What colour is the {what}?", f"The {what} is {colour}."),
             (f"What does {who} have?", f"The {colour} {what} belongs to {who}."),
         )[form]
-        ask, statement = f"Here {told}. {ask}", f"Here {told}. {answer}"
+        ask, statement = f"Here {listing}. {ask}", f"Here {listing}. {answer}"
     else:
-        told = "，".join(f"{a.zh}有{c.zh}的{b.zh}" for a, b, c in zip(people, things, colours, strict=True))
+        listing = "，".join(f"{a.zh}有{c.zh}的{b.zh}" for a, b, c in zip(people, things, colours, strict=True))
         ask, answer = (
             (f"谁有{what}？", f"{who}有{what}。"),
             (f"{what}是什么颜色的？", f"{what}是{colour}的。"),
             (f"{who}有什么？", f"{who}有{colour}的{what}。"),
         )[form]
-        ask, statement = f"{told}。{ask}", f"{told}。{answer}"
-    return Question("story", language, ask, answer, statement, kept)
+        ask, statement = f"{listing}。{ask}", f"{listing}。{answer}"
+    return Question("story", language, ask, answer, statement, is_held_out)
 
 
 def ask_list(rng: random.Random, language: Language) -> Question:
     """Three words, taken from the end or turned around. A held-out set of words never stands together before."""
     chosen = rng.sample(THINGS + ANIMALS, 3)
     comma = ", " if language == "en" else "、"
-    said = comma.join(word.say(language) for word in chosen)
+    words = comma.join(word.say(language) for word in chosen)
     turned = comma.join(word.say(language) for word in reversed(chosen))
     first, last = chosen[0].say(language), chosen[-1].say(language)
     form = rng.randrange(3)
     if language == "en":
         ask, answer = (
-            (f"Turn around: {said}", f"The words are {turned}."),
-            (f"Say the last word: {said}", f"The last word is {last}."),
-            (f"Say the first word: {said}", f"The first word is {first}."),
+            (f"Turn around: {words}", f"The words are {turned}."),
+            (f"Say the last word: {words}", f"The last word is {last}."),
+            (f"Say the first word: {words}", f"The first word is {first}."),
         )[form]
-        statement = f"From {said}: {answer}"
+        statement = f"From {words}: {answer}"
     else:
         ask, answer = (
-            (f"倒过来说：{said}", f"词语是{turned}。"),
-            (f"说最后一个词：{said}", f"最后一个词是{last}。"),
-            (f"说第一个词：{said}", f"第一个词是{first}。"),
+            (f"倒过来说：{words}", f"词语是{turned}。"),
+            (f"说最后一个词：{words}", f"最后一个词是{last}。"),
+            (f"说第一个词：{words}", f"第一个词是{first}。"),
         )[form]
-        statement = f"从{said}：{answer}"
+        statement = f"从{words}：{answer}"
     return Question("list", language, ask, answer, statement, held_out("list", *sorted(word.en for word in chosen)))
 
 
@@ -156,8 +156,8 @@ SKILLS: dict[str, Writer] = {"translate": ask_translation, "opposite": ask_oppos
                              "story": ask_story, "list": ask_list}
 
 
-def draw(writer: Writer, rng: random.Random, language: Language, *, kept: bool) -> Question:
-    """One question that is held out (`kept`) or free, drawn until it is."""
-    while (question := writer(rng, language)).held_out != kept:
+def draw(writer: Writer, rng: random.Random, language: Language, *, held_out: bool) -> Question:
+    """One question that is held out (if `held_out`) or not, drawn until it is."""
+    while (question := writer(rng, language)).held_out != held_out:
         pass
     return question

@@ -11,8 +11,8 @@ def python() -> str:
     """The command of this Python in the user's shell: its name if the shell finds it, or its full path."""
     name = Path(sys.executable).name or "python"
     for word in ("python", name):
-        found = shutil.which(word)
-        if found and os.path.abspath(found) == os.path.abspath(sys.executable):
+        program = shutil.which(word)
+        if program and os.path.abspath(program) == os.path.abspath(sys.executable):
             return word
     return shlex.quote(sys.executable) if sys.executable else "python"
 

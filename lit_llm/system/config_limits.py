@@ -65,9 +65,9 @@ def scalars(keys: Any) -> Iterator[tuple[str, Any]]:
     while stack:
         key, value = stack.pop()
         if isinstance(value, dict):
-            stack += ((str(name), each) for name, each in value.items())
+            stack += ((str(name), item) for name, item in value.items())
         elif isinstance(value, list | tuple):
-            stack += ((key, each) for each in value if not isinstance(each, str))
+            stack += ((key, item) for item in value if not isinstance(item, str))
         else:
             yield key, value
 

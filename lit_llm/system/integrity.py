@@ -63,8 +63,8 @@ def faults(folder: Path, part: str = "", *, hashes: bool = True) -> Iterator[str
     if short or not hashes:
         return
     with ThreadPoolExecutor() as pool:
-        for file, found in zip(files, pool.map(sha256, files), strict=True):
-            if found != files[file][1]:
+        for file, digest in zip(files, pool.map(sha256, files), strict=True):
+            if digest != files[file][1]:
                 yield f"{file} was changed since it was written"
     for file in sorted((folder / part).rglob("*.safetensors")) if part else ():
         if file not in files:

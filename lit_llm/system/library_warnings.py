@@ -97,7 +97,7 @@ class Listener:
 
 def is_known(library: str, text: str) -> bool:
     """Whether a warning is one of `KNOWN`."""
-    return any(known.library == library and re.match(known.text, text) for known in KNOWN)
+    return any(entry.library == library and re.match(entry.text, text) for entry in KNOWN)
 
 
 def listen() -> None:
@@ -110,9 +110,9 @@ def listen() -> None:
     listener = Listener()
     warnings.showwarning = listener.showwarning
     logging.basicConfig(format="%(message)s", stream=sys.stderr)
-    for each in logging.getLogger().handlers:
-        if not any(isinstance(present, RedactingFilter) for present in each.filters):
-            each.addFilter(RedactingFilter())
+    for handler in logging.getLogger().handlers:
+        if not any(isinstance(present, RedactingFilter) for present in handler.filters):
+            handler.addFilter(RedactingFilter())
     logging.getLogger("lit_llm").setLevel(logging.INFO)
     lower_loggers()
     handle = getattr(logging.Logger.callHandlers, "original", logging.Logger.callHandlers)

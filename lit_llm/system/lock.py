@@ -58,13 +58,13 @@ class Lock:
                 return InputError(f"cannot be written: {error.strerror}", where=str(file.parent))
             try:
                 fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                held = False
+                is_held = False
             except OSError as error:
-                held = error.errno in HELD or (error.errno in NO_LOCKS and _is_alive(_read(handle)))
-                if not held and error.errno not in NO_LOCKS:
+                is_held = error.errno in HELD or (error.errno in NO_LOCKS and _is_alive(_read(handle)))
+                if not is_held and error.errno not in NO_LOCKS:
                     handle.close()
                     return InputError(f"cannot be locked: {error.strerror}", where=str(file))
-            if held:
+            if is_held:
                 refusal = _refusal(file, what or file.parent, _read(handle), where)
                 handle.close()
                 return refusal

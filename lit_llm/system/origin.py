@@ -57,23 +57,23 @@ def same(one: str | None, one_hash: str | None, other: str | None, other_hash: s
     return one_hash == other_hash if one_hash and other_hash else recorded(one) == recorded(other)
 
 
-def locate(base: str, wanted: str | None, near: Path, given: str | None = None) -> str:
+def locate(base: str, wanted: str | None, near: Path, replacement: str | None = None) -> str:
     """Find the base that a run was trained on.
 
     Args:
         base: Its name as recorded by the run.
         wanted: Hash of its content; null if unknown.
         near: A folder of the run; a moved base is searched beside its parent folders.
-        given: The base that the user gives instead.
+        replacement: The base that the user gives instead.
 
     Raises:
-        InputError: `given` is a different base.
+        InputError: `replacement` is a different base.
     """
-    if given is not None:
-        if not same(base, wanted, given, content_hash(given)):
-            raise InputError(f"{given} is not the base that the run was trained on ({base})", where="base",
+    if replacement is not None:
+        if not same(base, wanted, replacement, content_hash(replacement)):
+            raise InputError(f"{replacement} is not the base that the run was trained on ({base})", where="base",
                              fix="give the current folder of that base")
-        return given
+        return replacement
     if names.folder_of(base) is not None or wanted is None or names.is_sample(base):
         return base
     parts = Path(base).parts

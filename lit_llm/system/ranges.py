@@ -242,7 +242,7 @@ def check(key: str, value: Any, *, where: str = "") -> None:
         if isinstance(one, bool):
             fits = numbers.flag
         else:
-            fits = not isinstance(one, int | float) or any(each.holds(one) for each in numbers.ranges)
+            fits = not isinstance(one, int | float) or any(interval.holds(one) for interval in numbers.ranges)
         if not fits:
             name = (where or key).lstrip("-")
             owner, _, argument = name.rpartition(".")  # an argument of a class given by class_path is not an option
@@ -270,5 +270,5 @@ def shown(value: Any) -> str:
         text = value if isinstance(value, str) else "null" if value is None else str(value)
     except ValueError:                              # Python does not format integers of thousands of digits
         text = "a whole number of thousands of digits"
-    text = "".join(each if each.isprintable() else "?" for each in text)
+    text = "".join(character if character.isprintable() else "?" for character in text)
     return text if len(text) <= SHOWN else f"{text[:SHOWN]}... ({len(text):,} characters)"

@@ -85,7 +85,7 @@ def redact_text(text: str) -> str:
         text = text.replace(secret, REMOVED)
     text = IN_URL.sub(rf"\g<1>{REMOVED}@", text)
     text = FORMS.sub(REMOVED, text)
-    return ASSIGNED.sub(lambda found: (found[1] or found[2] or found[3]) + REMOVED, text)
+    return ASSIGNED.sub(lambda match: (match[1] or match[2] or match[3]) + REMOVED, text)
 
 
 def redact_words(words: Sequence[str]) -> list[str]:
@@ -96,10 +96,10 @@ def redact_words(words: Sequence[str]) -> list[str]:
     """
     shown, hide = [], False
     for word in words:
-        option, given, _ = word.partition("=")
+        option, equals, _ = word.partition("=")
         secret = option.startswith("-") and names_secret(option.rpartition(".")[2])
-        shown.append(REMOVED if hide else f"{option}={REMOVED}" if secret and given else redact_text(word))
-        hide = secret and not given
+        shown.append(REMOVED if hide else f"{option}={REMOVED}" if secret and equals else redact_text(word))
+        hide = secret and not equals
     return shown
 
 

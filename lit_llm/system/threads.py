@@ -67,8 +67,8 @@ def settle(wanted: Threads | str, work: Callable[[], Any], *, processes: int = 1
     else:
         seconds = measure(work, most)
         best = fastest(seconds)
-        told = ", ".join(f"{count} took {1000 * took:.3g} ms" for count, took in seconds.items())
-        choice = Choice(best, f"measured: {told}", seconds)
+        timings = ", ".join(f"{count} took {1000 * took:.3g} ms" for count, took in seconds.items())
+        choice = Choice(best, f"measured: {timings}", seconds)
         if before is not None:
             slow = seconds.get(before, 0) > 1.5 * seconds[best]
             choice = Choice(before, "as before the stop, so that the run ends with the same bits" + (

@@ -22,7 +22,7 @@ from lit_llm.text.conversation import Conversation, Document, Message
 log = logging.getLogger(__name__)
 NAME, VERSION = "check.json", 1
 LIMIT = 1 << 18                                     # bytes of the file; exports write about 5,000
-MOST_ROWS, MOST_IDS = 16, 4096
+MOST_SEQUENCES, MOST_IDS = 16, 4096
 SCORED = 48                                         # scored tokens of a sequence; keeps scoring within milliseconds
 Kind = Literal["text", "conversation", "ids"]
 TEXT = ("The quick brown fox, in 1,234.50 leaps,\n  doesn't jump over\tthe lazy dog's bed: naïve café 👍🏽\r\n"
@@ -56,9 +56,9 @@ class Reference:
     nll: float = math.nan
 
 
-# ---- rows ------------------------------------------------------------------------------------------------------------
+# ---- reference sequences ---------------------------------------------------------------------------------------------
 
-def reference_rows(tokenizer: Any, vocabulary: int) -> list[Reference]:
+def reference_sequences(tokenizer: Any, vocabulary: int) -> list[Reference]:
     """The reference sequences as this tokenizer and its chat template render them.
 
     Args:
@@ -86,7 +86,7 @@ def render(tokenizer: Any, kind: str) -> list[int] | None:
         return None
 
 
-def scores(model: Any, rows: Sequence[Reference]) -> list[float]:
+def scores(model: Any, references: Sequence[Reference]) -> list[float]:
     """Mean nats per token of each sequence by the model's own forward pass; train mode and gradients are restored."""
     import torch
     from torch.nn import functional as F
@@ -96,8 +96,8 @@ def scores(model: Any, rows: Sequence[Reference]) -> list[float]:
     model.eval()
     try:
         with torch.no_grad(), transformers_private.eager_attention(model):
-            for row in rows:
-                ids = torch.tensor([row.ids[:most]], device=model.get_input_embeddings().weight.device)
+            for reference in references:
+                ids = torch.tensor([reference.ids[:most]], device=model.get_input_embeddings().weight.device)
                 logits = model(input_ids=ids, use_cache=False).logits[0, -ids.shape[1]:]     # skip virtual tokens
                 nll.append(float(F.cross_entropy(logits[:-1].double(), ids[0, 1:])))
     finally:
@@ -105,9 +105,9 @@ def scores(model: Any, rows: Sequence[Reference]) -> list[float]:
     return nll
 
 
-def digest(rows: Sequence[Reference]) -> str:
+def digest(references: Sequence[Reference]) -> str:
     """Hash of the sequences' ids: equal where tokenizer and vocabulary give the same sequences."""
-    return hashlib.sha256(json.dumps([row.ids for row in rows]).encode()).hexdigest()
+    return hashlib.sha256(json.dumps([reference.ids for reference in references]).encode()).hexdigest()
 
 
 def scored_length(model: Any) -> int:
@@ -122,14 +122,14 @@ def nll_difference(one: float, other: float) -> float:
 
 # ---- writing ---------------------------------------------------------------------------------------------------------
 
-def check_export(folder: Path, tokenizer: Any, rows: Sequence[Reference], trained: Sequence[float], model: Any, *,
+def check_export(folder: Path, tokenizer: Any, references: Sequence[Reference], trained: Sequence[float], model: Any, *,
          quantize: str | None = None, base_dtype: str = "float32") -> None:
     """Compare the trained model with the exported folder as reloaded, and write `check.json` into the folder.
 
     Args:
         folder: The export, with weights, config and tokenizer.
         tokenizer: The tokenizer reloaded from the folder.
-        rows: Reference sequences as the run's tokenizer renders them.
+        references: Reference sequences as the run's tokenizer renders them.
         trained: NLL of each by the model as trained, with adapters that are not merged.
         model: The model reloaded from the folder in the dtype of its weights.
         quantize: How the base was quantized in training.
@@ -140,34 +140,35 @@ def check_export(folder: Path, tokenizer: Any, rows: Sequence[Reference], traine
     """
     dtype = str(model.dtype).removeprefix("torch.")
     tolerance = max(TOLERANCE.get(dtype, 1e-4), TOLERANCE.get(base_dtype, 1e-4))
-    for row in rows:
-        if row.kind != "ids" and render(tokenizer, row.kind) != list(row.ids):
+    for reference in references:
+        if reference.kind != "ids" and render(tokenizer, reference.kind) != list(reference.ids):
             raise InputError(f"the tokenizer reloaded from the export gives other tokens for the reference "
-                             f"{row.kind} than in training", where=str(folder), fix=_short(tokenizer, row))
+                             f"{reference.kind} than in training", where=str(folder), fix=_short(tokenizer, reference))
     if sorted(_stops(model)) != sorted(tokenizer.stop_ids):
         raise InputError(f"generation_config.json of the export has the stop tokens {sorted(_stops(model))}, but "
                          f"the model was trained with {sorted(tokenizer.stop_ids)}", where=str(folder))
-    written = scores(model, rows)
-    worst = max(range(len(rows)), key=lambda place: nll_difference(trained[place], written[place]))
+    written = scores(model, references)
+    worst = max(range(len(references)), key=lambda place: nll_difference(trained[place], written[place]))
     if not nll_difference(trained[worst], written[worst]) <= tolerance:
-        raise InputError(f"the exported model differs from the trained one: the reference {rows[worst].kind} has nll "
-                         f"{trained[worst]:.6g} before merging and {written[worst]:.6g} in the export "
-                         f"(tolerance {tolerance:.0e} in {dtype}); nothing was exported", where=str(folder),
+        raise InputError(f"the exported model differs from the trained one: the reference {references[worst].kind} has "
+                         f"nll {trained[worst]:.6g} before merging and {written[worst]:.6g} in the export (tolerance "
+                         f"{tolerance:.0e} in {dtype}); nothing was exported", where=str(folder),
                          fix="the checkpoint is intact; its adapter folder loads with peft.PeftModel.from_pretrained")
     log.info("export verified: nll of %d reference sequences is %.6g as trained, %.6g reloaded in %s (tolerance %.0e)",
-             len(rows), _mean(trained), _mean(written), dtype, tolerance)
-    measured = [Reference(row.kind, row.ids, nll) for row, nll in zip(rows, written, strict=True)]
+             len(references), _mean(trained), _mean(written), dtype, tolerance)
+    measured = [Reference(reference.kind, reference.ids, nll)
+                for reference, nll in zip(references, written, strict=True)]
     _write(folder, tokenizer, measured, dtype, tolerance, quantize)
 
 
-def compare_saved(facts: Any, model: Any, rows: Sequence[Reference], reloaded: Sequence[float],
+def compare_saved(facts: Any, model: Any, references: Sequence[Reference], reloaded: Sequence[float],
                   quantize: str | None) -> None:
     """Compare the model in memory when a checkpoint was written with the model reloaded from it.
 
     Args:
         facts: `check` of the checkpoint's manifest; null in checkpoints of earlier versions, which are not compared.
         model: The reloaded model.
-        rows: Reference sequences as the run's tokenizer renders them.
+        references: Reference sequences as the run's tokenizer renders them.
         reloaded: NLL of each by the reloaded model; on the base in 4 bits if it was trained so.
         quantize: How the base was quantized.
 
@@ -178,11 +179,11 @@ def compare_saved(facts: Any, model: Any, rows: Sequence[Reference], reloaded: S
         why = facts.get("skipped") if isinstance(facts, dict) else "the checkpoint is of an earlier version"
         log.info("the export is not compared with the model in memory: %s", why)
         return
-    if facts.get("rows") != digest(rows):
+    if facts.get("rows") != digest(references):
         raise InputError("the run's tokenizer gives other tokens for the reference sequences than in training",
                          where="tokenizer", fix="restore the run folder's tokenizer as fit wrote it")
     then, precision = facts["nll"], str(facts.get("precision"))
-    lengths = [len(row.ids[: scored_length(model)]) - 1 for row in rows]
+    lengths = [len(reference.ids[: scored_length(model)]) - 1 for reference in references]
     now = sum(nll * length for nll, length in zip(reloaded, lengths, strict=True)) / sum(lengths)
     tolerance = max(SAVED.get(precision[:2], SAVED["bf"]), IN_4_BITS if quantize else 0,
                     ELSEWHERE if facts.get("device") != "cpu" else 0)
@@ -193,15 +194,15 @@ def compare_saved(facts: Any, model: Any, rows: Sequence[Reference], reloaded: S
                          fix="export another checkpoint (--checkpoint step_N), or resume training from this one with "
                              "--ckpt_path: a run resumes from a separate file")
     log.info("checkpoint verified: nll of %d reference sequences was %.6g in memory and is %.6g reloaded (tolerance "
-             "%.0e after training in %s)", len(rows), then, now, tolerance, precision)
+             "%.0e after training in %s)", len(references), then, now, tolerance, precision)
 
 
-def compare_quantized(rows: Sequence[Reference], trained: Sequence[float], exact: Sequence[float],
+def compare_quantized(references: Sequence[Reference], trained: Sequence[float], exact: Sequence[float],
                       quantize: str) -> None:
     """Compare the adapters on the quantized base (as trained) with those on the exact base (as exported).
 
     Args:
-        rows: Reference sequences.
+        references: Reference sequences.
         trained: NLL of each on the quantized base.
         exact: NLL of each on the exact base.
         quantize: How the base was quantized in training.
@@ -209,17 +210,17 @@ def compare_quantized(rows: Sequence[Reference], trained: Sequence[float], exact
     Raises:
         InputError: They differ by more than 4-bit rounding explains.
     """
-    worst = max(range(len(rows)), key=lambda place: nll_difference(trained[place], exact[place]))
+    worst = max(range(len(references)), key=lambda place: nll_difference(trained[place], exact[place]))
     if not nll_difference(trained[worst], exact[worst]) <= QUANTIZED:
-        raise InputError(f"the reference {rows[worst].kind} has nll {trained[worst]:.6g} on the base in {quantize}, as "
-                         f"trained, but {exact[worst]:.6g} on the exact base, which would be exported "
+        raise InputError(f"the reference {references[worst].kind} has nll {trained[worst]:.6g} on the base in "
+                         f"{quantize}, as trained, but {exact[worst]:.6g} on the exact base, which would be exported "
                          f"(tolerance {QUANTIZED}); nothing was exported", where="model.quantize",
                          fix="train with a smaller learning rate, or with --model.quantize null")
     log.info("reference sequences have nll %.6g on the base in %s, as trained, and %.6g on the exact base, which is "
              "exported (tolerance %g)", _mean(trained), quantize, _mean(exact), QUANTIZED)
 
 
-def _write(folder: Path, tokenizer: Any, rows: Sequence[Reference], dtype: str, tolerance: float,
+def _write(folder: Path, tokenizer: Any, references: Sequence[Reference], dtype: str, tolerance: float,
            quantize: str | None) -> None:
     import torch
     import transformers
@@ -227,7 +228,8 @@ def _write(folder: Path, tokenizer: Any, rows: Sequence[Reference], dtype: str, 
     facts = {
         "version": VERSION, "text": TEXT,
         "conversation": [{"role": message.role, "content": message.content} for message in CONVERSATION.messages],
-        "rows": [asdict(row) for row in rows], "nll": _mean([row.nll for row in rows]), "scored": SCORED,
+        "rows": [asdict(reference) for reference in references],
+        "nll": _mean([reference.nll for reference in references]), "scored": SCORED,
         "dtype": dtype, "trained_on_base_in": quantize, "tolerance": tolerance, "template": _template(tokenizer),
         "config": _digest(folder / "config.json"),
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__}}
@@ -250,14 +252,15 @@ def check_tokenizer(folder: str | Path, tokenizer: Any, *, own_template: bool = 
     if not Path(folder, NAME).is_file():
         return
     facts = _read(Path(folder))
-    for row in facts["rows"]:
-        if row.kind == "ids" or (row.kind == "conversation" and not own_template):
+    for reference in facts["rows"]:
+        if reference.kind == "ids" or (reference.kind == "conversation" and not own_template):
             continue
-        if render(tokenizer, row.kind) != list(row.ids):
-            template = row.kind == "conversation" and facts["template"] != _template(tokenizer)
+        if render(tokenizer, reference.kind) != list(reference.ids):
+            template = reference.kind == "conversation" and facts["template"] != _template(tokenizer)
             what = "chat template" if template else "tokenizer"
-            raise InputError(f"its {what} was changed since it was exported: the reference {row.kind} in {NAME} gives "
-                             f"other tokens; {_short(tokenizer, row)}", where=str(folder), fix=_advice(folder))
+            raise InputError(f"its {what} was changed since it was exported: the reference {reference.kind} in {NAME} "
+                             f"gives other tokens; {_short(tokenizer, reference)}", where=str(folder),
+                             fix=_advice(folder))
 
 
 def check_weights(folder: str | Path, model: Any, *, quantize: str | None = None) -> None:
@@ -274,24 +277,25 @@ def check_weights(folder: str | Path, model: Any, *, quantize: str | None = None
     if not Path(folder, NAME).is_file():
         return
     facts = _read(Path(folder))
-    rows: list[Reference] = facts["rows"]
+    references: list[Reference] = facts["rows"]
     count = model.get_input_embeddings().weight.shape[0]
-    if most := max((id_ for row in rows for id_ in row.ids if id_ >= count), default=0):
+    if most := max((id_ for reference in references for id_ in reference.ids if id_ >= count), default=0):
         raise _damaged(Path(folder), f"id {most} is outside the model's vocabulary of {count} tokens")
     dtype = str(model.dtype).removeprefix("torch.")
     tolerance = max(TOLERANCE.get(dtype, 1e-4), TOLERANCE.get(facts["dtype"], 1e-4))
     tolerance = max(tolerance, QUANTIZED if quantize else 0, ELSEWHERE if model.device.type != "cpu" else 0)
-    for row, now in zip(rows, scores(model, rows), strict=True):
-        if not nll_difference(row.nll, now) <= tolerance:
+    for reference, now in zip(references, scores(model, references), strict=True):
+        if not nll_difference(reference.nll, now) <= tolerance:
             changed = facts["config"] != _digest(Path(folder, "config.json"))
             what = "config.json was changed" if changed else "weights were replaced"
-            raise InputError(f"its {what} since it was exported: the reference {row.kind} in {NAME} has nll {now:.6g}, "
-                             f"not {row.nll:.6g} (tolerance {tolerance:.0e} in {quantize or dtype})", where=str(folder),
+            raise InputError(f"its {what} since it was exported: the reference {reference.kind} in {NAME} has nll "
+                             f"{now:.6g}, not {reference.nll:.6g} (tolerance {tolerance:.0e} in {quantize or dtype})",
+                             where=str(folder),
                              fix=_advice(folder))
 
 
 def _read(folder: Path) -> dict[str, Any]:
-    """The content of the file with `rows` as `Row`s; types and sizes are checked because the folder is untrusted."""
+    """The content of the file, with the reference sequences as values; it is untrusted, so types are checked."""
     try:
         with open(folder / NAME, "rb") as stream:
             data = stream.read(LIMIT + 1)
@@ -300,14 +304,16 @@ def _read(folder: Path) -> dict[str, Any]:
         facts: dict[str, Any] = json.loads(data)
         if facts["version"] != VERSION:
             raise _damaged(folder, f"it has version {str(facts['version'])[:20]}; this release reads version {VERSION}")
-        rows = [Reference(row["kind"], tuple(row["ids"]), float(row["nll"])) for row in facts["rows"][:MOST_ROWS]]
-        for row in rows:
-            whole = all(type(id_) is int and 0 <= id_ < 1 << 31 for id_ in row.ids)
-            if not (whole and 2 <= len(row.ids) <= MOST_IDS and row.kind in ("text", "conversation", "ids")):
-                raise ValueError("a row is not a list of token ids")
-        if not rows or not isinstance(facts["dtype"], str):
+        references = [Reference(entry["kind"], tuple(entry["ids"]), float(entry["nll"]))
+                      for entry in facts["rows"][:MOST_SEQUENCES]]
+        for reference in references:
+            whole = all(type(id_) is int and 0 <= id_ < 1 << 31 for id_ in reference.ids)
+            known_kind = reference.kind in ("text", "conversation", "ids")
+            if not (whole and 2 <= len(reference.ids) <= MOST_IDS and known_kind):
+                raise ValueError("a reference sequence is not a list of token ids")
+        if not references or not isinstance(facts["dtype"], str):
             raise ValueError("rows or dtype are missing")
-        return facts | {"rows": rows, "template": facts["template"], "config": facts["config"]}
+        return facts | {"rows": references, "template": facts["template"], "config": facts["config"]}
     except (OSError, ValueError, KeyError, TypeError, OverflowError, AttributeError, RecursionError) as error:
         raise _damaged(folder, f"{type(error).__name__}: {' '.join(str(error).split())[:100]}") from None
 
@@ -320,12 +326,12 @@ def _advice(folder: str | Path) -> str:
     return f"export the run again, or delete this file to use the folder as it is: {Path(folder, NAME)}"
 
 
-def _short(tokenizer: Any, row: Reference) -> str:
+def _short(tokenizer: Any, reference: Reference) -> str:
     """The two tokenizations from the first difference on."""
-    now = render(tokenizer, row.kind) or []
-    at = next((place for place, (one, other) in enumerate(zip(now, row.ids, strict=False)) if one != other),
-              min(len(now), len(row.ids)))
-    return f"from token {at + 1} on the ids are {now[at:at + 6]}, not {list(row.ids[at:at + 6])}"
+    now = render(tokenizer, reference.kind) or []
+    at = next((place for place, (one, other) in enumerate(zip(now, reference.ids, strict=False)) if one != other),
+              min(len(now), len(reference.ids)))
+    return f"from token {at + 1} on the ids are {now[at:at + 6]}, not {list(reference.ids[at:at + 6])}"
 
 
 def _template(tokenizer: Any) -> str:

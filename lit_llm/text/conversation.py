@@ -13,7 +13,7 @@ from lit_llm.errors import InputError, did_you_mean
 Role = Literal["system", "user", "assistant", "tool"]
 ROLES: tuple[str, ...] = get_args(Role)
 ALIASES = {"developer": "system", "function": "tool", "human": "user", "gpt": "assistant", "model": "assistant"}
-TRAIN_KEYS = ("train", "weight", "loss_weight", "loss_mask", "loss")    # other trainers' names for the same switch
+TRAIN_KEYS = ("train", "weight", "loss_weight", "loss_mask", "loss")    # names of this flag in other trainers
 PARTS = {"text": "text", "input_text": "text", "output_text": "text", "reasoning": "thought", "thinking": "thought",
          "tool_call": "call"}                           # type of a content part -> kind of its value
 REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
@@ -41,8 +41,8 @@ class Message:
             The arguments are an object or its JSON text, as in the record.
         tool_call_id: On a tool message, the id of the call that it answers.
         name: Name of the speaker or function, for templates that show it.
-        train: Overrides `data.train_on` for this message; null follows it. OpenAI's `weight: 0` reads as false, and
-            so do `loss_weight`, `loss_mask` and `loss` of other trainers.
+        train: Overrides `data.train_on` for this message; null follows it. OpenAI's `weight: 0` is read as false, as
+            are `loss_weight`, `loss_mask` and `loss` of other trainers.
         in_parts: Whether the content came as a list of parts, which some chat templates require.
     """
 
@@ -249,11 +249,11 @@ def _tool_call(raw: Any) -> dict[str, Any]:
     function = raw.get("function", raw if "arguments" in raw else None) if isinstance(raw, Mapping) else None
     if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
         raise InputError('a tool call must be {"type": "function", "function": {"name": ..., "arguments": ...}}')
-    given = function.get("arguments")
-    arguments = given if not isinstance(given, str) else {} if not given.strip() else _json(
-        given, f"the arguments of '{function['name'][:40]}' are")
+    stored = function.get("arguments")
+    arguments = stored if not isinstance(stored, str) else {} if not stored.strip() else _json(
+        stored, f"the arguments of '{function['name'][:40]}' are")
     if not isinstance(arguments, Mapping | None):
         raise InputError(f"the arguments of '{function['name'][:40]}' must be an object, not {_kind(arguments)}")
-    own = given if isinstance(given, str) and given.strip() else dict(arguments or {})
+    own = stored if isinstance(stored, str) and stored.strip() else dict(arguments or {})
     call = {"type": "function", "function": {"name": function["name"], "arguments": own}}
     return {"id": raw["id"], **call} if raw.get("id") is not None else call

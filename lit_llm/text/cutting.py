@@ -100,13 +100,13 @@ class Cutter:
     def _clean(self, backend: Any, left: str, right: str, *, parted: bool) -> int | None:
         """The token count of `left`, if the text may be split between `left` and `right`."""
         try:
-            alone, both = (backend.encode(text, add_special_tokens=False) for text in (left, left + right))
+            left_only, both = (backend.encode(text, add_special_tokens=False) for text in (left, left + right))
         except BaseException as error:                  # a lone surrogate or a panic, which the piece reports later
             if isinstance(error, TypeError) or panicked(error, "") is not error:
                 return None
             raise
-        count = len(alone.ids)
-        if not 0 < count < len(both.ids) or both.ids[:count] != alone.ids:
+        count = len(left_only.ids)
+        if not 0 < count < len(both.ids) or both.ids[:count] != left_only.ids:
             return None
         ends, begins = both.offsets[count - 1][1], both.offsets[count][0]
         if not ends <= len(left) <= begins:

@@ -196,7 +196,7 @@ class Tokenizer:
         if not wanted:
             reasons = sorted(left_out & {EMPTY_ANSWER, UNPROMPTED_ANSWER})
             why = f": {'; '.join(reasons)}" if reasons else ""
-            raise InputError(f"nothing to learn from: no assistant message is trained on{why}")
+            raise InputError(f"no assistant message of this conversation is trained on{why}")
         with suppress(InputError):                      # a later turn may be what the template refuses
             rendered = self.template.render(conversation)
             spans = answer_spans(rendered, wanted)
@@ -321,16 +321,16 @@ def unlike(tokenizer: Tokenizer, base: str) -> str | None:
     if base == tokenizer.source:
         return None
     try:
-        own = load_fast(str(names.path_of(base))).get_vocab()
+        base_vocabulary = load_fast(str(names.path_of(base))).get_vocab()
     except InputError:
         return None
-    given = tokenizer.hf.get_vocab()
-    other = sorted((id_, token) for token, id_ in own.items() if given.get(token) != id_)
-    if len(other) <= RENAMED * len(own):
+    vocabulary = tokenizer.hf.get_vocab()
+    changed = sorted((id_, token) for token, id_ in base_vocabulary.items() if vocabulary.get(token) != id_)
+    if len(changed) <= RENAMED * len(base_vocabulary):
         return None
-    id_, token = next((pair for pair in other if pair[1] in given), other[0])
-    return (f"{len(other):,} of the {len(own):,} tokens of the base model's own tokenizer have another id or none "
-            f"here: {token!r} is {id_} in the base and {given.get(token, 'missing')} here")
+    id_, token = next((pair for pair in changed if pair[1] in vocabulary), changed[0])
+    return (f"{len(changed):,} of the {len(base_vocabulary):,} tokens of the base model's own tokenizer have another "
+            f"id or none here: {token!r} is {id_} in the base and {vocabulary.get(token, 'missing')} here")
 
 
 def _listed(reading: Reading | LongReading) -> list[int]:

@@ -92,11 +92,11 @@ def check_reading(hf: Any, folder: Path) -> None:
     texts = _texts(hf, raw)
     difference = _first_difference(hf, raw, texts) and _first_difference(hf, _spaced(raw, folder), texts)
     if difference is not None:
-        text, ours, theirs = difference
-        at = next((place for place, pair in enumerate(zip(ours, theirs, strict=False)) if pair[0] != pair[1]),
-                  min(len(ours), len(theirs)))
-        raise InputError(f"transformers tokenizes {text[:40]!r} as {ours[at:at + SHOWN]} from token {at + 1} on, but "
-                         f"its tokenizer.json gives {theirs[at:at + SHOWN]}", where=f"the tokenizer of {folder}",
+        text, loaded, specified = difference
+        at = next((place for place, pair in enumerate(zip(loaded, specified, strict=False)) if pair[0] != pair[1]),
+                  min(len(loaded), len(specified)))
+        raise InputError(f"transformers tokenizes {text[:40]!r} as {loaded[at:at + SHOWN]} from token {at + 1} on, but "
+                         f"its tokenizer.json gives {specified[at:at + SHOWN]}", where=f"the tokenizer of {folder}",
                          fix='set "tokenizer_class": "PreTrainedTokenizerFast" in its tokenizer_config.json (it was '
                              f"loaded as {type(hf).__name__}), or install another release of transformers")
     _alike.add(key)
@@ -104,13 +104,13 @@ def check_reading(hf: Any, folder: Path) -> None:
 
 def _texts(hf: Any, raw: Any) -> list[str]:
     """The stress texts without tokens that only one of them has, and a text with control tokens of both."""
-    ours, theirs = ({token.content: token for token in backend.get_added_tokens_decoder().values()}
-                    for backend in (hf.backend_tokenizer, raw))
-    alike = [name for name, token in theirs.items() if name in ours and _flags(token) == _flags(ours[name])]
-    apart = sorted({*ours, *theirs} - {*alike, ""}, key=len, reverse=True)
-    controls = [name for name in alike if name.strip() and theirs[name].special][:4]
+    loaded, specified = ({token.content: token for token in backend.get_added_tokens_decoder().values()}
+                         for backend in (hf.backend_tokenizer, raw))
+    common = [name for name, token in specified.items() if name in loaded and _flags(token) == _flags(loaded[name])]
+    different = sorted({*loaded, *specified} - {*common, ""}, key=len, reverse=True)
+    controls = [name for name in common if name.strip() and specified[name].special][:4]
     texts = [*STRESS, "".join(f"say {name}now {name} {name}\n" for name in controls)]
-    for name in apart:
+    for name in different:
         texts = [text.replace(name, "") for text in texts]
     return texts
 
@@ -121,9 +121,9 @@ def _flags(token: Any) -> tuple[bool, ...]:
 
 def _first_difference(hf: Any, raw: Any, texts: list[str]) -> tuple[str, list[str], list[str]] | None:
     for text in texts:
-        ours, theirs = (backend.encode(text, add_special_tokens=False) for backend in (hf.backend_tokenizer, raw))
-        if ours.ids != theirs.ids:
-            return text, ours.tokens, theirs.tokens
+        loaded, specified = (backend.encode(text, add_special_tokens=False) for backend in (hf.backend_tokenizer, raw))
+        if loaded.ids != specified.ids:
+            return text, loaded.tokens, specified.tokens
     return None
 
 

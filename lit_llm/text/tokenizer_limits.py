@@ -67,8 +67,8 @@ def check_folder(path: str) -> None:
             raise InputError(f"it has {other.stat().st_size:,} bytes; at most {BYTES:,} are allowed", where=str(other))
     content = file.read_bytes()
     key = hashlib.sha256(b"%d " % FORMAT + content).hexdigest()
-    kept = disk.cache_root(None) / "tokenizers" / key[:32]
-    if key in _good or kept.is_file():
+    cached_verdict = disk.cache_root(None) / "tokenizers" / key[:32]
+    if key in _good or cached_verdict.is_file():
         return
     try:
         rules = json.loads(content)
@@ -82,7 +82,7 @@ def check_folder(path: str) -> None:
                          where=str(file)) from None
     _good.add(key)
     with suppress(OSError):                             # without a cache the check runs again next time
-        disk.replace_text(kept, "good\n")
+        disk.replace_text(cached_verdict, "good\n")
 
 
 def panicked(error: BaseException, source: str) -> BaseException:
@@ -127,8 +127,8 @@ def _rules(rule: Any) -> Iterator[dict[str, Any]]:
         return
     inner = rule.get("normalizers") or rule.get("pretokenizers") or rule.get("decoders")
     if isinstance(inner, list):
-        for each in inner:
-            yield from _rules(each)
+        for part in inner:
+            yield from _rules(part)
     else:
         yield rule
 
@@ -151,8 +151,8 @@ def _growth(rule: dict[str, Any]) -> tuple[int, int]:
 
 def _numbers(value: Any) -> Iterator[int]:
     if isinstance(value, dict | list):
-        for each in value.values() if isinstance(value, dict) else value:
-            yield from _numbers(each)
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from _numbers(part)
     elif isinstance(value, int):
         yield value
 
@@ -163,8 +163,8 @@ def _patterns(value: Any) -> Iterator[str]:
     if isinstance(value, dict) and isinstance(value.get("Regex"), str):
         yield value["Regex"]
     elif isinstance(value, dict | list):
-        for each in value.values() if isinstance(value, dict) else value:
-            yield from _patterns(each)
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from _patterns(part)
 
 
 def _check_patterns(patterns: list[str]) -> None:
@@ -173,10 +173,10 @@ def _check_patterns(patterns: list[str]) -> None:
             raise InputError(f"a regular expression has {len(pattern):,} characters; at most {PATTERN:,} are allowed")
     if not (hard := [pattern for pattern in patterns if not _is_plain(pattern)]):
         return
-    given = json.dumps([hard, _stress(hard), CPU, MEMORY])
+    request = json.dumps([hard, _stress(hard), CPU, MEMORY])
     try:
-        tried = subprocess.run([sys.executable, "-P", "-c", TRY], input=given, text=True, timeout=PATIENCE, check=False,
-                               capture_output=True, env=os.environ | {"TOKENIZERS_PARALLELISM": "false"})
+        tried = subprocess.run([sys.executable, "-P", "-c", TRY], input=request, text=True, timeout=PATIENCE,
+                               check=False, capture_output=True, env=os.environ | {"TOKENIZERS_PARALLELISM": "false"})
     except subprocess.TimeoutExpired:
         tried = None
     if tried is None or tried.stdout != "good\n":

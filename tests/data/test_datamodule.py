@@ -206,7 +206,7 @@ def test_data_that_never_teaches_to_stop_is_refused(module, jsonl):
 def test_answers_that_are_not_learned_teach_no_stop_and_need_none(module, jsonl):
     """`train: false` on some answers leaves the others; on all, under `train_on: all`, the user wants the questions."""
     assert module(jsonl([silent(1, train=False), silent(2)]), on_bad_record="quarantine", bad_record_limit=0.5).plans
-    with pytest.raises(InputError, match="nothing to learn from"):
+    with pytest.raises(InputError, match="no assistant message of this conversation is trained on"):
         module(jsonl([silent(number, train=False) for number in range(3)]))
     made = module(jsonl([silent(number, train=False) for number in range(3)]), train_on="all")
     assert made.plans["train"].rows.supervised.sum() > 0

@@ -100,7 +100,7 @@ def test_what_is_not_read_is_named():
     notes = set()
     turns = [{"role": "user", "content": "q", "id": 1}, {"role": "assistant", "content": "I am {{ name }}."}]
     convert({"messages": turns, "system": None, "url": "x"}, notes=notes)
-    assert notes == {"the key 'url' is not used", "the key 'id' of a message is not used", "a {{placeholder}} is left open"}
+    assert notes == {"the key 'url' is not used", "the key 'id' of a message is not used", "a {{placeholder}} is not filled in"}
 
 
 @pytest.mark.parametrize(("record", "named"), [
@@ -117,7 +117,7 @@ def test_what_is_not_read_is_named():
     ({"messages": {"role": "user"}}, "messages must be a list, not {"),
     ({"messages": [{"role": "system", "content": "a"}, {"role": "user", "content": "q"}], "system": "b"}, "two system"),
     ({"q": "a", "a": "b"}, "keys q, a"), ({}, "keys none"),
-    ({"instruction": "a", "output": " "}, "output is empty: nothing to learn from"),
+    ({"instruction": "a", "output": " "}, "output is empty, so there is no answer"),
     ({"instruction": "a", "output": 5}, "output must be a string, not int: 5"),
     ({"instruction": "a", "output": "b", "history": ["x"]}, "history 1 must be a pair"),
     ({"text": None}, "text must be a string, not null"),

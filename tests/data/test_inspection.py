@@ -32,7 +32,7 @@ def test_what_is_shown_is_what_is_learned(seen):
     data, inspection = seen(TALKS)
     tokenizer = data.tokenizer
     segments = [segment for row in inspection.shown for segment in row]
-    learned = ["".join(run.text for run in segment.runs if run.learned) for segment in segments]
+    learned = ["".join(run.text for run in segment.runs if run.supervised) for segment in segments]
     batch = data.train_dataloader().batch(0)
     wanted = []
     for labels, ids in zip(batch["labels"][:2].tolist(), batch["input_ids"][:2].tolist(), strict=True):
@@ -40,7 +40,7 @@ def test_what_is_shown_is_what_is_learned(seen):
         wanted += [part + "<|im_end|>" for part in text.split("<|im_end|>")[:-1]]
         assert ids[0] == tokenizer.encode_prompt(Conversation.from_openai(TALKS[0]["messages"]))[0]
     assert learned == wanted
-    assert [segment.learned for segment in segments] == [len(tokenizer.encode_text(text)) - len("<|im_end|>") + 1
+    assert [segment.supervised for segment in segments] == [len(tokenizer.encode_text(text)) - len("<|im_end|>") + 1
                                                          for text in wanted]
     assert [f"it is {int(segment.place.rsplit(':', 1)[1]) - 1}<|im_end|>" for segment in segments] == learned
     assert all(re.fullmatch(r"it is \d+<\|im_end\|>", text) for text in learned)

@@ -95,4 +95,4 @@ def test_rows_are_joined_and_taken_as_lists_are(first, second, draw):
     numbers = draw.draw(st.lists(st.integers(0, len(listed) - 1), max_size=9)) if listed else []
     taken = joined.take(np.array(numbers, dtype=np.int64))
     assert [(taken.row(place), taken.supervised[place]) for place in range(len(taken))] == [listed[at] for at in numbers]
-    assert taken.learned.sum() == taken.supervised.sum()
+    assert taken.segment_supervised.sum() == taken.supervised.sum()

@@ -195,5 +195,5 @@ def test_what_was_mended_and_what_was_not_read_is_counted(tmp_path, tokenizer):
     turns = [{"role": "user", "content": "q", "id": 1}, {"role": "assistant", "content": "I am {{name}}."}]
     path = write(tmp_path, "c.jsonl", json.dumps({"messages": turns, "source": "web"}) + "\n")
     assert prepare(Source(path), tokenizer).report.notes == {
-        "the key 'source' is not used": 1, "the key 'id' of a message is not used": 1, "a {{placeholder}} is left open": 1}
+        "the key 'source' is not used": 1, "the key 'id' of a message is not used": 1, "a {{placeholder}} is not filled in": 1}
     assert faults(path) == []

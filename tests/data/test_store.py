@@ -90,7 +90,7 @@ BAD = [chat("a", "b"), {"text": "  "}, {"messages": [{"role": "user", "content":
 
 
 def test_error_stops_at_the_first_and_leaves_nothing(tokenizer, jsonl, tmp_path):
-    with pytest.raises(InputError, match=r"data\.jsonl:3: nothing to learn from"):
+    with pytest.raises(InputError, match=r"data\.jsonl:3: no assistant message of this conversation is trained on"):
         prepare(Source(jsonl(BAD)), tokenizer, cache_dir=str(tmp_path / "cache"))
     assert [entry.suffix for entry in (tmp_path / "cache").iterdir()] == [".lock"]
 

@@ -107,7 +107,7 @@ def test_each_record_comes_once_in_a_pass(tokenizer, files, tmp_path, small_piec
     seen, turn = Counter(), 0
     made = stream(tokenizer, source, buffer=buffer)
     for chunk in islice(made.chunks(made.beginning), 150):
-        if not chunk.begin.held.open:
+        if not chunk.begin.remainder.open:
             drawn, turn = chunk.begin.cursors[0].drawn, chunk.begin.cursors[0].turn
             counts = [seen[record[0]] for record in records]            # each begins like no other
             assert set(counts) <= {turn, turn + 1}
@@ -374,7 +374,7 @@ def test_bad_records_are_set_aside_once_and_counted(module, tmp_path):
     (line,) = map(json.loads, aside.read_text().splitlines())
     assert line["where"] == f"{path}:31:2"
     (cursor,) = made._at[0].cursors
-    assert f" {turns + (cursor.record > 30)} bad records set aside" in "\n".join(made.told())
+    assert f" {turns + (cursor.record > 30)} bad records set aside" in "\n".join(made.summary_lines())
     strict = module(path, on_bad_record="quarantine", bad_record_limit=0.01).train_dataloader()
     strict.steps = 60
     with pytest.raises(InputError, match=r"1 of \d+ records are bad.*bad_record_limit(.|\n)*quarantine.jsonl"):

@@ -199,10 +199,10 @@ def test_without_labels_all_tokens_are_supervised_and_padding_never_is(tiny_mode
 @pytest.mark.parametrize(("batch", "says"), [
     ({"tokens": torch.ones(1, 4)}, ["a mapping with input_ids", "keys tokens"]),
     ([torch.ones(1, 4)], ["a mapping with input_ids", "list"]),
-    ({"input_ids": [1, 2, 3]}, ["list instead of a tensor", "(rows, tokens)"]),
+    ({"input_ids": [1, 2, 3]}, ["list instead of a tensor", "(batch, tokens)"]),
     ({"input_ids": torch.ones(4)}, ["shape (4,)"]),
     ({"input_ids": torch.ones(2, 4), "labels": torch.ones(2, 3)}, ["batch.labels", "(2, 3)", "(2, 4)"]),
-    ({"input_ids": torch.ones(1, 4), "attention_mask": torch.tensor([[1, 0, 1, 1]])}, ["padding is between tokens"]),
+    ({"input_ids": torch.ones(1, 4), "attention_mask": torch.tensor([[1, 0, 1, 1]])}, ["there is padding between tokens"]),
 ], ids=["other key", "no mapping", "a list", "one row", "other labels", "holes"])
 def test_a_batch_of_another_form_is_refused_with_what_a_loader_needs(batch, says):
     with pytest.raises(InputError) as caught:

@@ -353,8 +353,8 @@ def trainer(strategy, out, **more):
 
 
 @pytest.mark.parametrize(("stage", "lora", "words"), [
-    (1, True, "written by stage 1 or 2, cannot be read by stage 3"),
-    (3, False, "written by stage 3 with 2 processes, cannot be read by 1"),
+    (1, True, "written by ZeRO stage 1 or 2 and cannot be read by stage 3"),
+    (3, False, "written by ZeRO stage 3 with 2 processes and cannot be read by 1"),
 ])
 def test_shards_of_another_split_are_named(stage, lora, words, runs, folder, tmp_path):
     from strategy_probe import Data, LoRA

@@ -40,13 +40,13 @@ class Run:
     Args:
         text: The text.
         speaker: Source of the tokens, of SPEAKERS.
-        learned: Whether the tokens are supervised.
+        supervised: Whether the tokens are supervised.
         special: Whether they are control tokens.
     """
 
     text: str
     speaker: str
-    learned: bool
+    supervised: bool
     special: bool
 
 
@@ -59,7 +59,7 @@ class Shown:
         start: Index of its first token within the record.
         stop: Index after its last token.
         length: Number of tokens of the whole sequence.
-        learned: Number of supervised tokens.
+        supervised: Number of supervised tokens.
         runs: Its text in runs.
     """
 
@@ -67,7 +67,7 @@ class Shown:
     start: int
     stop: int
     length: int
-    learned: int
+    supervised: int
     runs: list[Run]
 
 
@@ -83,7 +83,7 @@ class Stage:
         supervised: Supervised tokens among them.
         padding: Share of padding.
         notes: Numbers of cut, dropped and duplicate sequences.
-        drawn: What an epoch draws of each source.
+        drawn: Sequences, tokens and supervised tokens that an epoch draws from each source.
         lengths: (edges, counts) of the sequences' tokens, `edges[i] <= length < edges[i + 1]`; the last count is of
             sequences longer than `seq_len`.
         spread: The shortest, median and longest sequence, in tokens.
@@ -127,7 +127,7 @@ class Inspection:
         stages: Statistics of each stage.
         shown: The first training sequences, as lists of segments.
         findings: Warnings about the data.
-        seq_len: Tokens of a row.
+        seq_len: Tokens per packed sequence.
         pace: Optimizer steps.
         note: The chat template chosen for a tokenizer without one.
     """
@@ -154,15 +154,15 @@ def examine(data: Data, rows: int = 0) -> Inspection:
     shown = [_row(train.corpus, train.rows, number, data.tokenizer) for number in order] if train else []
     pace = _pace(len(train.rows), data.batch_size, data.trainer) if train and not data.streaming else None
     stores = [store for plan in data.plans.values() for store in plan.stores]
-    talks = any(not plan.corpus.is_document.all() for plan in data.plans.values())
-    note = f"{data.tokenizer.note}; where a base never saw them, LoRA trains their rows too"
-    note = note if talks and data.tokenizer.note else ""
-    findings = [*([note] if note else []), *_unsound(stores), *_doubtful(stages, data.seq_len)]
+    has_conversations = any(not plan.corpus.is_document.all() for plan in data.plans.values())
+    note = f"{data.tokenizer.note}; LoRA also trains their embeddings if the base was never trained on them"
+    note = note if has_conversations and data.tokenizer.note else ""
+    findings = [*([note] if note else []), *_faults(stores), *_doubts(stages, data.seq_len)]
     return Inspection(data.reports, stages, shown, list(dict.fromkeys(findings)), data.seq_len, pace, note)
 
 
 def _first(data: Data, rows: int) -> list[int]:
-    """Numbers of the first rows in order; for a stream, those of its first chunk."""
+    """Indices of the first packed sequences in order; for a stream, those of its first chunk."""
     loader = data.train_dataloader()
     return loader.order(0)[:rows].tolist() if isinstance(loader, RowLoader) else [
         *range(min(rows, len(data.plans["train"].rows)))]
@@ -182,22 +182,22 @@ def _stage(name: str, plan: Plan, seq_len: int) -> Stage:
 def _pace(rows: int, batch_size: int, trainer: Any) -> Pace:
     """Steps as the loader and Lightning count them."""
     accumulate, limit = (trainer.accumulate_grad_batches, trainer.limit_train_batches) if trainer else (1, 1.0)
-    each = batch_size * accumulate * (trainer.world_size if trainer else 1)
-    batches = math.ceil(rows / each) * accumulate
+    rows_per_step = batch_size * accumulate * (trainer.world_size if trainer else 1)
+    batches = math.ceil(rows / rows_per_step) * accumulate
     batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
-    steps, last = math.ceil(batches / accumulate), (rows - 1) % each + 1
+    steps, last = math.ceil(batches / accumulate), (rows - 1) % rows_per_step + 1
     epochs, most = (trainer.max_epochs, trainer.max_steps) if trainer else (None, -1)
     limits = [*([epochs * steps] if epochs and epochs > 0 else []), *([most] if most > 0 else [])]
-    return Pace(each, steps, last, min(limits, default=0))
+    return Pace(rows_per_step, steps, last, min(limits, default=0))
 
 
 def _row(corpus: Corpus, rows: Rows, number: int, tokenizer: Tokenizer) -> list[Shown]:
-    """The segments of a row, each split into runs of one speaker, supervised or not, with control tokens separate."""
+    """The segments of a packed sequence, split into runs of one speaker, supervised or not, and control tokens."""
     segments = []
     for sequence, start, stop in rows.row(number):
         ids, marks = corpus.marked(sequence, start, stop)
         marks = marks.copy()
-        marks[0] &= 0xFE                                # there is nothing to predict it from
+        marks[0] &= 0xFE                                # the first token is not predicted, so not supervised
         special = np.isin(ids, list(tokenizer.special_ids))
         kinds = marks.astype(np.int64) << 1 | special
         cuts = [0, *(np.flatnonzero(np.diff(kinds)) + 1).tolist(), len(ids)]
@@ -209,7 +209,7 @@ def _row(corpus: Corpus, rows: Rows, number: int, tokenizer: Tokenizer) -> list[
     return segments
 
 
-def _unsound(stores: Sequence[TokenStore]) -> Iterator[str]:
+def _faults(stores: Sequence[TokenStore]) -> Iterator[str]:
     """Problems of records."""
     for report, folder in ((store.report, store.folder) for store in stores):
         if report.stopless:
@@ -224,7 +224,7 @@ def _unsound(stores: Sequence[TokenStore]) -> Iterator[str]:
                    f"{folder / 'quarantine.jsonl'}")
 
 
-def _doubtful(stages: Sequence[Stage], seq_len: int) -> Iterator[str]:
+def _doubts(stages: Sequence[Stage], seq_len: int) -> Iterator[str]:
     """Possibly unintended properties."""
     for stage in stages:
         if count := stage.notes.get("duplicates"):

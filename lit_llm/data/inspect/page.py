@@ -12,10 +12,10 @@ PAGE = """<!doctype html>
 <meta name="viewport" content="width=device-width">
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
 <style>
-:root {{ --ink: #222; --paper: #fff; --soft: #777; --line: #ddd; --box: #f7f7f5; --learned: #c9efc9; --look: #fff3cd;
+:root {{ --ink: #222; --paper: #fff; --soft: #777; --line: #ddd; --box: #f7f7f5; --supervised: #c9efc9; --look: #fff3cd;
   --bar: #6a9fd8; --special: #b04a00 }}
 @media (prefers-color-scheme: dark) {{ :root {{ --ink: #ddd; --paper: #1b1b1b; --soft: #999; --line: #444;
-  --box: #262626; --learned: #1f5a2a; --look: #5a4a12; --bar: #4a78a8; --special: #ffb070 }} }}
+  --box: #262626; --supervised: #1f5a2a; --look: #5a4a12; --bar: #4a78a8; --special: #ffb070 }} }}
 body {{ font: 15px/1.5 system-ui, sans-serif; max-width: 66rem; margin: 2rem auto; padding: 0 1rem;
   color: var(--ink); background: var(--paper) }}
 h1 {{ font-size: 1.5rem }} h2 {{ font-size: 1.15rem; margin: 2rem 0 .4rem; overflow-wrap: anywhere }}
@@ -31,7 +31,7 @@ th {{ border-bottom: 1px solid var(--line); font-weight: 600 }}
 .row {{ border: 1px solid var(--line); border-radius: 6px; max-height: 24rem; overflow: auto; background: var(--box) }}
 .row p {{ padding: .2rem .8rem; font-size: .85rem; border-bottom: 1px solid var(--line); color: var(--soft) }}
 pre {{ white-space: pre-wrap; overflow-wrap: anywhere; margin: 0; padding: .5rem .8rem; font-size: .85rem }}
-.learned {{ background: var(--learned) }} .template {{ color: var(--soft) }}
+.supervised {{ background: var(--supervised) }} .template {{ color: var(--soft) }}
 .special {{ color: var(--special); font-weight: 600 }}
 </style>
 <h1>{title}</h1>
@@ -53,7 +53,7 @@ def as_page(seen: Inspection, title: str) -> str:
         run = f"; {pace.run:,} in the run" if pace.run else ""
         body.append(f"<p>{pace.epoch:,} steps per epoch, of {pace.rows:,} packed sequences each{last}{run}.</p>")
     if seen.shown:
-        body.append('<h2>First packed sequences</h2><p><span class="learned">supervised</span>, '
+        body.append('<h2>First packed sequences</h2><p><span class="supervised">supervised</span>, '
                     '<span class="template">of the template</span>, <span class="special">control tokens</span>; '
                     'hover to see the speaker</p>')
     for number, segments in enumerate(seen.shown, 1):
@@ -99,18 +99,18 @@ def _source(report: Report) -> Iterator[str]:
           sorted(report.dropped.items(), key=lambda item: -item[1][0])),
         *([name, f"{count:,}", ""] for name, count in report.noted.items())])
     yield _table(["speaker", "tokens", "supervised", ""], [
-        [name, f"{tokens:,}", f"{learned:,}", f"{learned / tokens:.1%}"]
-        for name, (tokens, learned) in report.speakers.items()])
+        [name, f"{tokens:,}", f"{supervised:,}", f"{supervised / tokens:.1%}"]
+        for name, (tokens, supervised) in report.speakers.items()])
 
 
 def _segment(segment: Shown) -> str:
     part = f"tokens {segment.start:,} to {segment.stop:,} of {segment.length:,}"
-    return (f"<p>{html.escape(segment.place)}: {part}, {segment.learned:,} supervised</p>"
+    return (f"<p>{html.escape(segment.place)}: {part}, {segment.supervised:,} supervised</p>"
             f"<pre>{''.join(map(_span, segment.runs))}</pre>")
 
 
 def _span(run: Run) -> str:
-    kinds = " ".join([*(["learned"] if run.learned else []), *(["special"] if run.special else []), run.speaker])
+    kinds = " ".join([*(["supervised"] if run.supervised else []), *(["special"] if run.special else []), run.speaker])
     return f'<span class="{kinds}" title="{run.speaker}">{html.escape(run.text)}</span>'
 
 

@@ -9,7 +9,7 @@ from lit_llm.data.inspect.inspection import NOTES, Inspection, Run, Shown, Stage
 from lit_llm.data.rows.corpus import Tally
 from lit_llm.data.tokens.store import Report
 
-LEARNED, QUIET, BOLD, PLAIN = "\x1b[32m", "\x1b[2m", "\x1b[1m", "\x1b[0m"       # green, dim
+SUPERVISED, QUIET, BOLD, PLAIN = "\x1b[32m", "\x1b[2m", "\x1b[1m", "\x1b[0m"       # green, dim
 REASONS = 8                                             # reasons for dropping records that are shown per source
 
 
@@ -28,7 +28,7 @@ def as_text(seen: Inspection, *, colour: bool, characters: int = 400) -> str:
         of = f"sequence {number} of {seen.stages[0].rows:,}"
         lines.append(_strong(f"{of}: {used:,} of {seen.seq_len:,} tokens ({say})", colour))
         for segment in segments:
-            lines += [_ruled(_origin(segment), colour), *_said(segment.runs, colour, characters).split("\n")]
+            lines += [_ruled(_origin(segment), colour), *_marked(segment.runs, colour, characters).split("\n")]
         padding = f"{_several(seen.seq_len - used, 'token')} of padding" if used < seen.seq_len else ""
         lines += [_ruled(padding, colour), ""]
     for report in seen.reports:
@@ -65,9 +65,10 @@ def ledger(drawn: Tally, name: str) -> list[str]:
 # ---- rows ------------------------------------------------------------------------------------------------------------
 
 def _origin(segment: Shown) -> str:
-    tokens = f"{segment.stop - segment.start:,} tokens, {segment.learned:,} supervised"
+    tokens = f"{segment.stop - segment.start:,} tokens, {segment.supervised:,} supervised"
     if segment.stop - segment.start < segment.length:
-        tokens = f"tokens {segment.start:,} to {segment.stop:,} of {segment.length:,}, {segment.learned:,} supervised"
+        tokens = (f"tokens {segment.start:,} to {segment.stop:,} of {segment.length:,}, "
+                  f"{segment.supervised:,} supervised")
     return f"{_fitted(segment.place, 70 - len(tokens))}: {tokens}"
 
 
@@ -76,17 +77,18 @@ def _ruled(text: str, colour: bool) -> str:
     return f"{QUIET}{line}{PLAIN}" if colour else line
 
 
-def _said(runs: Sequence[Run], colour: bool, characters: int) -> str:
+def _marked(runs: Sequence[Run], colour: bool, characters: int) -> str:
     """Text of a segment, with supervised tokens in green or in brackets."""
     out = []
-    for learned, group in itertools.groupby(runs, key=lambda run: run.learned):
+    for supervised, group in itertools.groupby(runs, key=lambda run: run.supervised):
         words = [(run, _shortened(run.text, characters)) for run in group]
         if not colour:
             text = "".join(text for _, text in words)
-            out.append(f"⟦{text}⟧" if learned else text)
+            out.append(f"⟦{text}⟧" if supervised else text)
             continue
         for run, text in words:
-            paint = (LEARNED if learned else QUIET if run.speaker == "template" else "") + (BOLD if run.special else "")
+            paint = SUPERVISED if supervised else QUIET if run.speaker == "template" else ""
+            paint += BOLD if run.special else ""
             out.append(f"{paint}{text}{PLAIN}" if paint else text)
     return "".join(out)
 
@@ -115,8 +117,8 @@ def _records(report: Report) -> Iterator[str]:
 
 
 def _speakers(report: Report) -> list[str]:
-    rows = [[name, f"{tokens:,}", f"{learned:,}", f"{learned / tokens:.1%}"]
-            for name, (tokens, learned) in report.speakers.items()]
+    rows = [[name, f"{tokens:,}", f"{supervised:,}", f"{supervised / tokens:.1%}"]
+            for name, (tokens, supervised) in report.speakers.items()]
     return _table(["speaker", "tokens", "supervised", ""], rows)
 
 

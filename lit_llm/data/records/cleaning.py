@@ -11,15 +11,15 @@ Clean = Literal["none", "strip", "collapse"]
 _BLANKS, _LINES = re.compile(r"[^\S\n]+"), re.compile(r"\n{3,}")
 
 
-def cleaned(said: Document | Conversation, how: Clean) -> Document | Conversation:
+def cleaned(content: Document | Conversation, how: Clean) -> Document | Conversation:
     """The document or conversation with cleaned texts; the same object if nothing changed."""
     if how == "none":
-        return said
-    if isinstance(said, Document):
-        text = clean(said.text, how)
-        return said if text == said.text else Document(text)
-    messages = tuple(replace(message, content=clean(message.content, how)) for message in said.messages)
-    return said if messages == said.messages else replace(said, messages=messages)
+        return content
+    if isinstance(content, Document):
+        text = clean(content.text, how)
+        return content if text == content.text else Document(text)
+    messages = tuple(replace(message, content=clean(message.content, how)) for message in content.messages)
+    return content if messages == content.messages else replace(content, messages=messages)
 
 
 def clean(text: str, how: Clean) -> str:
@@ -36,14 +36,14 @@ def clean_blocks(blocks: Iterable[str], how: Clean) -> Iterator[str]:
     if how == "none":
         yield from blocks
         return
-    held, begun = "", False
+    pending, has_begun = "", False
     for block in blocks:
-        text = _collapsed(held + block) if how == "collapse" else held + block
-        text = text if begun else text.lstrip()
+        text = _collapsed(pending + block) if how == "collapse" else pending + block
+        text = text if has_begun else text.lstrip()
         solid = text.rstrip()
-        held = text[len(solid):]                        # white space that may end the document
+        pending = text[len(solid):]                        # white space that may end the document
         if solid:
-            begun = True
+            has_begun = True
             yield solid
 
 

@@ -36,7 +36,8 @@ SYSTEM, TOOLS = ("system", "system_prompt"), ("tools", "functions")
 TEMPLATE_ARGS = ("chat_template_kwargs", "template_args")  # variables of the chat template
 MEDIA = ("image", "images", "video", "videos", "audio", "audios")
 MESSAGES, RENDERED = 4000, 4_000_000_000  # limits on messages of a conversation, and on messages times characters
-OURS = ("text", "instruction", "input", "output", "history", "system", "prompt", "completion", "tools", "label", *TURNS)
+STANDARD_KEYS = (
+    "text", "instruction", "input", "output", "history", "system", "prompt", "completion", "tools", "label", *TURNS)
 
 
 def convert(record: dict[str, Any] | str, *, format: str = "auto", columns: Mapping[str, str] | None = None,
@@ -63,19 +64,19 @@ def convert(record: dict[str, Any] | str, *, format: str = "auto", columns: Mapp
             raise InputError(f"format '{format}' needs objects with keys, but this file is plain text")
         return Document(record)
     seen = Fields(_renamed(record, columns) if columns else record)
-    said = FORMATS[recognise(seen.record) if format == "auto" else format](seen)
-    if isinstance(said, Conversation):
-        _refuse_what_is_not_to_learn(seen)
-        texts = [text for message in said.messages for text in (message.content, message.reasoning_content or "")]
+    content = FORMATS[recognise(seen.record) if format == "auto" else format](seen)
+    if isinstance(content, Conversation):
+        _refuse_untrainable(seen)
+        texts = [text for message in content.messages for text in (message.content, message.reasoning_content or "")]
     else:
-        texts = [said.text]
+        texts = [content.text]
     if any("\0" in text for text in texts):
         raise InputError("the text contains a NUL character (\\u0000), which is not allowed", fix="Remove it.")
     if notes is not None:
         notes.update(seen.unread())
-        if isinstance(said, Conversation) and any(map(_BLANK.search, texts)):
+        if isinstance(content, Conversation) and any(map(_BLANK.search, texts)):
             notes.add(OPEN_NOTE)
-    return said
+    return content
 
 
 # ---- the formats -----------------------------------------------------------------------------------------------------
@@ -110,7 +111,7 @@ class Fields:
         yield from (f"the key '{key[:40]}' of a message is not used" for key in sorted(inner)[:20])
 
 
-OPEN_NOTE = "a {{placeholder}} is left open"
+OPEN_NOTE = "a {{placeholder}} is not filled in"
 _BLANK = re.compile(r"\{\{ *\w{1,40} *\}\}")
 _IN_TURNS = KNOWN_KEYS | {"from", "value", "system"} | {key for pair in PAIRS for key in pair}
 
@@ -130,10 +131,11 @@ def turns(record: Fields) -> Conversation:
     of Firefly (human and assistant in one), or is a string, alternating between question and answer.
     """
     key = turns_key(record.record) or next((key for key in TURNS if key in record.record), TURNS[0])
-    told = listed(record.need(key))
-    if not isinstance(told, list):
-        raise InputError(f"{key} must be a list, not {shown(told)}")
-    return _conversation(record, [message for number, turn in enumerate(told, 1) for message in _turn(turn, number)])
+    turn_list = listed(record.need(key))
+    if not isinstance(turn_list, list):
+        raise InputError(f"{key} must be a list, not {shown(turn_list)}")
+    return _conversation(record, [
+        message for number, turn in enumerate(turn_list, 1) for message in _turn(turn, number)])
 
 
 def alpaca(record: Fields) -> Conversation:
@@ -157,34 +159,34 @@ def firefly(record: Fields) -> Conversation:
 
 FORMATS: dict[str, Callable[[Fields], Document | Conversation]] = {
     "text": text, "alpaca": alpaca, "messages": turns, "sharegpt": turns, "prompt": prompt, "firefly": firefly}
-_OURS = frozenset(FORMATS)
+_BUILT_IN = frozenset(FORMATS)
 
 
 def version(format: str) -> str:
-    """What tells the code of a format from outside apart from its code of yesterday; empty for those that ship.
+    """Version of a user's own format, which is part of the key of cached tokens; empty for this project's formats.
 
-    It is a hash of the file that holds the function, so functions that it calls there count, too.
+    It is a hash of the file that defines the function, so it changes with other functions of the file as well.
 
     Raises:
-        InputError: The code of the format is in no file, so tokens made by it could not be told from others.
+        InputError: The function is not defined in a file, so the cache could not detect changes of it.
     """
-    if format in _OURS or format not in FORMATS:
+    if format in _BUILT_IN or format not in FORMATS:
         return ""
     try:
         file = inspect.getsourcefile(FORMATS[format])
         return hashlib.sha256(Path(str(file)).read_bytes()).hexdigest()
     except (OSError, TypeError):
-        raise InputError(f"the code of format '{format}' is in no file", where="data.sources.format",
-                         fix="Define the function in a module.") from None
+        raise InputError(f"the function of format '{format}' is not defined in a file", where="data.sources.format",
+                         fix="Define it in a module.") from None
 
 
 # ---- a question and its answer ---------------------------------------------------------------------------------------
 
 def _pair(record: Fields, ask: str, answer: str) -> Conversation:
-    asked, below, answered = record.need(ask), [key for key in BELOW if key != ask], record.need(answer)
+    question, below, answer_text = record.need(ask), [key for key in BELOW if key != ask], record.need(answer)
     more = [_string(value, key) for key in below if (value := record.get(key))]
     if answer == "instances":
-        more, answered = _instance(answered)
+        more, answer_text = _instance(answer_text)
         answer = "output"
     messages = []
     history = listed(record.get("history") or [])
@@ -194,19 +196,19 @@ def _pair(record: Fields, ask: str, answer: str) -> Conversation:
         if not isinstance(pair, list | tuple) or len(pair) != 2:
             raise InputError(f"history {number} must be a pair [question, answer], not {shown(pair)}")
         messages += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
-    if isinstance(asked, list):
-        before = [message for number, turn in enumerate(asked, 1) for message in _turn(turn, number)]
+    if isinstance(question, list):
+        before = [message for number, turn in enumerate(question, 1) for message in _turn(turn, number)]
         messages += [{**turn, "train": False} if turn["role"] == "assistant" else turn for turn in before]
-        asked = ""
-    if said := "\n".join(part for part in (_string(asked, ask), *more) if part):
-        messages.append({"role": "user", "content": said})
-    if not history and (not answered or (isinstance(answered, str) and not answered.strip())):
-        raise InputError(f"{answer} is empty: nothing to learn from")
-    after = answered if isinstance(answered, list) else [answered]
-    if isinstance(answered, list | Mapping) and answered:
+        question = ""
+    if full_question := "\n".join(part for part in (_string(question, ask), *more) if part):
+        messages.append({"role": "user", "content": full_question})
+    if not history and (not answer_text or (isinstance(answer_text, str) and not answer_text.strip())):
+        raise InputError(f"{answer} is empty, so there is no answer to train on")
+    after = answer_text if isinstance(answer_text, list) else [answer_text]
+    if isinstance(answer_text, list | Mapping) and answer_text:
         messages += [message for number, turn in enumerate(after, 2) for message in _turn(turn, number)]
     else:
-        messages.append({"role": "assistant", "content": _string(answered or "", answer)})
+        messages.append({"role": "assistant", "content": _string(answer_text or "", answer)})
     return _conversation(record, messages)
 
 
@@ -240,28 +242,29 @@ def _turn(turn: Any, number: int) -> list[dict[str, Any]]:
         if all(key in turn for key in pair):
             both = [{"role": role, "content": turn[key]} for role, key in zip(("user", "assistant"), pair, strict=True)]
             return [{"role": "system", "content": turn["system"]}, *both] if turn.get("system") else both
-    by, words = ("role", "content") if "role" in turn else ("from", "value")
-    if by == "role" and "content" not in turn and "value" in turn:
-        words = "value"
-    if by not in turn or (by == "from" and words not in turn):
-        needs = "role and content, or from and value" if by not in turn else "from and value"
+    role_key, text_key = ("role", "content") if "role" in turn else ("from", "value")
+    if role_key == "role" and "content" not in turn and "value" in turn:
+        text_key = "value"
+    if role_key not in turn or (role_key == "from" and text_key not in turn):
+        needs = "role and content, or from and value" if role_key not in turn else "from and value"
         raise InputError(f"message {number} needs the keys {needs}; it has {keys(turn)}")
-    speaker = SPEAKERS.get(str(turn[by]).lower())
+    speaker = SPEAKERS.get(str(turn[role_key]).lower())
     if speaker is None:
-        known = list(SPEAKERS) if by == "from" else ["system", "user", "assistant", "tool"]
-        raise InputError(f"message {number}: unknown {'speaker' if by == 'from' else by} '{str(turn[by])[:40]}'; use "
-                         f"one of {', '.join(known[:8])}.{did_you_mean(str(turn[by])[:40], known)}")
+        allowed = list(SPEAKERS) if role_key == "from" else ["system", "user", "assistant", "tool"]
+        noun = "speaker" if role_key == "from" else role_key
+        raise InputError(f"message {number}: unknown {noun} '{str(turn[role_key])[:40]}'; use "
+                         f"one of {', '.join(allowed[:8])}.{did_you_mean(str(turn[role_key])[:40], allowed)}")
     message = {key: value for key, value in turn.items() if key not in ("role", "from", "value")}
-    if words in turn:
-        message["content"] = turn[words]
+    if text_key in turn:
+        message["content"] = turn[text_key]
     if speaker != "call":
         return [{**message, "role": speaker}]
-    calls = turn.get(words)
+    calls = turn.get(text_key)
     if isinstance(calls, str):
         try:
             calls = json.loads(calls)
         except (ValueError, RecursionError):
-            raise InputError(f"message {number}: a {turn[by]}'s value must be JSON with name and arguments, "
+            raise InputError(f"message {number}: a {turn[role_key]}'s value must be JSON with name and arguments, "
                              f"not {shown(calls)}") from None
     functions = [{"function": call} for call in (calls if isinstance(calls, list) else [calls])]
     return [{**message, "role": "assistant", "content": "", "tool_calls": functions}]
@@ -294,25 +297,25 @@ def _refuse_huge(messages: list[dict[str, Any]]) -> None:
                          fix="Split it into several records.")
 
 
-def _refuse_what_is_not_to_learn(record: Fields) -> None:
+def _refuse_untrainable(record: Fields) -> None:
     if record.get("label", "kto_tag") is False:
         raise InputError("label is false, which marks a bad answer in preference data, so it must not be trained on",
-                         fix="data.on_bad_record: quarantine sets such records aside and keeps the good answers.")
+                         fix="Set data.on_bad_record to quarantine: it leaves such records out and keeps the others.")
     for key in MEDIA:
         if record.get(key):
             raise InputError(f"the record has '{key}'; images and audio are not supported, only text")
 
 
 def _renamed(record: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
-    for ours, theirs in columns.items():
-        if ours not in OURS:
-            raise InputError(f"columns maps '{ours}', which no format has; use {', '.join(OURS)}."
-                             f"{did_you_mean(ours, list(OURS))}")
-        if theirs not in record:
-            raise InputError(f"columns names '{theirs}', but the record's keys are {keys(record)}."
-                             f"{did_you_mean(theirs, names(record))}")
-    kept = {key: value for key, value in record.items() if key not in columns.values() and key not in columns}
-    return {**kept, **{ours: record[theirs] for ours, theirs in columns.items()}}
+    for standard_key, record_key in columns.items():
+        if standard_key not in STANDARD_KEYS:
+            raise InputError(f"columns maps '{standard_key}', which no format has; use {', '.join(STANDARD_KEYS)}."
+                             f"{did_you_mean(standard_key, list(STANDARD_KEYS))}")
+        if record_key not in record:
+            raise InputError(f"columns names '{record_key}', but the record's keys are {keys(record)}."
+                             f"{did_you_mean(record_key, names(record))}")
+    unmapped = {key: value for key, value in record.items() if key not in columns.values() and key not in columns}
+    return {**unmapped, **{standard_key: record[record_key] for standard_key, record_key in columns.items()}}
 
 
 def _absent(key: str, record: Mapping[str, Any]) -> InputError:

@@ -20,12 +20,12 @@ _BLANK_OR_COMMA = re.compile(r"[\s,]*")
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """Build an object and refuse duplicate keys, of which Python would silently keep the last."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
+    unique = dict(pairs)
+    if len(unique) < len(pairs):
         seen = Counter(name for name, _ in pairs)
         twice = next(name for name, count in seen.items() if count > 1)
         raise ValueError(f"the key '{twice[:40]}' occurs twice in an object")
-    return found
+    return unique
 
 
 DECODER = json.JSONDecoder(object_pairs_hook=_once)

@@ -52,17 +52,17 @@ def scan_file(path: Path, *, document: str = "auto", parse: bool = True) -> Iter
     before = path.stat()
     match kind_of(path) or "text":
         case "table":
-            found = scan_table(_open_table(path), str(path))
+            records = scan_table(_open_table(path), str(path))
         case "json":
-            found = scan_json(path, notes, parse)
+            records = scan_json(path, notes, parse)
         case "csv":
-            found = _csv(path, notes)
+            records = _csv(path, notes)
         case _:
-            found = _text(path, document, notes)
-    told: set[str] = set()
-    for record, place in found:
-        new = notes - told
-        told |= new
+            records = _text(path, document, notes)
+    reported: set[str] = set()
+    for record, place in records:
+        new = notes - reported
+        reported |= new
         yield record, replace(place, notes=tuple(sorted(new))) if new else place
     after = path.stat()
     if (before.st_mtime_ns, before.st_size) != (after.st_mtime_ns, after.st_size):
@@ -75,14 +75,14 @@ def scan_file(path: Path, *, document: str = "auto", parse: bool = True) -> Iter
 def _csv(path: Path, notes: set[str]) -> Iterator[Found]:
     """CSV rows as verbatim strings: a data frame would convert 007 to 7 and NA to null."""
     csv.field_size_limit(LONGEST)
-    held = 0                                            # characters of the current row
+    size = 0                                            # characters of the current row
 
     def measured() -> Iterator[str]:
-        nonlocal held
+        nonlocal size
         for text, _ in blocks(path, notes):
             for line in io.StringIO(text, newline=""):
-                held += len(line)
-                if held > LONGEST:
+                size += len(line)
+                if size > LONGEST:
                     raise InputError(f"a row is larger than {LONGEST >> 20} MB", where=f"{path}:{row_begins}",
                                      fix="Is a quote not closed? Otherwise split the record.")
                 yield line
@@ -101,7 +101,7 @@ def _csv(path: Path, notes: set[str]) -> Iterator[Found]:
             return
         except csv.Error as error:                      # the start of the next row is unknown
             raise InputError(f"not CSV: {error}", where=f"{path}:{line}") from None
-        held, blank = 0, 0 if row else blank + 1
+        size, blank = 0, 0 if row else blank + 1
         if not row:
             refuse_blank(blank, path, line)
             continue
@@ -128,22 +128,22 @@ def _text(path: Path, document: str, notes: set[str]) -> Iterator[Found]:
 def _rows(path: Path, notes: set[str]) -> Iterator[tuple[str | InputError, Place]]:
     """Lines of a file; a blank line is empty, and one longer than `LONGEST` is an error."""
     number = blank = lost = 0
-    held, share = "", 0.0
+    pending, share = "", 0.0
     for block, share in blocks(path, notes, ends="torn"):
-        if block.isspace() and block.endswith("\n") and not (held or lost):      # possibly one of very many
+        if block.isspace() and block.endswith("\n") and not (pending or lost):      # possibly one of very many
             blank, number = blank + block.count("\n"), number + block.count("\n")
             refuse_blank(blank, path, number)
             yield "", Place(str(path), number, share=share)
             continue
         rows = _unix(block, notes).split("\n")
-        rows[0], held = held + rows[0], ""
+        rows[0], pending = pending + rows[0], ""
         if lost and len(rows) > 1:
             number += 1
             yield _too_long("line", lost + len(rows.pop(0))), Place(str(path), number, share=share)
             lost = 0
-        held = rows.pop()
-        if lost or len(held) > LONGEST:
-            lost, held = lost + len(held), ""
+        pending = rows.pop()
+        if lost or len(pending) > LONGEST:
+            lost, pending = lost + len(pending), ""
         for row in rows:
             number += 1
             if row and not row.isspace():
@@ -153,9 +153,9 @@ def _rows(path: Path, notes: set[str]) -> Iterator[tuple[str | InputError, Place
                 blank += 1
                 refuse_blank(blank, path, number)
                 yield "", Place(str(path), number, share=share)
-    if held or lost:
+    if pending or lost:
         where = Place(str(path), number + 1, share=share)
-        yield _too_long("line", lost + len(held)) if lost else "" if held.isspace() else held, where
+        yield _too_long("line", lost + len(pending)) if lost else "" if pending.isspace() else pending, where
 
 
 def _too_long(what: str, size: int) -> InputError:
@@ -170,50 +170,50 @@ def _unix(block: str, notes: set[str]) -> str:
 
 
 def _paragraphs(path: Path, notes: set[str]) -> Iterator[Found]:
-    held: list[str] = []
+    paragraph: list[str] = []
     size, place, wrong = 0, Place(str(path), 1), None
     for row, here in itertools.chain(_rows(path, notes), [("", place)]):
         if row:
-            place = here if not (held or wrong) else place
+            place = here if not (paragraph or wrong) else place
             size += 0 if isinstance(row, InputError) else len(row) + 1
             if isinstance(row, InputError):
                 wrong = row
             elif size > LONGEST:
                 wrong = _too_long("paragraph", size)
             if wrong:
-                held = []
+                paragraph = []
             else:
-                held.append(row)                        # type: ignore[arg-type]
-        elif held or wrong:
-            yield wrong or "\n".join(held), place
-            held, size, wrong = [], 0, None
+                paragraph.append(row)                        # type: ignore[arg-type]
+        elif paragraph or wrong:
+            yield wrong or "\n".join(paragraph), place
+            paragraph, size, wrong = [], 0, None
 
 
 def _separated(path: Path, separator: re.Pattern[str] | None, notes: set[str]) -> Iterator[Found]:
     """Texts between separators; their place is the first line that is not blank."""
     stretches = _stretches(path, separator, notes)
-    held: list[str] = []
+    texts: list[str] = []
     size, place = 0, None
     for text, ends, line, share in stretches:
         if place is None and (text.strip() or (ends and not separator)):
             blank = len(text) - len(text.lstrip())
             place = Place(str(path), line + text.count("\n", 0, blank), share=share)
-        held.append(text)
+        texts.append(text)
         size += len(text)
         if not place and size > LONGEST:
             raise InputError(f"the file contains more than {LONGEST >> 20} MB of white space", where=f"{path}:{line}",
                              fix="Is this the right file? If so, remove it.")
         if place and size > LONG and not ends:
-            yield LongText(_until_end(held, stretches)), place
+            yield LongText(_until_end(texts, stretches)), place
         elif place and ends:
-            yield "".join(held), place
+            yield "".join(texts), place
         elif not ends:
             continue
-        held, size, place = [], 0, None
+        texts, size, place = [], 0, None
 
 
-def _until_end(held: list[str], stretches: Iterator[tuple[str, bool, int, float]]) -> Iterator[str]:
-    yield from held
+def _until_end(texts: list[str], stretches: Iterator[tuple[str, bool, int, float]]) -> Iterator[str]:
+    yield from texts
     for text, ends, *_ in stretches:
         yield text
         if ends:

@@ -118,10 +118,10 @@ def _unknown(record: Mapping[str, Any]) -> InputError:
     if asks:
         return InputError(f"{what}; '{asks}' is a question without an answer",
                           fix=f"If an answer has another name: `columns: {{prompt: {asks}, completion: NAME}}`.")
-    if held := [str(key) for key, value in record.items() if isinstance(value, list) and value
-                and all(isinstance(part, Mapping) for part in value)]:
-        return InputError(f"{what}; the records may be within '{held[0][:40]}'",
-                          fix=f"If so: jq -c '.[\"{held[0][:40]}\"][]' FILE > records.jsonl")
+    if containers := [str(key) for key, value in record.items() if isinstance(value, list) and value
+                      and all(isinstance(part, Mapping) for part in value)]:
+        return InputError(f"{what}; the records may be within '{containers[0][:40]}'",
+                          fix=f"If so: jq -c '.[\"{containers[0][:40]}\"][]' FILE > records.jsonl")
     fix = f"Map yours: `columns: {{prompt: question, completion: answer}}`{_plain(record)}."
     return InputError(what, fix=f"{fix} Known keys are text; instruction, input, output; prompt, completion; messages.")
 

@@ -21,7 +21,7 @@ class Place:
         unit: Kind of number, `line` or `record`.
         share: Share of the file read so far, for the remaining time.
         column: Start column if it is not the first record of its line; otherwise 0.
-        notes: What was corrected in the file, given with the first record after it.
+        notes: Corrections of the file, given with the first record after each.
     """
 
     path: str

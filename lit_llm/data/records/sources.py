@@ -34,8 +34,8 @@ class Source:
         path: A file, a folder, a glob (`data/*.jsonl`), or a hub id (`owner/name`). `sample:NAME` is a file that ships
             with the package. Extensions: .txt .md .jsonl .ndjson .json .csv .tsv .parquet .arrow; all but the last two
             also with .gz or .zst. A folder is read recursively, except hidden files and those about the data (README*,
-            LICENSE*, dataset_info.json); if file names tell splits (`train.jsonl`, `test-00000.parquet`), only those of
-            `split`. Text must be UTF-8: a BOM is removed and counted; other encodings and damage (NUL, a lone
+            LICENSE*, dataset_info.json); if file names contain splits (`train.jsonl`, `test-00000.parquet`), only those
+            of `split`. Text must be UTF-8: a BOM is removed and counted; other encodings and damage (NUL, a lone
             surrogate, a duplicate key) are refused with their names.
         format: How to interpret records. `auto` recognises each record by its keys and refuses ambiguous ones; `text`
             is {text}; `alpaca` {instruction, input, output, system, history} and other names for these (question and
@@ -115,15 +115,15 @@ class Source:
         if self.document not in DOCUMENT_CHOICES:
             raise InputError(f"document must be one of {', '.join(DOCUMENT_CHOICES)}, not '{self.document}'."
                              f"{did_you_mean(self.document, list(DOCUMENT_CHOICES))}", where=self.path)
-        found = self._find()
-        self._refuse_idle(found)
-        return found
+        files = self._find()
+        self._refuse_idle(files)
+        return files
 
     def sizes(self) -> dict[str, int] | None:
         """Bytes of each of its files; null for a hub dataset, where they are unknown."""
         return None if self.is_hub else {str(path): path.stat().st_size for path in self.files()}
 
-    def _refuse_idle(self, found: list[Path]) -> None:
+    def _refuse_idle(self, files: list[Path]) -> None:
         """Refuse settings that have no effect with these files.
 
         Raises:
@@ -134,10 +134,10 @@ class Source:
                              where=self.path, fix="Leave `subset` out.")
         saved = locate(self.path) / "dataset_dict.json"
         wanted = [name for name, words in SPLITS.items() if self.split in (name, *words)]
-        if self.split != "train" and not saved.is_file() and not any(_split_of(path) in wanted for path in found):
+        if self.split != "train" and not saved.is_file() and not any(_split_of(path) in wanted for path in files):
             raise InputError(f"split: {self.split} has no effect: no file here is named after a split",
                              where=self.path, fix="Leave `split` out, or name the files.")
-        if self.document != "auto" and self.format != "text" and not any(kind_of(path) == "text" for path in found):
+        if self.document != "auto" and self.format != "text" and not any(kind_of(path) == "text" for path in files):
             raise InputError(f"document: {self.document} has no effect: it splits text files (.txt, .md)",
                              where=self.path, fix="Leave `document` out.")
 
@@ -145,7 +145,7 @@ class Source:
         """The files of a path."""
         path = locate(self.path)
         if path.is_dir():
-            found = _folder(path, self.split)
+            files = _folder(path, self.split)
         elif path.exists():
             if not path.is_file():                          # a pipe would block and can be read only once
                 raise InputError("not a regular file", where=str(path), fix="Write its content to a file first.")
@@ -154,13 +154,13 @@ class Source:
                                  where=str(path), fix="Rename it, or set `format: text` if it is plain text.")
             return [path]
         elif glob.has_magic(str(path)):
-            found = sorted(Path(name) for name in glob.glob(str(path), recursive=True)
+            files = sorted(Path(name) for name in glob.glob(str(path), recursive=True)
                            if kind_of(Path(name)) and Path(name).is_file())
         else:
             raise _missing(path)
-        if not found:
+        if not files:
             raise InputError(f"no readable file here; supported are {', '.join(KINDS)}", where=self.path)
-        return found
+        return files
 
     def hub_dataset(self, *, streaming: bool = False) -> Any:
         """Load a hub dataset, from the cache if possible; with `streaming` its records are loaded lazily.
@@ -196,19 +196,19 @@ def shards(rows: Any, name: str) -> list[Callable[[], Iterator[Found]]]:
 # ---- paths -----------------------------------------------------------------------------------------------------------
 
 def locate(path: str) -> Path:
-    """The local path of `path`; `sample:NAME` lies in the installed package, so configs run from anywhere."""
+    """The local path of `path`; `sample:NAME` is in the installed package, so configs run from any folder."""
     if not path:
         raise InputError("a source has an empty path", where="data.sources", fix="Name a file, a folder or a hub id.")
     try:
-        found = names.path_of(path)
-        found.exists()
+        local_path = names.path_of(path)
+        local_path.exists()
     except (OSError, RuntimeError, ValueError) as error:
         raise InputError(f"{path[:80]} is no path: {str(error)[:80]}", where="data.sources") from None
-    return found
+    return local_path
 
 
 def is_hub(path: str) -> bool:
-    """Whether `path` reads as a hub id, `owner/name`: nothing of that name is here, nor a folder called `owner`."""
+    """Whether `path` is a hub id, `owner/name`: neither that path nor a folder `owner` exists locally."""
     if not _HUB_ID.fullmatch(path) or kind_of(Path(path)):
         return False
     return not Path(path).exists() and not Path(path).parent.exists()
@@ -221,14 +221,14 @@ def _folder(folder: Path, split: str) -> list[Path]:
             raise InputError(f"the saved dataset has no split '{split}'", where=str(folder.parent))
     if (folder / "state.json").exists():                # `Dataset.save_to_disk`: its .json files are not records
         return sorted(folder.glob("*.arrow"))
-    found = sorted(path for path in folder.rglob("*") if path.is_file() and kind_of(path)
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and kind_of(path)
                    and not any(part.startswith(".") for part in path.relative_to(folder).parts)
                    and not _ABOUT.match(path.name))
-    named = {path: _split_of(path.relative_to(folder)) for path in found}
+    named = {path: _split_of(path.relative_to(folder)) for path in files}
     if len(set(named.values()) - {None}) < 2:
-        return found
+        return files
     wanted = [name for name, words in SPLITS.items() if split in (name, *words)]
-    if not (chosen := [path for path in found if named[path] in wanted]):
+    if not (chosen := [path for path in files if named[path] in wanted]):
         there = ", ".join(sorted(name for name in set(named.values()) if name))
         raise InputError(f"the files here have the splits {there}, but not '{split}'", where=str(folder),
                          fix="Set `split` of the source, or name the files.")
@@ -236,7 +236,7 @@ def _folder(folder: Path, split: str) -> list[Path]:
 
 
 def _split_of(path: Path) -> str | None:
-    """The split that a file's name, or a folder's above it, names; the nearest to the file counts."""
+    """The split in the name of a file, or else of the nearest folder above it."""
     for part in reversed(path.parts):
         words = re.split(r"[^a-z]+", part.lower())
         for name, also in SPLITS.items():
@@ -246,10 +246,10 @@ def _split_of(path: Path) -> str | None:
 
 
 def check_exists(path: str) -> None:
-    """Refuse a local path where nothing is.
+    """Refuse a local path that does not exist.
 
     Raises:
-        InputError: It says how far the path exists, or which name there is near.
+        InputError: The error contains the part of the path that exists, or a similar name.
     """
     if not (place := locate(path)).exists():
         raise _missing(place)

@@ -21,7 +21,7 @@ SKIPPED = 1 << 30                                       # bytes of a line after 
 BLANK = 10_000_000                                      # consecutive blank lines
 BUFFER = 1 << 17                                       # bytes that are decompressed at a time
 DIVIDE = "Split the record into several, or leave it out (data.on_bad_record: quarantine)."
-TAIL = 64                                               # bytes that are held back when a line is split
+TAIL = 64                                               # bytes that stay unread when a line is split
 PACKED = (".gz", ".zst")
 DAMAGE = (OSError, EOFError, zlib.error)
 BOM_NOTE, CRLF_NOTE = "byte order mark removed", "CRLF line ends converted to LF"
@@ -161,7 +161,7 @@ def blocks(path: Path, notes: set[str] | None = None, *,
         ends: Where a block ends: after a line (a line longer than `LONGEST` is an error); after a line, or within one
             that is longer than a block, never near its ends; or anywhere.
     """
-    size, done, line, held = max(path.stat().st_size, 1), 0, 1, b""
+    size, done, line, pending = max(path.stat().st_size, 1), 0, 1, b""
     with open_bytes(path, notes) as stream:
         while True:
             rest: bytes | InputError = b""
@@ -172,7 +172,7 @@ def blocks(path: Path, notes: set[str] | None = None, *,
                     rest = stream.readline(BLOCK + TAIL)
             except DAMAGE as error:
                 raise _damaged(error, path, line) from None
-            if not raw and not held:
+            if not raw and not pending:
                 return
             if inside and ends == "line":
                 rest = _read_line(stream, path, line + raw.count(10))
@@ -180,9 +180,9 @@ def blocks(path: Path, notes: set[str] | None = None, *,
                 raise rest
             torn = ends == "torn" and len(rest) == BLOCK + TAIL and not rest.endswith(b"\n")
             whole = len(raw) < BLOCK or (ends != "any" and not torn)
-            done, raw = done + len(raw) + len(rest), held + raw + rest
+            done, raw = done + len(raw) + len(rest), pending + raw + rest
             cut = len(raw) if whole else _character_end(raw[:-TAIL] if torn else raw)
-            raw, held = raw[:cut], raw[cut:]
+            raw, pending = raw[:cut], raw[cut:]
             text = decode(raw, path, line)
             line += text.count("\n")
             yield text, min(done / size, 1.0)

@@ -1,1 +1,1 @@
-"""Pack token sequences into rows of a fixed length, mix sources, and collate batches."""
+"""Pack token sequences, mix sources, and collate batches of packed sequences (rows)."""

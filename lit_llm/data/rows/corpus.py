@@ -1,6 +1,6 @@
 """Several token stores as one list of sequences.
 
-Offsets and lengths are arrays in memory; tokens stay on disk until they are read.
+Offsets and lengths are arrays in memory; tokens are read from disk when needed.
 """
 
 from collections.abc import Sequence
@@ -59,13 +59,13 @@ class Corpus:
         self.stores, self.names = [store for store, _ in draws], list(names or [""] * len(draws))
         self.store_of = np.repeat(np.arange(len(draws)), [len(which) for _, which in draws])
         self.index = np.concatenate([which for _, which in draws] or [np.empty(0, np.int64)])
-        self.lengths, self.learned = np.zeros(len(self.index), np.int64), np.zeros(len(self.index), np.int64)
+        self.lengths, self.supervised = np.zeros(len(self.index), np.int64), np.zeros(len(self.index), np.int64)
         self.is_document = np.zeros(len(self.index), bool)
         for number, (store, which) in enumerate(draws):
             here, rows = self.store_of == number, store.sequences[which]
             without = 0 if end else rows["ended"].astype(np.int64)
             self.lengths[here] = rows["length"] - without
-            self.learned[here] = rows["supervised"] - without
+            self.supervised[here] = rows["supervised"] - without
             self.is_document[here] = rows["kind"] == DOCUMENT
 
     def __len__(self) -> int:
@@ -86,9 +86,9 @@ class Corpus:
     def count(self, segments: Segments) -> np.ndarray:
         """(S,) supervised tokens of each segment, without its first token."""
         counts = segments.lengths - 1
-        talk = np.flatnonzero(~self.is_document[segments.sequence])
-        counts[talk] = self.learned[segments.sequence[talk]]
-        cut = talk[segments.lengths[talk] != self.lengths[segments.sequence[talk]]]
+        conversations = np.flatnonzero(~self.is_document[segments.sequence])
+        counts[conversations] = self.supervised[segments.sequence[conversations]]
+        cut = conversations[segments.lengths[conversations] != self.lengths[segments.sequence[conversations]]]
         for segment in cut.tolist():
             place = (int(values[segment]) for values in (segments.sequence, segments.start, segments.stop))
             counts[segment] = int(self.read(*place)[1][1:].sum())
@@ -105,8 +105,8 @@ class Corpus:
     def endless(self, segments: Segments, stop_ids: Sequence[int]) -> bool:
         """Whether answers are supervised but none includes its stop token; stops at the first that does."""
         answers = False
-        for talk in np.flatnonzero(~self.is_document[segments.sequence]).tolist():
-            place = (int(values[talk]) for values in (segments.sequence, segments.start, segments.stop))
+        for conversation in np.flatnonzero(~self.is_document[segments.sequence]).tolist():
+            place = (int(values[conversation]) for values in (segments.sequence, segments.start, segments.stop))
             tokens, marks = self.marked(*place)
             if np.isin(tokens[1:][(marks[1:] & 1).view(bool)], stop_ids).any():
                 return False
@@ -119,7 +119,7 @@ class Corpus:
         Args:
             vocabulary: Vocabulary size V.
         """
-        read, learned = np.zeros(vocabulary, np.int64), np.zeros(vocabulary, np.int64)
+        read, supervised = np.zeros(vocabulary, np.int64), np.zeros(vocabulary, np.int64)
         most = max(1, COUNTED // max(1, len(self.stores)))
         whole = True
         for number, store in enumerate(self.stores):
@@ -132,13 +132,13 @@ class Corpus:
                 last = max(first + 1, int(np.searchsorted(ends, begun + BLOCK, side="right")))
                 place = int(store.sequences["offset"][first])
                 part = slice(place, place + int(ends[last - 1]) - begun)
-                kept = np.repeat(wanted[first:last], store.sequences["length"][first:last])
-                tokens = store.tokens[part][kept]
+                is_counted = np.repeat(wanted[first:last], store.sequences["length"][first:last])
+                tokens = store.tokens[part][is_counted]
                 read += np.bincount(tokens, minlength=vocabulary)[:vocabulary]
-                marks = (store.marks[part][kept] & 1).view(bool)
-                learned += np.bincount(tokens[marks], minlength=vocabulary)[:vocabulary]
+                marks = (store.marks[part][is_counted] & 1).view(bool)
+                supervised += np.bincount(tokens[marks], minlength=vocabulary)[:vocabulary]
                 first = last
-        return Occurrences(read, learned, whole)
+        return Occurrences(read, supervised, whole)
 
     def column(self, name: str) -> np.ndarray:
         """(N,) a column of the stores' tables, such as `content`."""
@@ -146,14 +146,14 @@ class Corpus:
         return np.concatenate(parts or [np.empty(0, np.int64)])
 
     def tally(self, rows: Rows) -> np.ndarray:
-        """(stores, 3): sequences, tokens and supervised tokens of each store in these rows.
+        """(stores, 3): sequences, tokens and supervised tokens of each store in these packed sequences.
 
-        A sequence that is split into several segments counts where its first one is.
+        A sequence that is split into several segments is counted with its first segment.
         """
         owner, segments = self.store_of[rows.segments.sequence], rows.segments
         counts = [np.bincount(owner, weights=values, minlength=len(self.stores))
-                  for values in (segments.start == 0, segments.lengths, rows.learned)]
-        return np.stack(counts, axis=1).astype(np.int64)    # exact: float64 holds counts up to 2^53
+                  for values in (segments.start == 0, segments.lengths, rows.segment_supervised)]
+        return np.stack(counts, axis=1).astype(np.int64)    # exact: float64 represents counts up to 2^53
 
     def named(self, tally: np.ndarray) -> Tally:
         """A tally by the names of the stores; stores of the same name are added."""

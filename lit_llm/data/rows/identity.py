@@ -35,16 +35,16 @@ def differences(before: Any, now: Any) -> list[str]:
         return ["data was recorded by another version of lit_llm and cannot be compared"]
     if not isinstance(before, dict) or not isinstance(now, dict):
         return [] if before == now else [f"data was {before} and is {now}"]
-    found = []
+    changes = []
     for key, value in now.items():
         then = before.get(key)
         if key == "data.sources":
-            found += _sources(then or [], value)
+            changes += _sources(then or [], value)
         elif key == "tokenizer":
-            found += ["the tokenizer or its chat template has changed"] if then != value else []
+            changes += ["the tokenizer or its chat template has changed"] if then != value else []
         elif then != value:
-            found.append(f"{key} was {then} and is {value}")
-    return found
+            changes.append(f"{key} was {then} and is {value}")
+    return changes
 
 
 def _sources(before: list[dict[str, Any]], now: list[dict[str, Any]]) -> list[str]:

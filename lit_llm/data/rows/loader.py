@@ -22,8 +22,8 @@ from lit_llm.text.tokenizer import IGNORE_INDEX
 class Batch(TypedDict):
     """One micro-batch of one rank, on the CPU: B packed sequences (rows) of T tokens.
 
-    B is at most `batch_size`: missing rows are not padded. A rank without a row, while other ranks have some, gets one
-    row of two padding tokens, so that all ranks make the same collective calls.
+    B is at most `batch_size`; a smaller batch is not filled up. A rank without a packed sequence, while other ranks
+    have some, gets one of two padding tokens, so that all ranks make the same collective calls.
 
     Two rows of five, `a b | x y z` and `p q` with padding `_`:
 
@@ -45,17 +45,17 @@ class Batch(TypedDict):
     num_tokens: int                                     # tokens that are not padding
     num_tokens_in_step: int                             # the same over all micro-batches and ranks of the step
     idle: NotRequired[bool]                             # no rank has a supervised token: no forward pass is needed
-    step_is_unknown: NotRequired[bool]                  # of an own DataLoader: `_in_step` counts this batch alone
+    step_is_unknown: NotRequired[bool]                  # of a user's DataLoader: `_in_step` counts this batch only
 
 
 class Share(NamedTuple):
-    """The rows of a step that a rank computes in one micro-batch: `start` to `stop`.
+    """The packed sequences of a step that a rank computes in one micro-batch: `start` to `stop`.
 
     Args:
-        start: First row of the rank.
-        stop: End of the rank's rows; equal to `start` if it has none.
-        done: Rows of the step that all ranks computed before this micro-batch.
-        idle: Whether no rank has a row here.
+        start: First one of the rank.
+        stop: End of those of the rank; equal to `start` if it has none.
+        done: Number of them that all ranks computed before this micro-batch of the step.
+        idle: Whether no rank has one here.
     """
 
     start: int
@@ -65,36 +65,36 @@ class Share(NamedTuple):
 
 
 def deal(rows: int, micro: int, *, rank: int, world: int, accumulate: int, batch_size: int) -> Share:
-    """Distribute the rows of a step over its micro-batches and ranks.
+    """Distribute the packed sequences of a step over its micro-batches and ranks.
 
-    Micro-batches without rows come first, because gradients are reduced over ranks in a step's last micro-batch, which
-    must have rows. Seven rows, `batch_size` 2, two ranks, `accumulate` 4:
+    Empty micro-batches come first, because gradients are reduced over ranks in a step's last micro-batch, which must
+    not be empty. Seven packed sequences, `batch_size` 2, two ranks, `accumulate` 4:
 
         micro-batch   0       1       2       3
         rank 0        idle    idle    0 1     4 5
         rank 1        idle    idle    2 3     6
     """
-    each = world * batch_size
-    turn = micro - accumulate + math.ceil(rows / each)  # index among the micro-batches with rows
-    if turn < 0:
+    rows_per_micro_batch = world * batch_size
+    index = micro - accumulate + math.ceil(rows / rows_per_micro_batch)  # index among the micro-batches with rows
+    if index < 0:
         return Share(0, 0, 0, True)
-    start = min(rows, turn * each + rank * batch_size)
-    return Share(start, min(rows, start + batch_size), turn * each, not rows)
+    start = min(rows, index * rows_per_micro_batch + rank * batch_size)
+    return Share(start, min(rows, start + batch_size), index * rows_per_micro_batch, not rows)
 
 
 def collate(corpus: Corpus, rows: Rows, numbers: Sequence[int], *, seq_len: int, pad_id: int,
             token_bytes: np.ndarray) -> Batch:
-    """Collate the rows with these numbers to a batch."""
+    """Collate the packed sequences with these numbers to a batch."""
     return lay([[corpus.read(*segment) for segment in rows.row(number)] for number in numbers], seq_len=seq_len,
                pad_id=pad_id, token_bytes=token_bytes)
 
 
 def lay(rows: Sequence[Sequence[tuple[np.ndarray, np.ndarray]]], *, seq_len: int, pad_id: int,
         token_bytes: np.ndarray) -> Batch:
-    """Collate rows, padded to `seq_len`; a row is a list of (tokens, supervised) for its segments.
+    """Collate packed sequences, padded to `seq_len`; each is a list of (tokens, supervised) for its segments.
 
-    No rows become one row of two padding tokens. The totals of the step are those of this batch until a loader sets
-    them.
+    Without any, the batch has one of two padding tokens. The totals of the step are those of this batch until a loader
+    sets them.
     """
     if not rows:
         rows, seq_len = [[]], 2
@@ -117,42 +117,42 @@ def lay(rows: Sequence[Sequence[tuple[np.ndarray, np.ndarray]]], *, seq_len: int
         if at < seq_len:
             position_ids[place, at:] = counting[:seq_len - at]
             bounds.append(place * seq_len + at)
-    learned = labels[labels != IGNORE_INDEX]
+    num_supervised = int((labels != IGNORE_INDEX).sum())
     cu_seqlens = np.array([*bounds, len(rows) * seq_len], dtype=np.int32)
     return Batch(
         input_ids=torch.from_numpy(input_ids), labels=torch.from_numpy(labels),
         position_ids=torch.from_numpy(position_ids), cu_seqlens=torch.from_numpy(cu_seqlens),
-        max_seqlen=int(np.diff(cu_seqlens).max()), num_supervised=len(learned), num_supervised_in_step=len(learned),
+        max_seqlen=int(np.diff(cu_seqlens).max()), num_supervised=num_supervised, num_supervised_in_step=num_supervised,
         last_in_step=True, num_bytes=_bytes(input_ids, labels, position_ids, token_bytes), num_tokens=num_tokens,
-        num_tokens_in_step=num_tokens, idle=not len(learned))
+        num_tokens_in_step=num_tokens, idle=not num_supervised)
 
 
 def _bytes(input_ids: np.ndarray, labels: np.ndarray, position_ids: np.ndarray, token_bytes: np.ndarray) -> int:
     """UTF-8 bytes of the supervised tokens; a token after an initial control token begins a text."""
-    learned = labels != IGNORE_INDEX
-    first = learned & (position_ids == 1)
+    is_supervised = labels != IGNORE_INDEX
+    first = is_supervised & (position_ids == 1)
     first[:, 1:] &= token_bytes[0][input_ids[:, :-1]] == 0
-    return int(token_bytes[0][labels[learned & ~first]].sum() + token_bytes[1][labels[first]].sum())
+    return int(token_bytes[0][labels[is_supervised & ~first]].sum() + token_bytes[1][labels[first]].sum())
 
 
 class RowLoader:
     """Batches of one rank, in complete accumulation windows.
 
-    An epoch is the rows in shuffled order, split into windows of `G = world * accumulate * batch_size`; each window is
-    a step whose rows `deal` distributes. So 1, 2 or 4 processes see the same rows in the same step if G is the same.
-    The last window has the remaining rows: nothing is dropped, all ranks have the same number of micro-batches, and
-    `num_supervised_in_step` counts the actual tokens. So an epoch consists of whole steps for Lightning and DeepSpeed,
-    which count partial windows differently. Rows without a supervised token belong to their step but are not computed:
-    they have no gradient and do not contribute to metrics.
+    An epoch consists of all packed sequences (rows) in shuffled order, split into accumulation windows of `G = world *
+    accumulate * batch_size`; each window is a step, whose rows `deal` distributes. So 1, 2 or 4 processes compute the
+    same rows in the same step if G is the same. The last window has the remaining rows: nothing is dropped, all ranks
+    have the same number of micro-batches, and `num_supervised_in_step` counts the actual tokens. So an epoch consists
+    of whole steps for Lightning and DeepSpeed, which count partial windows differently. Rows without a supervised token
+    belong to their step but are not computed: they have no gradient and do not contribute to metrics.
 
     An iteration yields `len(self)` batches from the current state, across the end of an epoch if necessary; without
     `shuffle` (evaluation) it always starts at the beginning and has no state.
 
     Args:
         corpus: The corpus with the tokens.
-        rows: The packed rows, with their supervised tokens counted.
-        batch_size: Rows per micro-batch and rank.
-        seq_len: Tokens of a row.
+        rows: The packed sequences, with their supervised tokens counted.
+        batch_size: Packed sequences per micro-batch and rank.
+        seq_len: Tokens per packed sequence.
         pad_id: Padding token; never supervised.
         token_bytes: (2, V) bytes of each token, and of a text's first one, for `num_bytes`.
         seed: Seed of the order.
@@ -160,9 +160,9 @@ class RowLoader:
         world: Number of processes.
         accumulate: Micro-batches per step.
         shuffle: Whether each epoch has its own order.
-        trim: Pad to the longest row of the batch, not to `seq_len`.
-        fingerprint: Identity of the rows by named parts; a checkpoint of other rows is refused.
-        draw: Function epoch -> rows if they differ between epochs: as many as `rows`, those of the first.
+        trim: Pad to the longest packed sequence of the batch, not to `seq_len`.
+        fingerprint: Identity of the data by named parts; a checkpoint of other data is refused.
+        draw: Function epoch -> packed sequences if they differ between epochs: as many as `rows`, those of the first.
     """
 
     def __init__(self, corpus: Corpus, rows: Rows, *, batch_size: int, seq_len: int, pad_id: int,
@@ -216,7 +216,7 @@ class RowLoader:
                     seq_len=max(2, int(one.lengths[0])), pad_id=self.pad_id, token_bytes=self.token_bytes)
 
     def _share(self, number: int) -> tuple[np.ndarray, Share]:
-        """Row numbers of the step of a micro-batch, and this rank's share of them."""
+        """Indices of the packed sequences of a micro-batch's step, and this rank's share of them."""
         epoch, within = divmod(number, len(self))
         step, micro = divmod(within, self.accumulate)
         rows, _, order = self._epoch(epoch)
@@ -226,14 +226,14 @@ class RowLoader:
                             batch_size=self.batch_size)
 
     def order(self, epoch: int) -> np.ndarray:
-        """Row numbers of an epoch as they are drawn."""
+        """Indices of an epoch's packed sequences in the order in which they are drawn."""
         return self._epoch(epoch)[2]
 
     def _ordered(self, epoch: int) -> tuple[Rows, np.ndarray, np.ndarray]:
-        """An epoch's rows, their lengths, and their order; equal on all ranks."""
+        """An epoch's packed sequences, their lengths, and their order; equal on all ranks."""
         rows = self._draw(epoch) if self._draw else self.rows
         count = len(rows)
-        assert count == len(self.rows), "the epochs of a run have equally many rows"
+        assert count == len(self.rows), "all epochs of a run have the same number of packed sequences"
         order = np.random.default_rng([self.seed, epoch]).permutation(count) if self.shuffle else np.arange(count)
         return rows, rows.lengths, order
 
@@ -274,15 +274,16 @@ class RowLoader:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue with the next batch; between two steps the division into micro-batches may change.
 
-        The numbers of processes and micro-batches and the batch size may change if a step has as many rows as before.
+        The numbers of processes and micro-batches and the batch size may change if a step has as many packed sequences
+        as before.
 
         Raises:
             InputError: The state belongs to other data or steps; the error names the differences.
         """
         saved = int(state.get("accumulate_grad_batches", self.accumulate))
         steps, within = divmod(int(state.get("batches", 0)), saved)
-        known = self._identity() | ({"accumulate_grad_batches": self.accumulate} if within else {})
-        differs = [f"{key} was {state.get(key)} and is {value}" for key, value in known.items()
+        identity = self._identity() | ({"accumulate_grad_batches": self.accumulate} if within else {})
+        differs = [f"{key} was {state.get(key)} and is {value}" for key, value in identity.items()
                    if key != "data" and state.get(key) != value]
         differs = differences(state.get("data"), self.fingerprint) + differs
         if differs:

@@ -18,11 +18,11 @@ COPIES = 10_000_000                                     # limit on sequences of 
 
 
 class Mixture:
-    """The rows of a stage, epoch by epoch.
+    """The packed sequences (rows) of a stage, epoch by epoch.
 
-    A weight of 2.25 draws a source's sequences twice in every epoch, and a quarter of them once more. The quarter
-    rotates: of n sequences in a seeded order, epoch e takes k from position `e * k`, cyclically, so all were drawn
-    after `ceil(n / k)` epochs. With n = 5, k = 2:
+    A weight of 2.25 draws a source's sequences twice in every epoch, and a quarter of them once more. This quarter is a
+    different one in each epoch: of n sequences in a seeded order, epoch e takes k from position `e * k`, cyclically, so
+    all were drawn after `ceil(n / k)` epochs. With n = 5, k = 2:
 
         order      c a e b d
         epoch 0    c a
@@ -36,9 +36,9 @@ class Mixture:
     Args:
         corpus: The sequences.
         weights: Weight of each store.
-        seq_len: Tokens of a row.
+        seq_len: Tokens per packed sequence.
         packing: As in `packing.py`. With `concat` the rotating part is windows of `seq_len`, concatenated as well.
-        overlong: What to do with conversations longer than a row.
+        overlong: What to do with conversations longer than `seq_len`.
         seed: Seed of the rotating part's order, and of the order of `concat`.
 
     Raises:
@@ -53,7 +53,7 @@ class Mixture:
         stream = packing == "concat"
         pieces = self._pieces(overlong) if rest.any() or not stream else pack.whole(corpus.lengths)
         whole = pack.whole(corpus.lengths) if stream else pieces
-        _refuse_flood(corpus, whole, weights, seq_len)
+        _check_copies(corpus, whole, weights, seq_len)
         always = _copied(corpus.store_of[whole.sequence], copies)
         self._always = self._packed(whole[np.random.default_rng(seed).permutation(always) if stream else always])
         owner = corpus.store_of[pieces.sequence]
@@ -62,7 +62,7 @@ class Mixture:
         self.first = self._always + self._moving(0) if self._parts else self._always
 
     def rows(self, epoch: int) -> Rows:
-        """The rows of an epoch; every epoch has the same number."""
+        """The packed sequences of an epoch; every epoch has the same number."""
         if not self._parts or not epoch:
             return self.first
         part, room = self._moving(epoch), len(self.first) - len(self._always)
@@ -75,20 +75,20 @@ class Mixture:
         return bool(self._parts)
 
     def _pieces(self, overlong: Overlong) -> Segments:
-        """Segments that fit a row and have supervised tokens; the others are noted."""
+        """Segments of at most `seq_len` tokens with supervised tokens; the others are counted in `notes`."""
         corpus = self.corpus
         windows = corpus.is_document if self.packing != "concat" else np.ones(len(corpus), dtype=bool)
         try:
             split = pack.split(corpus.lengths, windows, seq_len=self.seq_len, overlong=overlong)
         except InputError as error:
             raise InputError(error.what, where=corpus.place(int(error.where)), fix=error.fix) from None
-        learns = corpus.count(split.segments) > 0
-        kept = split.segments[learns]
-        cut = np.flatnonzero((kept.stop < corpus.lengths[kept.sequence]) & ~windows[kept.sequence])
-        last, lost = (corpus.marks_at(kept.sequence[cut], kept.stop[cut] - back) for back in (1, 0))
+        is_supervised = corpus.count(split.segments) > 0
+        segments = split.segments[is_supervised]
+        cut = np.flatnonzero((segments.stop < corpus.lengths[segments.sequence]) & ~windows[segments.sequence])
+        last, lost = (corpus.marks_at(segments.sequence[cut], segments.stop[cut] - back) for back in (1, 0))
         self.notes = {"cut": len(split.cut), "cut_in_an_answer": int(((last == ANSWER) & (lost == ANSWER)).sum()),
-                      "dropped_overlong": len(split.dropped), "dropped_nothing_left": int((~learns).sum())}
-        return kept
+                      "dropped_overlong": len(split.dropped), "dropped_nothing_left": int((~is_supervised).sum())}
+        return segments
 
     def _moving(self, epoch: int) -> Rows:
         first, *others = (part.take(epoch) for part in self._parts)
@@ -110,8 +110,8 @@ class _Part:
         return self.segments[(epoch * self.size + np.arange(self.size)) % len(self.segments)]
 
 
-def _refuse_flood(corpus: Corpus, whole: Segments, weights: Sequence[float], seq_len: int) -> None:
-    """Refuse weights whose copies would not fit in memory; each takes about a hundred bytes."""
+def _check_copies(corpus: Corpus, whole: Segments, weights: Sequence[float], seq_len: int) -> None:
+    """Refuse weights whose copies would not fit in memory; each copy takes about a hundred bytes."""
     counts = np.bincount(corpus.store_of[whole.sequence], np.maximum(1, whole.lengths // seq_len), len(weights))
     drawn, most = counts * np.asarray(weights, dtype=np.float64), max(COPIES, 2 * int(counts.sum()))
     if drawn.sum() > most:
@@ -132,8 +132,8 @@ def _copied(owner: np.ndarray, copies: np.ndarray) -> np.ndarray:
 def side(content: np.ndarray, stage: Stage, *, val_fraction: float, test_fraction: float) -> np.ndarray:
     """(N,) bool: which records belong to a stage, by the hash of their content.
 
-    Validation takes the lowest hashes and test the highest, so that a record moves only when the share of its own split
-    changes, and never because others were added; equal records stay together.
+    Validation uses the lowest hashes and test the highest, so a record changes its split only if the share of that
+    split changes, and never because other records were added; equal records stay together.
 
         0 |--- val ---|---------------- train ----------------|-- test --| 2^64
     """
@@ -149,5 +149,5 @@ def repeats(corpus: Corpus) -> np.ndarray:
     """
     keys = np.stack([corpus.store_of, corpus.column("record")])
     record = np.cumsum((np.diff(keys, axis=1, prepend=-1) != 0).any(axis=0))
-    _, first, said = np.unique(corpus.column("content"), return_index=True, return_inverse=True)
-    return np.asarray(record != record[first][said])
+    _, first, inverse = np.unique(corpus.column("content"), return_index=True, return_inverse=True)
+    return np.asarray(record != record[first][inverse])

@@ -1,7 +1,7 @@
-"""Pack token sequences into rows of at most `seq_len` tokens, given their lengths.
+"""Pack token sequences into packed sequences (rows) of at most `seq_len` tokens, given their lengths.
 
-Three policies: `best_fit` (never cuts, pads; SFT), `concat` (cuts anywhere, no padding but in the last row;
-pretraining), `none` (one segment a row). Another one that does not cut is a function in `POLICIES`.
+There are three policies: `best_fit` (never cuts, but pads; for SFT), `concat` (cuts at any token, pads only the last
+row; for pretraining) and `none` (one segment per row). A new policy that does not cut is a function in `POLICIES`.
 """
 
 from bisect import bisect_left, insort
@@ -26,7 +26,7 @@ CONCAT = Rule("`data.packing: concat`", "conversations of which a part is superv
 class Segments:
     """Sections of sequences: segment s is tokens `start[s]:stop[s]` of sequence `sequence[s]`; each (S,) int64.
 
-    The first token of a segment is context only, because there is nothing to predict it from.
+    The first token of a segment is context only, because no token precedes it from which it could be predicted.
     """
 
     sequence: np.ndarray
@@ -51,19 +51,19 @@ class Segments:
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """The segments of each row.
+    """Packed sequences (rows): the segments of each.
 
     Args:
         segments: All segments, grouped by row.
         offsets: (R + 1,) int64; row r is segments `offsets[r]:offsets[r + 1]`.
         supervised: (R,) int64, supervised tokens per row; zeros until `counted`.
-        learned: (S,) int64, supervised tokens per segment.
+        segment_supervised: (S,) int64, supervised tokens per segment.
     """
 
     segments: Segments
     offsets: np.ndarray
     supervised: np.ndarray
-    learned: np.ndarray
+    segment_supervised: np.ndarray
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -72,14 +72,14 @@ class Rows:
         """These rows followed by the others."""
         offsets = np.concatenate([self.offsets, self.offsets[-1] + other.offsets[1:]])
         return Rows(self.segments + other.segments, offsets, np.concatenate([self.supervised, other.supervised]),
-                    np.concatenate([self.learned, other.learned]))
+                    np.concatenate([self.segment_supervised, other.segment_supervised]))
 
     def take(self, numbers: np.ndarray) -> "Rows":
         """The rows with these numbers, in this order; numbers may repeat."""
         count = np.diff(self.offsets)[numbers]
         offsets = np.concatenate([[0], np.cumsum(count)])
         which = np.repeat(self.offsets[numbers] - offsets[:-1], count) + np.arange(offsets[-1])
-        return Rows(self.segments[which], offsets, self.supervised[numbers], self.learned[which])
+        return Rows(self.segments[which], offsets, self.supervised[numbers], self.segment_supervised[which])
 
     def row(self, number: int) -> list[tuple[int, int, int]]:
         """(sequence, start, stop) of each segment of a row."""
@@ -94,7 +94,7 @@ class Rows:
 
     def counted(self, supervised: np.ndarray) -> "Rows":
         """The same rows with the supervised tokens of each segment, (S,)."""
-        return replace(self, supervised=_sums(supervised, self.offsets), learned=supervised)
+        return replace(self, supervised=_sums(supervised, self.offsets), segment_supervised=supervised)
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,22 +122,22 @@ def split(lengths: np.ndarray, is_document: np.ndarray, *, seq_len: int, overlon
     Args:
         lengths: (N,) tokens of each sequence.
         is_document: (N,) bool; the others are conversations.
-        seq_len: Tokens of a row, at least 2.
+        seq_len: Tokens per packed sequence, at least 2.
         overlong: `error` raises for the first conversation that is too long; the index is in `where`.
     """
     long = lengths > seq_len
-    talk = np.flatnonzero(long & ~is_document)
-    if overlong == "error" and len(talk):
-        raise InputError(f"it has {lengths[talk[0]]} tokens, but data.seq_len is {seq_len}", where=str(talk[0]),
+    too_long = np.flatnonzero(long & ~is_document)
+    if overlong == "error" and len(too_long):
+        raise InputError(f"it has {lengths[too_long[0]]} tokens, but data.seq_len is {seq_len}", where=str(too_long[0]),
                          fix="Raise data.seq_len, or set data.overlong to cut or drop.")
-    kept = np.arange(len(lengths))[~(long & ~is_document) if overlong == "drop" else slice(None)]
-    count = np.where(long & is_document, -((1 - lengths) // (seq_len - 1)), 1)[kept]        # ceil((n - 1) / (L - 1))
-    sequence = np.repeat(kept, count)
+    indices = np.arange(len(lengths))[~(long & ~is_document) if overlong == "drop" else slice(None)]
+    count = np.where(long & is_document, -((1 - lengths) // (seq_len - 1)), 1)[indices]        # ceil((n - 1) / (L - 1))
+    sequence = np.repeat(indices, count)
     within = np.arange(len(sequence)) - np.repeat(np.cumsum(count) - count, count)
     start = within * (seq_len - 1)
     segments = Segments(sequence, start, np.minimum(start + seq_len, lengths[sequence]))
-    nothing = talk[:0]
-    return Split(segments, *((nothing, talk) if overlong == "drop" else (talk, nothing)))
+    nothing = too_long[:0]
+    return Split(segments, *((nothing, too_long) if overlong == "drop" else (too_long, nothing)))
 
 
 def pack(segments: Segments, *, seq_len: int, packing: Packing) -> Rows:
@@ -169,12 +169,13 @@ def whole(lengths: np.ndarray) -> Segments:
 def best_fit(lengths: np.ndarray, capacity: int) -> np.ndarray:
     """Best-fit decreasing: put each length, longest first, into the row with the least remaining space.
 
-    Equal lengths are placed together and rows with equal space are one pile, so the cost is a sort and a few piles per
-    distinct length: 10 million lengths take seconds. At most about 11/9 of the optimal number of rows (Johnson 1974).
+    Equal lengths are placed together, and rows with equal remaining space are grouped, so the cost is a sort and a few
+    operations per distinct length: 10 million lengths take seconds. The number of rows is at most about 11/9 of the
+    optimum (Johnson 1974).
 
     Args:
         lengths: (N,) tokens, each at most `capacity`.
-        capacity: Tokens of a row.
+        capacity: Tokens per row.
 
     Returns:
         (N,) int64, the row of each item.
@@ -198,12 +199,12 @@ def best_fit(lengths: np.ndarray, capacity: int) -> np.ndarray:
                 room = capacity
                 open_rows = np.arange(rows, rows + -(-len(items) // (capacity // length)))
                 rows += len(open_rows)
-            each = room // length
-            taken = min(len(items), len(open_rows) * each)
-            full, rest = divmod(taken, each)
-            row_of[items[:taken]] = np.repeat(open_rows[:full + 1], each)[:taken]
+            per_row = room // length
+            taken = min(len(items), len(open_rows) * per_row)
+            full, rest = divmod(taken, per_row)
+            row_of[items[:taken]] = np.repeat(open_rows[:full + 1], per_row)[:taken]
             items = items[taken:]
-            for left, piled in ((room - each * length, open_rows[:full]),
+            for left, piled in ((room - per_row * length, open_rows[:full]),
                                 (room - rest * length, open_rows[full:full + 1]),
                                 (room, open_rows[full + 1:])):
                 if left and len(piled):
@@ -214,7 +215,7 @@ def best_fit(lengths: np.ndarray, capacity: int) -> np.ndarray:
 
 
 def one_each(lengths: np.ndarray, capacity: int) -> np.ndarray:
-    """Each item in a row of its own."""
+    """Put each item into its own row."""
     return np.arange(len(lengths))
 
 
@@ -226,23 +227,23 @@ def check(packing: str) -> None:
     """Refuse a policy that does not exist.
 
     Raises:
-        InputError: It names those that do.
+        InputError: The error lists the existing ones.
     """
-    if packing not in (known := ["concat", *POLICIES]):
-        raise InputError(f"'{packing}' is not one of {', '.join(known)}.{did_you_mean(packing, known)}",
+    if packing not in (policies := ["concat", *POLICIES]):
+        raise InputError(f"'{packing}' is not one of {', '.join(policies)}.{did_you_mean(packing, policies)}",
                          where="data.packing")
 
 
 def _check_rows(packing: str, row_of: np.ndarray, lengths: np.ndarray, seq_len: int) -> None:
-    """Refuse what a policy from outside may have done wrong: tokens would be lost, or batches would not fit."""
+    """Refuse a wrong result of a user's policy, which would lose tokens or make batches that are too large."""
     if packing in ("best_fit", "none"):
         return
     if len(row_of) != len(lengths) or not np.array_equal(np.unique(row_of), np.arange(row_of.max(initial=-1) + 1)):
-        raise InputError(f"the packing policy '{packing}' must give each of {len(lengths):,} segments a row, and "
-                         "number the rows from 0 without a gap", where="data.packing")
+        raise InputError(f"the packing policy '{packing}' must return the index of a packed sequence for each of "
+                         f"{len(lengths):,} segments, counted from 0 without gaps", where="data.packing")
     if len(lengths) and (longest := int(np.bincount(row_of, weights=lengths).max())) > seq_len:
-        raise InputError(f"the packing policy '{packing}' made a row of {longest:,} tokens, and data.seq_len is "
-                         f"{seq_len:,}", where="data.packing")
+        raise InputError(f"the packing policy '{packing}' made a packed sequence of {longest:,} tokens, but "
+                         f"data.seq_len is {seq_len:,}", where="data.packing")
 
 
 def _concat(segments: Segments, seq_len: int) -> tuple[Segments, np.ndarray]:

@@ -17,9 +17,9 @@ class Plan:
         corpus: All sequences.
         rows: Packed sequences of the first epoch.
         notes: Numbers of cut, dropped and duplicate sequences.
-        fingerprint: Identity of the rows by named parts (`identity.py`).
+        fingerprint: Identity of the packed sequences by named parts (`identity.py`).
         stores: Token store and report of each source.
-        draw: Function epoch -> rows if epochs differ.
+        draw: Function epoch -> packed sequences if epochs differ.
     """
 
     corpus: Corpus

@@ -52,16 +52,16 @@ class Position:
     Args:
         number: Number of chunks before it.
         cursors: The next record of each source.
-        kept: Records of each source that became tokens.
+        accepted: Records of each source that became tokens.
         bad: Records of each source that were set aside.
-        held: Remainder of the previous chunk: less than a packed sequence.
+        remainder: Remainder of the previous chunk: less than a packed sequence.
     """
 
     number: int
     cursors: tuple[Cursor, ...]
-    kept: tuple[int, ...]
+    accepted: tuple[int, ...]
     bad: tuple[int, ...]
-    held: Memory
+    remainder: Memory
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,9 +72,9 @@ class Chunk:
         begin: Its start.
         memory: Its sequences.
         corpus: The sequences as a corpus for the loader.
-        rows: The packed rows, with their supervised tokens counted.
-        order: The rows' numbers, shuffled.
-        counts: (S, 4): of each segment its source, whether a sequence begins with it, tokens, supervised tokens.
+        rows: The packed sequences, with their supervised tokens counted.
+        order: Their numbers, shuffled.
+        counts: (S, 4): for each segment its source, whether a sequence begins with it, tokens, supervised tokens.
     """
 
     begin: Position
@@ -96,13 +96,13 @@ class _Read:
 
 
 class Stream:
-    """Chunks of packed rows of several sources, a function of the arguments up to `bad_record_limit`.
+    """Chunks of packed sequences from several sources, a function of the arguments up to `bad_record_limit`.
 
     Args:
         encoders: Encoders of the sources, with the same tokenizer and `train_on`.
-        seq_len: Tokens of a row.
+        seq_len: Tokens per packed sequence.
         packing: Packing policy within a chunk.
-        overlong: What to do with conversations longer than a row.
+        overlong: What to do with conversations longer than `seq_len`.
         seed: Seed of the order.
         buffer: Characters per chunk.
         on_bad_record: Whether to stop or to set records aside.
@@ -156,8 +156,8 @@ class Stream:
                 read = ahead.popleft()
                 blocks = self._exchanged(read)
                 after = self._judged(read, blocks, position, write=position.number > written or not position.number)
-                chunk, held = self._packed(position, joined(position.held, read.blocks, blocks))
-                position = Position(position.number + 1, read.cursors, *after, held)
+                chunk, remainder = self._packed(position, joined(position.remainder, read.blocks, blocks))
+                position = Position(position.number + 1, read.cursors, *after, remainder)
                 if len(chunk.rows):
                     begin = position
                     yield chunk
@@ -199,29 +199,29 @@ class Stream:
             if self.share:                              # the others must not wait for this process
                 self.share((self.fingerprint, mine, InputError(f"process {self.rank} failed: {reason!r}")))
             raise
-        said = (self.fingerprint, mine, failed)
-        every = self.share(said) if self.share else [said]
-        for rank, (fingerprint, _, error) in enumerate(every):
+        message = (self.fingerprint, mine, failed)
+        messages = self.share(message) if self.share else [message]
+        for rank, (fingerprint, _, error) in enumerate(messages):
             if error:
                 raise error
             if fingerprint != self.fingerprint:
                 raise InputError(f"process {rank} has other data than process {self.rank}", where="data.sources",
                                  fix="Use the same files and settings on all machines.")
-        return [every[number % self.world][1][number // self.world] for number in range(len(read.blocks))]
+        return [messages[number % self.world][1][number // self.world] for number in range(len(read.blocks))]
 
     # ---- reports -----------------------------------------------------------------------------------------------------
 
     def _judged(self, read: _Read, blocks: Sequence[Block], position: Position,
                 *, write: bool) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Records of each source kept and set aside so far."""
-        kept, bad = list(position.kept), list(position.bad)
+        accepted, bad = list(position.accepted), list(position.bad)
         reasons: dict[int, str] = {}
         for batch, done in zip(read.blocks, blocks, strict=True):
             for number, (record, _) in batch:
-                kept[number] += begins_record(record)
+                accepted[number] += begins_record(record)
             for at, reason in done.faults:
                 number, (record, place) = batch[at]
-                kept[number] -= begins_record(record)
+                accepted[number] -= begins_record(record)
                 reasons[number] = reason.what if isinstance(reason, InputError) else reason
                 if isinstance(reason, InputError):
                     bad[number] += 1
@@ -230,7 +230,7 @@ class Stream:
                     if write and not position.cursors[number].turn:
                         self._set_aside(reason.at(str(place)), record, place)
         for number, cursor in enumerate(read.cursors):
-            if not kept[number] and cursor.turn:
+            if not accepted[number] and cursor.turn:
                 raise InputError(f"no record of {cursor.drawn:,} could be kept: {reasons.get(number, 'see above')}",
                                  where=self.paths[number])
             if bad[number] > self.bad_record_limit * cursor.drawn and (cursor.turn or cursor.drawn >= JUDGED):
@@ -238,7 +238,7 @@ class Stream:
                                  "data.bad_record_limit allows", where=self.paths[number],
                                  fix=f"They are in {self.quarantine}, each with its reason; fix them, or raise the "
                                  "limit.")
-        return tuple(kept), tuple(bad)
+        return tuple(accepted), tuple(bad)
 
     def _set_aside(self, error: InputError, record: Any, place: Place) -> None:
         file = self.quarantine
@@ -255,36 +255,36 @@ class Stream:
     # ---- packing -----------------------------------------------------------------------------------------------------
 
     def _packed(self, begin: Position, memory: Memory) -> tuple[Chunk, Memory]:
-        """Pack the rows of a chunk; returns also the remainder for the next one."""
+        """Pack the sequences of a chunk; also returns the remainder for the next one."""
         lengths, is_document = memory.sequences["length"].astype(np.int64), memory.sequences["kind"] != CONVERSATION
         if self.packing == "concat":
             if self.encoders[0].train_on != "all" and not is_document.all():
                 raise pack.CONCAT.error(where=memory.place(int(np.flatnonzero(~is_document)[0])))
             segments = pack.whole(lengths)
         else:
-            segments, held = self._split(memory, lengths, is_document)
+            segments, remainder = self._split(memory, lengths, is_document)
         corpus = Corpus([(memory, np.arange(len(lengths)))])
         if self.packing != "concat":
-            learned = corpus.count(segments) > 0
-            self._note("dropped_nothing_left", int((~learned).sum()))
-            segments = segments[learned]
+            is_supervised = corpus.count(segments) > 0
+            self._note("dropped_nothing_left", int((~is_supervised).sum()))
+            segments = segments[is_supervised]
         rows = pack.pack(segments, seq_len=self.seq_len, packing=self.packing)
         if self.packing == "concat":
-            rows, held = _whole_rows(rows, memory, self.seq_len)
+            rows, remainder = _whole_rows(rows, memory, self.seq_len)
         of = rows.segments
         counts = np.stack([memory.source[of.sequence], memory.begins[of.sequence] & (of.start == 0), of.lengths,
                            corpus.count(of)], axis=1).astype(np.int64)
         order = np.random.default_rng([self.seed, begin.number]).permutation(len(rows))
-        return Chunk(begin, memory, corpus, rows.counted(counts[:, 3]), order, counts), held
+        return Chunk(begin, memory, corpus, rows.counted(counts[:, 3]), order, counts), remainder
 
     def _split(self, memory: Memory, lengths: np.ndarray, is_document: np.ndarray) -> tuple[pack.Segments, Memory]:
-        """Segments of at most a row; of an unfinished document only full windows."""
+        """Segments of at most `seq_len` tokens; of an unfinished document only full windows."""
         last, stride = len(lengths) - 1, self.seq_len - 1
-        held = Memory.empty(self._dtype)
+        remainder = Memory.empty(self._dtype)
         if memory.open:
             full = (int(lengths[last]) - 1) // stride
             rest = pack.Segments(*(np.array([value]) for value in (last, full * stride, lengths[last])))
-            held = memory.taken(rest, open=True)
+            remainder = memory.taken(rest, open=True)
             lengths = np.append(lengths[:last], full * stride + 1)
         try:
             split = pack.split(lengths, is_document, seq_len=self.seq_len, overlong=self.overlong)
@@ -293,7 +293,7 @@ class Stream:
         self._note("cut", len(split.cut))
         self._note("dropped_overlong", len(split.dropped))
         segments = split.segments
-        return segments[(segments.sequence != last) | (segments.lengths > 1)] if memory.open else segments, held
+        return segments[(segments.sequence != last) | (segments.lengths > 1)] if memory.open else segments, remainder
 
     def _note(self, what: str, count: int) -> None:
         self.notes[what] = self.notes.get(what, 0) + count
@@ -311,10 +311,11 @@ def _to_block(batch: list[tuple[int, Item]], *, encoders: Sequence[SourceEncoder
 
 
 def _whole_rows(rows: Rows, memory: Memory, seq_len: int) -> tuple[Rows, Memory]:
-    """The full rows of `concat`, and the segments of an incomplete last row."""
+    """The full packed sequences of `concat`, and the segments of an incomplete last one."""
     lengths = rows.lengths
     full = len(rows) - int(len(rows) > 0 and lengths[-1] < seq_len)
     first = int(rows.offsets[full])
     rest = rows.segments[np.arange(first, len(rows.segments))]
-    kept = Rows(rows.segments[np.arange(first)], rows.offsets[:full + 1], rows.supervised[:full], rows.learned[:first])
-    return kept, memory.taken(rest, open=memory.open and len(rest) > 0)
+    whole_rows = Rows(rows.segments[np.arange(first)], rows.offsets[:full + 1], rows.supervised[:full],
+                      rows.segment_supervised[:first])
+    return whole_rows, memory.taken(rest, open=memory.open and len(rest) > 0)

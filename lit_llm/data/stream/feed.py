@@ -68,7 +68,7 @@ class Feed:
         for number, cursor in enumerate(self.cursors):
             if cursor.piece:
                 return number
-        drawn, weights = [cursor.drawn for cursor in self.cursors], [each.source.weight for each in self.encoders]
+        drawn, weights = [cursor.drawn for cursor in self.cursors], [encoder.source.weight for encoder in self.encoders]
         behind = [number for number, count in enumerate(drawn)          # Balinski and Young's quota method
                   if count * sum(weights) < weights[number] * (sum(drawn) + 1)]
         return min(behind, key=lambda number: (drawn[number] + 1) / weights[number])
@@ -86,12 +86,12 @@ class Feed:
                 raise InputError("the source has no record", where=self.encoders[number].source.path)
             self.cursors[number] = Cursor(drawn, begun.turn + 1)
 
-    def _part(self, number: int, found: Iterator[Found]) -> Iterator[Item]:
+    def _part(self, number: int, records: Iterator[Found]) -> Iterator[Item]:
         """The remaining records of a file; those already drawn are skipped without tokenizing."""
-        for record, _ in islice(found, self.cursors[number].record):
+        for record, _ in islice(records, self.cursors[number].record):
             if isinstance(record, LongText):
                 deque(record.blocks, maxlen=0)
-        for record, place in found:
+        for record, place in records:
             here = self.cursors[number]
             behind = replace(here, drawn=here.drawn + 1, record=here.record + 1, piece=0)
             if not isinstance(record, LongText):

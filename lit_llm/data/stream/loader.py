@@ -22,7 +22,7 @@ COUNTED = ("sequences", "tokens", "supervised")
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One packed row of a chunk.
+    """One packed sequence of a chunk.
 
     Args:
         segments: Tokens of each segment, and whether each is supervised.
@@ -38,20 +38,20 @@ class Row:
 class StreamLoader:
     """Batches of one rank, in `steps` complete accumulation windows per epoch.
 
-    The order of rows is a function of the stream, and a step takes the next `G = world * accumulate * batch_size` of
-    them, distributed as in `RowLoader`. Each rank reads all rows, so the supervised tokens of a step are known without
-    communication.
+    The order of packed sequences (rows) is a function of the stream, and a step takes the next
+    `G = world * accumulate * batch_size` of them, distributed as in `RowLoader`. Each rank reads all of them, so the
+    supervised tokens of a step are known without communication.
 
     Args:
-        stream: The stream of rows.
+        stream: The stream of packed sequences.
         steps: Optimizer steps per epoch, because Lightning needs a length.
-        batch_size: Rows per micro-batch and rank.
+        batch_size: Packed sequences per micro-batch and rank.
         pad_id: Padding token; never supervised.
         token_bytes: (2, V) bytes of each token, and of a text's first one.
         rank: This process, of `world`.
         world: Number of processes.
         accumulate: Micro-batches per step.
-        trim: Pad to the longest row of the batch, not to the row's full length.
+        trim: Pad to the longest packed sequence of the batch, not to the full length.
         identity: Identity of data and settings by named parts; a checkpoint of other data is refused.
     """
 
@@ -72,37 +72,37 @@ class StreamLoader:
         begin, first, done = self._at
         rows = self._rows(begin, first)
         for _ in range(self.steps + bool(done)):
-            window, behind = [], (begin, first)
+            window, next_position = [], (begin, first)
             for _ in range(self.world * self.accumulate * self.batch_size):
-                row, behind = next(rows)
+                row, next_position = next(rows)
                 window.append(row)
             for micro in range(done, self.accumulate):
                 batch = self._batch(window, micro)
                 if batch["last_in_step"]:               # before the yield: Lightning saves while it processes this
-                    self._at = (*behind, 0)             # batch, and does not return here after the last one
+                    self._at = (*next_position, 0)             # batch, and does not return here after the last one
                     self._drawn = self._drawn + self._counted(window)
                 else:
                     self._at = (begin, first, micro + 1)
                 yield batch
-            (begin, first), done = behind, 0
+            (begin, first), done = next_position, 0
 
     def _rows(self, begin: Position, first: int) -> Iterator[tuple[Row, tuple[Position, int]]]:
-        """Yield each row with the position of the next one."""
+        """Yield each packed sequence with the position of the next one."""
         for chunk in self.stream.chunks(begin):
             skip = first if chunk.begin.number == begin.number else 0
             for at, number in enumerate(chunk.order.tolist()[skip:], skip + 1):
                 yield _row(chunk, number), (chunk.begin, at)
 
     def _batch(self, window: list[Row], micro: int) -> Batch:
-        learned = [row for row in window if row.counts[:, 3].any()]
-        share = deal(len(learned), micro, rank=self.rank, world=self.world, accumulate=self.accumulate,
+        supervised = [row for row in window if row.counts[:, 3].any()]
+        share = deal(len(supervised), micro, rank=self.rank, world=self.world, accumulate=self.accumulate,
                      batch_size=self.batch_size)
-        mine = learned[share.start:share.stop]
+        mine = supervised[share.start:share.stop]
         width = max(2, *(row.length for row in mine)) if self.trim and mine else self.stream.seq_len
         batch = lay([row.segments for row in mine], seq_len=width, pad_id=self.pad_id, token_bytes=self.token_bytes)
         assert batch["num_supervised"] == sum(int(row.counts[:, 3].sum()) for row in mine)
-        batch["num_supervised_in_step"] = sum(int(row.counts[:, 3].sum()) for row in learned)
-        batch["num_tokens_in_step"] = sum(row.length for row in learned)
+        batch["num_supervised_in_step"] = sum(int(row.counts[:, 3].sum()) for row in supervised)
+        batch["num_tokens_in_step"] = sum(row.length for row in supervised)
         batch["last_in_step"] = micro == self.accumulate - 1
         batch["idle"] = share.idle
         return batch
@@ -126,26 +126,26 @@ class StreamLoader:
         """Number of complete passes over each source."""
         return [cursor.turn for cursor in self._at[0].cursors]
 
-    def told(self) -> list[str]:
+    def summary_lines(self) -> list[str]:
         """Summary lines: passes over the sources, and what this process cut, dropped or set aside."""
         lines = [f"train: {path} was read completely {turns:,} times" for path, turns in
                  zip(self.stream.paths, self.passes, strict=True) if turns]
         notes = self.stream.notes | {"bad_records_set_aside": sum(self._at[0].bad)}
-        if found := [f"{count:,} {name.replace('_', ' ')}" for name, count in notes.items() if count]:
-            lines.append(f"train: {', '.join(found)}")
+        if reasons := [f"{count:,} {name.replace('_', ' ')}" for name, count in notes.items() if count]:
+            lines.append(f"train: {', '.join(reasons)}")
         return lines
 
     # ---- resuming ----------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """The position of the run: equal on all ranks, plain numbers and text, less than a row of tokens."""
+        """The position of the run: equal on all ranks, plain numbers and text, fewer tokens than `seq_len`."""
         begin, first, done = self._at
         return {"chunk": begin.number, "row": first, "micro": done, "drawn": self._drawn.tolist(),
-                "cursors": [asdict(cursor) for cursor in begin.cursors], "kept": list(begin.kept),
-                "bad": list(begin.bad), "held": _as_lists(begin.held), **self._settings()}
+                "cursors": [asdict(cursor) for cursor in begin.cursors], "kept": list(begin.accepted),
+                "bad": list(begin.bad), "held": _as_lists(begin.remainder), **self._settings()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue with the next row; only its chunk is rebuilt.
+        """Continue with the next packed sequence; only its chunk is rebuilt.
 
         Raises:
             InputError: The state belongs to other data or settings; the error names the differences.
@@ -160,7 +160,7 @@ class StreamLoader:
                              fix="Use the same data and settings, or start a new run from its weights.")
         cursors = tuple(Cursor(**cursor) for cursor in state["cursors"])
         begin = Position(int(state["chunk"]), cursors, tuple(state["kept"]), tuple(state["bad"]),
-                         _from_lists(state["held"], self.stream.beginning.held))
+                         _from_lists(state["held"], self.stream.beginning.remainder))
         self._at = (begin, int(state["row"]), int(state["micro"]))
         self._drawn = np.array(state["drawn"], dtype=np.int64).reshape(self._drawn.shape)
 
@@ -175,10 +175,10 @@ def _row(chunk: Chunk, number: int) -> Row:
                int(chunk.rows.lengths[number]))
 
 
-def _as_lists(held: Memory) -> dict[str, Any]:
-    return {"tokens": held.tokens.tolist(), "marks": held.marks.tolist(), "open": held.open,
-            "source": held.source.tolist(), "begins": held.begins.tolist(),
-            "sequences": [[int(value) for value in row] for row in held.sequences.tolist()]}
+def _as_lists(remainder: Memory) -> dict[str, Any]:
+    return {"tokens": remainder.tokens.tolist(), "marks": remainder.marks.tolist(), "open": remainder.open,
+            "source": remainder.source.tolist(), "begins": remainder.begins.tolist(),
+            "sequences": [[int(value) for value in row] for row in remainder.sequences.tolist()]}
 
 
 def _from_lists(state: dict[str, Any], like: Memory) -> Memory:

@@ -58,17 +58,17 @@ class Memory:
                       self.source[segments.sequence], self.begins[segments.sequence] & (segments.start == 0), open)
 
 
-def joined(held: Memory, batches: Sequence[Sequence[tuple[int, Item]]], blocks: Sequence[Block]) -> Memory:
+def joined(remainder: Memory, batches: Sequence[Sequence[tuple[int, Item]]], blocks: Sequence[Block]) -> Memory:
     """All sequences of a chunk after the remainder; consecutive pieces of one document become one sequence.
 
     Args:
-        held: Remainder of the previous chunk.
+        remainder: Remainder of the previous chunk.
         batches: Records, each with the index of its source.
         blocks: Their tokens.
     """
-    tables, flags = [held.sequences], [np.ones((len(held.sequences), 2), dtype=bool)]
-    sources, tokens, records = [held.source], len(held.tokens), 0
-    if held.open:
+    tables, flags = [remainder.sequences], [np.ones((len(remainder.sequences), 2), dtype=bool)]
+    sources, tokens, records = [remainder.source], len(remainder.tokens), 0
+    if remainder.open:
         flags[0][-1, 1] = False
     for batch, done in zip(batches, blocks, strict=True):
         table = done.rows.copy()
@@ -80,13 +80,13 @@ def joined(held: Memory, batches: Sequence[Sequence[tuple[int, Item]]], blocks: 
         tokens, records = tokens + len(done.tokens), records + len(batch)
     table, unbroken = np.concatenate(tables), np.concatenate(flags)
     begins = unbroken[:, 0].copy()
-    begins[:len(held.sequences)] = held.begins
+    begins[:len(remainder.sequences)] = remainder.begins
     starts = np.flatnonzero(unbroken[:, 0] | np.concatenate([[True], unbroken[:-1, 1]])[:len(table)])
     whole = table[starts]
     if len(starts):
         whole["length"] = np.add.reduceat(table["length"], starts, dtype=np.int64)
         whole["ended"] = table["ended"][np.append(starts[1:], len(table)) - 1]
     places = [str(place) for _, (_, place) in chain.from_iterable(batches)]
-    return Memory(np.concatenate([held.tokens, *(done.tokens for done in blocks)]),
-                  np.concatenate([held.marks, *(done.marks for done in blocks)]), whole,
+    return Memory(np.concatenate([remainder.tokens, *(done.tokens for done in blocks)]),
+                  np.concatenate([remainder.marks, *(done.marks for done in blocks)]), whole,
                   np.concatenate(sources)[starts], begins[starts], bool(len(table)) and not unbroken[-1, 1], places)

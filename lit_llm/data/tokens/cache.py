@@ -60,8 +60,8 @@ def _digest(path: Path, memory: Path) -> str:
             name = str(path.absolute())
             identity = [name, seen.st_size, seen.st_mtime_ns, seen.st_ctime_ns, seen.st_ino]
             note = memory / hashlib.sha256(os.fsencode(name)).hexdigest()[:32]
-            if seen.st_size >= LARGE and (known := _remembered(note, identity)):
-                return known
+            if seen.st_size >= LARGE and (cached_digest := _remembered(note, identity)):
+                return cached_digest
             digest = hashlib.file_digest(stream, "sha256").hexdigest()
     except OSError as error:
         raise InputError(f"cannot be read: {error.strerror}", where=str(path)) from None
@@ -73,8 +73,8 @@ def _digest(path: Path, memory: Path) -> str:
 
 def _remembered(note: Path, identity: list[Any]) -> str | None:
     try:
-        known, digest = json.loads(note.read_text(encoding="utf-8"))
-        return str(digest) if known == identity else None
+        cached_identity, digest = json.loads(note.read_text(encoding="utf-8"))
+        return str(digest) if cached_identity == identity else None
     except (OSError, ValueError, TypeError):
         return None
 
@@ -146,10 +146,10 @@ def sole_writer(folder: Path) -> Iterator[None]:
             try:
                 yield
             except (InputError, OSError) as error:
-                said = error if isinstance(error, InputError) else _unwritable(error, folder.parent)
+                refusal = error if isinstance(error, InputError) else _unwritable(error, folder.parent)
                 with contextlib.suppress(OSError), lock.open("r+", encoding="utf-8") as note:
-                    note.write(json.dumps([said.what, said.where, said.fix]))
-                raise said from None
+                    note.write(json.dumps([refusal.what, refusal.where, refusal.fix]))
+                raise refusal from None
     except OSError as error:
         raise _unwritable(error, folder.parent) from None
 
@@ -160,7 +160,7 @@ def _unwritable(error: OSError, root: Path) -> InputError:
 
 
 def _locked(path: Path, *, wait: bool = True) -> AbstractContextManager[object]:
-    """Held by one process; the system frees it when that process dies, however it dies.
+    """A lock of one process, which the system releases when that process ends in any way.
 
     Raises:
         OSError: The file cannot be locked; without `wait`, another process holds the lock.

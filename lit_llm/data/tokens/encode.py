@@ -49,7 +49,7 @@ class Part:
 
 
 Item = tuple[Record | Part | InputError, Place]
-LEFT = 1 << 30                                          # characters of a document that may be skipped
+MOST_SKIPPED = 1 << 30                                  # characters of a document that may be skipped
 
 
 def size_of(record: Any) -> int:
@@ -170,7 +170,7 @@ class SourceEncoder:
         self._format = formats.FORMATS.get(source.format)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """In a spawned process a format from outside is not registered yet; its function came along."""
+        """Register a user's format in a spawned process, where it is not registered yet."""
         vars(self).update(state)
         if self._format is not None:
             formats.FORMATS.setdefault(self.source.format, self._format)
@@ -201,12 +201,12 @@ class SourceEncoder:
                 first = False
         except UncutError as error:
             yield Part(error, first, True)
-            left = LEFT                                 # skip the rest of the document to reach the next record
+            left = MOST_SKIPPED                         # skip the rest of the document to reach the next record
             for block in record.blocks:
                 left -= len(block)
                 if left < 0:
-                    raise InputError(f"{error.what}; the {LEFT:,} characters after it belong to the same document",
-                                     fix=error.fix) from None
+                    raise InputError(f"{error.what}; the {MOST_SKIPPED:,} characters after it belong to the same "
+                                     "document", fix=error.fix) from None
 
     # ---- encoding ----------------------------------------------------------------------------------------------------
 
@@ -274,15 +274,16 @@ class SourceEncoder:
         array = self.tokenizer.framed(ids, first=first, last=last)
         return Encoded(DOCUMENT, content, (TokenSequence(array, array),), first=first, last=last)
 
-    def _conversation(self, talk: Conversation, notes: set[str]) -> Encoded:
+    def _conversation(self, conversation: Conversation, notes: set[str]) -> Encoded:
         try:
-            whole = [talk.to_openai(), list(talk.tools), *([talk.template_args] if talk.template_args else [])]
+            args = conversation.template_args
+            whole = [conversation.to_openai(), list(conversation.tools), *([args] if args else [])]
             text = json.dumps(whole, sort_keys=True, ensure_ascii=False)
         except (TypeError, ValueError, RecursionError) as error:  # from tables, whose values may be dates or bytes
             raise InputError(f"tools or tool calls contain a value that JSON cannot represent: {error}") from None
-        encoded = self.tokenizer.encode_conversation(talk, train_on=self.train_on, notes=notes)
+        encoded = self.tokenizer.encode_conversation(conversation, train_on=self.train_on, notes=notes)
         if not all((sequence.labels[1:] != IGNORE_INDEX).any() for sequence in encoded):
-            raise InputError("nothing to learn from: no token of this conversation is supervised")
+            raise InputError("no token of this conversation is supervised, so there is nothing to train on")
         return Encoded(CONVERSATION, _hash(text), tuple(encoded))
 
 

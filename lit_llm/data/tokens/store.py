@@ -91,7 +91,7 @@ class Report:
     def speakers(self) -> dict[str, tuple[int, int]]:
         """Speaker -> (tokens, supervised tokens)."""
         pairs = zip(SPEAKERS, self.marks[::2], self.marks[1::2], strict=True)
-        return {name: (silent + learned, learned) for name, silent, learned in pairs if silent + learned}
+        return {name: (others + supervised, supervised) for name, others, supervised in pairs if others + supervised}
 
 
 class TokenStore:

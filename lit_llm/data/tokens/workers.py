@@ -93,15 +93,15 @@ _work: Any = None                                       # the function, in a pro
 
 
 def _begin(work: Any, parent: int) -> None:
-    """In a worker: store the function, end with the parent, and leave Ctrl-C to the parent."""
+    """Initialise a worker: store the function, end when the parent ends, and ignore Ctrl-C."""
     global _work
     _work = work
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    threading.Thread(target=_outlive_nobody, args=(parent,), daemon=True).start()
+    threading.Thread(target=_end_with_parent, args=(parent,), daemon=True).start()
 
 
-def _outlive_nobody(parent: int) -> None:
+def _end_with_parent(parent: int) -> None:
     while os.getppid() == parent:
         time.sleep(0.5)
     os._exit(1)

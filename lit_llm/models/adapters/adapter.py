@@ -218,7 +218,7 @@ def _under_all_names(model: Any, state: dict[str, Tensor]) -> dict[str, Tensor]:
     gather different weights in the next step.
     """
     named = list(model.named_parameters(remove_duplicate=False))
-    known = {id(weight): state[name] for name, weight in named if name in state}
+    state_by_id = {id(weight): state[name] for name, weight in named if name in state}
     prefix = getattr(model.base_model, "prefix", None)
     frozen = {name: weight.detach().cpu() for name, weight in named
               if prefix and prefix in name and not weight.requires_grad}
@@ -228,4 +228,4 @@ def _under_all_names(model: Any, state: dict[str, Tensor]) -> dict[str, Tensor]:
     for name, matrix in tying.matrices(model):
         owner = next(key for key, weight in named if weight is matrix.source[0][matrix.source[1]])
         frozen[f"{name}.weight"] = state[owner].t()
-    return frozen | state | {name: known[id(weight)] for name, weight in named if id(weight) in known}
+    return frozen | state | {name: state_by_id[id(weight)] for name, weight in named if id(weight) in state_by_id}

@@ -46,9 +46,9 @@ def check(keys: dict[str, Any], names: Sequence[str], where: str) -> None:
     hard = [(key, pattern) for key, pattern in patterns if re.search(r"[*+{]", pattern)]
     if not hard:
         return
-    given = json.dumps([[pattern for _, pattern in hard], list(names)])
+    request = json.dumps([[pattern for _, pattern in hard], list(names)])
     try:
-        subprocess.run([sys.executable, "-I", "-S", "-c", TRY], input=given, text=True, timeout=PATIENCE, check=False,
+        subprocess.run([sys.executable, "-I", "-S", "-c", TRY], input=request, text=True, timeout=PATIENCE, check=False,
                        capture_output=True)
     except subprocess.TimeoutExpired:
         key, pattern = max(hard, key=lambda pair: len(pair[1]))
@@ -58,4 +58,4 @@ def check(keys: dict[str, Any], names: Sequence[str], where: str) -> None:
 
 def _texts(value: Any) -> list[str]:
     values = value if isinstance(value, dict | list | tuple | set) else [value]
-    return [each for each in values if isinstance(each, str)]
+    return [text for text in values if isinstance(text, str)]

@@ -159,11 +159,11 @@ def peft_config(spec: dict[str, Any]) -> Any:
 
     unknown = sorted(set(spec) - {"class_path", "init_args"})
     name = str(spec.get("class_path", "")).removeprefix("peft.")
-    known = [key for key, kind in vars(peft).items()
-             if isinstance(kind, type) and issubclass(kind, peft.PeftConfig) and key not in UNFIT]
-    if name not in known or unknown:
+    classes = [key for key, kind in vars(peft).items()
+               if isinstance(kind, type) and issubclass(kind, peft.PeftConfig) and key not in UNFIT]
+    if name not in classes or unknown:
         raise InputError(f"'{unknown[0] if unknown else name}' is unknown; give class_path (a config class of peft) "
-                         f"and init_args.{did_you_mean(name, known)}", where="model.peft")
+                         f"and init_args.{did_you_mean(name, classes)}", where="model.peft")
     kind = getattr(peft, name)
     keys = {field.name for field in fields(kind)}
     args = dict(spec.get("init_args") or {})

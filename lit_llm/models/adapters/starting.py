@@ -1,6 +1,6 @@
 """Start training from an adapter folder: continue the adapter, or merge it into the base first.
 
-An adapter that was trained on a base with a merged adapter carries the merged one in its subfolder `first`, so that
+An adapter that was trained on a base with a merged adapter contains the merged one in its subfolder `first`, so
 loading it always gives the model that was trained.
 """
 
@@ -28,10 +28,10 @@ def find(path: str) -> Path:
     Raises:
         InputError: There is none, its weights are not safetensors, or its files differ from the checkpoint's manifest.
     """
-    given = Path(path).expanduser()
-    pointers = [given / "checkpoints" / name for name in ("BEST", "LATEST")]
+    root = Path(path).expanduser()
+    pointers = [root / "checkpoints" / name for name in ("BEST", "LATEST")]
     runs = [file.parent / file.read_text(encoding="utf-8").strip() for file in pointers if file.is_file()]
-    for folder in (given, *(place / "adapter" for place in (given, *runs[:1]))):
+    for folder in (root, *(place / "adapter" for place in (root, *runs[:1]))):
         if (folder / CONFIG).is_file():
             if not (folder / WEIGHTS).is_file():
                 raise InputError(f"{folder} has no {WEIGHTS}; other weight formats are not loaded",
@@ -54,8 +54,8 @@ def check_base(folder: Path, base: str) -> None:
         before = json.loads(manifest.read_text(encoding="utf-8")).get("base_hash")
         now = origin.content_hash(base)
         fits = not before or not now or before == now
-    elif named and (theirs := origin.content_hash(named)) and (ours := origin.content_hash(base)):
-        fits = theirs == ours
+    elif named and (trained_hash := origin.content_hash(named)) and (base_hash := origin.content_hash(base)):
+        fits = trained_hash == base_hash
     elif named:
         fits = Path(named).name == Path(base).name
     if not fits:

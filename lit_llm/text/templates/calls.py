@@ -22,18 +22,18 @@ Messages = list[dict[str, Any]]
 
 def arguments_of(call: Mapping[str, Any]) -> dict[str, Any]:
     """A call's arguments as an object."""
-    given = call["function"]["arguments"]
-    parsed: dict[str, Any] = json.loads(given) if isinstance(given, str) else given
+    arguments = call["function"]["arguments"]
+    parsed: dict[str, Any] = json.loads(arguments) if isinstance(arguments, str) else arguments
     return parsed
 
 
 def spelled(messages: Messages, *, as_text: bool) -> Messages:
     """The same messages with every call's arguments as an object or as JSON text; existing text is unchanged."""
     def one(call: dict[str, Any]) -> dict[str, Any]:
-        given = call["function"]["arguments"]
-        if isinstance(given, str) == as_text:
+        arguments = call["function"]["arguments"]
+        if isinstance(arguments, str) == as_text:
             return call
-        own = json.dumps(given, ensure_ascii=False, default=str) if as_text else json.loads(given)
+        own = json.dumps(arguments, ensure_ascii=False, default=str) if as_text else json.loads(arguments)
         return call | {"function": call["function"] | {"arguments": own}}
 
     return [message | {"tool_calls": [one(call) for call in message["tool_calls"]]}
@@ -96,8 +96,8 @@ def shows_calls(text: str, calls: Sequence[Mapping[str, Any]], *sources: Any) ->
 def new_entities(text: str, *sources: Any) -> bool:
     """Whether a text contains an HTML entity that none of the JSON-like values contains."""
     entities = set(ENTITY.findall(text))
-    known = (ENTITY.findall(part) for source in sources for part in strings(source))
-    return bool(entities and entities.difference(*known))
+    entities_of_sources = (ENTITY.findall(part) for source in sources for part in strings(source))
+    return bool(entities and entities.difference(*entities_of_sources))
 
 
 def shows(text: str, content: str) -> bool:

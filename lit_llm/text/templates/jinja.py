@@ -45,17 +45,18 @@ def variables(source: str, special_tokens: Mapping[str, Any]) -> frozenset[str]:
     return frozenset(read - HANDED - environment.globals.keys() - special_tokens.keys())
 
 
-def check_args(template_args: Mapping[str, Any], known: frozenset[str], where: str) -> None:
+def check_args(template_args: Mapping[str, Any], names_of_variables: frozenset[str], where: str) -> None:
     """Refuse values for variables that a template does not use, because they would have no effect.
 
     Raises:
         InputError: Located at `where`; the error lists the variables of the template.
     """
     for name in map(str, template_args):            # keys of YAML may be numbers
-        if name not in known:
-            there = f"it reads {', '.join(sorted(known)[:20])}" if known else "it reads none that can be set"
-            raise InputError(f"the chat template has no variable '{name[:40]}'; {there}."
-                             f"{did_you_mean(name[:40], sorted(known))}", where=where)
+        if name not in names_of_variables:
+            names = ", ".join(sorted(names_of_variables)[:20])
+            existing = f"it reads {names}" if names else "it reads none that can be set"
+            raise InputError(f"the chat template has no variable '{name[:40]}'; {existing}."
+                             f"{did_you_mean(name[:40], sorted(names_of_variables))}", where=where)
 
 
 def with_defaults(source: str, template_args: TemplateArgs) -> str:

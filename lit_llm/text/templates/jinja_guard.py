@@ -214,23 +214,23 @@ def _filter(name: str, plain: Callable[..., Any]) -> Callable[..., Any]:
     return guarded
 
 
-def _cost(name: str, value: Any, given: list[Any]) -> int:
+def _cost(name: str, value: Any, arguments: list[Any]) -> int:
     """Cost of a filter with these arguments."""
-    more = sum(map(size_of, given))
+    more = sum(map(size_of, arguments))
     if name in SHORT:
         return 4 * _length(value) + more
     if name in LINEAR:
         size = size_of(value)
         if name == "int" and size > 1000:
             raise OutsideError
-        if name == "tojson" and any(size_of(one) > 8 or (isinstance(one, int) and one > 8) for one in given):
+        if name == "tojson" and any(size_of(one) > 8 or (isinstance(one, int) and one > 8) for one in arguments):
             raise OutsideError
         return size + more
-    if name == "replace" and len(given) >= 2 and isinstance(value, str):
-        return _replaced(value, *given[:2])
-    if name == "indent" and isinstance(value, str) and all(isinstance(one, int) and one <= 80 for one in given):
+    if name == "replace" and len(arguments) >= 2 and isinstance(value, str):
+        return _replaced(value, *arguments[:2])
+    if name == "indent" and isinstance(value, str) and all(isinstance(one, int) and one <= 80 for one in arguments):
         return len(value) + 80 * value.count("\n")
-    if name == "join" and all(isinstance(one, str) for one in given):
+    if name == "join" and all(isinstance(one, str) for one in arguments):
         return size_of(value) + _length(value) * more
     raise OutsideError
 
@@ -260,17 +260,17 @@ def _call(environment: Any) -> Callable[..., Any]:
             if keys and not keys.keys() <= INTERNAL:
                 raise OutsideError
             return function(*args)
-        work, given = context.parent[WORK], [*args, *(value for key, value in keys.items() if key not in INTERNAL)]
-        name, size = getattr(function, "__name__", ""), sum(map(_length, given))
+        work, arguments = context.parent[WORK], [*args, *(value for key, value in keys.items() if key not in INTERNAL)]
+        name, size = getattr(function, "__name__", ""), sum(map(_length, arguments))
         if isinstance(function, Macro) or name == "_generation_support":
             work.charge(size)
             text = plain(environment, context, function, *args, **keys)
             work.charge(len(text))
             return text
         if any(function is one for one in namespaces):
-            size = sum(map(size_of, given))
+            size = sum(map(size_of, arguments))
         elif name == "strftime_now":
-            if size > 100 or any(isinstance(one, str) and WIDTH.search(one) for one in given):
+            if size > 100 or any(isinstance(one, str) and WIDTH.search(one) for one in arguments):
                 raise OutsideError
         elif not ((isinstance(owner, dict) and name in ("items", "keys", "values", "get")) or name == "raise_exception"
                   or function is sequence or isinstance(function, _undefined())):
@@ -281,17 +281,17 @@ def _call(environment: Any) -> Callable[..., Any]:
     return call
 
 
-def _cost_of_method(name: str, owner: str, given: Sequence[Any]) -> int:
+def _cost_of_method(name: str, owner: str, arguments: Sequence[Any]) -> int:
     """Cost of a string method with these arguments."""
-    if name == "replace" and len(given) >= 2:
-        return _replaced(owner, *given[:2])
-    if name not in METHODS or (name.startswith("r") and _width(given) > 64):
+    if name == "replace" and len(arguments) >= 2:
+        return _replaced(owner, *arguments[:2])
+    if name not in METHODS or (name.startswith("r") and _width(arguments) > 64):
         raise OutsideError
-    return len(owner) * (4 if "split" in name else 1) + _width(given)
+    return len(owner) * (4 if "split" in name else 1) + _width(arguments)
 
 
-def _width(given: Iterable[Any]) -> int:
-    return sum(map(_length, given))
+def _width(values: Iterable[Any]) -> int:
+    return sum(map(_length, values))
 
 
 # ---- an environment and a tree with guards ---------------------------------------------------------------------------

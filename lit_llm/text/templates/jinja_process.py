@@ -47,14 +47,14 @@ class _Process:
     def render(self, source: str, special_tokens: Mapping[str, Any], context: dict[str, Any], seconds: float,
                most: int) -> tuple[bytes, str]:
         """Return the outcome, and the text or the reason."""
-        known = (source, dict(special_tokens))
-        sent = None if known == self._source else known
+        template = (source, dict(special_tokens))
+        sent = None if template == self._source else template
         data = pickle.dumps((sent, context, seconds, most))
         assert self._child.stdin is not None
         whole = memoryview(struct.pack("<Q", len(data)) + data)
         while whole:
             whole = whole[self._child.stdin.write(whole):]
-        self._source = known
+        self._source = template
         return self._receive(seconds)
 
     def _receive(self, seconds: float) -> tuple[bytes, str]:
@@ -156,12 +156,12 @@ def main() -> None:
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)        # Ctrl-C is handled by the parent
     environment = transformers_private.chat_template_environment()
-    asked, answers = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
+    requests, answers = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
     _answer(answers, DONE, "")
     template, tokens = None, {}
     _limit(resource.RLIMIT_AS, _memory() + MEMORY)
-    while head := asked.read(8):
-        sent, context, seconds, most = pickle.loads(asked.read(*struct.unpack("<Q", head)))
+    while head := requests.read(8):
+        sent, context, seconds, most = pickle.loads(requests.read(*struct.unpack("<Q", head)))
         used = sum(resource.getrusage(resource.RUSAGE_SELF)[:2])
         _limit(resource.RLIMIT_CPU, int(used + seconds) + 2)        # in case the parent no longer exists
         try:

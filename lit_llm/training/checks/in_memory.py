@@ -26,7 +26,7 @@ class ReferenceScores:
     """The reference sequences of a run, built once and scored at each checkpoint."""
 
     def __init__(self) -> None:
-        self._rows: list[check.Reference] | None = None
+        self._references: list[check.Reference] | None = None
 
     def measured(self, trainer: L.Trainer) -> dict[str, Any]:
         """Entries for the manifest. Collective: ZeRO-3 and FSDP2 gather each layer from all ranks.
@@ -46,10 +46,10 @@ class ReferenceScores:
         if not hasattr(tokenizer, "encode_document"):
             return {"skipped": "the data have no tokenizer for the reference sequences"}
         try:
-            if self._rows is None:
-                self._rows = check.reference_rows(tokenizer, check.vocabulary(module.model))
+            if self._references is None:
+                self._references = check.reference_sequences(tokenizer, check.vocabulary(module.model))
             with _undisturbed(trainer):
-                nll = _nll(trainer, [row.ids[: check.scored_length(module.model)] for row in self._rows])
+                nll = _nll(trainer, [row.ids[: check.scored_length(module.model)] for row in self._references])
         except Exception as error:                  # another kind of model in a subclass, or too little memory
             why = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
             if trainer.is_global_zero:
@@ -58,7 +58,7 @@ class ReferenceScores:
             return {"skipped": why}
         if not math.isfinite(nll):
             return {"skipped": "their nll in memory is not finite"}
-        return {"rows": check.digest(self._rows), "nll": nll,
+        return {"rows": check.digest(self._references), "nll": nll,
                 "precision": str(trainer.precision), "device": trainer.strategy.root_device.type}
 
 

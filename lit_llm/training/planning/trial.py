@@ -179,7 +179,7 @@ class Gradient(Quiet):
         plan = data.plans["train"]
         rows = plan.rows.take(np.arange(min(self.rows, len(plan.rows))))
         if self.apart:
-            rows = replace(rows, offsets=np.arange(len(rows.segments) + 1)).counted(rows.learned)
+            rows = replace(rows, offsets=np.arange(len(rows.segments) + 1)).counted(rows.segment_supervised)
         data.plans["train"] = replace(plan, rows=rows, draw=None)
         trainer.accumulate_grad_batches = -(-len(rows) // (data.batch_size * trainer.world_size))
 
