@@ -168,7 +168,7 @@ def test_allow_ends_with_its_command(package):
 
 def test_a_file_or_the_environment_opens_nothing(package, monkeypatch):
     for value in ("mine", ["mine"]):
-        refused("fit", "--config", config("own.yaml", allow=value), says=["allow: a file may not open a package", "--allow"])
+        refused("fit", "--config", config("own.yaml", allow=value), says=["allow: a config file cannot allow a package", "--allow"])
     monkeypatch.setenv("JSONARGPARSE_DEFAULT_ENV", "true")
     for name in ("ALLOW", "LIT_LLM_ALLOW", "LIT_LLM_FIT__ALLOW"):
         monkeypatch.setenv(name, "mine")
