@@ -224,7 +224,7 @@ def test_a_tokenizer_without_a_template_says_so(stories, chats, capsys):
     data.setup("fit")
     said = capsys.readouterr().err
     assert said.count("has no chat template: ChatML is used with its own <s> and </s>") == 1
-    assert "LoRA trains their rows too" in said
+    assert "LoRA also trains their embeddings" in said
 
 
 def test_of_too_many_the_most_frequent_learn(chats, caplog, monkeypatch, said):
