@@ -81,7 +81,7 @@ def schema() -> dict[str, tuple[dict[str, Any], tuple[str | int, ...]]]:
     from tests.test_class_paths import fit_parser
 
     found: dict[str, tuple[dict[str, Any], tuple[str | int, ...]]] = {}
-    for key in fit_parser().keys():
+    for key in fit_parser().all_keys():
         if not key.endswith(".help") and key not in ("config", "ckpt_path", "weights_only"):
             found[key] = {}, tuple(key.split("."))
     for field in fields(LoRA):

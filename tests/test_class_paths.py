@@ -40,7 +40,7 @@ def fit_parser():
 
 def test_no_key_builds_a_foreign_class(place):
     parser, trace = fit_parser(), place / "TRACE"
-    keys = [key for key in parser.keys() if key.startswith(("model.", "data.", "trainer.")) and ".help" not in key]
+    keys = [key for key in parser.all_keys() if key.startswith(("model.", "data.", "trainer.")) and ".help" not in key]
     assert len(keys) > 80
     spec, base = payload(trace), ["--config", "ok.yaml"]
     followed = 0

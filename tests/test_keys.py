@@ -51,7 +51,7 @@ class Stopped(BaseException):
 
 def leaves() -> set[str]:
     """Every key of `fit` that holds a value, with the keys of classes that a key takes."""
-    known = {key for key in fit_parser().keys() if not key.endswith(".help")}
+    known = {key for key in fit_parser().all_keys() if not key.endswith(".help")}
     known -= {"config", "model", "data", "trainer"}
     known |= {f"model.lora.{each.name}" for each in fields(LoRA)}
     known |= {f"data.sources.{each.name}" for each in fields(Source)}

@@ -82,9 +82,9 @@ class ShortErrors:
         """Print a few lines and exit with code 2, without the usage of 400 options."""
         if isinstance(kwargs.get("ex"), InputError):
             raise kwargs["ex"]
-        raise InputError(explain(str(message), self.keys()))
+        raise InputError(explain(str(message), self.all_keys()))
 
-    def keys(self) -> list[str]:
+    def all_keys(self) -> list[str]:
         """Keys of this parser and of its subcommands."""
         keys = [action.dest for action in others.options(self)]
         for verbs in others.options(self):                 # an action that holds parsers of its own
