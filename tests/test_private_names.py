@@ -196,6 +196,16 @@ def torch_fused_linear(run, model):
     if private_torch.has_fused_linear():
         inputs, weight = torch.randn(5, 8), torch.randn(3, 8)
         assert torch.allclose(private_torch.fused_linear(inputs, weight), inputs @ weight.T, atol=1e-5)
+        bias = torch.randn(3)
+        assert torch.allclose(private_torch.fused_linear(inputs, weight, bias), inputs @ weight.T + bias, atol=1e-5)
+
+
+def torch_packed_weight(run, model):
+    if private_torch.has_fused_linear():
+        inputs, weight = torch.randn(5, 8), torch.randn(3, 8)
+        packed = private_torch.packed_weight(weight, 32)
+        assert torch.equal(packed.to_dense(), weight)
+        assert torch.allclose(private_torch.fused_linear(inputs, packed), inputs @ weight.T, atol=1e-5)
 
 
 def torch_softmax_backward(run, model):

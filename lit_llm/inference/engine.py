@@ -146,12 +146,14 @@ class Engine:
         Raises:
             InputError: No such folder, no loadable model in it, or an invalid number of threads.
         """
+        from lit_llm.kernels import packed_linear
         from lit_llm.system.threads import number, settle
 
         if threads != "auto":
             number(threads)                         # first, because the weights take longer
         loaded = loading.load(str(folder), device, dtype, adapter)
-        choice = settle(threads, lambda: _forward_alone(loaded)) if loaded.device.type == "cpu" else None
+        packed_linear.pack(loaded)
+        choice = settle(threads, lambda: _passes(loaded)) if loaded.device.type == "cpu" else None
         engine = cls(loaded, stop_ids=stop_ids, max_running=max_running, constraints=constraints)
         engine.threads = choice
         return engine
@@ -304,12 +306,13 @@ class Engine:
         return Event(request.name, drawn, reason, logprob=logprob, prompt_logprobs=prompt)
 
 
-def _forward_alone(model: Any) -> None:
-    """A forward pass of one token without a cache, whose cost is close to that of a step."""
+def _passes(model: Any) -> None:
+    """Passes over eight tokens and over one, whose costs are close to those of steps with so many requests."""
     import torch
 
     with torch.no_grad():
-        model(input_ids=torch.zeros(1, 1, dtype=torch.int64, device=model.device), use_cache=False)
+        for tokens in (8, 1):
+            model(input_ids=torch.zeros(1, tokens, dtype=torch.int64, device=model.device), use_cache=False)
 
 
 def _own_stop_ids(model: Any) -> frozenset[int]:

@@ -46,8 +46,10 @@ class _Rows(NamedTuple):
 
     pool: Pool
     begin: int                                      # in the row of all tokens
+    slots: Tensor                                   # (B,) 0, 1, 2 ...
     positions: Tensor                               # (B,) of the token in its slot
     length: int                                     # of the longest, with this token
+    equal: bool                                     # whether all have that length
 
     @property
     def end(self) -> int:
@@ -94,7 +96,8 @@ class Step:
             positions = sorted((part.slot.index, len(part.slot.ids)) for part in parts)
             assert [index for index, _ in positions] == list(range(len(parts))), "generating requests come first"
             lengths = [length for _, length in positions]
-            rows.append(_Rows(parts[0].slot.pool, begin, torch.tensor(lengths, device=device), max(lengths) + 1))
+            rows.append(_Rows(parts[0].slot.pool, begin, torch.arange(len(parts), device=device),
+                              torch.tensor(lengths, device=device), max(lengths) + 1, len(set(lengths)) == 1))
             begin += len(parts)
         for part in sorted(reading, key=lambda each: bool(each.slot.ids)):
             chunks.append(_Chunk(part.slot, begin, len(part.ids), len(part.slot.ids)))
@@ -157,10 +160,10 @@ class Step:
         """Write a layer's (1, K, T, D) keys and values into the slots."""
         self.layer = layer_idx
         for rows in self.plan.rows:
-            at = torch.arange(len(rows.positions), device=key_states.device)
             for state, new in zip(rows.pool.layer(layer_idx, key_states, value_states), (key_states, value_states),
                                   strict=True):
-                state[at, :, rows.positions] = new[0, :, rows.begin:rows.end].transpose(0, 1)
+                written = new[0, :, rows.begin:rows.end].transpose(0, 1).to(state.dtype)
+                state[rows.slots, :, rows.positions] = written
         for chunk in (*self.plan.fresh, *self.plan.later):
             for state, new in zip(chunk.slot.pool.layer(layer_idx, key_states, value_states),
                                   (key_states, value_states), strict=True):
@@ -218,7 +221,7 @@ def attention(module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor
         out.append(_reading(plan, chunk, query[0, :, chunk.begin:chunk.begin + chunk.length],
                             chunk.slot.pool.layers[number], scaling, sliding_window))
     step.layer = -1
-    return torch.cat(out).unsqueeze(0), None
+    return (out[0] if len(out) == 1 else torch.cat(out)).unsqueeze(0), None
 
 
 def _generating(plan: Plan, rows: _Rows, query: Tensor, states: tuple[Tensor, Tensor], scaling: float | None,
@@ -226,15 +229,15 @@ def _generating(plan: Plan, rows: _Rows, query: Tensor, states: tuple[Tensor, Te
     """(H, B, D) in, (B, H, E) out: one token of each request against its slot."""
     _heads, count, _ = query.shape
     key, value = (state[:count, :, :rows.length] for state in states)
-    grouped = query.unflatten(0, (key.shape[1], -1)).permute(2, 0, 1, 3)            # (B, K, G, D)
-    name = (id(rows.pool), window)
-    if name not in plan.masks:
-        at, last = torch.arange(rows.length, device=query.device), rows.positions[:, None]
-        mask = at <= last
-        if window is not None:
-            mask &= at > last - window
-        plan.masks[name] = mask[:, None, None]
-    return sdpa(grouped, key, value, attn_mask=plan.masks[name], scale=scaling).flatten(1, 2)
+    grouped = query.unflatten(0, (key.shape[1], -1)).permute(2, 0, 1, 3).to(key.dtype)      # (B, K, G, D)
+    name, mask = (id(rows.pool), window), None
+    if not rows.equal or (window is not None and window < rows.length):
+        if name not in plan.masks:
+            at, last = torch.arange(rows.length, device=query.device), rows.positions[:, None]
+            seen = at <= last if window is None else (at <= last) & (at > last - window)
+            plan.masks[name] = _added(seen, key.dtype)[:, None, None]
+        mask = plan.masks[name]
+    return sdpa(grouped, key, value, attn_mask=mask, scale=scaling).flatten(1, 2).to(query.dtype)
 
 
 def _reading(plan: Plan, chunk: _Chunk, query: Tensor, states: tuple[Tensor, Tensor], scaling: float | None,
@@ -245,8 +248,14 @@ def _reading(plan: Plan, chunk: _Chunk, query: Tensor, states: tuple[Tensor, Ten
     groups = len(query) // len(key)
     name = (id(chunk.slot), window)
     if name not in plan.masks:
-        mask = torch.ones(chunk.length, end, dtype=torch.bool, device=query.device).tril(chunk.start)
-        plan.masks[name] = mask if window is None else mask.triu(chunk.start - window + 1)
-    if groups > 1:
-        key, value = (state.repeat_interleave(groups, 0) for state in (key, value))
-    return sdpa(query[None], key[None], value[None], attn_mask=plan.masks[name], scale=scaling)[0].transpose(0, 1)
+        seen = torch.ones(chunk.length, end, dtype=torch.bool, device=query.device).tril(chunk.start)
+        seen = seen if window is None else seen.triu(chunk.start - window + 1)
+        plan.masks[name] = _added(seen, key.dtype).repeat(groups, 1)
+    grouped = query.reshape(1, len(key), groups * chunk.length, -1).to(key.dtype)
+    out = sdpa(grouped, key[None], value[None], attn_mask=plan.masks[name], scale=scaling)
+    return out.reshape(len(query), chunk.length, -1).transpose(0, 1).to(query.dtype)
+
+
+def _added(seen: Tensor, dtype: torch.dtype) -> Tensor:
+    """A boolean mask as numbers to add to scores: torch would convert it anew in every layer."""
+    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, -torch.inf)

@@ -72,6 +72,9 @@ class Pool:
     def layer(self, number: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """The keys and values of a layer, allocated like the first that are written to it.
 
+        On a CPU they are float32 also of a model in half precision: for a single query, attention over bfloat16 took
+        2.4 to 6 times as long.
+
         Args:
             number: Of the layer.
             key: (1, K, T, D), of any tokens.
@@ -79,7 +82,9 @@ class Pool:
         """
         if number not in self.layers:
             self.layers[number] = tuple(                # type: ignore[assignment]
-                state.new_zeros(len(self.slots), state.shape[1], self.room, state.shape[3]) for state in (key, value))
+                state.new_zeros(len(self.slots), state.shape[1], self.room, state.shape[3],
+                                dtype=_stored(state))
+                for state in (key, value))
         return self.layers[number]
 
     def resize(self, count: int) -> None:
@@ -95,10 +100,13 @@ class Pool:
         other = self.slots[index]
         if other is slot:
             return
-        pair, length = [slot.index, index], max(len(slot.ids), len(other.ids))
+        mine, others = len(slot.ids), len(other.ids)
         for states in self.layers.values():
             for state in states:
-                state[pair, :, :length] = state[pair[::-1], :, :length]
+                one, two = state[slot.index], state[index]
+                kept = one[:, :mine].clone() if others else one[:, :mine]
+                one[:, :others] = two[:, :others]
+                two[:, :mine] = kept
         self.slots[slot.index], self.slots[index] = other, slot
         slot.index, other.index = index, slot.index
 
@@ -121,6 +129,10 @@ class Pool:
             self.reading += 1
         self.swap(slot, self.busy - 1)
         self.reading -= 1
+
+
+def _stored(state: Tensor) -> torch.dtype:
+    return torch.promote_types(state.dtype, torch.float32) if state.device.type == "cpu" else state.dtype
 
 
 def _resized(state: Tensor, count: int) -> Tensor:

@@ -37,11 +37,18 @@ def has_fused_linear() -> bool:
     return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
-def fused_linear(inputs: Any, weight: Any) -> Any:
-    """Inputs (T, D) @ weight (V, D)^T by oneDNN."""
+def packed_weight(weight: Any, rows: int) -> Any:
+    """A (V, D) weight in the layout in which oneDNN multiplies about that many rows fastest; opaque."""
     import torch
 
-    return torch.ops.mkldnn._linear_pointwise(inputs, weight, None, "none", [], "")
+    return torch.ops.mkldnn._reorder_linear_weight(weight, rows)
+
+
+def fused_linear(inputs: Any, weight: Any, bias: Any = None) -> Any:
+    """Inputs (..., T, D) @ weight (V, D)^T + bias by oneDNN; the weight may be packed."""
+    import torch
+
+    return torch.ops.mkldnn._linear_pointwise(inputs, weight, bias, "none", [], "")
 
 
 def softmax_backward(gradient: Any, probabilities: Any, dtype: Any, out: Any) -> None:
