@@ -12,7 +12,7 @@ from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import HTMLResponse, JSONResponse, Response
+from fastapi.responses import JSONResponse, Response
 from litserve import LitServer
 from litserve.utils import WorkerSetupStatus
 from starlette.exceptions import HTTPException
@@ -20,14 +20,12 @@ from starlette.exceptions import HTTPException
 from lit_llm.errors import InputError
 from lit_llm.inference.loading import model_folder, tokenizer_folder
 from lit_llm.text.tokenizer import Tokenizer
-from serve import private
+from serve import chat_page, private
 from serve.engine_client import Limits
 from serve.errors import ApiError
 from serve.openai.routes import Routes
 from serve.worker import EngineAPI
 
-PAGE = Path(__file__).parent / "page" / "index.html"
-POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; connect-src 'self'; img-src data:"
 WORDS = {400: None, 404: "not_found", 405: "method_not_allowed", 413: "body_too_large"}
 
 
@@ -113,6 +111,7 @@ def build(settings: Settings, routes: type[Routes] = Routes) -> Server:
     server.greeting = f"Serving {name}: chat page {place}/, OpenAI base_url {place}/v1. Press Ctrl-C to stop."
     server.app.title = "lit_llm"
     _own_routes(server.app, spec)
+    chat_page.add_routes(server.app, spec, folder)
     _own_errors(server.app)
     return server
 
@@ -139,10 +138,6 @@ def _own_routes(app: FastAPI, routes: Routes) -> None:
     """Replace LitServe's page and health checks, all without a key; drop /docs, which loads external scripts."""
     theirs = {"/", "/health", "/info", "/docs", "/redoc", "/docs/oauth2-redirect"}
     app.router.routes = [route for route in app.router.routes if getattr(route, "path", None) not in theirs]
-    page = PAGE.read_text(encoding="utf-8")
-
-    async def index() -> Response:
-        return HTMLResponse(page, headers={"Content-Security-Policy": POLICY, "X-Content-Type-Options": "nosniff"})
 
     async def live() -> Response:
         return JSONResponse({"status": "live"})
@@ -152,7 +147,6 @@ def _own_routes(app: FastAPI, routes: Routes) -> None:
         return JSONResponse({"status": "ready" if is_ready else "not ready", "in_flight": routes.engine.in_flight},
                             status_code=200 if is_ready else 503)
 
-    app.add_api_route("/", index, methods=["GET"], include_in_schema=False)
     app.add_api_route("/health/live", live, methods=["GET"])
     app.add_api_route("/health/ready", ready, methods=["GET"])
 

@@ -14,6 +14,7 @@ from lit_llm.data import idle, streaming
 from lit_llm.data.records.sources import Source
 from lit_llm.data.rows import identity, packing
 from lit_llm.data.rows.corpus import Corpus, Occurrences
+from lit_llm.data.rows.dialogue import conversations
 from lit_llm.data.rows.loader import Batch, RowLoader
 from lit_llm.data.rows.mixture import Mixture, Stage, repeats, side
 from lit_llm.data.rows.packing import CONCAT, Overlong, Packing
@@ -329,4 +330,5 @@ class TextDataModule(L.LightningDataModule):
                 **{stage: {"sequences": len(plan.corpus), "rows": len(plan.rows), **plan.notes,
                            "tokens": int(plan.rows.lengths.sum()), "supervised": int(plan.rows.supervised.sum())}
                    for stage, plan in self.plans.items()},
+                "conversations": conversations(self.plans, self.tokenizer),
                 "ledger": getattr(loader, "ledger", {})}

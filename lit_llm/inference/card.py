@@ -1,12 +1,35 @@
-"""Write the model card of an export: base model, training data, metrics and usage."""
+"""Write the model card of an export: base model, data, metrics, usage and example questions. Read the questions."""
 
 import re
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from lit_llm.system.redaction import redact_text
+
+LONGEST_HEAD = 65_536                               # characters of a card's YAML that are read
+QUESTIONS, CHARACTERS = 6, 200                      # example questions that are read, and characters of each
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """What a model card says about talking to its model.
+
+    Args:
+        questions: Example questions.
+        turns: Questions of the longest conversations in the training data; null if the card does not say it.
+    """
+
+    questions: tuple[str, ...] = ()
+    turns: int | None = None
+
+    @property
+    def single_turn(self) -> bool:
+        """Whether the model was trained on single questions only."""
+        return self.turns == 1
 
 
 def card(run: Path, facts: dict[str, Any], name: str) -> str:
@@ -21,20 +44,56 @@ def card(run: Path, facts: dict[str, Any], name: str) -> str:
     base = facts.get("base")
     method = (facts.get("peft") or {}).get("class_path") or "all weights"
     sources = [_plain(_public(source.get("path"))) for source in (config.get("data") or {}).get("sources") or []]
-    head = {"library_name": "transformers", "pipeline_tag": "text-generation"}
+    head: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
     if base and "/" in str(base) and not Path(str(base)).exists():
         head["base_model"] = str(base)
+    talks = read_values(run / "data.json").get("conversations") or {}
+    if questions := talks.get("questions"):         # `widget` is the Hugging Face hub's key for them
+        head["widget"] = [{"messages": [{"role": "user", "content": redact_text(text)}]} for text in questions]
+    if turns := talks.get("turns"):
+        head["turns"] = turns
     figures = [f"| {_plain(key)} | {value:.6g} |" for key, value in measured(run, facts).items()]
     return redact_text("\n".join([
-        "---", yaml.safe_dump(head).strip(), "---", "", f"# {_plain(run.name)}", "",
+        "---", yaml.safe_dump(head, allow_unicode=True).strip(), "---", "", f"# {_plain(run.name)}", "",
         f"Trained from {_plain(_public(base)) if base else 'random weights'} ({_plain(method)}), checkpoint {name}, "
         f"step {facts['step']}.", "",
         "## Data", "", *(f"- {source}" for source in sources), "",
         *_table(figures, name),
+        *_examples(talks),
         "## Use", "", "```python", "from transformers import AutoModelForCausalLM, AutoTokenizer", "",
         'tokenizer = AutoTokenizer.from_pretrained("this folder")',
         'model = AutoModelForCausalLM.from_pretrained("this folder")',
         "```", ""]))
+
+
+def read_usage(folder: str | Path) -> Usage:
+    """What the card in a model's folder says about talking to it; a card of any origin is accepted.
+
+    Args:
+        folder: A folder with a README.md; without one, or with a damaged one, nothing is known.
+    """
+    try:
+        with open(Path(folder, "README.md"), encoding="utf-8", errors="replace") as file:
+            text = file.read(LONGEST_HEAD)
+        head = yaml.safe_load(text.split("\n---", 1)[0].removeprefix("---")) if text.startswith("---\n") else {}
+    except (OSError, yaml.YAMLError, ValueError, RecursionError):
+        return Usage()
+    if not isinstance(head, Mapping):
+        return Usage()
+    turns, widget = head.get("turns"), head.get("widget")
+    found = [question for entry in (widget[:50] if isinstance(widget, list) else []) if (question := _question(entry))]
+    return Usage(tuple(dict.fromkeys(found))[:QUESTIONS], turns if type(turns) is int and turns > 0 else None)
+
+
+def _question(entry: Any) -> str | None:
+    """The question of a widget's entry: its `text`, or its only message."""
+    if not isinstance(entry, Mapping):
+        return None
+    messages = entry.get("messages")
+    if isinstance(messages, list) and len(messages) == 1 and isinstance(messages[0], Mapping):
+        entry = {"text": messages[0].get("content")}
+    text = entry.get("text")
+    return text.strip() if isinstance(text, str) and 0 < len(text.strip()) <= CHARACTERS else None
 
 
 def measured(run: Path, facts: dict[str, Any]) -> dict[str, float]:
@@ -56,6 +115,15 @@ def _table(figures: list[str], name: str) -> list[str]:
     if not figures:
         return ["No metrics were measured for this checkpoint.", ""]
     return [f"## Metrics of {name}", "", "| metric | value |", "|---|---|", *figures, ""]
+
+
+def _examples(talks: Mapping[str, Any]) -> list[str]:
+    """The section with example questions of the data."""
+    if not talks.get("turns"):
+        return []
+    kinds = "single questions" if talks["turns"] == 1 else f"conversations of up to {talks['turns']} questions"
+    return ["## Examples", "", f"Trained on {kinds}, for instance:", "",
+            *(f"- {_plain(redact_text(text))}" for text in talks["questions"]), ""]
 
 
 def _public(path: Any) -> str:

@@ -8,7 +8,7 @@ from lit_llm.errors import InputError
 from lit_llm.inference.completion import TextEngine
 from lit_llm.inference.engine import budget
 from lit_llm.inference.loading import model_folder
-from lit_llm.inference.sampling import SamplingParams
+from lit_llm.inference.sampling import DEFAULT_TEMPERATURE, SamplingParams
 from lit_llm.text.conversation import Conversation, Message
 
 EXIT_WORDS = ("exit", "quit", "退出")
@@ -21,7 +21,7 @@ def chat(
     prompt: str | None = None,
     system: str | None = None,
     max_tokens: int | None = None,
-    temperature: float = 0.0,
+    temperature: float = DEFAULT_TEMPERATURE,
     top_p: float = 1.0,
     top_k: int = 0,
     stop: list[str] | None = None,

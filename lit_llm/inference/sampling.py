@@ -16,6 +16,8 @@ from lit_llm.system import ranges
 if TYPE_CHECKING:
     from torch import Generator, Tensor
 
+# Of the chat page, the terminal and all routes. With OpenAI's 1, small models ramble; with 0, they repeat themselves.
+DEFAULT_TEMPERATURE = 0.7
 MAX_STOPS = 16
 MAX_STOP_CHARS = 256
 MAX_IDS = 1024                                      # of stop_token_ids, and of logit_bias

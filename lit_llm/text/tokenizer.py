@@ -171,6 +171,17 @@ class Tokenizer:
         """Ids of the prompt: exactly those that precede the same answer in training."""
         return _listed(self._encoder.encode(self.template.render(conversation, generation_prompt=True)))
 
+    def encode_continuation(self, conversation: Conversation) -> list[int]:
+        """Ids of a conversation whose last message is an unfinished answer: its prompt, and the answer so far.
+
+        Raises:
+            InputError: The last message is not the assistant's, or it is the only one.
+        """
+        *before, last = conversation.messages
+        if last.role != "assistant" or not before:
+            raise InputError("the last message must be the assistant's, after a question, to be continued")
+        return [*self.encode_prompt(conversation.upto(len(before))), *self.encode_text(last.content)]
+
     def encode_conversation(self, conversation: Conversation, *, train_on: TrainOn = "assistant",
                             notes: set[str] | None = None) -> tuple[TokenSequence, ...]:
         """Encode a conversation with labels on its answers.

@@ -9,7 +9,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from lit_llm.errors import InputError, did_you_mean
-from lit_llm.inference.sampling import SamplingParams
+from lit_llm.inference.sampling import DEFAULT_TEMPERATURE, SamplingParams
 from serve.errors import ApiError, bad_request
 
 MOST = 2**31 - 1                                    # limit on new tokens
@@ -75,7 +75,7 @@ class Sampling(Body):
     stream_options: StreamOptions | None = None
 
     def params(self) -> SamplingParams:
-        """Sampling parameters for the engine, with OpenAI's defaults.
+        """Sampling parameters for the engine, with OpenAI's defaults, except for the temperature.
 
         Raises:
             ApiError: More than four stop strings (OpenAI's limit), or an empty or overlong one.
@@ -86,7 +86,7 @@ class Sampling(Body):
         try:
             return SamplingParams(
                 max_tokens=self.max_tokens, stop=stop, seed=self.seed, top_k=self.top_k or 0,
-                temperature=1.0 if self.temperature is None else self.temperature,
+                temperature=DEFAULT_TEMPERATURE if self.temperature is None else self.temperature,
                 top_p=1.0 if self.top_p is None else self.top_p)
         except InputError as error:
             raise bad_request(error) from None
@@ -103,12 +103,21 @@ class ChatCompletionBody(Sampling):
 
     messages: list[dict[str, Any]] = Field(min_length=1, max_length=2048)
     max_completion_tokens: int | None = Field(None, ge=1, le=MOST)
-    chat_template_kwargs: dict[str, Any] | None = None      # vLLM's and SGLang's name
+    chat_template_kwargs: dict[str, Any] | None = None      # vLLM's and SGLang's names, with the next two
+    continue_final_message: bool = False
+    add_generation_prompt: bool | None = None               # follows from continue_final_message
 
     @model_validator(mode="after")
     def _one_limit(self) -> "ChatCompletionBody":
         if self.max_completion_tokens is not None:
             self.max_tokens = self.max_completion_tokens
+        return self
+
+    @model_validator(mode="after")
+    def _one_end(self) -> "ChatCompletionBody":
+        if self.add_generation_prompt is not None and self.add_generation_prompt == self.continue_final_message:
+            raise ApiError(400, "add_generation_prompt must be the opposite of continue_final_message",
+                           param="add_generation_prompt")
         return self
 
 
@@ -140,7 +149,7 @@ class ChatBody(Body):
 
     message: str = Field(min_length=1)
     max_length: int = Field(100, ge=1, le=MOST)
-    temperature: float = Field(0.7, ge=0, le=2)
+    temperature: float = Field(DEFAULT_TEMPERATURE, ge=0, le=2)
 
 
 def _check_text(body: Any) -> None:

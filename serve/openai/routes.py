@@ -164,7 +164,10 @@ class Routes(LitSpec):
     def _prompt(self, body: ChatCompletionBody) -> list[int]:
         given = body.chat_template_kwargs or {}
         self.tokenizer.check_template_args(given, "chat_template_kwargs")
-        return self.tokenizer.encode_prompt(Conversation.from_openai(body.messages, template_args=given))
+        conversation = Conversation.from_openai(body.messages, template_args=given)
+        if body.continue_final_message:
+            return self.tokenizer.encode_continuation(conversation)
+        return self.tokenizer.encode_prompt(conversation)
 
     def _check_model(self, name: str | None) -> None:
         if name and name not in self.names:

@@ -187,6 +187,17 @@ def test_the_facts_are_json(module, jsonl):
     assert facts["train"]["sequences"] + facts["val"]["sequences"] == facts["sources"][0]["kept"] == 9
 
 
+def test_the_facts_say_what_people_ask(module, jsonl):
+    """Short questions of the validation data, and how many follow each other in training; documents have none."""
+    turns = [{"role": role, "content": f"{role} {turn}"} for turn in range(3) for role in ("user", "assistant")]
+    sources = [*[talk(number) for number in range(5)], {"messages": turns}, {"text": "a document"}]
+    made = module(jsonl(sources), val_sources=[Source(jsonl([talk("梨" * 200), talk(" 梨 "), talk(77)], "val.jsonl"))])
+    assert made.facts()["conversations"] == {"questions": ["question  梨", "question 77", *[f"question {n}" for n in range(2)]],
+                                             "turns": 3}
+    assert module(jsonl([talk(1), talk(2)])).facts()["conversations"]["turns"] == 1
+    assert module(jsonl([{"text": "a document"}])).facts()["conversations"] == {}
+
+
 def silent(number, **how):
     return {"messages": [{"role": "user", "content": f"q{number}"}, {"role": "assistant", "content": "a", **how}]}
 

@@ -62,6 +62,36 @@ def test_what_the_template_renders_is_served(messages, values, client, generate)
     assert answer.choices[0].message.content.rstrip("\ufffd") == text_of(generate, generate(ids, 5)[1]).rstrip("\ufffd")
 
 
+def test_an_answer_is_continued_where_it_was_cut(client, generate):
+    """Its prompt is the question's and the tokens so far, without a second turn of the assistant."""
+    prompt = [*generate(MESSAGES, 1)[0], *generate.tokenizer.encode("The kite", add_special_tokens=False)]
+    more = chat(client, [*MESSAGES, {"role": "assistant", "content": "The kite"}], max_tokens=25,
+                extra_body={"continue_final_message": True, "add_generation_prompt": False})
+    assert more.usage.prompt_tokens == len(prompt)
+    assert more.choices[0].message.content.rstrip("\ufffd") == text_of(generate, generate(prompt, 25)[1]).rstrip("\ufffd")
+    for messages in (MESSAGES, [{"role": "assistant", "content": "Hi"}]):
+        with pytest.raises(openai.BadRequestError, match="must be the assistant's"):
+            chat(client, messages, extra_body={"continue_final_message": True})
+
+
+def test_without_a_temperature_every_route_uses_the_same(client, server):
+    """That of the chat page and of the terminal, too."""
+    from inspect import signature
+
+    from lit_llm.inference.chat import chat as in_terminal
+
+    default = server.http.get("/page/model").json()["temperature"]
+    assert default == signature(in_terminal).parameters["temperature"].default
+    for seed in range(3):
+        told, silent = (chat(client, max_tokens=30, seed=seed, temperature=value).choices[0].message.content
+                        for value in (default, openai.NOT_GIVEN))
+        assert told == silent
+    told, silent = (client.completions.create(model="endless", prompt="The", max_tokens=30, seed=1, temperature=value).choices[0].text
+                    for value in (default, openai.NOT_GIVEN))
+    assert told == silent
+    assert server.http.get("/openapi.json").json()["components"]["schemas"]["ChatBody"]["properties"]["temperature"]["default"] == default
+
+
 @pytest.mark.parametrize("new", [1, 7, 24, 60])
 def test_greedy_is_generate_whole_and_streamed(new, client, generate):
     prompt, ids = generate(MESSAGES, new)
