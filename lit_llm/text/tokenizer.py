@@ -172,11 +172,7 @@ class Tokenizer:
         return _listed(self._encoder.encode(self.template.render(conversation, generation_prompt=True)))
 
     def encode_continuation(self, conversation: Conversation) -> list[int]:
-        """Ids of a conversation whose last message is an unfinished answer: its prompt, and the answer so far.
-
-        Raises:
-            InputError: The last message is not the assistant's, or it is the only one.
-        """
+        """Ids of a conversation that ends with an unfinished answer; an `InputError` where it ends otherwise."""
         *before, last = conversation.messages
         if last.role != "assistant" or not before:
             raise InputError("the last message must be the assistant's, after a question, to be continued")

@@ -34,7 +34,7 @@ def test_piped_lines_get_their_answers_and_nothing_else(lit_llm, tiny_model):
     engine = TextEngine.load(tiny_model("llama"))
     first = answer_alone(engine, "A kite?")
     second = answer_alone(engine, "A kite?", first, "什么颜色")
-    done = lit_llm("chat", "--model", tiny_model("llama"), "--max_tokens", 12,
+    done = lit_llm("chat", "--model", tiny_model("llama"), "--max_tokens", 12, "--temperature", 0,
                    stdin="A kite?\n\n什么颜色\n/reset\nA kite?\n退出\nnever asked\n")
     assert done.code == 0, done.err
     assert done.out == f"{first}\n{second}\n{first}\n"
@@ -43,7 +43,7 @@ def test_piped_lines_get_their_answers_and_nothing_else(lit_llm, tiny_model):
 def test_one_shot(lit_llm, tiny_model):
     expected = TextEngine.load(tiny_model("gpt2")).generate(
         Conversation.from_openai([{"role": "system", "content": "Short."}, {"role": "user", "content": "Hi"}]), GREEDY).text
-    done = lit_llm("chat", "--model", tiny_model("gpt2"), "--max_tokens", 12, "--prompt", "Hi", "--system", "Short.")
+    done = lit_llm("chat", "--model", tiny_model("gpt2"), "--max_tokens", 12, "--temperature", 0, "--prompt", "Hi", "--system", "Short.")
     assert (done.code, done.out) == (0, f"{expected}\n"), done.err
 
 
@@ -63,7 +63,8 @@ def test_values_of_the_templates_variables(lit_llm, endless_model):
     refused = lit_llm("chat", "--model", endless_model, "--prompt", "hi", "--template_args", "{stile: x}")
     assert refused.code == 2
     assert "template_args: the chat template has no variable 'stile'; it reads style. Did you mean 'style'?" in refused.err
-    done = lit_llm("chat", "--model", endless_model, "--prompt", "hi", "--template_args", "{style: Be brief.}", "--max_tokens", 3)
+    done = lit_llm("chat", "--model", endless_model, "--prompt", "hi", "--template_args", "{style: Be brief.}", "--max_tokens", 3,
+                   "--temperature", 0)
     engine = TextEngine.load(endless_model)
     plain = AutoTokenizer.from_pretrained(endless_model)
     ids = plain.apply_chat_template([{"role": "user", "content": "hi"}], add_generation_prompt=True, style="Be brief.",
@@ -122,7 +123,7 @@ class Terminal:
 
 
 def test_ctrl_c_stops_the_answer_and_ctrl_d_leaves(endless_model):
-    terminal = Terminal("--model", endless_model, "--max_tokens", "3000")
+    terminal = Terminal("--model", endless_model, "--max_tokens", "3000", "--temperature", "0")
     try:
         terminal.until("you> ")
         terminal.type("Tell me all\n")
