@@ -94,8 +94,8 @@ def tiny_tokenizer(tmp_path_factory) -> str:
 
 @pytest.fixture(scope="session")
 def load(request, tiny_tokenizer, tmp_path_factory):
-    """`load(kind)`: a tokenizer of `tests.chats.KINDS`."""
-    from tests.chats import loader
+    """`load(kind)`: a tokenizer of `tests.conversations.KINDS`."""
+    from tests.conversations import loader
 
     return loader(request, tiny_tokenizer, tmp_path_factory)
 

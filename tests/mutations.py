@@ -80,24 +80,24 @@ def schema() -> dict[str, tuple[dict[str, Any], tuple[str | int, ...]]]:
     from lit_llm.training.run import progress as callbacks
     from tests.test_class_paths import fit_parser
 
-    found: dict[str, tuple[dict[str, Any], tuple[str | int, ...]]] = {}
+    keys: dict[str, tuple[dict[str, Any], tuple[str | int, ...]]] = {}
     for key in fit_parser().all_keys():
         if not key.endswith(".help") and key not in ("config", "ckpt_path", "weights_only"):
-            found[key] = {}, tuple(key.split("."))
+            keys[key] = {}, tuple(key.split("."))
     for field in fields(LoRA):
-        found[f"model.lora.{field.name}"] = {}, ("model", "lora", field.name)
+        keys[f"model.lora.{field.name}"] = {}, ("model", "lora", field.name)
     for field in fields(Source):
-        found[f"data.sources.{field.name}"] = {}, ("data", "sources", 0, field.name)
+        keys[f"data.sources.{field.name}"] = {}, ("data", "sources", 0, field.name)
     for kind in (checkpoint.StepCheckpoint, callbacks.Progress):
         for name in inspect.signature(kind).parameters:
             spec = {"class_path": f"{kind.__module__}.{kind.__name__}", "init_args": {}}
-            found[f"trainer.callbacks.{kind.__name__}.{name}"] = (
+            keys[f"trainer.callbacks.{kind.__name__}.{name}"] = (
                 {"trainer": {"callbacks": [spec]}}, ("trainer", "callbacks", 0, "init_args", name))
     for name in inspect.signature(DeepSpeedStrategy).parameters:
-        found[f"trainer.strategy.{name}"] = (
+        keys[f"trainer.strategy.{name}"] = (
             {"trainer": {"strategy": {"class_path": ZERO, "init_args": {}}}}, ("trainer", "strategy", "init_args", name))
     for name in ("process_group_backend", "timeout"):
-        found[f"trainer.strategy.fsdp2.{name}"] = (
+        keys[f"trainer.strategy.fsdp2.{name}"] = (
             {"trainer": {"strategy": {"class_path": "lit_llm.training.parallel.fsdp.Fsdp2Strategy", "init_args": {}}}},
             ("trainer", "strategy", "init_args", name))
-    return found
+    return keys

@@ -14,7 +14,7 @@ from lit_llm.models.adapters.merging import merge
 from lit_llm.models.adapters.peft_method import LoRA, adds_virtual_tokens, spec_of
 from lit_llm.models.adapters.trained_rows import chooses_rows, row_obstacle
 from lit_llm.models.load import load_causal_lm, save_causal_lm
-from tests.models import IDS, KINDS, disturb, logits
+from tests.tiny_models import IDS, KINDS, disturb, logits
 
 
 def is_linear(layer):
@@ -174,9 +174,9 @@ def test_embeddings_of_rows_that_learn_are_peft_s_without_a_copy_of_the_matrix(t
         rows += torch.randn_like(rows)
     ids = torch.tensor([[5, 9, 200, 31, 31, 7, 300, 9]])
     toward = torch.randn(1, 8, rows.shape[1])
-    ours, (wanted, theirs) = layer(ids), [type(layer).forward(layer, ids) for _ in range(2)]
-    assert torch.equal(ours, wanted)
-    got, want = (torch.autograd.grad((out * toward).sum(), rows)[0] for out in (ours, theirs))
+    embeddings, (wanted, peft_embeddings) = layer(ids), [type(layer).forward(layer, ids) for _ in range(2)]
+    assert torch.equal(embeddings, wanted)
+    got, want = (torch.autograd.grad((out * toward).sum(), rows)[0] for out in (embeddings, peft_embeddings))
     assert torch.equal(got, want)
     assert got.abs().sum() > 0
     sizes = []
@@ -202,7 +202,7 @@ def test_what_cannot_train_rows_says_why(tiny_model):
     assert "bias" in row_obstacle(base, LoRA().as_peft())
 
 
-@pytest.mark.parametrize(("spec", "said"), [
+@pytest.mark.parametrize(("spec", "message"), [
     ({"class_path": "LoarConfig"}, "Did you mean 'LoraConfig'?"),
     ({"class_path": "peft.LoraConfig", "init_arg": {}}, "'init_arg' is unknown"),
     ({"init_args": {"r": 3}}, "give class_path"),
@@ -217,10 +217,10 @@ def test_what_cannot_train_rows_says_why(tiny_model):
     ({"class_path": "XLoraConfig"}, "is unknown"),
     ({"class_path": "AdaLoraConfig"}, "total_step"),
 ])
-def test_a_wrong_adapter_is_a_user_error(tiny_model, spec, said):
+def test_a_wrong_adapter_is_a_user_error(tiny_model, spec, message):
     with pytest.raises(InputError) as caught:
         wrap_peft(load_causal_lm(tiny_model("llama")), spec)
-    assert said in str(caught.value)
+    assert message in str(caught.value)
     assert len(str(caught.value).splitlines()) <= 3
 
 

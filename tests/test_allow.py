@@ -128,9 +128,9 @@ def test_own_parts_are_built_from_the_command_line(package):
     (command,) = [line.split() for line in printed.splitlines() if " validate " in line]
     code, _, err = call(*command[command.index("lit_llm") + 1:])        # as it is printed
     assert code == 0, err
-    kept = yaml.safe_load(Path("run/config.yaml").read_text())
-    assert (kept["model"]["class_path"], kept["model"]["z"]) == ("mine.parts.ZLoss", 2.0)
-    assert (kept["data"]["class_path"], kept["data"]["share"]) == ("mine.parts.Shouting", 1.0)
+    config_of_run = yaml.safe_load(Path("run/config.yaml").read_text())
+    assert (config_of_run["model"]["class_path"], config_of_run["model"]["z"]) == ("mine.parts.ZLoss", 2.0)
+    assert (config_of_run["data"]["class_path"], config_of_run["data"]["share"]) == ("mine.parts.Shouting", 1.0)
     assert "class_path" not in yaml.safe_load(Path("plain/config.yaml").read_text())["model"]
     assert losses()[0] == pytest.approx(3 * losses("plain")[0], rel=1e-3)
     code, _, err = call("fit", "--config", "run/config.yaml", "--allow", "mine", "--ckpt_path", "last",
@@ -154,8 +154,8 @@ def test_own_parts_of_a_config_are_built_after_a_typed_allow(package):
     ({"trainer": {"logger": LOGGER}}, "trainer.logger"),
 ])
 def test_without_allow_nothing_is_imported_and_what_to_type_is_said(sections, key, package):
-    said = refused("fit", "--config", config("own.yaml", **sections), says=[key, "mine.parts", "type: --allow mine"])
-    assert "is not allowed" in said
+    message = refused("fit", "--config", config("own.yaml", **sections), says=[key, "mine.parts", "type: --allow mine"])
+    assert "is not allowed" in message
     assert not Path("IMPORTED").exists()
 
 

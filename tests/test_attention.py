@@ -71,7 +71,7 @@ def losses(logits, ids):
 
 def packed_losses(model, documents):
     logits = model(**row_of(documents)).logits[0].split([len(document) for document in documents])
-    return torch.cat([losses(*each) for each in zip(logits, documents, strict=True)])
+    return torch.cat([losses(*pair) for pair in zip(logits, documents, strict=True)])
 
 
 def lone_losses(model, documents):
@@ -101,9 +101,9 @@ def test_gradients_are_those_of_the_documents_alone(kind, record_property):
     packed_losses(packed, documents).sum().backward()
     lone_losses(alone, documents).sum().backward()
     worst = 0.0
-    for (name, ours), (_, theirs) in zip(packed.named_parameters(), alone.named_parameters(), strict=True):
-        assert theirs.grad is not None, name
-        worst = max(worst, ((ours.grad - theirs.grad).norm() / theirs.grad.norm().clamp_min(1e-6)).item())
+    for (name, actual), (_, expected) in zip(packed.named_parameters(), alone.named_parameters(), strict=True):
+        assert expected.grad is not None, name
+        worst = max(worst, ((actual.grad - expected.grad).norm() / expected.grad.norm().clamp_min(1e-6)).item())
     record_property("max_relative", worst)
     assert worst < 1e-5
 
@@ -120,7 +120,7 @@ def test_nothing_leaks(kind):
     inside = torch.zeros(starts[-1], dtype=torch.bool)
     inside[starts[2]:starts[3]] = True
     with torch.no_grad():
-        one, two = (packed(**row_of(each)).logits[0] for each in (documents, others))
+        one, two = (packed(**row_of(batch_documents)).logits[0] for batch_documents in (documents, others))
     assert torch.equal(one[~inside], two[~inside])
     assert (one[inside] != two[inside]).any()
     embedded = packed.get_input_embeddings()(row_of(documents)["input_ids"]).detach().requires_grad_()
@@ -185,8 +185,8 @@ def test_a_mask_or_no_borders_is_refused():
 ])
 def test_what_cannot_be_kept_apart_is_refused(kind, keys):
     base = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
-    known = AutoConfig.for_model(kind).to_dict()
-    spec = {key: value for key, value in base.items() if key in known} | keys
+    config_keys = AutoConfig.for_model(kind).to_dict()
+    spec = {key: value for key, value in base.items() if key in config_keys} | keys
     with pytest.raises(InputError, match=r"packed|documents"):
         init_causal_lm(spec | {"model_type": kind}, attention="lit_varlen", vocab_size=VOCABULARY)(
             **row_of(some_documents([4, 5])))
@@ -201,8 +201,8 @@ def test_under_autocast_attention_is_in_half_precision(kind, monkeypatch):
     packed, alone = pair(kind, "sdpa")
     documents = some_documents([20, 9])
     with torch.autocast("cpu", torch.bfloat16):
-        ours = packed_losses(packed, documents).float()
-        theirs = torch.cat([losses(alone(input_ids=document[None], use_cache=False).logits[0], document)
-                            for document in documents]).float()
+        actual = packed_losses(packed, documents).float()
+        expected = torch.cat([losses(alone(input_ids=document[None], use_cache=False).logits[0], document)
+                              for document in documents]).float()
     assert seen == {torch.bfloat16}
-    torch.testing.assert_close(ours, theirs, atol=3e-2, rtol=3e-2)
+    torch.testing.assert_close(actual, expected, atol=3e-2, rtol=3e-2)

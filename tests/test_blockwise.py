@@ -20,7 +20,7 @@ def oracle(query, key, value, borders, scale, window=None):
     document = torch.searchsorted(torch.tensor(borders), torch.arange(tokens), right=True)
     back = torch.arange(tokens)[:, None] - torch.arange(tokens)
     hidden = (back < 0) | (back >= (window or tokens)) | (document[:, None] != document)
-    key, value = (each.double().repeat_interleave(groups, 0) for each in (key, value))
+    key, value = (tensor.double().repeat_interleave(groups, 0) for tensor in (key, value))
     scores = (query.double() @ key.transpose(1, 2) * scale).masked_fill(hidden, float("-inf"))
     return (scores.softmax(-1) @ value).transpose(0, 1)
 
@@ -39,10 +39,10 @@ ROWS = [[0, 1], [0, 63], [0, 64], [0, 65], [0, 200],
 def test_values_and_gradients_are_those_of_all_scores_at_once(borders, groups, window):
     inputs = states(2, groups, borders[-1], 8)
     upstream = torch.randn(borders[-1], 2 * groups, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    got = with_gradients(lambda *each: blockwise.causal(*each, borders, scale=0.4, window=window), inputs, upstream)
-    want = with_gradients(lambda *each: oracle(*each, borders, 0.4, window), inputs, upstream)
-    for ours, exact in zip(got, want, strict=True):
-        assert (ours - exact).abs().max() < 1e-12
+    got = with_gradients(lambda *tensors: blockwise.causal(*tensors, borders, scale=0.4, window=window), inputs, upstream)
+    want = with_gradients(lambda *tensors: oracle(*tensors, borders, 0.4, window), inputs, upstream)
+    for actual, exact in zip(got, want, strict=True):
+        assert (actual - exact).abs().max() < 1e-12
 
 
 def test_documents_of_like_length_are_stacked():
@@ -68,9 +68,9 @@ def eager(query, key, value, borders, scale):
     groups, out = len(query) // len(key), []
     for start, stop in pairwise(borders):
         hidden = torch.ones(stop - start, stop - start, dtype=torch.bool).triu(1)
-        asked = query[:, start:stop]
-        keys, values = (each[:, start:stop].repeat_interleave(groups, 0) for each in (key, value))
-        scores = (asked @ keys.transpose(1, 2) * scale).masked_fill(hidden, float("-inf"))
+        queries = query[:, start:stop]
+        keys, values = (tensor[:, start:stop].repeat_interleave(groups, 0) for tensor in (key, value))
+        scores = (queries @ keys.transpose(1, 2) * scale).masked_fill(hidden, float("-inf"))
         out.append(scores.softmax(-1, dtype=torch.float32).to(query.dtype) @ values)
     return torch.cat(out, 1).transpose(0, 1)
 
@@ -81,10 +81,10 @@ def test_in_bfloat16_it_is_no_less_exact_than_transformers_own(borders, sharp, r
     inputs = states(4, 2, borders[-1], 32, torch.bfloat16)
     upstream = torch.randn(borders[-1], 8, 32, generator=torch.Generator().manual_seed(1))
     scale = sharp * 32**-0.5
-    exact, ours, theirs = (with_gradients(lambda *each, run=run: run(*each, borders, scale), inputs, upstream) for run in (
-        oracle, lambda *each: blockwise.causal(*each[:4], scale=each[4]), eager))
-    for name, want, mine, other in zip(["out", "query", "key", "value"], exact, ours, theirs, strict=True):
-        far, as_far = ((each.double() - want.double()).norm() / want.double().norm() for each in (mine, other))
+    exact, own, reference = (with_gradients(lambda *tensors, run=run: run(*tensors, borders, scale), inputs, upstream) for run in (
+        oracle, lambda *tensors: blockwise.causal(*tensors[:4], scale=tensors[4]), eager))
+    for name, want, mine, other in zip(["out", "query", "key", "value"], exact, own, reference, strict=True):
+        far, as_far = ((result.double() - want.double()).norm() / want.double().norm() for result in (mine, other))
         record_property(name, (far.item(), as_far.item()))
         assert far < 0.015
         assert far < 1.1 * as_far
@@ -115,14 +115,14 @@ def test_what_is_kept_does_not_grow_with_the_square_of_a_length(window):
 
     def tensors():
         gc.collect()
-        return [each for each in gc.get_objects() if type(each) is torch.Tensor]
+        return [tensor for tensor in gc.get_objects() if type(tensor) is torch.Tensor]
 
     before = tensors()
     for length in (4096, 3000, 1111):
         blockwise.causal(*states(1, 2, length, 4, torch.bfloat16), [0, length], scale=0.5, window=window)
-    old = {id(each) for each in before}
-    kept = [each for each in tensors() if id(each) not in old and each.dtype == torch.bfloat16]
-    assert sum(each.numel() for each in kept) < 2 * blockwise.BLOCK * 4096
+    old = {id(tensor) for tensor in before}
+    saved = [tensor for tensor in tensors() if id(tensor) not in old and tensor.dtype == torch.bfloat16]
+    assert sum(tensor.numel() for tensor in saved) < 2 * blockwise.BLOCK * 4096
 
 
 def test_torch_can_trace_it():

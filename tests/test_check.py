@@ -17,7 +17,7 @@ from lit_llm.models.load import load_causal_lm
 from lit_llm.system import integrity
 from lit_llm.text import check
 from lit_llm.text.tokenizer import Tokenizer
-from tests.models import disturb
+from tests.tiny_models import disturb
 
 
 @pytest.fixture(scope="module")
@@ -106,9 +106,9 @@ def test_a_base_in_4_bits_is_compared_and_both_figures_are_said(run, tmp_path, c
     (own / "config.yaml").write_text("model: {quantize: nf4}\n")
     with caplog.at_level("INFO", "lit_llm"):
         export(str(own))
-    said = next(line for line in caplog.messages if "on the base in nf4" in line)
-    assert "as trained" in said
-    assert "tolerance 0.3" in said
+    message = next(line for line in caplog.messages if "on the base in nf4" in line)
+    assert "as trained" in message
+    assert "tolerance 0.3" in message
     monkeypatch.setattr(check, "QUANTIZED", 1e-9)
     before = (own / "export" / "check.json").read_bytes()
     with pytest.raises(InputError, match="nothing was exported"):

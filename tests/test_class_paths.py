@@ -63,8 +63,8 @@ def test_a_run_config_with_a_program_in_it_is_refused(verb, place):
     config["model"]["lora"] = None
     config["model"]["peft"] = {"class_path": "LoraConfig", "init_args": {"init_lora_weights": payload(trace)}}
     Path("evil.yaml").write_text(yaml.safe_dump(config))
-    said = refused(verb, "--config", "evil.yaml", says="SubprocessHandler")
-    assert "no class_path is followed" in said
+    message = refused(verb, "--config", "evil.yaml", says="SubprocessHandler")
+    assert "no class_path is followed" in message
     assert not trace.exists()
 
 

@@ -65,14 +65,14 @@ def refused(*words, says=()):
     before = {path for path in Path(".").rglob("*") if "cache" not in path.parts}
     code, out, err = call(*words)
     assert code == 2, err
-    said = err[err.index("error: "):]
-    assert 1 <= len(said.splitlines()) <= 6, err        # what was read before it stands above, a line for each source
+    message = err[err.index("error: "):]
+    assert 1 <= len(message.splitlines()) <= 6, err        # what was read before it stands above, a line for each source
     assert "Traceback" not in err
     assert not out.strip()
     assert {path for path in Path(".").rglob("*") if "cache" not in path.parts} == before, "something was left behind"
     for word in [says] if isinstance(says, str) else says:
-        assert word in said
-    return said
+        assert word in message
+    return message
 
 
 def address_space(room):
@@ -108,11 +108,11 @@ def test_the_installed_command_is_the_module(tmp_path):
     script = tmp_path / "lit-llm"
     script.write_text("import sys\nfrom lit_llm.__main__ import run\nsys.exit(run())\n")
     for words, code in ((["--help"], 0), (["fit", "--config", "nope.yaml"], 2)):
-        told = [subprocess.run([sys.executable, *command, *words], cwd=tmp_path, capture_output=True, text=True,
-                               env=os.environ | {"PYTHONPATH": str(ROOT)}, timeout=120)
-                for command in ([str(script)], ["-m", "lit_llm"])]
-        assert [each.returncode for each in told] == [code, code]
-        assert (told[0].stdout, told[0].stderr) == (told[1].stdout, told[1].stderr)
+        results = [subprocess.run([sys.executable, *command, *words], cwd=tmp_path, capture_output=True, text=True,
+                                  env=os.environ | {"PYTHONPATH": str(ROOT)}, timeout=120)
+                   for command in ([str(script)], ["-m", "lit_llm"])]
+        assert [result.returncode for result in results] == [code, code]
+        assert (results[0].stdout, results[0].stderr) == (results[1].stdout, results[1].stderr)
 
 
 # ---- what was typed --------------------------------------------------------------------------------------------------
@@ -341,8 +341,8 @@ def test_a_typed_source_takes_no_key_of_the_file_s(place):
     for typed in ([source("good.jsonl")], ["--data.sources", '[{path: good.jsonl}]']):
         code, _, err = call("fit", "--config", "ok.yaml", *typed)
         assert code == 0, err
-        (kept,) = yaml.safe_load(Path("run/config.yaml").read_text())["data"]["sources"]
-        assert (Path(kept["path"]).name, kept["columns"], kept["clean"], kept["weight"]) == ("good.jsonl", {}, "none", 1.0)
+        (stored,) = yaml.safe_load(Path("run/config.yaml").read_text())["data"]["sources"]
+        assert (Path(stored["path"]).name, stored["columns"], stored["clean"], stored["weight"]) == ("good.jsonl", {}, "none", 1.0)
 
 
 # ---- foreign code and secrets ----------------------------------------------------------------------------------------
@@ -374,8 +374,8 @@ def test_a_run_without_account_and_without_secrets(place):
         rows = list(csv.DictReader(handle))
     assert [int(row["step"]) for row in rows] == [0, 1, 2]
     assert [float(row["train/loss"] or 0) > 0 for row in rows] == [False, True, True]
-    kept = [path for path in Path("run").rglob("*") if path.is_file()]
-    assert not [path for path in kept if secret.encode() in path.read_bytes()]
+    files = [path for path in Path("run").rglob("*") if path.is_file()]
+    assert not [path for path in files if secret.encode() in path.read_bytes()]
     assert "WandbLogger" in Path("run/config.yaml").read_text()
 
 
@@ -440,12 +440,12 @@ def test_a_run_tells_what_it_drew(place):
     assert "steps: 5 per epoch, of 3 packed sequences each (the last one 1); 10 in the run" in err
     whole = json.loads(Path("whole/data.json").read_text())
     assert json.loads(Path("whole/metrics.json").read_text())["step"] == 10
-    assert {name: said["sequences"] for name, said in whole["ledger"].items()} == {"good.jsonl": 16, "more.jsonl": 10}
+    assert {name: counts["sequences"] for name, counts in whole["ledger"].items()} == {"good.jsonl": 16, "more.jsonl": 10}
     assert [source["read"] for source in whole["sources"]] == [8, 20]
     assert re.search(r"drawn in training +sequences +tokens +supervised +share\n +good.jsonl +16 ", out)
     assert call(*words, "--trainer.max_steps", 4)[0] == 0
     ledger = json.loads(Path("run/data.json").read_text())["ledger"]
-    assert sum(said["sequences"] for said in ledger.values()) == 12
+    assert sum(counts["sequences"] for counts in ledger.values()) == 12
     assert call(*words, "--trainer.max_steps", -1, "--trainer.max_epochs", 2, "--ckpt_path", "last")[0] == 0
     assert json.loads(Path("run/data.json").read_text())["ledger"] == whole["ledger"]
 

@@ -106,8 +106,8 @@ def test_the_default_configs_of_all_architectures_pass():
 def test_each_command_refuses_it_soon(words, place, tiny_model):
     folder = changed(tiny_model("llama"), Path("base"), {"num_hidden_layers": 10_000_000})
     began = time.monotonic()
-    given = ["--model", folder, "--prompt", "a"] if words == ["chat"] else ["--config", "ok.yaml", "--model.base", folder]
-    code, _, err = call(*words, *given)
+    arguments = ["--model", folder, "--prompt", "a"] if words == ["chat"] else ["--config", "ok.yaml", "--model.base", folder]
+    code, _, err = call(*words, *arguments)
     assert code == 2
     assert "Traceback" not in err
     assert "num_hidden_layers is 10,000,000; at most 2,000 is allowed" in err

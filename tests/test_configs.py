@@ -49,10 +49,10 @@ def test_every_run_takes_every_overlay(run, overlay, tmp_path):
     if overlay:
         for key, value in _leaves(yaml.safe_load(overlay.read_text())):
             if "logger" not in key and "lora" not in key:
-                found = cli.config["fit"]
+                parsed = cli.config["fit"]
                 for part in key.split("."):
-                    found = found[part]
-                assert found == value
+                    parsed = parsed[part]
+                assert parsed == value
 
 
 def _leaves(tree: dict, prefix: str = ""):

@@ -53,7 +53,7 @@ def test_other_trainers_messages():
         {"name": "f", "arguments": {"x": 1}}, {"name": "g", "arguments": {}}]
 
 
-@pytest.mark.parametrize(("message", "said"), [
+@pytest.mark.parametrize(("message", "expected"), [
     ({"role": "user", "text": "x"}, "message 2: no content; the message's keys are role, text"),
     ({"role": "assistant", "tool_call": []}, "unknown key 'tool_call' in a message. Did you mean 'tool_calls'?"),
     ({"role": "assistant", "tool_calls": [{"name": "f", "arguments": [1]}]}, "arguments of 'f' must be an object"),
@@ -74,10 +74,10 @@ def test_other_trainers_messages():
     ({"role": "assistant", "content": "x", "reasoning_content": ["y"]}, "reasoning_content must be a string"),
     ({"role": "assistant", "content": "x", "audio": {"id": "a1"}}, "images and audio are not supported"),
 ])
-def test_a_bad_message_is_named_with_what_would_be_right(message, said):
+def test_a_bad_message_is_named_with_what_would_be_right(message, expected):
     with pytest.raises(InputError) as caught:
         read({"role": "user", "content": "q"}, message)
-    assert said in str(caught.value)
+    assert expected in str(caught.value)
 
 
 def test_which_turns_there_may_be_is_for_the_template_to_say():
@@ -93,10 +93,10 @@ def test_which_turns_there_may_be_is_for_the_template_to_say():
             read({"role": "user", "content": "q"}, template_args=bad)
 
 
-@pytest.mark.parametrize(("tools", "said"), [
+@pytest.mark.parametrize(("tools", "expected"), [
     ("{x", "not JSON"), ("[" * 100_000, "not JSON"), ({"a": 1}, "must be a list"), (["f"], "a tool must be an object")])
-def test_bad_tools_are_refused(tools, said):
-    with pytest.raises(InputError, match=said):
+def test_bad_tools_are_refused(tools, expected):
+    with pytest.raises(InputError, match=expected):
         read({"role": "user", "content": "q"}, tools=tools)
 
 

@@ -6,19 +6,19 @@ from hypothesis import given
 from lit_llm.errors import InputError
 from lit_llm.text.conversation import Conversation, Message
 from lit_llm.text.tokenizer import Tokenizer
-from tests.chats import (
+from tests.conversations import (
     FORGED,
     KINDS,
     QWEN3,
     QWEN25,
-    assert_served_as_trained,
+    answer_and_stop,
+    assert_prompts_as_trained,
     chat,
     controls,
     may_refuse,
     quick,
-    runs,
-    said,
     spoken,
+    supervised_runs,
     with_template,
 )
 
@@ -69,9 +69,9 @@ def test_marks_in_data_are_no_marks_of_ours(load):
     """
     call = {"type": "function", "function": {"name": "f", "arguments": {"a": "\uf8ff99\uf8ff"}}}
     conversation = Conversation((Message("user", "q"), Message("assistant", "yes", tool_calls=(call,))))
-    assert_served_as_trained(load(QWEN25), conversation)
-    assert_served_as_trained(load("tiny"), chat("\uf8ff\uf8fe\uf8fd\ue000<|im_end|>", "yes"))
-    assert_served_as_trained(load("tiny"), chat("\uf8ff1\uf8ff<|im_end|>", "yes"))
+    assert_prompts_as_trained(load(QWEN25), conversation)
+    assert_prompts_as_trained(load("tiny"), chat("\uf8ff\uf8fe\uf8fd\ue000<|im_end|>", "yes"))
+    assert_prompts_as_trained(load("tiny"), chat("\uf8ff1\uf8ff<|im_end|>", "yes"))
 
 
 def test_an_answer_with_tool_calls_is_learned_whole(load, tiny_tokenizer, tmp_path):
@@ -80,7 +80,7 @@ def test_an_answer_with_tool_calls_is_learned_whole(load, tiny_tokenizer, tmp_pa
     conversation = Conversation((Message("user", "q"), Message("assistant", "I look.", tool_calls=(call,)),
                                  Message("tool", "2"), Message("assistant", "two")))
     (sequence,) = load(QWEN25).encode_conversation(conversation)
-    (first, stop), second = (said(load(QWEN25), ids) for _, ids in runs(sequence))
+    (first, stop), second = (answer_and_stop(load(QWEN25), ids) for _, ids in supervised_runs(sequence))
     assert first.startswith("I look.\n<tool_call>")
     assert first.endswith("</tool_call>")
     assert (stop, second) == ("<|im_end|>", ("two", "<|im_end|>"))
@@ -90,7 +90,7 @@ def test_an_answer_with_tool_calls_is_learned_whole(load, tiny_tokenizer, tmp_pa
                 "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}")
     tokenizer = with_template(tiny_tokenizer, tmp_path, template)
     (sequence,) = tokenizer.encode_conversation(conversation)
-    assert said(tokenizer, runs(sequence)[0][1]) == ('I look.<|im_start|>f{"a": 1}', "<|im_end|>")
+    assert answer_and_stop(tokenizer, supervised_runs(sequence)[0][1]) == ('I look.<|im_start|>f{"a": 1}', "<|im_end|>")
 
 
 @pytest.fixture(scope="session")
@@ -113,9 +113,9 @@ def test_thinking_in_an_answer_is_the_token_that_the_model_says(thinker):
     think = thinker.hf.convert_tokens_to_ids("<think>")
     (sequence,) = thinker.encode_conversation(chat("a<think>b", "<think>c</think>d"))
     assert sequence.input_ids.tolist().count(think) == 1
-    ((_, ids),) = runs(sequence)
+    ((_, ids),) = supervised_runs(sequence)
     assert ids[0] == think
-    assert said(thinker, ids) == ("<think>c</think>d", "<|im_end|>")
+    assert answer_and_stop(thinker, ids) == ("<think>c</think>d", "<|im_end|>")
 
 
 @pytest.fixture(scope="session")
@@ -138,8 +138,8 @@ def swallower(tiny_tokenizer, tmp_path_factory):
 @given(user=spoken, one=spoken, again=spoken, two=spoken)
 def test_control_tokens_that_swallow_spaces(swallower, user, one, again, two):
     sequences = swallower.encode_conversation(chat(user, one, again, two))
-    assert [said(swallower, ids) for sequence in sequences for _, ids in runs(sequence)] == [(one.lstrip(), "<|b|>"), (two.lstrip(), "<|b|>")]
-    assert_served_as_trained(swallower, chat(user, one, again, two))
+    assert [answer_and_stop(swallower, ids) for sequence in sequences for _, ids in supervised_runs(sequence)] == [(one.lstrip(), "<|b|>"), (two.lstrip(), "<|b|>")]
+    assert_prompts_as_trained(swallower, chat(user, one, again, two))
 
 
 @quick
@@ -162,4 +162,4 @@ def test_thinking_is_served_as_trained(thinker, shared_data, user, one, again, t
     template = shared_data / "templates/llamacpp" / f"{QWEN3}.jinja"
     for tokenizer in (thinker, Tokenizer.load(thinker.source, chat_template=str(template))):
         with may_refuse("" if tokenizer is not thinker else "tiny"):
-            assert_served_as_trained(tokenizer, chat(user, one, again, two))
+            assert_prompts_as_trained(tokenizer, chat(user, one, again, two))

@@ -92,11 +92,11 @@ def test_a_packing_policy(package, tiny_model, tmp_path, monkeypatch):
     importlib.reload(importlib.import_module("my_llm.packing"))
     data.setup("fit")
     rows = data.plans["train"].rows
-    found = [rows.row(number) for number in range(len(rows))]
+    packed = [rows.row(number) for number in range(len(rows))]
     lengths = rows.lengths.tolist()
-    assert [segment for row in found for segment in row] == sorted(segment for row in found for segment in row)
+    assert [segment for row in packed for segment in row] == sorted(segment for row in packed for segment in row)
     assert all(length <= 32 for length in lengths)
-    for number, row in enumerate(found[1:]):            # nothing that would still have fitted begins a new row
+    for number, row in enumerate(packed[1:]):            # nothing that would still have fitted begins a new row
         assert lengths[number] + row[0][2] - row[0][1] > 32
     assert len(rows) < len(data.plans["train"].corpus)
     batch = next(iter(data.train_dataloader()))
@@ -215,8 +215,8 @@ def test_a_dataset_format(package, tiny_model, tmp_path, monkeypatch):
     assert edited.tokens.tolist() != store.tokens.tolist()
 
     importlib.reload(module)                            # a process that is spawned, not forked, has it too
-    found = list(source.scan(parse=False))
-    (tmp_path / "work").write_bytes(pickle.dumps((SourceEncoder(source, Tokenizer.load(tiny_model("llama"))), found)))
+    records = list(source.scan(parse=False))
+    (tmp_path / "work").write_bytes(pickle.dumps((SourceEncoder(source, Tokenizer.load(tiny_model("llama"))), records)))
     code = ("import pickle, sys; encoder, found = pickle.load(open(sys.argv[1], 'rb')); "
             "print(encoder.block(found).tokens.tolist())")
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "work")], capture_output=True, text=True, timeout=60,

@@ -83,7 +83,7 @@ def test_a_later_measurement_keeps_the_record_of_the_run(run):
     both = json.loads((run / "metrics.json").read_text())
     assert both["val/nll"] == last["val/nll"] == pytest.approx(both["test/nll"], rel=1e-6)
     # other data, a part of the data, and the base alone: apart
-    known = (run / "metrics.json").read_text()
+    metrics_before = (run / "metrics.json").read_text()
     for words, says in ((["--ckpt_path", "best", "--data.val_sources", "[{path: other.jsonl}]"], "data.sources[0] was 7 sequences"),
                         (["--ckpt_path", "best", "--data.seq_len", 32], "data.seq_len was 64 and is 32"),
                         (["--ckpt_path", "best", "--trainer.limit_val_batches", 1], "trainer.limit_val_batches"),
@@ -95,7 +95,7 @@ def test_a_later_measurement_keeps_the_record_of_the_run(run):
         assert f"val/nll              {line['val/nll']:.9g}" in out
         assert line["checkpoint"] == (f"step_{best['step']}" if words else None)
         assert (says in line["other_data"]) if words else not line["other_data"]
-    assert (run / "metrics.json").read_text() == known
+    assert (run / "metrics.json").read_text() == metrics_before
     assert (run / "metrics.csv").read_text() == rows
 
 
@@ -110,13 +110,13 @@ def test_a_checkpoint_is_not_measured_as_part_of_another_model(run, tiny_model):
     shutil.copytree(base, "worded")
     with open("worded/chat_template.jinja", "a") as stream:
         stream.write("{{ '' }}")
-    ours = ["validate", "--config", "run/config.yaml", "--ckpt_path", "best"]
-    refused(*ours, "--model.base", "near", says=["another base", str(base), "near"])
-    refused(*ours, "--model.base", tiny_model("qwen3"), says="another base")
-    refused(*ours, "--data.tokenizer", "worded", says="another template")
-    refused(*ours, "--model.lora", "null", says="another peft")
-    refused(*ours, "--model.lora.r", 3, says="another peft (r 2, not 3)")
-    code, _, err = call(*ours, "--model.base", "same")
+    command = ["validate", "--config", "run/config.yaml", "--ckpt_path", "best"]
+    refused(*command, "--model.base", "near", says=["another base", str(base), "near"])
+    refused(*command, "--model.base", tiny_model("qwen3"), says="another base")
+    refused(*command, "--data.tokenizer", "worded", says="another template")
+    refused(*command, "--model.lora", "null", says="another peft")
+    refused(*command, "--model.lora.r", 3, says="another peft (r 2, not 3)")
+    code, _, err = call(*command, "--model.base", "same")
     assert code == 0, err
 
 
@@ -174,8 +174,8 @@ def test_a_run_goes_on_however_its_paths_are_spelled(place, monkeypatch):  # noq
                           (["--data.sources", "[{path: other.jsonl}]"], "data.sources[0] was 8 sequences (good.jsonl) and is 2 (other.jsonl)"),
                           (["--data.seed", 5], "seed was 0 and is 5")):
         write("other.jsonl", {"prompt": "a", "completion": "b"}, {"prompt": "c", "completion": "d"})
-        said = refused(*words, *changed, "--trainer.max_steps", 3, says=says)
-        assert not re.search(r"\b[0-9a-f]{12,}\b", said)
+        message = refused(*words, *changed, "--trainer.max_steps", 3, says=says)
+        assert not re.search(r"\b[0-9a-f]{12,}\b", message)
     code, _, err = call(*words, "--trainer.max_steps", 3)
     assert code == 0, err
     code, _, err = call("fit", "--config", Path("../run/config.yaml").absolute(), "--trainer.max_steps", 4, "--ckpt_path", "last")

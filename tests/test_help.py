@@ -55,9 +55,9 @@ def test_every_key_of_a_verb_is_on_its_whole_page(verb, capsys):
     hidden = set(pages.table()["hidden"])
     assert {key for key, _, _ in entries} == set(keys) - hidden
     for key, kind, description in entries:
-        said = " ".join(f"{kind} {description}".split())
-        assert keys[key]["help"] in said
-        assert "(required)" in said if keys[key]["required"] else "(default: " in said
+        entry = " ".join(f"{kind} {description}".split())
+        assert keys[key]["help"] in entry
+        assert "(required)" in entry if keys[key]["required"] else "(default: " in entry
     assert "trainer.overfit_batches" not in text
 
 
@@ -87,8 +87,8 @@ def test_keys_that_are_left_out_are_refused(tmp_path):
     (["--trainer.callbacks.help", "lightning.pytorch.callbacks.EarlyStopping"], ["monitor text (required)"])])
 def test_the_page_of_a_key_or_class(words, says, capsys):
     text = " ".join(shown(capsys, "fit", *words).split())
-    for each in says:
-        assert each in text
+    for expected in says:
+        assert expected in text
 
 
 def test_a_subject_that_is_none():
@@ -111,12 +111,12 @@ def test_a_bare_verb_names_the_configs_and_what_to_type(capsys, monkeypatch, tmp
     with pytest.raises(SystemExit) as stop:
         main(["validate"])
     assert stop.value.code == 2
-    said = capsys.readouterr().err
+    stderr = capsys.readouterr().err
     files = [*ROOT.glob("configs/*.yaml"), *ROOT.glob("configs/with/*.yaml")]
     assert len(files) >= 10
     for file in files:
-        assert f" {file.relative_to(ROOT).as_posix()} " in said
-    assert "python -m lit_llm validate --config configs/sft.yaml" in said
+        assert f" {file.relative_to(ROOT).as_posix()} " in stderr
+    assert "python -m lit_llm validate --config configs/sft.yaml" in stderr
 
 
 def test_a_reader_that_has_enough_is_no_error():

@@ -140,7 +140,7 @@ def words_of(tree):
 def test_one_module_knows_how_a_weight_is_split():
     """Others ask `shards.py`: a probe of their own would be wrong for the next way to split."""
     probes = {name: set(words_of(tree)) & SPLIT for name, tree in TREES.items()}
-    assert {name for name, found in probes.items() if found} == {"training.parallel.shards", "system.private.deepspeed"}
+    assert {name for name, matches in probes.items() if matches} == {"training.parallel.shards", "system.private.deepspeed"}
 
 
 def test_strategies_are_asked_and_not_recognized():

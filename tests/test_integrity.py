@@ -49,10 +49,10 @@ def refused(*words, says):
     code, _, err = call(*words)
     assert code == 2, err
     assert "Traceback" not in err
-    said = err[err.index("error: "):]
-    assert len(said.splitlines()) <= 6
+    message = err[err.index("error: "):]
+    assert len(message.splitlines()) <= 6
     for word in [says] if isinstance(says, str) else says:
-        assert word in said, said
+        assert word in message, message
 
 
 def change(file, count=100):

@@ -15,7 +15,7 @@ import pytest
 import lit_llm
 from lit_llm.errors import GivenUpError, InputError
 from lit_llm.text.templates import jinja, jinja_guard, jinja_process
-from tests.hostile import HOSTILE, UNREADABLE
+from tests.hostile_templates import HOSTILE, UNREADABLE
 from tests.test_cli import call, place
 
 assert place                                        # a fixture

@@ -1,6 +1,6 @@
 """If this breaks, there is a key in the config that does nothing: a user sets it and believes in it.
 
-Every leaf of `fit`'s config, as the real parser knows it, has an entry in `keys.py`. The command runs in this process
+Every leaf of `fit`'s config, as the real parser knows it, has an entry in `key_effects.py`. The command runs in this process
 with the key's default and with another value, and the part of the run that the entry names must differ; or the value is
 refused by a message that names the key.
 """
@@ -33,7 +33,7 @@ from lit_llm.training.parallel.zero import ZeroStrategy
 from lit_llm.training.run.checkpoint import StepCheckpoint
 from lit_llm.training.run.progress import Progress
 from lit_llm.training.trainer import Trainer
-from tests import keys
+from tests import key_effects
 from tests.test_class_paths import fit_parser
 from tests.test_cli import call, write
 
@@ -51,12 +51,12 @@ class Stopped(BaseException):
 
 def leaves() -> set[str]:
     """Every key of `fit` that holds a value, with the keys of classes that a key takes."""
-    known = {key for key in fit_parser().all_keys() if not key.endswith(".help")}
-    known -= {"config", "model", "data", "trainer"}
-    known |= {f"model.lora.{each.name}" for each in fields(LoRA)}
-    known |= {f"data.sources.{each.name}" for each in fields(Source)}
-    return known | {f"trainer.callbacks.{name}.{key}" for name, kind in OWN_CALLBACKS.items()
-                    for key in inspect.signature(kind).parameters}
+    keys = {key for key in fit_parser().all_keys() if not key.endswith(".help")}
+    keys -= {"config", "model", "data", "trainer"}
+    keys |= {f"model.lora.{field_of_class.name}" for field_of_class in fields(LoRA)}
+    keys |= {f"data.sources.{field_of_class.name}" for field_of_class in fields(Source)}
+    return keys | {f"trainer.callbacks.{name}.{key}" for name, kind in OWN_CALLBACKS.items()
+                   for key in inspect.signature(kind).parameters}
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +113,7 @@ class Place:
         """The checkpoint of a run of two steps."""
         if "RUN" not in self.names:
             seen = self.run({"trainer.max_steps": 2}, "save")
-            assert seen["code"] == 0, seen["said"]
+            assert seen["code"] == 0, seen["output"]
             self.names["RUN"] = next((seen["folder"] / "run" / "checkpoints").glob("step_*"))
         return Path(self.names["RUN"])
 
@@ -178,7 +178,7 @@ def watched(config, how, patch):
         trainer.exports, seen["strategy"] = False, trainer.strategy
         seen["objects"] = (type(trainer.strategy).__name__, getattr(trainer.strategy, "config", None), trainer.num_nodes,
                            trainer.num_devices, trainer.limit_test_batches,
-                           sorted(type(each).__name__ for each in trainer.callbacks))
+                           sorted(type(callback).__name__ for callback in trainer.callbacks))
         if how == "look":
             data.trainer = trainer if trainer.world_size == 1 else None
             data.prepare_data()
@@ -245,19 +245,19 @@ def watched(config, how, patch):
         torch.set_num_threads(threads)
     table = Path("run/metrics.csv")
     files = sorted(set(Path(".").rglob("*")) - before - {Path("run.yaml")})
-    return seen | {"code": code, "error": err, "said": re.sub(r"\d[\d.,]*", "#", out + err),
+    return seen | {"code": code, "error": err, "output": re.sub(r"\d[\d.,]*", "#", out + err),
                    "rows": [row.split(",")[:2] + row.split(",")[3:] for row in table.read_text().splitlines()]      # no seconds
             if table.is_file() else [],
                    "files": [(str(path), path.read_text() if path.name in ("BEST", "LATEST") else "") for path in files]}
 
 
 def test_every_key_has_an_entry():
-    assert set(keys.KEYS) == leaves()
+    assert set(key_effects.KEYS) == leaves()
 
 
-@pytest.mark.parametrize("key", keys.KEYS)
+@pytest.mark.parametrize("key", key_effects.KEYS)
 def test_each_key_changes_the_run_or_is_refused(key, place, monkeypatch, tmp_path):
-    entry = keys.KEYS[key]
+    entry = key_effects.KEYS[key]
     if key == "trainer.inference_mode" and torch.distributed.is_initialized():
         pytest.skip("Lightning leaves inference mode off beside a process group, which an earlier test has made")
     changed = place.run({**entry.base, key: entry.value}, entry.how)
@@ -276,12 +276,12 @@ def test_each_key_changes_the_run_or_is_refused(key, place, monkeypatch, tmp_pat
 
 @pytest.mark.parametrize("how", ["look", "train", "save"])
 def test_what_is_seen_of_a_run_does_not_change_by_itself(how, place):
-    first, again = (place.run(keys.VALIDATES, how, fresh=True) for _ in range(2))
+    first, again = (place.run(key_effects.VALIDATES, how, fresh=True) for _ in range(2))
     for name in first.keys() - {"folder", "error", "strategy"}:
         assert first[name] == again[name], name
 
 
-@pytest.mark.parametrize(("key", "value", "base", "words"), keys.IDLE)
+@pytest.mark.parametrize(("key", "value", "base", "words"), key_effects.IDLE)
 def test_a_key_that_does_nothing_beside_others_is_refused_or_said(key, value, base, words, place, caplog):
     seen = place.run({**base, key: value}, "train", fresh=True)
     if words.startswith("warning "):
@@ -302,25 +302,25 @@ def zero_arguments():
 
 
 def test_every_argument_of_zero_has_an_entry():
-    assert zero_arguments() == {*keys.ZERO, *keys.ZERO_REFUSED, *keys.ZERO_KEPT, *keys.OF_THE_MACHINE}
+    assert zero_arguments() == {*key_effects.ZERO, *key_effects.ZERO_REFUSED, *key_effects.ZERO_KEPT, *key_effects.OF_THE_MACHINE}
 
 
-@pytest.mark.parametrize("name", keys.ZERO)
+@pytest.mark.parametrize("name", key_effects.ZERO)
 def test_each_argument_of_zero_changes_what_deepspeed_is_given(name):
-    value, others = keys.ZERO[name]
-    others = {key: given for key, given in others.items() if key != name}
+    value, others = key_effects.ZERO[name]
+    others = {key: value_of_key for key, value_of_key in others.items() if key != name}
     assert ZeroStrategy(**others, **{name: value}).config != ZeroStrategy(**others).config
 
 
-@pytest.mark.parametrize("name", [*keys.ZERO_REFUSED, *(name for name in keys.ZERO if name != "config")])
+@pytest.mark.parametrize("name", [*key_effects.ZERO_REFUSED, *(name for name in key_effects.ZERO if name != "config")])
 def test_an_argument_of_zero_that_changes_nothing_is_refused(name):
-    if name in keys.ZERO_REFUSED:
-        given = {name: keys.ZERO_REFUSED[name]}
+    if name in key_effects.ZERO_REFUSED:
+        arguments = {name: key_effects.ZERO_REFUSED[name]}
     else:
-        given = {name: keys.ZERO[name][0], "config": {"zero_optimization": {"stage": 2}}}
-        given |= {"stage": 3} if name == "offload_parameters" else {}
+        arguments = {name: key_effects.ZERO[name][0], "config": {"zero_optimization": {"stage": 2}}}
+        arguments |= {"stage": 3} if name == "offload_parameters" else {}
     with pytest.raises(InputError, match="has no effect"):
-        ZeroStrategy(**given).check_arguments()
+        ZeroStrategy(**arguments).check_arguments()
 
 
 def test_each_argument_of_fsdp2_reaches_torch(place):
@@ -332,6 +332,6 @@ def test_each_argument_of_fsdp2_reaches_torch(place):
     assert seen["strategy"]._timeout == timedelta(seconds=10)
 
 
-@pytest.mark.parametrize("name", keys.ZERO_KEPT)
+@pytest.mark.parametrize("name", key_effects.ZERO_KEPT)
 def test_numbers_of_the_loss_scale_are_kept_for_float16(name):
-    assert getattr(ZeroStrategy(**{name: keys.ZERO_KEPT[name]}), name) == keys.ZERO_KEPT[name]
+    assert getattr(ZeroStrategy(**{name: key_effects.ZERO_KEPT[name]}), name) == key_effects.ZERO_KEPT[name]

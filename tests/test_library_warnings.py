@@ -87,11 +87,11 @@ def test_our_own_warnings_keep_their_words(heard, caplog):
 
 
 def test_every_silent_text_has_its_reason_and_hides_no_other(heard):
-    for known in KNOWN:
-        assert re.compile(known.text)
-        assert len(known.why) > 20
-        assert not re.match(known.text, "some other warning")
-        assert not library_warnings.is_known("another library", known.text)
+    for entry in KNOWN:
+        assert re.compile(entry.text)
+        assert len(entry.why) > 20
+        assert not re.match(entry.text, "some other warning")
+        assert not library_warnings.is_known("another library", entry.text)
 
 
 def test_a_long_warning_is_cut(capsys):

@@ -16,7 +16,7 @@ from lit_llm.models.adapters.merging import UnmergeableError, merge
 from lit_llm.models.adapters.peft_method import UNFIT
 from lit_llm.models.anatomy import causal_lm
 from lit_llm.models.load import init_causal_lm, load_causal_lm, save_causal_lm
-from tests.models import disturb
+from tests.tiny_models import disturb
 
 V = 96
 NARROW = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1,

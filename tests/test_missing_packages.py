@@ -60,7 +60,7 @@ def test_a_package_that_is_missing_is_named(package, words, says, tmp_path):
 
 def test_a_package_that_is_there_is_not_missed(tmp_path):
     """The folder of links is whole but for the one that was left out."""
-    names = {each.metadata["Name"].lower() for each in distributions()}
+    names = {distribution.metadata["Name"].lower() for distribution in distributions()}
     assert {"torch", "lightning", "wandb"} <= names
     done = run("none", tmp_path, "lit_llm", "fit", "--config", "configs/with/wandb.yaml", "--config", "configs/sft.yaml",
                "--data.seq_len", "1")

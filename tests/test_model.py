@@ -10,7 +10,7 @@ from lit_llm.errors import InputError
 from lit_llm.models import anatomy
 from lit_llm.models import load as models
 from lit_llm.models.load import init_causal_lm, load_causal_lm, save_causal_lm
-from tests.models import IDS, KINDS, disturb, logits
+from tests.tiny_models import IDS, KINDS, disturb, logits
 
 
 @pytest.mark.parametrize("kind", [*KINDS, "gemma2"])
@@ -54,7 +54,7 @@ def test_a_saved_generation_config_stops_generate(tiny_model, tmp_path):
     assert out[0, IDS.shape[1]:].tolist() == [first]
 
 
-@pytest.mark.parametrize(("init", "said"), [
+@pytest.mark.parametrize(("init", "message"), [
     ({"model_type": "lama"}, "Did you mean 'llama'?"),
     ({}, "unknown model_type 'None'"),
     ({"model_type": "t5"}, "unknown model_type 't5'"),
@@ -64,10 +64,10 @@ def test_a_saved_generation_config_stops_generate(tiny_model, tmp_path):
     ({"model_type": "llama", "hidden_act": "relo", "hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 2,
       "num_hidden_layers": 1, "num_key_value_heads": 1}, "model.init"),
 ])
-def test_a_wrong_architecture_is_a_user_error(init, said):
+def test_a_wrong_architecture_is_a_user_error(init, message):
     with pytest.raises(InputError) as caught:
         init_causal_lm(init, vocab_size=64)
-    assert said in str(caught.value)
+    assert message in str(caught.value)
 
 
 @pytest.mark.parametrize("keys", [

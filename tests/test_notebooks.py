@@ -21,6 +21,6 @@ def test_notebook_runs(file, tmp_path, monkeypatch):
     NotebookClient(
         notebook, timeout=240, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}
     ).execute()
-    said = "".join(output.get("text", "") for cell in notebook.cells for output in cell.get("outputs", []))
-    assert "perplexity on unseen conversations" in said
+    output_text = "".join(output.get("text", "") for cell in notebook.cells for output in cell.get("outputs", []))
+    assert "perplexity on unseen conversations" in output_text
     assert (tmp_path / "runs" / "notebook" / "export" / "config.json").is_file()

@@ -15,13 +15,13 @@ from lit_llm.models.adapters.peft_method import LoRA
 from lit_llm.models.load import init_causal_lm
 from lit_llm.training.planning import estimate
 from tests.benchmarks import cross_entropy, on_gpu, train
-from tests.shapes import LLAMA, SMALL
+from tests.random_models import LLAMA, SMALL
 
 
 def test_the_benchmark_runs_as_it_does_on_a_gpu(monkeypatch, capsys):
     """All weights, and adapters; both lose at first what guessing loses."""
-    for each in (on_gpu, cross_entropy):
-        monkeypatch.setattr(each, "alone", lambda call, *given: call(*given))       # in this process, to be quick
+    for benchmark in (on_gpu, cross_entropy):
+        monkeypatch.setattr(benchmark, "alone", lambda call, *arguments: call(*arguments))       # in this process, to be quick
     monkeypatch.setattr(sys, "argv", ["train.py", "--device", "cuda", "--smoke", "--seconds", "0.01", "--only", "0.6B"])
     train.main()
     rows = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
@@ -47,8 +47,8 @@ def test_flops_are_those_that_torch_counts(lora):
     counter = FlopCounterMode(display=False)
     with counter:
         model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
-    ours = tokens * (2 * estimate.flops_per_token(counts, tokens) - estimate.flops_per_token(counts, 0.0))
+    estimated = tokens * (2 * estimate.flops_per_token(counts, tokens) - estimate.flops_per_token(counts, 0.0))
     width, key = SMALL["hidden_size"], SMALL["hidden_size"] // 2
     spared = 2 * tokens * (width * width + 2 * width * key) if lora else 0
     spared += 2 * tokens * 3 * 4 * width if lora else 0         # nor do the inputs of their adapters
-    assert counter.get_total_flops() == pytest.approx(ours - spared, rel=1e-4)         # some releases rotate by a product
+    assert counter.get_total_flops() == pytest.approx(estimated - spared, rel=1e-4)         # some releases rotate by a product

@@ -51,8 +51,8 @@ def test_real_base_and_real_alpaca(stories, shared_data, lit_llm, tmp_path):
         "validate", *words, "--model.base", run / "export", "--model.lora", "null", "--data.tokenizer", run / "export"
     )
     assert done.code == 0, done.err[-2000:]
-    said = float(next(line.split()[1] for line in done.out.splitlines() if line.startswith("val/nll")))
-    assert said == pytest.approx(figures["val/nll"], rel=1e-5)
+    nll = float(next(line.split()[1] for line in done.out.splitlines() if line.startswith("val/nll")))
+    assert nll == pytest.approx(figures["val/nll"], rel=1e-5)
 
 
 @pytest.mark.slow

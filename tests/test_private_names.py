@@ -101,10 +101,10 @@ def lightning_restart_validation(run, model):
 def lightning_looks_at_epoch_end(run, model):
     from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 
-    for asked in (True, False):
-        stopping = EarlyStopping("val/nll", check_on_train_epoch_end=asked)
-        saving = ModelCheckpoint(save_on_train_epoch_end=asked)
-        assert lightning.looks_at_epoch_end(stopping, run[1]) == lightning.looks_at_epoch_end(saving, run[1]) == asked
+    for at_epoch_end in (True, False):
+        stopping = EarlyStopping("val/nll", check_on_train_epoch_end=at_epoch_end)
+        saving = ModelCheckpoint(save_on_train_epoch_end=at_epoch_end)
+        assert lightning.looks_at_epoch_end(stopping, run[1]) == lightning.looks_at_epoch_end(saving, run[1]) == at_epoch_end
 
 
 def lightning_move_logged_step(run, model):
@@ -155,7 +155,7 @@ def lightning_dismiss_watcher(run, model):
 
 def lightning_change_wandb_arguments(run, model):
     logger = L.pytorch.loggers.WandbLogger(project="one", offline=True)
-    lightning.change_wandb_arguments(logger, lambda given: given | {"project": given["project"] + " two"})
+    lightning.change_wandb_arguments(logger, lambda arguments: arguments | {"project": arguments["project"] + " two"})
     assert logger._wandb_init["project"] == "one two"
 
 
@@ -168,9 +168,9 @@ def torch_default_store(run, model):
 
 
 def torch_incompatible_keys(run, model):
-    found = private_torch.incompatible_keys(["a"], ["b"])
-    assert type(found) is type(nn.Linear(1, 1).load_state_dict({}, strict=False))
-    assert (found.missing_keys, found.unexpected_keys) == (["a"], ["b"])
+    keys = private_torch.incompatible_keys(["a"], ["b"])
+    assert type(keys) is type(nn.Linear(1, 1).load_state_dict({}, strict=False))
+    assert (keys.missing_keys, keys.unexpected_keys) == (["a"], ["b"])
 
 
 def torch_persistent_buffers(run, model):
@@ -381,8 +381,8 @@ def others_fingerprint(run, model):
 def others_first_argument(run, model):
     from jinja2 import pass_context, pass_environment, pass_eval_context
 
-    found = [others.first_argument(wrap(lambda *_: "")) for wrap in (pass_context, pass_eval_context, pass_environment, lambda plain: plain)]
-    assert found == ["context", "eval_context", "environment", ""]
+    arguments = [others.first_argument(wrap(lambda *_: "")) for wrap in (pass_context, pass_eval_context, pass_environment, lambda plain: plain)]
+    assert arguments == ["context", "eval_context", "environment", ""]
 
 
 def others_is_synchronized(run, model):
@@ -457,7 +457,7 @@ def test_methods_that_subclasses_replace_are_there():
             module, _, kind = path.rpartition(".")
             base = getattr(importlib.import_module(module), kind)
             for name in names:
-                assert hasattr(base, name) or any(f"self.{name}" in inspect.getsource(each) for each in base.__mro__[:-1]), f"{path}.{name} moved"
+                assert hasattr(base, name) or any(f"self.{name}" in inspect.getsource(ancestor) for ancestor in base.__mro__[:-1]), f"{path}.{name} moved"
 
 
 def test_nobody_else_uses_private_names():

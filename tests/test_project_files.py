@@ -37,7 +37,7 @@ def test_the_hooks_are_ruff_mypy_and_codespell():
     hooks = {hook["id"]: hook for repo in read_yaml(".pre-commit-config.yaml")["repos"] for hook in repo["hooks"]}
     assert all(repo["repo"] == "local" for repo in read_yaml(".pre-commit-config.yaml")["repos"])
     assert set(hooks) == {"ruff", "mypy", "codespell"}
-    tested = {re.split(r"\W", each)[0] for each in PROJECT["optional-dependencies"]["test"]}
+    tested = {re.split(r"\W", requirement)[0] for requirement in PROJECT["optional-dependencies"]["test"]}
     for name in ("ruff", "mypy"):
         assert hooks[name]["language"] == "system"
         assert name in tested

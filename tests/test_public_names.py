@@ -63,9 +63,9 @@ def test_short_class_paths_work_in_a_config(name, place, monkeypatch):
     code, _, err = call("prepare", "--config", "short.yaml")
     assert code == 0, err
     (trainer,) = built
-    found = trainer.callbacks if key == "callbacks" else [trainer.strategy]
-    made = [each for each in found if type(each) is getattr(lit_llm, name)
-            and all(getattr(each, key, value) == value for key, value in arguments.items())]
+    parts = trainer.callbacks if key == "callbacks" else [trainer.strategy]
+    made = [part for part in parts if type(part) is getattr(lit_llm, name)
+            and all(getattr(part, key, value) == value for key, value in arguments.items())]
     assert made
 
 

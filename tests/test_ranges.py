@@ -115,7 +115,7 @@ PARTS = ("seed_everything", "model", "data", "trainer.callbacks.", "trainer.stra
 @pytest.mark.parametrize("part", PARTS)
 def test_each_key_takes_what_makes_sense_and_refuses_the_rest(part, parser):
     keys = {key: how for key, how in mutations.schema().items()
-            if next(each for each in PARTS if key.startswith(each)) == part}
+            if next(section for section in PARTS if key.startswith(section)) == part}
     assert keys
     wrong = []
     for key, (beside, path) in keys.items():
@@ -123,12 +123,12 @@ def test_each_key_takes_what_makes_sense_and_refuses_the_rest(part, parser):
         for name in mutations.VALUES:
             config = mutations.with_value(small, path, mutations.value_of(name))
             try:
-                found = taken(parser, config)
+                accepted = taken(parser, config)
             except Exception as error:              # a traceback for the user
                 wrong.append(f"{key}: {name} gives {type(error).__name__}: {str(error)[:100]}")
                 continue
-            if not key.startswith("trainer.strategy.") and found != (name in ACCEPTED.get(key, "").split()):
-                wrong.append(f"{key}: {name} is {'taken' if found else 'refused'}")
+            if not key.startswith("trainer.strategy.") and accepted != (name in ACCEPTED.get(key, "").split()):
+                wrong.append(f"{key}: {name} is {'taken' if accepted else 'refused'}")
     assert not wrong, "\n".join(wrong)
 
 
@@ -154,12 +154,12 @@ def test_each_place_of_each_shipped_config_ends_in_no_traceback(parser):
 # ---- where the table is read -----------------------------------------------------------------------------------------
 
 def test_a_refusal_says_key_value_range_and_what_to_type(place):
-    said = refused("fit", "--config", "ok.yaml", "--model.lr", "1e12", says="model.lr")
-    assert "1000000000000.0 is not a number above 0, at most 10" in said
-    assert "for example --model.lr 2e-4" in said
-    said = refused("fit", "--config", "ok.yaml", "--data.seq_len", "null", says="data.seq_len")
-    assert "null is not a whole number" in said
-    assert "data.seq_len takes a whole number from 2 to 16,777,216; for example --data.seq_len 1024" in said
+    message = refused("fit", "--config", "ok.yaml", "--model.lr", "1e12", says="model.lr")
+    assert "1000000000000.0 is not a number above 0, at most 10" in message
+    assert "for example --model.lr 2e-4" in message
+    message = refused("fit", "--config", "ok.yaml", "--data.seq_len", "null", says="data.seq_len")
+    assert "null is not a whole number" in message
+    assert "data.seq_len takes a whole number from 2 to 16,777,216; for example --data.seq_len 1024" in message
 
 
 @pytest.mark.parametrize(("text", "says"), [
@@ -249,5 +249,5 @@ def test_the_help_page_says_it(words, says):
     code, out, _ = call(*words)
     assert code == 0
     shown = " ".join(out.split())
-    for each in [says] if isinstance(says, str) else says:
-        assert each in shown
+    for expected in [says] if isinstance(says, str) else says:
+        assert expected in shown

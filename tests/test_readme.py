@@ -151,7 +151,7 @@ def test_the_next_commands(first, shell):
     assert done.stdout.strip()
     done = shell.run(validate)
     assert done.returncode == 0, done.stderr
-    said = float(re.search(r"val/perplexity\s+([\d.]+)", done.stdout)[1])
+    perplexity = float(re.search(r"val/perplexity\s+([\d.]+)", done.stdout)[1])
     best = json.loads(
         (
             shell.folder
@@ -162,7 +162,7 @@ def test_the_next_commands(first, shell):
     )
     import math
 
-    assert math.log(said) == pytest.approx(best["score"], rel=1e-5)
+    assert math.log(perplexity) == pytest.approx(best["score"], rel=1e-5)
     printed = first.stdout.split("next:")[1]
     export, config = shell.folder / "runs/sft/export", shell.folder / "runs/sft/config.yaml"
     assert all(command in printed for command in (

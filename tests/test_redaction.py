@@ -31,34 +31,34 @@ BY_NAME = {"auth": "open-sesame-1", "passwd": "hunter2hunter2", "hf_token_2": "p
 @pytest.mark.parametrize("name", SECRETS)
 def test_each_form_is_found_in_a_config(name):
     secret = SECRETS[name]
-    kept = json.dumps(redact({"notes": secret, "tags": ["x", secret], "more": {"deep": {"value": secret}}}))
-    assert secret not in kept
-    assert '"x"' in kept
+    redacted = json.dumps(redact({"notes": secret, "tags": ["x", secret], "more": {"deep": {"value": secret}}}))
+    assert secret not in redacted
+    assert '"x"' in redacted
 
 
 @pytest.mark.parametrize("name", sorted(set(SECRETS) - {"aws_secret", "hex"}))
 def test_each_form_is_found_in_a_text(name):
-    said = redact_text(f"error: cannot log in with {SECRETS[name]}, try again")
-    assert SECRETS[name] not in said
-    assert said.startswith("error: cannot log in with ")
-    assert said.endswith("try again")
+    redacted = redact_text(f"error: cannot log in with {SECRETS[name]}, try again")
+    assert SECRETS[name] not in redacted
+    assert redacted.startswith("error: cannot log in with ")
+    assert redacted.endswith("try again")
 
 
 def test_what_no_form_tells_the_key_tells():
     assert all(names_secret(name) for name in BY_NAME)
-    kept = redact({"logger": BY_NAME | {"headers": {"Authorization": ["Basic Zm9v"]}, "credentials": {"user": "me"}}})
-    assert not [value for value in BY_NAME.values() if value in json.dumps(kept)]
-    assert kept["logger"]["credentials"] == {"user": "(removed)"}
+    redacted = redact({"logger": BY_NAME | {"headers": {"Authorization": ["Basic Zm9v"]}, "credentials": {"user": "me"}}})
+    assert not [value for value in BY_NAME.values() if value in json.dumps(redacted)]
+    assert redacted["logger"]["credentials"] == {"user": "(removed)"}
 
 
 @pytest.mark.parametrize("text", [
     "https://user:password1@host/x", "postgres://user:pa%20ss@db:5432/x", "https://abcdef123456@github.com/a/b.git"])
 def test_a_url_keeps_its_host_only(text):
-    kept = redact_text(f"cannot reach {text}")
-    assert "user" not in kept
-    assert "pass" not in kept
-    assert "abcdef123456" not in kept
-    assert "@" in kept
+    redacted = redact_text(f"cannot reach {text}")
+    assert "user" not in redacted
+    assert "pass" not in redacted
+    assert "abcdef123456" not in redacted
+    assert "@" in redacted
 
 
 @pytest.mark.parametrize("value", [
@@ -100,12 +100,12 @@ def test_no_planted_secret_is_written_printed_or_logged(place, monkeypatch):
     written = [file for file in Path(".").rglob("*") if file.is_file() and file.resolve() not in sources]
     assert {".wandb", "debug.log"} <= {part for file in written for part in (file.suffix, file.name)}
     for name, secret in planted.items():
-        found = [str(file) for file in written if secret.encode() in file.read_bytes()]
-        assert not found, f"{name} is in {found}"
+        leaks = [str(file) for file in written if secret.encode() in file.read_bytes()]
+        assert not leaks, f"{name} is in {leaks}"
         assert secret not in out + err, name
 
 
 def test_a_message_repeats_no_password(place):
-    said = refused("fit", "--config", "ok.yaml", "--model.base", "https://me:hunter2hunter2@host.example/x")
-    assert "hunter2" not in said
-    assert "host.example" in said
+    message = refused("fit", "--config", "ok.yaml", "--model.base", "https://me:hunter2hunter2@host.example/x")
+    assert "hunter2" not in message
+    assert "host.example" in message

@@ -56,10 +56,10 @@ def test_every_command_that_fit_prints_can_be_pasted_anywhere(run):
     with socket.socket() as probe:                          # another test may serve on the default port
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    asked, measured, served = pasted(chat), pasted(validate), pasted(f"{serve} --port {port}")
+    chatted, measured, served = pasted(chat), pasted(validate), pasted(f"{serve} --port {port}")
     try:
-        answer, err = asked.communicate("count to 3\n", timeout=200)
-        assert asked.returncode == 0, err
+        answer, err = chatted.communicate("count to 3\n", timeout=200)
+        assert chatted.returncode == 0, err
         assert answer.endswith("\n")
         figures, err = measured.communicate(timeout=200)
         assert measured.returncode == 0, err
@@ -68,7 +68,7 @@ def test_every_command_that_fit_prints_can_be_pasted_anywhere(run):
         assert float(dict(line.split() for line in figures.splitlines())["val/nll"]) == pytest.approx(score, rel=1e-6)
         assert ask(f"http://127.0.0.1:{port}/chat", {"message": "count to 3", "max_length": 8, "temperature": 0}, served)
     finally:
-        for process in (asked, measured, served):
+        for process in (chatted, measured, served):
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGTERM)
             process.communicate(timeout=30)
@@ -91,8 +91,8 @@ def test_the_config_of_a_run_loads_with_every_verb(run):
     """From another directory; what was typed is what is measured, planned and shown."""
     folder, _ = run
     config = folder / "config.yaml"
-    kept = yaml.safe_load(config.read_text())
-    assert set(kept) == {"seed_everything", "model", "data", "trainer"}
+    stored = yaml.safe_load(config.read_text())
+    assert set(stored) == {"seed_everything", "model", "data", "trainer"}
     for verb, says in (("validate", "val/nll"), ("test", "test/nll"), ("prepare", ""), ("inspect", "mine.jsonl\n  12 records"),
                        ("plan", "3,136 trained")):
         code, out, err = call(verb, "--config", config)
@@ -101,7 +101,7 @@ def test_the_config_of_a_run_loads_with_every_verb(run):
     assert not list(Path(".").iterdir()), "a verb wrote where its user stands"
     code, out, err = call("fit", "--config", config, "--trainer.default_root_dir", "again")
     assert code == 0, err
-    assert kept["data"]["tokenizer"] is None            # the base's; another base brings its own
+    assert stored["data"]["tokenizer"] is None            # the base's; another base brings its own
     once, again = (next(where.glob("checkpoints/step_2/adapter/*.safetensors")).read_bytes() for where in (folder, Path("again")))
     assert once == again
 
@@ -130,8 +130,8 @@ def test_no_command_is_printed_that_would_be_refused(place):  # noqa: F811
 def test_keys_of_other_verbs(place):  # noqa: F811
     """The message must not propose the very word that was refused."""
     Path("other.yaml").write_text("ckpt_path: last\n")
-    said = refused("plan", "--config", "ok.yaml", "--config", "other.yaml", says="ckpt_path")
-    assert "Did you mean 'ckpt_path'" not in said
+    message = refused("plan", "--config", "ok.yaml", "--config", "other.yaml", says="ckpt_path")
+    assert "Did you mean 'ckpt_path'" not in message
 
 
 def test_what_is_made_absolute(tmp_path, monkeypatch):

@@ -46,8 +46,8 @@ def documents() -> list[str]:
 def trained_turns() -> list[tuple[str, str]]:
     """Every (user turn, assistant turn) of the training conversations."""
     chats = [[turn for turn in row["messages"] if turn["role"] != "system"] for row in read("conversations.jsonl")]
-    return [(ask["content"], said["content"]) for chat in chats
-            for ask, said in zip(chat[::2], chat[1::2], strict=True)]
+    return [(ask["content"], answer["content"]) for chat in chats
+            for ask, answer in zip(chat[::2], chat[1::2], strict=True)]
 
 
 @pytest.fixture(scope="module")
@@ -78,8 +78,8 @@ def test_every_conversation_is_valid_and_there_are_both_languages():
 
 
 def test_the_package_stays_small():
-    kept = [path for path in SAMPLES.rglob("*") if path.is_file() and "__pycache__" not in path.parts]
-    assert sum(path.stat().st_size for path in kept) <= 7_000_000
+    files = [path for path in SAMPLES.rglob("*") if path.is_file() and "__pycache__" not in path.parts]
+    assert sum(path.stat().st_size for path in files) <= 7_000_000
     assert (SAMPLES / "base/model.safetensors").stat().st_size <= 4_000_000
 
 
@@ -117,10 +117,10 @@ def test_word_pairs_of_the_exam_never_met_before(exam, documents, trained_turns)
     lines += [f"{ask} {answer}" for ask, answer in trained_turns]
     checked = 0
     for ask, answer in exam:
-        if given := re.match(r".*(?:Chinese|英语|opposite|反义词)[^:：]*[:：] ?(.+)$", ask):
+        if match := re.match(r".*(?:Chinese|英语|opposite|反义词)[^:：]*[:：] ?(.+)$", ask):
             checked += 1
-            said = answer.removeprefix("The opposite is ").rstrip(".。")
-            assert not [line for line in lines if given[1] in line and said in line]
+            opposites = answer.removeprefix("The opposite is ").rstrip(".。")
+            assert not [line for line in lines if match[1] in line and opposites in line]
         elif compared := re.match(r"Which is \w+, an? (\w+) or an? (\w+)\?", ask):
             checked += 1
             pair = {f"The {compared[1]} ", f"the {compared[2]}.", f"The {compared[2]} ", f"the {compared[1]}."}
@@ -134,23 +134,23 @@ def test_word_pairs_of_the_exam_never_met_before(exam, documents, trained_turns)
 
 def test_the_exam_greets_thanks_and_asks_who_one_is(exam, trained_turns, documents):
     """Twice each in either language, in phrasings that no chat asked and no document holds; the answers were trained."""
-    asked = {ask.strip(" .!?。！？").lower() for ask, _ in trained_turns}
+    questions = {ask.strip(" .!?。！？").lower() for ask, _ in trained_turns}
     answers = {"Hello! What would you like to know?", "You are welcome!", "I am Pip, a toy assistant of lit_llm.",
                "你好！你想知道什么？", "不客气！", "我是皮皮，lit_llm 的玩具助手。"}
     polite = [(ask, answer) for ask, answer in exam if answer in answers]
     assert sorted(answer for _, answer in polite) == sorted([*answers, *answers])
     text = "\n".join(documents)
     for ask, answer in polite:
-        assert ask.strip(" .!?。！？").lower() not in asked
+        assert ask.strip(" .!?。！？").lower() not in questions
         assert ask not in text
-        assert answer in {said for _, said in trained_turns}
+        assert answer in {trained_answer for _, trained_answer in trained_turns}
 
 
 def test_documents_hold_every_token_of_the_chats(tokenizer, documents, trained_turns):
     """Else its row of the embedding is not trained in the base, and answers come out garbled."""
-    known = {id_ for text in documents for id_ in tokenizer.encode(text, add_special_tokens=False)}
+    ids_in_documents = {id_ for text in documents for id_ in tokenizer.encode(text, add_special_tokens=False)}
     for turn in (turn for pair in trained_turns for turn in pair):
-        assert not set(tokenizer.encode(turn, add_special_tokens=False)) - known, turn
+        assert not set(tokenizer.encode(turn, add_special_tokens=False)) - ids_in_documents, turn
 
 
 # ---- tokenizer and base ----------------------------------------------------------------------------------------------
@@ -199,8 +199,8 @@ def test_base_cannot_answer_yet(tokenizer, exam):
     stops = tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
     out = model.generate(input_ids=batch.input_ids, attention_mask=batch.attention_mask, do_sample=False,
                          max_new_tokens=24, eos_token_id=stops, pad_token_id=tokenizer.pad_token_id)
-    said = tokenizer.batch_decode(out[:, batch.input_ids.shape[1]:], skip_special_tokens=True)
-    assert sum(text.strip() == answer for text, (_, answer) in zip(said, exam, strict=True)) <= 5
+    answers = tokenizer.batch_decode(out[:, batch.input_ids.shape[1]:], skip_special_tokens=True)
+    assert sum(text.strip() == answer for text, (_, answer) in zip(answers, exam, strict=True)) <= 5
 
 
 def test_an_export_that_is_incomplete_or_too_large_is_refused(tmp_path: Path):

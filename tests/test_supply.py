@@ -14,7 +14,7 @@ PIN = re.compile(r"^([A-Za-z0-9_.-]+)(?:\[[a-z,]+\])?==([^\s;\\]+)", re.MULTILIN
 
 
 def pins(name):
-    return {found[1].lower().replace("_", "-"): found[2] for found in PIN.finditer((ROOT / name).read_text())}
+    return {match[1].lower().replace("_", "-"): match[2] for match in PIN.finditer((ROOT / name).read_text())}
 
 
 def requirements():
@@ -45,6 +45,6 @@ def test_each_requirement_is_locked_within_its_range(name, line):
 def test_pre_releases_are_named():
     from packaging.version import Version
 
-    said = (ROOT / "CONTRIBUTING.md").read_text()
+    text = (ROOT / "CONTRIBUTING.md").read_text()
     unstable = [name for name, version in pins("constraints.txt").items() if Version(version).is_prerelease]
-    assert all(name in said or name.split("-")[0] in said for name in unstable)
+    assert all(name in text or name.split("-")[0] in text for name in unstable)

@@ -1,7 +1,7 @@
 """If this breaks: with some real chat template the model learns words that are not its own, or is served another prompt
 than it was trained on.
 
-What must be learned is found by `tests/battery.py`, which renders with transformers alone.
+What must be learned is found by `tests/template_cases.py`, which renders with transformers alone.
 """
 
 import pytest
@@ -11,8 +11,8 @@ from lit_llm.errors import InputError
 from lit_llm.text.conversation import Conversation, Message
 from lit_llm.text.templates import jinja
 from lit_llm.text.tokenizer import Tokenizer
-from tests.battery import BATTERY, CALL, TOOLS, check, fitted, of
-from tests.chats import FORGED, chat, runs, said, with_template
+from tests.conversations import FORGED, answer_and_stop, chat, supervised_runs, with_template
+from tests.template_cases import BATTERY, CALL, TOOLS, check, fitted, of
 
 GEMMA, NEMO, HERMES = ("google-gemma-2-2b-it", "mistralai-Mistral-Nemo-Instruct-2407",
                        "NousResearch-Hermes-2-Pro-Llama-3-8B-tool_use")
@@ -39,9 +39,9 @@ def real(shared_data, tiny_tokenizer):
     return get
 
 
-def learned(tokenizer, conversation, **how):
-    return [said(tokenizer, ids) for sequence in tokenizer.encode_conversation(conversation, **how)
-            for _, ids in runs(sequence)]
+def supervised_texts(tokenizer, conversation, **how):
+    return [answer_and_stop(tokenizer, ids) for sequence in tokenizer.encode_conversation(conversation, **how)
+            for _, ids in supervised_runs(sequence)]
 
 
 # ---- every real template ---------------------------------------------------------------------------------------------
@@ -66,7 +66,7 @@ def test_what_is_learned_is_what_must_be_said_behind_the_served_prompt(real, nam
 
 def test_thinking_is_learned_behind_the_prompt_that_lacks_older_thinking(real):
     first, second = real(QWEN3).encode_conversation(BATTERY["thinking"])
-    assert learned(real(QWEN3), BATTERY["thinking"]) == [
+    assert supervised_texts(real(QWEN3), BATTERY["thinking"]) == [
         ("<think>\nOne more.\n</think>\n\nTwo.", "<|im_end|>"), ("<think>\nAgain one.\n</think>\n\nThree.", "<|im_end|>")]
     assert "One more" in real(QWEN3).decode(first.input_ids)
     assert "One more" not in real(QWEN3).decode(second.input_ids)
@@ -90,14 +90,14 @@ def test_a_system_message_that_only_a_prompt_shows_is_in_the_trained_prompt(real
     conversation = chat("q", "a", "r", "b", system="Be brief.")
     first, second = real(NEMO).encode_conversation(conversation)
     for sequence, answer in ((first, "a"), (second, "b")):
-        ((_, ids),) = runs(sequence)
-        assert said(real(NEMO), ids) == (answer, "</s>")
+        ((_, ids),) = supervised_runs(sequence)
+        assert answer_and_stop(real(NEMO), ids) == (answer, "</s>")
         assert "Be brief." in real(NEMO).decode(sequence.input_ids)
 
 
 @pytest.mark.parametrize("name", [LLAMA, GEMMA, "chujie/chatml"])
 def test_what_a_template_trims_is_not_learned(real, name):
-    (answer, _), *_ = learned(real(name), chat(" q\n", "\n A kite. \n"))
+    (answer, _), *_ = supervised_texts(real(name), chat(" q\n", "\n A kite. \n"))
     assert answer == "A kite."
 
 
@@ -118,7 +118,7 @@ def test_a_template_that_writes_bos_for_a_tokenizer_that_adds_it_gets_one(storie
 def test_an_end_of_turn_that_is_not_eos_is_learned_and_served(shared_data, tiny_tokenizer, name, stop):
     text = (shared_data / "templates/llamacpp" / f"{name}.jinja").read_text(encoding="utf-8")
     tokenizer = fitted(AutoTokenizer.from_pretrained(tiny_tokenizer), text, eos="<|endoftext|>")
-    assert learned(tokenizer, chat("q", "A kite.")) == [("A kite.", stop)]
+    assert supervised_texts(tokenizer, chat("q", "A kite.")) == [("A kite.", stop)]
     assert tokenizer.hf.convert_ids_to_tokens(tokenizer.stop_ids)[0] == stop
     assert tokenizer.stop_ids[-1] == tokenizer.eos_id
 
@@ -126,7 +126,7 @@ def test_an_end_of_turn_that_is_not_eos_is_learned_and_served(shared_data, tiny_
 def test_phi_learns_the_end_of_turn_and_not_the_end_of_text_behind_it(real):
     """Phi-3.5 ends the whole text, not the turn, with eos."""
     tokenizer = real(PHI)
-    assert learned(tokenizer, BATTERY["turns"]) == [("A kite.", "<|end|>"), ("Twelve metres.", "<|end|>")]
+    assert supervised_texts(tokenizer, BATTERY["turns"]) == [("A kite.", "<|end|>"), ("Twelve metres.", "<|end|>")]
     (sequence,) = tokenizer.encode_conversation(BATTERY["turns"])
     assert sequence.input_ids[-1] == tokenizer.eos_id
     assert sequence.labels[-1] == -100
@@ -135,7 +135,7 @@ def test_phi_learns_the_end_of_turn_and_not_the_end_of_text_behind_it(real):
 def test_smollm_learns_its_empty_thinking_only_where_the_prompt_lacks_it(real):
     tokenizer = real(SMOL)
     (sequence,) = tokenizer.encode_conversation(BATTERY["turns"])
-    for answer, words in zip(learned(tokenizer, BATTERY["turns"]), ("A kite.", "Twelve metres."), strict=True):
+    for answer, words in zip(supervised_texts(tokenizer, BATTERY["turns"]), ("A kite.", "Twelve metres."), strict=True):
         assert answer[0].endswith(words)
     spelled = tokenizer.decode(sequence.input_ids, skip_special_tokens=False)
     assert spelled.count("A kite.") == spelled.count("Twelve metres.") == 1
@@ -144,14 +144,14 @@ def test_smollm_learns_its_empty_thinking_only_where_the_prompt_lacks_it(real):
 # ---- calls -----------------------------------------------------------------------------------------------------------
 
 def test_calls_are_learned_as_each_template_writes_them(real):
-    (call, stop), (answer, end) = learned(real(HERMES), BATTERY["a call"])
+    (call, stop), (answer, end) = supervised_texts(real(HERMES), BATTERY["a call"])
     assert call.strip().startswith("<tool_call>")
     assert call.strip().endswith("</tool_call>")
     assert (stop, answer.strip(), end) == ("<|im_end|>", "It is sunny.", "<|im_end|>")
-    (call, stop), (answer, _) = learned(real(NEMO), BATTERY["a call"])
+    (call, stop), (answer, _) = supervised_texts(real(NEMO), BATTERY["a call"])
     assert call.startswith('[TOOL_CALLS][{"name": "look_up"')
     assert (stop, answer) == ("</s>", "It is sunny.")
-    (call, stop), (answer, _) = learned(real(LLAMA), BATTERY["a call"])
+    (call, stop), (answer, _) = supervised_texts(real(LLAMA), BATTERY["a call"])
     assert call == '{"name": "look_up", "parameters": {"place": "Kyoto", "days": 3}}'
     assert (stop, answer) == ("<|eot_id|>", "It is sunny.")
 
@@ -165,7 +165,7 @@ CALLS_STOP = ("{% for t in tools or [] %}{{ t.function.name }}{% endfor %}{% for
 
 def test_a_stop_token_of_calls_alone_is_learned_and_served(tiny_tokenizer):
     tokenizer = fitted(AutoTokenizer.from_pretrained(tiny_tokenizer), CALLS_STOP, eos="<|endoftext|>")
-    assert learned(tokenizer, BATTERY["a call"]) == [('<|python_tag|>look_up{"place": "Kyoto", "days": 3}', "<|eom_id|>"), ("It is sunny.", "<|im_end|>")]
+    assert supervised_texts(tokenizer, BATTERY["a call"]) == [('<|python_tag|>look_up{"place": "Kyoto", "days": 3}', "<|eom_id|>"), ("It is sunny.", "<|im_end|>")]
     assert tokenizer.hf.convert_ids_to_tokens(tokenizer.stop_ids) == ["<|im_end|>", "<|eom_id|>", "<|endoftext|>"]
 
 
@@ -203,7 +203,7 @@ def test_a_stop_token_behind_others_that_open_turns_too(tiny_tokenizer):
                 "'<|sep|><|im_end|>' }}{% endfor %}{% if add_generation_prompt %}<|open|>assistant<|sep|>{% endif %}")
     tokenizer = fitted(AutoTokenizer.from_pretrained(tiny_tokenizer), template)
     check(tokenizer, BATTERY["turns"])
-    assert learned(tokenizer, BATTERY["one turn"]) == [("A kite.<|close|>assistant<|sep|>", "<|im_end|>")]
+    assert supervised_texts(tokenizer, BATTERY["one turn"]) == [("A kite.<|close|>assistant<|sep|>", "<|im_end|>")]
 
 
 # ---- prompts that open thinking --------------------------------------------------------------------------------------
@@ -217,7 +217,7 @@ OPENS = ("{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}{{ '<|U
 def test_thinking_behind_a_prompt_that_opens_it(tiny_tokenizer, kind):
     tokenizer = fitted(AutoTokenizer.from_pretrained(tiny_tokenizer), OPENS)
     check(tokenizer, BATTERY[kind])
-    assert learned(tokenizer, BATTERY[kind])[1] == ("Again one.\n</think>\n\nThree.", "</s>")
+    assert supervised_texts(tokenizer, BATTERY[kind])[1] == ("Again one.\n</think>\n\nThree.", "</s>")
     last = tokenizer.encode_conversation(BATTERY[kind])[1]
     assert tokenizer.decode(last.input_ids, skip_special_tokens=False).count("<think>") == 1
 
@@ -238,7 +238,7 @@ def test_an_answer_without_thinking_is_refused_there(tiny_tokenizer):
 ], ids=["a line", "nothing"])
 def test_without_a_stop_token_the_answer_ends_with_eos(tiny_tokenizer, tmp_path, template):
     tokenizer = with_template(tiny_tokenizer, tmp_path, template)
-    first, second = learned(tokenizer, chat("q", "a", "r", "b"))
+    first, second = supervised_texts(tokenizer, chat("q", "a", "r", "b"))
     assert (first, second) == ((" a", "<|endoftext|>"), (" b", "<|endoftext|>"))
     assert tokenizer.stop_ids == (tokenizer.eos_id,)
 
@@ -262,7 +262,7 @@ def test_a_later_prompt_is_read_whole_where_an_answer_begins_inside_a_token(load
     tokenizer = load(QWEN25)
     conversation = chat("q", "\n\n a", "r", "b")
     for sequence, place in zip(tokenizer.encode_conversation(conversation), (1, 3), strict=True):
-        ((start, _),) = runs(sequence)
+        ((start, _),) = supervised_runs(sequence)
         want = tokenizer.hf.apply_chat_template(conversation.upto(place).to_openai(), add_generation_prompt=True,
                                                 return_dict=False)
         assert sequence.input_ids[:start].tolist() == want

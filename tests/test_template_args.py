@@ -15,7 +15,7 @@ from lit_llm.data.tokens.cache import folder_of
 from lit_llm.data.tokens.prepare import prepare
 from lit_llm.errors import InputError
 from lit_llm.text.tokenizer import Tokenizer
-from tests.chats import chat, runs, said
+from tests.conversations import answer_and_stop, chat, supervised_runs
 
 # as templates of reasoning models do: the prompt opens the thinking, or closes an empty one
 THINKS = ("{%- macro line(m) %}{{ '<|im_start|>' + m.role + '\n' }}{% if m.role == 'assistant' and m.reasoning_content %}"
@@ -39,8 +39,8 @@ def test_a_reasoning_template_can_learn_plain_answers(tiny_tokenizer, thinks):
         Tokenizer.load(tiny_tokenizer, chat_template=thinks).encode_conversation(PLAIN)
     tokenizer = Tokenizer.load(tiny_tokenizer, chat_template=thinks, template_args={"enable_thinking": False})
     (sequence,) = tokenizer.encode_conversation(PLAIN)
-    ((start, ids),) = runs(sequence)
-    assert said(tokenizer, ids) == ("A kite.", "<|im_end|>")
+    ((start, ids),) = supervised_runs(sequence)
+    assert answer_and_stop(tokenizer, ids) == ("A kite.", "<|im_end|>")
     assert sequence.input_ids[:start].tolist() == tokenizer.encode_prompt(PLAIN.upto(1))
 
 

@@ -1,7 +1,7 @@
 """If this breaks: with a template of some style that models are published with, the model learns other words than the
 template serves, a conversation that it could learn is refused, or the reason of a refusal is not true.
 
-The judge renders each record with plain transformers (`tests/judge.py`).
+The judge renders each record with plain transformers (`tests/rendering_oracle.py`).
 """
 
 import json
@@ -12,11 +12,11 @@ from transformers import AutoTokenizer
 from lit_llm.data.records import formats
 from lit_llm.errors import InputError
 from lit_llm.text.tokenizer import IGNORE_INDEX
-from tests.battery import fitted
-from tests.chats import runs, said
-from tests.judge import OTHERWISE, REFUSED, SERVED, judge
-from tests.styles import STYLES
-from tests.talks import KINDS, NASTY, PLACE
+from tests.conversation_records import KINDS, NASTY, PLACE
+from tests.conversations import answer_and_stop, supervised_runs
+from tests.rendering_oracle import OTHERWISE, REFUSED, SERVED, judge
+from tests.template_cases import fitted
+from tests.template_styles import STYLES
 
 SLOW = {"very long", "many turns"}
 PLAIN = {"one turn", "turns", "user last", "spaces", "unicode", "html", "code", "crlf", "names", "text parts", "same words"}
@@ -45,33 +45,33 @@ def hf(tiny_tokenizer):
 @pytest.mark.parametrize("style", STYLES)
 def test_every_style_is_learned_as_served_or_refused_for_a_true_reason(style, hf):
     tokenizer = fitted(hf, STYLES[style])
-    found = {kind: judge(tokenizer, record) for kind, record in KINDS.items() if kind not in SLOW}
-    odd = {kind: verdict for kind, verdict in found.items() if verdict[0] not in (SERVED, REFUSED, OTHERWISE)}
+    verdicts = {kind: judge(tokenizer, record) for kind, record in KINDS.items() if kind not in SLOW}
+    odd = {kind: verdict for kind, verdict in verdicts.items() if verdict[0] not in (SERVED, REFUSED, OTHERWISE)}
     assert not odd
     must = SERVES[style] if style in ("deepseek r1", "parts") else SERVES[style] | PLAIN
-    assert not {kind: found[kind] for kind in must if found[kind][0] != SERVED}
+    assert not {kind: verdicts[kind] for kind in must if verdicts[kind][0] != SERVED}
 
 
-def learned(tokenizer, record):
-    return [said(tokenizer, ids)[0] for sequence in tokenizer.encode_conversation(formats.convert(record))
-            for _, ids in runs(sequence)]
+def supervised_texts(tokenizer, record):
+    return [answer_and_stop(tokenizer, ids)[0] for sequence in tokenizer.encode_conversation(formats.convert(record))
+            for _, ids in supervised_runs(sequence)]
 
 
 @pytest.mark.parametrize("style", ["hermes", "by hand", "functionary", "mistral v7", "granite"])
 @pytest.mark.parametrize("kind", ["call by object", "call by text", "call, nasty arguments"])
 def test_a_call_reads_back_and_holds_no_html(style, kind, hf):
     """Whether the record holds the arguments as an object or as text, and whatever the template does to either."""
-    call = learned(fitted(hf, STYLES[style]), KINDS[kind])[0]
+    call = supervised_texts(fitted(hf, STYLES[style]), KINDS[kind])[0]
     assert "&#" not in call
     assert "&quot;" not in call
-    found = []
+    calls = []
     for at in (at for at, letter in enumerate(call) if letter == "{"):
         try:
-            found.append(json.JSONDecoder().raw_decode(call, at)[0])
+            calls.append(json.JSONDecoder().raw_decode(call, at)[0])
         except ValueError:
             continue
     wanted = NASTY if "nasty" in kind else PLACE
-    assert wanted in [*found, *(one.get("arguments") for one in found)]
+    assert wanted in [*calls, *(one.get("arguments") for one in calls)]
 
 
 def test_a_call_that_only_comes_out_as_html_is_refused(hf):

@@ -57,10 +57,10 @@ def test_who_says_how_many(work_of, monkeypatch):
     monkeypatch.setattr(threads, "cores", lambda: 4)
     slow = work_of(lambda count: 0.002 * count)
     assert threads.settle(3, slow, before=2).count == 3
-    kept = threads.settle("auto", slow, before=2)
-    assert (kept.count, torch.get_num_threads()) == (2, 2)
-    assert "same bits" in kept.why
-    assert "1 would be" in kept.why
+    choice = threads.settle("auto", slow, before=2)
+    assert (choice.count, torch.get_num_threads()) == (2, 2)
+    assert "same bits" in choice.why
+    assert "1 would be" in choice.why
     for processes in (1, 2, 3, 4, 8):
         assert processes * max(threads.settle("auto", slow, processes=processes).seconds or [1]) <= max(4, processes)
     torch.set_num_threads(2)

@@ -10,22 +10,22 @@ from hypothesis import strategies as st
 from lit_llm.errors import InputError
 from lit_llm.text.conversation import Conversation, Document, Message
 from lit_llm.text.tokenizer import IGNORE_INDEX, Tokenizer
-from tests.chats import (
+from tests.conversations import (
     KINDS,
     NEMO,
     QWEN3,
     QWEN25,
     SIMPLE,
     SMOL,
-    assert_served_as_trained,
+    answer_and_stop,
+    assert_prompts_as_trained,
     chat,
     controls,
     may_refuse,
     plain,
     quick,
-    runs,
-    said,
     spoken,
+    supervised_runs,
     texts,
     with_template,
 )
@@ -38,7 +38,7 @@ def test_exactly_the_answers_and_their_stop_tokens_are_supervised(load, kind, st
     tokenizer = load(kind)
     conversation = chat("What colour?", "Red. 红", "And how\nhigh?", "12 m high, é 🙂")
     (sequence,) = tokenizer.encode_conversation(conversation)
-    assert [said(tokenizer, ids) for _, ids in runs(sequence)] == [("Red. 红", stop), ("12 m high, é 🙂", stop)]
+    assert [answer_and_stop(tokenizer, ids) for _, ids in supervised_runs(sequence)] == [("Red. 红", stop), ("12 m high, é 🙂", stop)]
     assert tokenizer.stop_ids[0] == tokenizer.hf.convert_tokens_to_ids(stop)
 
 
@@ -50,8 +50,8 @@ def test_a_template_that_rewrites_history_gives_one_sequence_per_answer(load):
                                  Message("user", "and 1?"), Message("assistant", "3", reasoning_content="again")))
     first, second = tokenizer.encode_conversation(conversation)
     for sequence, answer in ((first, "<think>\none more\n</think>\n\n2"), (second, "<think>\nagain\n</think>\n\n3")):
-        ((_, ids),) = runs(sequence)
-        assert said(tokenizer, ids) == (answer, "<|im_end|>")
+        ((_, ids),) = supervised_runs(sequence)
+        assert answer_and_stop(tokenizer, ids) == (answer, "<|im_end|>")
     assert "one more" not in tokenizer.decode(second.input_ids)
 
 
@@ -61,7 +61,7 @@ def test_a_template_that_rewrites_history_gives_one_sequence_per_answer(load):
 def test_any_answer_is_supervised_to_the_letter(load, kind, user, one, again, two):
     tokenizer = load(kind)
     sequences = tokenizer.encode_conversation(chat(user, one, again, two))
-    got = [said(tokenizer, ids) for sequence in sequences for _, ids in runs(sequence)]
+    got = [answer_and_stop(tokenizer, ids) for sequence in sequences for _, ids in supervised_runs(sequence)]
     stop = tokenizer.hf.convert_ids_to_tokens(tokenizer.stop_ids[0])
     if kind == "stories":                           # sentencepiece's own sign for a space
         one, two = (text.replace("▁", " ") for text in (one, two))
@@ -72,22 +72,22 @@ def test_train_on(load):
     tokenizer = load("tiny")
     a, b = ("yes", "<|im_end|>"), ("no", "<|im_end|>")
 
-    def learned(train_on, *flags):
+    def supervised_texts(train_on, *flags):
         roles = ("user", "assistant", "user", "assistant")
         messages = tuple(Message(role, text, train=flag) for role, text, flag in
                          zip(roles, ("q", "yes", "r", "no"), flags or [None] * 4, strict=True))
         (sequence,) = tokenizer.encode_conversation(Conversation(messages), train_on=train_on)
-        return [said(tokenizer, ids) for _, ids in runs(sequence)], sequence
+        return [answer_and_stop(tokenizer, ids) for _, ids in supervised_runs(sequence)], sequence
 
-    assert learned("assistant")[0] == [a, b]
-    assert learned("last")[0] == [b]
-    assert learned("assistant", None, False, None, None)[0] == [b]
-    assert learned("last", None, True, None, None)[0] == [a, b]
-    everything = learned("all")[1]
+    assert supervised_texts("assistant")[0] == [a, b]
+    assert supervised_texts("last")[0] == [b]
+    assert supervised_texts("assistant", None, False, None, None)[0] == [b]
+    assert supervised_texts("last", None, True, None, None)[0] == [a, b]
+    everything = supervised_texts("all")[1]
     assert (everything.labels == everything.input_ids).all()
-    but_one = learned("all", None, False, None, None)[1]
+    but_one = supervised_texts("all", None, False, None, None)[1]
     (start, stop) = np.flatnonzero(but_one.labels == IGNORE_INDEX)[[0, -1]]
-    assert said(tokenizer, but_one.input_ids[start:stop + 1].tolist()) == a
+    assert answer_and_stop(tokenizer, but_one.input_ids[start:stop + 1].tolist()) == a
 
 
 def test_all_is_all_where_the_template_rewrites_history(load):
@@ -128,7 +128,7 @@ def test_a_broken_or_hostile_template_is_a_user_error(tiny_tokenizer, tmp_path, 
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_stands_before_an_answer_is_the_prompt_that_is_served(load, kind, user, one, again, two):
     with may_refuse(kind):
-        assert_served_as_trained(load(kind), chat(user, one, again, two))
+        assert_prompts_as_trained(load(kind), chat(user, one, again, two))
 
 
 @quick

@@ -126,7 +126,7 @@ def randomize(model, seed):
             weight.nan_to_num_().add_(noise, alpha=0.15 if weight.dim() < 2 else 0.7 / max(1, weight.shape[-1]) ** 0.5)
 
 
-def theirs(model, batch):
+def reference_nll(model, batch):
     """Sum of NLL by transformers alone."""
     ids, labels, total = batch["input_ids"].view(-1), batch["labels"].view(-1), 0.0
     for start, stop in pairwise(batch["cu_seqlens"].tolist()):
@@ -143,8 +143,8 @@ def module_of(config, precision):
     from lit_llm import CausalLMModule, Trainer
 
     kind = config.model_type
-    known = {*AutoConfig.for_model(kind, **SPECIAL.get(kind, {})).to_dict(), "head_dim"}
-    keys = {key: value for key, value in config.to_dict().items() if key in known and key not in
+    config_keys = {*AutoConfig.for_model(kind, **SPECIAL.get(kind, {})).to_dict(), "head_dim"}
+    keys = {key: value for key, value in config.to_dict().items() if key in config_keys and key not in
             ("transformers_version", "architectures", "dtype", "use_cache")}
     module = CausalLMModule(init=keys)
     module.trainer = Trainer(accelerator="cpu", devices=1, precision=precision, logger=False, strategy="auto",
@@ -167,8 +167,8 @@ def difference(config, precision, seed):
     plain = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=next(module.model.parameters()).dtype)
     plain.load_state_dict(module.model.state_dict())
     if precision == "64-true":                      # the product of all experts at once knows no float64
-        for each in (plain, module.model):
-            each.set_experts_implementation("eager")
+        for model in (plain, module.model):
+            model.set_experts_implementation("eager")
     special = {value for key, value in config.to_dict().items() if isinstance(value, int) and "token_i" in key}
     rows = min(len(plain.get_input_embeddings().weight), config.get_text_config(decoder=True).vocab_size)
     batch = batch_of(np.array([word for word in range(rows) if word not in special]), seed)
@@ -179,12 +179,12 @@ def difference(config, precision, seed):
 def compared(module, plain, batch):
     """Relative difference of the loss in training and evaluation, and that of the gradient."""
     plain.train()
-    right = theirs(plain, batch)
+    right = reference_nll(plain, batch)
     right.backward()
     module.train()
-    ours = module.sums(batch).total
-    ours.backward()
-    worst, grads = abs(float(ours) - float(right)) / abs(float(right)), 0.0
+    nll = module.sums(batch).total
+    nll.backward()
+    worst, grads = abs(float(nll) - float(right)) / abs(float(right)), 0.0
     mine = {name: weight.grad for name, weight in module.model.named_parameters()}
     whole = float(torch.stack([weight.grad.norm() for weight in plain.parameters() if weight.grad is not None]).norm())
     for name, weight in plain.named_parameters():
@@ -194,8 +194,8 @@ def compared(module, plain, batch):
     module.eval()
     plain.eval()
     with torch.no_grad():
-        right, ours = float(theirs(plain, batch)), float(module.sums(batch).total)
-    return max(worst, abs(ours - right) / abs(right)), grads
+        right, nll = float(reference_nll(plain, batch)), float(module.sums(batch).total)
+    return max(worst, abs(nll - right) / abs(right)), grads
 
 
 def examine(keys, seed):
@@ -233,15 +233,15 @@ def main():
     parser.add_argument("--only", nargs="*", default=[])
     parser.add_argument("--seed", type=int, default=11)
     parser.add_argument("--variants", action="store_true", help="known architectures with unusual keys, not all kinds")
-    given = parser.parse_args()
-    cases = VARIANTS if given.variants else {
+    args = parser.parse_args()
+    cases = VARIANTS if args.variants else {
         kind: {"model_type": kind} | SPECIAL.get(kind, {}) for kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES}
     counts = {}
     for name, keys in cases.items():
-        if given.only and name not in given.only:
+        if args.only and name not in args.only:
             continue
         began = time.perf_counter()
-        outcome, line = examine(keys, given.seed)
+        outcome, line = examine(keys, args.seed)
         counts.setdefault(outcome, []).append(name)
         print(f"{name:24} {outcome:20} {line}  {time.perf_counter() - began:.1f} s", flush=True)
     for outcome, names in sorted(counts.items()):

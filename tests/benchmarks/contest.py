@@ -22,19 +22,19 @@ PATHS = [place for place in [os.environ.get("PYTHONPATH")] if place]
 CALL = "import json, sys; from tests.benchmarks.{} import {} as call; print(json.dumps(call(*json.loads(sys.argv[1]))))"
 
 
-def start(function: Callable[..., Any], *given: Any, python: str = sys.executable) -> subprocess.Popen:
+def start(function: Callable[..., Any], *arguments: Any, python: str = sys.executable) -> subprocess.Popen:
     """The function under way, in a session of its own; it leaves its result on the last line it prints."""
     code = CALL.format(Path(inspect.getfile(function)).stem, function.__name__)
-    return subprocess.Popen([python, "-c", code, json.dumps(given)], cwd=ROOT, stdout=subprocess.PIPE, text=True,
+    return subprocess.Popen([python, "-c", code, json.dumps(arguments)], cwd=ROOT, stdout=subprocess.PIPE, text=True,
                             env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *PATHS])}, start_new_session=True)
 
 
-def alone(function: Callable[..., Any], *given: Any, python: str = sys.executable) -> Any:
+def alone(function: Callable[..., Any], *arguments: Any, python: str = sys.executable) -> Any:
     """What the function returns."""
-    process = start(function, *given, python=python)
+    process = start(function, *arguments, python=python)
     out, _ = process.communicate()
     if process.returncode:
-        raise SystemExit(f"{function.__name__}{given} ended with {process.returncode}")
+        raise SystemExit(f"{function.__name__}{arguments} ended with {process.returncode}")
     return json.loads(out.splitlines()[-1])
 
 

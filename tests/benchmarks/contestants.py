@@ -122,7 +122,7 @@ def trl(spec, rows, seconds):
 
 # ---- ours ------------------------------------------------------------------------------------------------------------
 
-def ours(spec, rows, seconds):
+def lit_llm_packing(spec, rows, seconds):
     """First loss of `fit` as the command line runs it: Lightning, callbacks, loader, optimizer."""
     import lightning as L
 
@@ -159,7 +159,7 @@ def ours(spec, rows, seconds):
 
 def main():
     spec = json.loads(sys.argv[1])
-    run = {"hf": hugging_face, "trl": trl, "ours": ours}[spec["who"]]
+    run = {"hf": hugging_face, "trl": trl, "ours": lit_llm_packing}[spec["who"]]
     rows = [json.loads(line) for line in Path(spec["rows_file"]).read_text().splitlines()] if spec["who"] != "ours" else []
     say(first_loss=run(spec, rows[:spec["gate_size"]], 0))
     run(spec, rows, spec["seconds"])

@@ -41,18 +41,18 @@ def errors(hidden, labels, head, by):
     from lit_llm.training.loss import nll_sum
 
     leaves = [hidden, *(weight for weight in head.parameters() if weight.requires_grad)]
-    ours = nll_sum(hidden, labels, head, by=by, count=len(labels) - 1).total
-    theirs = F.cross_entropy(hidden.double()[:-1] @ head.weight.double().T, labels[1:], reduction="sum")
-    pairs = zip(torch.autograd.grad(ours, leaves), torch.autograd.grad(theirs, leaves), strict=True)
+    actual = nll_sum(hidden, labels, head, by=by, count=len(labels) - 1).total
+    expected = F.cross_entropy(hidden.double()[:-1] @ head.weight.double().T, labels[1:], reduction="sum")
+    pairs = zip(torch.autograd.grad(actual, leaves), torch.autograd.grad(expected, leaves), strict=True)
     apart = [float((one.double() - other.double()).norm() / other.double().norm()) for one, other in pairs]
-    return [abs(ours.item() / theirs.item() - 1), *apart]
+    return [abs(actual.item() / expected.item() - 1), *apart]
 
 
 def measure(name, smoke):
     """One case."""
     import torch
 
-    import tests.shapes as shapes
+    import tests.random_models as shapes
     from lit_llm.training.loss import nll_sum
 
     key, frozen, by = CASES[name]
@@ -100,5 +100,5 @@ def run(only, *, smoke):
         except SystemExit as error:
             print(f"| {name} | failed: {error} |", flush=True)
             continue
-        shown = " | ".join(f"{each:.1e}" for each in seen["errors"])
+        shown = " | ".join(f"{error:.1e}" for error in seen["errors"])
         print(f"| {name} | {seen['ms']:.2f} | {seen['peak'] / 2**30:.2f} | {shown}{' | ' if len(seen['errors']) == 2 else ''} |", flush=True)

@@ -88,10 +88,10 @@ def main():
     for dtype in [getattr(torch, name) for name in chosen.dtypes]:
         every = list(contestants(dtype, batch, chosen.vocabulary))
         for kind, place in (("training step", 1), ("validation batch", 2)):
-            times = {each[0]: [] for each in every}
+            times = {case[0]: [] for case in every}
             for turn in range(chosen.rounds + 1):       # the first is for warming up
-                for each in every[turn % 2:] + every[:turn % 2]:
-                    times[each[0]].append(timed(each[place]))
+                for case in every[turn % 2:] + every[:turn % 2]:
+                    times[case[0]].append(timed(case[place]))
             base = times["none"][1:]
             for name, taken in times.items():
                 ratios = [other / own for other, own in zip(taken[1:], base, strict=True)]

@@ -29,8 +29,8 @@ def ready_and_prepare(tokenizer, path, cache):
     return time.perf_counter() - began
 
 
-def finished(*given):
-    process = start(ready_and_prepare, *given)
+def finished(*arguments):
+    process = start(ready_and_prepare, *arguments)
     out, _ = process.communicate()
     assert process.returncode == 0
     return float(out.splitlines()[-1])
@@ -60,20 +60,20 @@ def main():
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--megabytes", type=int, default=10)
     parser.add_argument("--seed", type=int, default=0)
-    given = parser.parse_args()
-    moments = random.Random(given.seed)
+    args = parser.parse_args()
+    moments = random.Random(args.seed)
     with tempfile.TemporaryDirectory() as folder:
-        rows, _ = written((given.data / TEXTS[0]).read_text(encoding="utf-8-sig"), folder, given.megabytes << 20)
-        what = str(given.data / "models/stories260K-hf"), rows
+        rows, _ = written((args.data / TEXTS[0]).read_text(encoding="utf-8-sig"), folder, args.megabytes << 20)
+        what = str(args.data / "models/stories260K-hf"), rows
         took = finished(*what, f"{folder}/whole")
         expected, unfinished, same, longest = content(f"{folder}/whole"), 0, 0, 0.0
-        for number in range(given.kills):
+        for number in range(args.kills):
             cache = f"{folder}/cut{number}"
             outlived, debris = cut(*what, cache, moments.uniform(0, took), whole_session=bool(number % 2))
             longest, unfinished = max(longest, outlived), unfinished + debris
             finished(*what, cache)
             same += content(cache) == expected
-        print(f"{same} of {given.kills} the same, byte for byte, and nothing else in the cache; {unfinished} had left something "
+        print(f"{same} of {args.kills} the same, byte for byte, and nothing else in the cache; {unfinished} had left something "
               f"half-written; no process outlived its parent by more than {longest:.1f} s")
 
 

@@ -39,13 +39,13 @@ def rate(tokens, calls, seconds=3.0):
     return {"rate": done / (time.perf_counter() - began)}
 
 
-def loader(*given):
-    rows = module(*given).train_dataloader()
+def loader(*arguments):
+    rows = module(*arguments).train_dataloader()
     batches = (batch for _ in iter(int, 1) for batch in rows)
-    return rate(given[2] * given[3], batches)
+    return rate(arguments[2] * arguments[3], batches)
 
 
-def step(threads, *given):
+def step(threads, *arguments):
     import torch
 
     from lit_llm.kernels import attention
@@ -57,7 +57,7 @@ def step(threads, *given):
     torch.set_num_threads(threads)
     llama = model.load_causal_lm(resolve("sample:base"), attention=attention.NAME).train()
     optimizer = torch.optim.AdamW(llama.parameters(), lr=1e-4)
-    batch = next(iter(module(*given).train_dataloader()))
+    batch = next(iter(module(*arguments).train_dataloader()))
 
     def steps():
         while True:
@@ -69,7 +69,7 @@ def step(threads, *given):
             optimizer.zero_grad()
             yield
 
-    return rate(given[2] * given[3], steps())
+    return rate(arguments[2] * arguments[3], steps())
 
 
 def main():
@@ -77,12 +77,12 @@ def main():
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
-    given = parser.parse_args()
-    file = str(given.data / "sft/llamafactory/alpaca_en_demo.json")
+    args = parser.parse_args()
+    file = str(args.data / "sft/llamafactory/alpaca_en_demo.json")
     with tempfile.TemporaryDirectory() as cache:
         for seq_len, batch_size in ((256, 8), (1024, 4), (2048, 8)):
             words = (file, cache, seq_len, batch_size)
-            of = medians(given.rounds, {"loader": partial(alone, loader, *words), "step": partial(alone, step, given.threads, *words)})
+            of = medians(args.rounds, {"loader": partial(alone, loader, *words), "step": partial(alone, step, args.threads, *words)})
             fed, eaten = of["loader"]["rate"], of["step"]["rate"]
             print(f"{batch_size} rows of {seq_len}: the loader {fed:,.0f} tokens/s, the step {eaten:,.0f}, {fed / eaten:,.0f} "
                   "times fewer", flush=True)

@@ -92,20 +92,20 @@ def other_verbs(base: str, run: str) -> list[tuple[str, str, str, list[str]]]:
             for value, text in mutations.VALUES.items():
                 if value == "nul" or (value == "long" and name in ("prompt", "system", "stop")):
                     continue                            # no command line can hold it; that is a text like others
-                given = [word for word in must.get(verb, ["--config", "run.yaml"])]
-                if f"--{name}" in given:
-                    at = given.index(f"--{name}")
-                    del given[at:at + 2]
+                arguments = [word for word in must.get(verb, ["--config", "run.yaml"])]
+                if f"--{name}" in arguments:
+                    at = arguments.index(f"--{name}")
+                    del arguments[at:at + 2]
                 text = str(yaml.safe_load(text)) if text.startswith('"') else text
-                out.append((verb, name, value, [verb, *given, f"--{name}={text}"]))
+                out.append((verb, name, value, [verb, *arguments, f"--{name}={text}"]))
     flags = {"name", "host", "port", "api-key", "device", "dtype", "threads", "adapter", "max-running", "max-waiting",
              "max-body-bytes", "drain-seconds", "log-level", "model"}
     for name in sorted(flags):
         for value, text in mutations.VALUES.items():
             if value != "nul":
                 text = str(yaml.safe_load(text)) if text.startswith('"') else text
-                given = [] if name == "model" else ["--model", base]
-                out.append(("serve", name, value, ["serve", *given, f"--{name}={text}"]))
+                arguments = [] if name == "model" else ["--model", base]
+                out.append(("serve", name, value, ["serve", *arguments, f"--{name}={text}"]))
     return out
 
 
@@ -215,9 +215,9 @@ class Sweep:
                 code = os.waitstatus_to_exitcode(status)
                 kind = ("late" if late else "traceback" if code not in (0, 2) or "Traceback" in err
                         else "refused" if code else "accepted")
-                said = [line for line in err.splitlines() if line.strip()]
+                lines = [line for line in err.splitlines() if line.strip()]
                 self.results.append(about | {"kind": kind, "code": code, "seconds": round(time.monotonic() - begun, 2),
-                                             "said": "\n".join(said[-3:])[-600:],
+                                             "said": "\n".join(lines[-3:])[-600:],
                                              "nan": "nan" in out.lower().split() or " nan " in out})
                 shutil.rmtree(folder, ignore_errors=True)
                 del self.living[pid]

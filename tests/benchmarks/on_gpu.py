@@ -109,7 +109,7 @@ def measure(name, smoke, seconds, rows):
 
     import torch
 
-    import tests.shapes as shapes
+    import tests.random_models as shapes
     from lit_llm.models.adapters.peft_method import LoRA
     from lit_llm.training.planning import estimate
     from lit_llm.training.trainer import Trainer
@@ -194,7 +194,7 @@ def by_hand(trainer, module, made, steps):
 
 def case(name, smoke):
     """Of `CASES`, or with a tiny model of the same kind in its place."""
-    import tests.shapes as shapes
+    import tests.random_models as shapes
 
     key, *rest = CASES[name]
     shape = getattr(shapes, key)

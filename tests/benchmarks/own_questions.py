@@ -28,11 +28,11 @@ def exact(folder: Path, file: Path) -> tuple[int, list[tuple[str, str]]]:
     right, wrong = 0, []
     for line in file.read_text(encoding="utf-8").splitlines():
         turns = json.loads(line)["conversations"]
-        said = engine.generate(Conversation.from_openai(turns[:1]), SamplingParams(max_tokens=300, temperature=0)).text
-        if said.strip() == turns[1]["content"].strip():
+        answer = engine.generate(Conversation.from_openai(turns[:1]), SamplingParams(max_tokens=300, temperature=0)).text
+        if answer.strip() == turns[1]["content"].strip():
             right += 1
         else:
-            wrong.append((turns[0]["content"], said))
+            wrong.append((turns[0]["content"], answer))
     return right, wrong
 
 
@@ -51,8 +51,8 @@ def main() -> None:
                         "--trainer.default_root_dir", out / file.stem], check=True, stdout=subprocess.DEVNULL)
         right, wrong = exact(out / file.stem / "export", file)
         print(f"{file}: {right} of {right + len(wrong)} exact, {time.monotonic() - started:.0f} s", flush=True)
-        for question, said in wrong[:5]:
-            print(f"  {question!r} -> {said!r}")
+        for question, answer in wrong[:5]:
+            print(f"  {question!r} -> {answer!r}")
 
 
 if __name__ == "__main__":

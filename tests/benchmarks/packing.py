@@ -49,13 +49,13 @@ def main():
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--count", type=int, default=10_000_000)
     parser.add_argument("--rounds", type=int, default=1)
-    given = parser.parse_args()
+    args = parser.parse_args()
     for name in ("en", "zh"):
-        of = alone(fill, str(given.data / f"sft/llamafactory/alpaca_{name}_demo.json"), str(given.data / "tokenizers/qwen2"), 2048)
+        of = alone(fill, str(args.data / f"sft/llamafactory/alpaca_{name}_demo.json"), str(args.data / "tokenizers/qwen2"), 2048)
         print(f"alpaca_{name}_demo: {of['rows']} rows of 2048, {of['fill']:.2%} full", flush=True)
     for seq_len in (512, 2048, 8192, 32768):
-        of = medians(given.rounds, {"pack": partial(alone, pack, given.count, seq_len)})["pack"]
-        print(f"{given.count:,} lengths, rows of {seq_len:>5}: {of['seconds']:.1f} s ({of['cpu']:.1f} s of a core), peak "
+        of = medians(args.rounds, {"pack": partial(alone, pack, args.count, seq_len)})["pack"]
+        print(f"{args.count:,} lengths, rows of {seq_len:>5}: {of['seconds']:.1f} s ({of['cpu']:.1f} s of a core), peak "
               f"{of['peak']:,.0f} MB, {of['rows']:,.0f} rows, {of['fill']:.3%} full", flush=True)
 
 

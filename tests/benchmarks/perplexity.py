@@ -100,16 +100,16 @@ def most_memory(contestant, rows):
     return peak.mb
 
 
-def head_alone(given, folder):
-    rows = validation(given.tokenizer, given.chats, given.rows)
+def head_alone(args, folder):
+    rows = validation(args.tokenizer, args.chats, args.rows)
     inner = models.load_causal_lm(str(folder)).eval()
     backbone, head = anatomy.backbone(inner), anatomy.head(inner)
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=given.bf16):
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=args.bf16):
         seen = [(backbone(input_ids=row["input_ids"], position_ids=row["position_ids"]).last_hidden_state, row) for row in rows]
         contestants = Ours(head), Theirs(head)
         head.weight.sum()                           # it lies in a mapped file, which is not read before
         memory = [most_memory(contestant, seen[:1]) for contestant in contestants]      # before memory lies about for reuse
-        times = race(contestants, seen, given.turns)
+        times = race(contestants, seen, args.turns)
     share = sum(row["num_supervised"] for row in rows) / sum(row["labels"].numel() for row in rows)
     return f"the head alone, {len(rows)} rows, {share:.0%} supervised", times, memory, [one.value() for one in contestants]
 
@@ -130,34 +130,34 @@ def padded_batches(file):
             "attention_mask": torch.tensor([[1] * len(row["input_ids"]) + [0] * (longest - len(row["input_ids"])) for row in batch])}
 
 
-def the_whole(given, folder, tokenizer):
+def the_whole(args, folder, tokenizer):
     from transformers import AutoModelForCausalLM
 
-    shared = conversations(tokenizer, given.chats, folder.parent)
+    shared = conversations(tokenizer, args.chats, folder.parent)
     for name in ("rows_file", "data"):              # every fourth of them is enough
-        kept = Path(shared[name]).read_text(encoding="utf-8").splitlines()[::4]
-        Path(shared[name]).write_text("\n".join(kept) + "\n", encoding="utf-8")
+        lines = Path(shared[name]).read_text(encoding="utf-8").splitlines()[::4]
+        Path(shared[name]).write_text("\n".join(lines) + "\n", encoding="utf-8")
     inner = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="sdpa").eval()
     batches = list(padded_batches(shared["rows_file"]))
     source = [Source(shared["data"])]
     data = TextDataModule(source, source, tokenizer=str(folder), seq_len=SEQ_LEN, batch_size=1, cache_dir=str(folder / "cache"))
     module = CausalLMModule(base=str(folder))
-    trainer = Trainer(accelerator="cpu", devices=1, precision="bf16-mixed" if given.bf16 else "32-true", logger=False,
+    trainer = Trainer(accelerator="cpu", devices=1, precision="bf16-mixed" if args.bf16 else "32-true", logger=False,
                       default_root_dir=str(folder / "run"), enable_progress_bar=False, enable_checkpointing=False)
 
-    def ours():
+    def lit_llm_nll():
         return trainer.validate(module, datamodule=data, verbose=False)[0]["val/perplexity"]
 
     @torch.no_grad()
-    def theirs():
+    def transformers_nll():
         metric = TheirPerplexity(ignore_index=-100)
-        with torch.autocast("cpu", torch.bfloat16, enabled=given.bf16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=args.bf16):
             for batch in batches:
                 logits = inner(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
                 metric.update(logits[:, :-1].float(), batch["labels"][:, 1:])
         return float(metric.compute())
 
-    contestants, times, memory = (ours, theirs), [], []
+    contestants, times, memory = (lit_llm_nll, transformers_nll), [], []
     values = [contestant() for contestant in contestants]       # ours also reads the data then, theirs has it read
     for contestant in contestants:
         give_back()
@@ -170,7 +170,7 @@ def the_whole(given, folder, tokenizer):
             began = time.perf_counter()
             contestant()
             times[-1].append(time.perf_counter() - began)
-    return f"the whole, {len(kept):,} conversations", times, memory, values
+    return f"the whole, {len(lines):,} conversations", times, memory, values
 
 
 def main():
@@ -181,15 +181,15 @@ def main():
     parser.add_argument("--rows", type=int, default=16)
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--bf16", action="store_true")
-    given = parser.parse_args()
+    args = parser.parse_args()
     if "GLIBC_TUNABLES" not in os.environ:          # both, as the command line does it
         os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], os.environ | {"GLIBC_TUNABLES": HEAP})
     quiet()
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place) / "model"
-        tokenizer, _ = build(folder, given.tokenizer, given.words)
-        for name, times, memory, values in (head_alone(given, folder), the_whole(given, folder, tokenizer)):
-            print(f"{name}, {max(tokenizer.vocab_size, given.words):,} words, {'bf16' if given.bf16 else 'float32'}")
+        tokenizer, _ = build(folder, args.tokenizer, args.words)
+        for name, times, memory, values in (head_alone(args, folder), the_whole(args, folder, tokenizer)):
+            print(f"{name}, {max(tokenizer.vocab_size, args.words):,} words, {'bf16' if args.bf16 else 'float32'}")
             for who, took, mb, value in zip(("ours", "torchmetrics"), zip(*times, strict=True), memory, values, strict=True):
                 print(f"  {who}: perplexity {value:.6f}, {1000 * statistics.median(took):,.0f} ms, {mb:.0f} MB more")
             print(f"  time {statistics.median(slow / quick for quick, slow in times):.2f}, memory {memory[1] / memory[0]:.1f}", flush=True)

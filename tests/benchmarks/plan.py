@@ -77,11 +77,11 @@ def base(init):
 
 def family(pid):
     """A process and all below it."""
-    found = [pid]
+    pids = [pid]
     for children in Path(f"/proc/{pid}/task").glob("*/children"):
         for child in children.read_text().split():
-            found += family(int(child))
-    return found
+            pids += family(int(child))
+    return pids
 
 
 def peak(folder, *words):
@@ -111,8 +111,8 @@ def main():
             peak(folder, "plan", "--json", "plan.json")
             plan = json.loads((Path(folder) / "plan.json").read_text())
             planned = sum(plan["memory"][str(plan["setting"]["stage"])].values()) / 2**20
-            said = " ".join(f"{key}={value}" for key, value in keys.items())
-            print(f"{name:<12}{said:<70}{planned:>12.0f}{measured:>14.0f}{planned / measured:>8.2f}", flush=True)
+            settings = " ".join(f"{key}={value}" for key, value in keys.items())
+            print(f"{name:<12}{settings:<70}{planned:>12.0f}{measured:>14.0f}{planned / measured:>8.2f}", flush=True)
 
 
 if __name__ == "__main__":

@@ -26,14 +26,14 @@ def documents(text, size):
     """Stretches of some 2,000 characters of a text, over and over, each time others, up to `size` characters."""
     paragraphs = [part for part in text.split("\n") if part.strip()]
     for turn in itertools.count():
-        held, length = [f"{turn}."], 0
+        lines, length = [f"{turn}."], 0
         for paragraph in paragraphs:
-            held.append(paragraph)
+            lines.append(paragraph)
             length += len(paragraph)
             if length > 2000:
                 size -= length
-                yield "\n".join(held)
-                held, length = [f"{turn}."], 0
+                yield "\n".join(lines)
+                lines, length = [f"{turn}."], 0
             if size <= 0:
                 return
 
@@ -135,12 +135,12 @@ def main():
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--memory", type=int, metavar="MEGABYTES")
     parser.add_argument("--kinds", nargs="+", default=["jsonl", "txt", "chats"], help="of corpus for the memory")
-    given = parser.parse_args()
+    args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        if given.memory:
-            peak(given.data, folder, given.memory, given.kinds)
+        if args.memory:
+            peak(args.data, folder, args.memory, args.kinds)
         else:
-            speed(given.data, folder, given.megabytes, given.rounds, given.only)
+            speed(args.data, folder, args.megabytes, args.rounds, args.only)
 
 
 if __name__ == "__main__":

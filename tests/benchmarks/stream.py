@@ -93,14 +93,14 @@ def main():
     parser.add_argument("--megabytes", type=int, default=300)
     parser.add_argument("--num_proc", type=int, default=2)
     parser.add_argument("--one")
-    given = parser.parse_args()
-    if given.one:
-        name, file = json.loads(given.one)
-        print(json.dumps(CONTESTANTS[name](file, Tokenizer.load(given.tokenizer), given.num_proc)))
+    args = parser.parse_args()
+    if args.one:
+        name, file = json.loads(args.one)
+        print(json.dumps(CONTESTANTS[name](file, Tokenizer.load(args.tokenizer), args.num_proc)))
         return
     with tempfile.TemporaryDirectory() as folder:
         file, figures = f"{folder}/data.jsonl", {}
-        write(Path(file), given.megabytes)
+        write(Path(file), args.megabytes)
         for name in CONTESTANTS:
             done = subprocess.run([sys.executable, __file__, *sys.argv[1:], "--one", json.dumps([name, file])],
                                   stdout=subprocess.PIPE, text=True, check=True)

@@ -68,11 +68,11 @@ def conversations(tokenizer, files, folder):
     rows, records = [], []
     for file in files:
         for record, _ in Source(file).read():
-            said = formats.convert(record)
-            sequence = tokenizer.encode_conversation(said)[0]
+            conversation = formats.convert(record)
+            sequence = tokenizer.encode_conversation(conversation)[0]
             if len(sequence) <= PAD_TO:
                 rows.append({"input_ids": sequence.input_ids.tolist(), "labels": sequence.labels.tolist()})
-                records.append({"messages": said.to_openai()})
+                records.append({"messages": conversation.to_openai()})
     write(folder / "rows.jsonl", rows)
     write(folder / "data.jsonl", records)
     write(folder / "gate.jsonl", records[:GATE])
@@ -153,15 +153,15 @@ def race(entries, shared, rounds, peer):
     return runs
 
 
-def report(entries, runs, ours):
+def report(entries, runs, own_name):
     """Medians over the rounds, and the quarter of them on either side."""
-    print(f"\n| contestant | real tokens/s | {ours} is faster by | to reach | first loss | peak MB |\n|---|---|---|---|---|---|")
+    print(f"\n| contestant | real tokens/s | {own_name} is faster by | to reach | first loss | peak MB |\n|---|---|---|---|---|---|")
     for name, run in runs.items():
         low, ratio, high = statistics.quantiles(
-            [base / speed for base, speed in zip(runs[ours]["speed"], run["speed"], strict=True)], n=4, method="inclusive")
+            [base / speed for base, speed in zip(runs[own_name]["speed"], run["speed"], strict=True)], n=4, method="inclusive")
         print(f"| {name} | {statistics.median(run['speed']):,.0f} | {ratio:.2f} ({low:.2f} to {high:.2f}) | "
               f"{entries[name][1] or ''} | {run['first_loss']:.4f} | {run['peak_mb']:,.0f} |")
-        if abs(run["first_loss"] - runs[ours]["first_loss"]) > 0.02:
+        if abs(run["first_loss"] - runs[own_name]["first_loss"]) > 0.02:
             print(f"  OUT: {name} does not compute the same loss")
 
 
@@ -176,25 +176,25 @@ def main():
     parser.add_argument("--peer", help="an interpreter with trl")
     parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--seconds", type=float, default=3, help="of each turn, or a step where one takes longer")
-    given = parser.parse_args()
-    if given.device == "cuda" or given.smoke:
+    args = parser.parse_args()
+    if args.device == "cuda" or args.smoke:
         from tests.benchmarks import cross_entropy, on_gpu
 
-        on_gpu.run(given.only, smoke=given.smoke, seconds=given.seconds)
-        cross_entropy.run(given.only, smoke=given.smoke)
+        on_gpu.run(args.only, smoke=args.smoke, seconds=args.seconds)
+        cross_entropy.run(args.only, smoke=args.smoke)
         return
-    if given.tokenizer is None:
+    if args.tokenizer is None:
         parser.error("--tokenizer is needed on a CPU")
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
-        tokenizer, parameters = build(folder / "model", given.tokenizer)
+        tokenizer, parameters = build(folder / "model", args.tokenizer)
         print(f"a Llama of {parameters:,} parameters, vocabulary {tokenizer.vocab_size:,}")
-        shared = {"model": str(folder / "model"), "seconds": given.seconds}
-        if given.chats:
-            runs = race(CHATS, shared | conversations(tokenizer, given.chats, folder), given.rounds, given.peer)
+        shared = {"model": str(folder / "model"), "seconds": args.seconds}
+        if args.chats:
+            runs = race(CHATS, shared | conversations(tokenizer, args.chats, folder), args.rounds, args.peer)
             report(CHATS, runs, "ours, bf16")
-        if given.text:
-            runs = race(TEXT, shared | documents(tokenizer, given.text, folder), given.rounds, given.peer)
+        if args.text:
+            runs = race(TEXT, shared | documents(tokenizer, args.text, folder), args.rounds, args.peer)
             report(TEXT, runs, "ours on text, bf16")
 
 

@@ -30,10 +30,10 @@ def rank(tmp_path, call, path, tokenizer, here, **more):
         out.write_text(words)
         os._exit(0)
 
-    def said():
+    def outcome():
         os.waitpid(child, 0)
         return out.read_text()
-    return child, said
+    return child, outcome
 
 
 def until(true):
@@ -49,10 +49,10 @@ def bytes_of(folder):
 
 def test_a_rank_waits_as_long_as_another_is_at_work(tokenizer, jsonl, tmp_path):
     path, here = jsonl([{"text": f"text {number} " * 50} for number in range(5000)]), tmp_path / "cache"
-    _, said = rank(tmp_path, prepare, path, tokenizer, here)
+    _, outcome = rank(tmp_path, prepare, path, tokenizer, here)
     until(lambda: list(here.glob("*.tmp-*")))
     store = wait_for(Source(path), tokenizer, cache_dir=str(here), patience=0.1)
-    assert store.key == said()
+    assert store.key == outcome()
     assert store.report.kept == 5000
 
 
@@ -60,10 +60,10 @@ def test_a_waiting_rank_hears_why_the_other_failed(tokenizer, jsonl, tmp_path):
     path, here = jsonl([*[{"text": f"text {number} " * 50} for number in range(2000)], {"text": 3}]), tmp_path / "cache"
     _, heard = rank(tmp_path, wait_for, path, tokenizer, here, patience=50)
     time.sleep(0.2)
-    _, said = rank(tmp_path, prepare, path, tokenizer, here)
+    _, outcome = rank(tmp_path, prepare, path, tokenizer, here)
     began = time.monotonic()
     words = heard()
-    assert words == said()
+    assert words == outcome()
     assert "data.jsonl:2001: text must be a string" in words
     assert time.monotonic() - began < 50
 

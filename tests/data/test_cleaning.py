@@ -46,6 +46,6 @@ def test_a_source_is_cleaned_and_counted(how, tokenizer, jsonl):
     path = jsonl([{"text": " a   b\n\n\n\nc "}, {"text": "clean"}])
     store = prepare(Source(path, clean=how), tokenizer)
     first = store.sequences[0]
-    said = tokenizer.decode(store.tokens[: first["length"] - 1].tolist())
-    assert said == {"none": " a   b\n\n\n\nc ", "strip": "a   b\n\n\n\nc", "collapse": "a b\n\nc"}[how]
+    decoded = tokenizer.decode(store.tokens[: first["length"] - 1].tolist())
+    assert decoded == {"none": " a   b\n\n\n\nc ", "strip": "a   b\n\n\n\nc", "collapse": "a b\n\nc"}[how]
     assert store.report.cleaned == (how != "none")

@@ -247,15 +247,15 @@ def test_test_data_comes_from_where_it_is_said(module, jsonl):
                         ({"val_fraction": 0.2, "test_sources": mine}, 1),
                         ({"val_sources": mine, "test_fraction": 0.3}, "own"), ({"val_sources": mine}, 1)):
         made = module(jsonl(records), stage=None, **how)
-        found = {stage: set(places(made, stage)) for stage in made.plans}
+        places_of_stage = {stage: set(places(made, stage)) for stage in made.plans}
         if counts == "same":
-            assert found["test"] == found["val"]
+            assert places_of_stage["test"] == places_of_stage["val"]
         elif counts == "own":
-            assert 30 < len(found["test"]) < 90
-            assert not found["test"] & found["train"] | found["test"] & found.get("val", set())
+            assert 30 < len(places_of_stage["test"]) < 90
+            assert not places_of_stage["test"] & places_of_stage["train"] | places_of_stage["test"] & places_of_stage.get("val", set())
         else:
-            assert found["test"] == {"mine.jsonl:1"}
-    assert len(found["train"]) == 200
+            assert places_of_stage["test"] == {"mine.jsonl:1"}
+    assert len(places_of_stage["train"]) == 200
 
 
 def test_records_to_validate_on_that_are_trained_on_are_counted(module, jsonl):
@@ -267,12 +267,12 @@ def test_records_to_validate_on_that_are_trained_on_are_counted(module, jsonl):
 def test_the_summary_says_all_that_was_left_out(module, jsonl, capsys):
     records = [talk(1), talk(1), {"text": "  "}, {"prompt": 5}, talk(2, "long " * 50), {"prompt": "x" * 100, "completion": "a"}]
     module(jsonl(records), on_bad_record="quarantine", bad_record_limit=0.5, val_sources=[Source(jsonl([talk(3)], "v.jsonl"))])
-    said = capsys.readouterr().err
+    stderr = capsys.readouterr().err
     for words in ("data.jsonl: 6 records, 4 kept;", "1 dropped: the text is empty (first at", "data.jsonl:3)",
                   "1 (25.0%) records that are exact duplicates of earlier ones", "2 (50.0%) longer than data.seq_len and cut",
                   "1 (25.0%) of them cut within an answer", "1 (25.0%) left out: no supervised token", "v.jsonl: 1 record, 1 kept",
                   "val: 1 sequence in 1 packed sequence of 64", "steps: 1 per epoch, of 4 packed sequences each (the last one 2)"):
-        assert words in said, said
+        assert words in stderr, stderr
 
 
 @pytest.mark.parametrize("devices", [1, 2])

@@ -16,7 +16,7 @@ TOOL = {"name": "add", "description": "adds", "parameters": {}}
 CALL = {"name": "add", "arguments": {"a": 1}}
 
 
-def said(record, **settings):
+def turns_of(record, **settings):
     return [(message.role, message.content) for message in convert(record, **settings).messages]
 
 
@@ -27,16 +27,16 @@ def test_text():
 
 
 def test_alpaca():
-    assert said({"instruction": "Add.", "input": "1 1", "output": "2"}) == [("user", "Add.\n1 1"), ("assistant", "2")]
-    assert said({"instruction": "Hi", "input": None, "output": "Ho", "system": "Short.", "history": [["a", "b"]]}) == [
+    assert turns_of({"instruction": "Add.", "input": "1 1", "output": "2"}) == [("user", "Add.\n1 1"), ("assistant", "2")]
+    assert turns_of({"instruction": "Hi", "input": None, "output": "Ho", "system": "Short.", "history": [["a", "b"]]}) == [
         ("system", "Short."), ("user", "a"), ("assistant", "b"), ("user", "Hi"), ("assistant", "Ho")]
 
 
 def test_messages_and_the_chapters_conversations():
     turns = [{"role": "user", "content": "你好"}, {"role": "assistant", "content": "你好！"}]
-    assert said({"messages": turns}) == said({"conversations": turns}) == [("user", "你好"), ("assistant", "你好！")]
+    assert turns_of({"messages": turns}) == turns_of({"conversations": turns}) == [("user", "你好"), ("assistant", "你好！")]
     assert convert({"messages": turns, "tools": [TOOL]}).tools == ({"type": "function", "function": TOOL},)
-    assert said({"messages": turns, "system": "s"})[0] == ("system", "s")
+    assert turns_of({"messages": turns, "system": "s"})[0] == ("system", "s")
 
 
 def test_sharegpt_with_calls():
@@ -50,7 +50,7 @@ def test_sharegpt_with_calls():
 
 def test_prompt_and_completion():
     columns = {"prompt": "q", "completion": "a"}
-    assert said({"q": "1+1?", "a": "2"}, columns=columns) == [("user", "1+1?"), ("assistant", "2")]
+    assert turns_of({"q": "1+1?", "a": "2"}, columns=columns) == [("user", "1+1?"), ("assistant", "2")]
     conversation = convert({"prompt": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"},
                                        {"role": "user", "content": "c"}],
                             "completion": [{"role": "assistant", "content": "d"}]})
@@ -74,7 +74,7 @@ def test_prompt_and_completion():
     ({"messages": [{"role": "user", "content": "q"}, {"role": "tool_call", "content": json.dumps(CALL)},
                    {"role": "tool_response", "content": "2"}]}, "user: q | assistant:  | tool: 2")])
 def test_the_fields_other_spellings(record, expected):
-    assert " | ".join(": ".join(turn) for turn in said(record)) == expected
+    assert " | ".join(": ".join(turn) for turn in turns_of(record)) == expected
 
 
 @pytest.mark.parametrize(("record", "columns"), [
@@ -93,7 +93,7 @@ def test_what_could_mean_several_things_is_refused_with_columns_that_work(record
     assert columns in str(caught.value)
     mapped = dict(pair.split(": ") for pair in columns[1:-1].split(", "))
     read = convert(record, columns=mapped)
-    assert read == Document("a\nb") or said(record, columns=mapped)[-1][1] in ("a", "b")
+    assert read == Document("a\nb") or turns_of(record, columns=mapped)[-1][1] in ("a", "b")
 
 
 def test_what_is_not_read_is_named():
@@ -163,15 +163,15 @@ READ_AND_REFUSED = {                                    # of the files as publis
 
 @pytest.mark.parametrize("name", READ_AND_REFUSED)
 def test_published_files_are_read_or_refused_as_what_they_are(shared_data, name):
-    kept, reasons = 0, set()
+    accepted, reasons = 0, set()
     for record, _ in Source(str(shared_data / name)).read():
         try:
             convert(record)
-            kept += 1
+            accepted += 1
         except InputError as error:
             reasons.add(error.what)
     expected, reason = READ_AND_REFUSED[name]
-    assert kept == expected
+    assert accepted == expected
     assert all(reason in what for what in reasons) if reason else not reasons
 
 

@@ -32,18 +32,18 @@ def test_what_is_shown_is_what_is_learned(seen):
     data, inspection = seen(TALKS)
     tokenizer = data.tokenizer
     segments = [segment for row in inspection.shown for segment in row]
-    learned = ["".join(run.text for run in segment.runs if run.supervised) for segment in segments]
+    supervised_texts = ["".join(run.text for run in segment.runs if run.supervised) for segment in segments]
     batch = data.train_dataloader().batch(0)
     wanted = []
     for labels, ids in zip(batch["labels"][:2].tolist(), batch["input_ids"][:2].tolist(), strict=True):
         text = tokenizer.decode([label for label in labels if label != -100], skip_special_tokens=False)
         wanted += [part + "<|im_end|>" for part in text.split("<|im_end|>")[:-1]]
         assert ids[0] == tokenizer.encode_prompt(Conversation.from_openai(TALKS[0]["messages"]))[0]
-    assert learned == wanted
+    assert supervised_texts == wanted
     assert [segment.supervised for segment in segments] == [len(tokenizer.encode_text(text)) - len("<|im_end|>") + 1
                                                          for text in wanted]
-    assert [f"it is {int(segment.place.rsplit(':', 1)[1]) - 1}<|im_end|>" for segment in segments] == learned
-    assert all(re.fullmatch(r"it is \d+<\|im_end\|>", text) for text in learned)
+    assert [f"it is {int(segment.place.rsplit(':', 1)[1]) - 1}<|im_end|>" for segment in segments] == supervised_texts
+    assert all(re.fullmatch(r"it is \d+<\|im_end\|>", text) for text in supervised_texts)
     assert {run.speaker for segment in segments for run in segment.runs} == {"system", "user", "assistant", "template"}
     assert {run.text for segment in segments for run in segment.runs if run.special} == {"<|im_start|>", "<|im_end|>"}
 
@@ -58,7 +58,7 @@ def test_counts_by_speaker(seen):
     assert report.speakers["user"] == (size["user"], 0)
     assert report.speakers["assistant"] == (size["assistant"] + 20, size["assistant"] + 20)     # with stop tokens
     assert sum(tokens for tokens, _ in report.speakers.values()) == report.tokens
-    assert sum(learned for _, learned in report.speakers.values()) == report.supervised
+    assert sum(supervised for _, supervised in report.speakers.values()) == report.supervised
     assert report.stopless == report.double_bos == 0
 
 
@@ -104,7 +104,7 @@ def test_too_many_bad_records_stop(seen):
 
 def test_records_of_several_sequences_are_no_duplicates_of_themselves(load, tmp_path, jsonl):
     """Qwen3 rewrites history, so that each of two answers is a sequence of its own."""
-    from tests.chats import QWEN3
+    from tests.conversations import QWEN3
 
     tokenizer = load(QWEN3)
     talk = [{"role": "user", "content": "1+1?"}, {"role": "assistant", "content": "2", "reasoning_content": "one more"},

@@ -24,7 +24,7 @@ from lit_llm.data.tokens.prepare import prepare
 from lit_llm.errors import InputError
 from lit_llm.text import cutting, encoder
 from lit_llm.text.conversation import Conversation, Message
-from tests.chats import QWEN3, QWEN25
+from tests.conversations import QWEN3, QWEN25
 
 ROOT = Path(__file__).resolve().parents[2]
 KINDS = ["tiny", "stories", "qwen2"]
@@ -95,9 +95,9 @@ def test_no_cut_where_a_token_of_the_vocabulary_reaches_over(model, expected):
                             [("o", "f"), (" ", "t"), (" t", "h"), (" th", "e"), (" ", "c"), (" c", "a"), (" ca", "t"),
                              *([("of", " the")] if model == "of the" else [])]))
     cutter = cutting.Cutter(backend)
-    found = [cutter._clean(backend, left, right, parted=False) is not None
-             for left, right in (("cat of", " the cat"), ("of the", " cat of"))]
-    assert found == expected
+    may_cut = [cutter._clean(backend, left, right, parted=False) is not None
+               for left, right in (("cat of", " the cat"), ("of the", " cat of"))]
+    assert may_cut == expected
 
 
 SAID = ["kite <|im_end|> 的，风筝。" * 200, "hi", "one two three.\n" * 300, "x" * 900, "yes  <think> no" * 150]
@@ -109,10 +109,10 @@ def test_a_long_conversation_is_read_as_a_short_one(kind, train_on, load, monkey
     tokenizer = load(kind)
     talks = []
     for turn in range(len(SAID)):
-        said = [SAID[(turn + place) % len(SAID)] for place in range(4)]
+        texts = [SAID[(turn + place) % len(SAID)] for place in range(4)]
         if kind == QWEN3:
-            said = [text.replace("<think>", "") for text in said]
-        talks.append(Conversation(tuple(Message(("user", "assistant")[place % 2], text) for place, text in enumerate(said))))
+            texts = [text.replace("<think>", "") for text in texts]
+        talks.append(Conversation(tuple(Message(("user", "assistant")[place % 2], text) for place, text in enumerate(texts))))
 
     def read():
         out = []
@@ -218,18 +218,18 @@ def test_a_line_that_is_too_long_is_a_bad_record_among_good_ones(tokenizer, tmp_
     store = prepare(Source(str(path)), tokenizer, num_proc=1, on_bad_record="quarantine")
     assert (store.report.read, store.report.kept, store.report.quarantined) == (3, 2, 1)
     assert store.place(1).endswith(":4")
-    told = json.loads((store.folder / "quarantine.jsonl").read_text())
-    assert told["where"].endswith("a.jsonl:2")
-    assert "data.on_bad_record" in told["fix"]
+    entry = json.loads((store.folder / "quarantine.jsonl").read_text())
+    assert entry["where"].endswith("a.jsonl:2")
+    assert "data.on_bad_record" in entry["fix"]
 
 
 @pytest.mark.parametrize(("document", "row", "what"), [("line", "x y " * 2000, "line"), ("paragraph", "x y\n" * 2000, "paragraph")])
 def test_so_is_a_line_or_a_paragraph_of_a_text_file(document, row, what, tokenizer, tmp_path, small):
     path = tmp_path / "a.txt"
     path.write_text(f"good\n\n{row}\n\nalso\n")
-    found = list(Source(str(path), document=document).scan())
-    assert [record for record, _ in found if isinstance(record, str)] == ["good", "also"]
-    wrong, place = found[1]
+    records = list(Source(str(path), document=document).scan())
+    assert [record for record, _ in records if isinstance(record, str)] == ["good", "also"]
+    wrong, place = records[1]
     assert f"a {what} has" in wrong.what
     assert str(place).endswith("a.txt:3")
 
@@ -252,20 +252,20 @@ def test_a_packed_table_that_unpacks_to_far_more_is_refused(tmp_path, small):
         list(Source(str(tmp_path / "a.parquet")).scan())
 
 
-@pytest.mark.parametrize(("name", "content", "said"), [
+@pytest.mark.parametrize(("name", "content", "message"), [
     ("a.csv", 'text\ngood\n"x\n' + "y\n" * 5000, r"a\.csv:3: a row is larger than .*\n.*quote not closed"),
     ("a.csv", "text\ngood\n" + "x " * 9000 + "\n", r"a\.csv:3: a line has .* more than"),
     ("a.json", '[{"text": "good"}, {"text": "' + "x " * 9000, r"a\.json:1:20: a value is larger than|not closed"),
     ("a.txt", "\n" * 9000 + "x", r"a\.txt:\d+: .*more than .* white space"),
 ])
-def test_where_the_next_record_begins_nobody_can_say(name, content, said, tmp_path, small, monkeypatch):
+def test_where_the_next_record_begins_nobody_can_say(name, content, message, tmp_path, small, monkeypatch):
     from lit_llm.data.records import jsonfile
 
     monkeypatch.setattr(jsonfile, "LONGEST", 4000)
     (tmp_path / name).write_text(content)
     with pytest.raises(InputError) as caught:
         list(Source(str(tmp_path / name)).scan())
-    assert re.search(said, str(caught.value)), caught.value
+    assert re.search(message, str(caught.value)), caught.value
 
 
 @pytest.mark.parametrize(("ending", "document"), [("jsonl", "auto"), ("json", "auto"), ("csv", "auto"), ("txt", "line"), ("txt", "paragraph"),

@@ -40,7 +40,7 @@ def loader(data, **settings):
     return RowLoader(corpus, rows, token_bytes=token_bytes, **settings)
 
 
-def rows_of(batch):
+def rows_in(batch):
     """What each row says, as hashable values; not the padding of a rank that has none."""
     return [(tuple(ids), tuple(labels)) for ids, labels in
             zip(batch["input_ids"].tolist(), batch["labels"].tolist(), strict=True) if batch["num_tokens"]]
@@ -59,11 +59,11 @@ def slow_collate(corpus, rows, numbers, seq_len, token_bytes):
             row = corpus.stores[0].sequences[sequence]
             for place in range(start, stop):
                 token = int(corpus.stores[0].tokens[row["offset"] + place])
-                learned = place > start and bool(corpus.stores[0].marks[row["offset"] + place] & 1)
+                is_supervised = place > start and bool(corpus.stores[0].marks[row["offset"] + place] & 1)
                 ids.append(token)
-                labels.append(token if learned else -100)
+                labels.append(token if is_supervised else -100)
                 positions.append(place - start)
-                count, size = count + learned, size + learned * int(token_bytes[0][token])
+                count, size = count + is_supervised, size + is_supervised * int(token_bytes[0][token])
         if len(ids) < seq_len:
             bounds.append(len(out["input_ids"]) + len(ids))
             rest = seq_len - len(ids)
@@ -121,7 +121,7 @@ def steps(data, world, accumulate, batch_size, epochs=2):
             assert idle == sorted(idle, reverse=True)       # the last one has rows: gradients are reduced there
             assert [rank[step + micro]["last_in_step"] for micro in range(accumulate) for rank in epoch[:1]] == [
                 False] * (accumulate - 1) + [True]
-            out.append([row for batch in micros for row in rows_of(batch)])
+            out.append([row for batch in micros for row in rows_in(batch)])
     return out
 
 
@@ -142,10 +142,10 @@ def test_any_division_resumed_anywhere_goes_on_with_the_next_rows(data, world, a
     for rank in ranks:
         rank.load_state_dict(state)
     resumed = [list(rank) for rank in ranks]
-    got = [row for micro in zip(*resumed, strict=True) for batch in micro for row in rows_of(batch)]
+    got = [row for micro in zip(*resumed, strict=True) for batch in micro for row in rows_in(batch)]
     whole = loader(data, batch_size=world * accumulate * batch_size, seed=seed)
-    stream = [row for _ in range(4) for batch in whole for row in rows_of(batch)]
-    begin = sum(len(rows_of(loader(data, rank=rank, **division).batch(number))) for number in range(stopped)
+    stream = [row for _ in range(4) for batch in whole for row in rows_in(batch)]
+    begin = sum(len(rows_in(loader(data, rank=rank, **division).batch(number))) for number in range(stopped)
                 for rank in range(world))
     assert got == stream[begin:begin + len(got)]
     if stopped % accumulate == 0:
@@ -158,7 +158,7 @@ def test_an_epoch_is_every_row_once_and_nothing_else(data):
     corpus, rows, token_bytes = data
     every = collate(corpus, rows, range(len(rows)), seq_len=SEQ_LEN, pad_id=PAD, token_bytes=token_bytes)
     flat = [row for step in steps(data, 4, 2, 3, epochs=1) for row in step]
-    assert sorted(flat) == sorted(rows_of(every))
+    assert sorted(flat) == sorted(rows_in(every))
     both = steps(data, 1, 1, 8)
     assert both[:len(both) // 2] != both[len(both) // 2:]
 
@@ -172,12 +172,12 @@ def test_what_does_not_exist_takes_neither_time_nor_memory(data):
     assert (batch["input_ids"].shape, batch["num_supervised"], batch["idle"]) == ((1, 2), 0, False)
     apart = pack(split(corpus.lengths, corpus.is_document, seq_len=2).segments, seq_len=2, packing="none")
     apart = apart.counted(corpus.count(apart.segments))
-    learned = np.flatnonzero(apart.supervised)
-    assert 0 < len(learned) < len(apart)
+    with_supervised = np.flatnonzero(apart.supervised)
+    assert 0 < len(with_supervised) < len(apart)
     mixed = RowLoader(corpus, apart, token_bytes=token_bytes, batch_size=1, accumulate=4, seq_len=2, pad_id=PAD)
-    shown = [row for batch in mixed for row in rows_of(batch)]
-    every = collate(corpus, apart, learned, seq_len=2, pad_id=PAD, token_bytes=token_bytes)
-    assert sorted(shown) == sorted(rows_of(every))
+    shown = [row for batch in mixed for row in rows_in(batch)]
+    every = collate(corpus, apart, with_supervised, seq_len=2, pad_id=PAD, token_bytes=token_bytes)
+    assert sorted(shown) == sorted(rows_in(every))
 
 
 # ---- resuming --------------------------------------------------------------------------------------------------------
@@ -186,7 +186,7 @@ def test_what_does_not_exist_takes_neither_time_nor_memory(data):
 def test_resumed_at_any_batch_the_very_next_one_comes(data, accumulate):
     whole = loader(data, accumulate=accumulate)
     length = len(whole)
-    stream = [rows_of(batch) for _ in range(3) for batch in whole]
+    stream = [rows_in(batch) for _ in range(3) for batch in whole]
     for stopped in range(1, 2 * length + 1):
         first = loader(data, accumulate=accumulate)
         taken = 0
@@ -197,7 +197,7 @@ def test_resumed_at_any_batch_the_very_next_one_comes(data, accumulate):
         assert state["epoch"] == stopped // length
         second = loader(data, accumulate=accumulate)
         second.load_state_dict(state)
-        assert rows_of(next(iter(second))) == stream[stopped]
+        assert rows_in(next(iter(second))) == stream[stopped]
 
 
 def test_the_state_is_the_same_on_all_ranks_and_fits_no_other_run(data):
@@ -224,7 +224,7 @@ def test_between_two_steps_a_run_goes_on_with_its_rows_divided_anew(data, before
             own = made(division, rank)
             if state:
                 own.load_state_dict(state)
-            rows += [row for batch in islice(own, done * division[1], (done + 1) * division[1]) for row in rows_of(batch)]
+            rows += [row for batch in islice(own, done * division[1], (done + 1) * division[1]) for row in rows_in(batch)]
         return sorted(rows)
 
     stopped = made(before)
@@ -239,8 +239,8 @@ def test_between_two_steps_a_run_goes_on_with_its_rows_divided_anew(data, before
 def test_evaluation_always_begins_at_the_beginning(data):
     ordered = loader(data, shuffle=False)
     list(islice(ordered, 2))
-    first = [rows_of(batch) for batch in ordered]
-    assert first == [rows_of(batch) for batch in ordered]
+    first = [rows_in(batch) for batch in ordered]
+    assert first == [rows_in(batch) for batch in ordered]
     assert len(first) == len(ordered)
 
 
@@ -253,7 +253,7 @@ class Listener(L.LightningModule):
         self.data, self.settings, self.seen = data, settings, []
 
     def training_step(self, batch, _):
-        self.seen.append(rows_of(batch))
+        self.seen.append(rows_in(batch))
         return self.weight.sum() * 0
 
     def configure_optimizers(self):
@@ -286,8 +286,8 @@ def test_lightning_resumes_inside_at_and_after_an_epoch(data, tmp_path, limit):
     per_epoch = (limit or len(loader(data, accumulate=2))) // 2
     whole = Listener(data)
     fit(whole, tmp_path, steps=3 * per_epoch, **settings)
-    ours = loader(data, accumulate=2)
-    stream = [rows_of(batch) for _ in range(3) for batch in ours]
+    uninterrupted = loader(data, accumulate=2)
+    stream = [rows_in(batch) for _ in range(3) for batch in uninterrupted]
     assert whole.seen == stream[:len(whole.seen)]
     for stopped in (1, per_epoch, per_epoch + 1, 2 * per_epoch):
         begun = Listener(data)

@@ -54,7 +54,7 @@ def counted(batches, tokenizer):
 
     A stretch between two bounds is of one letter. Of the document only the window that holds its w is a sequence.
     """
-    talks, learned, tokens = Counter(), Counter(), Counter()
+    conversations, supervised, tokens = Counter(), Counter(), Counter()
     letter_of = {tokenizer.encode_text(letter)[0]: letter for letter in LETTERS}
     for batch in batches:
         ids, labels = batch["input_ids"].flatten().tolist(), batch["labels"].flatten().tolist()
@@ -64,10 +64,10 @@ def counted(batches, tokenizer):
             if not letters:
                 continue                                # padding
             (letter,) = letters
-            talks[letter] += letter != "z" or tokenizer.encode_text("w")[0] in ids[begin:end]
+            conversations[letter] += letter != "z" or tokenizer.encode_text("w")[0] in ids[begin:end]
             tokens[letter] += end - begin
-            learned[letter] += sum(label != -100 for label in labels[begin:end])
-    return talks, tokens, learned
+            supervised[letter] += sum(label != -100 for label in labels[begin:end])
+    return conversations, tokens, supervised
 
 
 # ---- weights ---------------------------------------------------------------------------------------------------------
@@ -148,12 +148,12 @@ def test_the_ledger_is_what_was_handed_out(stores, tokenizer, weights, world, sh
         batches += mine
     ledgers = [rank.ledger for rank in ranks]
     assert all(ledger == ledgers[0] for ledger in ledgers)
-    talks, tokens, learned = counted(batches, tokenizer)
-    for letter, (path, said) in zip(LETTERS, ledgers[0].items(), strict=True):
+    conversations, tokens, supervised = counted(batches, tokenizer)
+    for letter, (path, counts) in zip(LETTERS, ledgers[0].items(), strict=True):
         assert Path(path).name == f"{letter}.jsonl"
-        assert said == {"sequences": talks[letter], "tokens": tokens[letter], "supervised": learned[letter]}
-    assert sum(said["tokens"] for said in ledgers[0].values()) == sum(batch["num_tokens"] for batch in batches)
-    assert sum(said["supervised"] for said in ledgers[0].values()) == sum(batch["num_supervised"] for batch in batches)
+        assert counts == {"sequences": conversations[letter], "tokens": tokens[letter], "supervised": supervised[letter]}
+    assert sum(counts["tokens"] for counts in ledgers[0].values()) == sum(batch["num_tokens"] for batch in batches)
+    assert sum(counts["supervised"] for counts in ledgers[0].values()) == sum(batch["num_supervised"] for batch in batches)
 
 
 def test_the_ledger_goes_on_where_a_run_was_resumed(stores, tokenizer):
@@ -221,12 +221,12 @@ def test_shares_are_what_they_say(tokenizer_folder, jsonl):
                           val_fraction=0.2, test_fraction=0.3)
     data.prepare_data()
     data.setup()
-    found = {stage: plan.corpus.column("content").tolist() for stage, plan in data.plans.items()}
-    assert sum(map(len, found.values())) == 699
-    assert not set(found["train"]) & set(found["val"]) | set(found["val"]) & set(found["test"])
-    assert not set(found["train"]) & set(found["test"])
-    assert abs(len(set(found["val"])) - 120) < 40
-    assert abs(len(set(found["test"])) - 180) < 40
+    content_of_stage = {stage: plan.corpus.column("content").tolist() for stage, plan in data.plans.items()}
+    assert sum(map(len, content_of_stage.values())) == 699
+    assert not set(content_of_stage["train"]) & set(content_of_stage["val"]) | set(content_of_stage["val"]) & set(content_of_stage["test"])
+    assert not set(content_of_stage["train"]) & set(content_of_stage["test"])
+    assert abs(len(set(content_of_stage["val"])) - 120) < 40
+    assert abs(len(set(content_of_stage["test"])) - 180) < 40
 
 
 # ---- what a cut leaves -----------------------------------------------------------------------------------------------
@@ -248,18 +248,18 @@ def talks():
 def spelled(turns, train_on):
     """Tokens as strings, which are learned, which are of a learned answer; by hand: ChatML, a byte a token."""
     last = len(turns) - 1
-    tokens, learned, answers = [], [], []
+    tokens, supervised, answers = [], [], []
     for place, turn in enumerate(turns):
         flag = turn.get("train", turn.get("weight"))
         wanted = turn["role"] == "assistant" and (bool(flag) if flag is not None else train_on != "last" or place == last)
         silent = turn["role"] == "assistant" and not wanted
         head = ["<|im_start|>", *turn["role"], "\n"]
-        said = [*turn["content"], "<|im_end|>"]
-        tokens += [*head, *said, "\n"]
-        learned += [train_on == "all"] * len(head) + [wanted or (train_on == "all" and not silent)] * len(said) + [
+        answer = [*turn["content"], "<|im_end|>"]
+        tokens += [*head, *answer, "\n"]
+        supervised += [train_on == "all"] * len(head) + [wanted or (train_on == "all" and not silent)] * len(answer) + [
             train_on == "all"]
-        answers += [False] * len(head) + [wanted] * len(said) + [False]
-    return tokens, learned, answers
+        answers += [False] * len(head) + [wanted] * len(answer) + [False]
+    return tokens, supervised, answers
 
 
 @pytest.fixture(scope="module")
@@ -267,10 +267,10 @@ def spoken(tokenizer, tmp_path_factory):
     """For each `train_on`, its conversations by hand and their store."""
     folder, out = tmp_path_factory.mktemp("talks"), {}
     for train_on in ("assistant", "last", "all"):
-        kept = [turns for turns in talks() if any(spelled(turns, train_on)[1])]
-        (folder / f"{train_on}.jsonl").write_text("\n".join(json.dumps({"messages": turns}) for turns in kept))
+        trainable = [turns for turns in talks() if any(spelled(turns, train_on)[1])]
+        (folder / f"{train_on}.jsonl").write_text("\n".join(json.dumps({"messages": turns}) for turns in trainable))
         store = prepare(Source(str(folder / f"{train_on}.jsonl")), tokenizer, train_on=train_on, cache_dir=str(folder))
-        out[train_on] = ([spelled(turns, train_on) for turns in kept], store)
+        out[train_on] = ([spelled(turns, train_on) for turns in trainable], store)
     return out
 
 
@@ -281,12 +281,12 @@ def test_a_cut_leaves_heads_that_teach_something(spoken, tokenizer, seq_len, tra
     """Batches against a slow cut of the conversations written by hand, and the counts with them."""
     by_hand, store = spoken[train_on]
     expected, notes = Counter(), Counter()
-    for tokens, learned, answers in by_hand:
+    for tokens, supervised, answers in by_hand:
         longer = len(tokens) > seq_len
         notes["dropped_overlong" if overlong == "drop" else "cut"] += longer
         if longer and overlong == "drop":
             continue
-        labels = [token if flag else "" for token, flag in zip(tokens, learned, strict=True)][:seq_len]
+        labels = [token if flag else "" for token, flag in zip(tokens, supervised, strict=True)][:seq_len]
         labels[0] = ""
         if not any(labels):
             notes["dropped_nothing_left"] += 1
@@ -300,13 +300,13 @@ def test_a_cut_leaves_heads_that_teach_something(spoken, tokenizer, seq_len, tra
     assert +Counter(mixture.notes) == +notes
     (loader,) = [RowLoader(mixture.corpus, mixture.first, seq_len=seq_len, pad_id=PAD, batch_size=2,
                            token_bytes=tokenizer.token_bytes)]
-    found = Counter()
+    counts = Counter()
     spell = {tokenizer.encode_text(letter)[0]: letter for letter in map(chr, range(128))} | {
         id_: tokenizer.decode([id_], skip_special_tokens=False) for id_ in tokenizer.special_ids}
     for batch in loader:
         ids, labels = batch["input_ids"].flatten().tolist(), batch["labels"].flatten().tolist()
         for begin, end in pairwise(batch["cu_seqlens"].tolist()):
             if ids[begin] != PAD:
-                found[tuple(spell[id_] for id_ in ids[begin:end]),
-                      tuple("" if label == -100 else spell[label] for label in labels[begin:end])] += 1
-    assert found == expected
+                counts[tuple(spell[id_] for id_ in ids[begin:end]),
+                       tuple("" if label == -100 else spell[label] for label in labels[begin:end])] += 1
+    assert counts == expected

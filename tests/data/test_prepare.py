@@ -64,12 +64,12 @@ def test_several_processes_write_what_one_writes(tokenizer, jsonl, tmp_path, sma
 
 def test_the_first_bad_record_is_named_whoever_reads_it(tokenizer, jsonl, small):
     path = jsonl([*list(records())[3:90]])
-    said = set()
+    messages = set()
     for count in (1, 2):
         with pytest.raises(InputError) as caught:
             prepare(Source(path), tokenizer, num_proc=count)
-        said.add(str(caught.value))
-    assert len(said) == 1
+        messages.add(str(caught.value))
+    assert len(messages) == 1
 
 
 @pytest.mark.parametrize("kind", ["tiny", "stories", "qwen2"])
@@ -163,11 +163,11 @@ def just_forked(child, here):
 @pytest.mark.parametrize("moment", [under_way] + 4 * [just_forked] * (sys.platform == "linux"))
 def test_ctrl_c_ends_them_all_and_leaves_nothing(moment, tokenizer, jsonl, tmp_path):
     """On a terminal every process of the group hears it, at any moment; none may answer with a traceback."""
-    path, here, said = jsonl([{"text": f"text {number} " * 50} for number in range(20_000)]), tmp_path / "cut", tmp_path / "said"
+    path, here, output = jsonl([{"text": f"text {number} " * 50} for number in range(20_000)]), tmp_path / "cut", tmp_path / "said"
     child = os.fork()
     if not child:
         os.setsid()
-        os.dup2(os.open(said, os.O_WRONLY | os.O_CREAT), 2)
+        os.dup2(os.open(output, os.O_WRONLY | os.O_CREAT), 2)
         try:
             prepare(Source(path), tokenizer, num_proc=2, cache_dir=str(here))
         except KeyboardInterrupt:
@@ -179,7 +179,7 @@ def test_ctrl_c_ends_them_all_and_leaves_nothing(moment, tokenizer, jsonl, tmp_p
     os.killpg(child, signal.SIGINT)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 130
     assert not members(child)
-    assert said.read_text() == ""
+    assert output.read_text() == ""
     assert [entry.suffix for entry in here.iterdir()] == [".lock"]
 
 
@@ -233,7 +233,7 @@ def test_a_json_array_is_read_without_holding_it(tmp_path, small):
     file = tmp_path / "rows.json"
     for indent in (None, 2):
         file.write_text(json.dumps(rows, indent=indent))
-        found = list(readers.scan_file(file))
-        assert [record for record, _ in found] == rows
+        records = list(readers.scan_file(file))
+        assert [record for record, _ in records] == rows
         text = file.read_text().split("\n")
-        assert all(text[place.number - 1].lstrip(" [,").startswith("{") for _, place in found)
+        assert all(text[place.number - 1].lstrip(" [,").startswith("{") for _, place in records)

@@ -92,9 +92,9 @@ WRONG = [
     ("a.jsonl.zst", zstd(b'{"a": 1}\n' * 9)[:-9], r"a\.jsonl\.zst:?\d*: .*(is truncated|cannot be read)")]
 
 
-@pytest.mark.parametrize(("name", "content", "said"), WRONG, ids=[said for *_, said in WRONG])
-def test_what_is_wrong_is_named_with_line_and_column(tmp_path, name, content, said):
-    with pytest.raises(InputError, match=f"(?s){said}"):
+@pytest.mark.parametrize(("name", "content", "message"), WRONG, ids=[message for *_, message in WRONG])
+def test_what_is_wrong_is_named_with_line_and_column(tmp_path, name, content, message):
+    with pytest.raises(InputError, match=f"(?s){message}"):
         records(write(tmp_path, name, content))
 
 
@@ -119,12 +119,12 @@ def test_pipes_and_dead_links_are_named(tmp_path):
 @pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.txt"])
 def test_a_file_that_changes_meanwhile_is_named(tmp_path, name):
     path = write(tmp_path, name, '{"text": "a"}\n{"text": "b"}\n')
-    found = scan_file(tmp_path / name, document="line")
-    next(found)
+    records = scan_file(tmp_path / name, document="line")
+    next(records)
     with open(path, "a", encoding="utf-8") as stream:
         stream.write('{"text": "c"}\n')
     with pytest.raises(InputError, match=f"{name}: the file changed while it was read"):
-        list(found)
+        list(records)
 
 
 def test_a_line_without_end_is_no_line(tmp_path, monkeypatch):

@@ -61,7 +61,7 @@ def loader(tokenizer, *paths, batch_size=2, steps=5, rank=0, world=1, accumulate
                         accumulate=accumulate, identity={"seed": options.get("seed", 1)})
 
 
-def rows_of(batch):
+def rows_in(batch):
     """What each row says, as hashable values."""
     return [(tuple(ids), tuple(labels)) for ids, labels in
             zip(batch["input_ids"].tolist(), batch["labels"].tolist(), strict=True)]
@@ -91,10 +91,10 @@ def segments_of(tokenizer, source, tmp_path):
     for sequence, start, stop in zip(*(getattr(split.segments, name).tolist() for name in ("sequence", "start", "stop")),
                                      strict=True):
         part = slice(table["offset"][sequence] + start, table["offset"][sequence] + stop)
-        learned = store.marks[part] & 1
-        if learned[1:].any():
-            said = (tuple(store.tokens[part].tolist()), tuple(learned[1:].tolist()))
-            records.setdefault((int(table["file"][sequence]), int(table["number"][sequence])), []).append(said)
+        supervised = store.marks[part] & 1
+        if supervised[1:].any():
+            segment = (tuple(store.tokens[part].tolist()), tuple(supervised[1:].tolist()))
+            records.setdefault((int(table["file"][sequence]), int(table["number"][sequence])), []).append(segment)
     return list(records.values())
 
 
@@ -112,13 +112,13 @@ def test_each_record_comes_once_in_a_pass(tokenizer, files, tmp_path, small_piec
             counts = [seen[record[0]] for record in records]            # each begins like no other
             assert set(counts) <= {turn, turn + 1}
             assert sum(counts) == drawn
-            assert seen == Counter(said for record, count in zip(records, counts, strict=True) for said in record * count)
+            assert seen == Counter(segment for record, count in zip(records, counts, strict=True) for segment in record * count)
         if turn >= 3:
             return
         for number in chunk.order.tolist():
             for place in chunk.rows.row(number):
-                ids, learned = chunk.corpus.read(*place)
-                seen[tuple(ids.tolist()), tuple(learned[1:].astype(int).tolist())] += 1
+                ids, supervised = chunk.corpus.read(*place)
+                seen[tuple(ids.tolist()), tuple(supervised[1:].astype(int).tolist())] += 1
     raise AssertionError("the corpus does not end")
 
 
@@ -135,9 +135,9 @@ def test_concat_is_the_corpus_cut_into_rows(tokenizer, files, tmp_path, small_pi
         for number in range(len(chunk.rows)):
             lengths = []
             for place in chunk.rows.row(number):
-                ids, learned = chunk.corpus.read(*place)
+                ids, supervised = chunk.corpus.read(*place)
                 assert ids.tolist() == list(islice(flow, len(ids)))
-                assert learned.all()
+                assert supervised.all()
                 lengths.append(len(ids))
                 at += len(ids)
                 whole = at % len(store.tokens) or len(store.tokens)
@@ -168,20 +168,20 @@ def test_rows_are_shuffled_within_a_chunk(tokenizer, files):
 # ---- mixtures --------------------------------------------------------------------------------------------------------
 
 def test_weights_are_shares_and_the_ledger_is_what_was_drawn(tokenizer, files):
-    said = {"a.jsonl": ("apple", 3.0), "b.jsonl": ("bread", 1.0), "c.jsonl": ("cream", 0.5)}
-    for name, (word, _) in said.items():
+    sources = {"a.jsonl": ("apple", 3.0), "b.jsonl": ("bread", 1.0), "c.jsonl": ("cream", 0.5)}
+    for name, (word, _) in sources.items():
         (files / name).write_text("".join(json.dumps({"text": f"{word} {number}"}) + "\n" for number in range(5)))
-    listed = [Source(str(files / name), weight=weight) for name, (_, weight) in said.items()]
+    listed = [Source(str(files / name), weight=weight) for name, (_, weight) in sources.items()]
     made = loader(tokenizer, *listed, steps=60, buffer=90)
     count = {source.path: Counter() for source in listed}
     for batch in made:
         bounds = batch["cu_seqlens"].tolist()
         for start, stop in pairwise(bounds):
             text = tokenizer.decode(batch["input_ids"].flatten()[start:stop].tolist(), skip_special_tokens=True)
-            name = next((name for name, (word, _) in said.items() if word in text), None)
+            name = next((name for name, (word, _) in sources.items() if word in text), None)
             if name:
-                learned = int((batch["labels"].flatten()[start:stop] != -100).sum())
-                count[str(files / name)] += Counter(sequences=1, tokens=learned + 1, supervised=learned)
+                supervised = int((batch["labels"].flatten()[start:stop] != -100).sum())
+                count[str(files / name)] += Counter(sequences=1, tokens=supervised + 1, supervised=supervised)
     assert made.ledger == {path: dict(counts) for path, counts in count.items()}
     drawn = [counts["sequences"] for counts in made.ledger.values()]
     assert [round(number / sum(drawn), 1) for number in drawn] == [0.7, 0.2, 0.1]
@@ -201,7 +201,7 @@ def steps(tokenizer, paths, world, accumulate, batch_size, **options):
         if not out or out[-1][1]:
             out.append(([], False, set(), []))
         rows, _, counts, real = out[-1]
-        rows += [row for batch in micros for row in rows_of(batch)]
+        rows += [row for batch in micros for row in rows_in(batch)]
         counts |= {batch["num_supervised_in_step"] for batch in micros}
         real += [batch["num_supervised"] for batch in micros]
         out[-1] = (rows, micros[0]["last_in_step"], counts, real)
@@ -290,27 +290,27 @@ def test_resuming_tokenizes_one_chunk_again_not_the_corpus(tokenizer, tmp_path, 
     path = tmp_path / "data.jsonl"
     path.write_text("".join(json.dumps({"text": f"number {number}"}) + "\n" for number in range(500)))
     begun = loader(tokenizer, path, steps=100)
-    batches = [rows_of(batch) for batch in begun]
+    batches = [rows_in(batch) for batch in begun]
     begun = loader(tokenizer, path, steps=80)
     assert len(list(begun)) == 80
-    asked = []
+    tokenized = []
     encode = tokenizer.encode_pieces
-    monkeypatch.setattr(tokenizer, "encode_pieces", lambda pieces: asked.extend(pieces) or encode(pieces))
+    monkeypatch.setattr(tokenizer, "encode_pieces", lambda pieces: tokenized.extend(pieces) or encode(pieces))
     resumed = loader(tokenizer, path, steps=100)
     resumed.load_state_dict(begun.state_dict())
-    assert rows_of(next(iter(resumed))) == batches[80]
-    assert len(asked) < 40
+    assert rows_in(next(iter(resumed))) == batches[80]
+    assert len(tokenized) < 40
 
 
 def test_between_steps_the_rows_may_be_divided_anew(tokenizer, files):
     begun = loader(tokenizer, files / "*.jsonl", batch_size=4, steps=3)
     list(begun)
     state = begun.state_dict()
-    rest = [row for batch in islice(begun, 3) for row in rows_of(batch)]
+    rest = [row for batch in islice(begun, 3) for row in rows_in(batch)]
     ranks = [loader(tokenizer, files / "*.jsonl", batch_size=2, steps=3, world=2, rank=rank) for rank in range(2)]
     for rank in ranks:
         rank.load_state_dict(state)
-    assert [row for pair in zip(*ranks, strict=True) for batch in pair for row in rows_of(batch)] == rest
+    assert [row for pair in zip(*ranks, strict=True) for batch in pair for row in rows_in(batch)] == rest
 
 
 @pytest.fixture
@@ -327,9 +327,9 @@ def test_a_checkpoint_of_other_data_or_settings_is_refused(module, files, tmp_pa
     path.write_text((files / "part0.jsonl").read_text())
     state = module(path).train_dataloader().state_dict()
     module(path).train_dataloader().load_state_dict(state)
-    for changed, said in (({"seq_len": 32}, "seq_len was 24 and is 32"), ({"seed": 5}, "seed was 0 and is 5"),
-                          ({"packing": "none"}, "packing was best_fit and is none")):
-        with pytest.raises(InputError, match=f"cannot continue.*{said}"):
+    for changed, message in (({"seq_len": 32}, "seq_len was 24 and is 32"), ({"seed": 5}, "seed was 0 and is 5"),
+                             ({"packing": "none"}, "packing was best_fit and is none")):
+        with pytest.raises(InputError, match=f"cannot continue.*{message}"):
             module(path, **changed).train_dataloader().load_state_dict(state)
     with pytest.raises(InputError, match="the settings of"):
         module(Source(str(path), weight=2.0)).train_dataloader().load_state_dict(state)
@@ -346,12 +346,12 @@ def test_shards_of_a_streamed_table_are_parts(tokenizer, tmp_path, monkeypatch):
         rows = datasets.Dataset.from_dict({"text": [f"shard {shard} row {row}" for row in range(4)]})
         rows.to_parquet(str(tmp_path / f"{shard}.parquet"))
     table = datasets.load_dataset("parquet", data_files=str(tmp_path / "*.parquet"), split="train", streaming=True)
-    found = [[record["text"] for record, _ in part()] for part in sources.shards(table, "owner/name")]
-    assert sorted(map(sorted, found)) == [[f"shard {shard} row {row}" for row in range(4)] for shard in range(3)]
+    texts_of_shards = [[record["text"] for record, _ in part()] for part in sources.shards(table, "owner/name")]
+    assert sorted(map(sorted, texts_of_shards)) == [[f"shard {shard} row {row}" for row in range(4)] for shard in range(3)]
     monkeypatch.setattr(Source, "hub_dataset", lambda self, streaming: table)
     made = loader(tokenizer, Source("owner/name"), steps=20, batch_size=1)
     local = loader(tokenizer, tmp_path, steps=20, batch_size=1)         # the same files by their path
-    assert [rows_of(batch) for batch in made] == [rows_of(batch) for batch in local]
+    assert [rows_in(batch) for batch in made] == [rows_in(batch) for batch in local]
 
 
 @pytest.mark.parametrize("num_proc", [1, 2])

@@ -31,12 +31,12 @@ def test_loss_and_gradients_are_those_of_float64(name, keys, autocast, frozen, r
     settings = {key: value for key, value in keys.items() if key != "bias"}
     leaves = [hidden] if frozen else [hidden, *head.parameters()]
     with torch.autocast("cuda", torch.bfloat16, enabled=autocast):
-        ours = nll_sum(hidden, labels, head, by=name, count=int((labels[1:] != -100).sum()), **settings).total
-    theirs = oracle(hidden, labels, head, **settings)
-    got, want = torch.autograd.grad(3.0 * ours, leaves), torch.autograd.grad(3.0 * theirs, leaves)
+        actual = nll_sum(hidden, labels, head, by=name, count=int((labels[1:] != -100).sum()), **settings).total
+    expected = oracle(hidden, labels, head, **settings)
+    got, want = torch.autograd.grad(3.0 * actual, leaves), torch.autograd.grad(3.0 * expected, leaves)
     worst = max(float((a.double() - b.double()).norm() / b.double().norm()) for a, b in zip(got, want, strict=True))
     record_property("max_relative", worst)
-    assert abs(ours.item() / theirs.item() - 1) < 1e-3
+    assert abs(actual.item() / expected.item() - 1) < 1e-3
     assert worst < 3e-2
     assert all(grad.dtype == leaf.dtype for grad, leaf in zip(got, leaves, strict=True))
 
@@ -56,19 +56,19 @@ def test_memory_and_waits(name, frozen, record_property):
         step().backward()
         return torch.cuda.max_memory_allocated(DEVICE) - before
 
-    def theirs():
+    def expected():
         return nll_sum(hidden, labels, head, by=name, count=8191).total
 
-    theirs().backward()                             # what is compiled and loaded once
-    share = peak(theirs) / peak(lambda: F.cross_entropy(head(hidden)[:-1].float(), labels[1:], reduction="sum"))
+    expected().backward()                             # what is compiled and loaded once
+    share = peak(expected) / peak(lambda: F.cross_entropy(head(hidden)[:-1].float(), labels[1:], reduction="sum"))
     record_property("share", share)
     assert share < 1 / 3
     torch.cuda.set_sync_debug_mode("error")
     try:
         if name == "liger":
             with pytest.raises(RuntimeError, match="synchroniz"):
-                theirs()
+                expected()
         else:
-            (0.5 * theirs()).backward()
+            (0.5 * expected()).backward()
     finally:
         torch.cuda.set_sync_debug_mode("default")

@@ -47,16 +47,16 @@ def test_loss_and_gradients_are_those_of_float64(keys, autocast, frozen, record_
     settings = {name: value for name, value in keys.items() if name != "bias"}
     leaves = [hidden] if frozen else [hidden, *head.parameters()]
     with torch.autocast("cuda", torch.bfloat16, enabled=autocast):
-        ours = nll_sum(hidden, labels, head, count=int((labels[1:] != -100).sum()), **settings).total
-    theirs = oracle(hidden, labels, head, **settings)
-    got, want = torch.autograd.grad(3.0 * ours, leaves), torch.autograd.grad(3.0 * theirs, leaves)
+        actual = nll_sum(hidden, labels, head, count=int((labels[1:] != -100).sum()), **settings).total
+    expected = oracle(hidden, labels, head, **settings)
+    got, want = torch.autograd.grad(3.0 * actual, leaves), torch.autograd.grad(3.0 * expected, leaves)
     worst = max(float((a.double() - b.double()).norm() / b.double().norm()) for a, b in zip(got, want, strict=True))
     record_property("max_relative", worst)
-    assert abs(ours.item() / theirs.item() - 1) < 1e-5
+    assert abs(actual.item() / expected.item() - 1) < 1e-5
     assert worst < 1e-2
     assert all(grad.dtype == leaf.dtype for grad, leaf in zip(got, leaves, strict=True))
     with torch.no_grad(), torch.autocast("cuda", torch.bfloat16, enabled=autocast):
-        assert abs(nll_sum(hidden, labels, head, **settings).total.item() / theirs.item() - 1) < 1e-5
+        assert abs(nll_sum(hidden, labels, head, **settings).total.item() / expected.item() - 1) < 1e-5
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
@@ -99,9 +99,9 @@ def test_rows_that_learn_in_a_frozen_head():
         rows += 1.0
     whole = nn.Module()
     whole.weight, whole.bias = inner.weight.double().index_copy(0, torch.tensor([7, 3, 30], device=DEVICE), rows.double()), None
-    ours, theirs = nll_sum(hidden, labels, head).total, oracle(hidden, labels, whole)
-    assert abs(ours.item() / theirs.item() - 1) < 1e-5
-    for got, want in zip(torch.autograd.grad(ours, [hidden, rows]), torch.autograd.grad(theirs, [hidden, rows]), strict=True):
+    actual, expected = nll_sum(hidden, labels, head).total, oracle(hidden, labels, whole)
+    assert abs(actual.item() / expected.item() - 1) < 1e-5
+    for got, want in zip(torch.autograd.grad(actual, [hidden, rows]), torch.autograd.grad(expected, [hidden, rows]), strict=True):
         assert (got.double() - want.double()).norm() / want.double().norm() < 1e-2
 
 
@@ -124,7 +124,7 @@ def test_a_large_vocabulary_takes_a_third_of_the_memory_of_all_logits(frozen, mo
         return torch.cuda.max_memory_allocated(DEVICE) - before
 
     nll_sum(hidden[:8], labels[:8], head).total.backward()      # what is loaded once
-    ours = peak(lambda: nll_sum(hidden, labels, head, count=8191).total)
-    theirs = peak(lambda: F.cross_entropy(head(hidden)[:-1].float(), labels[1:], reduction="sum"))
-    record_property("share", ours / theirs)
-    assert ours < theirs / 3, f"{ours / 2**30:.2f} of {theirs / 2**30:.2f} GiB"
+    actual = peak(lambda: nll_sum(hidden, labels, head, count=8191).total)
+    expected = peak(lambda: F.cross_entropy(head(hidden)[:-1].float(), labels[1:], reduction="sum"))
+    record_property("share", actual / expected)
+    assert actual < expected / 3, f"{actual / 2**30:.2f} of {expected / 2**30:.2f} GiB"

@@ -8,7 +8,7 @@ from lit_llm.models.anatomy import backbone
 from lit_llm.models.load import init_causal_lm
 from lit_llm.training.module import CausalLMModule
 from tests.benchmarks import on_gpu
-from tests.shapes import LLAMA, QWEN3, SMALL, Rounds, Shaped, batches
+from tests.random_models import LLAMA, QWEN3, SMALL, Rounds, Shaped, batches
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 DEVICE = torch.device("cuda", 0)

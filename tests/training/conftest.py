@@ -1,12 +1,12 @@
 """Fixtures of the tests in this folder."""
 
 import pytest
-from lives import Lives
+from run_processes import RunProcesses
 
 
 @pytest.fixture(scope="module")
-def lives(tmp_path_factory):
+def run_processes(tmp_path_factory):
     """Real commands in processes that are forked from one, for the tests of a file."""
-    lives = Lives(tmp_path_factory.mktemp("lives"))
-    yield lives
-    lives.close()
+    run_processes = RunProcesses(tmp_path_factory.mktemp("run_processes"))
+    yield run_processes
+    run_processes.close()

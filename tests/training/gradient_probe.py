@@ -38,9 +38,9 @@ class Watch(L.Callback):
         ids, labels = batch["input_ids"].flatten().tolist(), batch["labels"].flatten().tolist()
         bounds = batch["cu_seqlens"].tolist()
         for start, stop in pairwise(bounds):
-            learned = [place for place in range(start, stop) if labels[place] != -100]
-            if learned:                                 # padding and line ends do not matter
-                self.talks.append(ids[start : learned[-1] + 1])
+            supervised = [place for place in range(start, stop) if labels[place] != -100]
+            if supervised:                                 # padding and line ends do not matter
+                self.talks.append(ids[start : supervised[-1] + 1])
                 self.documents.append((ids[start:stop], labels[start:stop]))
 
     def count(self, *_):

@@ -25,8 +25,8 @@ def plain_nll(folder, data):
     model = AutoModelForCausalLM.from_pretrained(folder).double()
     corpus, total, count = data.plans["val"].corpus, 0.0, 0
     for sequence in range(len(corpus)):
-        ids, learned = corpus.read(sequence, 0, int(corpus.lengths[sequence]))
-        row, where = torch.tensor(ids.astype(int)), torch.tensor(learned[1:])
+        ids, supervised = corpus.read(sequence, 0, int(corpus.lengths[sequence]))
+        row, where = torch.tensor(ids.astype(int)), torch.tensor(supervised[1:])
         with torch.no_grad():
             logp = model(input_ids=row[None]).logits[0, :-1].log_softmax(-1)
         total -= logp.gather(1, row[1:, None])[where].sum().item()

@@ -74,10 +74,10 @@ class Data(L.LightningDataModule):
         whole = len(step["input_ids"]) == len(self.steps[0]["input_ids"])
         turns = self.accumulate if whole else max(1, self.accumulate // 2)
         inputs, labels = torch.tensor(step["input_ids"]), torch.tensor(step["labels"])
-        each = len(inputs) // (turns * self.trainer.world_size)
+        per_rank = len(inputs) // (turns * self.trainer.world_size)
         supervised = int((labels != -100).sum())
         mine = range(self.trainer.global_rank, turns * self.trainer.world_size, self.trainer.world_size)
-        return [self.batch(inputs[at * each :][:each], labels[at * each :][:each], supervised, at == mine[-1])
+        return [self.batch(inputs[at * per_rank :][:per_rank], labels[at * per_rank :][:per_rank], supervised, at == mine[-1])
                 for at in mine]
 
     def batch(self, inputs, labels, supervised, last):

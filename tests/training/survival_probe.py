@@ -116,7 +116,7 @@ def obey(order):
             live(order, rank, port)
         pids.append(pid)
     strike, codes, begun = order.get("strike", {}), {}, time.monotonic()
-    told = None
+    signalled_at = None
     due = begun + strike["after"] if "after" in strike else None
     while len(codes) < len(pids):
         for pid in pids:
@@ -134,15 +134,15 @@ def obey(order):
             for pid in alive:
                 os.kill(pid, signal.SIGKILL)
         if order.get("agent") and alive and any(codes.values()):
-            told = told or now
-            if now - told > 0.1:
+            signalled_at = signalled_at or now
+            if now - signalled_at > 0.1:
                 for pid in alive:
-                    os.kill(pid, signal.SIGKILL if now - told > 30 else signal.SIGTERM)
-                told += 5
+                    os.kill(pid, signal.SIGKILL if now - signalled_at > 30 else signal.SIGTERM)
+                signalled_at += 5
         time.sleep(0.01)
-    said = [{name: Path(order["cwd"], f"{name}{rank}.txt").read_text() for name in ("out", "err")}
+    outputs = [{name: Path(order["cwd"], f"{name}{rank}.txt").read_text() for name in ("out", "err")}
             for rank in range(order["ranks"])]
-    return {"codes": [codes[pid] for pid in pids], "seconds": time.monotonic() - begun, "said": said}
+    return {"codes": [codes[pid] for pid in pids], "seconds": time.monotonic() - begun, "outputs": outputs}
 
 
 def main():

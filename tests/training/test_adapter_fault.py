@@ -17,10 +17,10 @@ def test_a_method_that_cannot_compute_on_a_layer_is_told_in_a_line(place, tiny_m
     code, _, err = call("fit", "--config", "ok.yaml", "--model.base", tiny_model("gpt2"), "--model.lora", "null",
                         "--model.peft", '{class_path: LoraConfig, init_args: {r: 4, init_lora_weights: olora}}')
     assert code == 2, err
-    said = err[err.index("error: "):]
+    message = err[err.index("error: "):]
     assert "Traceback" not in err
     for word in ("model.peft: LoraConfig with init_lora_weights: olora cannot", "transformer.h.0.", "(Conv1D)"):
-        assert word in said, said
+        assert word in message, message
     assert not (place / "run").exists()
 
 

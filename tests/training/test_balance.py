@@ -127,8 +127,8 @@ def test_two_processes(base, data, tmp_path):  # noqa: F811
     cases = [case(folder, data, 4, rows=4, name=strategy, strategy=strategy, devices=2, **more) for strategy, more in (
         ("ddp", {}), ("deepspeed_stage_2", {}), ("deepspeed_stage_3", {}),
         ("fsdp2", dict(model=dict(gradient_checkpointing=True))))]
-    for each, ((one, *_), (other, *_)) in zip(cases, on_two_ranks(cases, tmp_path), strict=True):
-        print(each["name"], end=": ")
+    for settings, ((one, *_), (other, *_)) in zip(cases, on_two_ranks(cases, tmp_path), strict=True):
+        print(settings["name"], end=": ")
         check(folder, one | {"documents": one["documents"] + other["documents"]})
 
 
@@ -170,9 +170,9 @@ def test_what_the_models_own_class_computes(kind):
         way = forward.Way(packed=False, own_logits=own_logits, fast_norms=False)
         sums = forward.nll(model, batch, forward.Choices(way, balance=True))
         assert (sums.balance / 40).item() == pytest.approx(wanted.item(), rel=1e-5)
-        for ours, slope in zip(torch.autograd.grad(sums.balance / 40, router, allow_unused=True), slopes, strict=True):
-            assert (ours is None) == (slope is None)
-            assert slope is None or torch.allclose(ours, slope, rtol=1e-3, atol=1e-7)
+        for actual, slope in zip(torch.autograd.grad(sums.balance / 40, router, allow_unused=True), slopes, strict=True):
+            assert (actual is None) == (slope is None)
+            assert slope is None or torch.allclose(actual, slope, rtol=1e-3, atol=1e-7)
 
 
 @pytest.mark.parametrize("kind", ["llama", "deepseek_v3", "doge"])

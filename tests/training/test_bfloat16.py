@@ -23,9 +23,9 @@ def test_norm_and_direction_on_two_ranks(tiny_model, talks, data, tmp_path):  # 
         rows = [row[0] for row in oracle.rows]
         loss, wanted = oracle.gradient([rows.index(ids) for ids in one["talks"] + other["talks"]])
         assert wanted.keys() == one["grads"].keys()
-        ours, theirs = (torch.cat([grads[name].double().flatten() for name in wanted]) for grads in (one["grads"], wanted))
-        cosine = (ours @ theirs / ours.norm() / theirs.norm()).item()
-        print(f"{case['name']}: norm {ours.norm() / theirs.norm() - 1:+.2%}, cosine {cosine:.5f}")
-        assert abs(ours.norm() / theirs.norm() - 1) < 0.005
+        actual, expected = (torch.cat([grads[name].double().flatten() for name in wanted]) for grads in (one["grads"], wanted))
+        cosine = (actual @ expected / actual.norm() / expected.norm()).item()
+        print(f"{case['name']}: norm {actual.norm() / expected.norm() - 1:+.2%}, cosine {cosine:.5f}")
+        assert abs(actual.norm() / expected.norm() - 1) < 0.005
         assert cosine > 0.999
         assert abs(one["loss"] / loss - 1) < 0.005

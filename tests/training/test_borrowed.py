@@ -36,7 +36,7 @@ LIMITS = {torch.float32: (1e-6, 1e-5), torch.float16: (1e-4, 2e-3), torch.bfloat
 
 
 def needs(name):
-    missing = [each for each in ("triton", LIBRARIES[name]) if find_spec(each) is None]
+    missing = [package for package in ("triton", LIBRARIES[name]) if find_spec(package) is None]
     return pytest.mark.skipif(bool(missing), reason=f"pip install 'lit_llm[kernels]': {' and '.join(missing)} not here")
 
 
@@ -77,15 +77,15 @@ def check(name, dtype, keys, *, frozen=False, autocast=False):
     hidden, labels, head, settings = case(torch.float32 if autocast else dtype, **keys)
     head.requires_grad_(not frozen)
     leaves = [hidden] if frozen else [hidden, *head.parameters()]
-    given = settings | ({"cap": Cap(settings["cap"])} if "cap" in settings else {})
+    arguments = settings | ({"cap": Cap(settings["cap"])} if "cap" in settings else {})
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        ours = nll_sum(hidden, labels, head, by=name, count=int((labels[1:] != -100).sum()), **given).total
-    theirs = oracle(hidden, labels, head, **settings)
-    (0.37 * ours).backward()
-    wanted = torch.autograd.grad(0.37 * theirs, leaves)
+        actual = nll_sum(hidden, labels, head, by=name, count=int((labels[1:] != -100).sum()), **arguments).total
+    expected = oracle(hidden, labels, head, **settings)
+    (0.37 * actual).backward()
+    wanted = torch.autograd.grad(0.37 * expected, leaves)
     loss, limit = LIMITS[dtype]
-    assert ours.dtype == torch.float32
-    assert abs(ours.item() / theirs.item() - 1) < loss, (ours, theirs)
+    assert actual.dtype == torch.float32
+    assert abs(actual.item() / expected.item() - 1) < loss, (actual, expected)
     for leaf, want in zip(leaves, wanted, strict=True):
         assert leaf.grad.dtype == leaf.dtype
         assert (leaf.grad.double() - want.double()).norm() / want.double().norm() < limit
@@ -123,8 +123,8 @@ def waits(name):
     with Names():
         (0.5 * nll_sum(hidden, labels, head, by=name, count=int((labels[1:] != -100).sum())).total).backward()
     start = names.index("aten::nonzero_static")
-    asked = [each for each in names[start:] if each in ("aten::nonzero", "aten::_local_scalar_dense", "aten::equal", "aten::item")]
-    assert asked == {"liger": ["aten::_local_scalar_dense"], "cut_cross_entropy": []}[name], asked
+    synchronising = [operation for operation in names[start:] if operation in ("aten::nonzero", "aten::_local_scalar_dense", "aten::equal", "aten::item")]
+    assert synchronising == {"liger": ["aten::_local_scalar_dense"], "cut_cross_entropy": []}[name], synchronising
     if name == "liger":
         chunks()
 
@@ -172,9 +172,9 @@ def test_by_processes_that_share_the_head(name, tmp_path, tiny_llama):
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count(f"{name} made 12 losses") == 2, done.stdout        # 3 steps in each of 4 runs, by both processes
     for one, other in zip(cases[::2], cases[1::2], strict=True):
-        theirs, ours = (json.loads((tmp_path / each["name"] / "rank0.json").read_text()) for each in (one, other))
+        expected, actual = (json.loads((tmp_path / run["name"] / "rank0.json").read_text()) for run in (one, other))
         limit = 1e-4 if name == "liger" else 3e-2
-        assert [*theirs["losses"], theirs["val"]] == pytest.approx([*ours["losses"], ours["val"]], rel=limit), one
+        assert [*expected["losses"], expected["val"]] == pytest.approx([*actual["losses"], actual["val"]], rel=limit), one
 
 
 @pytest.fixture
@@ -213,7 +213,7 @@ def test_a_run_without_a_gpu_is_told_so_before_the_model_is_built(name, tiny_lla
 @pytest.mark.parametrize("name", LIBRARIES)
 def test_evaluation_is_ours_anywhere(name, tiny_llama, tmp_path):
     """The config of a run on a GPU is evaluated on a laptop."""
-    there, here = (fit(tiny_llama, tmp_path, verb="validate", cross_entropy=each)[0]["val/nll"] for each in (name, "fused"))
+    there, here = (fit(tiny_llama, tmp_path, verb="validate", cross_entropy=kernels)[0]["val/nll"] for kernels in (name, "fused"))
     assert there == here
     assert math.isfinite(here)
 
@@ -251,17 +251,17 @@ def refused(name, tiny_llama, tmp_path, monkeypatch, match, **options):
 @both
 def test_runs_that_cannot_be(name, tiny_llama, tmp_path, monkeypatch):
     """Refused before the first step: the keys are those that a user would change."""
-    given = tiny_llama, tmp_path, monkeypatch
-    wide = refused(name, *given, "float32 at most", precision="64-true")
+    fixtures = tiny_llama, tmp_path, monkeypatch
+    wide = refused(name, *fixtures, "float32 at most", precision="64-true")
     assert wide.where == "trainer.precision"
-    refused(name, *given, "prompt", peft={"class_path": "PromptTuningConfig", "init_args": {"num_virtual_tokens": 4}})
-    refused(name, *given, "adapter is on it", precision="bf16-mixed", peft={
+    refused(name, *fixtures, "prompt", peft={"class_path": "PromptTuningConfig", "init_args": {"num_virtual_tokens": 4}})
+    refused(name, *fixtures, "adapter is on it", precision="bf16-mixed", peft={
         "class_path": "LoraConfig", "init_args": {"target_modules": ["q_proj", "lm_head"]}})
-    refused(name, *given, "single rows", precision="bf16-mixed", peft={
+    refused(name, *fixtures, "single rows", precision="bf16-mixed", peft={
         "class_path": "LoraConfig", "init_args": {"target_modules": "all-linear", "trainable_token_indices": {
             "embed_tokens": [5], "lm_head": [5]}}})
     if name == "cut_cross_entropy" and not borrowed._sums_in_float32(borrowed._module(name)):
-        assert refused(name, *given, "half precision only").where == "trainer.precision"
+        assert refused(name, *fixtures, "half precision only").where == "trainer.precision"
 
 
 @needs("cut_cross_entropy")

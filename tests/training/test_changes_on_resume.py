@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from lives import config_of, rows_of, write_config, write_data
+from run_processes import config_of, metrics_rows, write_config, write_data
 from safetensors.torch import load_file
 
 FIRST, LAST = 3, 6
@@ -18,21 +18,21 @@ ROUNDS = [("auto", 1), ("ddp", 2), ("deepspeed_stage_1", 1), ("deepspeed_stage_2
 
 
 @pytest.fixture
-def start(lives, tiny_model):
+def start(run_processes, tiny_model):
     """`start(ranks, ...)`: the words of a command whose run has made its first steps in `run`."""
     def begin(ranks=1, **keys):
-        shutil.rmtree(lives.folder / "run", ignore_errors=True)
-        words = write_config(lives.folder, config_of(tiny_model("llama"), write_data(lives.folder), ranks=ranks,
+        shutil.rmtree(run_processes.folder / "run", ignore_errors=True)
+        words = write_config(run_processes.folder, config_of(tiny_model("llama"), write_data(run_processes.folder), ranks=ranks,
                                                      keep_last=9, limit_val_batches=0, **keys))
-        done = lives.live(*words, "run", "--trainer.max_steps", FIRST, "--model.weight_decay", 0.1, ranks=ranks)
-        assert done["codes"] == [0] * ranks, done["said"][0]["err"][-3000:]
+        done = run_processes.run(*words, "run", "--trainer.max_steps", FIRST, "--model.weight_decay", 0.1, ranks=ranks)
+        assert done["codes"] == [0] * ranks, done["outputs"][0]["err"][-3000:]
         return words
 
     return begin
 
 
-def weights(lives, step):
-    (file,) = (lives.folder / "run" / "checkpoints" / f"step_{step}").rglob("*.safetensors")
+def weights(run_processes, step):
+    (file,) = (run_processes.folder / "run" / "checkpoints" / f"step_{step}").rglob("*.safetensors")
     return load_file(file)
 
 
@@ -41,58 +41,58 @@ def moved(one, other):
 
 
 @pytest.mark.parametrize(("strategy", "ranks"), ROUNDS)
-def test_what_is_typed_on_a_resume_takes_effect(strategy, ranks, lives, start):
+def test_what_is_typed_on_a_resume_takes_effect(strategy, ranks, run_processes, start):
     words = start(ranks, strategy=strategy)
     typed = ["--model.lr", 1e-6, "--model.schedule", "constant", "--model.weight_decay", 0.0, "--model.betas", "[0.5, 0.9]"]
-    done = lives.live(*words, "run", "--ckpt_path", "last", "--trainer.max_steps", LAST, *typed, ranks=ranks)
-    assert done["codes"] == [0] * ranks, done["said"][0]["err"][-3000:]
-    said = [line for line in done["said"][0]["err"].splitlines() if "changed on resume" in line]
-    assert [line.split("resume: ")[1] for line in said] == [
+    done = run_processes.run(*words, "run", "--ckpt_path", "last", "--trainer.max_steps", LAST, *typed, ranks=ranks)
+    assert done["codes"] == [0] * ranks, done["outputs"][0]["err"][-3000:]
+    changes = [line for line in done["outputs"][0]["err"].splitlines() if "changed on resume" in line]
+    assert [line.split("resume: ")[1] for line in changes] == [
         "model.lr 0.01 -> 1e-06", "model.schedule cosine -> constant", "model.weight_decay 0.1 -> 0.0",
         "model.betas [0.9, 0.95] -> [0.5, 0.9]", f"steps of the run {FIRST} -> {LAST}"]
-    rates = [float(row["train/lr"]) for row in rows_of(lives.folder / "run") if "train/lr" in row]
+    rates = [float(row["train/lr"]) for row in metrics_rows(run_processes.folder / "run") if "train/lr" in row]
     assert rates[FIRST:] == pytest.approx([1e-6] * (LAST - FIRST))
     assert min(rates[:FIRST]) > 1e-4
-    before, after = weights(lives, FIRST), weights(lives, LAST)
+    before, after = weights(run_processes, FIRST), weights(run_processes, LAST)
     assert 0 < moved(before, after) < 1e-4              # at the old rate it is a hundred times more
     if strategy == "auto":
-        state = torch.load(lives.folder / "run" / "checkpoints" / f"step_{LAST}" / "state")
+        state = torch.load(run_processes.folder / "run" / "checkpoints" / f"step_{LAST}" / "state")
         for group in state["optimizer_states"][0]["param_groups"]:
             assert (group["lr"], group["weight_decay"], tuple(group["betas"])) == (1e-6, 0.0, (0.5, 0.9))
             assert group["initial_lr"] == 1e-6
 
 
-def test_an_untouched_resume_says_nothing(lives, start):
+def test_an_untouched_resume_says_nothing(run_processes, start):
     words = start()
-    done = lives.live(*words, "run", "--ckpt_path", "last", "--trainer.max_steps", FIRST + 1, "--model.weight_decay", 0.1,
+    done = run_processes.run(*words, "run", "--ckpt_path", "last", "--trainer.max_steps", FIRST + 1, "--model.weight_decay", 0.1,
                       "--seed_everything", 7)
-    assert "seed_everything 42 -> 7 has no effect" in done["said"][0]["err"]
-    said = [line for line in done["said"][0]["err"].splitlines() if "changed on resume" in line]
-    assert said == [f"changed on resume: steps of the run {FIRST} -> {FIRST + 1}"]
+    assert "seed_everything 42 -> 7 has no effect" in done["outputs"][0]["err"]
+    changes = [line for line in done["outputs"][0]["err"].splitlines() if "changed on resume" in line]
+    assert changes == [f"changed on resume: steps of the run {FIRST} -> {FIRST + 1}"]
 
 
-def test_nothing_to_train(lives, start):
+def test_nothing_to_train(run_processes, start):
     """Not one file of the run changes, however many steps too few are asked for."""
     words = start()
-    before = content(lives.folder / "run")
+    before = content(run_processes.folder / "run")
     for limit in (["--trainer.max_steps", FIRST], ["--trainer.max_steps", FIRST - 1], ["--trainer.max_epochs", 1,
                   "--trainer.max_steps", FIRST]):
-        done = lives.live(*words, "run", "--ckpt_path", "last", "--model.lr", 1e-6, *limit)
-        assert done["codes"] == [2], done["said"][0]["err"][-2000:]
-        said = done["said"][0]["err"]
-        assert "there is nothing to train" in said
-        assert f"step {FIRST}" in said
-        assert "trainer.max_steps" in said
-        assert content(lives.folder / "run") == before
-    assert lives.live(*words, "epochs", "--trainer.max_epochs", 1)["codes"] == [0]
-    before = content(lives.folder / "epochs")
-    done = lives.live(*words, "epochs", "--trainer.max_epochs", 1, "--ckpt_path", "last", "--model.lr", 1e-6)
-    assert done["codes"] == [2], done["said"][0]["err"][-2000:]
-    assert "there is nothing to train: the checkpoint is at step 5, and trainer.max_epochs is 1" in done["said"][0]["err"]
-    assert content(lives.folder / "epochs") == before
-    automatic = lives.live(*words, "run", "--ckpt_path", "auto", "--trainer.max_steps", FIRST)     # a job started again
+        done = run_processes.run(*words, "run", "--ckpt_path", "last", "--model.lr", 1e-6, *limit)
+        assert done["codes"] == [2], done["outputs"][0]["err"][-2000:]
+        stderr = done["outputs"][0]["err"]
+        assert "there is nothing to train" in stderr
+        assert f"step {FIRST}" in stderr
+        assert "trainer.max_steps" in stderr
+        assert content(run_processes.folder / "run") == before
+    assert run_processes.run(*words, "epochs", "--trainer.max_epochs", 1)["codes"] == [0]
+    before = content(run_processes.folder / "epochs")
+    done = run_processes.run(*words, "epochs", "--trainer.max_epochs", 1, "--ckpt_path", "last", "--model.lr", 1e-6)
+    assert done["codes"] == [2], done["outputs"][0]["err"][-2000:]
+    assert "there is nothing to train: the checkpoint is at step 5, and trainer.max_epochs is 1" in done["outputs"][0]["err"]
+    assert content(run_processes.folder / "epochs") == before
+    automatic = run_processes.run(*words, "run", "--ckpt_path", "auto", "--trainer.max_steps", FIRST)     # a job started again
     assert automatic["codes"] == [0]
-    assert "nothing is left to train" in automatic["said"][0]["err"]
+    assert "nothing is left to train" in automatic["outputs"][0]["err"]
 
 
 def content(folder):
@@ -103,38 +103,38 @@ def content(folder):
     (["--model.optimizer", "muon"], "model.optimizer (adamw, not muon)"),
     (["--model.lora.r", 8], "r 4, not 8"),
 ])
-def test_what_cannot_change_is_refused_by_name(words, says, lives, start):
+def test_what_cannot_change_is_refused_by_name(words, says, run_processes, start):
     command = start()
-    before = content(lives.folder / "run")
-    done = lives.live(*command, "run", "--ckpt_path", "last", "--trainer.max_steps", LAST, *words)
+    before = content(run_processes.folder / "run")
+    done = run_processes.run(*command, "run", "--ckpt_path", "last", "--trainer.max_steps", LAST, *words)
     assert done["codes"] == [2]
-    assert says in done["said"][0]["err"]
-    assert content(lives.folder / "run") == before
+    assert says in done["outputs"][0]["err"]
+    assert content(run_processes.folder / "run") == before
 
 
-def test_deepspeed_goes_on_with_its_precision_only(lives, start):
+def test_deepspeed_goes_on_with_its_precision_only(run_processes, start):
     words = start(strategy="deepspeed_stage_1")
-    done = lives.live(*words, "run", "--ckpt_path", "last", "--trainer.max_steps", LAST, "--trainer.precision", "bf16-mixed")
-    assert done["codes"] == [2], done["said"][0]["err"][-2000:]
-    assert "trainer.precision: the checkpoint was written with 32" in done["said"][0]["err"]
+    done = run_processes.run(*words, "run", "--ckpt_path", "last", "--trainer.max_steps", LAST, "--trainer.precision", "bf16-mixed")
+    assert done["codes"] == [2], done["outputs"][0]["err"][-2000:]
+    assert "trainer.precision: the checkpoint was written with 32" in done["outputs"][0]["err"]
 
 
-def test_another_architecture_is_refused_by_name(lives, tiny_model):
-    shutil.rmtree(lives.folder / "run", ignore_errors=True)
+def test_another_architecture_is_refused_by_name(run_processes, tiny_model):
+    shutil.rmtree(run_processes.folder / "run", ignore_errors=True)
     init = {"model_type": "llama", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1,
             "num_attention_heads": 4}
-    config = config_of(None, write_data(lives.folder), lora=False, limit_val_batches=0)
+    config = config_of(None, write_data(run_processes.folder), lora=False, limit_val_batches=0)
     config["model"]["init"], config["data"]["tokenizer"] = init, tiny_model("llama")
-    words = write_config(lives.folder, config)
-    assert lives.live(*words, "run", "--trainer.max_steps", 1)["codes"] == [0]
-    done = lives.live(*words, "run", "--ckpt_path", "last", "--trainer.max_steps", 2, "--model.init",
+    words = write_config(run_processes.folder, config)
+    assert run_processes.run(*words, "run", "--trainer.max_steps", 1)["codes"] == [0]
+    done = run_processes.run(*words, "run", "--ckpt_path", "last", "--trainer.max_steps", 2, "--model.init",
                       json.dumps(init | {"num_hidden_layers": 2}))
     assert done["codes"] == [2]
-    assert "num_hidden_layers 1, not 2" in done["said"][0]["err"]
+    assert "num_hidden_layers 1, not 2" in done["outputs"][0]["err"]
 
 
-def test_a_warmup_longer_than_the_run_is_said(lives, start):
+def test_a_warmup_longer_than_the_run_is_said(run_processes, start):
     words = start()
-    done = lives.live(*words, "other", "--trainer.max_steps", 2, "--model.warmup", 500)
+    done = run_processes.run(*words, "other", "--trainer.max_steps", 2, "--model.warmup", 500)
     assert done["codes"] == [0]
-    assert "500 steps of warmup do not end within the run of 2 steps" in done["said"][0]["err"]
+    assert "500 steps of warmup do not end within the run of 2 steps" in done["outputs"][0]["err"]

@@ -17,7 +17,7 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import EarlyStopping
-from lives import assert_same_end
+from run_processes import assert_same_end
 from safetensors.torch import load_file, save_file
 
 from lit_llm.data.datamodule import TextDataModule
@@ -86,7 +86,7 @@ def fit(tiny_model, tmp_path):
     return start
 
 
-def rows_of(run):
+def metrics_rows(run):
     with open(run / "metrics.csv", newline="") as handle:
         return [{key: float(value) for key, value in row.items() if value != "" and key != "seconds"}
                 for row in csv.DictReader(handle)]
@@ -113,8 +113,8 @@ def test_a_stopped_run_goes_on_as_if_nothing_had_been(strategy, lora, rows, wher
         fit("stopped", callbacks=[StepCheckpoint(every_n_steps=STOP), StopAt(STOP)], **how)
     assert (straight.parent / "stopped" / "checkpoints" / "LATEST").read_text().strip() == f"step_{STOP}"
     resumed = fit("stopped", callbacks=[StepCheckpoint(every_n_steps=STOP)], resume="last", **how)
-    assert [row["step"] for row in rows_of(resumed)] == list(range(STEPS + 1))
-    assert rows_of(resumed) == rows_of(straight)
+    assert [row["step"] for row in metrics_rows(resumed)] == list(range(STEPS + 1))
+    assert metrics_rows(resumed) == metrics_rows(straight)
     assert same(weights_of(resumed), weights_of(straight)) == 0.0
 
 
@@ -127,7 +127,7 @@ def test_stopped_after_a_validation(every, fit):
     with pytest.raises(PowerFailure):
         fit("stopped", callbacks=[StepCheckpoint(keep_last=9), StopAt(stop)], **how)
     resumed = fit("stopped", resume=str(straight.parent / "stopped" / "checkpoints" / f"step_{stop}"), **how)
-    assert rows_of(resumed) == rows_of(straight)
+    assert metrics_rows(resumed) == metrics_rows(straight)
     assert same(weights_of(resumed, "step_8"), weights_of(straight, "step_8")) == 0.0
 
 
@@ -138,12 +138,12 @@ def test_a_finished_run_goes_further(strategy, rows, where, fit):
     how = dict(rows=rows, strategy=strategy, schedule="constant")
     straight = fit("straight", **how)
     short = fit("short", max_steps=STOP, **how)
-    before = rows_of(short)
+    before = metrics_rows(short)
     further = fit("short", resume="last", **how)
-    assert [row["step"] for row in rows_of(further)] == list(range(STEPS + 1))
-    assert rows_of(further)[:STOP + 1] == before
-    assert [row["train/loss"] for row in rows_of(further)[1:]] == [row["train/loss"] for row in rows_of(straight)[1:]]
-    figures, wanted = rows_of(further)[-1], rows_of(straight)[-1]
+    assert [row["step"] for row in metrics_rows(further)] == list(range(STEPS + 1))
+    assert metrics_rows(further)[:STOP + 1] == before
+    assert [row["train/loss"] for row in metrics_rows(further)[1:]] == [row["train/loss"] for row in metrics_rows(straight)[1:]]
+    figures, wanted = metrics_rows(further)[-1], metrics_rows(straight)[-1]
     assert {key: figures[key] for key in wanted if key != "epoch"} == {
         key: wanted[key] for key in wanted if key != "epoch"}       # Lightning takes the stop for an epoch's end
     assert same(weights_of(further), weights_of(straight)) == 0.0
@@ -211,7 +211,7 @@ def test_ranks_that_a_process_starts_do_not_hash_again_what_it_has_hashed(fit):
     newest, older = (run / "checkpoints" / f"step_{step}" for step in (2, 1))
     forks = multiprocessing.get_context("fork")
 
-    def found(wanted, local_rank, answers):
+    def find_in_rank(wanted, local_rank, answers):
         hashed, real = [], integrity.sha256
         os.environ["LOCAL_RANK"], integrity.sha256 = local_rank, lambda file: (hashed.append(file), real(file))[1]
         try:
@@ -221,7 +221,7 @@ def test_ranks_that_a_process_starts_do_not_hash_again_what_it_has_hashed(fit):
 
     def rank(wanted, local_rank="1"):
         answers = forks.SimpleQueue()
-        process = forks.Process(target=found, args=(wanted, local_rank, answers))
+        process = forks.Process(target=find_in_rank, args=(wanted, local_rank, answers))
         process.start()
         process.join()
         return answers.get()
@@ -260,7 +260,7 @@ def test_the_newest_whole_one_is_taken(fit, caplog):
         with pytest.raises(InputError, match=words):
             manifest.find(run, str(run / "checkpoints" / f"step_{step}"))
     resumed = fit("run", rows=6, resume="last")
-    assert [row["step"] for row in rows_of(resumed)] == list(range(STEPS + 1))
+    assert [row["step"] for row in metrics_rows(resumed)] == list(range(STEPS + 1))
     assert (run / "checkpoints" / "abandoned_step_6").is_dir()
 
 
@@ -298,15 +298,15 @@ def test_the_disk_is_looked_at_before_the_first_step(fit, monkeypatch, tmp_path)
     """The estimate is what a checkpoint then takes; room for two is asked for."""
     run = fit("run", lora=False, max_steps=1)
     size = sum(path.stat().st_size for path in (run / "checkpoints" / "step_1").rglob("*") if path.is_file())
-    asked = []
+    estimates = []
     real = checkpoint.estimated_bytes
-    monkeypatch.setattr(checkpoint, "estimated_bytes", lambda module: asked.append(real(module)) or asked[0])
+    monkeypatch.setattr(checkpoint, "estimated_bytes", lambda module: estimates.append(real(module)) or estimates[0])
     usage = shutil.disk_usage(tmp_path)._replace(free=int(1.9 * size))
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage)
     with pytest.raises(InputError, match="are free"):
         fit("other", lora=False, max_steps=1)
     assert not (tmp_path / "other").exists()
-    assert size < asked[0] < size + (2 << 20)
+    assert size < estimates[0] < size + (2 << 20)
 
 
 def test_a_full_disk_leaves_the_last_checkpoint_whole(fit):
@@ -323,7 +323,7 @@ def test_a_full_disk_leaves_the_last_checkpoint_whole(fit):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     run = fit("run", lora=False, resume="last", max_steps=3)
-    assert [row["step"] for row in rows_of(run)] == [0, 1, 2, 3]
+    assert [row["step"] for row in metrics_rows(run)] == [0, 1, 2, 3]
 
 
 def test_adapters_do_not_carry_the_base(fit):
@@ -461,9 +461,9 @@ def test_the_export_is_the_trained_model(lora, fit, tiny_model):
     chat = tokenizer.apply_chat_template([{"role": "user", "content": "say red 0"}], add_generation_prompt=True,
                                          return_dict=False, return_tensors="pt")
     with torch.no_grad():
-        ours, wanted = exported.eval()(chat).logits, trained.eval()(chat).logits
+        logits, wanted = exported.eval()(chat).logits, trained.eval()(chat).logits
         start = AutoModelForCausalLM.from_pretrained(tiny_model("llama"))(chat).logits
-    apart = (ours - wanted).abs().max().item()
+    apart = (logits - wanted).abs().max().item()
     print(f"export apart from what was trained by {apart:.1e}, which moved by {(wanted - start).abs().max():.1e}")
     assert apart < 1e-5 < 0.1 < (wanted - start).abs().max()
     assert exported.generation_config.eos_token_id == tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
@@ -472,7 +472,7 @@ def test_the_export_is_the_trained_model(lora, fit, tiny_model):
 @pytest.mark.parametrize("lora", [True, False])
 def test_validate_a_checkpoint_gives_the_logged_figure(lora, fit, tiny_model, tmp_path):
     run = fit("run", rows=6, lora=lora, callbacks=[StepCheckpoint(every_n_steps=1, keep_last=9)])
-    logged = {int(row["step"]): row["val/nll"] for row in rows_of(run) if "val/nll" in row and row["step"]}
+    logged = {int(row["step"]): row["val/nll"] for row in metrics_rows(run) if "val/nll" in row and row["step"]}
     assert sorted(logged) == [3, 6]
     for wanted, step in (("best", min(logged, key=logged.get)), ("last", 6), (run / "checkpoints" / "step_3", 3)):
         module = CausalLMModule(base=tiny_model("llama"), lora=LoRA(r=4) if lora else None)

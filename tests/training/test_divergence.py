@@ -14,7 +14,7 @@ from lit_llm.errors import InputError
 from lit_llm.training.run import manifest
 from lit_llm.training.run.checkpoint import StepCheckpoint
 from tests.test_cli import call, place
-from tests.training.lives import config_of, write_config, write_data
+from tests.training.run_processes import config_of, write_config, write_data
 
 assert place                                        # a fixture
 TOO_FAST = ("--model.lora", "null", "--model.lr", "10", "--model.warmup", "0", "--model.schedule", "constant",
@@ -35,12 +35,12 @@ def broken(tiny_model, tmp_path):
 @pytest.mark.parametrize("strategy", ["auto", "deepspeed_stage_2"])
 def test_a_learning_rate_that_breaks_the_model(strategy, place):
     code, out, err = call("fit", "--config", "ok.yaml", *TOO_FAST, "--trainer.strategy", strategy)
-    said = err[err.index("error: "):]
+    message = err[err.index("error: "):]
     assert code == 2
-    assert "training diverged" in said
-    assert said.startswith("error: step ")
-    assert "learning rate, 10" in said
-    assert "--trainer.gradient_clip_val" in said
+    assert "training diverged" in message
+    assert message.startswith("error: step ")
+    assert "learning rate, 10" in message
+    assert "--trainer.gradient_clip_val" in message
     assert "times lower" not in out
     assert not Path("run/export").exists()
     for folder in manifest.folders(Path("run")):
@@ -56,8 +56,8 @@ def test_a_base_that_is_broken(words, says, broken, place):
     code, out, err = call("fit", "--config", "ok.yaml", "--model.base", broken, *words)
     assert code == 2, out + err
     assert "Traceback" not in err
-    for each in says:
-        assert each in err
+    for expected in says:
+        assert expected in err
     assert not Path("run/export").exists()
     assert Path("run").exists() == (says[0] != "model.base")        # an earlier run would have its name again
 
@@ -100,12 +100,12 @@ def test_broken_weights_are_never_saved(tiny_model, tmp_path):
 
 @pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="needs two cores")
 @pytest.mark.parametrize("strategy", ["ddp", "deepspeed_stage_3", "fsdp2"])
-def test_two_processes_end_alike(strategy, lives, tiny_model):
-    config = config_of(tiny_model("llama"), write_data(lives.folder), ranks=2, strategy=strategy, lora=False)
+def test_two_processes_end_alike(strategy, run_processes, tiny_model):
+    config = config_of(tiny_model("llama"), write_data(run_processes.folder), ranks=2, strategy=strategy, lora=False)
     config["model"] |= {"lr": 10.0, "warmup": 0, "schedule": "constant"}
     config["trainer"] |= {"val_check_interval": 1, "max_epochs": 10}
-    told = lives.live(*write_config(lives.folder, config), "diverged", ranks=2)
-    assert told["codes"] == [2, 2], told["said"]
-    said = [each["err"].count("training diverged") for each in told["said"]]
-    assert said == [1, 0]
-    assert not (lives.folder / "diverged" / "export").exists()
+    result = run_processes.run(*write_config(run_processes.folder, config), "diverged", ranks=2)
+    assert result["codes"] == [2, 2], result["outputs"]
+    counts = [output["err"].count("training diverged") for output in result["outputs"]]
+    assert counts == [1, 0]
+    assert not (run_processes.folder / "diverged" / "export").exists()

@@ -17,15 +17,15 @@ from lit_llm.training.planning import doctor, trial
 @pytest.fixture
 def tape(tmp_path_factory, monkeypatch):
     """Keeps what each child leaves; `tape.replay(spoil)` gives it again, spoiled, without a child."""
-    real, folder, kept = trial.fit, tmp_path_factory.mktemp("tape"), []
+    real, folder, trials = trial.fit, tmp_path_factory.mktemp("tape"), []
 
     def record(config, run, watch, *rest, **changes):
         real(config, run, watch, *rest, **changes)
-        kept.append(folder / str(len(kept)))
-        shutil.copytree(run.parent, kept[-1])
+        trials.append(folder / str(len(trials)))
+        shutil.copytree(run.parent, trials[-1])
 
     def replay(spoil):
-        calls = iter(kept)
+        calls = iter(trials)
 
         def again(config, run, watch, *rest, **changes):
             shutil.copytree(next(calls), run.parent, dirs_exist_ok=True)
@@ -56,8 +56,8 @@ def test_verify_resume(place, tape, capsys):  # noqa: F811
 
     tape.replay(spoil)
     assert not doctor.verify_resume(yaml.safe_load(Path("ok.yaml").read_text()), steps=2)
-    said = capsys.readouterr().out
-    assert (said.count("PASS"), said.count("FAIL  weights")) == (3, 1)
+    stdout = capsys.readouterr().out
+    assert (stdout.count("PASS"), stdout.count("FAIL  weights")) == (3, 1)
 
 
 def test_shards_of_fsdp2_are_looked_into(tmp_path):
@@ -93,5 +93,5 @@ def test_selftest(place, tape, capsys):  # noqa: F811
         batch_size, packing = 2, "best_fit"
 
     assert not doctor.selftest(yaml.safe_load(Path("ok.yaml").read_text()), Data(), devices=1, processes=1)
-    said = capsys.readouterr().out
-    assert (said.count("PASS"), said.count("FAIL")) == (1, 1)
+    stdout = capsys.readouterr().out
+    assert (stdout.count("PASS"), stdout.count("FAIL")) == (1, 1)

@@ -26,8 +26,8 @@ KINDS = {
 def base(request, tiny_tokenizer, tmp_path):
     """A folder with a random model of a kind."""
     tokenizer = Tokenizer.load(tiny_tokenizer)
-    known = AutoConfig.for_model(request.param).to_dict()
-    spec = {key: value for key, value in WIDTHS.items() if key in known} | KINDS[request.param]
+    config_keys = AutoConfig.for_model(request.param).to_dict()
+    spec = {key: value for key, value in WIDTHS.items() if key in config_keys} | KINDS[request.param]
     torch.manual_seed(0)
     config = AutoConfig.for_model(request.param, **spec, vocab_size=tokenizer.vocab_size, bos_token_id=None,
                                   eos_token_id=tokenizer.eos_id, pad_token_id=tokenizer.pad_id)
@@ -74,8 +74,8 @@ def test_documents_that_cannot_share_a_row_go_one_by_one(base, tmp_path, caplog,
     seen = {}
     monkeypatch.setattr(CausalLMModule, "on_before_optimizer_step", lambda module, optimizer: seen.update(
         {name: weight.grad.clone() for name, weight in module.model.named_parameters() if weight.grad is not None}))
-    _, ours = fit(base, tmp_path)
-    assert ours == pytest.approx(loss, rel=1e-5)
+    _, loss_of_run = fit(base, tmp_path)
+    assert loss_of_run == pytest.approx(loss, rel=1e-5)
     for name, grad in grads.items():
         assert grad is None or (seen[name] - grad).norm() <= 1e-4 * grad.norm() + 1e-7, name
     assert "one by one" in caplog.text

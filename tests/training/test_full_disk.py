@@ -11,7 +11,7 @@ from contextlib import suppress
 
 import lightning as L
 import pytest
-from lives import config_of, rows_of, write_config, write_data
+from run_processes import config_of, metrics_rows, write_config, write_data
 
 from lit_llm import CausalLMModule, InputError, Source, TextDataModule, Trainer
 from lit_llm.training.run import manifest
@@ -62,43 +62,43 @@ def assert_whole(run, step):
 @pytest.mark.parametrize(("strategy", "ranks", "size"), [
     ("auto", 1, "4096k"), ("ddp", 2, "4096k"), ("deepspeed_stage_2", 2, "4096k"),
     ("fsdp2", 2, "4096k")])
-def test_a_disk_that_stays_full(strategy, ranks, size, disk, lives, tiny_model):
+def test_a_disk_that_stays_full(strategy, ranks, size, disk, run_processes, tiny_model):
     """Every process ends with 2, one of them says why; with more room the run goes on."""
     folder = disk(size)
-    words = write_config(lives.folder, config_of(tiny_model("llama"), write_data(lives.folder), ranks=ranks, lora=False,
+    words = write_config(run_processes.folder, config_of(tiny_model("llama"), write_data(run_processes.folder), ranks=ranks, lora=False,
                                                  strategy=strategy, save_every=1, keep_last=99, limit_val_batches=0))
-    told = lives.live(*words, folder / "run", ranks=ranks, limit=100)
-    said = "".join(each["err"] for each in told["said"])
-    assert told["codes"] == [2] * ranks, said[-3000:]
-    assert "Traceback" not in said, said[-3000:]
+    result = run_processes.run(*words, folder / "run", ranks=ranks, limit=100)
+    stderr = "".join(output["err"] for output in result["outputs"])
+    assert result["codes"] == [2] * ranks, stderr[-3000:]
+    assert "Traceback" not in stderr, stderr[-3000:]
     step = int(manifest.folders(folder / "run")[0].name.removeprefix("step_"))
     assert 1 <= step < STEPS
-    (error,) = [line for line in said.splitlines() if line.startswith("error: ")]
+    (error,) = [line for line in stderr.splitlines() if line.startswith("error: ")]
     assert f"the checkpoint of step {step + 1} could not be written" in error
     assert "GiB are free" in error
-    assert f"free some space, then resume from {folder}/run/checkpoints/step_{step} with --ckpt_path last" in said
+    assert f"free some space, then resume from {folder}/run/checkpoints/step_{step} with --ckpt_path last" in stderr
     assert_whole(folder / "run", step)
     disk("64m")
-    again = lives.live(*words, folder / "run", "--ckpt_path", "last", ranks=ranks, limit=100)
-    assert again["codes"] == [0] * ranks, again["said"][0]["err"][-3000:]
-    assert [int(row["step"]) for row in rows_of(folder / "run")] == list(range(1, STEPS + 1))
+    again = run_processes.run(*words, folder / "run", "--ckpt_path", "last", ranks=ranks, limit=100)
+    assert again["codes"] == [0] * ranks, again["outputs"][0]["err"][-3000:]
+    assert [int(row["step"]) for row in metrics_rows(folder / "run")] == list(range(1, STEPS + 1))
 
 
 @pytest.mark.parametrize(("strategy", "point"), [
     ("deepspeed_stage_2", "engine folder"), ("deepspeed_stage_2", "engine scripts"), ("deepspeed_stage_3", "zero written"),
     ("fsdp2", "shards written")])
-def test_what_only_one_process_writes_does_not_fit(strategy, point, lives, tiny_model):
+def test_what_only_one_process_writes_does_not_fit(strategy, point, run_processes, tiny_model):
     """The other process is then in a barrier of DeepSpeed's or Lightning's, and must not wait there for ever."""
-    words = write_config(lives.folder, config_of(tiny_model("llama"), write_data(lives.folder), ranks=2, lora=False,
+    words = write_config(run_processes.folder, config_of(tiny_model("llama"), write_data(run_processes.folder), ranks=2, lora=False,
                                                  strategy=strategy, save_every=1, keep_last=99, limit_val_batches=0))
     run = f"run_{point.replace(' ', '_')}"
-    told = lives.live(*words, run, ranks=2, limit=40, strike={"ranks": [0], "point": point, "turn": 4, "full": True})
-    said = "".join(each["err"] for each in told["said"])
-    assert told["codes"] == [2, 2], said[-3000:]
-    (error,) = [line for line in said.splitlines() if line.startswith("error: ")]
+    result = run_processes.run(*words, run, ranks=2, limit=40, strike={"ranks": [0], "point": point, "turn": 4, "full": True})
+    stderr = "".join(output["err"] for output in result["outputs"])
+    assert result["codes"] == [2, 2], stderr[-3000:]
+    (error,) = [line for line in stderr.splitlines() if line.startswith("error: ")]
     assert "could not be written: No space left" in error
-    assert manifest.find(lives.folder / run, "last").name.startswith("step_")
-    assert not list((lives.folder / run).rglob("*.partial"))
+    assert manifest.find(run_processes.folder / run, "last").name.startswith("step_")
+    assert not list((run_processes.folder / run).rglob("*.partial"))
 
 
 class At(L.Callback):
@@ -147,10 +147,10 @@ def test_an_export_that_does_not_fit(place, disk):
         code, _, err = call("export", "--run", "run", "--out", folder / "model")
         assert code == 2, err
         assert "Traceback" not in err
-        said = err[err.index("error: "):]
-        assert "the export could not be written" in said
-        assert "free some space" in said
-        assert "GiB are free" in said
+        stderr = err[err.index("error: "):]
+        assert "the export could not be written" in stderr
+        assert "free some space" in stderr
+        assert "GiB are free" in stderr
         assert not list(folder.iterdir())
     disk("4m")
     assert call("export", "--run", "run", "--out", folder / "model")[0] == 0

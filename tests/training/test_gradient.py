@@ -56,22 +56,22 @@ class Oracle:
         self.rows = [self.spell(turns) for turns in talks]
 
     def spell(self, turns):
-        ids, learned = [], []
+        ids, supervised = [], []
         for question, answer in turns:
-            asked = self.encode(f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n")
-            told, rest = self.encode(f"{answer}<|im_end|>"), self.encode("\n")
-            ids += asked + told + rest
-            learned += [False] * len(asked) + [True] * len(told) + [False] * len(rest)
-        return ids[: -len(rest)], learned[: -len(rest)]
+            prompt = self.encode(f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n")
+            answer_ids, rest = self.encode(f"{answer}<|im_end|>"), self.encode("\n")
+            ids += prompt + answer_ids + rest
+            supervised += [False] * len(prompt) + [True] * len(answer_ids) + [False] * len(rest)
+        return ids[: -len(rest)], supervised[: -len(rest)]
 
     def gradient(self, which):
         self.model.zero_grad()
         count = sum(sum(self.rows[number][1]) for number in which)
         loss = 0.0
         for number in which:
-            ids, learned = self.rows[number]
+            ids, supervised = self.rows[number]
             logits = self.model(input_ids=torch.tensor([ids]), use_cache=False).logits[0]
-            places = [place for place, is_learned in enumerate(learned) if is_learned]
+            places = [place for place, is_learned in enumerate(supervised) if is_learned]
             nll = cross_entropy(logits[[place - 1 for place in places]], torch.tensor([ids[place] for place in places]),
                                 reduction="sum") / count
             nll.backward()
@@ -92,9 +92,9 @@ class Oracle:
         return worst
 
 
-def distance(ours, wanted):
+def distance(actual, wanted):
     """|ours - wanted| / |wanted| over all parameters together."""
-    apart = sum((ours[name].double() - wanted[name].double()).square().sum() for name in wanted)
+    apart = sum((actual[name].double() - wanted[name].double()).square().sum() for name in wanted)
     return (apart / sum(weight.double().square().sum() for weight in wanted.values())).sqrt().item()
 
 

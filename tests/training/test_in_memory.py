@@ -24,7 +24,7 @@ from lit_llm.training.run import manifest, rng
 HOW = dict(rows=6, max_steps=3, limit_val_batches=0)
 
 
-def kept(run, step=3):
+def reference_check(run, step=3):
     """What the manifest of a checkpoint says of the model in memory."""
     return manifest.read(run / "checkpoints" / f"step_{step}")["check"]
 
@@ -53,8 +53,8 @@ def test_the_nll_in_memory_is_that_of_the_files(strategy, kind, lora, fit, tiny_
     plain = AutoModelForCausalLM.from_pretrained(tiny_model(kind) if lora else folder / "model")
     before = nll_of(AutoModelForCausalLM.from_pretrained(tiny_model(kind)), run)
     plain = PeftModel.from_pretrained(plain, folder / "adapter") if lora else plain
-    assert kept(run)["nll"] == pytest.approx(nll_of(plain, run), rel=1e-5)
-    assert abs(kept(run)["nll"] - before) > 1e-2    # it has learned, so another model's figure would be seen
+    assert reference_check(run)["nll"] == pytest.approx(nll_of(plain, run), rel=1e-5)
+    assert abs(reference_check(run)["nll"] - before) > 1e-2    # it has learned, so another model's figure would be seen
 
 
 def test_rows_of_tokens_that_learn_under_fsdp2(fit, tiny_model, monkeypatch):  # noqa: F811
@@ -63,7 +63,7 @@ def test_rows_of_tokens_that_learn_under_fsdp2(fit, tiny_model, monkeypatch):  #
     run = fit("run", strategy="fsdp2", **HOW)
     assert trained_rows.stored_tokens(run / "checkpoints" / "step_3" / "adapter") == [1, 2, 5]
     export(str(run))
-    assert kept(run)["nll"] == pytest.approx(nll_of(AutoModelForCausalLM.from_pretrained(run / "export"), run), rel=1e-5)
+    assert reference_check(run)["nll"] == pytest.approx(nll_of(AutoModelForCausalLM.from_pretrained(run / "export"), run), rel=1e-5)
 
 
 @pytest.mark.parametrize("lora", [True, False])
@@ -106,7 +106,7 @@ def test_scoring_disturbs_nothing(fit, tiny_model):  # noqa: F811
             modes = [layer.training for layer in module.modules()]
             state = rng.current()
             gradients = {name: weight.grad.clone() for name, weight in module.named_parameters() if weight.requires_grad}
-            found.extend(ReferenceScores().measured(trainer)["nll"] for _ in range(2))
+            states.extend(ReferenceScores().measured(trainer)["nll"] for _ in range(2))
             assert [layer.training for layer in module.modules()] == modes
             assert torch.equal(rng.current()["torch"], state["torch"])
             assert rng.current()["python"] == state["python"]
@@ -115,10 +115,10 @@ def test_scoring_disturbs_nothing(fit, tiny_model):  # noqa: F811
                        if weight.requires_grad)
             assert torch.is_grad_enabled()
 
-    found = []
+    states = []
     fit("run", dropout=0.5, callbacks=[Scores()], **HOW)
-    assert len(found) == 12
-    assert found[::2] == found[1::2]
+    assert len(states) == 12
+    assert states[::2] == states[1::2]
 
 
 def test_a_checkpoint_of_an_earlier_version_is_exported(fit, caplog):  # noqa: F811

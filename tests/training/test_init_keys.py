@@ -42,9 +42,9 @@ def sized(kind, keys):
 
 @pytest.mark.parametrize(("kind", "keys"), DEAD, ids=lambda value: value if isinstance(value, str) else min(value))
 def test_a_key_that_nothing_reads_is_named(kind, keys):
-    found = set(init_keys.unread(sized(kind, keys), **FACTS))
-    assert found & keys.keys()
-    assert found <= keys.keys() | {"intermediate_size"}     # of dense layers, where all are experts
+    unread = set(init_keys.unread(sized(kind, keys), **FACTS))
+    assert unread & keys.keys()
+    assert unread <= keys.keys() | {"intermediate_size"}     # of dense layers, where all are experts
 
 
 @pytest.mark.parametrize(("kind", "keys"), ALIVE, ids=[f"{at} {kind}" for at, (kind, _) in enumerate(ALIVE)])
@@ -58,5 +58,5 @@ def test_a_run_says_so(tmp_path, tiny_tokenizer, caplog):
     data = TextDataModule([Source(str(tmp_path / "text.txt"))], tokenizer=tiny_tokenizer, seq_len=32, packing="concat")
     Trainer(accelerator="cpu", max_steps=1, default_root_dir=str(tmp_path / "run"), enable_progress_bar=False).fit(
         module, datamodule=data)
-    (said,) = [record.message for record in caplog.records if "model.init" in record.message]
-    assert said == "model.init: llama does not use 'pretraining_tp', 'use_cache': no value of them changes this model"
+    (message,) = [record.message for record in caplog.records if "model.init" in record.message]
+    assert message == "model.init: llama does not use 'pretraining_tp', 'use_cache': no value of them changes this model"

@@ -87,18 +87,18 @@ def test_logits_that_are_not_rounded(keys, monkeypatch):
     head = torch.nn.Linear(12, 37, bias="bias" in keys, dtype=torch.bfloat16)
     labels = torch.randint(37, (90,))
     settings = {name: value for name, value in keys.items() if name != "bias"}
-    ours = nll_sum(hidden, labels, head, **settings).total
+    actual = nll_sum(hidden, labels, head, **settings).total
     bias = None if head.bias is None else head.bias.double()
-    theirs = oracle(F.linear(hidden.double(), head.weight.double(), bias)[:-1], labels[1:],
-                    settings.get("factor", 1.0), settings.get("cap"))[0].sum()
-    assert abs(ours.item() / theirs.item() - 1) < 1e-6
+    expected = oracle(F.linear(hidden.double(), head.weight.double(), bias)[:-1], labels[1:],
+                      settings.get("factor", 1.0), settings.get("cap"))[0].sum()
+    assert abs(actual.item() / expected.item() - 1) < 1e-6
     with torch.no_grad():
-        assert abs(nll_sum(hidden, labels, head, **settings).total.item() / theirs.item() - 1) < 1e-6
+        assert abs(nll_sum(hidden, labels, head, **settings).total.item() / expected.item() - 1) < 1e-6
     leaves = [hidden, *head.parameters()]
     z = F.linear(*(leaf.double() for leaf in leaves))[:-1] * settings.get("factor", 1.0)
     cap = settings.get("cap")
     whole = F.cross_entropy(z if cap is None else cap * torch.tanh(z / cap), labels[1:], reduction="sum")
-    for got, want in zip(torch.autograd.grad(ours, leaves), torch.autograd.grad(whole, leaves), strict=True):
+    for got, want in zip(torch.autograd.grad(actual, leaves), torch.autograd.grad(whole, leaves), strict=True):
         assert (got.double() - want.double()).norm() / want.double().norm() < 1e-2
 
 

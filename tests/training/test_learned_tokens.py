@@ -29,7 +29,7 @@ def embedding():
 
 
 @pytest.fixture(scope="module")
-def said():
+def token_counts():
     """How often each token stands in the documents that the sample's base was trained on."""
     from tokenizers import Tokenizer as Plain
 
@@ -39,9 +39,9 @@ def said():
     return Counter(id_ for read in plain.encode_batch(texts, add_special_tokens=False) for id_ in (*read.ids, 0))
 
 
-def test_rows_that_no_corpus_moved_are_found(embedding, said):
+def test_rows_that_no_corpus_moved_are_found(embedding, token_counts):
     """In the sample's real base, of which it is known what it has read: all of them, and none besides."""
-    never = [id_ for id_ in range(len(embedding)) if not said[id_]]
+    never = [id_ for id_ in range(len(embedding)) if not token_counts[id_]]
     assert 300 < len(never) < 1000
     assert untrained(embedding, range(len(embedding))) == never
     assert untrained(embedding.bfloat16(), range(len(embedding))) == never
@@ -120,14 +120,14 @@ def fit(folder, *, steps=1, name="run", source="chats.jsonl", weight=None, ckpt_
 def at_the_end(folder):
     """(smallest probability of the stop token at the end of an answer, whether it is always the likeliest)."""
     tokenizer, model = Tokenizer.load(str(folder)), load_causal_lm(str(folder))
-    rows = [tokenizer.encode_prompt(asked(animal)) + tokenizer.encode_text(f"{animal}.") for animal in ANIMALS]
+    rows = [tokenizer.encode_prompt(question(animal)) + tokenizer.encode_text(f"{animal}.") for animal in ANIMALS]
     with torch.no_grad():
         last = torch.stack([model(input_ids=torch.tensor([ids])).logits[0, -1].softmax(-1) for ids in rows])
     stop = tokenizer.hf.convert_tokens_to_ids(END)
     return last[:, stop].min().item(), bool((last.argmax(-1) == stop).all())
 
 
-def asked(animal):
+def question(animal):
     return Conversation((Message("user", f"The {animal}?"),))
 
 
@@ -171,32 +171,32 @@ def test_all_weights_learn_to_stop_too(chats):
         assert json.loads((folder / "generation_config.json").read_text())["eos_token_id"] == [2, 0]
 
 
-def rows_of(module):
+def trained_rows(module):
     """Ids whose rows learn."""
     assert is_peft(module.model)
     indices = getattr(module.model.active_peft_config, "trainable_token_indices", None) or {}
     return sorted({id_ for ids in indices.values() for id_ in ids})
 
 
-def held(folder, said):
+def unseen_tokens(folder, token_counts):
     """Tokens of the rendered chats that the base's documents never held, by plain transformers."""
     hf = Tokenizer.load("sample:base", chat_template=str(folder / "chatml.jinja")).hf
     chats = [json.loads(line)["messages"] for line in (folder / "chats.jsonl").read_text().splitlines()]
     read = {id_ for chat in chats for id_ in hf.apply_chat_template(chat, return_dict=True)["input_ids"]}
-    return sorted(id_ for id_ in read if not said[id_])
+    return sorted(id_ for id_ in read if not token_counts[id_])
 
 
-def test_what_learns_is_what_was_asked_for(chats, caplog, said):
+def test_what_learns_is_what_was_asked_for(chats, caplog, token_counts):
     """Spelled tokens, none, the long form's own; nothing for documents of known words, nor where the method cannot."""
     lora = {"class_path": "peft.LoraConfig", "init_args": {"r": 4}}
-    assert rows_of(fit(chats, lora=LoRA(r=4, train_tokens=[END, "a"]), name="1")) == sorted(
+    assert trained_rows(fit(chats, lora=LoRA(r=4, train_tokens=[END, "a"]), name="1")) == sorted(
         Tokenizer.load("sample:base").hf.convert_tokens_to_ids([END, "a"]))
-    assert rows_of(fit(chats, peft=lora, name="2")) == held(chats, said)
+    assert trained_rows(fit(chats, peft=lora, name="2")) == unseen_tokens(chats, token_counts)
     own = lora | {"init_args": {"r": 4, "trainable_token_indices": [5]}}
     module = fit(chats, peft=own, name="3")
     assert module.model.active_peft_config.trainable_token_indices == [5]
     (chats / "text.jsonl").write_text(json.dumps({"text": "Mia has a red kite. " * 9}))
-    assert rows_of(fit(chats, lora=LoRA(r=4), name="4", source="text.jsonl")) == []
+    assert trained_rows(fit(chats, lora=LoRA(r=4), name="4", source="text.jsonl")) == []
     caplog.clear()
     fit(chats, peft={"class_path": "LoHaConfig", "init_args": {"r": 4}}, name="5")
     assert "their rows are frozen, because LoHaConfig cannot train single rows" in caplog.text
@@ -212,9 +212,9 @@ def test_a_resumed_run_trains_the_same_rows(chats):
     fit(chats, steps=2, name="cut", **keys)
     with pytest.raises(InputError, match="trains the rows of tokens"):
         fit(chats, steps=4, name="cut", ckpt_path="last", **keys | {"lora": LoRA(r=4, train_tokens=None)})
-    ours = dict(fit(chats, steps=4, name="cut", ckpt_path="last", **keys).model.named_parameters())
+    resumed = dict(fit(chats, steps=4, name="cut", ckpt_path="last", **keys).model.named_parameters())
     for name, weight in whole.model.named_parameters():
-        assert torch.equal(ours[name], weight), name
+        assert torch.equal(resumed[name], weight), name
 
 
 def test_a_tokenizer_without_a_template_says_so(stories, chats, capsys):
@@ -222,17 +222,17 @@ def test_a_tokenizer_without_a_template_says_so(stories, chats, capsys):
     data = TextDataModule(sources=[Source(str(chats / "chats.jsonl"))], tokenizer=stories, seq_len=128)
     data.prepare_data()
     data.setup("fit")
-    said = capsys.readouterr().err
-    assert said.count("has no chat template: ChatML is used with its own <s> and </s>") == 1
-    assert "LoRA also trains their embeddings" in said
+    stderr = capsys.readouterr().err
+    assert stderr.count("has no chat template: ChatML is used with its own <s> and </s>") == 1
+    assert "LoRA also trains their embeddings" in stderr
 
 
-def test_of_too_many_the_most_frequent_learn(chats, caplog, monkeypatch, said):
+def test_of_too_many_the_most_frequent_learn(chats, caplog, monkeypatch, token_counts):
     """Control tokens first, then by how often they are learned; and it is said how many are left."""
     monkeypatch.setattr(learned_tokens, "MOST", 5)
     with caplog.at_level("INFO", logger="lit_llm"):
-        rows = rows_of(fit(chats, lora=LoRA(r=4)))
-    everything = held(chats, said)
+        rows = trained_rows(fit(chats, lora=LoRA(r=4)))
+    everything = unseen_tokens(chats, token_counts)
     assert len(rows) == 5 < len(everything)
     assert {1, 2} < set(rows) < set(everything)
     answers = [turn["content"] for line in (chats / "chats.jsonl").read_text().splitlines()
@@ -242,7 +242,7 @@ def test_of_too_many_the_most_frequent_learn(chats, caplog, monkeypatch, said):
     assert f"{len(everything) - 5} rarer ones stay frozen, because at most 5 rows are trained" in caplog.text
 
 
-def test_of_a_stream_its_beginning_is_counted(chats, caplog, said):
+def test_of_a_stream_its_beginning_is_counted(chats, caplog, token_counts):
     """The same tokens as of the file, where it is short."""
     data = TextDataModule(sources=[Source(str(chats / "chats.jsonl"))], tokenizer="sample:base", streaming=True,
                           chat_template=str(chats / "chatml.jinja"), seq_len=64, batch_size=2)
@@ -250,17 +250,17 @@ def test_of_a_stream_its_beginning_is_counted(chats, caplog, said):
     with caplog.at_level("INFO", logger="lit_llm"):
         Trainer(default_root_dir=str(chats / "stream"), max_steps=1, max_epochs=-1, accelerator="cpu", devices=1,
                 enable_progress_bar=False).fit(module, datamodule=data)
-    assert rows_of(module) == held(chats, said)
+    assert trained_rows(module) == unseen_tokens(chats, token_counts)
     assert "in a part of the data" in caplog.text
 
 
 def test_what_is_said_must_be_learnable_and_what_is_read_known():
     """Apart matrices: the head matters for what is a target, the embedding for all that is read."""
     tokenizer = Tokenizer.load("sample:base")           # its own template: <|im_start|> before, <|endoftext|> behind
-    known = torch.randn(len(tokenizer.hf), 64, generator=torch.Generator().manual_seed(1))
-    heap = known.clone()
+    trained_embedding = torch.randn(len(tokenizer.hf), 64, generator=torch.Generator().manual_seed(1))
+    heap = trained_embedding.clone()
     heap[:2] = heap[2]                                   # <|endoftext|> and <|im_start|> like <|im_end|>
-    assert learned_tokens.choose(tokenizer, known, known, None).ids == []
-    assert learned_tokens.choose(tokenizer, known, heap, None).ids == [0]
-    assert learned_tokens.choose(tokenizer, known, heap, None, every_token=True).ids == [0, 1]
-    assert learned_tokens.choose(tokenizer, heap, known, None).ids == [0, 1]
+    assert learned_tokens.choose(tokenizer, trained_embedding, trained_embedding, None).ids == []
+    assert learned_tokens.choose(tokenizer, trained_embedding, heap, None).ids == [0]
+    assert learned_tokens.choose(tokenizer, trained_embedding, heap, None, every_token=True).ids == [0, 1]
+    assert learned_tokens.choose(tokenizer, heap, trained_embedding, None).ids == [0, 1]

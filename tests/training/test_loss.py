@@ -72,14 +72,14 @@ def split(path):
 def test_value_and_gradients_are_those_of_cross_entropy(path, dtype, record_property):
     shape, keys = split(path)
     hidden, labels, head = case(dtype, **shape)
-    ours = nll_sum(hidden, labels, head, **keys).total
-    got = torch.autograd.grad(3.0 * ours, [hidden, *head.parameters()])
-    theirs = oracle(hidden, labels, head, **keys)
-    want = torch.autograd.grad(3.0 * theirs, [hidden, *head.parameters()])
-    assert ours.dtype == dtype
+    actual = nll_sum(hidden, labels, head, **keys).total
+    got = torch.autograd.grad(3.0 * actual, [hidden, *head.parameters()])
+    expected = oracle(hidden, labels, head, **keys)
+    want = torch.autograd.grad(3.0 * expected, [hidden, *head.parameters()])
+    assert actual.dtype == dtype
     limit = 1e-12 if dtype == torch.float64 else 1e-5
     worst = max((a - b).norm() / b.norm() for a, b in zip(got, want, strict=True))
-    assert abs(ours.item() / theirs.item() - 1) < limit
+    assert abs(actual.item() / expected.item() - 1) < limit
     record_property("max_relative", float(worst))
     assert worst < limit
 
@@ -104,11 +104,11 @@ def test_evaluation_is_the_same_sum_and_counts_what_was_right(path):
     labels[50:70] = head(hidden[49:69]).argmax(-1)             # what it would say
     with torch.no_grad():
         total, correct = nll_sum(hidden, labels, head, **keys)
-        each, _ = nll_sum(hidden, labels, head, per_token=True, **keys)
+        per_token, _ = nll_sum(hidden, labels, head, per_token=True, **keys)
         right = sum(int(head(hidden[at - 1]).argmax() == labels[at]) for at in range(1, TOKENS) if labels[at] != -100)
         assert total.dtype == torch.float64
         assert abs(total - oracle(hidden, labels, head, **keys)) < 1e-9
-        assert abs(each.sum() - total) < 1e-9
+        assert abs(per_token.sum() - total) < 1e-9
         assert correct == right >= 20
 
 
@@ -265,10 +265,10 @@ def rows_oracle(hidden, labels, head, rows, factor=1.0, cap=None):
 def test_rows_that_learn_have_exact_gradients(keys, per_token):
     """Value, the rows' gradient and the hidden states' gradient; the rest of the matrix gets none."""
     hidden, labels, head, rows = with_rows()
-    ours = nll_sum(hidden, labels, head, per_token=per_token, **keys).total.sum()
-    theirs = rows_oracle(hidden, labels, head, rows, **keys)
-    got, want = (torch.autograd.grad(3.0 * total, [hidden, rows]) for total in (ours, theirs))
-    assert abs(ours - theirs) < 1e-10
+    actual = nll_sum(hidden, labels, head, per_token=per_token, **keys).total.sum()
+    expected = rows_oracle(hidden, labels, head, rows, **keys)
+    got, want = (torch.autograd.grad(3.0 * total, [hidden, rows]) for total in (actual, expected))
+    assert abs(actual - expected) < 1e-10
     for mine, other in zip(got, want, strict=True):
         assert (mine - other).norm() / other.norm() < 1e-12
 
@@ -311,10 +311,10 @@ def test_a_count_from_the_host_spares_asking_the_device():
     hidden, labels, head = case()
     names: list[str] = []
     with Names():
-        ours = nll_sum(hidden, labels, head, count=int((labels != -100).sum())).total
+        actual = nll_sum(hidden, labels, head, count=int((labels != -100).sum())).total
     assert "aten::nonzero" not in names
     assert "aten::_local_scalar_dense" not in names[names.index("aten::nonzero_static"):]
-    assert ours.item() == nll_sum(hidden, labels, head).total.item() == pytest.approx(oracle(hidden, labels, head).item())
+    assert actual.item() == nll_sum(hidden, labels, head).total.item() == pytest.approx(oracle(hidden, labels, head).item())
 
 
 @pytest.mark.parametrize("tile", [(2048, 1024), (16, 5)])

@@ -28,17 +28,17 @@ def feed(metric, logits, target, bytes_per_token=3):
 def test_against_torchmetrics(record_property):
     from torchmetrics.text import Perplexity as Reference
 
-    ours, theirs, right, seen = Perplexity(), Reference(ignore_index=-100).set_dtype(torch.float64), 0, 0
+    metric, reference, right, seen = Perplexity(), Reference(ignore_index=-100).set_dtype(torch.float64), 0, 0
     for logits, target in batches():
-        feed(ours, logits, target)
-        theirs.update(logits, target)
+        feed(metric, logits, target)
+        reference.update(logits, target)
         right += int((logits.argmax(-1) == target).sum())
         seen += int((target != -100).sum())
-    want = theirs.compute().item()
-    report = ours.report()
+    want = reference.compute().item()
+    report = metric.report()
     record_property("relative", abs(report["perplexity"] / want - 1))
     assert report["perplexity"] == pytest.approx(want, rel=1e-9)
-    assert ours.compute().item() == pytest.approx(want, rel=1e-9)
+    assert metric.compute().item() == pytest.approx(want, rel=1e-9)
     assert report["nll"] == pytest.approx(math.log(want), rel=1e-9)
     assert report["bits_per_byte"] == pytest.approx(math.log2(want) / 3, rel=1e-9)
     assert report["token_accuracy"] == right / seen

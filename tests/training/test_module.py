@@ -86,7 +86,7 @@ def test_auto_computes_as_little_again_as_fits(way, tiny_model, chats, tmp_path,
 
     def room(trainer):
         run = footprint.of(trainer, trainer.lightning_module, trainer.datamodule, 0)
-        sizes.update({each: run.memory(recompute=each).total for each in recompute.WAYS})
+        sizes.update({mode: run.memory(recompute=mode).total for mode in recompute.WAYS})
         return {"none": max(sizes.values()) + 1, "selective": sizes[way] + 1, "full": min(sizes.values())}[way]
 
     monkeypatch.setattr(footprint, "resident_bytes", lambda: 0)         # which grows from one look to the next
@@ -192,14 +192,14 @@ def test_adapters_make_no_float32_copies_of_their_inputs(precision, tiny_model, 
         return out
 
     monkeypatch.setattr(Linear, "_cast_input_dtype", watched)
-    _, ours = fit(tiny_model("llama"), chats, tmp_path, lora=LoRA(r=4), trainer={"precision": precision})
+    _, result = fit(tiny_model("llama"), chats, tmp_path, lora=LoRA(r=4), trainer={"precision": precision})
     assert (torch.bfloat16, torch.bfloat16) in seen
     assert all(came == left for came, left in seen)
     monkeypatch.setattr("lit_llm.models.adapters.adapter.skip_input_copies", lambda model: None)
     seen.clear()
-    _, theirs = fit(tiny_model("llama"), chats, tmp_path, lora=LoRA(r=4), trainer={"precision": precision}, name="copies")
+    _, with_copies = fit(tiny_model("llama"), chats, tmp_path, lora=LoRA(r=4), trainer={"precision": precision}, name="copies")
     assert (torch.bfloat16, torch.float32) in seen
-    assert ours == theirs
+    assert result == with_copies
 
 
 @pytest.mark.parametrize(
@@ -281,7 +281,7 @@ def test_four_bits_leave_no_more_for_the_backward_pass_than_whole_weights(tiny_m
     from lit_llm.models.adapters.adapter import skip_input_copies, wrap_peft
     from lit_llm.models.load import load_causal_lm
 
-    def kept(quantize):
+    def saved_bytes(quantize):
         inner = load_causal_lm(tiny_model("llama"), quantize=quantize, half=True)
         spec = LoRA(r=4, target_modules=targets) if targets else LoRA(r=4)
         model, sizes = wrap_peft(inner, spec.as_peft()).train(), {}
@@ -292,15 +292,15 @@ def test_four_bits_leave_no_more_for_the_backward_pass_than_whole_weights(tiny_m
             storage = tensor.untyped_storage()
             if storage.data_ptr() not in weights:
                 sizes[storage.data_ptr()] = storage.nbytes()
-            held.append(tensor)
+            saved.append(tensor)
             return tensor
 
-        held = []
+        saved = []
         with torch.autocast("cpu", torch.bfloat16), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             model(input_ids=torch.arange(128)[None]).logits.sum()
         return sum(sizes.values())
 
-    assert kept("nf4") <= 1.02 * kept(None)
+    assert saved_bytes("nf4") <= 1.02 * saved_bytes(None)
 
 
 def test_an_evaluation_between_two_steps_leaves_qlora_its_gradient(tiny_model):
@@ -327,8 +327,8 @@ def test_an_evaluation_between_two_steps_leaves_qlora_its_gradient(tiny_model):
                 packed, state = functional.quantize_4bit(layer.weight, quant_type="nf4", compress_statistics=True)
                 layer.weight.copy_(functional.dequantize_4bit(packed, state))
     wanted = gradient(rounded, evaluated=False)
-    ours = gradient(load_causal_lm(tiny_model("llama"), quantize="nf4"), evaluated=True)
-    assert (ours - wanted).norm() < 1e-4 * wanted.norm()
+    after_evaluation = gradient(load_causal_lm(tiny_model("llama"), quantize="nf4"), evaluated=True)
+    assert (after_evaluation - wanted).norm() < 1e-4 * wanted.norm()
 
 
 def test_four_bits_without_adapters_are_refused():

@@ -50,14 +50,14 @@ def best(tmp_path):
 def test_any_figure_that_was_logged_decides(fit, tmp_path):
     """About the best checkpoint, an early stop and Lightning's own checkpoints; after a resume, too."""
     keeper, stop = StepCheckpoint(monitor="val/mine", keep_best=2), EarlyStopping(monitor="val/mine", mode="max", patience=1)
-    theirs = ModelCheckpoint(tmp_path / "theirs", monitor="val/mine")
-    trainer = fit(Mine(), keeper, stop, theirs)
+    model_checkpoint = ModelCheckpoint(tmp_path / "theirs", monitor="val/mine")
+    trainer = fit(Mine(), keeper, stop, model_checkpoint)
     assert trainer.current_epoch == 2, "it falls at once, and two epochs show it"
     steps = trainer.global_step
     assert best(tmp_path) == f"step_{steps}"
     facts = json.loads((tmp_path / "run/checkpoints" / best(tmp_path) / "manifest.json").read_text())
     assert (facts["score"], facts["figures"]["val/mine"]) == (8.0, 8.0)
-    assert float(theirs.best_model_score) == 8.0
+    assert float(model_checkpoint.best_model_score) == 8.0
     again = StepCheckpoint(monitor="val/mine", keep_best=2)
     fit(Mine(), again, ckpt_path="last")
     assert again.scores[f"step_{steps}"] == 8.0, "an earlier checkpoint keeps its score"
@@ -82,9 +82,9 @@ def test_a_right_name_is_never_refused(callback, fit, tmp_path):
 def test_a_wrong_name_is_told_at_the_first_validation_and_nothing_is_lost(callback, fit, tmp_path):
     with pytest.raises(InputError) as caught:
         fit(Mine(), callback())
-    said = str(caught.value)
+    message = str(caught.value)
     for words in ("no metric 'val/mien' is logged", "val/mine", "val/nll", "Did you mean 'val/mine'?", "--ckpt_path last"):
-        assert words in said
+        assert words in message
     step = int((tmp_path / "run/checkpoints/LATEST").read_text().split("_")[1])
     resumed = fit(Mine(), ckpt_path="last")
     assert resumed.run.resumed

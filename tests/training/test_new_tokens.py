@@ -55,8 +55,8 @@ def test_a_grown_base_trains_resumes_and_exports(more, tied, caplog):
     assert all({1536, 1537, 1538} <= set(ids) for ids in indices.values())
     expected = float(trainer.callback_metrics["val/nll"])
     folder = export(str(more / "run"), "last")
-    ours, model = plain_nll(folder, data)
-    assert ours == pytest.approx(expected, rel=1e-5)
+    nll, model = plain_nll(folder, data)
+    assert nll == pytest.approx(expected, rel=1e-5)
     assert model.config.vocab_size == model.get_input_embeddings().num_embeddings == 1539
     assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
     (step,) = (more / "run/checkpoints").glob("step_*")
@@ -64,14 +64,14 @@ def test_a_grown_base_trains_resumes_and_exports(more, tied, caplog):
     assert engine.engine.vocab_size == 1539
     whole, *_ = fit(more, "whole", steps=4, base=base)
     _, resumed, _ = fit(more, steps=4, ckpt_path="last", base=base)
-    ours = dict(resumed.lightning_module.model.named_parameters())
-    assert all(torch.equal(weight, ours[name]) for name, weight in whole.model.named_parameters())
+    nll = dict(resumed.lightning_module.model.named_parameters())
+    assert all(torch.equal(weight, nll[name]) for name, weight in whole.model.named_parameters())
 
 
 def test_every_weight_may_learn_with_new_tokens(more):
     _, trainer, data = fit(more, lora=None, lr=1e-3)
-    ours, model = plain_nll(export(str(more / "run"), "last"), data)
-    assert ours == pytest.approx(float(trainer.callback_metrics["val/nll"]), rel=1e-5)
+    nll, model = plain_nll(export(str(more / "run"), "last"), data)
+    assert nll == pytest.approx(float(trainer.callback_metrics["val/nll"]), rel=1e-5)
     assert model.config.vocab_size == 1539
 
 

@@ -109,14 +109,14 @@ def test_muon_moves_the_rest_as_adamw_and_resumes():
                 weight.grad = gradient.clone()
             optimizer.step()
 
-    ours, theirs = ([nn.Parameter(weight.clone()) for weight in start] for _ in range(2))
-    table, norm = theirs[1:]
-    whole = muon(ours, [ours[1]])
-    run(ours, whole, grads)
+    muon_weights, adamw_weights = ([nn.Parameter(weight.clone()) for weight in start] for _ in range(2))
+    table, norm = adamw_weights[1:]
+    whole = muon(muon_weights, [muon_weights[1]])
+    run(muon_weights, whole, grads)
     groups = [{"params": [table], "weight_decay": 0.1}, {"params": [norm], "weight_decay": 0.0}]
-    run(theirs[1:], torch.optim.AdamW(groups, lr=0.01, betas=(0.9, 0.95), eps=1e-8, fused=True), grads)
-    assert torch.equal(ours[1], table)
-    assert torch.equal(ours[2], norm)
+    run(adamw_weights[1:], torch.optim.AdamW(groups, lr=0.01, betas=(0.9, 0.95), eps=1e-8, fused=True), grads)
+    assert torch.equal(muon_weights[1], table)
+    assert torch.equal(muon_weights[2], norm)
 
     again = [nn.Parameter(weight.clone()) for weight in start]
     first = muon(again, [again[1]])
@@ -124,7 +124,7 @@ def test_muon_moves_the_rest_as_adamw_and_resumes():
     second = muon(again, [again[1]])
     second.load_state_dict(first.state_dict())
     run(again, second, grads[2:])
-    assert all(torch.equal(one, other) for one, other in zip(again, ours, strict=True))
+    assert all(torch.equal(one, other) for one, other in zip(again, muon_weights, strict=True))
 
 
 def test_8bit_follows_adamw_with_a_quarter_of_its_state():
@@ -185,11 +185,11 @@ def test_every_schedule_rises_to_the_peak_and_never_climbs_again(schedule):
 def test_cosine_against_torch():
     peak, floor, total = 2.0, 0.1, 90
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=peak)
-    theirs = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=total, eta_min=peak * floor)
-    for ours in rates("cosine", warmup=0, total=total, floor=floor, peak=peak):
-        assert ours == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-9)
+    torch_schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=total, eta_min=peak * floor)
+    for rate in rates("cosine", warmup=0, total=total, floor=floor, peak=peak):
+        assert rate == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-9)
         optimizer.step()
-        theirs.step()
+        torch_schedule.step()
 
 
 def test_wsd_is_flat_until_the_last_fifth():

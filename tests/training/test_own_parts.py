@@ -27,16 +27,16 @@ TEXTS = ["Tom has a red kite.", "What colour is the kite? It is red.", "one two 
 def rows(folder, side="right", *, prompt=2):
     """Tokenized texts in the form of the Hugging Face libraries, and the collator that pads them."""
     tokenizer = AutoTokenizer.from_pretrained(folder, padding_side=side)
-    found = []
+    examples = []
     for text in TEXTS:
         ids = tokenizer(text)["input_ids"]
-        found.append({"input_ids": ids, "attention_mask": [1] * len(ids), "labels": [-100] * prompt + ids[prompt:]})
-    return found, DataCollatorForSeq2Seq(tokenizer, padding=True)
+        examples.append({"input_ids": ids, "attention_mask": [1] * len(ids), "labels": [-100] * prompt + ids[prompt:]})
+    return examples, DataCollatorForSeq2Seq(tokenizer, padding=True)
 
 
 def loader(folder, side="right", *, size=3, **options):
-    found, collate = rows(folder, side, **options)
-    return DataLoader(found, batch_size=size, collate_fn=collate)
+    examples, collate = rows(folder, side, **options)
+    return DataLoader(examples, batch_size=size, collate_fn=collate)
 
 
 def plain(tmp_path, **options):
@@ -46,7 +46,7 @@ def plain(tmp_path, **options):
                         "precision": "64-true", "enable_checkpointing": False} | options)
 
 
-def ours(tmp_path, **options):
+def own_trainer(tmp_path, **options):
     return Trainer(**{"default_root_dir": str(tmp_path / "run"), "accelerator": "cpu", "devices": 1, "max_epochs": 1,
                       "enable_progress_bar": False, "precision": "64-true"} | options)
 
@@ -79,7 +79,7 @@ def exact():
 @pytest.mark.usefixtures("exact")
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("kind", ["llama", "qwen3", "gpt2", "gemma2"])
-@pytest.mark.parametrize("trainer", [plain, ours])
+@pytest.mark.parametrize("trainer", [plain, own_trainer])
 def test_perplexity_of_padded_batches_is_that_of_transformers(trainer, kind, side, tiny_model, tmp_path):
     folder = tiny_model(kind)
     nll, count, _ = by_transformers(folder, loader(folder, side))
@@ -102,7 +102,7 @@ class Gradient(L.Callback):
 
 
 @pytest.mark.usefixtures("exact")
-@pytest.mark.parametrize("trainer", [plain, ours])
+@pytest.mark.parametrize("trainer", [plain, own_trainer])
 @pytest.mark.parametrize("size", [6, 2, 1])
 def test_a_step_has_the_gradient_of_all_its_supervised_tokens(trainer, size, tiny_model, tmp_path):
     """However it is divided into micro-batches, which have different numbers of them."""
@@ -160,24 +160,24 @@ def test_all_processes_of_a_step_are_weighed_together(tiny_model, tmp_path):
     nll, _, model = by_transformers(folder, loader(folder, size=6), backward=True)
     done = ranks(folder, tmp_path, "ddp", "3")
     assert done.returncode == 0, done.stderr
-    found, loss = torch.load(tmp_path / "found.pt", weights_only=True)
+    gradients, loss = torch.load(tmp_path / "found.pt", weights_only=True)
     assert loss == pytest.approx(nll, rel=1e-6)
-    for name, gradient in found.items():
+    for name, gradient in gradients.items():
         torch.testing.assert_close(gradient.double(), model.get_parameter(name).grad, rtol=1e-4, atol=1e-7, msg=name)
 
 
 def test_a_strategy_that_adds_gradients_up_itself_wants_one_micro_batch(tiny_model, tmp_path):
     folder = tiny_model("llama")
     with pytest.raises(InputError, match=r"(?s)trainer.accumulate_grad_batches: .*set it to 1"):
-        ours(tmp_path, strategy="deepspeed_stage_1", accumulate_grad_batches=2, precision="32-true").fit(
+        own_trainer(tmp_path, strategy="deepspeed_stage_1", accumulate_grad_batches=2, precision="32-true").fit(
             CausalLMModule(base=folder), loader(folder))
 
 
 def test_rows_packed_by_transformers_keep_their_documents_apart(tiny_model, tmp_path):
     """`DataCollatorWithFlattening` puts all in one row and tells documents by their positions alone."""
     folder = tiny_model("llama")
-    found, _ = rows(folder)
-    flat = DataLoader([{key: row[key] for key in ("input_ids", "labels")} for row in found], batch_size=3,
+    examples, _ = rows(folder)
+    flat = DataLoader([{key: row[key] for key in ("input_ids", "labels")} for row in examples], batch_size=3,
                       collate_fn=DataCollatorWithFlattening())
     nll, count, _ = by_transformers(folder, loader(folder))
     (figures,) = plain(tmp_path).validate(CausalLMModule(base=folder), flat, verbose=False)
@@ -185,14 +185,14 @@ def test_rows_packed_by_transformers_keep_their_documents_apart(tiny_model, tmp_
 
 
 def test_without_labels_all_tokens_are_supervised_and_padding_never_is(tiny_model):
-    found, collate = rows(tiny_model("llama"), "left", prompt=1)
-    whole = collate([dict(row) for row in found])
+    examples, collate = rows(tiny_model("llama"), "left", prompt=1)
+    whole = collate([dict(row) for row in examples])
     bare = padded.as_batch({"input_ids": whole["input_ids"], "attention_mask": whole["attention_mask"]})
     wrong = padded.as_batch(dict(whole, labels=whole["input_ids"]))     # padding is labelled, too
     right = padded.as_batch(whole)
     for batch in (bare, wrong):
         assert torch.equal(batch["labels"], right["labels"])
-    assert [len(row["input_ids"]) for row in found] == [
+    assert [len(row["input_ids"]) for row in examples] == [
         stop - start for start, stop in pairwise(right["cu_seqlens"].tolist())]
 
 
@@ -277,7 +277,7 @@ def test_a_checkpoint_folder_of_a_run_is_loaded_with_its_trained_rows(tiny_model
     more.save_pretrained(tmp_path / "more")
     data = TextDataModule(sources=[Source(str(chats))], tokenizer=str(tmp_path / "more"), seq_len=64, batch_size=2)
     module = CausalLMModule(base=folder, lora=LoRA(r=2, train_tokens=["<|im_end|>", "<new>"]), lr=1e-2)
-    ours(tmp_path, max_steps=2, precision="32-true").fit(module, datamodule=data)
+    own_trainer(tmp_path, max_steps=2, precision="32-true").fit(module, datamodule=data)
     again = CausalLMModule.load_from_checkpoint(tmp_path / "run/checkpoints/step_2")
     assert len(again.trained_ids) == 2
     ids = torch.tensor([[1, 5, again.vocabulary - 1, 7]])
@@ -315,17 +315,17 @@ def test_our_trainer_and_module_with_an_own_data_module(tiny_model, tmp_path):
     """A run is kept, resumed and measured as always; two loaders are measured together."""
     folder = tiny_model("llama")
     nll, count, _ = by_transformers(folder, loader(folder))
-    trainer = ours(tmp_path, max_epochs=2)
+    trainer = own_trainer(tmp_path, max_epochs=2)
     trainer.fit(CausalLMModule(base=folder, lora=LoRA(r=2)), datamodule=OwnData(folder))
     assert trainer.run.before["val/nll"] == pytest.approx(nll, rel=1e-9)
     assert trainer.run.before["val/tokens"] == 2 * count
     assert (tmp_path / "run/checkpoints/step_4/adapter").is_dir()
     assert AutoTokenizer.from_pretrained(tmp_path / "run/tokenizer").vocab_size
-    again = ours(tmp_path, max_epochs=3)
+    again = own_trainer(tmp_path, max_epochs=3)
     again.fit(CausalLMModule(base=folder, lora=LoRA(r=2)), datamodule=OwnData(folder), ckpt_path="last")
     assert again.global_step == 6
-    figures = ours(tmp_path).validate(CausalLMModule(base=folder, lora=LoRA(r=2)), datamodule=OwnData(folder),
-                                      ckpt_path="last")
+    figures = own_trainer(tmp_path).validate(CausalLMModule(base=folder, lora=LoRA(r=2)), datamodule=OwnData(folder),
+                                             ckpt_path="last")
     assert figures[0]["val/nll"] == pytest.approx(again.run.after["val/nll"], rel=1e-9)
 
 
@@ -337,7 +337,7 @@ def test_our_trainer_with_any_lightning_module(kind, tmp_path):
         for turn, most in enumerate(steps):
             torch.manual_seed(1)
             module, data = kind(), BoringDataModule()
-            trainer = ours(tmp_path / name, max_steps=most, max_epochs=-1, limit_val_batches=2, precision="32-true")
+            trainer = own_trainer(tmp_path / name, max_steps=most, max_epochs=-1, limit_val_batches=2, precision="32-true")
             trainer.fit(module, datamodule=data, ckpt_path="last" if turn else None)
             assert trainer.global_step == most
         ends.append(module)
@@ -348,10 +348,10 @@ def test_our_trainer_with_any_lightning_module(kind, tmp_path):
         assert torch.equal(weight, saved[name])
         assert kind is not BoringModel or weight.shape == ends[0].get_parameter(name).shape
     fresh = kind()
-    ours(tmp_path / "parts", limit_val_batches=2, precision="32-true").validate(
+    own_trainer(tmp_path / "parts", limit_val_batches=2, precision="32-true").validate(
         fresh, datamodule=BoringDataModule(), ckpt_path="last")
     assert all(torch.equal(weight, saved[name]) for name, weight in fresh.named_parameters()), "it was measured"
-    assert len(ours(tmp_path / "p", precision="32-true").predict(fresh, BoringDataModule())) > 0
+    assert len(own_trainer(tmp_path / "p", precision="32-true").predict(fresh, BoringDataModule())) > 0
 
 
 def test_the_tokenizer_is_that_of_the_module(tiny_model, tmp_path):
@@ -359,13 +359,13 @@ def test_the_tokenizer_is_that_of_the_module(tiny_model, tmp_path):
     folder, chats = tiny_model("llama"), tmp_path / "chats.jsonl"
     chats.write_text("".join(json.dumps({"prompt": f"say {n}", "completion": f"one {n}"}) + "\n" for n in range(8)))
     sources = [Source(str(chats))]
-    for make in (plain, ours):
+    for make in (plain, own_trainer):
         data, module = TextDataModule(sources, val_sources=sources, seq_len=64), CausalLMModule(base=folder)
         (figures,) = make(tmp_path, precision="32-true").validate(module, datamodule=data, verbose=False)
         assert figures["val/bits_per_byte"] > 0
         assert data.tokenizer.vocab_size == AutoTokenizer.from_pretrained(folder).vocab_size
     data = TextDataModule(sources, seq_len=64)
-    ours(tmp_path).prepare(CausalLMModule(base=folder), data)
+    own_trainer(tmp_path).prepare(CausalLMModule(base=folder), data)
     assert data.plans["train"].corpus
     with pytest.raises(InputError, match="no tokenizer is set"):
-        ours(tmp_path).prepare(CausalLMModule(init={"model_type": "llama"}), TextDataModule(sources, seq_len=64))
+        own_trainer(tmp_path).prepare(CausalLMModule(init={"model_type": "llama"}), TextDataModule(sources, seq_len=64))

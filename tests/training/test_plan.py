@@ -61,12 +61,12 @@ def test_memory_of_a_step(kind, lora):
     model, inner = built(kind, lora, meta=False)
     rmsnorm.use_fast_norms(model)
     weights = list({id(weight): weight for weight in model.parameters()}.values())
-    known, kept, alive = {weight.untyped_storage().data_ptr() for weight in weights}, {}, []
+    weight_storages, saved, alive = {weight.untyped_storage().data_ptr() for weight in weights}, {}, []
 
     def pack(tensor):
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in known:
-            kept[storage.data_ptr()] = storage.nbytes()
+        if storage.data_ptr() not in weight_storages:
+            saved[storage.data_ptr()] = storage.nbytes()
             alive.append(tensor)                        # else another tensor may get its address
         return tensor
 
@@ -84,7 +84,7 @@ def test_memory_of_a_step(kind, lora):
     assert need.weights == sum(weight.nbytes for weight in weights)
     assert need.gradients == sum(weight.grad.nbytes for weight in weights if weight.grad is not None)
     assert need.optimizer == sum(value.nbytes for state in optimizer.state.values() for value in state.values() if value.ndim)
-    assert step.layers == pytest.approx(sum(kept.values()), rel=0.02)
+    assert step.layers == pytest.approx(sum(saved.values()), rel=0.02)
 
 
 def test_flops_and_shares_of_devices():
@@ -118,10 +118,10 @@ def test_the_nearest_change_is_the_least_that_fits():
         return estimate.nearest(kinds, setting, room, rows=rows)
 
     assert total(recompute="full") < total(recompute="selective") < total()
-    said, after = nearest(total(recompute="selective") + 1)
-    assert (said, after.total) == (["--model.gradient_checkpointing selective"], total(recompute="selective"))
-    said, after = nearest(total(recompute="full"))
-    assert "data.batch_size / 2" in said[-1]
+    changes, after = nearest(total(recompute="selective") + 1)
+    assert (changes, after.total) == (["--model.gradient_checkpointing selective"], total(recompute="selective"))
+    changes, after = nearest(total(recompute="full"))
+    assert "data.batch_size / 2" in changes[-1]
     assert after.total < total(recompute="full")
     alone = estimate.Setting(0, 1, TOKENS, TOKENS, recompute="full", optimizer="adamw_8bit", cpu=False)
     room = estimate.memory(counts, alone, kinds[0].step(1, "full")).total

@@ -78,11 +78,11 @@ def test_a_transform_that_is_ours_alone_is_noticed(monkeypatch):
 def test_an_answer_is_kept_and_a_damaged_one_is_not_believed(tmp_path, monkeypatch):
     monkeypatch.setenv("LIT_LLM_CACHE", str(tmp_path))
     proof_cache.in_memory.cache_clear()
-    found, (file,) = proof.way_of(None, SMALL | {"model_type": "qwen2"}), (tmp_path / "proofs").iterdir()
+    way, (file,) = proof.way_of(None, SMALL | {"model_type": "qwen2"}), (tmp_path / "proofs").iterdir()
     whole = json.loads(file.read_text())
     monkeypatch.setattr(proof, "prove", lambda *_: pytest.fail("asked again"))
     proof_cache.in_memory.cache_clear()
-    assert proof.way_of(None, SMALL | {"model_type": "qwen2"}) == found
+    assert proof.way_of(None, SMALL | {"model_type": "qwen2"}) == way
     monkeypatch.setattr(proof, "prove", lambda *_: forward.Way(factor=3.0))
     for damaged in ("", "{", "[]", json.dumps(whole | {"key": "0"}), json.dumps(whole | {"way": {"packed": 1}}),
                     json.dumps(whole | {"way": whole["way"] | {"factor": "2"}})):
@@ -116,7 +116,7 @@ def test_adapters_are_in_the_models_own_logits():
     from lit_llm import LoRA
     from lit_llm.kernels import attention
     from lit_llm.models.adapters.adapter import wrap_peft
-    from tests.models import disturb
+    from tests.tiny_models import disturb
 
     attention.register()
     config = tiny({"model_type": "modernbert-decoder"})
@@ -124,10 +124,10 @@ def test_adapters_are_in_the_models_own_logits():
     model = wrap_peft(inner, LoRA(r=2, target_modules="all-linear").as_peft())
     disturb(model)
     batch = proof.documents(inner, 1)
-    ours = forward.nll(model.eval(), batch, forward.Choices(forward.Way(own_logits=True, keep=True)))
+    sums = forward.nll(model.eval(), batch, forward.Choices(forward.Way(own_logits=True, keep=True)))
     inner.set_attn_implementation("eager")
     right = sum_of(model, batch)
-    assert ours.total.item() == pytest.approx(right.item(), rel=1e-5)
+    assert sums.total.item() == pytest.approx(right.item(), rel=1e-5)
     with model.disable_adapter():
         assert abs(sum_of(model, batch) - right) > 1e-2
 

@@ -102,10 +102,10 @@ def test_rows_are_appended_and_not_kept(tmp_path):
     for step in range(4, 4000):
         logger.log_metrics({"train/loss": 3.0, "lr": 1e-3, "epoch": 0}, step)
         logger.log_metrics({"val/nll": 4.0 + step, "epoch": 0}, step)
-    held = tracemalloc.get_traced_memory()[0]
+    memory = tracemalloc.get_traced_memory()[0]
     tracemalloc.stop()
     assert logger.file.stat().st_ino == file
-    assert held < 100_000
+    assert memory < 100_000
     assert len(plain(tmp_path)) == 4001
 
 

@@ -34,12 +34,12 @@ def with_gradients(norm, x, weight, upstream):
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize(("dtype", "most"), [(torch.float64, 1e-14), (torch.float32, 1e-6), (torch.bfloat16, 1e-2)])
 def test_values_and_gradients_are_those_of_the_formula(shape, dtype, most, record_property):
-    given = inputs(shape, dtype)
-    got = with_gradients(lambda x, weight: rmsnorm.norm(x, weight, 1e-3), *given)
-    want = with_gradients(lambda x, weight: exact(x, weight, 1e-3), *given)
-    for name, ours, right in zip(("out", "x", "weight"), got, want, strict=True):
-        assert ours.dtype == dtype
-        far = ((ours.double() - right.double()).norm() / right.double().norm()).item()
+    arguments = inputs(shape, dtype)
+    got = with_gradients(lambda x, weight: rmsnorm.norm(x, weight, 1e-3), *arguments)
+    want = with_gradients(lambda x, weight: exact(x, weight, 1e-3), *arguments)
+    for name, actual, right in zip(("out", "x", "weight"), got, want, strict=True):
+        assert actual.dtype == dtype
+        far = ((actual.double() - right.double()).norm() / right.double().norm()).item()
         record_property(name, far)
         assert far < most
 

@@ -9,7 +9,7 @@ import io
 import pytest
 import torch
 import yaml
-from lives import write_data
+from run_processes import write_data
 
 from lit_llm.cli.main import main
 from lit_llm.training.rules import matrix
@@ -112,7 +112,7 @@ def test_every_rule_has_an_example():
 
 
 @pytest.mark.parametrize("rule", ALL, ids=lambda rule: f"{rule.first} x {rule.second}".replace("`", ""))
-def test_every_rule_is_told_by_the_command_line(rule, place, monkeypatch, tiny_model, lives, caplog):
+def test_every_rule_is_told_by_the_command_line(rule, place, monkeypatch, tiny_model, run_processes, caplog):
     example = dict(EXAMPLES[rule.first, rule.second])
     for name, value in example.pop("environ", {}).items():
         monkeypatch.setenv(name, value)
@@ -120,9 +120,9 @@ def test_every_rule_is_told_by_the_command_line(rule, place, monkeypatch, tiny_m
     (place / "run.yaml").write_text(yaml.safe_dump(config))
     late = {rule.first, rule.second} & LATE
     if late and config["trainer"]["devices"] == 2:
-        told = lives.live("fit", "--config", str(place / "run.yaml"), ranks=2, limit=60, cwd=str(place))
-        code, err = max(told["codes"]), "".join(each["err"] for each in told["said"])
-        assert told["codes"] == [2, 2], err[-2000:]
+        result = run_processes.run("fit", "--config", str(place / "run.yaml"), ranks=2, limit=60, cwd=str(place))
+        code, err = max(result["codes"]), "".join(output["err"] for output in result["outputs"])
+        assert result["codes"] == [2, 2], err[-2000:]
     else:
         code, err = 0, io.StringIO()
         with contextlib.redirect_stderr(err):

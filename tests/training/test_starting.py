@@ -51,11 +51,11 @@ def test_the_first_validation_is_the_adapters_last(trained, how, request):
         one = TextEngine.load(resolve("sample:base"), adapter=step / "adapter").engine
         two = TextEngine.load(folder / name / "export").engine
         pairs = zip(one.model.parameters(), two.model.parameters(), strict=True)
-        assert all(torch.allclose(ours, theirs, atol=1e-6) for ours, theirs in pairs)
+        assert all(torch.allclose(actual, expected, atol=1e-6) for actual, expected in pairs)
     whole, *_ = fit(folder, name + "_whole", steps=4, adapter=str(folder / "one"), **how)
     resumed, *_ = fit(folder, name, steps=4, adapter=str(folder / "one"), ckpt_path="last", **how)
-    ours = dict(resumed.model.named_parameters())
-    assert all(torch.equal(weight, ours[key]) for key, weight in whole.model.named_parameters())
+    actual = dict(resumed.model.named_parameters())
+    assert all(torch.equal(weight, actual[key]) for key, weight in whole.model.named_parameters())
     step = next((folder / name / "checkpoints").glob("step_*"))
     module = CausalLMModule(base="sample:base", adapter=str(folder / "one"), **how)
     measured = Trainer(default_root_dir=str(folder / name), accelerator="cpu", devices=1, enable_progress_bar=False,

@@ -182,24 +182,24 @@ def read(out, name, devices):
     return ranks[0]
 
 
-def apart(ours, wanted):
-    assert len(ours) == len(wanted)
-    assert all(map(math.isfinite, ours))
-    return max(abs(one - other) / abs(other) for one, other in zip(ours, wanted, strict=True))
+def apart(actual, wanted):
+    assert len(actual) == len(wanted)
+    assert all(map(math.isfinite, actual))
+    return max(abs(one - other) / abs(other) for one, other in zip(actual, wanted, strict=True))
 
 
 def check(out, run, devices, wanted):
     """Losses, gradient norms before clipping, the validation inside fit and final weights; the largest loss error."""
     losses, norms, weights, last = wanted
     seen = read(out, run["name"], devices)
-    found = apart(seen["losses"], losses), apart([seen["val"]], [last])
+    differences = apart(seen["losses"], losses), apart([seen["val"]], [last])
     if None not in seen["norms"]:
         assert apart(seen["norms"], norms) < 2e-5, run["name"]
-    print(f"{devices} processes, {run['name']}: loss {found[0]:.1e}, validation {found[1]:.1e}")
-    assert max(found) < 1e-5, run["name"]
-    ours = torch.load(out / run["name"] / "end.pt")
-    assert ours.keys() == {f"model.{name}" for name in weights}
-    assert max((ours[f"model.{name}"] - weight).abs().max() for name, weight in weights.items()) < LR / 10
+    print(f"{devices} processes, {run['name']}: loss {differences[0]:.1e}, validation {differences[1]:.1e}")
+    assert max(differences) < 1e-5, run["name"]
+    trained = torch.load(out / run["name"] / "end.pt")
+    assert trained.keys() == {f"model.{name}" for name in weights}
+    assert max((trained[f"model.{name}"] - weight).abs().max() for name, weight in weights.items()) < LR / 10
     return seen
 
 
@@ -249,7 +249,7 @@ def test_rows_of_single_tokens_train_like_a_plain_loop(runs, folder):
         start = torch.load(runs(2) / run["name"] / "start.pt")
         start = {name: weight for name, weight in start.items() if "tokens_delta" in name}
         rows = [layer.weight[TOKENS] for layer in (base.model.embed_tokens, base.lm_head)]
-        assert all(torch.equal(ours, row) for ours, row in zip(start.values(), rows, strict=True))
+        assert all(torch.equal(actual, row) for actual, row in zip(start.values(), rows, strict=True))
         assert all((wanted[2][name.removeprefix("model.")] - weight).abs().max() > LR for name, weight in start.items())
 
 

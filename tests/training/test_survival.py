@@ -17,14 +17,14 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
-from lives import (
+from run_processes import (
     ROOT,
     assert_same_end,
     config_of,
     content,
     differences,
     float16,
-    rows_of,
+    metrics_rows,
     write_config,
     write_data,
 )
@@ -38,35 +38,35 @@ TWO = 2
 
 
 @pytest.fixture
-def run(lives, tiny_model):
+def run(run_processes, tiny_model):
     """`run(ranks, ...)`: the words of a command, whose run was done once in `straight` and may be done in `killed`."""
     def prepare(ranks=1, **keys):
         for name in ("straight", "killed"):
-            shutil.rmtree(lives.folder / name, ignore_errors=True)
-        words = write_config(lives.folder, config_of(tiny_model("llama"), write_data(lives.folder), ranks=ranks, **keys))
-        done = lives.live(*words, "straight", ranks=ranks)
-        assert done["codes"] == [0] * ranks, done["said"][0]["err"][-2000:]
+            shutil.rmtree(run_processes.folder / name, ignore_errors=True)
+        words = write_config(run_processes.folder, config_of(tiny_model("llama"), write_data(run_processes.folder), ranks=ranks, **keys))
+        done = run_processes.run(*words, "straight", ranks=ranks)
+        assert done["codes"] == [0] * ranks, done["outputs"][0]["err"][-2000:]
         return words
 
     return prepare
 
 
-def test_kill_9_at_any_moment_needs_no_repair(lives, run):
+def test_kill_9_at_any_moment_needs_no_repair(run_processes, run):
     """At points of saving one after the other, then at five random moments: the same end, the same rows."""
     words = run()
     points = [("state", 1), ("weights", 1), ("rename", 1), ("prune", 1), ("validation", 4)]
-    assert at_points(lives, words, points=points) == [name for name, _ in points]
-    assert_same_end(lives.folder / "killed", lives.folder / "straight", STEPS)
-    shutil.rmtree(lives.folder / "killed")
+    assert at_points(run_processes, words, points=points) == [name for name, _ in points]
+    assert_same_end(run_processes.folder / "killed", run_processes.folder / "straight", STEPS)
+    shutil.rmtree(run_processes.folder / "killed")
     moments = [random.uniform(0.3, 1.5) for _ in range(5)]
     print("killed after", moments)
     for moment in moments:
-        strike(lives, words, 1, {"after": moment})
-    finish(lives, words, 1)
-    assert_same_end(lives.folder / "killed", lives.folder / "straight", STEPS)
+        strike(run_processes, words, 1, {"after": moment})
+    finish(run_processes, words, 1)
+    assert_same_end(run_processes.folder / "killed", run_processes.folder / "straight", STEPS)
 
 
-def test_signals_to_any_rank_end_all_alike(lives, run, tmp_path):
+def test_signals_to_any_rank_end_all_alike(run_processes, run, tmp_path):
     """SIGTERM to one rank in a step, Ctrl-C to the other in a validation, SIGUSR1 to both while they save, under SLURM,
     which starts the job again."""
     words = run(TWO, strategy="ddp")
@@ -81,44 +81,44 @@ def test_signals_to_any_rank_end_all_alike(lives, run, tmp_path):
              ({"point": "save", "turn": 1, "signals": [signal.SIGUSR1], "ranks": [0, 1]}, 143, ["auto"], slurm)]
     steps = []
     for blow, code, wanted, env in blows:
-        told = lives.live(*words, "killed", *(["--ckpt_path", *wanted] if wanted else []), ranks=TWO, strike=blow,
+        result = run_processes.run(*words, "killed", *(["--ckpt_path", *wanted] if wanted else []), ranks=TWO, strike=blow,
                           one=True, env=env, limit=60)
-        assert told["codes"] == [code] * TWO, [said["err"][-1500:] for said in told["said"]]
-        step = int((lives.folder / "killed" / "checkpoints" / "LATEST").read_text().removeprefix("step_"))
-        assert f"stopped after step {step}" in told["said"][0]["err"]
-        assert "resume with" in told["said"][0]["err"]
-        assert told["said"][1]["err"] == ""
+        assert result["codes"] == [code] * TWO, [output["err"][-1500:] for output in result["outputs"]]
+        step = int((run_processes.folder / "killed" / "checkpoints" / "LATEST").read_text().removeprefix("step_"))
+        assert f"stopped after step {step}" in result["outputs"][0]["err"]
+        assert "resume with" in result["outputs"][0]["err"]
+        assert result["outputs"][1]["err"] == ""
         steps.append(step)
     assert steps[0] < steps[1] == STEPS // 2 < steps[2] < STEPS
     assert calls.read_text().split()[-2:] == ["requeue", "1234"]
     assert f"step_{steps[2]}" in calls.read_text()
-    again = lives.live(*words, "killed", ranks=TWO, env=slurm | {"SLURM_RESTART_COUNT": "1"})     # without --ckpt_path
+    again = run_processes.run(*words, "killed", ranks=TWO, env=slurm | {"SLURM_RESTART_COUNT": "1"})     # without --ckpt_path
     assert again["codes"] == [0] * TWO
-    assert_same_end(lives.folder / "killed", lives.folder / "straight", STEPS)
+    assert_same_end(run_processes.folder / "killed", run_processes.folder / "straight", STEPS)
 
 
-def test_a_signal_before_the_first_step_ends_at_once(lives, run):
+def test_a_signal_before_the_first_step_ends_at_once(run_processes, run):
     words = run()
-    told = lives.live(*words, "killed", strike={"point": "setup", "signals": [signal.SIGTERM], "ranks": [0]})
-    assert told["codes"] == [143]
-    assert "stopped before the first step; nothing was saved" in told["said"][0]["err"]
-    assert not (lives.folder / "killed").exists()
-    told = lives.live(*words, "killed", strike={"point": "step", "signals": [signal.SIGINT] * 2, "ranks": [0]})
-    assert told["codes"] == [130]                   # the second press does not wait for the step
-    assert not list((lives.folder / "killed").glob("checkpoints/step_*"))
+    result = run_processes.run(*words, "killed", strike={"point": "setup", "signals": [signal.SIGTERM], "ranks": [0]})
+    assert result["codes"] == [143]
+    assert "stopped before the first step; nothing was saved" in result["outputs"][0]["err"]
+    assert not (run_processes.folder / "killed").exists()
+    result = run_processes.run(*words, "killed", strike={"point": "step", "signals": [signal.SIGINT] * 2, "ranks": [0]})
+    assert result["codes"] == [130]                   # the second press does not wait for the step
+    assert not list((run_processes.folder / "killed").glob("checkpoints/step_*"))
 
 
 @contextmanager
-def launched(lives, tiny_model, strategy="ddp"):
+def launched(run_processes, tiny_model, strategy="ddp"):
     """The real command, which has started its second rank itself and saved once: (it, that rank's pid, its words)."""
-    words = write_config(lives.folder, config_of(tiny_model("llama"), write_data(lives.folder), ranks=TWO,
+    words = write_config(run_processes.folder, config_of(tiny_model("llama"), write_data(run_processes.folder), ranks=TWO,
                                                  strategy=strategy, max_epochs=400, save_every=50))
-    environ = os.environ | {"PYTHONPATH": str(ROOT), "LIT_LLM_CACHE": str(lives.folder / "cache")}
-    shutil.rmtree(lives.folder / "two", ignore_errors=True)
-    with subprocess.Popen([sys.executable, "-m", "lit_llm", *words, "two"], cwd=lives.folder, env=environ, text=True,
+    environ = os.environ | {"PYTHONPATH": str(ROOT), "LIT_LLM_CACHE": str(run_processes.folder / "cache")}
+    shutil.rmtree(run_processes.folder / "two", ignore_errors=True)
+    with subprocess.Popen([sys.executable, "-m", "lit_llm", *words, "two"], cwd=run_processes.folder, env=environ, text=True,
                           stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, start_new_session=True) as process:
         try:
-            while process.poll() is None and not list((lives.folder / "two").glob("checkpoints/step_*[0-9]/manifest.json")):     # not one that is still written
+            while process.poll() is None and not list((run_processes.folder / "two").glob("checkpoints/step_*[0-9]/manifest.json")):     # not one that is still written
                 time.sleep(0.05)
             (child,) = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
             yield process, int(child), words
@@ -136,39 +136,39 @@ def assert_ends(pid):
     pytest.fail("a rank is still there")
 
 
-def test_a_signal_to_a_rank_that_lightning_started(lives, tiny_model):
+def test_a_signal_to_a_rank_that_lightning_started(run_processes, tiny_model):
     """The first rank must not take the end for a crash."""
-    with launched(lives, tiny_model) as (process, child, words):
+    with launched(run_processes, tiny_model) as (process, child, words):
         os.kill(child, signal.SIGTERM)
-        told = process.communicate(timeout=60)[1]
-        assert process.returncode == 143, told[-2000:]
-        assert f"{python()} -m lit_llm {' '.join(words)} two --ckpt_path last" in told
+        result = process.communicate(timeout=60)[1]
+        assert process.returncode == 143, result[-2000:]
+        assert f"{python()} -m lit_llm {' '.join(words)} two --ckpt_path last" in result
         assert_ends(child)
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_rank_that_dies_does_not_leave_the_other_waiting(rank, lives, tiny_model):
+def test_a_rank_that_dies_does_not_leave_the_other_waiting(rank, run_processes, tiny_model):
     """As where memory runs out: the other one ends too, says which died and how to go on, and nothing else."""
-    with launched(lives, tiny_model) as (process, child, words):
+    with launched(run_processes, tiny_model) as (process, child, words):
         os.kill([process.pid, child][rank], signal.SIGKILL)
-        told = process.communicate(timeout=30)[1]               # until no rank holds the pipe any more
+        result = process.communicate(timeout=30)[1]               # until no rank holds the pipe any more
         assert_ends(child)
     assert process.returncode == [-signal.SIGKILL, 1][rank]
     died = ["rank 0 has ended", "rank 1 was ended by SIGKILL"][rank]
-    assert told[told.index("error: "):].splitlines() == [
+    assert result[result.index("error: "):].splitlines() == [
         f"error: the process of {died}, which ended the run",
-        f"  resume with: {python()} -m lit_llm {' '.join(words)} two --ckpt_path last"], told[-3000:]
-    assert "Traceback" not in told
+        f"  resume with: {python()} -m lit_llm {' '.join(words)} two --ckpt_path last"], result[-3000:]
+    assert "Traceback" not in result
 
 
 @pytest.mark.parametrize("ranks", [[1], [0, 1]])
-def test_what_any_rank_refuses_is_said_once(ranks, lives, tiny_model):
-    words = write_config(lives.folder, config_of(tiny_model("llama"), write_data(lives.folder), ranks=TWO))
-    ended = lives.live(*words, f"refused_{len(ranks)}", ranks=TWO, strike={
+def test_what_any_rank_refuses_is_said_once(ranks, run_processes, tiny_model):
+    words = write_config(run_processes.folder, config_of(tiny_model("llama"), write_data(run_processes.folder), ranks=TWO))
+    ended = run_processes.run(*words, f"refused_{len(ranks)}", ranks=TWO, strike={
         "ranks": ranks, "point": "step", "turn": 2, "says": "a file that only some see"})
     assert [ended["codes"][rank] for rank in ranks] == [2] * len(ranks)
-    said = [each["err"].count("error: a file that only some see") for each in ended["said"]]
-    assert said == ([0, 1] if ranks == [1] else [1, 0])
+    counts = [output["err"].count("error: a file that only some see") for output in ended["outputs"]]
+    assert counts == ([0, 1] if ranks == [1] else [1, 0])
 
 
 def test_the_command_to_go_on_is_the_command(monkeypatch):
@@ -190,28 +190,28 @@ def test_a_step_that_is_measured_again_stands_once(tmp_path):
         again = MetricsCSV(tmp_path)
         again.resume(4)
         again.log_metrics({"val/nll": nll, "epoch": 0}, 3)
-        (row,) = rows_of(tmp_path)
+        (row,) = metrics_rows(tmp_path)
         assert (float(row["train/loss"]), float(row["val/nll"])) == (1.5, nll)
 
 
 # ---- not finite ------------------------------------------------------------------------------------------------------
 
 @pytest.fixture
-def poisoned(tiny_model, lives):
+def poisoned(tiny_model, run_processes):
     """A base in which one token is NaN, and data in which one record, line 7, has that token."""
     from safetensors.torch import load_file, save_file
 
     from lit_llm.text.tokenizer import Tokenizer
 
-    folder = lives.folder / "poisoned"
+    folder = run_processes.folder / "poisoned"
     if not folder.exists():
         shutil.copytree(tiny_model("llama"), folder)
         weights = load_file(folder / "model.safetensors")
         (token,) = Tokenizer.load(str(folder)).encode_text("Q")
         weights["model.embed_tokens.weight"][token] = float("nan")
         save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    data = lives.folder / "train.jsonl"
-    write_data(lives.folder)
+    data = run_processes.folder / "train.jsonl"
+    write_data(run_processes.folder)
     lines = data.read_text(encoding="utf-8").splitlines()
     lines[6] = json.dumps({"prompt": "say Q", "completion": "Q"})
     data.write_text("\n".join(lines) + "\n", encoding="utf-8")
@@ -219,21 +219,21 @@ def poisoned(tiny_model, lives):
 
 
 @pytest.mark.parametrize("ranks", [1, TWO])
-def test_a_step_that_is_not_finite_is_left_out(ranks, lives, poisoned):
+def test_a_step_that_is_not_finite_is_left_out(ranks, run_processes, poisoned):
     """By both ranks though one alone met it; its record is named, and nothing that learns has changed."""
-    words = write_config(lives.folder, config_of(*poisoned, ranks=ranks, strategy="ddp" if ranks > 1 else "auto",
+    words = write_config(run_processes.folder, config_of(*poisoned, ranks=ranks, strategy="ddp" if ranks > 1 else "auto",
                                                  save_every=1, keep_last=99, limit_val_batches=0))
-    shutil.rmtree(lives.folder / "killed", ignore_errors=True)
-    told = lives.live(*words, "killed", ranks=ranks)
-    assert told["codes"] == [0] * ranks, told["said"][0]["err"][-2000:]
-    rows = rows_of(lives.folder / "killed")
+    shutil.rmtree(run_processes.folder / "killed", ignore_errors=True)
+    result = run_processes.run(*words, "killed", ranks=ranks)
+    assert result["codes"] == [0] * ranks, result["outputs"][0]["err"][-2000:]
+    rows = metrics_rows(run_processes.folder / "killed")
     (first, second) = [int(row["step"]) for row in rows if row["train/loss"] == "nan"]
     counts = {int(row["step"]): float(row["train/skipped_steps"]) for row in rows if "train/skipped_steps" in row}
     assert counts == {step: 1.0 + (step >= second) for step in range(first, STEPS + 1)}
-    assert [line for line in told["said"][0]["err"].splitlines() if "skipped" in line] == [
+    assert [line for line in result["outputs"][0]["err"].splitlines() if "skipped" in line] == [
         *(f"step {step} was skipped: its loss is not finite, at {poisoned[1]}:7" for step in (first, second)),
         "2 of 10 steps were skipped because they were not finite"]
-    folders = lives.folder / "killed" / "checkpoints"
+    folders = run_processes.folder / "killed" / "checkpoints"
     before, after = (content(folders / f"step_{step}") for step in (second - 1, second))
     assert before.keys() == after.keys() >= {"state", "adapter/adapter_model.safetensors"}
     assert before["adapter/adapter_model.safetensors"] == after["adapter/adapter_model.safetensors"]
@@ -244,25 +244,25 @@ def test_a_step_that_is_not_finite_is_left_out(ranks, lives, poisoned):
 
 
 @pytest.mark.parametrize(("strategy", "power"), [("auto", 20), ("deepspeed_stage_2", 18)])
-def test_float16_that_overflows(strategy, power, lives, tiny_model):
+def test_float16_that_overflows(strategy, power, run_processes, tiny_model):
     """Each such step is told with its loss scale and moves nothing, nor the schedule; however many, they stop no run;
     and a resumed run goes on with the same scale."""
     keys = float16(strategy, power)
-    config = config_of(tiny_model("llama"), write_data(lives.folder), save_every=1, keep_last=99, limit_val_batches=0,
+    config = config_of(tiny_model("llama"), write_data(run_processes.folder), save_every=1, keep_last=99, limit_val_batches=0,
                        max_skipped_steps=1, gradient_clip_val=1.0, lora=False, **keys)
-    words = write_config(lives.folder, config)
+    words = write_config(run_processes.folder, config)
     for name in ("straight", "killed"):
-        shutil.rmtree(lives.folder / name, ignore_errors=True)
-    told = lives.live(*words, "straight")
-    assert told["codes"] == [0], told["said"][0]["err"][-3000:]
-    lines = [line for line in told["said"][0]["err"].splitlines() if "float16" in line]
+        shutil.rmtree(run_processes.folder / name, ignore_errors=True)
+    result = run_processes.run(*words, "straight")
+    assert result["codes"] == [0], result["outputs"][0]["err"][-3000:]
+    lines = [line for line in result["outputs"][0]["err"].splitlines() if "float16" in line]
     steps = [int(line.split()[1]) for line in lines]
     assert lines[0] == f"step 1 was skipped: its gradient overflowed in float16; the loss scale is now {2 ** (power - 1):,}"
     assert len(steps) < steps[-1] < STEPS               # it was raised and overflowed again
-    rows = rows_of(lives.folder / "straight")
+    rows = metrics_rows(run_processes.folder / "straight")
     counted = {int(row["step"]): float(row["train/skipped_steps"]) for row in rows}
     assert counted == {step: float(sum(other <= step for other in steps)) for step in range(1, STEPS + 1)}
-    folders = lives.folder / "straight" / "checkpoints"
+    folders = run_processes.folder / "straight" / "checkpoints"
     for step in range(2, STEPS + 1):
         before, after = (content(folders / f"step_{number}") for number in (step - 1, step))
         same = before["model/model.safetensors"] == after["model/model.safetensors"]
@@ -270,29 +270,29 @@ def test_float16_that_overflows(strategy, power, lives, tiny_model):
         schedule = after.get("state") or after["state/checkpoint/mp_rank_00_model_states.pt"]
         assert schedule["lr_schedulers"][0]["last_epoch"] == step - sum(other <= step for other in steps)
     middle = steps[-1] - 1                              # the next one overflows, if the scale is the same
-    shutil.copytree(lives.folder / "straight", lives.folder / "killed")
+    shutil.copytree(run_processes.folder / "straight", run_processes.folder / "killed")
     for step in range(middle + 1, STEPS + 1):
-        shutil.rmtree(lives.folder / "killed" / "checkpoints" / f"step_{step}")
-    finish(lives, words, 1)
-    assert_same_end(lives.folder / "killed", lives.folder / "straight", STEPS)
+        shutil.rmtree(run_processes.folder / "killed" / "checkpoints" / f"step_{step}")
+    finish(run_processes, words, 1)
+    assert_same_end(run_processes.folder / "killed", run_processes.folder / "straight", STEPS)
 
 
-def test_float16_without_a_loss_scale_is_refused(lives, tiny_model):
-    words = write_config(lives.folder, config_of(tiny_model("llama"), write_data(lives.folder), precision="16-true"))
-    told = lives.live(*words, "killed")
-    assert told["codes"] == [2]
-    assert told["said"][0]["err"].count("set it to 16-mixed") == 1
+def test_float16_without_a_loss_scale_is_refused(run_processes, tiny_model):
+    words = write_config(run_processes.folder, config_of(tiny_model("llama"), write_data(run_processes.folder), precision="16-true"))
+    result = run_processes.run(*words, "killed")
+    assert result["codes"] == [2]
+    assert result["outputs"][0]["err"].count("set it to 16-mixed") == 1
 
 
-def test_many_in_a_row_stop_the_run(lives, poisoned, tiny_model):
+def test_many_in_a_row_stop_the_run(run_processes, poisoned, tiny_model):
     """Exit code 2 and the way on; the last checkpoint is the one before."""
     base, data = poisoned
     lines = [json.dumps({"prompt": "say", "completion": "red"})] * 2 + [json.dumps({"prompt": "Q", "completion": "Q"})] * 8
     with open(data, "w", encoding="utf-8") as stream:
         stream.write("\n".join(lines) + "\n")
-    words = write_config(lives.folder, config_of(base, data, save_every=1, limit_val_batches=0, max_skipped_steps=2))
-    shutil.rmtree(lives.folder / "killed", ignore_errors=True)
-    told = lives.live(*words, "killed")
-    assert told["codes"] == [2]
-    assert "2 consecutive steps had a non-finite loss or gradient" in told["said"][0]["err"]
-    assert "Traceback" not in told["said"][0]["err"]
+    words = write_config(run_processes.folder, config_of(base, data, save_every=1, limit_val_batches=0, max_skipped_steps=2))
+    shutil.rmtree(run_processes.folder / "killed", ignore_errors=True)
+    result = run_processes.run(*words, "killed")
+    assert result["codes"] == [2]
+    assert "2 consecutive steps had a non-finite loss or gradient" in result["outputs"][0]["err"]
+    assert "Traceback" not in result["outputs"][0]["err"]

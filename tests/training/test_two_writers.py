@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from lives import ROOT, config_of, write_config, write_data
+from run_processes import ROOT, config_of, write_config, write_data
 
 from lit_llm.system.lock import NAME, Lock
 from lit_llm.training.run import manifest
@@ -47,49 +47,49 @@ def saved(run, beyond=0):
     raise AssertionError("nothing was saved")
 
 
-def test_a_second_run_is_refused_with_the_name_of_the_first(lives, tiny_model):
+def test_a_second_run_is_refused_with_the_name_of_the_first(run_processes, tiny_model):
     """A new one and one that would go on; the first does not notice. When it is killed the next one goes on at once."""
-    run = lives.folder / "run"
-    words = write_config(lives.folder, config_of(
-        tiny_model("llama"), write_data(lives.folder), ranks=2, strategy="ddp",
+    run = run_processes.folder / "run"
+    words = write_config(run_processes.folder, config_of(
+        tiny_model("llama"), write_data(run_processes.folder), ranks=2, strategy="ddp",
         max_epochs=4000, save_every=10, limit_val_batches=0))
-    with running(lives.folder, *words, run) as first:
+    with running(run_processes.folder, *words, run) as first:
         step = saved(run)
         for more in ([], ["--ckpt_path", "last"]):
-            told = lives.live(*words, run, *more, ranks=2, limit=100)
-            said = "".join(each["err"] for each in told["said"])
-            assert told["codes"] == [2] * 2, said[-2000:]
-            assert "Traceback" not in said
-            (error,) = [line for line in said.splitlines() if line.startswith("error: ")]
+            result = run_processes.run(*words, run, *more, ranks=2, limit=100)
+            stderr = "".join(output["err"] for output in result["outputs"])
+            assert result["codes"] == [2] * 2, stderr[-2000:]
+            assert "Traceback" not in stderr
+            (error,) = [line for line in stderr.splitlines() if line.startswith("error: ")]
             assert f"{run} is being written by process {first.pid} on {socket.gethostname()}, since 20" in error
         assert first.poll() is None
-        assert not list(lives.folder.glob("run-*"))
+        assert not list(run_processes.folder.glob("run-*"))
         saved(run, step)
         os.killpg(first.pid, signal.SIGKILL)
         first.wait()
     step = saved(run)
-    told = lives.live(*words, run, "--ckpt_path", "last", "--trainer.max_epochs", "null", "--trainer.max_steps", step + 3,
+    result = run_processes.run(*words, run, "--ckpt_path", "last", "--trainer.max_epochs", "null", "--trainer.max_steps", step + 3,
                       ranks=2, limit=100)
-    assert told["codes"] == [0] * 2, told["said"][0]["err"][-2000:]
+    assert result["codes"] == [0] * 2, result["outputs"][0]["err"][-2000:]
     assert not (run / NAME).exists()
 
 
 @pytest.mark.parametrize("how", ["new", "last", "over an earlier one"])
-def test_of_two_that_start_at_once_one_goes_on(how, lives, tiny_model):
-    config = config_of(tiny_model("llama"), write_data(lives.folder), save_every=10, limit_val_batches=0, max_epochs=4000)
-    words, run = write_config(lives.folder, config), lives.folder / how.replace(" ", "_")
+def test_of_two_that_start_at_once_one_goes_on(how, run_processes, tiny_model):
+    config = config_of(tiny_model("llama"), write_data(run_processes.folder), save_every=10, limit_val_batches=0, max_epochs=4000)
+    words, run = write_config(run_processes.folder, config), run_processes.folder / how.replace(" ", "_")
     if how != "new":
-        told = lives.live(*words, run, "--trainer.max_epochs", "null", "--trainer.max_steps", 4)
-        assert told["codes"] == [0], told["said"][0]["err"][-2000:]
+        result = run_processes.run(*words, run, "--trainer.max_epochs", "null", "--trainer.max_steps", 4)
+        assert result["codes"] == [0], result["outputs"][0]["err"][-2000:]
     more = ["--ckpt_path", "last"] if how == "last" else []
-    with running(lives.folder, *words, run, *more) as one, running(lives.folder, *words, run, *more) as other:
+    with running(run_processes.folder, *words, run, *more) as one, running(run_processes.folder, *words, run, *more) as other:
         while one.poll() is None and other.poll() is None:
             time.sleep(0.05)
         lost, goes_on = (one, other) if one.poll() is not None else (other, one)
-        said = lost.stderr.read()
-        assert lost.returncode == 2, said[-2000:]
-        assert f"is being written by process {goes_on.pid} on" in said
-        assert "Traceback" not in said
+        stderr = lost.stderr.read()
+        assert lost.returncode == 2, stderr[-2000:]
+        assert f"is being written by process {goes_on.pid} on" in stderr
+        assert "Traceback" not in stderr
         saved(run, 4)
         assert goes_on.poll() is None
 
@@ -112,18 +112,18 @@ def left(file, **keys):
     file.write_text(json.dumps(holder))
 
 
-@pytest.mark.parametrize(("keys", "env", "held"), [
+@pytest.mark.parametrize(("keys", "env", "is_held"), [
     ({"pid": 1, "began": None}, {}, False),         # another process has the number by now
     ({"pid": 4194303}, {}, False), ({"host": "elsewhere"}, {}, True),
     ({"host": "elsewhere", "job": "7"}, {"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": "1"}, False),
     ({"host": "elsewhere", "job": "7"}, {"SLURM_JOB_ID": "7"}, True),
     ({"host": "elsewhere", "job": "6"}, {"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": "1"}, True)])
-def test_without_locks_the_file_says_who_is_alive(keys, env, held, no_locks, monkeypatch, tmp_path):
+def test_without_locks_the_file_says_who_is_alive(keys, env, is_held, no_locks, monkeypatch, tmp_path):
     for name, value in env.items():
         monkeypatch.setenv(name, value)
     left(tmp_path / NAME, **keys)
     refusal = Lock().take(tmp_path / NAME, "x")
-    assert (refusal is not None) == held
+    assert (refusal is not None) == is_held
     if refusal is not None:
         assert f"delete {tmp_path / NAME}" in str(refusal)
 

@@ -33,9 +33,9 @@ def test_good_runs_are_not_blamed(course):
     (Course(360, 9.0, True, [3.0, 0.01], [(100, 2.0), (360, 2.5)], 1.0), ["worse than before training"]),
 ])
 def test_each_fault_is_named(course, words):
-    found = warnings(course)
-    assert len(found) == len(words)
-    for sentence, expected in zip(found, words, strict=True):
+    messages = warnings(course)
+    assert len(messages) == len(words)
+    for sentence, expected in zip(messages, words, strict=True):
         assert expected in sentence
 
 
@@ -69,7 +69,7 @@ def test_an_example_is_cut_where_the_answer_begins(tmp_path: Path):
     data = TextDataModule(sources=[Source(str(tmp_path / "one.jsonl"))], tokenizer="sample:base", seq_len=64)
     data.prepare_data()
     data.setup("fit")
-    (found,) = examples.choose(data)
-    assert found.kind == "trained"
-    assert data.tokenizer.decode(found.prompt).endswith("A cat?\nassistant\n")
-    assert data.tokenizer.decode(found.expected) == "Yes."
+    (example,) = examples.choose(data)
+    assert example.kind == "trained"
+    assert data.tokenizer.decode(example.prompt).endswith("A cat?\nassistant\n")
+    assert data.tokenizer.decode(example.expected) == "Yes."

@@ -12,7 +12,7 @@ from itertools import product
 
 from lit_llm.data.records import formats
 from lit_llm.errors import InputError
-from tests.chats import runs, said
+from tests.conversations import answer_and_stop, supervised_runs
 
 ROLES = {"developer": "system", "function": "tool"}
 ENTITY = re.compile(r"&(?:#\d+|#x[0-9a-fA-F]+|lt|gt|amp|quot|apos);")
@@ -21,25 +21,25 @@ OTHERWISE = "refused, shown otherwise than served"      # what the template show
 OTHER = "refused for another reason"
 
 
-class Talk:
+class RenderedRecord:
     """A record's messages in one of the forms in which they may be handed to transformers."""
 
     def __init__(self, hf, messages, tools, more):
-        self.hf, self.messages, self.tools, self.more, self.kept = hf, messages, tools, more, {}
+        self.hf, self.messages, self.tools, self.more, self.texts = hf, messages, tools, more, {}
 
     def text(self, count, prompt):
         """The rendered text of the first messages; None where the template refuses them."""
-        if (count, prompt) not in self.kept:
+        if (count, prompt) not in self.texts:
             try:
-                self.kept[count, prompt] = self.hf.apply_chat_template(
+                self.texts[count, prompt] = self.hf.apply_chat_template(
                     self.messages[:count], tools=self.tools, add_generation_prompt=prompt, tokenize=False, **self.more)
             except Exception as error:
-                self.kept[count, prompt] = None
+                self.texts[count, prompt] = None
                 self.error = str(error)
-        return self.kept[count, prompt]
+        return self.texts[count, prompt]
 
 
-def talks(hf, record):
+def message_forms(hf, record):
     """The record in every form that says the same: arguments as they are, parsed, as text; parts as they are, joined."""
     said_tools = record.get("tools")
     more = {"chat_template_kwargs": record.get("chat_template_kwargs")}
@@ -60,14 +60,14 @@ def talks(hf, record):
             if parts and message["content"] is None:
                 message["content"] = ""
             for call in message.get("tool_calls") or []:
-                given = call["function"]["arguments"]
-                if arguments == "object" and isinstance(given, str):
-                    call["function"]["arguments"] = json.loads(given)
-                if arguments == "text" and not isinstance(given, str):
-                    call["function"]["arguments"] = json.dumps(given, ensure_ascii=False)
+                arguments_value = call["function"]["arguments"]
+                if arguments == "object" and isinstance(arguments_value, str):
+                    call["function"]["arguments"] = json.loads(arguments_value)
+                if arguments == "text" and not isinstance(arguments_value, str):
+                    call["function"]["arguments"] = json.dumps(arguments_value, ensure_ascii=False)
         if messages not in seen:
             seen.append(messages)
-    return [Talk(hf, messages, said_tools, more) for messages in seen]
+    return [RenderedRecord(hf, messages, said_tools, more) for messages in seen]
 
 
 # ---- what a text shows -----------------------------------------------------------------------------------------------
@@ -78,9 +78,9 @@ def forms(text):
     return {text, *inner, *(json.dumps(one, ensure_ascii=False)[1:-1] for one in inner), repr(text)[1:-1]}
 
 
-def shows(text, said_, *, plain=False):
+def shows(text, shown_text, *, plain=False):
     """Whether what was said stands in the text, trimmed at its ends, escaped or not."""
-    return any(form.strip() in text for form in ({said_} if plain else forms(said_.strip())))
+    return any(form.strip() in text for form in ({shown_text} if plain else forms(shown_text.strip())))
 
 
 def values(arguments):
@@ -94,25 +94,25 @@ def values(arguments):
 
 def parsed(text):
     """Every JSON object that stands in the text; those within strings too."""
-    decoder, found, at = json.JSONDecoder(), [], 0
+    decoder, values_in_text, at = json.JSONDecoder(), [], 0
     for at in (match.start() for match in re.finditer(r"[{\[\"]", text)):
         try:
             value, _ = decoder.raw_decode(text, at)
         except ValueError:
             continue
-        found.append(value)
+        values_in_text.append(value)
         if isinstance(value, str) and value.startswith(("{", "[")):
             with suppress(ValueError):
-                found.append(json.loads(value))
-    return found
+                values_in_text.append(json.loads(value))
+    return values_in_text
 
 
-def holds(value, wanted):
+def contains(value, wanted):
     """Whether a parsed value is the wanted one or holds it."""
     if value == wanted:
         return True
     inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    return any(holds(one, wanted) for one in inner)
+    return any(contains(one, wanted) for one in inner)
 
 
 def calls_in(text, call):
@@ -122,7 +122,7 @@ def calls_in(text, call):
     arguments = json.loads(arguments) if isinstance(arguments, str) else arguments
     if function["name"] not in text:
         return False
-    if any(holds(value, arguments) for value in parsed(text)) and arguments:
+    if any(contains(value, arguments) for value in parsed(text)) and arguments:
         return True
 
     def shown(leaf):
@@ -137,12 +137,12 @@ def parts_of(message):
     content = message["content"]
     content = "".join(part["text"] for part in content) if isinstance(content, list) else content or ""
     thoughts = next((message[key] for key in ("reasoning_content", "reasoning", "thinking") if message.get(key)), "")
-    if found := re.match(r"\s*<think>(.*?)</think>(.*)", content, re.DOTALL):
-        return found[2], thoughts or found[1]
+    if match := re.match(r"\s*<think>(.*?)</think>(.*)", content, re.DOTALL):
+        return match[2], thoughts or match[1]
     return content, thoughts
 
 
-def lacks(message, answer):
+def missing_part(message, answer):
     """What of a message the answer lacks."""
     words, thoughts = parts_of(message)
     if not shows(answer, words.strip(), plain=True):
@@ -153,7 +153,7 @@ def lacks(message, answer):
     return next(("tool calls" for call in calls if not calls_in(answer, call)), "")
 
 
-def unheard(messages, prompt):
+def missing_message(messages, prompt):
     """The first message of others that a prompt lacks."""
     for number, message in enumerate(messages):
         content = message["content"]
@@ -163,15 +163,15 @@ def unheard(messages, prompt):
                 value = json.loads(content)
             except ValueError:
                 value = None
-            if value is None or not any(holds(one, value) for one in parsed(prompt)):
+            if value is None or not any(contains(one, value) for one in parsed(prompt)):
                 return number + 1
     return 0
 
 
 # ---- judgement -------------------------------------------------------------------------------------------------------
 
-def asked(record):
-    """Places of the answers that can be supervised: something was said, and something was asked before."""
+def answer_places(record):
+    """Places of the answers that can be supervised: something was answer_and_stop, and something was asked before."""
     messages = record["messages"]
     def spoken(message):
         return any(map(str.strip, parts_of(message))) or message.get("tool_calls") or message.get("function_call")
@@ -181,24 +181,24 @@ def asked(record):
 
 def judge(tokenizer, record):
     """(verdict, reason)."""
-    forms_ = talks(tokenizer.hf, record)
-    places = asked(record)
+    forms_of_record = message_forms(tokenizer.hf, record)
+    places = answer_places(record)
     try:
-        said_ = formats.convert(record)
-        sequences = tokenizer.encode_conversation(said_)
+        shown_text = formats.convert(record)
+        sequences = tokenizer.encode_conversation(shown_text)
     except InputError as error:
-        return refusal(forms_, places, error.what, tokenizer)
-    learned = [(sequence, start, ids) for sequence in sequences for start, ids in runs(sequence)]
-    must = [place for place in places if any(talk.text(place, True) is not None for talk in forms_)]
+        return refusal(forms_of_record, places, error.what, tokenizer)
+    answers = [(sequence, start, ids) for sequence in sequences for start, ids in supervised_runs(sequence)]
+    must = [place for place in places if any(talk.text(place, True) is not None for talk in forms_of_record)]
     dropped = [place for place in must if any(message["role"] != "system" for message in record["messages"][:place])]
-    if len(learned) not in (len(must), len(dropped)):
-        both = [talk for talk in forms_ if talk.text(must[-1], True) == talk.text(must[-1], False)] if must else []
-        if not (len(learned) == 1 and both):
-            return WRONG, f"{len(learned)} answers are learned of {len(must)}"
+    if len(answers) not in (len(must), len(dropped)):
+        both = [talk for talk in forms_of_record if talk.text(must[-1], True) == talk.text(must[-1], False)] if must else []
+        if not (len(answers) == 1 and both):
+            return WRONG, f"{len(answers)} answers are learned of {len(must)}"
         return SERVED, ""
-    for place, (sequence, start, ids) in zip(must if len(learned) == len(must) else dropped, learned, strict=True):
-        words, stop = said(tokenizer, ids)
-        faults = [fault(tokenizer, talk, place, sequence.input_ids[:start].tolist(), words, stop, record) for talk in forms_]
+    for place, (sequence, start, ids) in zip(must if len(answers) == len(must) else dropped, answers, strict=True):
+        words, stop = answer_and_stop(tokenizer, ids)
+        faults = [fault(tokenizer, talk, place, sequence.input_ids[:start].tolist(), words, stop, record) for talk in forms_of_record]
         if all(faults):
             return WRONG, f"answer {place + 1}: {faults[0]}"
     return SERVED, ""
@@ -214,9 +214,9 @@ def fault(tokenizer, talk, place, ids, words, stop, record):
         return "another prompt than the served one"
     if ids != raw and "<|im_end|>" not in prompt.replace("<|im_end|>", "", 0) and "obey" not in prompt:
         return "other ids of the served prompt"
-    if missing := lacks(talk.messages[place], words):
+    if missing := missing_part(talk.messages[place], words):
         return f"it lacks the {missing}"
-    if number := unheard(talk.messages[:place], prompt):
+    if number := missing_message(talk.messages[:place], prompt):
         return f"the prompt lacks message {number}"
     if set(ENTITY.findall(words)) - set(ENTITY.findall(json.dumps(record["messages"], ensure_ascii=False))):
         return f"HTML entities: {words[:60]!r}"
@@ -231,14 +231,14 @@ def fault(tokenizer, talk, place, ids, words, stop, record):
         return ""
     body = words.strip()
     thoughts = parts_of(talk.messages[place])[1].strip()
-    for known in (thoughts, "<think>", "</think>", parts_of(talk.messages[place])[0].strip()):
-        body = body.replace(known, "", 1) if known else body
+    for part in (thoughts, "<think>", "</think>", parts_of(talk.messages[place])[0].strip()):
+        body = body.replace(part, "", 1) if part else body
     if body.strip() and words.strip() not in fresh:
         return f"it says {body.strip()[:60]!r}, which the template does not show"
     return ""
 
 
-def shown(talk, places):
+def display_faults(talk, places):
     """Whether this form of the talk shows each answer behind its prompt, and all that was asked; or why not."""
     if not places:
         return ["nothing is there to learn"]
@@ -249,11 +249,11 @@ def shown(talk, places):
             faults.append(f"refused: {talk.error[:100]}")
             continue
         answer = fresh[len(prompt):] if fresh.startswith(prompt) else None
-        if number := unheard(talk.messages[:place], prompt):
+        if number := missing_message(talk.messages[:place], prompt):
             faults.append(f"message {number}")
         if talk.tools and not any(tool["function"]["name"] in prompt for tool in talk.tools):
             faults.append("the tools")
-        missing = lacks(talk.messages[place], fresh if answer is None else answer)
+        missing = missing_part(talk.messages[place], fresh if answer is None else answer)
         if missing:
             faults.append(missing)
         if ENTITY.search(fresh) and not ENTITY.search(json.dumps(talk.messages)):
@@ -263,29 +263,29 @@ def shown(talk, places):
     return faults
 
 
-def refusal(forms_, places, why, tokenizer):
+def refusal(forms_of_record, places, why, tokenizer):
     """Whether a refusal is right, and its reason true."""
-    found = [shown(talk, places) for talk in forms_]
-    best = min(found, key=len)
-    if "control token" in why and "obey" in str(forms_[0].messages):
+    faults_of_forms = [display_faults(talk, places) for talk in forms_of_record]
+    best = min(faults_of_forms, key=len)
+    if "control token" in why and "obey" in str(forms_of_record[0].messages):
         return REFUSED, why
     if not best:
         return MISSED, why
-    told = f"{why} | {best}"
+    explanation = f"{why} | {best}"
     if "block of reasoning" in why:
         opens = any((talk.text(place, True) or "").rstrip().endswith("<think>") and not parts_of(talk.messages[place])[1].strip()
-                    for talk in forms_ for place in places)
-        return (REFUSED if opens else UNTRUE), told
+                    for talk in forms_of_record for place in places)
+        return (REFUSED if opens else UNTRUE), explanation
     if best == ["loosely"] * len(best):
-        return OTHERWISE, told
-    said_ = " ".join(word for one in found for word in one)
-    refuses = all(any(fault.startswith("refused") for fault in one) for one in found)
+        return OTHERWISE, explanation
+    shown_text = " ".join(word for one in faults_of_forms for word in one)
+    refuses = all(any(fault.startswith("refused") for fault in one) for one in faults_of_forms)
     if why.startswith("the chat template refuses"):
-        return (REFUSED if refuses else UNTRUE), told
+        return (REFUSED if refuses else UNTRUE), explanation
     if match := re.search(r"does not show (?:the (content|reasoning|tool calls) of )?message (\d+)", why):
-        return (REFUSED if (match[1] or f"message {match[2]}") in said_ or refuses else UNTRUE), told
+        return (REFUSED if (match[1] or f"message {match[2]}") in shown_text or refuses else UNTRUE), explanation
     if "does not show the tools" in why:
-        return (REFUSED if "the tools" in said_ else UNTRUE), told
+        return (REFUSED if "the tools" in shown_text else UNTRUE), explanation
     if "HTML" in why:
-        return (REFUSED if "HTML" in said_ else UNTRUE), told
-    return OTHER, told
+        return (REFUSED if "HTML" in shown_text else UNTRUE), explanation
+    return OTHER, explanation

@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PROBE = Path(__file__).with_name("survival_probe.py")
 
 
-class Lives:
+class RunProcesses:
     """Processes forked on demand from one that has imported everything."""
 
     def __init__(self, folder):
@@ -27,8 +27,8 @@ class Lives:
         self.process = subprocess.Popen([sys.executable, str(PROBE)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                                         text=True, env=environ)
 
-    def live(self, *args, ranks=1, **order):
-        """One life of a command: {"codes", "said", "seconds"}."""
+    def run(self, *args, ranks=1, **order):
+        """Run a command to its end: {"codes", "outputs", "seconds"}."""
         order = {"args": [str(arg) for arg in args], "ranks": ranks, "cwd": str(self.folder)} | order
         self.process.stdin.write(json.dumps(order) + "\n")
         self.process.stdin.flush()
@@ -82,7 +82,7 @@ def write_config(folder, config):
     return ("fit", "--config", "run.yaml", "--trainer.default_root_dir")
 
 
-def rows_of(run):
+def metrics_rows(run):
     with open(Path(run) / "metrics.csv", newline="") as handle:
         return [{key: value for key, value in row.items() if value != "" and key != "seconds"}
                 for row in csv.DictReader(handle)]
@@ -91,17 +91,17 @@ def rows_of(run):
 def content(folder):
     """All that a checkpoint folder holds, with tensors as they are, those of FSDP2's ranks put together; not the wall
     clock, not what was counted by it."""
-    found = {}
+    entries = {}
     for file in sorted(path for path in Path(folder).rglob("*") if path.is_file() and path.name != "manifest.json"):
         name = str(file.relative_to(folder))
         if file.suffix == ".pt" or file.name == "state":
-            found[name] = torch.load(file, weights_only=False, map_location="cpu")
+            entries[name] = torch.load(file, weights_only=False, map_location="cpu")
         elif file.name == ".metadata":
-            found[name] = joined(file.parent)
-            assert {"model", "optimizer"} <= found[name].keys()
+            entries[name] = joined(file.parent)
+            assert {"model", "optimizer"} <= entries[name].keys()
         elif file.suffix != ".distcp":                  # whose tensors `.metadata` leads to
-            found[name] = file.read_bytes()
-    return found
+            entries[name] = file.read_bytes()
+    return entries
 
 
 def joined(folder):
@@ -122,8 +122,8 @@ def differences(one, other, path=""):
         same = type(one) is type(other) and (one.dtype, one.shape) == (other.dtype, other.shape)
         return [] if same and torch.equal(bits(one), bits(other)) else [path]
     if isinstance(one, dict) and isinstance(other, dict):
-        found = [f"{path}/{key} is in one only" for key in one.keys() ^ other.keys()]
-        return found + [line for key in one.keys() & other.keys() for line in differences(one[key], other[key], f"{path}/{key}")]
+        paths = [f"{path}/{key} is in one only" for key in one.keys() ^ other.keys()]
+        return paths + [line for key in one.keys() & other.keys() for line in differences(one[key], other[key], f"{path}/{key}")]
     if isinstance(one, list | tuple) and isinstance(other, list | tuple) and len(one) == len(other):
         return [line for at, pair in enumerate(zip(one, other, strict=True)) for line in differences(*pair, f"{path}/{at}")]
     if type(one) is type(other) and type(one).__module__.startswith(("deepspeed", "torch")) and hasattr(one, "__dict__"):
@@ -136,7 +136,7 @@ def assert_same_end(run, straight, step, but=()):
 
     Only where a signal fell into the very last validation, what is kept of that one may differ.
     """
-    assert rows_of(run) == rows_of(straight)
-    ours, theirs = (content(Path(folder) / "checkpoints" / f"step_{step}") for folder in (run, straight))
-    assert ours
-    assert [line for line in differences(ours, theirs) if not any(word in line for word in but)] == []
+    assert metrics_rows(run) == metrics_rows(straight)
+    actual, expected = (content(Path(folder) / "checkpoints" / f"step_{step}") for folder in (run, straight))
+    assert actual
+    assert [line for line in differences(actual, expected) if not any(word in line for word in but)] == []

@@ -136,7 +136,7 @@ KEYS: dict[str, Entry] = {
     "trainer.devices": look(2, "objects"),
     "trainer.enable_autolog_hparams": refuse(False, "trainer.enable_autolog_hparams"),
     "trainer.enable_checkpointing": Entry(True, "files"),
-    "trainer.enable_model_summary": Entry(True, "said"),
+    "trainer.enable_model_summary": Entry(True, "output"),
     "trainer.enable_progress_bar": look(False, "objects"),
     "trainer.fast_dev_run": Entry(1, "ids", {"data.batch_size": 1}),
     "trainer.gradient_clip_algorithm": refuse("value", "trainer.gradient_clip_algorithm"),
@@ -151,7 +151,7 @@ KEYS: dict[str, Entry] = {
     "trainer.logger": Entry([{"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": {"save_dir": "csv"}}],
                             "files"),
     "trainer.max_epochs": Entry(2, "ids", {"trainer.max_steps": -1}),
-    "trainer.max_skipped_steps": Entry(1, "said", NAN),
+    "trainer.max_skipped_steps": Entry(1, "output", NAN),
     "trainer.max_steps": Entry(1, "ids"),
     "trainer.max_time": Entry("00:00:00:00", "ids", {"trainer.max_epochs": 1}),
     "trainer.min_epochs": Entry(2, "ids", STOPS),
@@ -177,7 +177,7 @@ KEYS: dict[str, Entry] = {
         "save") for key, value in {
             "every_n_steps": 3, "monitor": "val/perplexity", "mode": "max", "keep_best": 3, "keep_last": 3,
             "keep_every_n_steps": 3}.items()},
-    "trainer.callbacks.Progress.every_seconds": Entry(0.0, "said"),
+    "trainer.callbacks.Progress.every_seconds": Entry(0.0, "output"),
 }
 # Keys that can do nothing beside others: refused by the first words, or said in a warning. Pairs of the table of rules
 # are in training/test_rules.py.

@@ -29,12 +29,12 @@ QWEN25, QWEN3 = "Qwen-Qwen2.5-7B-Instruct", "Qwen-Qwen3-0.6B"
 SMOL, NEMO = "HuggingFaceTB-SmolLM3-3B", "mistralai-Mistral-Nemo-Instruct-2407"
 SIMPLE = ["tiny", "stories", "qwen2"]               # they write every content as it is, so they refuse none
 KINDS = [*SIMPLE, QWEN25, QWEN3, SMOL, NEMO]
-MADE: dict[str, Tokenizer] = {}                      # every kind is read once in a session
+TOKENIZERS: dict[str, Tokenizer] = {}                      # every kind is read once in a session
 
 
 def loader(request, tiny_tokenizer, tmp_path_factory):
     """`load(kind)`: the tiny tokenizer, the real stories260K without a template, or qwen2's with a template."""
-    made = MADE
+    made = TOKENIZERS
 
     def get(kind):
         if kind not in made:
@@ -75,7 +75,7 @@ def chat(*contents, system=None):
     return Conversation((*first, *turns))
 
 
-def runs(sequence):
+def supervised_runs(sequence):
     """Runs of supervised ids: [(start, ids)]."""
     assert sequence.input_ids.shape == sequence.labels.shape
     on = sequence.labels != IGNORE_INDEX
@@ -85,7 +85,7 @@ def runs(sequence):
             for start, stop in zip(edges[::2], edges[1::2], strict=True)]
 
 
-def said(tokenizer, ids):
+def answer_and_stop(tokenizer, ids):
     """Text of an answer and the spelling of its last token; behind a bracket, so that no decoder trims it."""
     bracket = tokenizer.encode_text("[")
     text = tokenizer.decode([*bracket, *ids[:-1]], skip_special_tokens=False)
@@ -103,12 +103,12 @@ def with_template(tokenizer_folder, tmp_path, template):
     return Tokenizer.load(tokenizer_folder, chat_template=str(file))
 
 
-def assert_served_as_trained(tokenizer, conversation):
+def assert_prompts_as_trained(tokenizer, conversation):
     sequences = tokenizer.encode_conversation(conversation)
-    answers = [place for place, message in enumerate(conversation.messages) if message.role == "assistant"]
-    found = [(sequence, start) for sequence in sequences for start, _ in runs(sequence)]
-    assert len(found) == len(answers)
-    for place, (sequence, start) in zip(answers, found, strict=True):
+    places = [place for place, message in enumerate(conversation.messages) if message.role == "assistant"]
+    answers = [(sequence, start) for sequence in sequences for start, _ in supervised_runs(sequence)]
+    assert len(answers) == len(places)
+    for place, (sequence, start) in zip(places, answers, strict=True):
         assert sequence.input_ids[:start].tolist() == tokenizer.encode_prompt(conversation.upto(place))
 
 

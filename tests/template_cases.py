@@ -11,7 +11,7 @@ from transformers import AddedToken
 
 from lit_llm.text.conversation import Conversation, Message
 from lit_llm.text.tokenizer import Tokenizer
-from tests.chats import FORGED, runs, said
+from tests.conversations import FORGED, answer_and_stop, supervised_runs
 
 CONTROL = re.compile(r"<\|[^|<>\s{}']+\|>|<｜[^｜]+｜>|<\[[^\]\s]+\]>|\[\|\w+\|\]|<\|[A-Za-z_]+>|<\w+\|>|\[/?[A-Z_]{3,}\]|\[gMASK\]|</?s>|<s?bos>"
                      r"|<eos>|<(?:start|end)_of_\w+>|<SPECIAL_\d+>|<(?:extra_id_\d)>|\]<\][\w:|]+\[>\[|<sep>|\]~!?\w*\[|\[e~\[|<seed:\w+>|</?assistant>")
@@ -32,7 +32,7 @@ def of(*turns, tools=()):
     """A conversation from (role letter, content or keywords)."""
     roles = {"s": "system", "u": "user", "a": "assistant", "t": "tool"}
     return Conversation(tuple(
-        Message(roles[role], **(said if isinstance(said, dict) else {"content": said})) for role, said in turns), tools)
+        Message(roles[role], **(message if isinstance(answer_and_stop, dict) else {"content": message})) for role, message in turns), tools)
 
 
 BATTERY = {
@@ -102,16 +102,16 @@ def check(tokenizer, conversation):
     """Assert that a conversation is learned as it is served; `whole` or `per answer`, or the InputError of ours."""
     sequences = tokenizer.encode_conversation(conversation)
     places = [place for place, message in enumerate(conversation.messages) if message.role == "assistant" and place]
-    learned = [(sequence, start, ids) for sequence in sequences for start, ids in runs(sequence)]
-    if len(learned) == 1 < len(places):             # no header before the second of two answers: they are one run
+    answers = [(sequence, start, ids) for sequence in sequences for start, ids in supervised_runs(sequence)]
+    if len(answers) == 1 < len(places):             # no header before the second of two answers: they are one run
         assert rendered(tokenizer, conversation.upto(2), prompt=True) == rendered(tokenizer, conversation.upto(2), prompt=False)
         return "whole"
-    assert len(learned) == len(places), "every answer once, and nothing else"
-    for place, (sequence, start, ids) in zip(places, learned, strict=True):
+    assert len(answers) == len(places), "every answer once, and nothing else"
+    for place, (sequence, start, ids) in zip(places, answers, strict=True):
         prompt = rendered(tokenizer, conversation.upto(place), prompt=True)
         if FORGED not in prompt:
             assert sequence.input_ids[:start].tolist() == tokenizer._backend.encode(prompt, add_special_tokens=False).ids
-        text, stop = said(tokenizer, ids)
+        text, stop = answer_and_stop(tokenizer, ids)
         assert tokenizer.hf.convert_tokens_to_ids(stop) in tokenizer.stop_ids, f"nothing stops at {stop}"
         check_answer(tokenizer, conversation.upto(place + 1), prompt, text + stop, stop)
     return "whole" if len(sequences) == 1 else "per answer"
@@ -133,9 +133,9 @@ def check_answer(tokenizer, conversation, prompt, answer, stop):
         return "as written"
     own = answer.removesuffix(stop).strip()
     if own in text:                                 # it begins where the served prompt ends, but for white space
-        before, asked = (re.findall(r"<[^<>\s]*>|\[/?[A-Z_]+\]|[^\s<>\[\]]+", part) for part in (
+        before, prompt_parts = (re.findall(r"<[^<>\s]*>|\[/?[A-Z_]+\]|[^\s<>\[\]]+", part) for part in (
             re.sub(r"(<think>)?\s*</think>\s*$", "", EMPTY.sub("", text[:text.rindex(own)])), EMPTY.sub("", prompt)))
-        assert before[-1] == asked[-1], f"{before[-1]} is not {asked[-1]}"
+        assert before[-1] == prompt_parts[-1], f"{before[-1]} is not {prompt_parts[-1]}"
     else:                                           # the template drops thinking that the prompt has opened
         assert "<think>" in prompt[-12:]
         for word in (*thoughts(message), message.content.rpartition("</think>")[2].strip(), "</think>"):
