@@ -1,4 +1,4 @@
-"""What every test stands on: no network, tiny models made in the process, the real data where it is."""
+"""Common fixtures: no network, tiny models made in the process, and real data if they are available."""
 
 import os
 

@@ -1,4 +1,4 @@
-"""Records as the world's files hold them: 58 kinds of conversation, each a dict for `formats.convert`.
+"""58 kinds of conversation as records of published files, each a dict for `formats.convert`.
 
 They differ in what a chat template may refuse, move, trim, escape or drop.
 """

@@ -1,4 +1,4 @@
-"""Conversations for tests, the tokenizers that read them, and what a test may ask of the tokens."""
+"""Conversations for tests, the tokenizers that encode them, and checks of the tokens."""
 
 import copy
 import unicodedata

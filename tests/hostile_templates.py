@@ -1,4 +1,4 @@
-"""Chat templates that mean harm, by what they do: each would take all memory, or run for hours."""
+"""Malicious chat templates by the operation that they misuse: each would take all memory, or run for hours."""
 
 HOSTILE = {
     "square": "{% set s = namespace(x=3) %}{% for i in range(60) %}{% set s.x = s.x * s.x %}{% endfor %}",

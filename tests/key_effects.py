@@ -1,6 +1,6 @@
-"""For each key of a run config: a value that is not the default, and what of the run it must change.
+"""For each key of a run config: a value other than the default, and the part of the run that it must change.
 
-Files are those that `tests/test_keys.py` writes into the run's folder.
+`tests/test_keys.py` writes the files that they name into the run's folder.
 """
 
 from dataclasses import dataclass, field

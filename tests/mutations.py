@@ -1,6 +1,6 @@
-"""Values that a key of a config may be given by mistake or on purpose, and configs in which one leaf has such a value.
+"""Values that a config key may get by mistake or on purpose, and configs in which one leaf has such a value.
 
-Shared by `test_ranges.py`, which parses them, and `benchmarks/mutations.py`, which runs them.
+Used by `test_ranges.py`, which parses them, and `benchmarks/mutations.py`, which runs them.
 """
 
 import copy

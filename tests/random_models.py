@@ -1,6 +1,6 @@
-"""Models known by their shape alone, with random weights made where they will stay, and packed rows of random tokens.
+"""Models defined by their shape, with random weights created on the device, and packed sequences of random tokens.
 
-For what is asked of a GPU: no file is read, nothing is downloaded, no weight passes through CPU memory.
+For measurements on a GPU: no file is read, nothing is downloaded, and no weight passes through CPU memory.
 """
 
 from contextlib import contextmanager

@@ -1,7 +1,7 @@
-"""Is a record learned as it is served? Asked of transformers' own rendering of the record's own messages alone.
+"""Check that a record is trained on in the form in which it is served, by transformers' own rendering of its messages.
 
-For each answer the prompt is `apply_chat_template(messages before it, add_generation_prompt=True)` and the answer is
-what `apply_chat_template(messages with it)` shows behind. Nothing of our rendering is used.
+For each answer the prompt is `apply_chat_template(messages before it, add_generation_prompt=True)`, and the answer is the
+text that `apply_chat_template(messages with it)` shows after the prompt. This project's rendering is not used.
 """
 
 import copy

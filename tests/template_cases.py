@@ -1,6 +1,6 @@
-"""Conversations of every kind, a tokenizer for any chat template, and an oracle that knows nothing of ours.
+"""Conversations of every kind, a tokenizer for any chat template, and an oracle independent of this project's code.
 
-What an answer must be is found here by searching the text that transformers renders, once for each answer.
+The oracle finds each answer by searching the text that transformers renders.
 """
 
 import copy

@@ -1,5 +1,5 @@
-"""Chat templates in the styles that models are published with, each written for these tests: what they add, strip, move,
-trim, refuse and escape.
+"""Chat templates in the styles of published models, written for these tests: they differ in what they add, strip, move, trim,
+refuse and escape.
 """
 
 ASK = "{% if add_generation_prompt %}"

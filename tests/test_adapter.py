@@ -1,4 +1,4 @@
-"""If this breaks: adapters miss layers or start off the base, or are saved as something that PEFT does not read."""
+"""If this breaks: adapters miss layers, change the base's output before training, or are saved in a form that PEFT cannot load."""
 
 import json
 

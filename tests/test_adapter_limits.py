@@ -1,4 +1,4 @@
-"""If this breaks, a stranger's adapter takes all memory, ends in a traceback, or makes a model of nan without a word."""
+"""If this breaks: an untrusted adapter takes all memory, causes a traceback, or silently gives a model of nan."""
 
 import json
 

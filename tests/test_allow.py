@@ -1,5 +1,5 @@
-"""If this breaks, people cannot use a callback, a logger, a module or a data module of their own from the command line, or
-a config that somebody else wrote imports a package that nobody opened.
+"""If this breaks: users cannot use their own callback, logger, module or data module on the command line, or a config from
+somebody else imports a package that was not allowed.
 
 The package is real: files in the folder where the command is started.
 """

@@ -1,4 +1,4 @@
-"""If this breaks: a conversation is learned in the light of another one that happens to lie in the same row."""
+"""If this breaks: tokens of a conversation attend to another conversation in the same packed sequence."""
 
 import itertools
 

@@ -1,4 +1,4 @@
-"""If this breaks: on a CPU a token reads what it must not see, or its gradient is another one than its loss says."""
+"""If this breaks: on a CPU a token attends to tokens that it must not see, or gradients do not belong to the loss."""
 
 from itertools import pairwise
 

@@ -1,4 +1,4 @@
-"""If this breaks: a folder is served, or trained on, that is not the model which was exported into it."""
+"""If this breaks: a folder is served or trained on although its model differs from the exported one."""
 
 import json
 import shutil

@@ -1,7 +1,6 @@
-"""If this breaks, a config or a downloaded run's `config.yaml` runs a program of its writer when somebody reads it.
+"""If this breaks: a config, or the `config.yaml` of a downloaded run, runs its author's code when it is read.
 
-Every key is given a class that would leave a file behind when it is built, and so is every place inside keys that take
-mappings.
+Every key, and every place inside keys that take mappings, is given a class that would write a file when it is constructed.
 """
 
 import json

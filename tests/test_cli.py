@@ -1,7 +1,7 @@
-"""If this breaks, a user who mistypes something gets a page of traceback instead of what to type, finds a half-written
-run folder, runs foreign code that a config names, or publishes a key of his with `config.yaml`.
+"""If this breaks: a typing mistake causes a long traceback instead of advice or leaves an incomplete run folder, a config runs
+foreign code, or `config.yaml` contains a secret.
 
-Most commands run in this process, through the same `main` that `python -m lit_llm` calls; a few in one of their own.
+Most commands run in this process, through the `main` that `python -m lit_llm` calls; a few run in a process of their own.
 """
 
 import contextlib

@@ -1,4 +1,4 @@
-"""If this breaks, the config of a downloaded model keeps `plan`, `fit` or `chat` busy without an end, or takes all memory."""
+"""If this breaks: the config of a downloaded model keeps `plan`, `fit` or `chat` busy forever, or takes all memory."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""A config that does not parse, or an overlay that does not fit a run, would be a bad first meeting."""
+"""If this breaks: a shipped config does not parse, or an overlay does not fit a run."""
 
 from pathlib import Path
 

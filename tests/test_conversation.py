@@ -1,4 +1,4 @@
-"""If this breaks: a typo in a record is dropped in silence, a tool call is lost, or a bad row kills a whole run."""
+"""If this breaks: a typing mistake in a record is ignored silently, a tool call is lost, or a bad record ends a run."""
 
 import pickle
 

@@ -1,4 +1,6 @@
-"""If this breaks: a user forges a turn of the assistant or the system by spelling it, or an answer's own tokens are torn."""
+"""If this breaks: a user can forge a turn of the assistant or the system by spelling control tokens, or tokens of an answer
+are split.
+"""
 
 import pytest
 from hypothesis import given

@@ -1,7 +1,7 @@
-"""If this breaks: a packing policy, loss, metric, callback, format or endpoint of one's own needs changes in this package,
-or the code that CONTRIBUTING.md shows for them does not run.
+"""If this breaks: a user's own packing policy, loss, metric, callback, format or endpoint needs changes in this package, or the
+code that CONTRIBUTING.md shows for them does not run.
 
-The code blocks of CONTRIBUTING.md become a real package outside of this repository; each is used through the public names.
+The code blocks of CONTRIBUTING.md become a real package outside of this repository; it uses public names only.
 """
 
 import contextlib

@@ -1,5 +1,5 @@
-"""If this breaks, a figure speaks of another model, other data or another step than its reader believes: in
-`metrics.json`, in the model card, in the last lines of a fit, or in what `validate` and `test` print.
+"""If this breaks: a reported metric belongs to another model, other data or another step than stated: in `metrics.json`, in the
+model card, in the last lines of a fit, or in the output of `validate` and `test`.
 """
 
 import csv

@@ -1,4 +1,4 @@
-"""If this breaks, the README of a package shows code that does not run, or a result that it does not give."""
+"""If this breaks: the README of a package shows code that does not run, or results that it does not give."""
 
 import re
 import shlex

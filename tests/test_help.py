@@ -1,4 +1,4 @@
-"""If this breaks, help takes seconds, hides a key, or shows hundreds of lines to somebody who looks for five.
+"""If this breaks: help takes seconds, hides a key, or prints hundreds of lines.
 
 Oracle: the parser itself, which is made from the signatures and docstrings.
 """

@@ -1,4 +1,4 @@
-"""If this breaks: `--help` takes seconds, serving drags in the training stack, or a change here breaks a wing over there."""
+"""If this breaks: `--help` takes seconds, serving imports the training code, or packages depend on each other in a circle."""
 
 import ast
 import subprocess

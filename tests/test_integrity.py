@@ -1,7 +1,6 @@
-"""If this breaks, damaged weights become a model that answers nonsense and nobody is told, or a damaged or foreign
-adapter ends in a traceback.
+"""If this breaks: damaged weights silently give a useless model, or a damaged or foreign adapter causes a traceback.
 
-Every command that reads a checkpoint, on a real one that was damaged after it was written.
+Every command that reads a checkpoint runs on a real one that was damaged after it was written.
 """
 
 import hashlib

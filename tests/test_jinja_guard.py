@@ -1,4 +1,4 @@
-"""If this breaks, a downloaded chat template takes all memory of a machine, or keeps a run or a server busy for hours."""
+"""If this breaks: a downloaded chat template takes all memory of a machine, or keeps a run or a server busy for hours."""
 
 import json
 import os

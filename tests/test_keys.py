@@ -1,8 +1,8 @@
-"""If this breaks, there is a key in the config that does nothing: a user sets it and believes in it.
+"""If this breaks: a config key has no effect although users rely on it.
 
-Every leaf of `fit`'s config, as the real parser knows it, has an entry in `key_effects.py`. The command runs in this process
-with the key's default and with another value, and the part of the run that the entry names must differ; or the value is
-refused by a message that names the key.
+Every leaf of `fit`'s config, according to the real parser, has an entry in `key_effects.py`. The command runs in this
+process with the key's default and with another value, and the part of the run that the entry names must differ; or the
+value is refused by a message that names the key.
 """
 
 import contextlib

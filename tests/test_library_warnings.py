@@ -1,7 +1,7 @@
-"""If this breaks, a library that warns of a wrong gradient or a wrong export is not heard, as when bitsandbytes trained
-adapters on weights without a backward pass; or a shipped run drowns its own words in texts that do not concern it.
+"""If this breaks: a library's warning of a wrong gradient or export is hidden (bitsandbytes once trained adapters on weights
+without a backward pass), or a shipped run prints warnings that do not concern it.
 
-The warnings are real ones: the libraries are used as they warn of it.
+The warnings are real: the libraries are used in the way that they warn of.
 """
 
 import logging

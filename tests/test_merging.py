@@ -1,4 +1,4 @@
-"""If this breaks: the folder that a run exports is another model than the one that it trained and measured."""
+"""If this breaks: the exported model differs from the one that the run trained and measured."""
 
 import json
 import logging

@@ -1,6 +1,6 @@
-"""If this breaks, somebody who lacks an optional package reads a traceback, or that a union has no valid subtype.
+"""If this breaks: users without an optional package get a traceback or a message about unions instead of the package's name.
 
-The commands run without the package, on a folder that links to every library of this environment but that one.
+The commands run without the package, with a folder that links to all other libraries of this environment.
 """
 
 import os

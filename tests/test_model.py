@@ -1,4 +1,4 @@
-"""If this breaks: an export is another model than the one that was trained, or a broken folder ends in a traceback."""
+"""If this breaks: an exported model differs from the trained one, or a broken folder causes a traceback."""
 
 import json
 import shutil

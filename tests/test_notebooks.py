@@ -1,4 +1,4 @@
-"""A notebook that does not run from top to bottom teaches nothing but doubt."""
+"""If this breaks: a notebook does not run from top to bottom."""
 
 import os
 from pathlib import Path

@@ -1,6 +1,6 @@
-"""If this breaks: whoever runs the training benchmark on a GPU gets a traceback after a minute, or a share of the peak that is not so.
+"""If this breaks: the training benchmark fails on a GPU after a minute, or reports a wrong share of the peak rate.
 
-The very code that a GPU runs, with tiny shapes on the CPU; FLOPs against torch's own counter.
+The code that runs on a GPU is executed with tiny shapes on the CPU; FLOPs are compared with torch's own counter.
 """
 
 import math

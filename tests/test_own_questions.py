@@ -1,4 +1,4 @@
-"""If this breaks: who brings own questions and answers in the chapter's format does not get them back from the toy."""
+"""If this breaks: the toy does not reproduce a user's own questions and answers in the tutorial's format."""
 
 from pathlib import Path
 

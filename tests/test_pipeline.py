@@ -1,4 +1,4 @@
-"""Real input goes the way the toy goes: a real checkpoint, real Alpaca files in two languages, and the chapter's GPT-2."""
+"""If this breaks: the commands of the toy do not work with a real checkpoint, real Alpaca files in two languages, or GPT-2."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""If this breaks, a misspelt key is told only after seconds of imports, or a key that exists is refused.
+"""If this breaks: a misspelt key is reported only after seconds of imports, or an existing key is refused.
 
 Oracle: the parser itself, which is made from the signatures.
 """

@@ -1,7 +1,7 @@
-"""If this breaks, an upgrade of a library moved a name that it does not promise to keep, and the test says which.
+"""If this breaks: a new version of a library has moved a private name, and the test names it.
 
-Private names of libraries are used in `lit_llm/system/private/` and `serve/private.py` alone, one function a name. Each
-function is tried here against the installed version, and what it gives is compared with what public names give.
+Private names of libraries are used only in `lit_llm/system/private/` and `serve/private.py`, one function per name. Each
+function is called with the installed version, and its result is compared with that of public names.
 """
 
 import ast

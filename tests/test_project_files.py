@@ -1,4 +1,4 @@
-"""If this breaks, somebody who comes to the repository finds a changelog, a hook, a workflow or a citation that does not work."""
+"""If this breaks: the changelog, a hook, a workflow or the citation of the repository does not work."""
 
 import re
 import shlex

@@ -1,5 +1,6 @@
-"""If this breaks, `lit_llm.` followed by Tab shows nothing, a name that the documentation gives cannot be imported, or a
-config that says `class_path: lit_llm.NAME` is refused."""
+"""If this breaks: `dir(lit_llm)` is incomplete, a documented name cannot be imported, or a config with
+`class_path: lit_llm.NAME` is refused.
+"""
 
 import ast
 import inspect

@@ -1,8 +1,8 @@
-"""If this breaks, a value that makes no sense ends in a traceback, or in a run of nonsense.
+"""If this breaks: an invalid value causes a traceback or is used in a run.
 
-Every key of `fit`, and every place of every shipped config, is given each value of `mutations.py`, parsed, checked and
-built as the command does it. What may be accepted of them is written down here by hand. The commands themselves are
-run by `benchmarks/mutations.py`.
+Every key of `fit`, and every place of every shipped config, is given each value of `mutations.py`; the config is parsed,
+checked and built as the command does it. The accepted values are listed here by hand. `benchmarks/mutations.py` runs the
+commands themselves.
 """
 
 import logging

@@ -1,4 +1,4 @@
-"""The README is the first thing a user types. Every command in it runs here, and what it promises is measured."""
+"""If this breaks: a command of the README does not run, or does not give the stated results."""
 
 import json
 import os

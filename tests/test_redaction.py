@@ -1,4 +1,4 @@
-"""If this breaks, a user publishes a password or a key with the files of his run, a message or a logger's folder.
+"""If this breaks: a password or key is written into a run's files, a message or a logger's folder.
 
 The secrets are made up; each has the form that its issuer uses.
 """

@@ -1,5 +1,5 @@
-"""If this breaks, the commands that a finished fit prints, or the config that it keeps, measure or train something else
-than the run: other data, another base, the run of another name; or they work in one directory only.
+"""If this breaks: the commands printed at the end of a fit, or the stored config, use other data, another base or another run of
+the same name; or they work in one directory only.
 """
 
 import contextlib

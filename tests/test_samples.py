@@ -1,6 +1,6 @@
-"""Would break for a user: the first run of the README, and the claim that its exam asks what was never asked before.
+"""If this breaks: the first run of the README fails, or its exam contains questions of the training data.
 
-The files beside `lit_llm/samples/make.py` must be what that script writes; the exam must be unseen, answerable and in
+The files beside `lit_llm/samples/make.py` must be those that the script writes; the exam must be unseen, answerable and in
 two languages; tokenizer and base must load in plain transformers.
 """
 

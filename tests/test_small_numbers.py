@@ -1,4 +1,4 @@
-"""If this breaks: a number that means nothing runs on, and does something else or nothing."""
+"""If this breaks: a meaningless number is accepted and has another effect or none."""
 
 import pytest
 

@@ -1,5 +1,5 @@
-"""If this breaks, what is installed with hashes is something else than what the tests ran with, or has no upper bound
-where a library's private names are used.
+"""If this breaks: packages installed with hashes differ from those that were tested, or a library whose private names are used
+has no upper bound.
 """
 
 import re

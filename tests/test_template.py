@@ -1,7 +1,6 @@
-"""If this breaks: with some real chat template the model learns words that are not its own, or is served another prompt
-than it was trained on.
+"""If this breaks: with a real chat template, text of other roles is supervised, or the served prompt differs from the trained one.
 
-What must be learned is found by `tests/template_cases.py`, which renders with transformers alone.
+`tests/template_cases.py` finds the expected answers, rendering with transformers only.
 """
 
 import pytest

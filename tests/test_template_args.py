@@ -1,7 +1,7 @@
-"""If this breaks: a model is trained with one value of a template's variable and served with another, or a misspelled
-variable changes nothing and nobody says so.
+"""If this breaks: a model is trained with one value of a template variable and served with another, or a misspelt variable is
+silently ignored.
 
-What must be rendered is asked of plain transformers.
+The expected text is rendered by plain transformers.
 """
 
 import json

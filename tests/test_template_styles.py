@@ -1,7 +1,7 @@
-"""If this breaks: with a template of some style that models are published with, the model learns other words than the
-template serves, a conversation that it could learn is refused, or the reason of a refusal is not true.
+"""If this breaks: with templates in the style of a published model, other text is supervised than is served, a valid
+conversation is refused, or a refusal gives a wrong reason.
 
-The judge renders each record with plain transformers (`tests/rendering_oracle.py`).
+The oracle renders each record with plain transformers (`tests/rendering_oracle.py`).
 """
 
 import json

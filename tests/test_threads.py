@@ -1,7 +1,7 @@
-"""If this breaks, a user's run or server is ten times slower than it need be on a machine that others use, or a resumed run
-no longer ends with the bits it would have ended with.
+"""If this breaks: a run or server on a shared machine is ten times slower than necessary, or a resumed run is no longer
+bit-identical.
 
-Oracles: work whose time is known for each number of threads, a second run with the number typed, torch's own state.
+Oracles: work whose time is known for each number of threads, a second run with the number given, torch's own state.
 """
 
 from pathlib import Path

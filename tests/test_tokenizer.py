@@ -1,5 +1,5 @@
-"""If this breaks: the model learns the user's words, never learns to stop, or is served another prompt than it was
-trained on. All of it is silent.
+"""If this breaks: the model is silently trained on the user's text, never learns to stop, or gets another prompt when served than
+in training.
 """
 
 import numpy as np

@@ -1,4 +1,4 @@
-"""If this breaks: a model is trained or served on other tokens than its own, or a sound tokenizer is refused."""
+"""If this breaks: a model is trained or served with wrong tokens, or a correct tokenizer is refused."""
 
 import json
 import shutil

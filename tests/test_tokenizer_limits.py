@@ -1,4 +1,4 @@
-"""If this breaks, the tokenizer.json of a downloaded model takes all memory, never ends, or ends in a traceback of Rust."""
+"""If this breaks: the tokenizer.json of a downloaded model takes all memory, never ends, or causes a panic of the Rust library."""
 
 import json
 import re

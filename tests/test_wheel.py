@@ -1,6 +1,6 @@
-"""If this breaks, `pip install` of a wheel gives a package without its configs, samples, help pages or server.
+"""If this breaks: an installed wheel lacks configs, samples, help pages or the server.
 
-The wheel is built as `python -m build` does it, from a source distribution, and installed into a fresh virtual environment
+The wheel is built from a source distribution, as `python -m build` does it, and installed into a fresh virtual environment
 that shares only the libraries of this one.
 """
 

@@ -1,4 +1,4 @@
-"""What tests ask of any tiny model: its logits for some ids, and adapters that do something."""
+"""Helpers for tiny models: logits for fixed ids, and adapters with random weights."""
 
 import torch
 

@@ -1,10 +1,10 @@
-"""Every causal LM of transformers that can be built small: our loss and gradient against plain transformers.
+"""Compare loss and gradient with plain transformers for every causal LM of transformers that can be built small.
 
-For each `model_type` a small config is made, a `CausalLMModule` is built of it as `fit` builds one, its weights are
-replaced by random ones, and what its `sums` gives for a packed batch, in training and in evaluation, is compared with
-transformers' own forward pass of every document by itself, in float64 where the model can (weights, documents and the
-comparison have nothing in common with those of `training/checks/proof.py`). Prints which way was chosen, the relative
-difference of the loss, and the largest of the gradient's: |difference| / |gradient| over all weights.
+For each `model_type` a small config is made and a `CausalLMModule` is built as `fit` does it. Its weights are replaced by
+random ones. The result of its `sums` for a packed batch, in training and in evaluation, is compared with transformers' own
+forward pass of each document, in float64 if the model supports it. (Weights, documents and comparison are independent of
+`training/checks/proof.py`.) Prints the chosen way, the relative difference of the loss, and the largest relative difference
+of the gradient: |difference| / |gradient| over all weights.
 
     python -m tests.benchmarks.architectures                     # all, some minutes
     python -m tests.benchmarks.architectures --only llama gpt2

@@ -1,7 +1,7 @@
-"""A function of a benchmark and its arguments in, what it returns out, called in a process of its own.
+"""Call a benchmark's function in a process of its own and return its result.
 
-So no contestant warms the caches of another, threads and forks start clean, and memory is its own. Rounds are
-interleaved: a machine that is slow for a while is slow for all.
+So contestants do not share warm caches, threads or memory. Rounds are interleaved, so that a machine that is slow for a
+while affects all of them.
 """
 
 import inspect

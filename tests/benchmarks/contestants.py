@@ -1,8 +1,9 @@
-"""One trainer in one process: `python contestants.py '{"who": ..., ...}'`, started by `train.py`.
+"""Run one trainer in one process: `python contestants.py '{"who": ..., ...}'`, started by `train.py`.
 
-All read the same weights and the same token ids with the same labels. Each first takes one step on a few conversations,
-so that losses can be compared. Then it runs whenever a line comes in, for as long as a turn takes, and waits between two
-steps, so that all can live at once and take turns of seconds. What it measured are the lines that begin with MARK.
+All trainers get the same weights and the same token ids with the same labels. Each first takes one step on a few
+conversations, so that losses can be compared. Then it trains for one turn whenever it reads a line, and pauses between two
+steps, so that all processes can coexist and take turns of some seconds. Lines of its output that begin with MARK are
+measurements.
 """
 
 import json

@@ -1,11 +1,12 @@
-"""How fast conversations become tokens and labels, against TRL's own dataset preparation of the same file.
+"""Measure how fast conversations are converted to tokens and labels, compared with TRL's dataset preparation.
 
     python -m tests.benchmarks.conversations --data FOLDER --trl PYTHON
 
-PYTHON is that of an environment with trl; it need not have this package. Single answers are Alpaca's, English and
-Chinese; in `turns` four of them follow each other. TRL is given the file already loaded, what it does by itself is taken
-(`SFTTrainer`, `assistant_only_loss`, its training template for Qwen2.5, two processes); ours is `prepare`, reading and
-writing included. Both must make the same tokens. TRL supervises more of them: what its template writes behind `<|im_end|>`.
+PYTHON is the interpreter of an environment with trl, which does not need this package. Single answers are Alpaca's, in
+English and Chinese; in `turns` four of them follow each other. TRL gets the loaded file and uses its defaults
+(`SFTTrainer`, `assistant_only_loss`, its training template for Qwen2.5, two processes); lit_llm's time is that of `prepare`,
+including reading and writing. Both must give the same tokens. TRL supervises more of them: those that its template writes
+after `<|im_end|>`.
 """
 
 import argparse

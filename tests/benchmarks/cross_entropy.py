@@ -1,8 +1,8 @@
-"""The loss alone on a GPU, by ours and by others: the part of `train.py --device cuda` whose cases begin with "loss".
+"""Compare loss kernels on a GPU: this project's and others'. The part of `train.py --device cuda` with the "loss" cases.
 
-Forward and backward of 8,192 supervised tokens from hidden states and a bf16 head, each in a process of its own: median
-milliseconds, peak bytes beyond what was there, and |error| / |gradient| of the first 256 tokens against float64. With
-`--smoke` tiny shapes and only ours, on the CPU.
+Forward and backward pass of 8,192 supervised tokens from hidden states and a bf16 head, each in a process of its own: median
+milliseconds, peak additional bytes, and |error| / |gradient| of the first 256 tokens against float64. `--smoke` runs
+this project's kernel with tiny shapes on the CPU.
 """
 
 import statistics

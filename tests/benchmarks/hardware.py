@@ -1,6 +1,6 @@
-"""The README's table of hardware: what `plan` computes for two common shapes. `python tests/benchmarks/hardware.py`.
+"""Print the README's hardware table: the results of `plan` for two common shapes. `python tests/benchmarks/hardware.py`.
 
-No weights are needed: `plan` reads the config alone. Each row takes about half a minute.
+No weights are needed, because `plan` reads only the config. Each row takes about half a minute.
 """
 
 import json

@@ -1,10 +1,10 @@
-"""What each kernel written here gains on a CPU, end to end: a training step, or a validation batch, with and without it.
+"""Measure the end-to-end gain of each kernel of this project on a CPU: a training step or validation batch with and without it.
 
     python -m tests.benchmarks.kernels [--rounds 9] [--vocabulary 32000] [--lengths 60 300 ...] [--dtypes bfloat16]
 
-A 6M-parameter Llama on a packed row of random documents, one thread. All contestants take turns in one process; the printed
-ratio is the median over the rounds of CPU time without the kernel / CPU time with all.
-CUDA is not measured here: blockwise attention, the norms and oneDNN's tiles are for CPUs, the Triton kernel for CUDA.
+The model is a 6M-parameter Llama on a packed sequence of random documents, with one thread. All variants take turns in one
+process; the printed ratio is the median over the rounds of CPU time without the kernel / CPU time with all kernels.
+CUDA is not measured here: blockwise attention, the norms and oneDNN's tiles are for CPUs, the Triton kernel is for CUDA.
 """
 
 import argparse

@@ -1,8 +1,8 @@
-"""`prepare` killed at random moments and run again: the same store, byte for byte, and nothing left behind.
+"""Kill `prepare` at random moments and run it again: the store must be byte-identical, and nothing may be left behind.
 
     python -m tests.benchmarks.kills --data FOLDER
 
-Every second time the whole session is killed, else the parent alone: then its processes must end by themselves.
+Alternately the whole session and only the parent is killed; in the latter case its processes must end by themselves.
 """
 
 import argparse

@@ -1,9 +1,9 @@
-"""How much faster than training the batches come: tokens/s of the loader alone against those of a training step.
+"""Compare the speed of the loader with that of training: tokens/s of the loader alone and of a training step.
 
     python -m tests.benchmarks.loader --data FOLDER
 
-The step is that of the embedded toy Llama (forward, loss, backward, AdamW) on one of the very same batches: no model trains
-faster here, so none is harder to keep fed. `--threads` are those of the step; on a busy machine more of them are slower.
+The step is that of the embedded toy Llama (forward, loss, backward, AdamW) on one of the same batches. It is the fastest
+model here, so it needs the fastest loader. `--threads` are those of the step; on a busy machine more threads are slower.
 """
 
 import argparse

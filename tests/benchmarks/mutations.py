@@ -1,10 +1,10 @@
-"""Every leaf of every shipped config, and every key there is, with values that make no sense: what the command does.
+"""Run the command with invalid values for every leaf of every shipped config and for every key.
 
     python -m tests.benchmarks.mutations --out /tmp/mutations
 
-Real commands, each in a process forked from one that has imported everything: `fit` of one step on a tiny model, with
-validation and export. Wanted of each: exit code 0 or 2, no traceback, no more than `--limit` seconds. What was accepted
-is printed, to be judged.
+Real commands run in processes forked from one that has imported everything: `fit` of one step on a tiny model, with
+validation and export. Required of each: exit code 0 or 2, no traceback, at most `--limit` seconds. Accepted values are
+printed for review.
 """
 
 import argparse

@@ -1,12 +1,12 @@
-"""How fast a GPU learns, against what its matrix units can do: the part of `train.py` behind `--device cuda`.
+"""Measure the training speed of a GPU relative to its peak rate: the part of `train.py` behind `--device cuda`.
 
-Models of true shape and random weights learn packed rows of random tokens: our attention, loss, optimizer, module and
-Trainer, each case in a process of its own; then the same steps by hand, for what Lightning and our callbacks cost. Needs
-a GPU, torch, transformers, peft and lightning; reads no file and no network. About a minute to a case, more where layers
-are compiled; with `--smoke` tiny shapes go the same way on a CPU.
+Models of real shapes with random weights train on packed sequences of random tokens, with this project's attention, loss,
+optimizer, module and Trainer, each case in a process of its own. The same steps in a plain loop show the cost of Lightning
+and the callbacks. Needs a GPU, torch, transformers, peft and lightning; reads no file and uses no network. A case takes about
+a minute, more if layers are compiled; `--smoke` runs the same code with tiny shapes on a CPU.
 
-FLOPs of a token are those of the model, whatever is computed again: 6 N + 6 d T for all weights, 4 N + 6 N_adapters + 6 d T
-for adapters; attention is causal and ends at the borders of documents; N is without the embedding, with the head.
+FLOPs per token are those of the model, without recomputation: 6 N + 6 d T for all weights, 4 N + 6 N_adapters + 6 d T for
+adapters; attention is causal and limited to documents; N excludes the embedding and includes the head.
 """
 
 import os

@@ -1,9 +1,9 @@
-"""How many of some dozens of own questions the toy answers exactly, after the README's recipe.
+"""Count how many of some dozens of a user's questions the toy answers exactly after the README's recipe.
 
     python tests/benchmarks/own_questions.py [FILE ...] [--base FOLDER] [--out FOLDER]
 
-Each file holds records like {"conversations": [{"role": "user", ...}, {"role": "assistant", ...}]}; without one, the 50
-everyday questions beside this script are taken.
+Each file has records like {"conversations": [{"role": "user", ...}, {"role": "assistant", ...}]}; without a file, the 50
+everyday questions beside this script are used.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""How full rows are, and how long packing takes.
+"""Measure how full packed sequences are, and how long packing takes.
 
     python -m tests.benchmarks.packing --data FOLDER
 """

@@ -1,7 +1,7 @@
-"""One part of training, alone in a process: `python parts.py NAME`; what it measured is printed as JSON.
+"""Measure one part of training in a process of its own: `python parts.py NAME` prints the result as JSON.
 
-`head` and `full_logits`: a step of a small model with 131,072 words, our loss against logits of all tokens. `lightning`
-and `loop`: what a micro-batch costs beyond the model's own work on the same rows.
+`head` and `full_logits`: a step of a small model with a vocabulary of 131,072, with this project's loss and with the logits
+of all tokens. `lightning` and `loop`: the cost of a micro-batch beyond the model's own work on the same packed sequences.
 """
 
 import itertools

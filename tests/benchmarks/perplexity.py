@@ -1,17 +1,17 @@
-"""Perplexity of a validation, ours against torchmetrics' on logits: time and extra memory.
+"""Compare time and additional memory of a validation: this project's perplexity and torchmetrics' on logits.
 
     python tests/benchmarks/perplexity.py --tokenizer FOLDER --chats A.json B.json [--words 32000] [--bf16]
 
-The 6M-parameter Llama of `train.py` and the conversations, with random weights, in two races.
+The model is the 6M-parameter Llama of `train.py` with random weights, on its conversations, in two comparisons.
 
-The head alone: rows of 2,048 tokens, packed as `validate` packs them and spread evenly over all of them; the last hidden
-states of a row go to both in turn, and time is that of all rows, the median over turns. Memory is looked at in turns of
-its own, for who looks slows down what he looks at. With more than about nine of ten tokens supervised the product of
-hidden states and words bounds both.
+The head alone: sequences of 2,048 tokens, packed as in `validate` and sampled evenly. Both get the last hidden states of a
+sequence in turn; time is that of all sequences, the median over turns. Memory is measured in separate turns, because
+measuring it takes time. With more than about nine of ten tokens supervised, the product of hidden states and vocabulary
+dominates both.
 
-The whole: `validate` over every fourth conversation against transformers' model on batches of 16, padded to their longest,
-whose logits torchmetrics takes. Both have gone through once, so that data are read and libraries warm, and what they
-freed was given back, when memory and time are taken. `--words` gives the model a larger vocabulary than the tokenizer has.
+The whole validation: `validate` over every fourth conversation, compared with transformers' model on batches of 16 padded to
+their longest sequence, whose logits torchmetrics gets. Both run once before the measurement, so that data and libraries are
+loaded. `--words` gives the model a larger vocabulary than the tokenizer's.
 """
 
 import argparse

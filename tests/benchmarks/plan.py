@@ -1,8 +1,8 @@
-"""Planned and measured peak memory of the process of real runs: `python tests/benchmarks/plan.py [WORD]` (Linux, CPU).
+"""Compare planned and measured peak memory of real runs: `python tests/benchmarks/plan.py [WORD]` (Linux, CPU).
 
-With a word only cases that have it: "60M", "nf4".
-Each case is `plan` and then `fit`, its export too, each in a process of its own; measured is the most that Linux saw
-resident in one process of the run (VmHWM). Adapters learn chats on a base with random weights, all else learns text.
+With a word, only cases that contain it run, such as "60M" or "nf4". Each case is `plan` and then `fit` with its export, each
+in a process of its own; measured is the peak resident memory of one process (VmHWM). Adapters are trained on chats with a
+base of random weights, everything else on plain text.
 """
 
 import json

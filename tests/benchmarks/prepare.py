@@ -1,10 +1,10 @@
-"""How fast documents become tokens, against the bare `tokenizers` batch encoder, and how much memory that takes.
+"""Measure speed and memory of tokenizing documents, compared with the plain `tokenizers` batch encoder.
 
     python -m tests.benchmarks.prepare --data FOLDER                the real texts, several tokenizers
     python -m tests.benchmarks.prepare --data FOLDER --memory 2000  peak memory of corpora of so many megabytes
 
-The bare encoder has the same documents as strings in memory and all cores, and throws its ids away; `prepare` reads
-them from the disk, as JSON lines and as one text file, and writes the store.
+The plain encoder gets the same documents as strings in memory and all cores, and discards its ids; `prepare` reads them from
+disk, as JSON lines and as one text file, and writes the store.
 """
 
 import argparse

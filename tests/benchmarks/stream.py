@@ -1,9 +1,9 @@
-"""How fast text streams into batches, against the stored way; how much memory it takes; how fast it resumes.
+"""Measure streaming: speed compared with stored tokens, memory, and time to resume.
 
     python tests/benchmarks/stream.py --tokenizer DIR [--megabytes 300] [--num_proc 2]
 
-The corpus is generated: JSON lines of random words. Each contestant runs in a process of its own; peak memory is that
-process's, beside what it has after loading the tokenizer.
+The corpus is generated: JSON lines of random words. Each contestant runs in a process of its own; peak memory is that of the
+process, beyond its memory after loading the tokenizer.
 """
 
 import argparse

@@ -1,8 +1,8 @@
-"""Which chat templates are handled, and why not: `python -m tests.benchmarks.templates FOLDER ... --tokenizers DATA`.
+"""Count which chat templates are supported, and why others are not: `python -m tests.benchmarks.templates FOLDER ... --tokenizers DATA`.
 
-Every .jinja file below the folders is read with a real vocabulary, minimind's for its own and Qwen2's for all others, to
-which the control tokens are added that the template writes. Each record of `tests/conversation_records.py` is
-learned and held against transformers' own rendering (`tests/rendering_oracle.py`). Prints a line a template, then the counts of
+Every .jinja file below the folders is used with a real vocabulary, minimind's for its own templates and Qwen2's for all
+others, to which the control tokens of the template are added. Each record of `tests/conversation_records.py` is encoded
+and compared with transformers' own rendering (`tests/rendering_oracle.py`). Prints a line per template, then the counts of
 each verdict and each reason.
 """
 

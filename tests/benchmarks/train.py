@@ -1,13 +1,13 @@
-"""How fast weights learn, as ratios measured in one run on this machine.
+"""Compare training speed of several trainers on this machine, as ratios measured in one run.
 
     python tests/benchmarks/train.py --tokenizer FOLDER --chats A.json B.json --text FILE [--peer PYTHON]
     python tests/benchmarks/train.py --device cuda [--only "8B, LoRA"]      no files are needed; see on_gpu.py
-    python tests/benchmarks/train.py --device cuda --only loss      ours, cut-cross-entropy and Liger; see cross_entropy.py
+    python tests/benchmarks/train.py --device cuda --only loss      lit_llm, cut-cross-entropy and Liger; see cross_entropy.py
 
-A 6M-parameter Llama with random weights learns the conversations. Each contestant has a process of its own; all are there at
-once and one at a time runs, some seconds, while the others wait: a machine drifts by a third within minutes, and the median
-over the rounds is of ratios within one. A contestant whose loss of the first step is another one is out: a faster wrong
-loss is no record. `--peer` is an interpreter with `trl`; without it that row is left out.
+A 6M-parameter Llama with random weights is trained on the conversations. Each contestant has a process of its own; one at a
+time runs for some seconds while the others wait. The speed of a machine can change by a third within minutes, so ratios are
+computed within a round, and the median over the rounds is printed. A contestant with another loss in the first step is
+disqualified. `--peer` is an interpreter with `trl`; without it that row is left out.
 """
 
 import argparse

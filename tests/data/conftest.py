@@ -1,4 +1,4 @@
-"""A small byte-level tokenizer with a ChatML template, built here, and files made of records."""
+"""Fixtures: a small byte-level tokenizer with a ChatML template, and files of records."""
 
 import json
 from pathlib import Path

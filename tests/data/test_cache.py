@@ -1,4 +1,4 @@
-"""If this breaks: a rank waits for tokens that nobody makes, a damaged or stale store is trained on, or the cache fills up."""
+"""If this breaks: a rank waits forever for tokens, a damaged or stale store is trained on, or the cache is never cleaned up."""
 
 import contextlib
 import fcntl

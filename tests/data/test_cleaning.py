@@ -1,4 +1,4 @@
-"""If this breaks: cleaning eats more than white space, or a long text is cleaned otherwise than a short one."""
+"""If this breaks: cleaning removes more than white space, or a long text is cleaned differently from a short one."""
 
 import re
 

@@ -1,4 +1,4 @@
-"""If this breaks, a real file trains on the wrong records, or perplexity moves with packing and batch size."""
+"""If this breaks: a real file trains on the wrong records, or perplexity depends on packing and batch size."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""If this breaks, a known record format is read wrong: words under the wrong role, or a fault without its remedy."""
+"""If this breaks: a supported record format is misread, for example with texts under the wrong role, or an error gives no advice."""
 
 import contextlib
 import json

@@ -1,4 +1,4 @@
-"""If this breaks, the first look at the data shows other tokens than the model learns, or counts that do not add up."""
+"""If this breaks: `inspect` shows other supervised tokens than the model is trained on, or counts that do not add up."""
 
 import re
 

@@ -1,5 +1,5 @@
-"""If this breaks: one line of a stranger's file takes all memory or never ends, and with it the run and the machine; or a
-long text is learned as other tokens than the tokenizer gives for it.
+"""If this breaks: one line of an untrusted file takes all memory or never ends; or a long text is trained on with other tokens
+than the tokenizer gives.
 """
 
 import gzip

@@ -1,4 +1,4 @@
-"""If this breaks, a resumed run repeats or skips data, two processes train on other rows than one, or labels shift."""
+"""If this breaks: a resumed run repeats or skips data, two processes train on other sequences than one, or labels are shifted."""
 
 from itertools import islice
 

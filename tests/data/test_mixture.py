@@ -1,5 +1,5 @@
-"""If this breaks, a source is drawn more or less than its weight says, the ledger tells of data that was never learned, or
-a record is validated on that was trained on.
+"""If this breaks: a source is drawn more or less often than its weight says, the mixture report is wrong, or training records
+are used for validation.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""If this breaks, tokens are lost, trained twice, or an answer stands without its question."""
+"""If this breaks: tokens are lost or trained on twice, or an answer is separated from its question."""
 
 import numpy as np
 import pytest

@@ -1,5 +1,5 @@
-"""If this breaks: a corpus becomes other tokens when it is large, when several processes share the work, or when one of
-them is killed; or a process stays behind.
+"""If this breaks: a corpus gives other tokens if it is large, if several processes tokenize it, or if one of them is killed; or
+a process is left behind.
 """
 
 import gzip

@@ -1,4 +1,4 @@
-"""If this breaks: a file that is damaged, mislabelled or changing ends in a traceback, a hang, or the wrong words."""
+"""If this breaks: a damaged, mislabelled or changing file causes a traceback, a hang, or wrong text."""
 
 import codecs
 import csv

@@ -1,4 +1,4 @@
-"""If this breaks, a file of the real world is read wrong, or its fault is told as a traceback or at the wrong line."""
+"""If this breaks: a published file is misread, or its error is a traceback or names the wrong line."""
 
 import codecs
 import gzip

@@ -1,4 +1,4 @@
-"""If this breaks, a run trains on stale, half-written or other people's tokens, or a bad record passes in silence."""
+"""If this breaks: a run trains on stale or incomplete tokens or on those of another source, or a bad record is ignored silently."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""If this breaks: what a stranger's file, folder or setting holds ends a run in a traceback, or is learned as something else."""
+"""If this breaks: an unusual file, folder or setting causes a traceback, or is trained on as something else."""
 
 import datetime
 import json

@@ -1,5 +1,5 @@
-"""If this breaks, a run on a corpus that streams skips or repeats data, trains on other rows when it is resumed or when
-the number of its processes changes, or stops without saying at which record.
+"""If this breaks: a streaming run skips or repeats data, trains on other sequences when it is resumed or when the number of
+processes changes, or stops without naming the bad record.
 """
 
 import csv

@@ -1,4 +1,4 @@
-"""On a GPU packed attention takes another kernel: were it wrong, a model trained there would learn across documents."""
+"""If this breaks: a model trained on a GPU, where packed attention uses another kernel, mixes documents."""
 
 import pytest
 import torch

@@ -1,4 +1,6 @@
-"""What Triton's interpreter cannot show of cut-cross-entropy and Liger: that they run on a GPU, what they hold, whom they wait for."""
+"""Properties of cut-cross-entropy and Liger that Triton's interpreter cannot show: that they run on a GPU, their memory, and when
+they synchronise.
+"""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""On a GPU the loss goes other ways than on a CPU: were they wrong, or large, no test without one would tell."""
+"""If this breaks: the loss on a GPU, which uses other kernels than on a CPU, is wrong or takes too much memory."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Whole training steps on a GPU: were the device waited for, documents mixed or a run not resumed as it was, nobody would see it."""
+"""If this breaks: training steps on a GPU synchronise with the device, mix documents, or resume differently."""
 
 import pytest
 import torch

@@ -1,8 +1,8 @@
-"""Trains an epoch under a list of settings and writes, for every optimizer step, the gradient and what was in it.
+"""Train an epoch under a list of settings and write, for every optimizer step, the gradient and the documents of the step.
 
-Imported by test_gradient.py for one process, run by it for two: `python gradient_probe.py PLAN.json`; Lightning starts
-the second process with the same command. The learning rate is so small that no float32 weight moves, so that each step
-of the epoch has the gradient of the same model.
+test_gradient.py imports it for one process and runs it for two: `python gradient_probe.py PLAN.json`; Lightning starts the
+second process with the same command. The learning rate is so small that no float32 weight changes, so each step of the epoch
+has the gradient of the same model.
 """
 
 import json

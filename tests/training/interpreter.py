@@ -1,10 +1,11 @@
-"""Triton's interpreter as cut-cross-entropy and Liger need it; Triton 3.9 by itself cannot run them on a CPU.
+"""Adapt Triton's interpreter for cut-cross-entropy and Liger; Triton 3.9 by itself cannot run them on a CPU.
 
-Import it in a process with TRITON_INTERPRET=1, before either library; as a script it is strategy_probe.py. What it mends, and only for the interpreter:
+Import it in a process with TRITON_INTERPRET=1, before either library; as a script it is strategy_probe.py. It corrects, for
+the interpreter only:
 
-    tanh, log1p    `triton.language.extra.libdevice` holds stubs that a GPU's compiler replaces; here they give None
-    bfloat16       is kept as its bits, and sums and products are made of the bits as if they were integers; float32
-                   is cut, not rounded, on its way into it
+    tanh, log1p    `triton.language.extra.libdevice` has stubs that a GPU's compiler replaces; here they return None
+    bfloat16       is stored as bits, and sums and products are computed with the bits as if they were integers; float32
+                   is truncated, not rounded, on conversion
     a cap          stays Python's float, which has no `.to`; see `Cap`
 """
 

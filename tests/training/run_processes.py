@@ -1,4 +1,4 @@
-"""What tests of survival share: real runs that can be ended at will, and what two runs must have in common."""
+"""Real runs in forked processes that can be ended at will, and the comparison of two runs."""
 
 import csv
 import json

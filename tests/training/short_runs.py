@@ -1,4 +1,4 @@
-"""What tests of a run's start share: a few steps on a file of chats, and what plain transformers says of the export."""
+"""Short runs on a file of chats, and the NLL of their export by plain transformers."""
 
 import torch
 

@@ -1,8 +1,8 @@
-"""Trains a tiny model under a list of settings with real processes, and writes what every rank saw.
+"""Train a tiny model under a list of settings with real processes, and write the results of every rank.
 
 Run by test_strategy.py: `python strategy_probe.py PLAN.json`; Lightning starts the other ranks with the same command.
 PLAN is {"model", "steps", "out", "devices", "cases": [{"name", "strategy", "lora", "accumulate", ...}]}, a step is
-{"input_ids", "labels"} of all its rows, which micro-batches and ranks share.
+{"input_ids", "labels"} of all its sequences, which micro-batches and ranks share.
 """
 
 import json

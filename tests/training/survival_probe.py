@@ -1,11 +1,11 @@
-"""Runs `python -m lit_llm` in processes forked from one that has imported everything, and ends or signals them.
+"""Run `python -m lit_llm` in processes forked from one that has imported everything, and kill or signal them.
 
-Started by `lives.py`; reads one JSON order a line and answers with one. An order: {"args": [...], "ranks": 1, "cwd",
-"env", "strike": {"ranks": [0], "signals": [9], and "point": "...", "turn": 1, or "after": seconds}}. Points are named
-below; a process strikes itself there, in the product's own code, which knows nothing of it. After a kill -9 every rank
-is killed, as when the machine dies, unless it says "one": true. With "says" the process refuses its input there, with
-"full" the write fails there as on a full disk. "agent": true tells the others to end where one ended with an error,
-as torchrun does.
+Started by `run_processes.py`; reads one JSON order per line and answers with one. An order: {"args": [...], "ranks": 1,
+"cwd", "env", "strike": {"ranks": [0], "signals": [9], and "point": "...", "turn": 1, or "after": seconds}}. Points are named
+below; a process signals itself there, within the product's own code, which is not changed for it. After a kill -9 every rank
+is killed, as when the machine fails, unless the order has "one": true. With "says" the process refuses its input there, with
+"full" the write fails there as on a full disk. "agent": true ends the other ranks if one ended with an error, as torchrun
+does.
 """
 
 import errno

@@ -1,4 +1,4 @@
-"""Kills a real run again and again, lets it go on, and compares its end with that of a run never killed, bit by bit.
+"""Kill a real run repeatedly, resume it, and compare its end bit by bit with that of an uninterrupted run.
 
     python tests/training/survive.py --kills 30                                   at random moments, one process
     python tests/training/survive.py --kills 30 --ranks 2 --strategy ddp

@@ -1,4 +1,4 @@
-"""If this breaks: a PEFT method that cannot compute on a layer ends in a page of traceback that names neither."""
+"""If this breaks: a PEFT method that cannot compute on a layer causes a long traceback that names neither."""
 
 import pytest
 import torch

@@ -1,5 +1,5 @@
-"""If this breaks, a mixture of experts is trained without what keeps its experts in use, or with another weight for each
-division of the same step into micro-batches and processes; or the balance hides in `train/loss` and `val/nll`.
+"""If this breaks: a mixture of experts is trained without its load-balancing loss, or with a weight that depends on the
+division of a step into micro-batches and processes; or the loss is part of `train/loss` and `val/nll`.
 
 Oracle: plain transformers in float64, one document at a time, with `output_router_logits=True`: its logits, and its
 `aux_loss`, which its own class computes.

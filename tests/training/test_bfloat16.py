@@ -1,8 +1,8 @@
-"""If this breaks, gradients in bfloat16 are summed, reduced or scaled wrongly on two ranks, which no float32 test sees:
-AdamW hides a wrong scale, and clipping does not.
+"""If this breaks: gradients in bfloat16 are summed, reduced or scaled wrongly on two ranks, which no float32 test detects:
+AdamW hides a wrong scale, but clipping does not.
 
-Oracle: plain transformers in float64 on the same conversations (`test_gradient.Oracle`). Rounding to eight bits turns
-single numbers by some percent; the norm of the whole gradient stays.
+Oracle: plain transformers in float64 on the same conversations (`test_gradient.Oracle`). Rounding to eight bits changes
+single numbers by some percent, but hardly the norm of the whole gradient.
 """
 
 import torch

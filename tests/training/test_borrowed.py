@@ -1,8 +1,8 @@
-"""If this breaks: who chooses cut-cross-entropy or Liger trains another gradient than the model's, waits for the device at
-each micro-batch, or learns from a traceback what cannot be.
+"""If this breaks: cut-cross-entropy or Liger train another gradient than the model's, synchronise with the device at each
+micro-batch, or unsupported settings cause a traceback.
 
-Both run here in Triton's interpreter (interpreter.py), on CPU tensors, in processes of their own: Triton reads at import
-whether it interprets. Oracle: torch's cross-entropy in float64. What refuses needs neither library.
+Both run here in Triton's interpreter (interpreter.py), on CPU tensors, in processes of their own, because Triton reads the
+setting at import. Oracle: torch's cross-entropy in float64. Refusals need neither library.
 """
 
 import json

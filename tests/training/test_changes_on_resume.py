@@ -1,5 +1,5 @@
-"""If this breaks, a learning rate that a user types to go on with is written into `config.yaml` and not used, or a key
-that cannot change any more is taken without a word; or a run that has nothing left to train overwrites its own record.
+"""If this breaks: a learning rate given on resume is written into `config.yaml` but not used, a change of a fixed key is silently
+ignored, or a finished run overwrites its own record.
 
 Oracle: a step of AdamW moves a weight by about its learning rate at most; plain torch's optimizer state.
 """

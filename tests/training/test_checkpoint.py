@@ -1,5 +1,5 @@
-"""If this breaks, a run that was stopped cannot go on where it stood: steps are lost or done twice, weights differ, a
-torn file is loaded, the wrong checkpoint counts as best, or what `export` writes is not the model that was trained.
+"""If this breaks: a stopped run cannot be resumed exactly: steps are lost or repeated, weights differ, an incomplete file is
+loaded, the wrong checkpoint counts as best, or the export differs from the trained model.
 
 Oracle: the same run without the stop; plain transformers and peft for what was written.
 """

@@ -1,4 +1,4 @@
-"""If this breaks, a strategy that somebody adds trains something else, for parts of a step are done twice or not at all."""
+"""If this breaks: a new strategy trains wrongly because parts of a step are done twice or not at all."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""If this breaks, a run whose weights or perplexity became inf or nan ends with exit code 0 and an export."""
+"""If this breaks: a run whose weights or perplexity became inf or nan ends with exit code 0 and an export."""
 
 import os
 import shutil

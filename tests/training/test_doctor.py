@@ -1,6 +1,6 @@
-"""If this breaks, the doctor calls a healthy run ill, or, worse, an ill one healthy.
+"""If this breaks: `verify-resume` or `selftest` report a fault of a correct run, or miss one.
 
-The real verbs and their real children; what the children left is then spoiled by hand and looked at again.
+The real verbs run their real child processes; then their output is changed by hand and compared again.
 """
 
 import shutil

@@ -1,4 +1,4 @@
-"""If this breaks: a model whose layers would mix packed documents cannot be trained here, or learns across them."""
+"""If this breaks: a model whose layers would mix packed documents cannot be trained, or is trained across documents."""
 
 import json
 

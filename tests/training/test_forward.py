@@ -1,4 +1,6 @@
-"""If this breaks: NEFTune shakes short documents of a packed row too little, shakes evaluation, or shifts what is learned."""
+"""If this breaks: NEFTune adds too little noise to short documents of a packed sequence, adds noise in evaluation, or shifts
+the labels.
+"""
 
 from itertools import pairwise
 

@@ -1,5 +1,5 @@
-"""If this breaks, a run whose disk is full ends in a traceback that says nothing of the disk, leaves half a checkpoint
-on it, loses what was saved before, or leaves its other processes waiting.
+"""If this breaks: a run on a full disk ends in a traceback that does not mention the disk, leaves an incomplete checkpoint, loses
+an earlier one, or leaves its other processes waiting.
 
 Real commands on a real file system that is full and stays full; it is mounted in memory, which needs root on Linux.
 """

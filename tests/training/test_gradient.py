@@ -1,8 +1,8 @@
-"""If this breaks, batch size, accumulation, packing or the number of processes quietly change what is learned: short
-answers count more than long ones, the last window of an epoch is scaled wrongly, or two processes learn half as fast.
+"""If this breaks: batch size, accumulation, packing or the number of processes silently change the gradient: short answers
+count more than long ones, the last window of an epoch is scaled wrongly, or two processes use half of the learning rate.
 
-Oracle: plain transformers in float64, one conversation at a time, ChatML spelled by hand: the sum of cross entropy over
-the answers' tokens (stop token included) of exactly the conversations of a step, divided by their number.
+Oracle: plain transformers in float64, one conversation at a time, with ChatML written by hand: the sum of the cross entropy
+over the answers' tokens (including the stop token) of the conversations of a step, divided by their number.
 """
 
 import json

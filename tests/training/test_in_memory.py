@@ -1,4 +1,4 @@
-"""If this breaks: a fault in writing a checkpoint's weights passes unseen, and what is exported was never trained.
+"""If this breaks: a fault in writing a checkpoint's weights is not detected, and the export differs from the trained model.
 
 Oracle: plain transformers and peft on the files of the checkpoint.
 """

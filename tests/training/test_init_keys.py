@@ -1,6 +1,6 @@
-"""If this breaks, `model.init` takes a key that changes nothing, and its user believes in it; or is told to leave out one that acts.
+"""If this breaks: `model.init` accepts a key without effect and does not warn, or warns about a key that has one.
 
-Oracle for what acts: the key's description in transformers, and `test_keys.py`, which compares whole runs.
+Oracle for keys with an effect: their description in transformers, and `test_keys.py`, which compares whole runs.
 """
 
 import pytest

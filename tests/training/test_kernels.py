@@ -1,6 +1,6 @@
-"""If this breaks: on a GPU another loss and gradient is trained than on a CPU, or a GPU without a compiler trains nothing.
+"""If this breaks: loss and gradient on a GPU differ from those on a CPU, or a GPU without a compiler cannot train.
 
-The Triton kernel runs here under Triton's interpreter, on CPU tensors, and is compiled for GPUs that need not be there.
+The Triton kernel runs here under Triton's interpreter on CPU tensors, and is compiled for GPUs that need not be present.
 Oracle: torch's cross-entropy in float64.
 """
 

@@ -1,4 +1,4 @@
-"""If this breaks: a tuned model knows when to stop and does not, or rows are trained that nobody asked for."""
+"""If this breaks: a tuned model never stops because its stop token cannot be learned, or token rows are trained unnecessarily."""
 
 import json
 import re

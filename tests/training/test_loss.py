@@ -1,4 +1,4 @@
-"""If this breaks: training goes down another gradient than it says, or dies of logits that need not exist at once."""
+"""If this breaks: the gradient does not belong to the loss, or the loss needs the memory of all logits."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""If this breaks: a perplexity is reported that depends on the batch size, overflows, or counts too few tokens."""
+"""If this breaks: the reported perplexity depends on the batch size, overflows, or counts too few tokens."""
 
 import math
 

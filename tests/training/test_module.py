@@ -1,4 +1,4 @@
-"""Options of a run that change how it computes must not change what it computes, and no option may train nothing."""
+"""If this breaks: an option that should only change how a run computes changes its result, or an option trains nothing."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""If this breaks, a metric of one's own cannot decide about checkpoints or an early stop, or a misspelt one costs a run."""
+"""If this breaks: a user's own metric cannot decide about checkpoints or early stopping, or a misspelt one ends a run with loss."""
 
 import json
 import logging

@@ -1,4 +1,4 @@
-"""If this breaks: who added tokens to a tokenizer cannot train, or an export means other words than training did."""
+"""If this breaks: a model with added tokens cannot be trained, or its export maps ids to other tokens than the training."""
 
 import json
 from pathlib import Path

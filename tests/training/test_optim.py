@@ -1,4 +1,4 @@
-"""If this breaks: norms are decayed to nothing, the rate never warms up, or the run ends at another rate than asked."""
+"""If this breaks: norms are decayed, the learning rate is never warmed up, or a run ends with another rate than configured."""
 
 import math
 import sys

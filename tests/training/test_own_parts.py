@@ -1,5 +1,6 @@
-"""If this breaks, people who have a DataLoader, a data module, a LightningModule or a Lightning Trainer of their own cannot
-use the rest of this project with it, or train on another loss than transformers computes."""
+"""If this breaks: users with their own DataLoader, data module, LightningModule or Lightning Trainer cannot combine it with this
+project, or train another loss than transformers computes.
+"""
 
 import json
 import os

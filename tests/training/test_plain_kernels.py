@@ -1,4 +1,4 @@
-"""If this breaks: who doubts a result cannot compute it without the kernels written here, or believes to and does not."""
+"""If this breaks: a result cannot be verified without this project's kernels, or the switch has no effect."""
 
 import json
 

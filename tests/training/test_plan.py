@@ -1,8 +1,7 @@
-"""If this breaks, a user learns from a crash after hours what `plan` should have said in seconds: that a run does not fit,
-or what it would cost.
+"""If this breaks: `plan` does not predict that a run does not fit, or its cost, and the user notices only after hours.
 
-Oracles: the model built with its weights, one real step of plain torch, the storages that autograd keeps, the peak that
-Linux saw of the process of a real fit.
+Oracles: the model built with its weights, one real step of plain torch, the storages that autograd keeps, and the peak
+memory of the process of a real fit according to Linux.
 """
 
 import json

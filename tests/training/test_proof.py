@@ -1,4 +1,4 @@
-"""If this breaks: a model trains on another loss than transformers defines for it, with exit code 0 and no warning."""
+"""If this breaks: a model is trained with another loss than transformers defines for it, with exit code 0 and no warning."""
 
 import json
 

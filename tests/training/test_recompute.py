@@ -1,4 +1,4 @@
-"""If this breaks: recomputing changes gradients, computes what it should keep, keeps what it should not, or `auto` guesses."""
+"""If this breaks: gradient checkpointing changes gradients or saves the wrong activations, or `auto` chooses wrongly."""
 
 import pytest
 import torch

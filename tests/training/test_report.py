@@ -1,7 +1,7 @@
-"""If this breaks, a power cut in the middle of a row makes a run unresumable or doubles a step, a long run rewrites its
-figures at each validation and holds all of them in memory, or a full disk leaves half a row.
+"""If this breaks: a power failure within a line of `metrics.csv` makes a run unresumable or repeats a step, a long run rewrites
+its metrics at each validation and keeps all of them in memory, or a full disk leaves an incomplete line.
 
-Oracle: the rows that were logged, read by Python's csv alone.
+Oracle: the rows that were logged, read by Python's csv module.
 """
 
 import csv

@@ -1,4 +1,4 @@
-"""If this breaks: a model trained on a CPU learns by gradients that are not those of its norms."""
+"""If this breaks: a model trained on a CPU gets wrong gradients from its norms."""
 
 import copy
 

@@ -1,6 +1,6 @@
-"""If this breaks, a run of two features that do not go together hangs, fails in a library, or trains something else.
+"""If this breaks: a run with two incompatible features hangs, fails in a library, or trains something else.
 
-Every rule of the table is triggered by the real command line, and the README shows the table as it is.
+Every rule of the table is triggered by the real command line, and the README shows the current table.
 """
 
 import contextlib

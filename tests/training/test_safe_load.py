@@ -1,7 +1,7 @@
-"""If this breaks, going on from somebody's checkpoint runs a program of his, whatever strategy wrote it; or an own
-checkpoint is refused as if it did.
+"""If this breaks: resuming from an untrusted checkpoint runs its author's code, whatever strategy wrote it; or a user's own
+checkpoint is refused.
 
-The payload is put into every file of a real checkpoint, and the manifest's hashes are made to fit again.
+The payload is put into every file of a real checkpoint, and the hashes in the manifest are updated to match.
 """
 
 import hashlib

@@ -1,4 +1,4 @@
-"""If this breaks: a continued adapter starts from another model than it was, or an export lacks what was merged before."""
+"""If this breaks: a continued adapter does not start from the model that it was, or an export lacks the merged adapter."""
 
 import json
 

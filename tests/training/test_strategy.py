@@ -1,6 +1,6 @@
-"""What breaks without these: a gradient that is A or W times too small under DeepSpeed (which AdamW hides and clipping
-does not), adapters that do not start at the base under ZeRO-3, a run that cannot be resumed, counters that drift apart,
-C++ compiled or noise on stdout in the middle of a CPU run.
+"""If this breaks: a gradient is too small by the accumulation or the number of processes under DeepSpeed (which AdamW hides and
+clipping does not), adapters do not start at the base under ZeRO-3, a run cannot be resumed, counters diverge, or a CPU run
+compiles C++ or prints noise on stdout.
 
 Real processes train; the oracle is a plain loop of transformers, peft and torch on each step's whole batch, in float32.
 """

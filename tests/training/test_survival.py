@@ -1,8 +1,8 @@
-"""If this breaks, a run that is killed, preempted or fed with a bad record is lost: it hangs, cannot go on, goes on
-differently, has to be repaired by hand, or learns from a NaN.
+"""If this breaks: a run that is killed, preempted or gets a bad record is lost: it hangs, cannot be resumed, continues
+differently, needs manual repair, or trains on a NaN.
 
-Real commands in real processes, killed with -9 or signalled at points of the product's own code, which knows nothing of
-it. Oracle: the same run left alone. `survive.py` does the same at length.
+Real commands in real processes, killed with -9 or signalled at points of the product's own code, which is not changed for
+it. Oracle: the same run without interruption. `survive.py` does the same with many more kills.
 """
 
 import json

@@ -1,7 +1,7 @@
-"""If this breaks, two runs write into one folder: the second moves the first one's folder away, or their checkpoints mix,
-and both end as if all were well; or a folder stays locked by a run that was killed.
+"""If this breaks: two runs write into one folder: the second moves the first one's folder away, or their checkpoints mix, and
+both end without an error; or a folder stays locked by a killed run.
 
-Real processes, the first of them killed with -9 in the end.
+Real processes; the first of them is killed with -9 at the end.
 """
 
 import errno

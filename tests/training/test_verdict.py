@@ -1,4 +1,4 @@
-"""If this breaks: a run that learned nothing ends without a word, or a good one is called bad."""
+"""If this breaks: a run that learned nothing ends without a warning, or a good run gets one."""
 
 import json
 import math
