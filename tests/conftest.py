@@ -30,7 +30,7 @@ LONGEST = ["test_readme", "test_strategy", "test_pipeline", "test_checkpoint", "
 
 
 def pytest_configure(config):
-    """On the CPU alone, before torch is imported; `pytest -m gpu tests/gpu` is for a GPU."""
+    """Use only the CPU, set before torch is imported; `pytest -m gpu tests/gpu` uses a GPU."""
     if config.option.markexpr != "gpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
@@ -42,13 +42,13 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path, monkeypatch):
-    """Token caches of a test are its own."""
+    """Give each test its own token cache."""
     monkeypatch.setenv("LIT_LLM_CACHE", str(tmp_path / "cache"))
 
 
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
-    """Real corpora, tokenizers and a small real model; they lie beside a checkout, not in it."""
+    """Real corpora, tokenizers and a small real model, in a folder beside the checkout."""
     folder = ROOT.parent / "shared" / "data"
     if not folder.is_dir():
         pytest.skip("the shared data folder is not beside this checkout")
@@ -166,7 +166,7 @@ def tiny_model(tmp_path_factory, tiny_tokenizer) -> Callable[[str], str]:
 
 @pytest.fixture(scope="session")
 def endless_model(tiny_model, tmp_path_factory):
-    """A folder with a tiny Llama of 20,000 tokens of context that never draws a stop token greedily.
+    """A folder with a tiny Llama of 20,000 tokens of context that never generates a stop token greedily.
 
     Its chat template reads one variable, `style`.
     """
@@ -190,7 +190,7 @@ def endless_model(tiny_model, tmp_path_factory):
 
 
 class Finished:
-    """A command that ran: its exit code and what it said."""
+    """A finished command: its exit code and output."""
 
     def __init__(self, code: int, out: str, err: str) -> None:
         self.code, self.out, self.err = code, out, err
@@ -220,7 +220,7 @@ def lit_llm(tmp_path) -> Callable[..., Finished]:
                 os.killpg(process.pid, signal.SIGKILL)
                 raise
         warned = [line for line in err.splitlines() if line.startswith("warning from")]
-        assert warns or not warned, "a library's warning that nobody has read"
+        assert warns or not warned, "an unexpected warning of a library"
         return Finished(process.returncode, out, err)
 
     return call

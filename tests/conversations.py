@@ -86,7 +86,7 @@ def supervised_runs(sequence):
 
 
 def answer_and_stop(tokenizer, ids):
-    """Text of an answer and the spelling of its last token; behind a bracket, so that no decoder trims it."""
+    """Text of an answer and the spelling of its last token; decoded after a bracket, so that no space is trimmed."""
     bracket = tokenizer.encode_text("[")
     text = tokenizer.decode([*bracket, *ids[:-1]], skip_special_tokens=False)
     return text.removeprefix("["), tokenizer.hf.convert_ids_to_tokens(ids[-1])

@@ -9,7 +9,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Entry:
-    """What a key does.
+    """The effect of a key.
 
     Args:
         value: Not the default.
@@ -17,7 +17,7 @@ class Entry:
         base: Settings of both runs, over the common ones.
         how: `look` builds the objects and lays out the data, `build` stops at the first step, `train` trains, `save` also
             writes checkpoints, `validate` measures.
-        refused: Instead of `sees`: words of the error that the value, which can do nothing, ends in.
+        refused: Instead of `sees`: part of the error message for a value that cannot have an effect.
     """
 
     value: Any
@@ -28,12 +28,12 @@ class Entry:
 
 
 def look(value: Any, sees: str = "batches", **more: Any) -> Entry:
-    """Seen before a step."""
+    """An effect before the first step."""
     return Entry(value, sees, more.pop("base", {}), "look", **more)
 
 
 def refuse(value: Any, words: str, **base: Any) -> Entry:
-    """Refused, for it can do nothing."""
+    """Refused, because it has no effect."""
     return Entry(value, base=base, refused=words)
 
 
@@ -179,7 +179,7 @@ KEYS: dict[str, Entry] = {
             "keep_every_n_steps": 3}.items()},
     "trainer.callbacks.Progress.every_seconds": Entry(0.0, "output"),
 }
-# Keys that can do nothing beside others: refused by the first words, or said in a warning. Pairs of the table of rules
+# Keys without effect beside others: refused, or reported in a warning. Pairs of the table of rules
 # are in training/test_rules.py.
 IDLE: list[tuple[str, Any, dict[str, Any], str]] = [
     ("data.sources", source(split="test"), {}, "split: test"),

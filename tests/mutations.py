@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
-# As they stand in YAML.
+# As written in YAML.
 VALUES: dict[str, str] = {
     "null": "null", "true": "true", "0": "0", "-1": "-1", "1": "1", "-0.5": "-0.5", "0.5": "0.5", "1e12": "1.0e+12",
     "1e308": "1.0e+308", "million_million": "1000000000000", "400_digits": "1" + "0" * 399, "nan": ".nan",

@@ -26,7 +26,7 @@ SMALL = {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 192, "num_hi
 
 @contextmanager
 def adapters_on_random_weights():
-    """Allow what a run is refused since its adapters could not be loaded again; a measurement loads nothing."""
+    """Allow adapters on random weights, which runs refuse because they could not be loaded again."""
     before = table.RULES
     table.RULES = tuple(rule for rule in before if "`model.init`" not in (rule.first, rule.second))
     try:
@@ -36,11 +36,11 @@ def adapters_on_random_weights():
 
 
 class Shaped(CausalLMModule):
-    """The module as users have it, but for its base: weights of this shape, drawn on the device.
+    """The module with random weights of a given shape, created on the device, instead of a base.
 
     Args:
         shape: `model_type` and keys of its config; null takes `base` as users do.
-        options: The module's.
+        options: Options of the module.
     """
 
     def __init__(self, shape=None, **options):
@@ -57,7 +57,7 @@ class Shaped(CausalLMModule):
 
 
 def batches(vocabulary, *, rows, seq_len, count=1, mean=None, seed=0):
-    """Batches of full rows, cut into documents of lognormal lengths around `mean`; all but first tokens are supervised."""
+    """Batches of full packed sequences of documents with lognormal lengths around `mean`; all but first tokens are supervised."""
     draw = np.random.default_rng(seed)
     made = []
     for _ in range(count):
@@ -75,13 +75,13 @@ def batches(vocabulary, *, rows, seq_len, count=1, mean=None, seed=0):
 
 
 def reach(batch):
-    """Mean of what a token can look back on, twice: sum(length^2) / sum(length) of its documents."""
+    """Twice the mean attended length: sum(length^2) / sum(length) of the documents."""
     lengths = batch["cu_seqlens"].diff().double()
     return float(lengths.square().sum() / lengths.sum())
 
 
 class Rounds:
-    """Batches again and again, as a loader that Lightning takes."""
+    """Repeated batches as a loader for Lightning."""
 
     def __init__(self, made, length):
         self.made, self.length = made, length

@@ -22,7 +22,7 @@ OTHER = "refused for another reason"
 
 
 class RenderedRecord:
-    """A record's messages in one of the forms in which they may be handed to transformers."""
+    """A record's messages in one of the forms that transformers accepts."""
 
     def __init__(self, hf, messages, tools, more):
         self.hf, self.messages, self.tools, self.more, self.texts = hf, messages, tools, more, {}
@@ -40,7 +40,7 @@ class RenderedRecord:
 
 
 def message_forms(hf, record):
-    """The record in every form that says the same: arguments as they are, parsed, as text; parts as they are, joined."""
+    """The record in every equivalent form: arguments unchanged, parsed, or as text; parts unchanged or joined."""
     said_tools = record.get("tools")
     more = {"chat_template_kwargs": record.get("chat_template_kwargs")}
     more = more["chat_template_kwargs"] or {}
@@ -79,7 +79,7 @@ def forms(text):
 
 
 def shows(text, shown_text, *, plain=False):
-    """Whether what was said stands in the text, trimmed at its ends, escaped or not."""
+    """Whether a text contains a content, trimmed at its ends, escaped or not."""
     return any(form.strip() in text for form in ({shown_text} if plain else forms(shown_text.strip())))
 
 
@@ -93,7 +93,7 @@ def values(arguments):
 
 
 def parsed(text):
-    """Every JSON object that stands in the text; those within strings too."""
+    """Every JSON object in the text, including those within strings."""
     decoder, values_in_text, at = json.JSONDecoder(), [], 0
     for at in (match.start() for match in re.finditer(r"[{\[\"]", text)):
         try:
@@ -108,7 +108,7 @@ def parsed(text):
 
 
 def contains(value, wanted):
-    """Whether a parsed value is the wanted one or holds it."""
+    """Whether a parsed value equals or contains the wanted one."""
     if value == wanted:
         return True
     inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
@@ -133,7 +133,7 @@ def calls_in(text, call):
 
 
 def parts_of(message):
-    """(words, thoughts) of an answer."""
+    """(content, reasoning) of an answer."""
     content = message["content"]
     content = "".join(part["text"] for part in content) if isinstance(content, list) else content or ""
     thoughts = next((message[key] for key in ("reasoning_content", "reasoning", "thinking") if message.get(key)), "")
@@ -143,7 +143,7 @@ def parts_of(message):
 
 
 def missing_part(message, answer):
-    """What of a message the answer lacks."""
+    """The part of a message that the answer lacks."""
     words, thoughts = parts_of(message)
     if not shows(answer, words.strip(), plain=True):
         return "content"
@@ -154,7 +154,7 @@ def missing_part(message, answer):
 
 
 def missing_message(messages, prompt):
-    """The first message of others that a prompt lacks."""
+    """Number of the first message of another role that a prompt lacks; 0 if none."""
     for number, message in enumerate(messages):
         content = message["content"]
         content = "".join(part["text"] for part in content) if isinstance(content, list) else content or ""
@@ -171,7 +171,7 @@ def missing_message(messages, prompt):
 # ---- judgement -------------------------------------------------------------------------------------------------------
 
 def answer_places(record):
-    """Places of the answers that can be supervised: something was answer_and_stop, and something was asked before."""
+    """Indices of answers that can be supervised: not empty, and with a message before them."""
     messages = record["messages"]
     def spoken(message):
         return any(map(str.strip, parts_of(message))) or message.get("tool_calls") or message.get("function_call")
@@ -205,7 +205,7 @@ def judge(tokenizer, record):
 
 
 def fault(tokenizer, talk, place, ids, words, stop, record):
-    """Why an answer that is learned is not what this form of the talk shows; empty where it is."""
+    """How a supervised answer differs from this form's rendering; empty if it does not."""
     prompt, fresh = talk.text(place, True), talk.text(place + 1, False)
     if prompt is None or fresh is None:
         return f"transformers renders no such prompt: {talk.error[:80]}"
@@ -239,7 +239,7 @@ def fault(tokenizer, talk, place, ids, words, stop, record):
 
 
 def display_faults(talk, places):
-    """Whether this form of the talk shows each answer behind its prompt, and all that was asked; or why not."""
+    """What this form's rendering lacks: each answer after its prompt, other messages, tools."""
     if not places:
         return ["nothing is there to learn"]
     faults = []
@@ -264,7 +264,7 @@ def display_faults(talk, places):
 
 
 def refusal(forms_of_record, places, why, tokenizer):
-    """Whether a refusal is right, and its reason true."""
+    """Whether a refusal is right and gives the true reason."""
     faults_of_forms = [display_faults(talk, places) for talk in forms_of_record]
     best = min(faults_of_forms, key=len)
     if "control token" in why and "obey" in str(forms_of_record[0].messages):

@@ -87,7 +87,7 @@ def fitted(hf, template, *, bos=None, eos=None):
 # ---- the oracle ------------------------------------------------------------------------------------------------------
 
 def rendered(tokenizer, conversation, *, prompt):
-    """What transformers renders; where it cannot read a call's arguments, they are JSON text."""
+    """Render with transformers; if it cannot read a call's arguments as an object, as JSON text."""
     messages, tools = conversation.to_openai(), list(conversation.tools) or None
     try:
         return tokenizer.hf.apply_chat_template(messages, tools=tools, add_generation_prompt=prompt, tokenize=False)
@@ -99,14 +99,14 @@ def rendered(tokenizer, conversation, *, prompt):
 
 
 def check(tokenizer, conversation):
-    """Assert that a conversation is learned as it is served; `whole` or `per answer`, or the InputError of ours."""
+    """Assert that answers are supervised after the prompts that are served; returns `whole` or `per answer`."""
     sequences = tokenizer.encode_conversation(conversation)
     places = [place for place, message in enumerate(conversation.messages) if message.role == "assistant" and place]
     answers = [(sequence, start, ids) for sequence in sequences for start, ids in supervised_runs(sequence)]
     if len(answers) == 1 < len(places):             # no header before the second of two answers: they are one run
         assert rendered(tokenizer, conversation.upto(2), prompt=True) == rendered(tokenizer, conversation.upto(2), prompt=False)
         return "whole"
-    assert len(answers) == len(places), "every answer once, and nothing else"
+    assert len(answers) == len(places), "each answer is supervised once, and nothing else"
     for place, (sequence, start, ids) in zip(places, answers, strict=True):
         prompt = rendered(tokenizer, conversation.upto(place), prompt=True)
         if FORGED not in prompt:
@@ -118,18 +118,18 @@ def check(tokenizer, conversation):
 
 
 def check_answer(tokenizer, conversation, prompt, answer, stop):
-    """Assert that `answer` is what the template writes of the last message, from the prompt's end to the stop token."""
+    """Assert that `answer` is the template's text of the last message, from the end of the prompt to the stop token."""
     message = conversation.messages[-1]
     text = rendered(tokenizer, conversation, prompt=False)
     words = [message.content.rpartition("</think>")[2].strip()]
     for call in message.tool_calls:
         words += [call["function"]["name"], *map(str, call["function"]["arguments"].values())]
         words += call["function"]["arguments"]
-    assert all(word in answer for word in words), "it says everything"
-    assert answer.count(stop) == 1 or FORGED in answer, "it ends once"
+    assert all(word in answer for word in words), "the answer is complete"
+    assert answer.count(stop) == 1 or FORGED in answer, "the stop token occurs once"
     if text.startswith(prompt) and text[len(prompt):].startswith(answer):
         rest = text[len(prompt) + len(answer):]
-        assert not re.search(r"\w", tokenizer.template.special.sub("", rest)), "it leaves nothing unsaid"
+        assert not re.search(r"\w", tokenizer.template.special.sub("", rest)), "no text follows the answer"
         return "as written"
     own = answer.removesuffix(stop).strip()
     if own in text:                                 # it begins where the served prompt ends, but for white space
@@ -140,10 +140,10 @@ def check_answer(tokenizer, conversation, prompt, answer, stop):
         assert "<think>" in prompt[-12:]
         for word in (*thoughts(message), message.content.rpartition("</think>")[2].strip(), "</think>"):
             own = own.replace(word, "", 1)
-        assert not own.strip(), f"nothing else: {own}"
+        assert not own.strip(), f"additional text: {own}"
     return "otherwise"
 
 
 def thoughts(message):
-    """What an assistant thinks."""
+    """The reasoning of an assistant message."""
     return [(message.reasoning_content or "".join(re.findall(r"<think>(.*?)</think>", message.content, re.DOTALL))).strip()]

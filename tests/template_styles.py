@@ -17,7 +17,7 @@ STYLES = {
         "{% else %}{{ '<|im_start|>' + m.role + '\n' }}{{ m.content or '' }}{% for c in m.tool_calls or [] %}"
         "{{ '\n<tool_call>\n{\"name\": ' + c.function.name|tojson + ', \"arguments\": ' + c.function.arguments|tojson + '}\n</tool_call>' }}"
         "{% endfor %}{{ '<|im_end|>\n' }}{% endif %}{% endfor %}" + ASK + "{{ '<|im_start|>assistant\n' }}{% endif %}"),
-    # a call built by hand from marked-up JSON, which escapes what stands left of it; text arguments come out right
+    # a call concatenated with safe-marked JSON, which escapes the text before it; text arguments are rendered correctly
     "by hand": (
         "{% if tools %}{{ '<|im_start|>system\n' }}" + TOOLS + "{{ '<|im_end|>\n' }}{% endif %}{% for m in messages %}"
         "{{ '<|im_start|>' + m.role + '\n' + (m.content or '') }}{% for c in m.tool_calls or [] %}{{ '[' + " + NAMED +
@@ -30,7 +30,7 @@ STYLES = {
         "{{ m.content or '' }}{% for c in m.tool_calls or [] %}{{ '<function=' + c.function.name + '>' + c.function.arguments + "
         "'</function>' }}{% endfor %}{{ '<|eom_id|>' if m.tool_calls else '<|eot_id|>' }}{% endfor %}"
         + ASK + "{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"),
-    # each argument by itself; text arguments would show nothing
+    # each argument separately; text arguments would not be shown
     "xml": (
         "{% if tools %}{{ '<|im_start|>system\n' }}" + TOOLS + "{{ '<|im_end|>\n' }}{% endif %}{% for m in messages %}"
         "{{ '<|im_start|>' + ('user' if m.role == 'tool' else m.role) + '\n' + (m.content or '') }}{% for c in m.tool_calls or [] %}"
@@ -58,7 +58,7 @@ STYLES = {
         "{% else %}{{ m.content or '' }}{% for c in m.tool_calls or [] %}{{ '[TOOL_CALLS]' + c.function.name + '[ARGS]' }}"
         "{{ c.function.arguments if c.function.arguments is string else c.function.arguments|tojson }}{% endfor %}{{ eos_token }}"
         "{% endif %}{% endfor %}"),
-    # a date, trimmed contents, one call and no words beside it, results as JSON text
+    # a date, trimmed contents, one call without other content, results as JSON text
     "llama 3.1": (
         "{{ bos_token }}{% if not date_string is defined %}{% set date_string = strftime_now('%Y') %}{% endif %}"
         "{% if messages[0].role == 'system' %}{% set system = messages[0].content|trim %}{% set messages = messages[1:] %}"
@@ -125,14 +125,14 @@ STYLES = {
     "alpaca": (
         "{% for m in messages %}{{ m.content if m.role == 'system' else '### Instruction:\n' + m.content if m.role == 'user' else "
         "'### Response:\n' + m.content + eos_token }}{{ '\n\n' if not loop.last }}{% endfor %}" + ASK + "{{ '\n\n### Response:\n' }}{% endif %}"),
-    # the end stands behind all answers but the last
+    # an end token after all answers except the last
     "not the last": (
         "{% for m in messages %}{{ '<|' + m.role + '|>' + m.content }}{% if not loop.last %}{{ '<|end|>' }}{% endif %}{% endfor %}"
         + ASK + "{{ '<|end|><|assistant|>' }}{% endif %}"),
     "macros": (
         "{%- macro turn(role, words) -%}{{ '<|im_start|>' ~ role ~ '\n' ~ words ~ '<|im_end|>\n' }}{%- endmacro -%}"
         "{%- for m in messages %}{{ turn(m.role, m.content) }}{% endfor -%}" + ASK + "{{ '<|im_start|>assistant\n' }}{% endif %}"),
-    # contents come as lists of parts alone
+    # contents must be lists of parts
     "parts": (
         "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}{% for part in m.content if part.type == 'text' %}{{ part.text }}"
         "{% endfor %}{{ '<|im_end|>\n' }}{% endfor %}" + ASK + "{{ '<|im_start|>assistant\n' }}{% endif %}"),

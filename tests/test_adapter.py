@@ -60,7 +60,7 @@ UNMERGED = ("PromptTuningConfig", "PrefixTuningConfig", "AdaptionPromptConfig")
 
 @pytest.mark.parametrize("name", METHODS)
 def test_any_peft_method(tiny_model, tmp_path, name):
-    """Starts at the base, learns, is saved as PEFT saves it, keeps packed documents apart, merges or says it cannot."""
+    """Starts at the base, is trained, is saved in PEFT's format, isolates packed documents, and merges or is refused."""
     from peft import PeftModel
 
     spec = {"class_path": f"peft.{name}", "init_args": METHODS[name]}
@@ -116,7 +116,7 @@ def test_a_merged_adapter_is_the_adapter(tiny_model, kind):
 @pytest.mark.parametrize("kind", KINDS)                # untied, tied, and GPT-2's tied names
 @pytest.mark.parametrize("way", ["plain", "dora", "AdaLora"])
 def test_rows_of_single_tokens_learn_beside_the_adapters(tiny_model, tmp_path, kind, way):
-    """Start at the base exactly, are saved and loaded, end in the merged rows and nowhere else; ties hold."""
+    """Trained rows start at the base, are saved and loaded, and change only the merged rows; tied weights stay tied."""
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
@@ -165,10 +165,10 @@ class Largest(TorchDispatchMode):
 
 @pytest.mark.parametrize("tokens", [[9, 5], [31, 7, 200]])
 def test_embeddings_of_rows_that_learn_are_peft_s_without_a_copy_of_the_matrix(tiny_model, tokens):
-    """The same bits forward and backward; of a matrix of 128k rows the copy would cost more than a layer."""
+    """Bit-identical forward and backward; the copy of a matrix with 128k rows would cost more than a layer."""
     base = load_causal_lm(tiny_model("llama"))
     layer = wrap_peft(base, LoRA(r=4).as_peft(), tokens=tokens).get_input_embeddings().token_adapter
-    layer.base_layer.padding_idx = tokens[1]                    # padding is looked up, and does not learn
+    layer.base_layer.padding_idx = tokens[1]                    # padding is looked up but not trained
     rows = layer.trainable_tokens_delta["default"]
     with torch.no_grad():
         rows += torch.randn_like(rows)

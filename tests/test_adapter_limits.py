@@ -41,7 +41,7 @@ def test_any_value_gives_a_model_of_numbers_or_a_user_error(method, tiny_model, 
 
 
 def test_an_adapter_is_not_larger_than_its_base_and_its_file(tiny_model, tmp_path):
-    """Each number alone is possible."""
+    """Each number is valid separately."""
     model = adapter.wrap_peft(load_causal_lm(tiny_model("llama")), {"class_path": "LoraConfig", "init_args": {"r": 2}})
     adapter.save_adapter(model, tmp_path, {name: weight.detach() for name, weight in model.named_parameters()
                                            if weight.requires_grad}, "base")

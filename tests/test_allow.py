@@ -205,7 +205,7 @@ def test_a_package_that_cannot_be_opened(words, says, package):
      "no class_path is followed within this key"),
 ])
 def test_allow_opens_no_other_place(words, says, package):
-    """Keys take the classes of their type alone, and below model.init and model.peft nothing is built."""
+    """Keys accept only classes of their type, and below model.init and model.peft no class is built."""
     code, out, err = call("fit", "--config", "ok.yaml", "--allow", "mine", *words)
     assert (code, out) == (2, "")
     assert says in err

@@ -53,7 +53,7 @@ def pair(kind, plain="eager"):
 
 
 def row_of(documents):
-    """One packed row as the loader makes it."""
+    """One packed sequence as the loader makes it."""
     lengths = [len(document) for document in documents]
     borders = F.pad(torch.tensor(lengths).cumsum(0), (1, 0)).int()
     return {"input_ids": torch.cat(documents)[None], "position_ids": torch.cat([torch.arange(n) for n in lengths])[None],
@@ -111,7 +111,7 @@ def test_gradients_are_those_of_the_documents_alone(kind, record_property):
 @pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize("kind", KINDS)
 def test_nothing_leaks(kind):
-    """Another token anywhere in one document leaves every other document's logits and gradients bit for bit alone."""
+    """A changed token in one document changes no bit of other documents' logits and gradients."""
     packed, _ = pair(kind)
     documents = some_documents(LENGTHS[0])
     others = [document.clone() for document in documents]
@@ -194,7 +194,7 @@ def test_what_cannot_be_kept_apart_is_refused(kind, keys):
 
 @pytest.mark.parametrize("kind", ["llama", "qwen3"])
 def test_under_autocast_attention_is_in_half_precision(kind, monkeypatch):
-    """Rotary positions make float32 of queries and keys; CUDA's kernel takes halves alone, and another would be taken."""
+    """Rotary embeddings convert queries and keys to float32; CUDA's kernel supports half precision only."""
     seen = set()
     flash = attention._flash
     monkeypatch.setattr(attention, "_flash", lambda query, dropout: seen.add(query.dtype) or flash(query, dropout))

@@ -15,7 +15,7 @@ def states(shared, groups, tokens, width, dtype=torch.float64, seed=0):
 
 
 def oracle(query, key, value, borders, scale, window=None):
-    """All scores of the row at once, in float64."""
+    """All scores of the sequence at once, in float64."""
     tokens, groups = key.shape[1], len(query) // len(key)
     document = torch.searchsorted(torch.tensor(borders), torch.arange(tokens), right=True)
     back = torch.arange(tokens)[:, None] - torch.arange(tokens)
@@ -46,7 +46,7 @@ def test_values_and_gradients_are_those_of_all_scores_at_once(borders, groups, w
 
 
 def test_documents_of_like_length_are_stacked():
-    assert blockwise.stacks((0, 70, 140, 210)) == (None, None, None, [(3, 70)])         # nothing moves
+    assert blockwise.stacks((0, 70, 140, 210)) == (None, None, None, [(3, 70)])         # no movement
     order, back, repeated, shapes = blockwise.stacks((0, 100, 110, 207, 208))
     assert shapes == [(2, 100), (2, 10)]
     assert order[back].tolist() == list(range(208))
@@ -56,7 +56,7 @@ def test_documents_of_like_length_are_stacked():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
 @pytest.mark.parametrize("shape", [(2, 1, 1, 1), (2, 3, 5, 4), (4, 128, 32, 200)])
 def test_a_product_does_not_read_the_memory_that_it_is_written_to(dtype, shape):
-    """Torch says so of beta=0; scores are made so, for a pass less."""
+    """Torch documents this for beta=0; scores rely on it."""
     count, rows, inner, columns = shape
     left, right = torch.ones(count, rows, inner, dtype=dtype), torch.ones(count, inner, columns, dtype=dtype)
     out = torch.full((count, rows, columns), float("nan"), dtype=dtype)

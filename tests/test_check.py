@@ -79,7 +79,7 @@ def test_an_export_passes_its_own_check_in_every_dtype(run, tmp_path, dtype):
 
 
 def test_a_merge_that_computes_something_else_leaves_nothing(run, tmp_path, monkeypatch):
-    """What stood there stays, and both numbers are said."""
+    """The earlier export is unchanged, and the message has both numbers."""
     out = tmp_path / "export"
     export(str(run), out=str(out))
     before = (out / "model.safetensors").read_bytes()
@@ -149,7 +149,7 @@ def test_another_tokenizer_is_refused(folder):
 
 @pytest.mark.parametrize("attention", ["lit_varlen", "eager", None])
 def test_training_and_validation_check_their_base_too(folder, attention):
-    """As `fit` and `validate` load it, with attention for packed rows, which stays as it was."""
+    """As `fit` and `validate` load it, with packed attention, which is unchanged afterwards."""
     model = load_causal_lm(str(folder), attention=attention)
     before = model.config._attn_implementation
     check.check_weights(folder, model)

@@ -52,7 +52,7 @@ def test_no_key_builds_a_foreign_class(place):
             except (InputError, ValueError, TypeError, KeyError, AttributeError):
                 pass
             assert not trace.exists(), f"{key} ran a program"
-    assert followed, "no value reached a constructor, so nothing was tried"
+    assert followed, "no value reached a constructor, so nothing was tested"
 
 
 @pytest.mark.parametrize("verb", ["fit", "validate", "plan", "inspect", "prepare"])

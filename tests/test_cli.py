@@ -61,15 +61,15 @@ def call(*words):
 
 
 def refused(*words, says=()):
-    """The command ends as a mistake of its user ends; what it said."""
+    """Assert that the command ends as after a user's mistake; returns its message."""
     before = {path for path in Path(".").rglob("*") if "cache" not in path.parts}
     code, out, err = call(*words)
     assert code == 2, err
     message = err[err.index("error: "):]
-    assert 1 <= len(message.splitlines()) <= 6, err        # what was read before it stands above, a line for each source
+    assert 1 <= len(message.splitlines()) <= 6, err        # sources that were read before it are listed above, one per line
     assert "Traceback" not in err
     assert not out.strip()
-    assert {path for path in Path(".").rglob("*") if "cache" not in path.parts} == before, "something was left behind"
+    assert {path for path in Path(".").rglob("*") if "cache" not in path.parts} == before, "files were left behind"
     for word in [says] if isinstance(says, str) else says:
         assert word in message
     return message
@@ -237,7 +237,7 @@ def test_a_wrong_config_file(text, says, place):
 
 
 def test_float16_on_a_cpu_is_said_to_be_bfloat16(place, caplog):
-    """Lightning trains in another precision than asked for, and its word of it is among those nobody sees."""
+    """Lightning would train in another precision than configured, and its warning is hidden."""
     code, _, err = call("fit", "--config", "ok.yaml", "--trainer.precision", "16-mixed")
     assert code == 0, err
     assert "using bf16-mixed instead" in caplog.text
@@ -289,7 +289,7 @@ def test_missing_data(place):
 # ---- memory ----------------------------------------------------------------------------------------------------------
 
 def test_an_earlier_run_keeps_its_name_when_the_next_one_fails(place):
-    """Memory runs out in the first step, for real: what was there before is there again, nothing else."""
+    """Memory really runs out in the first step: the earlier run is restored, and nothing else remains."""
     earlier = Path("run")
     earlier.mkdir()
     (earlier / "config.yaml").write_text("{}")
@@ -321,7 +321,7 @@ def test_the_command_itself_says_so_too(place):
     command = [sys.executable, "-m", "lit_llm", "fit", "--config", "ok.yaml"]
     env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     write("many.jsonl", *MANY)
-    room = 2 * 2**30                                # a run of a few rows maps 1.2 GiB with torch's build for CPUs
+    room = 2 * 2**30                                # a run with a few records maps 1.2 GiB with torch's CPU build
     for more, limit, says in (([source("many.jsonl"), "--data.batch_size", "30000000"], room, "not enough memory"),
                               (["--model.lrr", "1"], None, "Did you mean 'model.lr'?")):
         cap = limit and (lambda limit=limit: resource.setrlimit(resource.RLIMIT_AS, (limit, limit)))
@@ -360,7 +360,7 @@ def test_a_config_imports_nothing_foreign(key, name, place, monkeypatch):
 
 
 def test_a_run_without_account_and_without_secrets(place):
-    """wandb offline beside metrics.csv; the key that stands in the config is not in what the run leaves."""
+    """wandb offline beside metrics.csv; the API key in the config is in no file of the run."""
     secret = "0123456789abcdef0123456789abcdef01234567"
     logger = {"class_path": "lightning.pytorch.loggers.WandbLogger",
               "init_args": {"offline": True, "project": "x", "save_dir": "logs",
@@ -382,7 +382,7 @@ def test_a_run_without_account_and_without_secrets(place):
 # ---- configs ---------------------------------------------------------------------------------------------------------
 
 def test_configs_merge_and_the_later_wins(place):
-    """Overlays change their keys only; what is typed wins; config.yaml says what really ran, and runs again."""
+    """Overlays change only their keys; typed options take precedence; config.yaml has the actual settings and can be run."""
     Path("one.yaml").write_text("model: {lr: 0.25, schedule: linear}\n")
     Path("two.yaml").write_text("model: {lr: 0.125}\ndata: {batch_size: 3}\n")
     first = call("fit", "--config", "ok.yaml", "--config", "one.yaml", "--config", "two.yaml", "--trainer.max_steps", 3)
@@ -431,7 +431,7 @@ def test_a_run_whose_adapters_cannot_be_merged_ends_well(place):
 
 
 def test_a_run_tells_what_it_drew(place):
-    """In its folder and at its end; the steps that it announced are those it took; a resumed run goes on counting."""
+    """In the run folder and at the end; the announced number of steps is right; a resumed run continues counting."""
     write("more.jsonl", *({"text": f"a story {number}"} for number in range(20)))
     words = ["fit", "--config", "ok.yaml", "--data.sources", "[{path: good.jsonl}, {path: more.jsonl, weight: 0.25}]",
              "--data.packing", "none", "--data.batch_size", 1, "--trainer.accumulate_grad_batches", 3]
@@ -455,7 +455,7 @@ def test_inspect_shows_the_rows_and_writes_a_page(place):
     assert code == 0, err
     assert re.search(r"⟦one two \d<", out)
     assert "good.jsonl\n  8 records, 8 kept" in out
-    assert "good.jsonl" not in err                      # said once
+    assert "good.jsonl" not in err                      # printed once
     assert Path("page.html").read_text().startswith("<!doctype html>")
     assert not Path("run").exists()
 
@@ -498,7 +498,7 @@ def test_help_lists_the_verbs(capsys):
                     reason="glibc's, on CPUs")
 @pytest.mark.parametrize(("verb", "settings"), [("fit", ["", HEAP]), ("validate", ["", HEAP]), ("test", ["", HEAP]), ("inspect", [""])])
 def test_a_run_on_cpus_begins_again_without_the_caches_of_its_heap(tmp_path, verb, settings):
-    """With them a validation held 105 MB where it holds 42 without."""
+    """With them a validation used 105 MB instead of 42."""
     (tmp_path / "sitecustomize.py").write_text(
         "import os\nwith open('starts', 'a') as file: print(os.environ.get('GLIBC_TUNABLES', ''), file=file)")
     env = {name: value for name, value in os.environ.items() if name != "GLIBC_TUNABLES"}
@@ -510,12 +510,12 @@ def test_a_run_on_cpus_begins_again_without_the_caches_of_its_heap(tmp_path, ver
 @pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGTERM", 143), ("SIGUSR1", 143)])
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="asks Linux when a signal is heard")
 def test_a_signal_while_libraries_are_imported_ends_in_one_line(place, name, code):
-    """Torch's import turned Ctrl-C into a crash of C++; SIGUSR1 of a batch system was nobody's."""
+    """Ctrl-C during torch's import crashed in C++; SIGUSR1 of a batch system was not handled."""
     number = getattr(signal, name)
     for wait in (0.0, 0.3, 0.7):
         process = subprocess.Popen([sys.executable, "-m", "lit_llm", "fit", "--config", "ok.yaml"], stderr=subprocess.PIPE,
                                    stdout=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
-        while not (heard(process.pid, signal.SIGUSR1) or process.poll() is not None):       # the last that is asked for
+        while not (heard(process.pid, signal.SIGUSR1) or process.poll() is not None):       # the last requested one
             time.sleep(0.01)
         time.sleep(wait)
         process.send_signal(number)

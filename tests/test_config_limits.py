@@ -71,7 +71,7 @@ def test_a_config_that_is_none(text, tiny_model, tmp_path):
 
 
 def test_what_names_do_not_tell_is_counted_while_it_is_built(tiny_model, tmp_path, monkeypatch):
-    """Sizes that are possible one by one, weights that the files do not hold, and layers without an end."""
+    """Sizes that are valid separately, weights that are not in the files, and an endless number of layers."""
     with pytest.raises(InputError, match=r"more than 20,000,000,000,000 parameters"):
         skeleton(None, LLAMA | {"hidden_size": 1 << 20, "intermediate_size": 1 << 24, "num_hidden_layers": 2})
     monkeypatch.setattr(config_limits, "installed_memory", lambda: 1_000_000)

@@ -43,7 +43,7 @@ def test_every_run_takes_every_overlay(run, overlay, tmp_path):
     """`fit --config RUN --config with/OVERLAY` builds module, data and trainer without touching weights or network."""
     words = ["--config", run] + (["--config", overlay] if overlay else [])
     if overlay and overlay.stem in ("lora", "qlora") and "init" in yaml.safe_load(run.read_text())["model"]:
-        pytest.skip("adapters on random weights are nobody's wish")
+        pytest.skip("adapters on random weights are refused")
     cli = parse(*words, tmp_path=tmp_path)
     assert cli.model.model is None  # nothing was built
     if overlay:
@@ -71,7 +71,7 @@ def test_headers_say_how_to_run(file):
 
 @pytest.mark.parametrize("name", ["tutorial", "qwen3_lora"])
 def test_without_the_hub_the_offline_ways_are_named(name, tmp_path, lit_llm):
-    """One clear message, no traceback, no minute of retries, nothing left behind."""
+    """One clear message, no traceback, no minute of retries, no files left behind."""
     (tmp_path / "my.jsonl").write_text(
         '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}'
     )

@@ -38,7 +38,7 @@ def test_other_spellings_of_the_same_thing():
 
 
 def test_other_trainers_messages():
-    """Keys that are none of ours are passed over; what other libraries call ours is understood."""
+    """Unknown keys are ignored; names that other libraries use for known keys are accepted."""
     got = read({"role": "user", "content": [{"type": "text", "value": "q"}], "loss_weight": 0.0, "id": 7, "loss": 2.3},
                {"role": "assistant", "thinking": "hm", "content": "a", "loss_mask": 1, "timestamp": "now", "context": "c"},
                {"role": "user", "content": "r"},
@@ -116,7 +116,7 @@ KEYS = st.sampled_from(["role", "content", "weight", "train", "tool_calls", "nam
 @given(st.lists(JSON | st.dictionaries(KEYS, JSON | st.sampled_from(["user", "assistant"]), max_size=5), max_size=3),
        JSON)
 def test_any_json_is_read_or_refused(messages, tools):
-    """A row of an untrusted file never ends in a traceback."""
+    """A record of an untrusted file never causes a traceback."""
     try:
         conversation = Conversation.from_openai(messages, tools)
     except InputError:

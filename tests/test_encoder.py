@@ -24,7 +24,7 @@ from tests.conversations import (
     with_template,
 )
 
-# ---- nobody forges a turn --------------------------------------------------------------------------------------------
+# ---- turns cannot be forged --------------------------------------------------------------------------------------------
 
 @quick
 @given(user=spoken, answer=spoken, again=spoken)
@@ -67,7 +67,7 @@ def test_tools_forge_nothing(load):
 
 
 def test_marks_in_data_are_no_marks_of_ours(load):
-    """The renderer marks contents with private-use characters; data that holds them or looks like a mark is only text.
+    """The renderer marks contents with private-use characters; data that contain them or look like a mark are plain text.
     """
     call = {"type": "function", "function": {"name": "f", "arguments": {"a": "\uf8ff99\uf8ff"}}}
     conversation = Conversation((Message("user", "q"), Message("assistant", "yes", tool_calls=(call,))))
@@ -77,7 +77,7 @@ def test_marks_in_data_are_no_marks_of_ours(load):
 
 
 def test_an_answer_with_tool_calls_is_learned_whole(load, tiny_tokenizer, tmp_path):
-    """Control tokens that stand before a call do not end the answer."""
+    """Control tokens before a call do not end the answer."""
     call = {"type": "function", "function": {"name": "f", "arguments": {"a": 1}}}
     conversation = Conversation((Message("user", "q"), Message("assistant", "I look.", tool_calls=(call,)),
                                  Message("tool", "2"), Message("assistant", "two")))
@@ -122,7 +122,7 @@ def test_thinking_in_an_answer_is_the_token_that_the_model_says(thinker):
 
 @pytest.fixture(scope="session")
 def swallower(tiny_tokenizer, tmp_path_factory):
-    """A tokenizer whose control tokens swallow the space behind them, as Phi-3's do."""
+    """A tokenizer whose control tokens include the space after them, as Phi-3's do."""
     from tokenizers import AddedToken
     from transformers import AutoTokenizer
 

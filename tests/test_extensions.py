@@ -63,7 +63,7 @@ def chats(folder):
 
 
 def trained(kind, base, folder, *, batch_size=4, accumulate=1, devices=1, strategy="auto", steps=1, callbacks=(), **options):
-    """Loss of the first step of a module's run on the chats, and some of the weights behind it."""
+    """Loss of the first step of a module's run on the chats, and some weights after it."""
     source = chats(folder)
     torch.manual_seed(0)
     module = kind(base=base, lr=1.0, eps=1.0, warmup=0, schedule="constant")        # a step of about the gradient
@@ -96,7 +96,7 @@ def test_a_packing_policy(package, tiny_model, tmp_path, monkeypatch):
     lengths = rows.lengths.tolist()
     assert [segment for row in packed for segment in row] == sorted(segment for row in packed for segment in row)
     assert all(length <= 32 for length in lengths)
-    for number, row in enumerate(packed[1:]):            # nothing that would still have fitted begins a new row
+    for number, row in enumerate(packed[1:]):            # a new packed sequence begins only if the segment does not fit into the previous one
         assert lengths[number] + row[0][2] - row[0][1] > 32
     assert len(rows) < len(data.plans["train"].corpus)
     batch = next(iter(data.train_dataloader()))

@@ -41,7 +41,7 @@ def manifest(run, pointer):
 
 
 def test_the_figures_are_those_of_the_exported_checkpoint(run):
-    """Printed, carded and in metrics.json; the last checkpoint's are said beside them."""
+    """Printed, in the model card and in metrics.json; those of the last checkpoint are printed as well."""
     run, out = run
     best, last = manifest(run, "BEST"), manifest(run, "LATEST")
     assert best["step"] < last["step"] == 6
@@ -59,7 +59,7 @@ def test_the_figures_are_those_of_the_exported_checkpoint(run):
     assert float(table["val/perplexity"]) == pytest.approx(best["figures"]["val/perplexity"], rel=1e-5)
     assert float(table["before/val/perplexity"]) == pytest.approx(float(after[1]), abs=1e-3)
     assert f"step {best['step']}." in card
-    assert str(Path.cwd()) not in card                      # paths of this machine are nobody else's matter
+    assert str(Path.cwd()) not in card                      # paths of this machine are not published
     code, _, err = call("export", "--run", "run", "--checkpoint", "last")
     assert code == 0, err
     table = dict(re.findall(r"^\| (\S+) \| (\S+) \|$", (run / "export" / "README.md").read_text(), re.MULTILINE))
@@ -72,17 +72,17 @@ def test_a_later_measurement_keeps_the_record_of_the_run(run):
     rows, record = (run / "metrics.csv").read_text(), json.loads((run / "metrics.json").read_text())
     assert (record["checkpoint"], record["step"]) == (f"step_{best['step']}", best["step"])
     assert (record["last/step"], record["val/nll"]) == (6, best["score"])
-    # another checkpoint of the run, on the run's data: it is named, and what stood before training stays
+    # another checkpoint of the run, on the run's data: it is named, and metrics before training are unchanged
     assert call("validate", "--config", "run/config.yaml", "--ckpt_path", "last")[0] == 0
     last = json.loads((run / "metrics.json").read_text())
     assert (last["step"], last["val/nll"]) == (6, pytest.approx(manifest(run, "LATEST")["score"], rel=1e-6))
     assert {key: value for key, value in last.items() if key.startswith("before/")} == {
         key: value for key, value in record.items() if key.startswith("before/")} != {}
-    # a test of it stands beside its validation
+    # its test metrics are stored beside its validation metrics
     assert call("test", "--config", "run/config.yaml", "--ckpt_path", "last")[0] == 0
     both = json.loads((run / "metrics.json").read_text())
     assert both["val/nll"] == last["val/nll"] == pytest.approx(both["test/nll"], rel=1e-6)
-    # other data, a part of the data, and the base alone: apart
+    # other data, a part of the data, and the base itself: recorded separately
     metrics_before = (run / "metrics.json").read_text()
     for words, says in ((["--ckpt_path", "best", "--data.val_sources", "[{path: other.jsonl}]"], "data.sources[0] was 7 sequences"),
                         (["--ckpt_path", "best", "--data.seq_len", 32], "data.seq_len was 64 and is 32"),
@@ -132,7 +132,7 @@ def test_the_base_is_known_by_its_content(run, monkeypatch):
     weights = load_file("near/model.safetensors")
     save_file({name: weight * 1.5 for name, weight in weights.items()}, "near/model.safetensors", metadata={"format": "pt"})
     wanted = load_file(folder / "export" / "model.safetensors")
-    # the run was trained on a folder that is gone; a copy of it lies beside the run
+    # the run's base folder was deleted; a copy of it is beside the run
     for file in folder.glob("checkpoints/step_*/manifest.json"):
         facts = json.loads(file.read_text()) | {"base": "/gone/models/tiny"}
         file.write_text(json.dumps(facts))
@@ -159,7 +159,7 @@ def test_the_base_is_known_by_its_content(run, monkeypatch):
 
 
 def test_a_run_goes_on_however_its_paths_are_spelled(place, monkeypatch):  # noqa: F811
-    """By absolute paths, from another folder, with moved copies; and a real difference is said by the key's name."""
+    """By absolute paths, from another folder, with moved copies; a real difference is reported with the key's name."""
     code, _, err = call("fit", "--config", "ok.yaml")
     assert code == 0, err
     base = yaml.safe_load(Path("ok.yaml").read_text())["model"]["base"]
@@ -221,7 +221,7 @@ def test_every_step_of_a_short_run_is_in_its_record(steps, every, logged, place)
 
 
 def test_figures_of_other_validation_data_are_not_compared(run):
-    """A run goes on with other held-out data: what was best on the old ones is not best on the new."""
+    """A run resumes with other validation data: the best checkpoint on the old data is not the best on the new."""
     folder, _ = run
     best = manifest(folder, "BEST")["step"]
     code, out, err = call("fit", "--config", "own.yaml", "--data.val_sources", "[{path: other.jsonl}]", "--ckpt_path", "last",

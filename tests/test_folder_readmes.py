@@ -51,7 +51,7 @@ def test_another_term_in_the_loss(tmp_path, tiny_model):
 
 @pytest.mark.parametrize("name", ["data", "training"])
 def test_every_module_is_in_the_list_of_its_folder(name):
-    """And nothing else is, but what words say behind it."""
+    """The listing has exactly the modules of the package, and descriptions."""
     listed, _, _ = (PACKAGE / name / "README.md").read_text(encoding="utf-8").partition("\n## ")
     for folder in (PACKAGE / name, *(path for path in (PACKAGE / name).iterdir() if (path / "__init__.py").is_file())):
         modules = {path.stem for path in folder.glob("*.py") if path.stem != "__init__"}
@@ -61,7 +61,7 @@ def test_every_module_is_in_the_list_of_its_folder(name):
 
 
 def test_the_order_of_a_step(tmp_path, tiny_model, monkeypatch):
-    """Who acts in a step of two micro-batches, in the order of the table's rows."""
+    """The actors of a step of two micro-batches, in the order of the table's rows."""
     from lit_llm import CausalLMModule, Source, TextDataModule, Trainer
     from lit_llm.training.run.checkpoint import StepCheckpoint
     from lit_llm.training.run.finite import FiniteGuard
@@ -99,7 +99,7 @@ def test_the_order_of_a_step(tmp_path, tiny_model, monkeypatch):
 
 
 def test_parts_of_ones_own(tmp_path):
-    """The module under Lightning's trainer learns three sentences, and is the same after it was saved and loaded."""
+    """The module learns three sentences under Lightning's trainer, and is the same after saving and loading."""
     code = blocks("training", "python")[1] + """
 (before,) = trainer.validate(CausalLMModule(base="sample:base"), loader, verbose=False)
 assert trainer.validate(module, loader, verbose=False)[0]["val/nll"] < before["val/nll"] - 0.5

@@ -48,7 +48,7 @@ def test_fit_shows_25_keys(capsys):
 
 @pytest.mark.parametrize("verb", RUNS)
 def test_every_key_of_a_verb_is_on_its_whole_page(verb, capsys):
-    """With its type, its default and its description; but those of Lightning that would change nothing here."""
+    """With its type, default and description; except keys of Lightning that have no effect here."""
     keys = pages.table()["keys"] | pages.table()["verbs"][verb] | pages.table()["nested"]
     text = shown(capsys, verb, "--help", "all")
     entries = re.findall(r"^  --([\w.]+)  (.*)\n((?:      .*\n)+)", text, re.MULTILINE)

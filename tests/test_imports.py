@@ -37,7 +37,7 @@ TREES = dict(modules("lit_llm"))
 
 
 def imports(tree):
-    """(module, name) of what is imported anywhere: in functions and for type checking, too."""
+    """(module, name) of all imports, including those in functions and for type checking."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from ((alias.name, "") for alias in node.names)
@@ -77,7 +77,7 @@ def test_the_data_are_a_chain():
 
 
 def test_streams_import_nothing_of_the_store():
-    """A stream makes the tokens that a store holds, by the same code, and reads and writes no store."""
+    """A stream encodes tokens with the code of the store, and reads and writes no store."""
     of_stores = {f"data.tokens.{name}" for name in ("prepare", "store", "cache", "progress")}
     for name in ("encode", "workers"):
         assert not of_stores & set(inner(TREES[f"data.tokens.{name}"])), name
@@ -102,7 +102,7 @@ def test_lit_llm_knows_no_server_and_the_server_no_training():
 
 
 def test_no_circles():
-    """Imports within a function and those for type checking count, too: a reader follows them all."""
+    """Imports within functions and for type checking count as well, because a reader follows all of them."""
     graph = {name: set(inner(tree)) - {name, ""} for name, tree in TREES.items()}
     order = TopologicalSorter(graph).static_order()             # raises CycleError, which names the circle
     assert set(order) >= set(TREES)
@@ -138,7 +138,7 @@ def words_of(tree):
 
 
 def test_one_module_knows_how_a_weight_is_split():
-    """Others ask `shards.py`: a probe of their own would be wrong for the next way to split."""
+    """Other modules use `shards.py`: their own checks would be wrong for another kind of sharding."""
     probes = {name: set(words_of(tree)) & SPLIT for name, tree in TREES.items()}
     assert {name for name, matches in probes.items() if matches} == {"training.parallel.shards", "system.private.deepspeed"}
 

@@ -147,7 +147,7 @@ FOREIGN = {
 
 
 def assert_refused_by_all(says=()):
-    """Chat, fit and export refuse the loose adapter `adapter`, and write nothing."""
+    """Chat, fit and export refuse the separate adapter `adapter`, and write nothing."""
     refused("chat", "--model", base_of(), "--adapter", "adapter", "--prompt", "a", says=["adapter", *says])
     refused(*FIT, "--model.lora", "null", "--model.adapter", "adapter", "--trainer.default_root_dir", "other",
             says=["adapter", *says])

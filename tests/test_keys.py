@@ -50,7 +50,7 @@ class Stopped(BaseException):
 
 
 def leaves() -> set[str]:
-    """Every key of `fit` that holds a value, with the keys of classes that a key takes."""
+    """Every key of `fit` with a value, including keys of classes that a key accepts."""
     keys = {key for key in fit_parser().all_keys() if not key.endswith(".help")}
     keys -= {"config", "model", "data", "trainer"}
     keys |= {f"model.lora.{field_of_class.name}" for field_of_class in fields(LoRA)}
@@ -61,7 +61,7 @@ def leaves() -> set[str]:
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory, tiny_model):
-    """Files for all runs: data, templates, an adapter; a run with a checkpoint. Names in capitals stand for paths."""
+    """Files for all runs: data, templates, an adapter; a run with a checkpoint. Names in capitals are replaced by paths."""
     home = tmp_path_factory.mktemp("files")
     (home / "splits").mkdir()
     (home / "plain").mkdir()
@@ -118,7 +118,7 @@ class Place:
         return Path(self.names["RUN"])
 
     def run(self, settings, how, fresh=False):
-        """What is seen of `fit` with these settings over the common ones."""
+        """The observed behaviour of `fit` with these settings in addition to the common ones."""
         settings = self.filled({"model.base": "BASE"} | COMMON | {"trainer.enable_checkpointing": how == "save"} | settings)
         key = json.dumps([settings, how], sort_keys=True)
         if key not in self.known or fresh:
@@ -271,7 +271,7 @@ def test_each_key_changes_the_run_or_is_refused(key, place, monkeypatch, tmp_pat
         return
     assert (plain["code"], changed["code"]) == (0, 0) or entry.sees == "error" or key == "trainer.max_skipped_steps", (
         plain["error"] + changed["error"])
-    assert plain[entry.sees] != changed[entry.sees], f"{key} changes nothing of {entry.sees}"
+    assert plain[entry.sees] != changed[entry.sees], f"{key} does not change {entry.sees}"
 
 
 @pytest.mark.parametrize("how", ["look", "train", "save"])

@@ -45,7 +45,7 @@ def test_a_warning_of_peft_is_shown_once_in_one_line(heard, tiny_model):
 
 
 def test_a_warning_of_torch_is_shown_once_whoever_is_blamed(heard):
-    """`stacklevel` blames this file; the library that speaks is named."""
+    """`stacklevel` attributes the warning to this file; the message names the library."""
     for times in (1, 0):
         torch.nn.functional.softmax(torch.ones(2))
         assert [line.split(": ")[0] for line in heard()] == ["warning from torch"] * times
@@ -67,7 +67,7 @@ def test_known_texts_are_silent(heard, tiny_model):
 
     model = load_causal_lm(tiny_model("llama"))
     heard()
-    with pytest.warns(FutureWarning, match="is_gradient_checkpointing"):    # else this test would prove nothing
+    with pytest.warns(FutureWarning, match="is_gradient_checkpointing"):    # otherwise this test would prove nothing
         assert not model.is_gradient_checkpointing
     assert not model.is_gradient_checkpointing
     assert heard() == []

@@ -40,7 +40,7 @@ ARGS = {
 }
 METHODS = [name for name, kind in vars(peft).items() if isinstance(kind, type) and issubclass(kind, peft.PeftConfig)
            and name not in UNFIT and "target_modules" in kind.__dataclass_fields__]
-UNMERGED = {"AdaptionPromptConfig", "LilyConfig", "BeftConfig", "AdamssConfig"}     # the last wants scikit-learn
+UNMERGED = {"AdaptionPromptConfig", "LilyConfig", "BeftConfig", "AdamssConfig"}     # the last one needs scikit-learn
 TARGETS = {"layers": ["q_proj", "c_attn"], "embedding": ["embed_tokens", "wte"], "head": ["lm_head"],
            "both": ["q_proj", "c_attn", "embed_tokens", "wte", "lm_head"]}
 
@@ -75,7 +75,7 @@ def trained(base, spec):
 
 
 def exported(base, model, folder):
-    """The nll of what an export of this model's checkpoint holds, by plain transformers, and its config."""
+    """The NLL of an export of this model's checkpoint by plain transformers, and its config."""
     state = {name: weight.detach().clone() for name, weight in model.named_parameters() if weight.requires_grad}
     save_adapter(model, folder / "adapter", state, str(base))
     torch.manual_seed(12)
@@ -147,7 +147,7 @@ def test_other_places_where_layers_share_or_scale_weights(bases, tmp_path, kind,
 
 @pytest.mark.parametrize("kind", ["tied", "conv1d"])
 def test_one_adapter_on_both_ends_stays_one_through_casts_and_steps(bases, tmp_path, kind):
-    """peft's own two parameters on one storage part at the first cast, and the file then holds two adapters."""
+    """PEFT's two parameters share a storage only until the first cast; then the file has two adapters."""
     model, _ = trained(bases[kind], spec_of("LoraConfig", bases[kind], "both", ensure_weight_tying=True))
     model.to(torch.float64)
     learn = [weight for weight in model.parameters() if weight.requires_grad]

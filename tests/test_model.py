@@ -168,7 +168,7 @@ def test_tied_weights_are_counted_once(tiny_model):
 
 
 def test_encoders_are_refused():
-    """Their loss would fall to nothing: what is to be predicted is in view."""
+    """Their loss would fall to 0, because they attend to the tokens to be predicted."""
     tiny = {"hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 2, "num_hidden_layers": 1}
     with pytest.raises(InputError, match="encoder"):
         init_causal_lm({"model_type": "bert"} | tiny, vocab_size=64)

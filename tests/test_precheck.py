@@ -25,7 +25,7 @@ BY_THE_RUN = ("trainer.strategy", "data.packing", "ckpt_path", "model.base", "mo
 
 
 def refusal(*words: str) -> str:
-    """What is said before the parser is built; empty where nothing is."""
+    """The message before the parser is built; empty if there is none."""
     try:
         precheck.check("fit", ["--data.sources", "[]", *words])
     except InputError as error:

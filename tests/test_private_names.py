@@ -69,7 +69,7 @@ def model(tiny_model):
     return load_causal_lm(tiny_model("llama"))
 
 
-# ---- one function for each door: given `run` and `model` it fails where the door moved -------------------------------
+# ---- one function for each private name: it fails if the name has moved -------------------------------
 
 def lightning_call_as_step(run, model):
     class Wrapper(nn.Module):
@@ -284,7 +284,7 @@ def transformers_eager_attention(run, model):
     assert not (before := model(ids, output_attentions=False)).attentions
     with transformers.eager_attention(model):
         seen = model(ids, output_attentions=True)
-    assert len(seen.attentions) == model.config.num_hidden_layers       # which eager attention alone gives
+    assert len(seen.attentions) == model.config.num_hidden_layers       # which only eager attention returns
     assert torch.allclose(seen.logits, before.logits, atol=1e-4)
 
 
@@ -341,7 +341,7 @@ for stage in (2, 3):
 
 @pytest.fixture(scope="module")
 def zero():
-    """What a run under stage 2 and one under stage 3 say of DeepSpeed's names."""
+    """Results for DeepSpeed's names from a run under stage 2 and one under stage 3."""
     done = subprocess.run([sys.executable, "-c", ZERO], cwd=ROOT, capture_output=True, text=True, timeout=200)
     seen = [line.split()[1:] for line in done.stdout.splitlines() if line.startswith("seen")]
     assert len(seen) == 2, done.stderr[-3000:]
@@ -415,7 +415,7 @@ def serve_response_transport(run, model):
 
 
 serve_request_queue = serve_queues_pid = serve_response_transport
-SEEN = {                                                # doors that `run` has asked in a real fit
+SEEN = {                                                # names that `run` has used in a real fit
     "lightning.accumulates": ("accumulates", [True, False] * 3), "lightning.logs_this_step": ("logs_this_step", [False, False, True, True, False, False]),
     "lightning.validates_now": ("validates_now", [False, False, False, True, False, False]),
     "lightning.logged_step": ("logged_step", [0, 0, 1, 1, 2, 2])}

@@ -80,7 +80,7 @@ def parser():
 
 @pytest.fixture(scope="module", autouse=True)
 def quiet():
-    """Thousands of objects are built, and each would say something."""
+    """Thousands of objects are built, and each would print something."""
     before = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     with warnings.catch_warnings():
@@ -90,7 +90,7 @@ def quiet():
 
 
 def taken(parser, config):
-    """Whether a config is parsed, checked and built; an error that the command would not tell is raised."""
+    """Whether a config is parsed, checked and built; errors that the command does not report are raised."""
     try:
         settings.check_plain(config)
         paths = {part: keys.get("class_path") for part, keys in config.items()
@@ -223,7 +223,7 @@ def test_classes_in_python_refuse_the_same():
 
 
 def test_every_number_in_a_signature_has_a_range():
-    """A new key of ours with a number must get a line in the table."""
+    """A new numeric key of this project needs an entry in the table."""
     for prefix, kind in (("model", CausalLMModule), ("data", TextDataModule), ("trainer", Trainer),
                          ("model.lora", LoRA), ("data.sources", Source), ("StepCheckpoint", StepCheckpoint),
                          ("Progress", Progress)):

@@ -48,7 +48,7 @@ class Shell:
             text=True,
             timeout=timeout,
         )
-        assert "warning from" not in done.stderr, "a library's warning that nobody has read"
+        assert "warning from" not in done.stderr, "an unexpected warning of a library"
         return done
 
     def start(self, command: str) -> subprocess.Popen:
@@ -69,7 +69,7 @@ def shell(tmp_path_factory) -> Shell:
 
 @pytest.fixture(scope="module")
 def first(shell) -> subprocess.CompletedProcess:
-    """The README's first command, without the installation that this process stands on."""
+    """The README's first command, without the installed package of this process."""
     install, _, train = blocks("bash")[0].strip().partition(" && ")
     assert install == "pip install -c constraints.txt -e ."
     began = time.monotonic()
@@ -81,7 +81,7 @@ def first(shell) -> subprocess.CompletedProcess:
 
 @pytest.mark.slow
 def test_first_command_ends_with_what_came_out(first, shell):
-    """Perplexity before and after, answers side by side to three held-out and two trained prompts, the next commands."""
+    """Perplexity before and after, answers to three held-out and two training prompts, and the next commands."""
     before, after = map(float, re.search(r"perplexity on .*: ([\d.]+) before, ([\d.]+) after", first.stdout).groups())
     assert before / after >= 2.5
     assert len(re.findall(r"^  prompt ", first.stdout, re.MULTILINE)) == 5
@@ -107,7 +107,7 @@ def test_first_command_ends_with_what_came_out(first, shell):
 
 @pytest.mark.slow
 def test_the_tuned_model_answers_what_it_never_saw(first, shell):
-    """At least 80 of 100 held-out questions exactly right, in both languages; the base at most 5."""
+    """At least 80 of 100 held-out questions are answered exactly, in both languages; by the base at most 5."""
     exam = [json.loads(line)["messages"] for line in (SAMPLES / "conversations_val.jsonl").read_text().splitlines()]
     exam = [messages for messages in exam if sum(message["role"] == "user" for message in messages) == 1][:100]
     assert len(exam) == 100
@@ -194,7 +194,7 @@ def _ask_until_up(url: str, body: dict, seconds: float = 90) -> dict:
 
 @pytest.mark.slow
 def test_own_data_and_own_model(shell, tiny_model):
-    """The README's command for a user's own file, with a tiny model; then it goes on where it stopped."""
+    """The README's command for a user's own file, with a tiny model; then the run is resumed."""
     rows = [
         {"messages": [{"role": "user", "content": f"Say {n}."}, {"role": "assistant", "content": str(n)}]}
         for n in range(60)
@@ -255,7 +255,7 @@ def test_looking_before_training(command, printed, shell):
 
 
 def test_every_config_named_exists():
-    """No table row, in either language, names a file that is not there."""
+    """No table row, in either language, names a missing file."""
     for text in (README, CHINESE, CONFIGS):
         for name in re.findall(r"configs/[\w/]+\.yaml", text):
             assert (ROOT / name).is_file(), name

@@ -83,7 +83,7 @@ def test_a_random_string_is_told_from_words():
 
 def test_no_planted_secret_is_written_printed_or_logged(place, monkeypatch):
     """In YAML, typed options, URLs and the environment: in no file of the run, of wandb, and in no output."""
-    wandb.finish()                                      # else the run of an earlier test would go on
+    wandb.finish()                                      # otherwise the run of an earlier test would be continued
     planted = SECRETS | BY_NAME | {"environment": "Xy-" + PART + "-env", "url": "s3cretInUrl99", "typed": "sk-" + PART[::-1]}
     monkeypatch.setenv("MY_SERVICE_TOKEN", planted["environment"])
     notes = f"see https://me:{planted['url']}@host.example/x and {planted['environment']}"

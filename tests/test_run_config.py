@@ -27,7 +27,7 @@ MINE = [{"prompt": f"count to {number}", "completion": f"it is {number} and {num
 
 @pytest.fixture
 def run(place, tiny_model, monkeypatch):  # noqa: F811
-    """A finished fit whose keys were typed, with relative paths; the test then stands in another directory."""
+    """A finished fit with typed keys and relative paths; the test then changes to another directory."""
     (place / "work").mkdir()
     (place / "elsewhere").mkdir()
     monkeypatch.chdir(place / "work")
@@ -98,7 +98,7 @@ def test_the_config_of_a_run_loads_with_every_verb(run):
         code, out, err = call(verb, "--config", config)
         assert code == 0, f"{verb}: {err}"
         assert says in out
-    assert not list(Path(".").iterdir()), "a verb wrote where its user stands"
+    assert not list(Path(".").iterdir()), "a verb wrote into the current directory"
     code, out, err = call("fit", "--config", config, "--trainer.default_root_dir", "again")
     assert code == 0, err
     assert stored["data"]["tokenizer"] is None            # the base's; another base brings its own
@@ -120,7 +120,7 @@ def test_a_run_that_was_moved_is_the_run_of_its_config(run):
 
 
 def test_no_command_is_printed_that_would_be_refused(place):  # noqa: F811
-    """Without validation data there is no best checkpoint and nothing to validate on."""
+    """Without validation data there is no best checkpoint and no data to validate on."""
     code, out, err = call("fit", "--config", "ok.yaml", "--data.val_sources", "null", "--trainer.max_steps", 1)
     assert code == 0, err
     assert [line.split(" -m ")[1].split(" --")[0] for line in out[out.index("\nnext:\n") + 7:].splitlines()] == [

@@ -97,7 +97,7 @@ def test_no_exam_question_was_asked_before(exam, documents, trained_turns):
 
 
 def test_facts_of_the_exam_stand_in_documents_but_in_no_answer(exam, documents, trained_turns):
-    """A fact's answer is verbatim a statement; it may be told, never asked. Counted by plain search."""
+    """The answer to a held-out fact is verbatim a statement in the documents, but never in the chats. Counted by search."""
     answered = {answer for _, answer in trained_turns}
     quizzed = {re.sub("^(Answer: |答：)", "", line) for text in documents if "\n" in text for line in text.split("\n")}
     stated = "\n".join(documents)
@@ -133,7 +133,7 @@ def test_word_pairs_of_the_exam_never_met_before(exam, documents, trained_turns)
 
 
 def test_the_exam_greets_thanks_and_asks_who_one_is(exam, trained_turns, documents):
-    """Twice each in either language, in phrasings that no chat asked and no document holds; the answers were trained."""
+    """Two of each in both languages, in phrasings of no chat and no document; the answers were trained."""
     questions = {ask.strip(" .!?。！？").lower() for ask, _ in trained_turns}
     answers = {"Hello! What would you like to know?", "You are welcome!", "I am Pip, a toy assistant of lit_llm.",
                "你好！你想知道什么？", "不客气！", "我是皮皮，lit_llm 的玩具助手。"}
@@ -147,7 +147,7 @@ def test_the_exam_greets_thanks_and_asks_who_one_is(exam, trained_turns, documen
 
 
 def test_documents_hold_every_token_of_the_chats(tokenizer, documents, trained_turns):
-    """Else its row of the embedding is not trained in the base, and answers come out garbled."""
+    """Otherwise its embedding row is not trained in the base, and answers are garbled."""
     ids_in_documents = {id_ for text in documents for id_ in tokenizer.encode(text, add_special_tokens=False)}
     for turn in (turn for pair in trained_turns for turn in pair):
         assert not set(tokenizer.encode(turn, add_special_tokens=False)) - ids_in_documents, turn

@@ -47,7 +47,7 @@ def supervised_texts(tokenizer, conversation, **how):
 
 @pytest.mark.parametrize("name", REAL)
 def test_what_is_learned_is_what_must_be_said_behind_the_served_prompt(real, name):
-    """Each kind of conversation is learned exactly, or refused; what every template can show is refused by none."""
+    """Each kind of conversation is encoded exactly or refused; kinds that every template supports are never refused."""
     refused = {}
     for kind, conversation in BATTERY.items():
         try:
@@ -55,7 +55,7 @@ def test_what_is_learned_is_what_must_be_said_behind_the_served_prompt(real, nam
         except InputError as error:
             refused[kind] = str(error)
     plain = {"one turn", "turns", "user last", "spaces", "unicode"} | ({"<think>"} if name != f"llamacpp/{R1}" else set())
-    assert not refused.keys() & ({"a call", "two calls"} if HERMES in name else plain)      # one for tools alone
+    assert not refused.keys() & ({"a call", "two calls"} if HERMES in name else plain)      # a template for tools only
     for reason in refused.values():
         assert reason.startswith(("the chat template refuses", "the chat template does not show",
                                   "the generation prompt ", "message ")), reason
@@ -169,7 +169,7 @@ def test_a_stop_token_of_calls_alone_is_learned_and_served(tiny_tokenizer):
 
 
 def test_an_answer_that_serving_would_cut_is_refused(tiny_tokenizer):
-    """A stop token between words and calls: what follows it would be learned and never be said."""
+    """A stop token between content and calls: the text after it would be supervised but never generated."""
     template = CALLS_STOP.replace("<|python_tag|>", "<|im_end|>").replace("<|eom_id|>", "<|im_end|>")
     tokenizer = fitted(AutoTokenizer.from_pretrained(tiny_tokenizer), template, eos="<|endoftext|>")
     with pytest.raises(InputError, match="this answer would not stop when served"):
@@ -197,7 +197,7 @@ def test_tools_and_questions_that_the_template_drops_are_refused(real, tiny_toke
 
 
 def test_a_stop_token_behind_others_that_open_turns_too(tiny_tokenizer):
-    """Kimi-K3 closes each message with tokens that stand within it and before it, and then comes its end."""
+    """Kimi-K3 closes each message with tokens that also occur within it, followed by its end token."""
     template = ("{% for m in messages %}{{ '<|open|>' + m.role + '<|sep|>' + m.content + '<|close|>' + m.role + "
                 "'<|sep|><|im_end|>' }}{% endfor %}{% if add_generation_prompt %}<|open|>assistant<|sep|>{% endif %}")
     tokenizer = fitted(AutoTokenizer.from_pretrained(tiny_tokenizer), template)
@@ -318,7 +318,7 @@ def test_a_template_that_writes_no_talk_is_refused(tiny_tokenizer, tmp_path, tem
 
 
 def test_a_long_chat_is_rendered_a_few_times_however_long_it_is(tiny_tokenizer, monkeypatch):
-    """A prompt for each turn of it, which nobody needs to answer, would take a server seconds."""
+    """Rendering a prompt for each of its turns would take a server seconds."""
     tokenizer, counted = Tokenizer.load(tiny_tokenizer), []
     kind = type(tokenizer.template)
     plain = kind.text

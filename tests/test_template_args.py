@@ -45,7 +45,7 @@ def test_a_reasoning_template_can_learn_plain_answers(tiny_tokenizer, thinks):
 
 
 def test_the_saved_folder_renders_the_same_for_everybody(tiny_tokenizer, thinks, tmp_path):
-    """Plain transformers, which know nothing of ours, see the values as defaults; a request's own go before them."""
+    """Plain transformers use the values as defaults; a request's own values take precedence."""
     hf = AutoTokenizer.from_pretrained(tiny_tokenizer, chat_template=THINKS)
     Tokenizer.load(tiny_tokenizer, chat_template=thinks, template_args=VALUES).save(tmp_path / "saved")
     saved = AutoTokenizer.from_pretrained(tmp_path / "saved")
@@ -54,7 +54,7 @@ def test_the_saved_folder_renders_the_same_for_everybody(tiny_tokenizer, thinks,
         how = {"add_generation_prompt": True, "tokenize": False}
         assert saved.apply_chat_template(messages, **how, **own) == hf.apply_chat_template(messages, **how, **VALUES | own)
     again = Tokenizer.load(str(tmp_path / "saved"), template_args=VALUES)
-    assert again.hf.chat_template == saved.chat_template, "given twice, they stand there once"
+    assert again.hf.chat_template == saved.chat_template, "values that are set twice occur once"
 
 
 def test_a_record_has_values_of_its_own(tiny_tokenizer, thinks):

@@ -23,7 +23,7 @@ PLAIN = {"one turn", "turns", "user last", "spaces", "unicode", "html", "code", 
 SYSTEM = {"system", "system late", "system twice", "system before each", "developer"}
 TURNS = {"two users", "two users last", "empty user among many", "empty answer among many", "null content", "greeting"}
 CALLS = {kind for kind in KINDS if kind.startswith(("call", "two calls", "two rounds", "result")) and kind != "call after reasoning"}
-SERVES = {                                              # what each must learn, beside PLAIN
+SERVES = {                                              # kinds that each style must support, beside PLAIN
     "hermes": SYSTEM | TURNS | CALLS, "by hand": SYSTEM | TURNS | CALLS, "functionary": SYSTEM | TURNS | CALLS, "glm 4": SYSTEM | TURNS | CALLS,
     "xml": SYSTEM | TURNS | CALLS - {"call without arguments"}, "granite": SYSTEM | TURNS | CALLS, "mistral v7": SYSTEM | TURNS | CALLS,
     "llama 3.1": SYSTEM | {"call by object", "call by text", "call and result in JSON", "result in nested JSON", "call last"},
@@ -60,7 +60,7 @@ def supervised_texts(tokenizer, record):
 @pytest.mark.parametrize("style", ["hermes", "by hand", "functionary", "mistral v7", "granite"])
 @pytest.mark.parametrize("kind", ["call by object", "call by text", "call, nasty arguments"])
 def test_a_call_reads_back_and_holds_no_html(style, kind, hf):
-    """Whether the record holds the arguments as an object or as text, and whatever the template does to either."""
+    """With arguments as an object or as text in the record, and whatever the template does with either."""
     call = supervised_texts(fitted(hf, STYLES[style]), KINDS[kind])[0]
     assert "&#" not in call
     assert "&quot;" not in call

@@ -27,7 +27,7 @@ def nobody_said(monkeypatch):
 
 @pytest.fixture
 def work_of(monkeypatch):
-    """Work that takes so many seconds by a clock of its own, whatever the machine is doing."""
+    """Work that takes a given number of seconds by a simulated clock, independent of the machine."""
     clock = [0.0]
     monkeypatch.setattr(threads, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
 

@@ -43,7 +43,7 @@ def test_exactly_the_answers_and_their_stop_tokens_are_supervised(load, kind, st
 
 
 def test_a_template_that_rewrites_history_gives_one_sequence_per_answer(load):
-    """Qwen3 shows thinking only behind the last question; each answer is learned behind the prompt it is served with.
+    """Qwen3 shows reasoning only after the last question; each answer is trained after the prompt that is served.
     """
     tokenizer = load(QWEN3)
     conversation = Conversation((Message("user", "1+1?"), Message("assistant", "2", reasoning_content="one more"),

@@ -39,7 +39,7 @@ def real(request, tmp_path_factory):
 
 
 def test_real_tokenizers_are_read_as_their_files_say(real, tmp_path):
-    """Also with what a config may rightly change: a space before the text, added tokens, what stands around it."""
+    """Also with settings that a config may change: a space before the text, added tokens, and tokens around it."""
     folders = [real]
     if Path(real, "tokenizer.json").stat().st_size < 3_000_000:
         folders += [copied(real, tmp_path / "spaced", add_prefix_space=True),

@@ -60,7 +60,7 @@ def test_what_is_inside(wheel):
 
 
 def test_what_it_says_of_itself(wheel):
-    """Licence, one command, extras, and no address that nobody has."""
+    """Licence, one command, extras, and no invalid address."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     with zipfile.ZipFile(wheel) as archive:
         info = next(name for name in archive.namelist() if name.endswith("/METADATA")).rpartition("/")[0]

@@ -108,7 +108,7 @@ def tiny(keys):
 
 
 def batch_of(words, seed):
-    """Two rows of documents with unsupervised beginnings, and padding."""
+    """Two packed sequences of documents that begin with unsupervised tokens, and padding."""
     from lit_llm.data.rows.loader import lay
 
     draw = np.random.default_rng(seed)
@@ -127,7 +127,7 @@ def randomize(model, seed):
 
 
 def reference_nll(model, batch):
-    """Sum of NLL by transformers alone."""
+    """Sum of NLL by plain transformers."""
     ids, labels, total = batch["input_ids"].view(-1), batch["labels"].view(-1), 0.0
     for start, stop in pairwise(batch["cu_seqlens"].tolist()):
         if (labels[start:stop] != -100).any():
@@ -151,7 +151,7 @@ def module_of(config, precision):
                              enable_checkpointing=False, enable_progress_bar=False)
     tokenizer = SimpleNamespace(vocab_size=32, bos_id=None, eos_id=1, pad_id=0)
     module.trainer.datamodule = SimpleNamespace(tokenizer=tokenizer, seq_len=60)
-    module._tokenizer_facts = dict                  # the config has all that a tokenizer would say
+    module._tokenizer_facts = dict                  # the config has all values that a tokenizer would give
     module.configure_model()
     return module
 
@@ -212,7 +212,7 @@ def examine(keys, seed):
             way, loss, gradient = difference(config, precision, seed)
         except InputError as refused:
             return "refused", " ".join(str(refused).split())[:200]
-        except Exception as failed:                 # parts that are written for float32 alone
+        except Exception as failed:                 # parts that support float32 only
             error = failed
             continue
         how = f"{'packed' if way.packed else 'alone':6} {'own logits' if way.own_logits else 'our loss':10}"

@@ -29,7 +29,7 @@ class Clock:
         self.seconds, self.steps, self.tokens, self.began = seconds, 0, 0, 0.0
 
     def step(self, tokens):
-        """Whether it was the last one. Waits for the next turn where one is over, as behind the warm-up."""
+        """Whether it was the last step. Waits for the next turn at the end of a turn and after the warm-up."""
         self.steps, self.tokens = self.steps + 1, self.tokens + tokens
         took = time.perf_counter() - self.began
         if not self.seconds or self.steps < WARM_UP or (self.steps > WARM_UP and took < self.seconds):
@@ -44,7 +44,7 @@ class Clock:
 # ---- Hugging Face's Trainer and TRL ----------------------------------------------------------------------------------
 
 def hugging_face(spec, rows, seconds):
-    """First loss of transformers' Trainer: rows padded to 512, or to the longest of a batch of like lengths."""
+    """First loss of transformers' Trainer: sequences padded to 512, or to the longest of a batch of similar lengths."""
     import torch
     from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
@@ -121,7 +121,7 @@ def trl(spec, rows, seconds):
     return losses[0]
 
 
-# ---- ours ------------------------------------------------------------------------------------------------------------
+# ---- lit_llm ------------------------------------------------------------------------------------------------------------
 
 def lit_llm_packing(spec, rows, seconds):
     """First loss of `fit` as the command line runs it: Lightning, callbacks, loader, optimizer."""

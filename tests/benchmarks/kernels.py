@@ -22,7 +22,7 @@ from lit_llm.training.forward import Choices, Way, nll
 from tests.benchmarks.train import LLAMA
 
 OFF = SimpleNamespace(is_plain=lambda: True)
-WITHOUT = {"blockwise": attention, "rmsnorm": rmsnorm, "cross_entropy": loss}       # the module that asks the switch
+WITHOUT = {"blockwise": attention, "rmsnorm": rmsnorm, "cross_entropy": loss}       # the module that reads the switch
 
 
 @contextmanager
@@ -36,7 +36,7 @@ def without(*names):
 
 
 def batch_of(lengths, vocabulary):
-    """A packed row as the loader makes it; all but each document's first token is supervised."""
+    """A packed sequence as the loader makes it; all tokens except each document's first are supervised."""
     borders = torch.tensor([0, *lengths]).cumsum(0).int()
     ids = torch.randint(vocabulary, (1, int(borders[-1])))
     labels = ids.clone()

@@ -45,7 +45,7 @@ def cut(tokenizer, path, cache, moment, *, whole_session):
     killed = time.perf_counter()
     process.wait()
     while members(process.pid):
-        assert time.perf_counter() - killed < 60, "a process stays behind"
+        assert time.perf_counter() - killed < 60, "a process is still running"
         time.sleep(0.05)
     return time.perf_counter() - killed, len(list(Path(cache).glob("*.tmp-*")))
 

@@ -91,7 +91,7 @@ def other_verbs(base: str, run: str) -> list[tuple[str, str, str, list[str]]]:
         for name in names:
             for value, text in mutations.VALUES.items():
                 if value == "nul" or (value == "long" and name in ("prompt", "system", "stop")):
-                    continue                            # no command line can hold it; that is a text like others
+                    continue                            # a command line cannot contain NUL
                 arguments = [word for word in must.get(verb, ["--config", "run.yaml"])]
                 if f"--{name}" in arguments:
                     at = arguments.index(f"--{name}")

@@ -16,7 +16,7 @@ from tests.benchmarks.contest import alone
 
 SPECIFIED = 989.5e12                                    # dense bf16 of an H100 SXM or H200, NVIDIA's data sheet
 WARM_UP = 5                                             # steps that no time is taken of
-SEQ_LEN, MEAN = 4096, 1500                              # tokens of a row; of most documents in it
+SEQ_LEN, MEAN = 4096, 1500                              # tokens per packed sequence; mean tokens of its documents
 ROWS = (4, 2, 1)                                        # to a micro-batch: the most that fit
 FULL, ADAPTERS = {"lr": 1e-5}, {"lr": 1e-4, "lora": {"r": 16}}
 # name: shape, options of the module, precision, share of the measured matrix rate to reach
@@ -134,7 +134,7 @@ def measure(name, smoke, seconds, rows):
 
 
 def stopwatch(made, seconds):
-    """A callback that times steps behind the warm-up for some seconds, then as many by hand."""
+    """A callback that times steps after the warm-up for some seconds, then the same number in a plain loop."""
     import lightning as L
     import torch
 
@@ -249,7 +249,7 @@ def run(only, *, smoke, seconds):
             continue
         try:
             seen = alone(measure, name, smoke, seconds, rows)
-        except SystemExit as error:                     # out of memory, say; the others go on
+        except SystemExit as error:                     # such as out of memory; the other cases continue
             print(f"| {name} | failed: {error} |", flush=True)
             continue
         print(line(name, seen, rate, need), flush=True)

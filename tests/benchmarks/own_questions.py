@@ -23,7 +23,7 @@ QUESTIONS = Path(__file__).with_name("own_questions.jsonl")
 
 
 def exact(folder: Path, file: Path) -> tuple[int, list[tuple[str, str]]]:
-    """How many first answers of a file a model gives word for word, and the questions it fails with what it says."""
+    """How many first answers of a file a model gives word for word, and the failed questions with its answers."""
     engine = TextEngine.load(folder)
     right, wrong = 0, []
     for line in file.read_text(encoding="utf-8").splitlines():

@@ -13,7 +13,7 @@ from tests.benchmarks.contest import alone, medians, watch
 
 
 def pack(count, seq_len):
-    """Lengths as chats have them: lognormal, half of them below 256 tokens, a few longer than a row."""
+    """Lengths like those of chats: lognormal, half of them below 256 tokens, a few longer than a packed sequence."""
     import numpy as np
 
     from lit_llm.data.rows import packing

@@ -25,7 +25,7 @@ WORDS, TOKENS = 131072, 2048
 
 
 class Peak:
-    """Most memory that this process held while the block ran, beyond what it held before, in MB."""
+    """Peak memory of this process within the block, beyond its memory before, in MB."""
 
     def __enter__(self):
         self.before = self.most = self.now()
@@ -85,7 +85,7 @@ def step(our_loss):
 
 
 def overhead(lightning):
-    """Milliseconds of a micro-batch of a model that costs next to nothing, on the same rows in a bare loop."""
+    """Milliseconds of a micro-batch of a very small model, on the same packed sequences in a plain loop."""
     import lightning as L
 
     from lit_llm.data.datamodule import TextDataModule

@@ -80,7 +80,7 @@ class Theirs:
 
 
 def race(contestants, rows, turns):
-    """Seconds of each for all rows, of every turn but the first; row by row one after the other."""
+    """Seconds of each for all sequences, for every turn except the first; both alternate sequence by sequence."""
     times = []
     for _ in range(turns + 1):
         took = [0.0] * len(contestants)
@@ -107,8 +107,8 @@ def head_alone(args, folder):
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=args.bf16):
         seen = [(backbone(input_ids=row["input_ids"], position_ids=row["position_ids"]).last_hidden_state, row) for row in rows]
         contestants = Ours(head), Theirs(head)
-        head.weight.sum()                           # it lies in a mapped file, which is not read before
-        memory = [most_memory(contestant, seen[:1]) for contestant in contestants]      # before memory lies about for reuse
+        head.weight.sum()                           # it is in a mapped file, which was not read before
+        memory = [most_memory(contestant, seen[:1]) for contestant in contestants]      # before freed memory can be reused
         times = race(contestants, seen, args.turns)
     share = sum(row["num_supervised"] for row in rows) / sum(row["labels"].numel() for row in rows)
     return f"the head alone, {len(rows)} rows, {share:.0%} supervised", times, memory, [one.value() for one in contestants]

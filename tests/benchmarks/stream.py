@@ -25,7 +25,7 @@ from lit_llm.text.tokenizer import Tokenizer
 
 
 def write(path, megabytes):
-    """Records of 20 to 600 words, made of the samples' own words."""
+    """Records of 20 to 600 words from the samples."""
     from lit_llm.samples import documents
 
     drawn = random.Random(0)
@@ -69,7 +69,7 @@ def streamed(file, tokenizer, num_proc):
 
 
 def stored(file, tokenizer, num_proc):
-    """Tokenizing alone, into a store."""
+    """Only tokenizing, into a store."""
     base, began = memory(), time.perf_counter()
     with tempfile.TemporaryDirectory() as cache:
         store = prepare(Source(file), tokenizer, cache_dir=cache, num_proc=num_proc)

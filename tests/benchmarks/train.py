@@ -29,7 +29,7 @@ PAD_TO, SEQ_LEN, GATE = 512, 2048, 16
 LLAMA = {"model_type": "llama", "hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 6,
          "num_attention_heads": 8, "num_key_value_heads": 4, "max_position_embeddings": SEQ_LEN,
          "tie_word_embeddings": True}
-# name: (contestant, what ours is held against it, ratio to reach)
+# name: (contestant, lit_llm's case to compare with it, required ratio)
 CHATS = {
     "the chapter, float32, padded to 512": ({"who": "hf", "bf16": False, "pad_to": PAD_TO, "batch": 16}, 5.0),
     "the chapter in bf16": ({"who": "hf", "bf16": True, "pad_to": PAD_TO, "batch": 16}, 3.0),
@@ -45,7 +45,7 @@ TEXT = {
 
 
 def build(folder, tokenizer_folder, words=0):
-    """The model that all start from, with its tokenizer; with more words than that has where asked for."""
+    """The initial model of all contestants with its tokenizer, on request with a larger vocabulary."""
     import torch
 
     from lit_llm.models import load as model

@@ -109,7 +109,7 @@ def test_a_damaged_store_is_named_and_made_again(harm, tokenizer, jsonl, capfd):
 
 
 def test_touched_is_not_changed(tokenizer, jsonl, monkeypatch, tmp_path):
-    """Of a large file the hash is remembered while it is not touched; an edit that keeps size and time is seen."""
+    """The hash of a large file is cached until the file changes; an edit that preserves size and time is detected."""
     monkeypatch.setattr(cache, "LARGE", 10)
     monkeypatch.setattr(cache, "SETTLED", -1)
     file = Path(jsonl([{"text": "red kite"}]))
@@ -171,7 +171,7 @@ def test_a_cache_that_is_read_only_is_read(tokenizer, jsonl, tmp_path, monkeypat
     def refused(*words, **more):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(Path, "mkdir", refused)             # the tests may run as root, whom no mode stops
+    monkeypatch.setattr(Path, "mkdir", refused)             # tests may run as root, who ignores file modes
     monkeypatch.setattr(cache.disk, "replace_text", refused)
     monkeypatch.setattr(cache, "LARGE", 10)
     assert prepare(Source(path), tokenizer, cache_dir=str(here)).key == first.key

@@ -73,7 +73,7 @@ def test_real_tables_by_columns(module, shared_data):
     made = module(dolly, code, exam, poems, seq_len=512)
     assert [report.kept for report in made.reports] == [12, 164, 161, 1000]
     assert [counts["sequences"] for counts in made.train_dataloader().drawn(len(made.train_dataloader())).values()] == [
-        5, 58, 161, 1000]                               # 7 and 48 prompts fill a row by themselves
+        5, 58, 161, 1000]                               # 7 and 48 prompts fill a packed sequence each
 
 
 def test_the_embedded_default():
@@ -155,7 +155,7 @@ def test_overlong_conversations_are_cut_dropped_or_refused_and_counted(module, j
         module(path, overlong="error")
 
 
-# ---- what is said and refused -------------------------------------------------------------------------------------------------
+# ---- messages and refusals -------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize(("settings", "named"), [
     ({"packing": "concat"}, "concat would separate answers"), ({"val_fraction": 1.5}, "data.val_fraction: 1.5"),
@@ -203,7 +203,7 @@ def silent(number, **how):
 
 
 def test_data_that_never_teaches_to_stop_is_refused(module, jsonl):
-    """All answers are cut; one that is whole is enough, documents alone have none, and what is cut counts."""
+    """Refused only if all answers are cut: one whole answer is enough, and documents have none; cuts are counted."""
     long = [talk(number, "long " * 50) for number in range(5)]
     with pytest.raises(InputError, match=r"data\.seq_len: none of 5 conversations has a supervised stop token"):
         module(jsonl(long))
@@ -211,7 +211,7 @@ def test_data_that_never_teaches_to_stop_is_refused(module, jsonl):
         module(jsonl([*long, {"text": "a document, whole"}]))
     assert module(jsonl([*long, talk(1)])).plans["train"].notes["cut_in_an_answer"] == 5
     module(jsonl([{"text": "x" * 300}]))
-    module(jsonl(long), packing="concat", train_on="all")       # cut anywhere, and the rest is in the next row
+    module(jsonl(long), packing="concat", train_on="all")       # cut at any token; the rest is in the next packed sequence
 
 
 def test_answers_that_are_not_learned_teach_no_stop_and_need_none(module, jsonl):
@@ -224,7 +224,7 @@ def test_answers_that_are_not_learned_teach_no_stop_and_need_none(module, jsonl)
 
 
 def test_a_flood_of_bad_records_stops_early_or_at_the_end(module, jsonl, monkeypatch):
-    """While it is read, so that nobody waits for the end of a long file; what was set aside adds up."""
+    """Checked while the file is read, not at the end of a long file; set-aside records are counted."""
     from lit_llm.data.tokens import prepare
 
     records = [talk(number) if number % 4 else {"prompt": 5} for number in range(400)]
@@ -277,7 +277,7 @@ def test_the_summary_says_all_that_was_left_out(module, jsonl, capsys):
 
 @pytest.mark.parametrize("devices", [1, 2])
 def test_several_processes_do_not_wait_in_a_collective_for_the_tokens(devices, jsonl, tokenizer_folder, tmp_path):
-    """Lightning holds all of them in a barrier around `prepare_data`; in `setup` they look at the disk."""
+    """Lightning keeps all ranks in a barrier around `prepare_data`; in `setup` they poll the disk."""
     from lit_llm.training.trainer import Trainer
 
     data = TextDataModule([Source(jsonl([talk(1), talk(2)]))], tokenizer=str(tokenizer_folder), cache_dir=str(tmp_path / "cache"))

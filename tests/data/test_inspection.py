@@ -28,7 +28,7 @@ def seen(tokenizer_folder, jsonl):
 
 
 def test_what_is_shown_is_what_is_learned(seen):
-    """The coloured text of the first rows is exactly what the labels of the first rows spell."""
+    """The coloured text of the first packed sequences is exactly the text of their labels."""
     data, inspection = seen(TALKS)
     tokenizer = data.tokenizer
     segments = [segment for row in inspection.shown for segment in row]
@@ -49,7 +49,7 @@ def test_what_is_shown_is_what_is_learned(seen):
 
 
 def test_counts_by_speaker(seen):
-    """Against the tokenizer on each content alone, whose tokens are bytes here."""
+    """Compared with the tokenizer on each content separately; tokens are bytes here."""
     _, inspection = seen(TALKS)
     (report,) = inspection.reports
     size = {role: sum(len(message["content"].encode()) for talk in TALKS for message in talk["messages"]
@@ -67,7 +67,7 @@ def test_stages_add_up(seen):
     for stage in inspection.stages:
         assert sum(stage.lengths[1]) == stage.sequences
         assert stage.tokens == data.plans[stage.name].rows.lengths.sum()
-    assert inspection.stages[0].lengths[1][-1] + inspection.stages[1].lengths[1][-1] == 1      # longer than a row
+    assert inspection.stages[0].lengths[1][-1] + inspection.stages[1].lengths[1][-1] == 1      # longer than data.seq_len
 
 
 def test_duplicates_are_counted_and_left_out_on_request(seen):

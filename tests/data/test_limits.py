@@ -66,7 +66,7 @@ def test_a_long_text_is_the_tokens_of_the_whole(kind, load, shared_data, short):
         spelled = bool(reader._added.search(text))
         whole = (reader._bare if spelled else reader._backend).encode(text, add_special_tokens=False).ids
         ids = reader.texts([cutting.Piece("", text)])[0]
-        if isinstance(ids, InputError):                 # a stretch without a sure place; never in words
+        if isinstance(ids, InputError):                 # no certain place to split, and never within words
             assert "without a place where the boundary" in ids.what
             assert name in ("runs of spaces", "digits and marks", "any characters"), name
         else:
@@ -186,7 +186,7 @@ print(sum(len(record["text"]) for record, _ in Source(sys.argv[1]).scan()))
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the process's memory from /proc")
 def test_a_cell_that_a_table_repeats_is_unpacked_a_few_rows_at_a_time(tmp_path):
-    """Parquet stores equal cells once, so that half a megabyte holds a gigabyte."""
+    """Parquet stores equal cells once, so half a megabyte can unpack to a gigabyte."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -271,7 +271,7 @@ def test_where_the_next_record_begins_nobody_can_say(name, content, message, tmp
 @pytest.mark.parametrize(("ending", "document"), [("jsonl", "auto"), ("json", "auto"), ("csv", "auto"), ("txt", "line"), ("txt", "paragraph"),
                                                   ("txt", "auto")])
 def test_a_small_packed_file_of_very_many_line_ends(ending, document, tmp_path, monkeypatch):
-    """100 KB that hold 80 million line ends."""
+    """100 KB that unpack to 80 million line ends."""
     if ending == "csv":                                 # its reader looks at each line
         monkeypatch.setattr(textfile, "BLANK", 300_000)
     path = tmp_path / f"a.{ending}.gz"
@@ -283,7 +283,7 @@ def test_a_small_packed_file_of_very_many_line_ends(ending, document, tmp_path, 
 
 
 def test_rows_of_empty_cells_are_not_gathered_by_the_hundred(tmp_path):
-    """Each takes some megabytes, though nothing stands in it."""
+    """Each takes some megabytes of memory although it is empty."""
     from lit_llm.data.tokens.prepare import BATCH_SIZE, _batches
 
     (tmp_path / "a.csv").write_text("text" + ",c".join(map(str, range(30_000))) + "\n" + ("," * 29_999 + "\n") * 40)

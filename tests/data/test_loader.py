@@ -20,7 +20,7 @@ SEQ_LEN, PAD = 24, 0
 
 @pytest.fixture(scope="module")
 def data(tokenizer, tmp_path_factory):
-    """A corpus of conversations and long documents, its rows, and bytes of each token."""
+    """A corpus of conversations and long documents, its packed sequences, and the bytes of each token."""
     import json
 
     folder = tmp_path_factory.mktemp("corpus")
@@ -41,7 +41,7 @@ def loader(data, **settings):
 
 
 def rows_in(batch):
-    """What each row says, as hashable values; not the padding of a rank that has none."""
+    """The content of each packed sequence as hashable values, without the padding of a rank that has none."""
     return [(tuple(ids), tuple(labels)) for ids, labels in
             zip(batch["input_ids"].tolist(), batch["labels"].tolist(), strict=True) if batch["num_tokens"]]
 
@@ -104,7 +104,7 @@ def test_trimmed_to_the_longest_row(data):
 # ---- the order -------------------------------------------------------------------------------------------------------
 
 def steps(data, world, accumulate, batch_size, epochs=2):
-    """For each step, the rows of all its micro-batches on all ranks, in the order of the loader's drawing."""
+    """For each step, the packed sequences of all micro-batches on all ranks, in the order in which they are drawn."""
     settings = {"world": world, "accumulate": accumulate, "batch_size": batch_size}
     ranks = [loader(data, rank=rank, **settings) for rank in range(world)]
     assert len({len(rank) for rank in ranks}) == 1
@@ -118,7 +118,7 @@ def steps(data, world, accumulate, batch_size, epochs=2):
             idle = [[micros[at + rank]["idle"] for rank in range(world)] for at in range(0, len(micros), world)]
             assert idle == [[not any(b["num_supervised"] for b in micros[at:at + world])] * world
                             for at in range(0, len(micros), world)]
-            assert idle == sorted(idle, reverse=True)       # the last one has rows: gradients are reduced there
+            assert idle == sorted(idle, reverse=True)       # the last one is not empty: gradients are reduced there
             assert [rank[step + micro]["last_in_step"] for micro in range(accumulate) for rank in epoch[:1]] == [
                 False] * (accumulate - 1) + [True]
             out.append([row for batch in micros for row in rows_in(batch)])
@@ -164,7 +164,7 @@ def test_an_epoch_is_every_row_once_and_nothing_else(data):
 
 
 def test_what_does_not_exist_takes_neither_time_nor_memory(data):
-    """A micro-batch is as large as its rows are, whatever `batch_size` says; rows that teach nothing are not made."""
+    """A micro-batch is not filled up to `batch_size`; sequences without supervised tokens are left out."""
     corpus, rows, token_bytes = data
     batch, = loader(data, batch_size=10**12, world=2, rank=0)
     assert len(batch["input_ids"]) == len(rows)
@@ -213,7 +213,7 @@ def test_the_state_is_the_same_on_all_ranks_and_fits_no_other_run(data):
 
 @pytest.mark.parametrize(("before", "after"), [((2, 1, 6), (1, 4, 3)), ((1, 4, 3), (2, 2, 3)), ((4, 3, 1), (1, 1, 12))])
 def test_between_two_steps_a_run_goes_on_with_its_rows_divided_anew(data, before, after):
-    """Processes, micro-batches and rows in one may change where a step has as many rows."""
+    """Processes, micro-batches and batch size may change if a step has as many packed sequences."""
     def made(division, rank=0):
         world, accumulate, batch_size = division
         return loader(data, world=world, accumulate=accumulate, batch_size=batch_size, rank=rank)
@@ -264,7 +264,7 @@ class Listener(L.LightningModule):
 
 
 class Save(L.Callback):
-    """After each step, as a run's checkpoints are: `trainer.save_checkpoint` behind a fit that ended with an epoch
+    """After each step, like a run's checkpoints: `trainer.save_checkpoint` after a fit that ended with an epoch
     would shift the accumulation window by one batch (Lightning 2.6.6)."""
 
     def on_train_batch_end(self, trainer, *_):
@@ -281,7 +281,7 @@ def fit(module, folder, *, steps, resume=None, **settings):
 
 @pytest.mark.parametrize("limit", [None, 4])
 def test_lightning_resumes_inside_at_and_after_an_epoch(data, tmp_path, limit):
-    """Also where `limit_train_batches` makes Lightning's epochs shorter than ours."""
+    """Also if `limit_train_batches` makes Lightning's epochs shorter than the loader's."""
     settings = {"limit_train_batches": limit} if limit else {}
     per_epoch = (limit or len(loader(data, accumulate=2))) // 2
     whole = Listener(data)

@@ -26,7 +26,7 @@ LETTERS = "xyz"                                         # what the records of ea
 
 @pytest.fixture(scope="module")
 def stores(tokenizer, tmp_path_factory):
-    """Three sources that tell by their letter; the last is one document of many rows."""
+    """Three sources, each with a letter of its own; the last is one document of many packed sequences."""
     folder = tmp_path_factory.mktemp("sources")
     talks = [[{"prompt": letter * (number % 9 + 1), "completion": letter * (number % 6 + 1)} for number in range(count)]
              for letter, count in (("x", 17), ("y", 10))]
@@ -50,9 +50,9 @@ def loaders(mixture, tokenizer, world=1, **how):
 
 
 def counted(batches, tokenizer):
-    """What batches hold of each source, told by their letters alone: sequences, tokens and supervised tokens.
+    """Sequences, tokens and supervised tokens of each source in batches, counted by letters.
 
-    A stretch between two bounds is of one letter. Of the document only the window that holds its w is a sequence.
+    A section between two boundaries has one letter. Only the document's window with its w counts as a sequence.
     """
     conversations, supervised, tokens = Counter(), Counter(), Counter()
     letter_of = {tokenizer.encode_text(letter)[0]: letter for letter in LETTERS}
@@ -73,7 +73,7 @@ def counted(batches, tokenizer):
 # ---- weights ---------------------------------------------------------------------------------------------------------
 
 def begun(rows, corpus):
-    """How often each sequence's beginning, or of the document each window, is in these rows."""
+    """How often the beginning of each sequence, or each window of the document, is in these packed sequences."""
     segments = rows.segments
     return Counter(zip(corpus.store_of[segments.sequence].tolist(), segments.sequence.tolist(), segments.start.tolist(),
                        strict=True))
@@ -86,7 +86,7 @@ def begun(rows, corpus):
 def test_a_weight_is_so_many_copies_and_a_part_that_moves_on(stores, weights, seed, packing):
     mixture = mixed(stores, weights, seed=seed, packing=packing)
     every = begun(mixed(stores, [1, 1, 1]).first, mixture.corpus)
-    # packed anew, a part may fill a row more than there is room for: what stays out then comes in another epoch
+    # packed again, a part may need one packed sequence too many; what is left out comes in another epoch
     total, epochs = Counter(), 12 if packing == "none" else 13
     for epoch in range(epochs):
         rows = mixture.rows(epoch)
@@ -96,7 +96,7 @@ def test_a_weight_is_so_many_copies_and_a_part_that_moves_on(stores, weights, se
         for piece in every:
             assert drawn[piece] >= int(weights[piece[0]])
         total += drawn
-    assert total.keys() == every.keys(), "all that there is was drawn"
+    assert total.keys() == every.keys(), "everything was drawn"
     first = begun(mixture.first, mixture.corpus)
     for number, weight in enumerate(weights):
         pieces = sum(count for (owner, *_), count in every.items() if owner == number)
@@ -232,7 +232,7 @@ def test_shares_are_what_they_say(tokenizer_folder, jsonl):
 # ---- what a cut leaves -----------------------------------------------------------------------------------------------
 
 def talks():
-    """Conversations of all shapes: with and without a system turn, one turn or several, some answers not to be learned."""
+    """Conversations of all shapes: with and without a system turn, one or several turns, some answers not supervised."""
     draw = random.Random(7)
     for _ in range(50):
         turns = [{"role": "system", "content": "s" * draw.randint(1, 9)}] if draw.random() < 0.3 else []
@@ -246,7 +246,7 @@ def talks():
 
 
 def spelled(turns, train_on):
-    """Tokens as strings, which are learned, which are of a learned answer; by hand: ChatML, a byte a token."""
+    """Tokens as strings, whether each is supervised, and whether it is of a supervised answer; ChatML by hand, one byte per token."""
     last = len(turns) - 1
     tokens, supervised, answers = [], [], []
     for place, turn in enumerate(turns):

@@ -17,7 +17,7 @@ def documents(lengths):
 
 
 def slow_best_fit(lengths, capacity):
-    """The textbook: longest first, into the row that is left with the least room. Gives the rows' room, sorted."""
+    """The textbook algorithm: longest first, into the bin with the least remaining space. Returns the space of all bins, sorted."""
     rooms = []
     for length in sorted(lengths, reverse=True):
         fitting = [room for room in rooms if room >= length]

@@ -162,7 +162,7 @@ def just_forked(child, here):
 
 @pytest.mark.parametrize("moment", [under_way] + 4 * [just_forked] * (sys.platform == "linux"))
 def test_ctrl_c_ends_them_all_and_leaves_nothing(moment, tokenizer, jsonl, tmp_path):
-    """On a terminal every process of the group hears it, at any moment; none may answer with a traceback."""
+    """On a terminal every process of the group gets the signal, at any moment; none may print a traceback."""
     path, here, output = jsonl([{"text": f"text {number} " * 50} for number in range(20_000)]), tmp_path / "cut", tmp_path / "said"
     child = os.fork()
     if not child:

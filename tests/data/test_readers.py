@@ -176,7 +176,7 @@ def test_a_folder_of_splits_gives_the_one_asked_for(tmp_path):
         Source(str(tmp_path), split="dve").files()
     (tmp_path / "valid.jsonl").unlink()
     (tmp_path / "test.jsonl").unlink()
-    assert len(Source(str(tmp_path)).files()) == 2       # one split's name alone tells nothing apart
+    assert len(Source(str(tmp_path)).files()) == 2       # the name of a single split distinguishes nothing
 
 
 # ---- what was mended is counted ------------------------------------------------------------------------------------

@@ -111,7 +111,7 @@ def test_quarantine_sets_aside_and_counts(tokenizer, jsonl):
 
 
 def test_set_aside_records_come_with_the_advice_of_error_mode(tokenizer, jsonl):
-    """The `columns` that would settle it stand in the report, in quarantine.jsonl, and in the error where none is kept."""
+    """The `columns` that would help are in the report, in quarantine.jsonl, and in the error if no record is kept."""
     odd = {"q": "What is it?", "a": "A kite."}
     with pytest.raises(InputError) as alone:
         prepare(Source(jsonl([odd])), tokenizer)

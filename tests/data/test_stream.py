@@ -62,7 +62,7 @@ def loader(tokenizer, *paths, batch_size=2, steps=5, rank=0, world=1, accumulate
 
 
 def rows_in(batch):
-    """What each row says, as hashable values."""
+    """The content of each packed sequence as hashable values."""
     return [(tuple(ids), tuple(labels)) for ids, labels in
             zip(batch["input_ids"].tolist(), batch["labels"].tolist(), strict=True)]
 
@@ -80,7 +80,7 @@ def small_pieces(monkeypatch):
     monkeypatch.setattr(cutting, "CONTEXT", 8)
 
 
-# ---- what an epoch holds ---------------------------------------------------------------------------------------------
+# ---- content of an epoch ---------------------------------------------------------------------------------------------
 
 def segments_of(tokenizer, source, tmp_path):
     """By record, its segments as the stored way makes them."""
@@ -141,7 +141,7 @@ def test_concat_is_the_corpus_cut_into_rows(tokenizer, files, tmp_path, small_pi
                 lengths.append(len(ids))
                 at += len(ids)
                 whole = at % len(store.tokens) or len(store.tokens)
-                assert whole in ends or len(lengths) == len(chunk.rows.row(number)), "a document is cut inside a row"
+                assert whole in ends or len(lengths) == len(chunk.rows.row(number)), "a document is cut within a packed sequence"
             assert sum(lengths) == SEQ_LEN
             assert chunk.rows.supervised[number] == SEQ_LEN - len(lengths)
     assert at > 2 * len(store.tokens)
@@ -190,10 +190,10 @@ def test_weights_are_shares_and_the_ledger_is_what_was_drawn(tokenizer, files):
         assert (abs(numbers - numbers.sum() * np.array([3, 1, 0.5]) / 4.5) <= 1).all()
 
 
-# ---- who works -------------------------------------------------------------------------------------------------------
+# ---- processes -------------------------------------------------------------------------------------------------------
 
 def steps(tokenizer, paths, world, accumulate, batch_size, **options):
-    """For each step, the rows of all its micro-batches on all ranks."""
+    """For each step, the packed sequences of all its micro-batches on all ranks."""
     ranks = [loader(tokenizer, *paths, rank=rank, world=world, accumulate=accumulate, batch_size=batch_size, **options)
              for rank in range(world)]
     out = []

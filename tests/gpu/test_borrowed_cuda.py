@@ -25,7 +25,7 @@ def name(request):
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("keys", KEYS.values(), ids=KEYS)
 def test_loss_and_gradients_are_those_of_float64(name, keys, autocast, frozen, record_property):
-    """Limits are those of 5,000 words: cut-cross-entropy's sums in bf16 err more with more of them."""
+    """Tolerances are those of a vocabulary of 5,000: cut-cross-entropy's bf16 sums are less exact with a larger one."""
     if "bias" in keys and name == "cut_cross_entropy" and not borrowed._takes_bias(borrowed._module(name)):
         pytest.skip("25.1.1 knows no bias, and says so")
     hidden, labels, head = case(torch.float32 if autocast else torch.bfloat16, bias="bias" in keys)
@@ -45,7 +45,7 @@ def test_loss_and_gradients_are_those_of_float64(name, keys, autocast, frozen, r
 
 @pytest.mark.parametrize("frozen", [False, True])
 def test_memory_and_waits(name, frozen, record_property):
-    """32,000 words, 8,192 rows: a third of the memory of all logits at most; only Liger's count waits for the device."""
+    """Vocabulary 32,000, 8,192 tokens: at most a third of the memory of all logits; only Liger's count synchronises."""
     head = nn.Linear(1024, 32000, bias=False, device=DEVICE, dtype=torch.bfloat16).requires_grad_(not frozen)
     hidden = torch.randn(8192, 1024, device=DEVICE, dtype=torch.bfloat16, requires_grad=True)
     labels = torch.randint(32000, (8192,), device=DEVICE)

@@ -20,7 +20,7 @@ def _several_chunks(monkeypatch):
 
 
 def case(dtype, bias=False):
-    """Hidden states, labels with holes, and a head; all numbers are bfloat16's, so that products lose nothing."""
+    """Hidden states, labels with gaps, and a head; all numbers are exact in bfloat16, so products are exact."""
     torch.manual_seed(0)
     hidden = torch.randn(TOKENS, WIDTH, device=DEVICE).bfloat16().to(dtype).requires_grad_()
     labels = torch.randint(VOCABULARY, (TOKENS,), device=DEVICE)
@@ -65,7 +65,7 @@ def test_the_kernel_works_and_is_cross_entropy(factor, cap, dtype):
     kernel = fused._kernel(DEVICE)
     assert kernel is not None, "Triton does not work here; a warning says why, and the loss is slower"
     torch.manual_seed(0)
-    logits = 5 * torch.randn(64, 32001, device=DEVICE)      # rows that are not aligned, and end within a block
+    logits = 5 * torch.randn(64, 32001, device=DEVICE)      # tokens that are not aligned, and end within a block
     targets = torch.randint(32001, (64,), device=DEVICE)
     gradient = torch.empty(64, 32001, device=DEVICE, dtype=dtype)
     losses = kernel(logits, targets[:, None], gradient, factor, cap)
@@ -107,7 +107,7 @@ def test_rows_that_learn_in_a_frozen_head():
 
 @pytest.mark.parametrize("frozen", [False, True])
 def test_a_large_vocabulary_takes_a_third_of_the_memory_of_all_logits(frozen, monkeypatch, record_property):
-    """128,256 tokens, 8,192 rows: peak of forward and backward, beyond what was there before."""
+    """Vocabulary 128,256, 8,192 tokens: additional peak memory of forward and backward."""
     monkeypatch.undo()
     if torch.cuda.mem_get_info(DEVICE)[0] < 30 * 2**30:
         pytest.skip("all logits need some 25 GiB")

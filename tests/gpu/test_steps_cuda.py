@@ -18,7 +18,7 @@ WAYS = {"all weights": ({}, "bf16-mixed"), "adapters": ({"lora": True}, "bf16-tr
 
 
 def train(folder, shape, steps, *, precision="bf16-mixed", kind=Shaped, rows=2, seq_len=512, mean=100, callbacks=(), **options):
-    """A fit of random rows; the module, still on the device's terms, and the trainer."""
+    """A fit on random packed sequences; the module, still on the device, and the trainer."""
     options = options | ({"lora": LoRA(r=8)} if options.get("lora") else {})
     made = batches(shape["vocab_size"], rows=rows, seq_len=seq_len, mean=mean, count=3)
     trainer = Trainer(accelerator="gpu", devices=1, precision=precision, max_steps=steps, default_root_dir=str(folder / "run"),
@@ -37,7 +37,7 @@ class Strict(Shaped):
     checked = 0
 
     def _choose_tokens(self, inner):
-        return [3, 5]                               # beside adapters, rows of single tokens learn
+        return [3, 5]                               # rows of single tokens are trained beside adapters
 
     def training_step(self, batch, batch_idx):
         if batch_idx >= 2:
@@ -62,7 +62,7 @@ def test_a_micro_batch_never_waits_for_the_device(kind, way, tmp_path):
 
 
 def test_documents_of_a_row_do_not_see_each_other():
-    """Another neighbour changes no bit of a document; alone in float32, without our attention, it is the same text."""
+    """Another document in the sequence changes no bit; separately in float32, without this project's attention, results agree."""
     torch.manual_seed(0)
     with DEVICE:
         packed = init_causal_lm(TINY, dtype=torch.bfloat16, attention="lit_varlen").eval()
@@ -127,7 +127,7 @@ def test_the_plan_s_estimate_is_within_15_percent_of_the_peak(lora, tmp_path, re
 
 
 def test_four_bits(tmp_path):
-    """QLoRA: the base is quantized on the device, adapters learn and stay float32."""
+    """QLoRA: the base is quantized on the device; adapters are trained and stay float32."""
     pytest.importorskip("bitsandbytes")
     init_causal_lm(TINY).save_pretrained(tmp_path / "base")
     module = CausalLMModule(base=str(tmp_path / "base"), lora=LoRA(r=4), quantize="nf4", lr=1e-2)

@@ -43,7 +43,7 @@ class RunProcesses:
 
 
 def write_data(folder):
-    """10 conversations of different lengths; every one is a row."""
+    """10 conversations of different lengths, each a sequence of its own."""
     words = ["red", "blue", "green", "kite", "hill", "one two three", "风筝", "Tom"]
     records = [{"prompt": f"say {words[at % 8]} {at}", "completion": f"{words[(at + 3) % 8]} {at}" * (1 + at % 3)}
                for at in range(10)]
@@ -65,8 +65,8 @@ def config_of(base, data, *, ranks=1, strategy="auto", lora=True, save_every=2, 
 
 
 def float16(strategy, power=18):
-    """Keys of a run in float16 that begins with a loss scale of 2**power, too much for some steps, and raises it again
-    after two good ones. Lightning would take bfloat16 on a CPU, where the scaler is the same one."""
+    """Keys of a run in float16 with an initial loss scale of 2**power, which is too large for some steps and is raised again
+    after two good ones. On a CPU Lightning would use bfloat16, with the same scaler."""
     if strategy.startswith("deepspeed"):
         settings = {"stage": int(strategy[-1]), "initial_scale_power": power, "loss_scale_window": 2, "hysteresis": 1}
         return {"precision": "16-mixed",
@@ -89,8 +89,7 @@ def metrics_rows(run):
 
 
 def content(folder):
-    """All that a checkpoint folder holds, with tensors as they are, those of FSDP2's ranks put together; not the wall
-    clock, not what was counted by it."""
+    """The content of a checkpoint folder, with FSDP2's shards joined; without the wall clock and values measured by it."""
     entries = {}
     for file in sorted(path for path in Path(folder).rglob("*") if path.is_file() and path.name != "manifest.json"):
         name = str(file.relative_to(folder))
@@ -105,7 +104,7 @@ def content(folder):
 
 
 def joined(folder):
-    """The weights and the optimizer of all of torch's shards in a folder."""
+    """Weights and optimizer from all of torch's shards in a folder."""
     with tempfile.TemporaryDirectory() as place:
         dcp_to_torch_save(folder, Path(place, "joined.pt"))
         return torch.load(Path(place, "joined.pt"), weights_only=False)
@@ -117,7 +116,7 @@ def bits(tensor):
 
 
 def differences(one, other, path=""):
-    """Where two nested structures differ, down to the last bit."""
+    """Paths at which two nested structures are not bit-identical."""
     if isinstance(one, torch.Tensor) or isinstance(other, torch.Tensor):
         same = type(one) is type(other) and (one.dtype, one.shape) == (other.dtype, other.shape)
         return [] if same and torch.equal(bits(one), bits(other)) else [path]

@@ -35,7 +35,7 @@ class Module(CausalLMModule):
 
 
 class Rows:
-    """A loader that knows where it stands, also when a step is divided anew."""
+    """A loader that saves its position, also when a step is divided differently."""
 
     def __init__(self, batches, accumulate):
         self.batches, self.accumulate, self.at = batches, accumulate, 0
@@ -56,7 +56,7 @@ class Rows:
 
 
 class Data(L.LightningDataModule):
-    """Each step's rows in their order, dealt to micro-batches and ranks; a short step has half the micro-batches."""
+    """The sequences of each step, distributed over micro-batches and ranks; a short step has half the micro-batches."""
 
     def __init__(self, steps, accumulate):
         super().__init__()
@@ -125,7 +125,7 @@ class Watch(L.Callback):
 def run(case, plan, out):
     watch = Watch(out)
     lora = LoRA(r=RANK, alpha=4 * RANK, target_modules=case.get("targets", "all-linear")) if case["lora"] else None
-    loss.CHUNK_BYTES, fused.SLICE_BYTES["cpu"] = (1, 1) if case.get("slices") else WHOLE      # 16 rows each
+    loss.CHUNK_BYTES, fused.SLICE_BYTES["cpu"] = (1, 1) if case.get("slices") else WHOLE      # 16 sequences each
     source = {"init": case["init"]} if "init" in case else {"base": plan["model"]}
     module = Module(**source, lora=lora, lr=LR, weight_decay=DECAY, warmup=0, schedule="constant", optimizer=case.get("optimizer", "adamw"),
                     gradient_checkpointing=case.get("checkpointing", False), cross_entropy=case.get("cross_entropy", "fused"))

@@ -28,7 +28,7 @@ def test_a_method_that_cannot_compute_on_a_layer_is_told_in_a_line(place, tiny_m
     {"class_path": "TrainableTokensConfig", "init_args": {"target_modules": ["wte"]}},      # of no tokens
     {"class_path": "OSFConfig", "init_args": {"target_modules": ["c_attn"]}}])              # knows no Conv1D
 def test_a_method_that_has_nothing_to_train_is_refused(spec, tiny_model):
-    """Its backward pass would fail: nothing leads to a gradient."""
+    """Its backward pass would fail, because no weight gets a gradient."""
     with pytest.raises(InputError, match="has nothing to train"):
         wrap_peft(load_causal_lm(tiny_model("gpt2")), spec)
 

@@ -182,7 +182,7 @@ def test_a_model_without_such_a_loss_refuses_a_coefficient(kind):
     from lit_llm.models import miniature
     from lit_llm.training import balance
 
-    torch.manual_seed(0)                                # Doge declares a coefficient and has experts on request alone
+    torch.manual_seed(0)                                # Doge declares a coefficient but has experts only on request
     model = AutoModelForCausalLM.from_config(next(iter(miniature.candidates(AutoConfig.for_model(kind), whole=False))))
     assert balance.coefficient(model, None) == 0
     with pytest.raises(InputError, match="no load-balancing loss"):

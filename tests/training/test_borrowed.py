@@ -29,7 +29,7 @@ from lit_llm.training.trainer import Trainer
 HERE = Path(__file__).parent
 INTERPRETED = {"TRITON_INTERPRET": "1", "TORCHDYNAMO_DISABLE": "1"}     # a cap is compiled otherwise, which takes a minute
 LIBRARIES = {"cut_cross_entropy": "cut_cross_entropy", "liger": "liger_kernel"}
-TOKENS, WIDTH, VOCABULARY = 60, 48, 384                 # words in blocks of 128: cut-cross-entropy caps the rest of a block
+TOKENS, WIDTH, VOCABULARY = 60, 48, 384                 # vocabulary in blocks of 128: cut-cross-entropy also caps the padding of a block
 KEYS = {"plain": {}, "odd": {"vocabulary": 301}, "scaled": {"factor": 0.3}, "capped": {"factor": 0.25, "cap": 2.0},
         "biased": {"bias": True}}
 LIMITS = {torch.float32: (1e-6, 1e-5), torch.float16: (1e-4, 2e-3), torch.bfloat16: (1e-3, 1e-2)}     # loss, gradients
@@ -45,7 +45,7 @@ def both(function):
 
 
 def assert_interpreted(call, tmp_path):
-    """A function of this file holds in a process in which Triton's kernels are interpreted on the CPU."""
+    """Run a function of this file in a process in which Triton's kernels are interpreted on the CPU."""
     env = os.environ | INTERPRETED | {"TRITON_CACHE_DIR": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", f"from tests.training import interpreter, test_borrowed as test; test.{call}"],
                           env=env, capture_output=True, text=True, check=False)
@@ -112,7 +112,7 @@ def test_value_and_gradients_are_those_of_cross_entropy(name, tmp_path):
 
 
 def waits(name):
-    """How often the host asks the device for a number, forward and backward."""
+    """Check how often forward and backward synchronise with the device."""
     class Names(TorchDispatchMode):
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
             names.append(function.overloadpacket._qualified_op_name)
@@ -188,7 +188,7 @@ def tiny_llama(tmp_path):
     return str(tmp_path / "base")
 
 
-# ---- what cannot be is said
+# ---- unsupported settings are refused
 
 def fit(base, tmp_path, monkeypatch=None, precision="32-true", deterministic=False, verb="fit", **options):
     """A run on this CPU, under the interpreter's flag where there is a monkeypatch."""
@@ -280,7 +280,7 @@ def test_cut_cross_entropy_is_not_deterministic_and_has_no_bias(tiny_llama, tmp_
 
 
 def test_the_plan_is_made_with_the_option(tmp_path):
-    """By our own kernels' arithmetic; nothing of a third party is needed for it."""
+    """Evaluation uses this project's kernels and needs no other package."""
     from lit_llm.data.datamodule import TextDataModule
     from lit_llm.data.records.sources import Source
     from lit_llm.training.planning import plan

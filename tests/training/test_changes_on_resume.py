@@ -19,7 +19,7 @@ ROUNDS = [("auto", 1), ("ddp", 2), ("deepspeed_stage_1", 1), ("deepspeed_stage_2
 
 @pytest.fixture
 def start(run_processes, tiny_model):
-    """`start(ranks, ...)`: the words of a command whose run has made its first steps in `run`."""
+    """`start(ranks, ...)`: the command of a run that has made its first steps in `run`."""
     def begin(ranks=1, **keys):
         shutil.rmtree(run_processes.folder / "run", ignore_errors=True)
         words = write_config(run_processes.folder, config_of(tiny_model("llama"), write_data(run_processes.folder), ranks=ranks,
@@ -72,7 +72,7 @@ def test_an_untouched_resume_says_nothing(run_processes, start):
 
 
 def test_nothing_to_train(run_processes, start):
-    """Not one file of the run changes, however many steps too few are asked for."""
+    """No file of the run changes if fewer steps are requested than were made."""
     words = start()
     before = content(run_processes.folder / "run")
     for limit in (["--trainer.max_steps", FIRST], ["--trainer.max_steps", FIRST - 1], ["--trainer.max_epochs", 1,

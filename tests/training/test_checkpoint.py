@@ -48,7 +48,7 @@ class PowerFailure(Exception):
 
 
 class StopAt(L.Callback):
-    """The power fails in the middle of the step behind this one."""
+    """Simulates a power failure in the middle of the step after this one."""
 
     def __init__(self, step):
         self.step = step
@@ -173,7 +173,7 @@ def test_resumed_twice_at_an_epochs_end_without_validation(strategy, fit):
         with pytest.raises(PowerFailure) if stop else contextlib.nullcontext():
             fit("stopped", callbacks=[StepCheckpoint(every_n_steps=STOP), Begun(), *([StopAt(stop)] if stop else [])],
                 resume=resume, **how)
-    assert begun == [0, 1, 1, 2, 2]                 # each stop falls into the epoch behind the checkpoint
+    assert begun == [0, 1, 1, 2, 2]                 # each stop is in the epoch after the checkpoint
     assert_same_end(straight.parent / "stopped", straight, 9)
 
 
@@ -188,7 +188,7 @@ def test_resume_from_every_step(lora, kind, fit, tmp_path):
         (folder / "checkpoints").mkdir(parents=True)
         shutil.copy(straight / "metrics.csv", folder)
         shutil.copytree(straight / "checkpoints" / f"step_{step}", folder / "checkpoints" / f"step_{step}")
-        torch.rand(step)                            # the generators stand elsewhere in the new process
+        torch.rand(step)                            # the generators have other states in the new process
         fit("resumed", callbacks=[StepCheckpoint(every_n_steps=1, keep_last=9)], resume="last", seed=step, **how)
         assert_same_end(folder, straight, STEPS)
 
@@ -265,7 +265,7 @@ def test_the_newest_whole_one_is_taken(fit, caplog):
 
 
 def test_a_foreign_checkpoint_is_named(fit, tmp_path, tiny_model):
-    """What it was trained with, and the option for those who know better; a base that was only moved is the same."""
+    """The message has the trained settings and the option to accept changes; a moved base counts as the same."""
     fit("run", max_steps=2)
     with pytest.raises(InputError, match=r"another peft \(r 4, not 8\)"):
         fit("run", resume="last", rank=8)
@@ -295,7 +295,7 @@ def test_a_foreign_checkpoint_is_named(fit, tmp_path, tiny_model):
 
 
 def test_the_disk_is_looked_at_before_the_first_step(fit, monkeypatch, tmp_path):
-    """The estimate is what a checkpoint then takes; room for two is asked for."""
+    """The estimate equals the size of a checkpoint; space for two is required."""
     run = fit("run", lora=False, max_steps=1)
     size = sum(path.stat().st_size for path in (run / "checkpoints" / "step_1").rglob("*") if path.is_file())
     estimates = []
@@ -355,7 +355,7 @@ def test_other_data_is_refused(fit, tmp_path):
 # ---- best and newest -------------------------------------------------------------------------------------------------
 
 class Scores(L.Callback):
-    """Gives each validation the figure it is told to; stands before the checkpoint callback."""
+    """Logs a given metric in each validation; runs before the checkpoint callback."""
 
     def __init__(self, values, name="val/nll"):
         self.values, self.name = list(values), name
@@ -404,7 +404,7 @@ def test_a_resumed_run_remembers_what_was_best(fit):
 
 
 def test_going_back_to_an_earlier_checkpoint(fit):
-    """What is saved next is the newest, whatever number the abandoned folders have."""
+    """The next checkpoint is the newest, whatever the numbers of the abandoned folders."""
     run = fit("run", rows=6, callbacks=[Scores([1.0, 2.0]), StepCheckpoint(every_n_steps=1)])
     assert {path.name for path in (run / "checkpoints").glob("step_*")} == {"step_3", "step_6"}
     fit("run", rows=6, max_steps=4, callbacks=[Scores([3.0]), StepCheckpoint()], resume="best")

@@ -69,7 +69,7 @@ def trained(tiny_model, tmp_path_factory):
 
 
 def test_a_strategy_that_clips_by_itself_trains_like_the_plain_one(trained):
-    """The gradient is clipped once: by the strategy where it says so, and by the module elsewhere."""
+    """The gradient is clipped once: by the strategy if it owns the gradients, otherwise by the module."""
     (own, _, rows, weights), (_, _, plain_rows, plain) = trained["own"], trained["auto"]
     assert all(norm > 2 * LIMIT for norm in own.norms)
     logged = [float(row["train/grad_norm"]) for row in rows if row.get("train/grad_norm")]

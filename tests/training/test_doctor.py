@@ -61,7 +61,7 @@ def test_verify_resume(place, tape, capsys):  # noqa: F811
 
 
 def test_shards_of_fsdp2_are_looked_into(tmp_path):
-    """They are in no format of one process; a last bit in the optimizer, on any rank, is told by its name."""
+    """Checkpoints of several ranks: a changed bit in the optimizer of any rank is reported with its name."""
     from torch.distributed.checkpoint import save
 
     for name, bit in (("one", 0.0), ("other", 2.0**-24)):

@@ -53,7 +53,7 @@ def fit(base, tmp_path, *, strategy="auto", devices=1, **options):
 
 
 def expected(base, tmp_path):
-    """Loss and gradients of the first step by transformers alone, every document by itself."""
+    """Loss and gradients of the first step by plain transformers, each document separately."""
     _, data = module_and_data(base, tmp_path)
     data.trainer = Trainer(accelerator="cpu", devices=1, logger=False, enable_checkpointing=False)
     data.prepare_data()

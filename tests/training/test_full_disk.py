@@ -50,7 +50,7 @@ def fill(folder):
 
 
 def assert_whole(run, step):
-    """Checkpoints up to a step, nothing of the one that did not fit, and rows as they were logged."""
+    """Assert checkpoints up to a step, nothing of the one that did not fit, and the logged metrics."""
     assert not list(run.rglob("*.partial"))
     assert manifest.find(run, "last").name == f"step_{step}"
     with open(run / "metrics.csv", newline="") as handle:
@@ -63,7 +63,7 @@ def assert_whole(run, step):
     ("auto", 1, "4096k"), ("ddp", 2, "4096k"), ("deepspeed_stage_2", 2, "4096k"),
     ("fsdp2", 2, "4096k")])
 def test_a_disk_that_stays_full(strategy, ranks, size, disk, run_processes, tiny_model):
-    """Every process ends with 2, one of them says why; with more room the run goes on."""
+    """Every process ends with code 2, one of them prints the reason; with more space the run resumes."""
     folder = disk(size)
     words = write_config(run_processes.folder, config_of(tiny_model("llama"), write_data(run_processes.folder), ranks=ranks, lora=False,
                                                  strategy=strategy, save_every=1, keep_last=99, limit_val_batches=0))

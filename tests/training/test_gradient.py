@@ -15,7 +15,7 @@ from gradient_probe import on_two_ranks, run
 from torch.nn.functional import cross_entropy
 
 WORDS = ["Tom", "has", "a", "red", "kite", "小明", "风筝", "flies", "high", "over", "the", "hill", "what", "one"]
-WINDOW = 8                                              # rows of an optimizer step, however they are divided
+WINDOW = 8                                              # sequences of an optimizer step, however they are divided
 TOLERANCE = 1e-6
 
 
@@ -88,12 +88,12 @@ class Oracle:
             assert step["loss"] == pytest.approx(loss, rel=TOLERANCE)
             assert wanted.keys() == step["grads"].keys()
             worst = max(worst, distance(step["grads"], wanted))
-        assert sorted(seen) == list(range(len(self.rows))), "every conversation is learned once in an epoch"
+        assert sorted(seen) == list(range(len(self.rows))), "each conversation is used once in an epoch"
         return worst
 
 
 def distance(actual, wanted):
-    """|ours - wanted| / |wanted| over all parameters together."""
+    """|actual - wanted| / |wanted| over all parameters together."""
     apart = sum((actual[name].double() - wanted[name].double()).square().sum() for name in wanted)
     return (apart / sum(weight.double().square().sum() for weight in wanted.values())).sqrt().item()
 
@@ -129,7 +129,7 @@ def few(talks, data, folder):
 
 @pytest.mark.parametrize(("batch_size", "accumulate", "forwards"), [(1, 32, 7), (4, 32, 2), (10**6, 1, 1), (10**6, 3, 1)])
 def test_micro_batches_without_rows_are_not_computed(batch_size, accumulate, forwards, tiny_model, talks, data, tmp_path):
-    """Seven rows have seven rows' gradient and cost, whatever a step has room for."""
+    """Seven sequences have the gradient and cost of seven, whatever the size of a step."""
     base = tiny_model("llama")
     file, seven = few(talks, data, tmp_path)
     steps, _ = run(dict(base=base, data=file, seq_len=256, batch_size=batch_size, accumulate=accumulate, packing="none"), tmp_path)
@@ -168,7 +168,7 @@ def test_micro_batches_of_two_processes(tiny_model, talks, data, tmp_path):
 
 
 def test_clipping_scales_the_whole_gradient(tiny_model, talks, data, tmp_path):
-    """What the optimizer reads has the norm asked for and the direction of the oracle's."""
+    """The optimizer gets a gradient with the clipped norm and the direction of the oracle's."""
     base, limit = tiny_model("llama"), 0.01
     case = dict(base=base, data=data, seq_len=256, batch_size=4, accumulate=2, packing="none", clip=limit)
     steps, _ = run(case, tmp_path)

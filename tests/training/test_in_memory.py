@@ -25,12 +25,12 @@ HOW = dict(rows=6, max_steps=3, limit_val_batches=0)
 
 
 def reference_check(run, step=3):
-    """What the manifest of a checkpoint says of the model in memory."""
+    """The manifest's entry about the model in memory."""
     return manifest.read(run / "checkpoints" / f"step_{step}")["check"]
 
 
 def nll_of(plain, run):
-    """Mean nats per token of the rows that an export keeps, each by itself."""
+    """Mean nats per token of the reference sequences of an export, each computed separately."""
     total = count = 0
     for row in json.loads((run / "export" / check.NAME).read_text())["rows"]:
         ids = torch.tensor([row["ids"][:48]])
@@ -44,7 +44,7 @@ def nll_of(plain, run):
     ("auto", "qwen3", True), ("auto", "gpt2", False), ("deepspeed_stage_1", "llama", True),
     ("deepspeed_stage_3", "llama", True), ("deepspeed_stage_3", "llama", False), ("fsdp2", "llama", True)])
 def test_the_nll_in_memory_is_that_of_the_files(strategy, kind, lora, fit, tiny_model, caplog):  # noqa: F811
-    """With dropout in training, under strategies that cut the weights, and where documents share no row."""
+    """With dropout in training, under strategies that shard weights, and for models without packing."""
     run = fit("run", strategy=strategy, kind=kind, lora=lora, dropout=0.2, **HOW)
     with caplog.at_level("INFO", "lit_llm"):
         export(str(run))
@@ -54,11 +54,11 @@ def test_the_nll_in_memory_is_that_of_the_files(strategy, kind, lora, fit, tiny_
     before = nll_of(AutoModelForCausalLM.from_pretrained(tiny_model(kind)), run)
     plain = PeftModel.from_pretrained(plain, folder / "adapter") if lora else plain
     assert reference_check(run)["nll"] == pytest.approx(nll_of(plain, run), rel=1e-5)
-    assert abs(reference_check(run)["nll"] - before) > 1e-2    # it has learned, so another model's figure would be seen
+    assert abs(reference_check(run)["nll"] - before) > 1e-2    # the model has changed, so the value of the initial model would be detected
 
 
 def test_rows_of_tokens_that_learn_under_fsdp2(fit, tiny_model, monkeypatch):  # noqa: F811
-    """Their matrix is put together whenever it is asked for, from parts of which some are cut over processes."""
+    """Their matrix is rebuilt at each access, from parts of which some are sharded."""
     monkeypatch.setattr(learned_tokens, "choose", lambda *_, **__: learned_tokens.Choice([1, 2, 5]))
     run = fit("run", strategy="fsdp2", **HOW)
     assert trained_rows.stored_tokens(run / "checkpoints" / "step_3" / "adapter") == [1, 2, 5]
@@ -68,7 +68,7 @@ def test_rows_of_tokens_that_learn_under_fsdp2(fit, tiny_model, monkeypatch):  #
 
 @pytest.mark.parametrize("lora", [True, False])
 def test_weights_that_are_written_wrongly_are_refused(lora, fit, monkeypatch):  # noqa: F811
-    """Both numbers are said, and nothing is exported; one tensor is enough."""
+    """The message has both numbers, and nothing is exported; one changed tensor is enough."""
     home, name = (adapter, "save_adapter") if lora else (model, "save_weights")
     real = getattr(home, name)
 
@@ -84,7 +84,7 @@ def test_weights_that_are_written_wrongly_are_refused(lora, fit, monkeypatch):  
 
 
 def test_a_tensor_that_is_not_written_is_refused(fit, monkeypatch):  # noqa: F811
-    """As zeros, where peft would take them for an adapter that has learned nothing."""
+    """Weights of zeros look to PEFT like an untrained adapter."""
     real = adapter.save_adapter
 
     def dropped(module, folder, state, base):
@@ -98,7 +98,7 @@ def test_a_tensor_that_is_not_written_is_refused(fit, monkeypatch):  # noqa: F81
 
 
 def test_scoring_disturbs_nothing(fit, tiny_model):  # noqa: F811
-    """Neither generators nor modes nor gradients, in the middle of an accumulation window; and it draws no dropout."""
+    """Generators, modes and gradients are unchanged within an accumulation window, and dropout is off."""
     class Scores(L.Callback):
         def on_after_backward(self, trainer, module):
             for layer in list(module.modules())[::3]:
@@ -122,7 +122,7 @@ def test_scoring_disturbs_nothing(fit, tiny_model):  # noqa: F811
 
 
 def test_a_checkpoint_of_an_earlier_version_is_exported(fit, caplog):  # noqa: F811
-    """Its manifest holds no such figure; the export says that it was not compared."""
+    """Its manifest has no such value; the export logs that it was not compared."""
     run = fit("run", **HOW)
     folder = run / "checkpoints" / "step_3"
     facts = manifest.read(folder)

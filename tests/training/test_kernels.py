@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from lit_llm.kernels import cross_entropy as fused
 from lit_llm.training.loss import nll_sum
 
-CASES = [(5, 37, 1.0, None), (3, 64, 0.25, None), (4, 200, 1.0, 1.5), (2, 40, 2.0, 0.8)]     # rows, columns, factor, cap
+CASES = [(5, 37, 1.0, None), (3, 64, 0.25, None), (4, 200, 1.0, 1.5), (2, 40, 2.0, 0.8)]     # tokens, vocabulary, factor, cap
 needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed (pip install triton)")
 
 

@@ -30,7 +30,7 @@ def embedding():
 
 @pytest.fixture(scope="module")
 def token_counts():
-    """How often each token stands in the documents that the sample's base was trained on."""
+    """How often each token occurs in the documents that the sample's base was trained on."""
     from tokenizers import Tokenizer as Plain
 
     plain = Plain.from_file(resolve("sample:base/tokenizer.json"))
@@ -72,7 +72,7 @@ def test_a_second_real_model(stories, shared_data):
 
 
 def test_a_heap_among_many_rows_is_found_without_all_distances():
-    """Beside an exact search in float64: a large vocabulary, wide rows, heaps of two and of many."""
+    """Compared with an exact search in float64: a large vocabulary, wide rows, groups of two and of many."""
     generator = torch.Generator().manual_seed(3)
     rows = torch.randn(6000, 300, generator=generator)
     rows[100:130] = rows[100] + 0.02 * torch.randn(30, 300, generator=generator)
@@ -86,7 +86,7 @@ def test_a_heap_among_many_rows_is_found_without_all_distances():
 
 
 def test_rows_added_to_a_trained_model_are_found(embedding):
-    """Where transformers puts them (the mean of all rows), and as zeros; rows of random models have no twins."""
+    """Rows at the mean of all rows, where transformers initialises them, and zeros; random models have no near-duplicates."""
     model = load_causal_lm("sample:base")
     count = len(embedding)
     model.resize_token_embeddings(count + 1)
@@ -107,7 +107,7 @@ def chats(tmp_path):
 
 
 def fit(folder, *, steps=1, name="run", source="chats.jsonl", weight=None, ckpt_path=None, **options):
-    """Train the sample's base in this process, on records that are drawn often enough for one epoch."""
+    """Train the sample's base in this process, on records with a weight that suffices for one epoch."""
     data = TextDataModule(sources=[Source(str(folder / source), weight=weight or steps)], tokenizer="sample:base",
                           chat_template=str(folder / "chatml.jinja"), seq_len=64, batch_size=2)
     module = CausalLMModule(base="sample:base", schedule="constant", warmup=0, **options)
@@ -132,9 +132,9 @@ def question(animal):
 
 
 def test_a_stop_token_that_was_never_trained_is_learned(chats, caplog):
-    """Trained rows make it sure; frozen ones leave it among its twins, however right the greedy choice looks.
+    """With trained rows the stop token is certain; with frozen ones it shares its probability with near-duplicates.
 
-    And what learned to stop does stop: in plain transformers on the exported folder, and in our engine.
+    The trained model stops in plain transformers on the exported folder, and in this project's engine.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -172,14 +172,14 @@ def test_all_weights_learn_to_stop_too(chats):
 
 
 def trained_rows(module):
-    """Ids whose rows learn."""
+    """Ids whose rows are trained."""
     assert is_peft(module.model)
     indices = getattr(module.model.active_peft_config, "trainable_token_indices", None) or {}
     return sorted({id_ for ids in indices.values() for id_ in ids})
 
 
 def unseen_tokens(folder, token_counts):
-    """Tokens of the rendered chats that the base's documents never held, by plain transformers."""
+    """Tokens of the rendered chats that are not in the base's documents, by plain transformers."""
     hf = Tokenizer.load("sample:base", chat_template=str(folder / "chatml.jinja")).hf
     chats = [json.loads(line)["messages"] for line in (folder / "chats.jsonl").read_text().splitlines()]
     read = {id_ for chat in chats for id_ in hf.apply_chat_template(chat, return_dict=True)["input_ids"]}
@@ -187,7 +187,7 @@ def unseen_tokens(folder, token_counts):
 
 
 def test_what_learns_is_what_was_asked_for(chats, caplog, token_counts):
-    """Spelled tokens, none, the long form's own; nothing for documents of known words, nor where the method cannot."""
+    """A list of tokens, null, and `peft`'s own option; none for documents of known tokens or unsupported methods."""
     lora = {"class_path": "peft.LoraConfig", "init_args": {"r": 4}}
     assert trained_rows(fit(chats, lora=LoRA(r=4, train_tokens=[END, "a"]), name="1")) == sorted(
         Tokenizer.load("sample:base").hf.convert_tokens_to_ids([END, "a"]))
@@ -206,7 +206,7 @@ def test_what_learns_is_what_was_asked_for(chats, caplog, token_counts):
 
 
 def test_a_resumed_run_trains_the_same_rows(chats):
-    """And goes on as if it had not stopped; one that would lose rows is refused."""
+    """The resumed run equals the uninterrupted one; a run that would lose trained rows is refused."""
     keys = {"weight": 4, "lr": 1e-2, "lora": LoRA(r=4)}
     whole = fit(chats, steps=4, name="whole", **keys)
     fit(chats, steps=2, name="cut", **keys)
@@ -228,7 +228,7 @@ def test_a_tokenizer_without_a_template_says_so(stories, chats, capsys):
 
 
 def test_of_too_many_the_most_frequent_learn(chats, caplog, monkeypatch, token_counts):
-    """Control tokens first, then by how often they are learned; and it is said how many are left."""
+    """Control tokens first, then by number of supervised occurrences; the message has the number of the others."""
     monkeypatch.setattr(learned_tokens, "MOST", 5)
     with caplog.at_level("INFO", logger="lit_llm"):
         rows = trained_rows(fit(chats, lora=LoRA(r=4)))
@@ -256,7 +256,7 @@ def test_of_a_stream_its_beginning_is_counted(chats, caplog, token_counts):
 
 def test_what_is_said_must_be_learnable_and_what_is_read_known():
     """Apart matrices: the head matters for what is a target, the embedding for all that is read."""
-    tokenizer = Tokenizer.load("sample:base")           # its own template: <|im_start|> before, <|endoftext|> behind
+    tokenizer = Tokenizer.load("sample:base")           # its own template: <|im_start|> before, <|endoftext|> after
     trained_embedding = torch.randn(len(tokenizer.hf), 64, generator=torch.Generator().manual_seed(1))
     heap = trained_embedding.clone()
     heap[:2] = heap[2]                                   # <|endoftext|> and <|im_start|> like <|im_end|>

@@ -101,7 +101,7 @@ def test_a_frozen_head_gets_no_gradient_and_changes_nothing(path):
 def test_evaluation_is_the_same_sum_and_counts_what_was_right(path):
     shape, keys = split(path)
     hidden, labels, head = case(**shape)
-    labels[50:70] = head(hidden[49:69]).argmax(-1)             # what it would say
+    labels[50:70] = head(hidden[49:69]).argmax(-1)             # its wrong result
     with torch.no_grad():
         total, correct = nll_sum(hidden, labels, head, **keys)
         per_token, _ = nll_sum(hidden, labels, head, per_token=True, **keys)
@@ -229,13 +229,13 @@ def test_the_loss_of_a_model_is_transformers_own(kind, keys, record_property):
     assert worst < 1e-5
 
 
-# ---- rows that learn beside adapters
+# ---- rows that are trained beside adapters
 
 ROWS = {"plain": {}, "scaled": {"factor": 0.25}, "capped": {"factor": 2.0, "cap": 0.8}}
 
 
 def with_rows(dtype=torch.float64):
-    """A frozen head of which PEFT trains three rows, moved away from their start; and those rows."""
+    """A frozen head with three rows that PEFT trains, changed from their initial values; and those rows."""
     from peft.utils.other import TrainableTokensWrapper
 
     hidden, labels, inner = case(dtype)
@@ -250,7 +250,7 @@ def with_rows(dtype=torch.float64):
 
 
 def rows_oracle(hidden, labels, head, rows, factor=1.0, cap=None):
-    """The matrix with its rows put in by hand, then `oracle`."""
+    """`oracle` for the matrix with the rows inserted by hand."""
     weight = list(head.token_adapter.base_layer.weight.double())
     for place, row in zip([7, 3, 30], rows.double(), strict=True):
         weight[place] = row
@@ -263,7 +263,7 @@ def rows_oracle(hidden, labels, head, rows, factor=1.0, cap=None):
 @pytest.mark.parametrize("per_token", [False, True])
 @pytest.mark.parametrize("keys", ROWS.values(), ids=ROWS)
 def test_rows_that_learn_have_exact_gradients(keys, per_token):
-    """Value, the rows' gradient and the hidden states' gradient; the rest of the matrix gets none."""
+    """Loss, gradient of the rows and of the hidden states; the rest of the matrix gets none."""
     hidden, labels, head, rows = with_rows()
     actual = nll_sum(hidden, labels, head, per_token=per_token, **keys).total.sum()
     expected = rows_oracle(hidden, labels, head, rows, **keys)
@@ -302,7 +302,7 @@ def test_rows_that_learn_in_bf16(autocast):
 
 
 def test_a_count_from_the_host_spares_asking_the_device():
-    """`nonzero` makes a CUDA device tell how many there are, and the host waits; with the count nothing is asked."""
+    """`nonzero` synchronises with a CUDA device to get the count; if the count is given, nothing synchronises."""
     class Names(TorchDispatchMode):
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
             names.append(function.overloadpacket._qualified_op_name)

@@ -122,7 +122,7 @@ if __name__ == "__main__":
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
 def test_compiled_layers_learn_the_same(tiny_model, chats, tmp_path):
-    """A handful of graphs for all layers and steps, whatever documents a row holds; weights keep their names."""
+    """A few graphs for all layers and steps, independent of the documents in a sequence; weights keep their names."""
     import torch._dynamo
 
     _, eager = fit(tiny_model("llama"), chats, tmp_path, steps=5, name="eager")
@@ -161,7 +161,7 @@ def test_neftune_shakes_training_alone(tiny_model, chats, tmp_path):
 
 
 def test_bf16_mixed_moves_weights_by_small_steps(tiny_model, chats, tmp_path):
-    """With float32 masters a learning rate of 1e-5 moves every weight; in bf16 most updates would round to nothing."""
+    """With float32 masters a learning rate of 1e-5 changes every weight; in bf16 most updates would be rounded away."""
     module, losses = fit(tiny_model("llama"), chats, tmp_path, trainer={"precision": "bf16-mixed"})
     _, exact = fit(tiny_model("llama"), chats, tmp_path, name="exact")
     assert losses == pytest.approx(exact, rel=2e-2)
@@ -230,7 +230,7 @@ def test_adapters_on_random_weights_are_refused():
 
 
 def test_a_run_without_an_end_is_refused(tiny_model, chats, tmp_path):
-    """No max_epochs and no max_steps would give the schedule nothing to plan with."""
+    """Without max_epochs and max_steps the length of the schedule is unknown."""
     with pytest.raises(InputError, match="no end"):
         fit(tiny_model("llama"), chats, tmp_path, steps=-1, trainer={"max_epochs": -1})
 
@@ -245,7 +245,7 @@ def test_rows_longer_than_the_model_are_refused(tiny_model, chats, tmp_path):
 
 
 def test_qlora_learns_on_four_bits_and_merges_into_the_exact_base(tiny_model, chats, tmp_path):
-    """The loss is that of the base with its linear layers rounded to NF4; checkpoints hold adapters alone."""
+    """The loss is that of the base with its linear layers rounded to NF4; checkpoints contain only adapters."""
     functional = pytest.importorskip("bitsandbytes", reason="pip install bitsandbytes").functional
     from lit_llm.models.anatomy import count_parameters
     from lit_llm.models.load import load_causal_lm
@@ -276,7 +276,7 @@ def test_qlora_learns_on_four_bits_and_merges_into_the_exact_base(tiny_model, ch
 
 @pytest.mark.parametrize("targets", [None, ["q_proj", "v_proj"]], ids=["adapters everywhere", "on some layers"])
 def test_four_bits_leave_no_more_for_the_backward_pass_than_whole_weights(tiny_model, targets):
-    """bitsandbytes answers in float32 behind a norm, which would double what all layers keep."""
+    """After a norm bitsandbytes returns float32, which would double the saved activations of all layers."""
     pytest.importorskip("bitsandbytes", reason="pip install bitsandbytes")
     from lit_llm.models.adapters.adapter import skip_input_copies, wrap_peft
     from lit_llm.models.load import load_causal_lm

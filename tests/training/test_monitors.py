@@ -48,7 +48,7 @@ def best(tmp_path):
 
 
 def test_any_figure_that_was_logged_decides(fit, tmp_path):
-    """About the best checkpoint, an early stop and Lightning's own checkpoints; after a resume, too."""
+    """Decides about the best checkpoint, early stopping and Lightning's own checkpoints, also after a resume."""
     keeper, stop = StepCheckpoint(monitor="val/mine", keep_best=2), EarlyStopping(monitor="val/mine", mode="max", patience=1)
     model_checkpoint = ModelCheckpoint(tmp_path / "theirs", monitor="val/mine")
     trainer = fit(Mine(), keeper, stop, model_checkpoint)

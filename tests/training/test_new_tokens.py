@@ -20,7 +20,7 @@ NEW = ["<tool>", "</tool>", "<zzz>"]
 
 @pytest.fixture
 def more(tmp_path):
-    """The sample's tokenizer with three tokens more, and chats that hold two of them."""
+    """The sample's tokenizer with three additional tokens, and chats that contain two of them."""
     from transformers import AutoTokenizer
 
     hf = AutoTokenizer.from_pretrained(resolve("sample:base"))
@@ -39,7 +39,7 @@ def fit(folder, name="run", **options):
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_a_grown_base_trains_resumes_and_exports(more, tied, caplog):
-    """All new rows learn beside LoRA; the export has them, tied as before, with the nll that training measured."""
+    """All new rows are trained beside LoRA; the export has them, tied as before, with the NLL measured in training."""
     base = "sample:base"
     if not tied:
         model = load_causal_lm(base)
@@ -104,7 +104,7 @@ def test_new_rows_are_the_mean_of_the_old(kind):
 
 
 def test_another_tokenizer_than_the_bases_is_refused(more, stories):
-    """Same size or not: ids would mean other words. A base without a tokenizer takes any that fits."""
+    """Whatever its size: ids would mean other tokens. A base without a tokenizer accepts any that fits."""
     data = TextDataModule(sources=[Source(str(more / "chats.jsonl"))], tokenizer=stories, seq_len=64)
     module = CausalLMModule(base="sample:base", lora=LoRA(r=4))
     trainer = Trainer(default_root_dir=str(more / "other"), max_steps=1, accelerator="cpu", devices=1,

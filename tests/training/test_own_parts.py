@@ -72,7 +72,7 @@ def by_transformers(folder, batches, *, backward=False):
 
 @pytest.fixture
 def exact():
-    """Norms and positions in float64, which transformers computes in float32, in whatever precision the model is."""
+    """Norms and positions in float64, which transformers always computes in float32."""
     with Wide():
         yield
 
@@ -175,7 +175,7 @@ def test_a_strategy_that_adds_gradients_up_itself_wants_one_micro_batch(tiny_mod
 
 
 def test_rows_packed_by_transformers_keep_their_documents_apart(tiny_model, tmp_path):
-    """`DataCollatorWithFlattening` puts all in one row and tells documents by their positions alone."""
+    """`DataCollatorWithFlattening` puts all documents into one row and marks them only by position ids."""
     folder = tiny_model("llama")
     examples, _ = rows(folder)
     flat = DataLoader([{key: row[key] for key in ("input_ids", "labels")} for row in examples], batch_size=3,
@@ -189,7 +189,7 @@ def test_without_labels_all_tokens_are_supervised_and_padding_never_is(tiny_mode
     examples, collate = rows(tiny_model("llama"), "left", prompt=1)
     whole = collate([dict(row) for row in examples])
     bare = padded.as_batch({"input_ids": whole["input_ids"], "attention_mask": whole["attention_mask"]})
-    wrong = padded.as_batch(dict(whole, labels=whole["input_ids"]))     # padding is labelled, too
+    wrong = padded.as_batch(dict(whole, labels=whole["input_ids"]))     # padding has labels as well
     right = padded.as_batch(whole)
     for batch in (bare, wrong):
         assert torch.equal(batch["labels"], right["labels"])
@@ -270,7 +270,7 @@ def test_a_module_of_random_weights_is_loaded_without_its_data(tiny_tokenizer, t
 
 
 def test_a_checkpoint_folder_of_a_run_is_loaded_with_its_trained_rows(tiny_model, tmp_path):
-    """Of tokens that learn beside adapters, and of tokens that the base does not have."""
+    """Rows of tokens that are trained beside adapters, and of tokens that the base does not have."""
     folder, chats = tiny_model("llama"), tmp_path / "chats.jsonl"
     chats.write_text("".join(json.dumps({"prompt": f"say {n}", "completion": f"one {n}"}) + "\n" for n in range(8)))
     more = AutoTokenizer.from_pretrained(folder)
@@ -299,7 +299,7 @@ def test_a_checkpoint_that_holds_a_program_is_not_loaded(tmp_path):
 # ---- data and modules of other people --------------------------------------------------------------------------------
 
 class OwnData(L.LightningDataModule):
-    """Knows nothing of this project; its tokenizer is that of transformers."""
+    """Independent of this project; its tokenizer is that of transformers."""
 
     def __init__(self, folder):
         super().__init__()

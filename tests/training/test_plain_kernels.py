@@ -19,7 +19,7 @@ def chats(tmp_path_factory):
 
 
 def figures(base, chats, folder, kernels, **options):
-    """Losses of three steps and of the validation behind them."""
+    """Losses of three steps and of the validation after them."""
     torch.manual_seed(0)
     module = CausalLMModule(base=base, lr=1e-3, **options)
     data = TextDataModule([Source(chats)], val_sources=[Source(chats)], tokenizer=base, seq_len=64, batch_size=1)

@@ -55,7 +55,7 @@ def traced(kind, lora=False, **more):
 @pytest.mark.parametrize("kind", INITS)
 @pytest.mark.parametrize("lora", [False, True])
 def test_memory_of_a_step(kind, lora):
-    """Weights, gradients and optimizer to the byte; activations within 2 % of what autograd keeps, dropout, too."""
+    """Weights, gradients and optimizer exactly; activations within 2 % of what autograd saves, also with dropout."""
     counts = footprint.count(*built(kind, lora, meta=True))
     model, inner = built(kind, lora, meta=False)
     rmsnorm.use_fast_norms(model)
@@ -184,7 +184,7 @@ def test_eight_billion_weights_on_devices_that_are_not_here(words, least, most, 
         assert "from the data sheet, not measured here" in out
     else:
         trained = seen["counts"]["trained"]
-        assert seen["counts"]["quantized"] == linear            # not the head, though rows of it learn
+        assert seen["counts"]["quantized"] == linear            # not the head, although rows of it are trained
         assert seen["counts"]["matrices"] == linear + tables // 2 + layers * 16 * (4 * (d + d) + 2 * (kv - d) + 3 * (d + ff))
         assert memory["weights"] == pytest.approx(linear * 0.516 + 2 * tables + 4 * trained, rel=0.001)
 

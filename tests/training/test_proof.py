@@ -30,7 +30,7 @@ KINDS = {                                           # (packed, own logits)
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_loss_and_gradient_are_those_of_transformers(kind):
-    """Through the module that `fit` builds, in float64, with weights and documents that the proof has not seen."""
+    """Through the module that `fit` builds, in float64, with weights and documents that the proof did not use."""
     keys, (packed, own_logits) = KINDS[kind]
     way, loss, gradient = difference(tiny(keys), "64-true", seed=5)
     assert loss < 1e-6
@@ -41,7 +41,7 @@ def test_loss_and_gradient_are_those_of_transformers(kind):
 
 
 def test_a_large_config_is_judged_by_a_small_model_of_it():
-    """Nothing is decided by names of architectures: an unknown multiplier behind the head is seen, and a window."""
+    """The names of architectures do not matter: an unknown multiplier after the head is detected, and a window."""
     llama = {"model_type": "llama", "vocab_size": 128256, "hidden_size": 4096, "num_hidden_layers": 32,
              "num_attention_heads": 32, "num_key_value_heads": 8, "intermediate_size": 14336}
     assert proof.way_of(None, llama) == forward.Way(keep=True)
@@ -51,7 +51,7 @@ def test_a_large_config_is_judged_by_a_small_model_of_it():
         "rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 4096, "partial_rotary_factor": 1.0,
         "short_factor": [1.0] * 48, "long_factor": [1.0 + n for n in range(48)]}, "max_position_embeddings": 131072}
     assert proof.way_of(None, phi, seq_len=4096).packed
-    assert not proof.way_of(None, phi, seq_len=8192).packed     # the longest document of a row would turn all others
+    assert not proof.way_of(None, phi, seq_len=8192).packed     # the longest document of a sequence would change the angles of all others
 
 
 def test_a_transform_that_is_ours_alone_is_noticed(monkeypatch):

@@ -21,7 +21,7 @@ assert place                                        # a fixture
 
 
 def logged(folder, steps, first=0):
-    """A file with a validation before training and a row for each step, each second with a validation behind it."""
+    """A file with a validation before training and a row for each step, and a validation after every second step."""
     logger = MetricsCSV(folder)
     if first:
         logger.resume(first)
@@ -63,12 +63,12 @@ DAMAGES = {
 
 @pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
 def test_the_last_whole_row_is_found(tmp_path, damage, caplog):
-    """A run goes on from step 6, of which the row is whole, or from step 8, of which it may not be."""
+    """A run resumes from step 6, whose row is complete, or from step 8, whose row may be incomplete."""
     logged(tmp_path, 8)
     file, whole = tmp_path / "metrics.csv", plain(tmp_path)
     file.write_bytes(damage(file.read_bytes()))
     steps = [int(row["step"]) for row in rows_of(file)]
-    assert steps == sorted(set(steps))              # who reads it before it is mended
+    assert steps == sorted(set(steps))              # a reader before the file is repaired
     logged(tmp_path, 12, first=8)
     rows = plain(tmp_path)
     steps = [int(row["step"]) for row in rows]
@@ -123,7 +123,7 @@ def limit(size):
 @pytest.mark.parametrize("figures", [{"train/loss": 1.23456789}, {"val/nll": 1.23456789012345}, {"another": 3.0}])
 @pytest.mark.parametrize("room", [0, 3, 12])
 def test_a_full_disk_leaves_whole_rows(tmp_path, figures, room):
-    """A new row, a row that grows, a new column: what stood there stands."""
+    """A new row, a longer row, a new column: the previous content is unchanged."""
     logger = logged(tmp_path, 3)
     before, whole, step = logger.file.read_bytes(), plain(tmp_path), 2 if "val/nll" in figures else 3
     with limit(len(before) + room), pytest.raises(OSError, match="File too large"):
@@ -135,7 +135,7 @@ def test_a_full_disk_leaves_whole_rows(tmp_path, figures, room):
 
 
 def test_a_run_whose_figures_end_in_half_a_row_goes_on(place):
-    """Real commands: the rows are those of the run left alone."""
+    """Real commands: the rows are those of the uninterrupted run."""
     words = ["fit", "--config", "ok.yaml", "--trainer.max_epochs", "null"]
     assert call(*words, "--trainer.max_steps", "4", "--trainer.default_root_dir", "straight")[0] == 0
     assert call(*words, "--trainer.max_steps", "2")[0] == 0

@@ -57,7 +57,7 @@ def test_a_quickened_layer_answers_as_before(kind, dtype):
     layer.weight.data.copy_(weight.data)
     before = [layer(x).detach(), *torch.autograd.grad(layer(x), [x, layer.weight], upstream)]
     assert rmsnorm.use_fast_norms(torch.nn.Sequential(layer)) == 1
-    for quick in (layer, copy.deepcopy(layer)):     # as PEFT copies a layer that is to learn beside its adapters
+    for quick in (layer, copy.deepcopy(layer)):     # as PEFT copies a layer that is trained beside its adapters
         assert "Norm" in layer(x).grad_fn.name()
         after = [quick(x).detach(), *torch.autograd.grad(quick(x), [x, quick.weight], upstream)]
         for old, new in zip(before, after, strict=True):

@@ -81,7 +81,7 @@ EXAMPLES = {                                        # (first, second) -> keys be
     ("`data.packing: concat`, no evaluation", "`data.overlong`"): {"data.packing": "concat", "data.overlong": "drop"},
     ("`data.packing: concat`", "conversations of which a part is supervised"): {"data.packing": "concat"},
 }
-LATE = {"a model that computes its own logits", "a model that processes documents one by one",     # first the model, or the data, is asked
+LATE = {"a model that computes its own logits", "a model that processes documents one by one",     # properties of the model or the data are needed first
         "gradient checkpointing with a load-balancing loss", "conversations of which a part is supervised"}
 BASE = {"model.base": "BASE", "model.lora": {"r": 2}, "data.sources": CHATS, "data.seq_len": 64, "data.batch_size": 1,
         "data.packing": "none", "trainer.accelerator": "cpu", "trainer.devices": 1, "trainer.max_steps": 1,

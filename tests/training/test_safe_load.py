@@ -32,7 +32,7 @@ class Payload:
 
 
 def poison(file, trace):
-    """The same file with a call of `os.system` beside what it held."""
+    """The same file with a call of `os.system` in addition to its content."""
     if file.name == ".metadata":
         index = pickle.loads(file.read_bytes())
         index.planner_data = Payload(trace)
@@ -43,7 +43,7 @@ def poison(file, trace):
 
 
 def seal(folder):
-    """Make the manifest say what the files are now."""
+    """Update the manifest to the current files."""
     manifest = json.loads((folder / "manifest.json").read_text())
     for name in manifest["files"]:
         content = (folder / name).read_bytes()
@@ -80,7 +80,7 @@ def test_no_file_of_a_checkpoint_runs_code(strategy, place):
 
 
 def test_the_reader_itself_refuses_what_the_check_would_have_passed(tmp_path):
-    """DeepSpeed asks for `weights_only=False`; within the context that is not obeyed."""
+    """DeepSpeed calls with `weights_only=False`, which the context overrides."""
     file, trace = tmp_path / "x_optim_states.pt", tmp_path / "TRACE"
     torch.save({"more": Payload(trace)}, file)
     with safe_load.data_only(), pytest.raises(pickle.UnpicklingError, match=r"posix\.system"):

@@ -39,7 +39,7 @@ def before(folder, name):
     {"merge_adapter": True, "peft": {"class_path": "LoHaConfig", "init_args": {"r": 2}}}],
     ids=["continued", "lora upon it", "all weights", "another method"])
 def test_the_first_validation_is_the_adapters_last(trained, how, request):
-    """Then training goes on; the checkpoint, the export and what chat loads are the model that was trained."""
+    """Training continues; the checkpoint, the export and the model that chat loads are the trained one."""
     folder, last = trained
     name = request.node.callspec.id.replace(" ", "_")
     _, trainer, data = fit(folder, name, adapter=str(folder / "one"), **how)

@@ -28,7 +28,7 @@ TIED = LLAMA | dict(model_type="qwen3", head_dim=8, tie_word_embeddings=True)
 
 
 def make_steps():
-    """Whole steps of 4 rows and a short last one of 2; unequal counts, and one row without anything to learn."""
+    """Whole steps of 4 sequences and a short last one of 2; unequal counts, and one without supervised tokens."""
     generator = torch.Generator().manual_seed(3)
     steps = []
     for rows in (ROWS, ROWS, ROWS, ROWS // 2):
@@ -107,7 +107,7 @@ def oracle(folder):
 # ---- the runs
 
 def launch(folder, out, devices, cases):
-    """Train all cases in one start of `devices` processes; nothing may be compiled or said on stdout."""
+    """Train all cases in one start of `devices` processes; nothing may be compiled or printed on stdout."""
     plan = out / "plan.json"
     plan.write_text(json.dumps({"model": folder, "steps": STEPS, "out": str(out), "devices": devices, "cases": cases}))
     unset = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "DS_ACCELERATOR")
@@ -205,7 +205,7 @@ def check(out, run, devices, wanted):
 
 @pytest.mark.parametrize("devices", [1, 2])
 def test_every_stage_trains_like_a_plain_loop(devices, runs, oracle):
-    """With accumulation, a short last window, unequal counts and a micro-batch that teaches nothing."""
+    """With accumulation, a short last window, unequal counts and a micro-batch without supervised tokens."""
     out = runs(devices)
     for run in GRID if devices == 2 else ALONE:
         assert check(out, run, devices, oracle[run["lora"]])["global_step"] == len(STEPS)
@@ -219,7 +219,7 @@ def test_ranks_whose_losses_take_more_slices(runs, folder, oracle):
 
 
 def test_ddp_checkpointing_and_validation_after_fit(runs, oracle):
-    """The overlays: DDP in place of DeepSpeed, recomputed activations, `validate` on shards that fit left behind."""
+    """The overlays: DDP in place of DeepSpeed, gradient checkpointing, `validate` on the shards of a fit."""
     for run in PAIR[:3]:
         seen = check(runs(2), run, 2, oracle[run["lora"]])
         if "validates" in run:
@@ -241,7 +241,7 @@ def test_adapters_start_at_the_base(devices, runs, folder):
 
 
 def test_rows_of_single_tokens_train_like_a_plain_loop(runs, folder):
-    """Beside LoRA's adapters, in embedding and head: from the base's very rows on, like PEFT's own wrapper."""
+    """Beside LoRA's adapters, in embedding and head, starting from the base's rows, like PEFT's own wrapper."""
     wanted = train(build(folder, lora=True, tokens=TOKENS))
     base = build(folder, lora=False)
     for run in ROWS:
@@ -254,7 +254,7 @@ def test_rows_of_single_tokens_train_like_a_plain_loop(runs, folder):
 
 
 def test_from_scratch_where_weights_are_split(runs):
-    """Every rank has the same random weights, drawn as the architecture wants them; tied ones stay one."""
+    """Every rank has the same random weights, initialised as the architecture defines; tied weights stay tied."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     out = runs(2)
@@ -276,7 +276,7 @@ def test_offload_trains_the_same(runs, oracle):
 
 
 def test_bfloat16_keeps_float32_masters(runs, oracle):
-    """Weights are bfloat16, rotary frequencies are not, and what is learned is kept and exported in float32."""
+    """Weights are bfloat16, rotary frequencies are not, and trained weights are saved and exported in float32."""
     out, run = runs(2), PAIR[3]
     seen = read(out, run["name"], 2)
     assert seen["dtypes"] == ["torch.bfloat16"]
@@ -288,7 +288,7 @@ def test_bfloat16_keeps_float32_masters(runs, oracle):
 
 
 def test_bfloat16_weights_leave_positions_alone(folder, oracle, tmp_path):
-    """Lightning's bf16-true casts rotary frequencies, and a token 300 places on would stand somewhere else."""
+    """Lightning's bf16-true casts rotary frequencies, which gives wrong positions after some hundred tokens."""
     import strategy_probe
 
     run = case("auto", True, 2, precision="bf16-true")
@@ -329,7 +329,7 @@ def test_another_number_of_processes_goes_on(runs, folder, oracle, tmp_path):
 
 
 def test_frozen_weights_are_not_saved_with_adapters(runs):
-    """A checkpoint of adapters holds adapters: the base would fill the disk."""
+    """A checkpoint of adapters contains only adapters: the base would fill the disk."""
     from torch.distributed.checkpoint import FileSystemReader
 
     name = case(1, True, 2, saves=True, max_steps=2)["name"]
@@ -343,7 +343,7 @@ def test_frozen_weights_are_not_saved_with_adapters(runs):
     assert all("lora_" in key for key in keys)
 
 
-# ---- what cannot be done is said
+# ---- unsupported settings are refused
 
 def trainer(strategy, out, **more):
     from lit_llm.training.trainer import Trainer
@@ -407,7 +407,7 @@ def test_clipping_by_value_is_refused(tmp_path):
     ({"zero_optimizaton": {"stage": 1}}, "stage None, not 1, 2 or 3"),
     ({"zero_optimization": {"stage": 1}, "optimizer": {"type": "Adam"}}, "model.optimizer")])
 def test_a_deepspeed_config_that_does_something_else(config, says, folder, tmp_path):
-    """Without a stage nothing that it saves could be resumed; an optimizer of its own would have no schedule."""
+    """Without a stage its checkpoints could not be resumed; an own optimizer would have no schedule."""
     from strategy_probe import Data
 
     from lit_llm.training.module import CausalLMModule

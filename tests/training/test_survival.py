@@ -39,7 +39,7 @@ TWO = 2
 
 @pytest.fixture
 def run(run_processes, tiny_model):
-    """`run(ranks, ...)`: the words of a command, whose run was done once in `straight` and may be done in `killed`."""
+    """`run(ranks, ...)`: a command whose run was finished once in `straight` and may be repeated in `killed`."""
     def prepare(ranks=1, **keys):
         for name in ("straight", "killed"):
             shutil.rmtree(run_processes.folder / name, ignore_errors=True)
@@ -52,7 +52,7 @@ def run(run_processes, tiny_model):
 
 
 def test_kill_9_at_any_moment_needs_no_repair(run_processes, run):
-    """At points of saving one after the other, then at five random moments: the same end, the same rows."""
+    """At each point of saving, then at five random moments: the same result and the same metrics."""
     words = run()
     points = [("state", 1), ("weights", 1), ("rename", 1), ("prune", 1), ("validation", 4)]
     assert at_points(run_processes, words, points=points) == [name for name, _ in points]
@@ -110,7 +110,7 @@ def test_a_signal_before_the_first_step_ends_at_once(run_processes, run):
 
 @contextmanager
 def launched(run_processes, tiny_model, strategy="ddp"):
-    """The real command, which has started its second rank itself and saved once: (it, that rank's pid, its words)."""
+    """The real command after it started its second rank and saved once: (process, pid of that rank, command)."""
     words = write_config(run_processes.folder, config_of(tiny_model("llama"), write_data(run_processes.folder), ranks=TWO,
                                                  strategy=strategy, max_epochs=400, save_every=50))
     environ = os.environ | {"PYTHONPATH": str(ROOT), "LIT_LLM_CACHE": str(run_processes.folder / "cache")}
@@ -130,7 +130,7 @@ def launched(run_processes, tiny_model, strategy="ddp"):
 def assert_ends(pid):
     stat = Path(f"/proc/{pid}/stat")
     for _ in range(200):
-        if not stat.exists() or stat.read_text().rpartition(")")[2].split()[0] == "Z":      # ended, nobody asked yet
+        if not stat.exists() or stat.read_text().rpartition(")")[2].split()[0] == "Z":      # a zombie: ended, but not waited for
             return
         time.sleep(0.05)
     pytest.fail("a rank is still there")
@@ -148,10 +148,10 @@ def test_a_signal_to_a_rank_that_lightning_started(run_processes, tiny_model):
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_rank_that_dies_does_not_leave_the_other_waiting(rank, run_processes, tiny_model):
-    """As where memory runs out: the other one ends too, says which died and how to go on, and nothing else."""
+    """As when memory runs out: the other rank ends as well, and prints which one died and how to resume, nothing else."""
     with launched(run_processes, tiny_model) as (process, child, words):
         os.kill([process.pid, child][rank], signal.SIGKILL)
-        result = process.communicate(timeout=30)[1]               # until no rank holds the pipe any more
+        result = process.communicate(timeout=30)[1]               # until no rank has the pipe open
         assert_ends(child)
     assert process.returncode == [-signal.SIGKILL, 1][rank]
     died = ["rank 0 has ended", "rank 1 was ended by SIGKILL"][rank]
@@ -182,7 +182,7 @@ def test_the_command_to_go_on_is_the_command(monkeypatch):
 
 
 def test_a_step_that_is_measured_again_stands_once(tmp_path):
-    """A run was stopped in its last validation and goes on with all of it, of which a row stands already."""
+    """A run was stopped in its last validation and repeats all of it; its row is already in the file."""
     first = MetricsCSV(tmp_path)
     first.log_metrics({"train/loss": 1.5, "epoch": 0}, 3)
     first.log_metrics({"val/nll": 2.5, "epoch": 0}, 3)
@@ -220,7 +220,7 @@ def poisoned(tiny_model, run_processes):
 
 @pytest.mark.parametrize("ranks", [1, TWO])
 def test_a_step_that_is_not_finite_is_left_out(ranks, run_processes, poisoned):
-    """By both ranks though one alone met it; its record is named, and nothing that learns has changed."""
+    """By both ranks, although only one had it; its record is named, and no trained weight has changed."""
     words = write_config(run_processes.folder, config_of(*poisoned, ranks=ranks, strategy="ddp" if ranks > 1 else "auto",
                                                  save_every=1, keep_last=99, limit_val_batches=0))
     shutil.rmtree(run_processes.folder / "killed", ignore_errors=True)
@@ -245,7 +245,7 @@ def test_a_step_that_is_not_finite_is_left_out(ranks, run_processes, poisoned):
 
 @pytest.mark.parametrize(("strategy", "power"), [("auto", 20), ("deepspeed_stage_2", 18)])
 def test_float16_that_overflows(strategy, power, run_processes, tiny_model):
-    """Each such step is told with its loss scale and moves nothing, nor the schedule; however many, they stop no run;
+    """Each such step is logged with its loss scale and changes neither weights nor the schedule; no number of them stops a run;
     and a resumed run goes on with the same scale."""
     keys = float16(strategy, power)
     config = config_of(tiny_model("llama"), write_data(run_processes.folder), save_every=1, keep_last=99, limit_val_batches=0,

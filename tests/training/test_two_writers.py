@@ -38,7 +38,7 @@ def running(folder, *words):
 
 
 def saved(run, beyond=0):
-    """Wait for a checkpoint behind a step; its step."""
+    """Wait for a checkpoint after a step; returns its step."""
     for _ in range(1200):
         steps = [manifest.step_of(path.parent.name) for path in run.glob("checkpoints/step_*/manifest.json")]
         if steps and max(steps) > beyond:
@@ -48,7 +48,7 @@ def saved(run, beyond=0):
 
 
 def test_a_second_run_is_refused_with_the_name_of_the_first(run_processes, tiny_model):
-    """A new one and one that would go on; the first does not notice. When it is killed the next one goes on at once."""
+    """A new run and a resumed one; the first is not affected. When it is killed, the next one can resume at once."""
     run = run_processes.folder / "run"
     words = write_config(run_processes.folder, config_of(
         tiny_model("llama"), write_data(run_processes.folder), ranks=2, strategy="ddp",
@@ -145,7 +145,7 @@ def test_a_damaged_file_without_a_lock_holds_nothing(text, tmp_path):
 
 
 def test_an_export_that_another_process_writes_is_refused(tmp_path):
-    """Until that process is gone, however it ended; nothing of the lock stays behind."""
+    """Until that process has ended in any way; the lock leaves no files behind."""
     import short_runs
 
     from lit_llm import InputError, LoRA
