@@ -37,6 +37,7 @@ def parse(argv: list[str] | None = None, program: str = "python -m serve") -> ar
     add("--max-body-bytes", default=1_000_000, type=int,
         help="size limit of a request; larger ones get status 413, default: %(default)s")
     add("--drain-seconds", default=30, type=int, help="time for running answers at shutdown, default: %(default)s")
+    add("--strict", action="store_true", help="refuse requests with unknown fields, which are ignored otherwise")
     add("--log-level", default="warning", choices=("critical", "error", "warning", "info", "debug"))
     return parser.parse_args(argv)
 
@@ -105,7 +106,7 @@ def _build(options: argparse.Namespace) -> tuple[Any, Any]:
     engine = {"device": options.device, "dtype": options.dtype, "adapter": options.adapter,
               "threads": options.threads}
     settings = Settings(options.model, options.name, options.host, options.port, keys, limits, engine,
-                        options.log_level)
+                        options.log_level, options.strict)
     server = build(settings)
     server.uvicorn_graceful_timeout = options.drain_seconds
     return server, settings

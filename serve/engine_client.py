@@ -92,14 +92,16 @@ class EngineClient:
         finally:
             self._arriving -= 1
 
-    def admit(self) -> None:
-        """Refuse a request that could not be queued.
+    def admit(self, count: int = 1) -> None:
+        """Refuse requests that could not be queued.
 
         Raises:
-            ApiError: 503 without an engine, 429 when the queue is full.
+            ApiError: 503 without an engine, 429 when the queue is full, 400 if it never has room for so many.
         """
-        waiting = self.in_flight - self.limits.max_running
-        if self.beat and waiting >= self.limits.max_waiting:
+        most = self.limits.max_running + self.limits.max_waiting
+        if self.beat and count > most:
+            raise ApiError(400, f"n: {count} answers; this server computes at most {most} at a time", param="n")
+        if self.in_flight + count > most:
             raise ApiError(429, f"the server is busy: {self.in_flight} requests are running or waiting",
                            code="queue_full", headers={"Retry-After": "1"})
 

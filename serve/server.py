@@ -42,6 +42,7 @@ class Settings:
         limits: Limits on accepted requests.
         engine: Options of `Engine.load`.
         log_level: Log level of uvicorn and LitServe.
+        strict: Refuse requests with fields that have no effect.
     """
 
     model: str
@@ -52,6 +53,7 @@ class Settings:
     limits: Limits = field(default_factory=Limits)
     engine: dict[str, Any] = field(default_factory=dict)
     log_level: str = "warning"
+    strict: bool = False
 
 
 class Server(LitServer):
@@ -102,7 +104,8 @@ def build(settings: Settings, routes: type[Routes] = Routes) -> Server:
     _check_port(settings.host, settings.port)
     tokenizer = Tokenizer.load(tokenizer_folder(folder, settings.engine.get("adapter")))
     name = settings.name or _name(folder)
-    spec = routes(tokenizer, tuple(dict.fromkeys([name, settings.model])), settings.limits, settings.keys)
+    spec = routes(tokenizer, tuple(dict.fromkeys([name, settings.model])), settings.limits, settings.keys,
+                  strict=settings.strict)
     options = {"max_running": settings.limits.max_running, "stop_ids": tokenizer.stop_ids, **settings.engine}
     # LitServe would start a worker on each GPU, so it gets none; the engine selects its device itself.
     server = Server(EngineAPI(folder, options, spec=spec), accelerator="cpu", devices=1, workers_per_device=1,

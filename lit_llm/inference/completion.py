@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from lit_llm.errors import InputError
 from lit_llm.inference.engine import Engine, FinishReason
 from lit_llm.inference.loading import tokenizer_folder
+from lit_llm.inference.logprobs import TokenLogprob
 from lit_llm.inference.sampling import SamplingParams
 from lit_llm.text.conversation import Conversation, Document
 
@@ -34,6 +35,8 @@ class Completion:
         finish_reason: `stop` (a stop token or string) or `length` (max_tokens); None while generation continues.
         prompt_tokens: Tokens of the prompt.
         completion_tokens: Tokens generated so far, including the stop token.
+        logprobs: Log-probabilities of `token_ids`, if the request asks for them.
+        offsets: Where the text of each of these begins in the answer's text.
     """
 
     text: str
@@ -41,6 +44,8 @@ class Completion:
     finish_reason: FinishReason | None
     prompt_tokens: int
     completion_tokens: int
+    logprobs: tuple[TokenLogprob, ...] = ()
+    offsets: tuple[int, ...] = ()
 
 
 @dataclass(slots=True)
@@ -62,7 +67,8 @@ class Detokenizer:
     _window: int = 0                                # first id that is decoded again, for the spaces between words
     _read: int = 0                                  # number of ids that are already in `text`
 
-    def push(self, token_id: int, finish_reason: FinishReason | None) -> Completion:
+    def push(self, token_id: int, finish_reason: FinishReason | None,
+             logprob: TokenLogprob | None = None) -> Completion:
         """Add a token and return the new piece, often empty. A stop string ends the answer."""
         self._drawn += 1
         if finish_reason != "stop":                 # the stop token is not part of the text
@@ -77,7 +83,8 @@ class Detokenizer:
         elif not finish_reason:
             end -= self._partial_stop()
         piece, self._shown = self.text[self._shown:end], max(self._shown, end)
-        return Completion(piece, (token_id,), finish_reason, self.prompt_tokens, self._drawn)
+        return Completion(piece, (token_id,), finish_reason, self.prompt_tokens, self._drawn,
+                          *(((logprob,), (before,)) if logprob is not None else ()))
 
     def _decode(self, finish_reason: FinishReason | None) -> None:
         old = self.tokenizer.decode(self._ids[self._window:self._read])
@@ -145,7 +152,7 @@ class TextEngine:
                                          fix="use float32, or other weights")
                     if event.error or event.token_id is None:
                         raise event.error or RuntimeError("the engine returned no token")
-                    piece = detokenizer.push(event.token_id, event.finish_reason)
+                    piece = detokenizer.push(event.token_id, event.finish_reason, event.logprob)
                     yield piece
                     if piece.finish_reason:
                         return
@@ -157,4 +164,5 @@ class TextEngine:
         pieces = list(self.stream(prompt, params))
         text, ids = "".join(piece.text for piece in pieces), tuple(id_ for piece in pieces for id_ in piece.token_ids)
         last = pieces[-1]
-        return Completion(text, ids, last.finish_reason, last.prompt_tokens, last.completion_tokens)
+        return Completion(text, ids, last.finish_reason, last.prompt_tokens, last.completion_tokens,
+                          tuple(each for piece in pieces for each in piece.logprobs))

@@ -6,7 +6,6 @@ Batching, padding and the shift of labels belong to `data/` and `training/`.
 
 import hashlib
 import json
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from lit_llm.text.conversation import ROLES, Conversation, Document
 from lit_llm.text.cutting import Piece
 from lit_llm.text.encoder import Encoder
 from lit_llm.text.reading import LongReading, Reading
+from lit_llm.text.spelling import spellings
 from lit_llm.text.templates.jinja import Render, TemplateArgs, check_args, compiled, variables, with_defaults
 from lit_llm.text.templates.rendering import Rendered, Span
 from lit_llm.text.templates.template import ChatTemplate, chosen
@@ -167,9 +167,14 @@ class Tokenizer:
         """Ids of plain text without BOS; a spelled control token stays text."""
         return _listed(self._encoder.encode(Rendered(text, ((0, len(text)),))))
 
-    def encode_prompt(self, conversation: Conversation) -> list[int]:
-        """Ids of the prompt: exactly those that precede the same answer in training."""
-        return _listed(self._encoder.encode(self.template.render(conversation, generation_prompt=True)))
+    def encode_prompt(self, conversation: Conversation, *, generation_prompt: bool = True) -> list[int]:
+        """Ids of the prompt: exactly those that precede the same answer in training.
+
+        Args:
+            conversation: The conversation.
+            generation_prompt: Whether the assistant's turn is opened behind the last message.
+        """
+        return _listed(self._encoder.encode(self.template.render(conversation, generation_prompt=generation_prompt)))
 
     def encode_continuation(self, conversation: Conversation) -> list[int]:
         """Ids of a conversation that ends with an unfinished answer; an `InputError` where it ends otherwise."""
@@ -286,24 +291,20 @@ class Tokenizer:
             raise panicked(error, self.source) from None
 
     @cached_property
+    def spellings(self) -> list[bytes]:
+        """Bytes of each token, also of control tokens."""
+        return spellings(self.hf)
+
+    @cached_property
     def token_bytes(self) -> np.ndarray:
         """(2, V) int64: UTF-8 bytes of text per token id, 0 for control tokens; for bits per byte.
 
         The second row applies to a text's first token: sentencepiece adds a space before the text that is not part of
         it. (Some tokenizers add none if the text begins with a space; then one byte is missing.)
         """
-        byte_level = '"ByteLevel"' in self._backend.to_str()
-        added = self._backend.get_added_tokens_decoder()
-        counts = np.zeros(self.vocab_size, dtype=np.int64)
-        for token, id_ in self.hf.get_vocab().items():
-            if id_ in self.special_ids or id_ >= self.vocab_size:
-                continue
-            if id_ in added:
-                counts[id_] = len(token.encode())
-            elif byte_level:
-                counts[id_] = len(token)            # byte-level: each character represents one byte
-            else:
-                counts[id_] = 1 if re.fullmatch(r"<0x[0-9A-F]{2}>", token) else len(token.replace("▁", " ").encode())
+        counts = np.array([0 if id_ in self.special_ids else len(each)
+                           for id_, each in enumerate(self.spellings[:self.vocab_size])], dtype=np.int64)
+        counts = np.pad(counts, (0, self.vocab_size - len(counts)))
         first, start = counts.copy(), self.encode_text("a")[0]
         if self.hf.convert_ids_to_tokens(start).startswith("▁"):
             spaced = [id_ for token, id_ in self.hf.get_vocab().items() if token.startswith("▁") and counts[id_]]

@@ -2,57 +2,85 @@
 
 import time
 import uuid
+from collections.abc import Sequence
 from typing import Any
 
 from lit_llm.inference.completion import Completion
+from serve.openai.choices import Choice
+from serve.openai.logprobs import LogprobWriter
 
 
-def usage(last: Completion) -> dict[str, int]:
-    """Token counts, including the stop token, as `generate` returns it."""
-    return {"prompt_tokens": last.prompt_tokens, "completion_tokens": last.completion_tokens,
-            "total_tokens": last.prompt_tokens + last.completion_tokens}
+def usage(choices: Sequence[Choice], lasts: Sequence[Completion]) -> dict[str, int]:
+    """Token counts: each prompt once, and all answers with their stop tokens, as `generate` returns them."""
+    prompts = sum(len(choice.ids) for choice in choices if not choice.sample)
+    answers = sum(last.completion_tokens for last in lasts)
+    return {"prompt_tokens": prompts, "completion_tokens": answers, "total_tokens": prompts + answers}
 
 
 class Shape:
     """Builds the parts of one response, which share an id and a time.
 
     Args:
-        chat: Whether it is a chat completion or a plain completion.
         model: Name of the model in the API.
+        choices: The answers to come.
+        writer: Writes log-probabilities.
+        chat: Whether it is a chat completion or a plain completion.
     """
 
-    def __init__(self, model: str, *, chat: bool) -> None:
-        self.chat = chat
+    def __init__(self, model: str, choices: Sequence[Choice], writer: LogprobWriter, *, chat: bool) -> None:
+        self.chat, self._choices, self._writer = chat, choices, writer
         name = "chat.completion" if chat else "text_completion"
         prefix = "chatcmpl" if chat else "cmpl"
         head = {"id": f"{prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
         self._whole = {**head, "object": name}
         self._chunk = {**head, "object": f"{name}.chunk" if chat else name}
 
-    def whole(self, text: str, last: Completion) -> dict[str, Any]:
-        """The body of a response that is not streamed."""
-        content = {"message": {"role": "assistant", "content": text, "refusal": None}} if self.chat else {"text": text}
-        return {**self._whole, "choices": [self._choice(content, last.finish_reason)], "usage": usage(last)}
+    def whole(self, answers: Sequence[Sequence[Completion]]) -> dict[str, Any]:
+        """The body of a response that is not streamed.
 
-    def opening(self) -> dict[str, Any] | None:
-        """The first chunk, which names the role; plain completions have none."""
-        return self._with({"role": "assistant", "content": ""}, None) if self.chat else None
+        Args:
+            answers: The pieces of each choice.
+        """
+        choices = []
+        for index, pieces in enumerate(answers):
+            text = "".join(piece.text for piece in pieces)
+            message = {"role": "assistant", "content": text, "refusal": None}
+            content = {"message": message} if self.chat else {"text": text}
+            choices.append(self._choice(index, content, pieces[-1].finish_reason, pieces))
+        return {**self._whole, "choices": choices, "usage": usage(self._choices, [pieces[-1] for pieces in answers])}
 
-    def chunk(self, piece: Completion) -> dict[str, Any]:
-        """A chunk of text."""
-        return self._with({"content": piece.text} if self.chat else {"text": piece.text}, None)
+    def openings(self) -> list[dict[str, Any]]:
+        """The first chunks, which name the role of each choice; plain completions have none."""
+        opening = {"role": "assistant", "content": ""}
+        return [self._with(index, opening, None) for index in range(len(self._choices))] if self.chat else []
 
-    def closing(self, last: Completion) -> dict[str, Any]:
-        """The last chunk, with the finish_reason."""
-        return self._with({} if self.chat else {"text": ""}, last.finish_reason)
+    def chunks(self, index: int, piece: Completion) -> list[dict[str, Any]]:
+        """The chunks of a piece, at its end one with the finish reason."""
+        parts = []
+        if piece.text or piece.logprobs:
+            content = {"content": piece.text} if self.chat else {"text": piece.text}
+            parts.append(self._with(index, content, None, [piece]))
+        if piece.finish_reason:
+            parts.append(self._with(index, {} if self.chat else {"text": ""}, piece.finish_reason))
+        return parts
 
-    def accounts(self, last: Completion) -> dict[str, Any]:
+    def accounts(self, lasts: Sequence[Completion]) -> dict[str, Any]:
         """The chunk with the token counts."""
-        return {**self._chunk, "choices": [], "usage": usage(last)}
+        return {**self._chunk, "choices": [], "usage": usage(self._choices, lasts)}
 
-    def _with(self, content: dict[str, Any], finish_reason: str | None) -> dict[str, Any]:
-        return {**self._chunk, "choices": [self._choice({"delta": content} if self.chat else content, finish_reason)]}
+    def _with(self, index: int, content: dict[str, Any], finish_reason: str | None,
+              pieces: Sequence[Completion] = ()) -> dict[str, Any]:
+        content = {"delta": content} if self.chat else content
+        return {**self._chunk, "choices": [self._choice(index, content, finish_reason, pieces)]}
 
-    @staticmethod
-    def _choice(content: dict[str, Any], finish_reason: str | None) -> dict[str, Any]:
-        return {"index": 0, **content, "logprobs": None, "finish_reason": finish_reason}
+    def _choice(self, index: int, content: dict[str, Any], finish_reason: str | None,
+                pieces: Sequence[Completion]) -> dict[str, Any]:
+        return {"index": index, **content, "logprobs": self._logprobs(pieces), "finish_reason": finish_reason}
+
+    def _logprobs(self, pieces: Sequence[Completion]) -> dict[str, Any] | None:
+        tokens = [token for piece in pieces for token in piece.logprobs]
+        if not tokens:
+            return None
+        if self.chat:
+            return self._writer.chat(tokens)
+        return self._writer.completion(tokens, [offset for piece in pieces for offset in piece.offsets])

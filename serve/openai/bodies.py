@@ -1,35 +1,58 @@
 """Validate requests in OpenAI's JSON format.
 
-Every field is used, documented as ignored, or refused; none is dropped silently.
+Fields that this server does not know are collected in `ignored_fields`, since clients send the fields of other servers;
+fields that it knows and does not support are refused, unless their value asks for the default.
 """
 
 import json
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic.json_schema import SkipJsonSchema
 
-from lit_llm.errors import InputError, did_you_mean
+from lit_llm.errors import InputError
 from lit_llm.inference.sampling import DEFAULT_TEMPERATURE, SamplingParams
+from lit_llm.system import ranges
 from serve.errors import ApiError, bad_request
 
 MOST = 2**31 - 1                                    # limit on new tokens
-# Accepted without effect: bookkeeping of OpenAI's own service.
+MOST_PROMPTS = 2048
+# Accepted without effect: bookkeeping of OpenAI's own service, and hints for speed.
 IGNORED = frozenset({"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key",
-                     "parallel_tool_calls"})
+                     "prompt_cache_retention", "prediction", "parallel_tool_calls"})
 # Not supported: refused unless the value requests the default behaviour.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "n": (1,), "best_of": (1,), "echo": (False,), "suffix": ("",), "logprobs": (False,), "top_logprobs": (0,),
-    "presence_penalty": (0,), "frequency_penalty": (0,), "logit_bias": ({},), "tools": ([],),
-    "tool_choice": ("none", "auto"), "functions": ([],), "function_call": ("none", "auto"),
-    "response_format": ({"type": "text"},), "modalities": (["text"],), "audio": (), "prediction": (),
-    "reasoning_effort": (), "verbosity": (), "web_search_options": (),
+    "suffix": ("",), "tools": ([],), "tool_choice": ("none", "auto"), "functions": ([],),
+    "function_call": ("none", "auto"), "response_format": ({"type": "text"},), "modalities": (["text"],), "audio": (),
+    "web_search_options": (), "use_beam_search": (False,), "prompt_embeds": (),
 }
 
 
+def _whole(value: Any) -> Any:
+    """JSON does not distinguish 1 and 1.0."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+Whole = Annotated[int, BeforeValidator(_whole)]
+
+
+def limited(name: str) -> Any:
+    """An optional field with the range of a sampling setting."""
+    numbers = ranges.of(f"chat.{name}")
+    assert numbers is not None
+    (only,) = numbers.ranges
+    return Field(None, gt=only.low, le=only.high) if only.above else Field(None, ge=only.low, le=only.high)
+
+
 class Body(BaseModel):
-    """Base class of request bodies: strict types, and unknown fields are refused."""
+    """Base class of request bodies.
+
+    Args:
+        ignored_fields: Names of fields that have no effect, as the client wrote them.
+    """
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+    ignored_fields: SkipJsonSchema[tuple[str, ...]] = ()
 
     @model_validator(mode="before")
     @classmethod
@@ -37,21 +60,13 @@ class Body(BaseModel):
         if not isinstance(body, dict):
             return body
         _check_text(body)
-        fields = {}
-        for name, value in body.items():
-            if name in IGNORED and name not in cls.model_fields:
-                continue
-            if name in NEUTRAL and name not in cls.model_fields:
-                if value is not None and value not in NEUTRAL[name]:
-                    raise ApiError(400, f"this server does not support {name} with this value", param=name,
-                                   code="unsupported_parameter")
-                continue
-            if name not in cls.model_fields:
-                shown = str(name)[:40]
-                raise ApiError(400, f"unknown field '{shown}'.{did_you_mean(shown, list(cls.model_fields))}",
-                               param=shown, code="unknown_parameter")
-            fields[name] = value
-        return fields
+        known = cls.model_fields.keys() - {"ignored_fields"}
+        for name in NEUTRAL.keys() & body.keys() - known:
+            if body[name] is not None and body[name] not in NEUTRAL[name]:
+                raise ApiError(400, f"this server does not support {name} with this value", param=name,
+                               code="unsupported_parameter")
+        others = tuple(name for name in body if name not in known | IGNORED | NEUTRAL.keys())
+        return {name: body[name] for name in body if name in known} | {"ignored_fields": others}
 
 
 class StreamOptions(Body):
@@ -62,15 +77,25 @@ class StreamOptions(Body):
 
 
 class Sampling(Body):
-    """Fields shared by chat completions and plain completions."""
+    """Fields shared by chat completions and plain completions, with the names of OpenAI and of vLLM."""
 
     model: str | None = Field(None, max_length=512)
-    max_tokens: int | None = Field(None, ge=1, le=MOST)
-    temperature: float | None = Field(None, ge=0, le=2)
-    top_p: float | None = Field(None, gt=0, le=1)
-    top_k: int | None = Field(None, ge=0)
+    max_tokens: Whole | None = Field(None, ge=1, le=MOST)
+    temperature: float | None = limited("temperature")
+    top_p: float | None = limited("top_p")
+    top_k: Whole | None = Field(None, ge=-1, le=MOST)
+    min_p: float | None = limited("min_p")
+    repetition_penalty: float | None = limited("repetition_penalty")
+    presence_penalty: float | None = limited("presence_penalty")
+    frequency_penalty: float | None = limited("frequency_penalty")
+    logit_bias: dict[str, float] | None = None
     stop: str | list[str] | None = None
-    seed: int | None = Field(None, ge=-(2**63), lt=2**63)
+    stop_token_ids: list[Whole] | None = None
+    min_tokens: Whole | None = limited("min_tokens")
+    ignore_eos: bool | None = None
+    seed: Whole | None = limited("seed")
+    n: Whole | None = Field(None, ge=1, le=128)
+    best_of: Whole | None = None
     stream: bool | None = False
     stream_options: StreamOptions | None = None
 
@@ -78,23 +103,34 @@ class Sampling(Body):
         """Sampling parameters for the engine, with OpenAI's defaults, except for the temperature.
 
         Raises:
-            ApiError: More than four stop strings (OpenAI's limit), or an empty or overlong one.
+            ApiError: A setting is not valid.
         """
+        names = ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty",
+                 "min_tokens", "ignore_eos")
+        given = {name: value for name in names if (value := getattr(self, name)) is not None}
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
-        if len(stop) > 4:
-            raise ApiError(400, "stop: at most 4 strings are allowed", param="stop")
+        top, prompt_top = self._logprobs()
         try:
             return SamplingParams(
-                max_tokens=self.max_tokens, stop=stop, seed=self.seed, top_k=self.top_k or 0,
-                temperature=DEFAULT_TEMPERATURE if self.temperature is None else self.temperature,
-                top_p=1.0 if self.top_p is None else self.top_p)
+                max_tokens=self.max_tokens or None, stop=stop, seed=self.seed, top_k=max(self.top_k or 0, 0),
+                logit_bias=_biases(self.logit_bias or {}), stop_token_ids=tuple(self.stop_token_ids or ()),
+                logprobs=top, prompt_logprobs=prompt_top, **{"temperature": DEFAULT_TEMPERATURE, **given})
         except InputError as error:
             raise bad_request(error) from None
 
+    def _logprobs(self) -> tuple[int | None, int | None]:
+        """Numbers of log-probabilities with each token of the answer and of the prompt."""
+        return None, None
+
     @model_validator(mode="after")
-    def _options_need_stream(self) -> "Sampling":
+    def _consistent(self) -> "Sampling":
         if self.stream_options is not None and not self.stream:
             raise ApiError(400, "stream_options is allowed only with stream: true", param="stream_options")
+        if self.best_of not in (None, 1, self.n):
+            raise ApiError(400, "best_of: only the value of n is supported", param="best_of",
+                           code="unsupported_parameter")
+        if self.stream_options is not None:
+            self.ignored_fields += tuple(f"stream_options.{name}" for name in self.stream_options.ignored_fields)
         return self
 
 
@@ -102,40 +138,64 @@ class ChatCompletionBody(Sampling):
     """POST /v1/chat/completions."""
 
     messages: list[dict[str, Any]] = Field(min_length=1, max_length=2048)
-    max_completion_tokens: int | None = Field(None, ge=1, le=MOST)
-    chat_template_kwargs: dict[str, Any] | None = None      # vLLM's and SGLang's names, with the next two
-    continue_final_message: bool = False
-    add_generation_prompt: bool | None = None               # follows from continue_final_message
+    max_completion_tokens: Whole | None = Field(None, ge=1, le=MOST)
+    logprobs: bool | None = None
+    top_logprobs: Whole | None = limited("logprobs")
+    chat_template_kwargs: dict[str, Any] | None = None      # vLLM's and SGLang's name
+    reasoning_effort: str | None = Field(None, max_length=40)
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+
+    def _logprobs(self) -> tuple[int | None, int | None]:
+        return (self.top_logprobs or 0 if self.logprobs else None), None
 
     @model_validator(mode="after")
-    def _one_limit(self) -> "ChatCompletionBody":
+    def _chat_is_consistent(self) -> "ChatCompletionBody":
         if self.max_completion_tokens is not None:
             self.max_tokens = self.max_completion_tokens
-        return self
-
-    @model_validator(mode="after")
-    def _one_end(self) -> "ChatCompletionBody":
-        if self.add_generation_prompt is not None and self.add_generation_prompt == self.continue_final_message:
-            raise ApiError(400, "add_generation_prompt must be the opposite of continue_final_message",
-                           param="add_generation_prompt")
+        if self.top_logprobs and not self.logprobs:
+            raise ApiError(400, "top_logprobs: only with logprobs: true", param="top_logprobs")
+        if self.continue_final_message:
+            if self.add_generation_prompt:
+                raise ApiError(400, "continue_final_message: not together with add_generation_prompt: true",
+                               param="continue_final_message")
+            if self.messages[-1].get("role") != "assistant":
+                raise ApiError(400, "continue_final_message: the last message must be the assistant's",
+                               param="continue_final_message")
         return self
 
 
 class CompletionBody(Sampling):
-    """POST /v1/completions: a text or token ids to continue."""
+    """POST /v1/completions: texts or token ids to continue."""
 
-    prompt: str | list[int] | list[str] | list[list[int]]
-    max_tokens: int | None = Field(16, ge=1, le=MOST)        # OpenAI's default
+    prompt: str | list[Whole] | list[str] | list[list[Whole]]
+    max_tokens: Whole | None = Field(16, ge=0, le=MOST)      # OpenAI's default
+    logprobs: Whole | None = limited("logprobs")
+    echo: bool | None = None
+
+    @property
+    def prompts(self) -> list[str] | list[list[int]]:
+        """A list of prompts, also if there is only one."""
+        if isinstance(self.prompt, str):
+            return [self.prompt]
+        return [self.prompt] if isinstance(self.prompt[0], int) else self.prompt
+
+    def _logprobs(self) -> tuple[int | None, int | None]:
+        return self.logprobs, self.logprobs if self.echo else None
 
     @field_validator("prompt")
     @classmethod
-    def _one_prompt(cls, prompt: Any) -> Any:
-        if isinstance(prompt, list) and prompt and not isinstance(prompt[0], int):
-            if len(prompt) > 1:
-                raise ApiError(400, "prompt: only one prompt per request is supported", param="prompt",
-                               code="unsupported_parameter")
-            return prompt[0]
+    def _some_prompts(cls, prompt: Any) -> Any:
+        if not prompt or (isinstance(prompt, list) and not isinstance(prompt[0], int) and len(prompt) > MOST_PROMPTS):
+            raise ApiError(400, f"prompt: a text, token ids, or a list of at most {MOST_PROMPTS} of them; none of them "
+                           "empty", param="prompt")
         return prompt
+
+    @model_validator(mode="after")
+    def _no_answer_only_with_echo(self) -> "CompletionBody":
+        if self.max_tokens == 0 and not self.echo:
+            raise ApiError(400, "max_tokens: 0 is allowed only with echo: true", param="max_tokens")
+        return self
 
 
 class ChatBody(Body):
@@ -148,8 +208,20 @@ class ChatBody(Body):
     """
 
     message: str = Field(min_length=1)
-    max_length: int = Field(100, ge=1, le=MOST)
+    max_length: Whole = Field(100, ge=1, le=MOST)
     temperature: float = Field(DEFAULT_TEMPERATURE, ge=0, le=2)
+
+
+def _biases(given: dict[str, float]) -> tuple[tuple[int, float], ...]:
+    """Biases by token id.
+
+    Raises:
+        InputError: A key that is not a token id.
+    """
+    try:
+        return tuple((int(id_[:20]), bias) for id_, bias in given.items())
+    except ValueError:
+        raise InputError("each key must be a token id, such as \"50\"", where="logit_bias") from None
 
 
 def _check_text(body: Any) -> None:

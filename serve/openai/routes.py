@@ -9,7 +9,8 @@ import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
-from typing import Any
+from dataclasses import replace
+from typing import Any, TypeVar
 
 from fastapi import Request
 from fastapi.responses import JSONResponse, Response
@@ -17,7 +18,7 @@ from litserve.specs.base import LitSpec
 
 from lit_llm.errors import InputError
 from lit_llm.inference.completion import Completion, Detokenizer
-from lit_llm.inference.engine import budget
+from lit_llm.inference.engine import Event
 from lit_llm.inference.sampling import SamplingParams
 from lit_llm.text.conversation import Conversation, Document, Message
 from lit_llm.text.tokenizer import Tokenizer
@@ -26,7 +27,12 @@ from serve.engine_client import EngineClient, Limits
 from serve.errors import ApiError, bad_request
 from serve.openai.answers import Shape
 from serve.openai.bodies import ChatBody, ChatCompletionBody, CompletionBody, Sampling
+from serve.openai.choices import Choice, checked, fitted, merged, samples
+from serve.openai.ignored import IgnoredFields
+from serve.openai.logprobs import LogprobWriter
 from serve.openai.streams import EventStream, events, until_disconnect, whole
+
+T = TypeVar("T")
 
 
 class Routes(LitSpec):
@@ -37,13 +43,17 @@ class Routes(LitSpec):
         names: Accepted model names; responses use the first one.
         limits: Limits on accepted requests.
         keys: Bearer keys; without keys the API is open.
+        strict: Refuse fields that have no effect.
     """
 
-    def __init__(self, tokenizer: Tokenizer, names: tuple[str, ...], limits: Limits, keys: tuple[str, ...]) -> None:
+    def __init__(self, tokenizer: Tokenizer, names: tuple[str, ...], limits: Limits, keys: tuple[str, ...], *,
+                 strict: bool = False) -> None:
         super().__init__()
+        self.ignored = IgnoredFields(strict=strict)
         self.api_path = "/v1/chat/completions"
         self.names, self.keys, self.engine = names, keys, EngineClient(limits)
         self.tokenizer, self._created = tokenizer, int(time.time())
+        self._logprobs = LogprobWriter(tokenizer)
         # One thread: tokenizing a long prompt must not block other streams, and calls must not overlap.
         self._encoding = ThreadPoolExecutor(1, "tokenizer")
         for path, (method, route) in self.routes().items():
@@ -87,27 +97,39 @@ class Routes(LitSpec):
 
     async def chat_completions(self, body: ChatCompletionBody, request: Request) -> Response:
         """Answer a conversation."""
-        return await self._serve(body, request, lambda: self._prompt(body), "messages")
+        self._check_model(body.model)
+        ignored = body.ignored_fields
+        if body.reasoning_effort is not None and "reasoning_effort" not in self.tokenizer.template_variables:
+            ignored += ("reasoning_effort",)
+        headers = self.ignored.headers(ignored)
+        params = body.params()
+        ids = await self.encode(lambda: self._prompt(body), "messages", request)
+        params = self._fit(ids, params, "messages")
+        return await self._serve([Choice(ids, each, at) for at, each in enumerate(samples(params, body.n or 1))],
+                                 body, request, headers, chat=True)
 
     async def completions(self, body: CompletionBody, request: Request) -> Response:
-        """Continue a text."""
-        prompt = body.prompt
-
-        def encode() -> list[int]:
-            if isinstance(prompt, str):
-                return self.tokenizer.encode_document(Document(prompt), end=False).input_ids.tolist()
-            return [id_ for id_ in prompt if isinstance(id_, int)]
-
-        return await self._serve(body, request, encode, "prompt")
+        """Continue texts or tokens."""
+        self._check_model(body.model)
+        headers = self.ignored.headers(body.ignored_fields)
+        params, echo = body.params(), bool(body.echo)
+        prompts = await self.encode(lambda: [self._read(prompt) for prompt in body.prompts], "prompt", request)
+        choices = []
+        for ids, text in prompts:
+            fit = self._fit(ids, params, "prompt")
+            choices += [Choice(ids, each, at, text if echo else None, body.max_tokens == 0)
+                        for at, each in enumerate(samples(fit, body.n or 1))]
+        return await self._serve(choices, body, request, headers, chat=False)
 
     async def chat(self, body: ChatBody, request: Request) -> Response:
         """The simple endpoint: answer a single message."""
+        headers = self.ignored.headers(body.ignored_fields)
         ids = await self.encode(lambda: self.tokenizer.encode_prompt(Conversation((Message("user", body.message),))),
                                  "message", request)
-        room = budget_or_400(ids, SamplingParams(), self.engine.beat.context_length, "message")
-        params = SamplingParams(max_tokens=min(body.max_length, room), temperature=body.temperature)
-        text, _ = await until_disconnect(request, whole(self.pieces(ids, params)))
-        return JSONResponse({"response": text})
+        params = SamplingParams(max_tokens=body.max_length, temperature=body.temperature)
+        choice = Choice(ids, self._fit(ids, params, "message"))
+        (pieces,) = await until_disconnect(request, whole(merged([self.pieces(choice)]), 1))
+        return JSONResponse({"response": "".join(piece.text for piece in pieces)}, headers=headers)
 
     async def models(self) -> Response:
         """List the served model."""
@@ -120,24 +142,32 @@ class Routes(LitSpec):
 
     # ---- the stages of a request -------------------------------------------------------------------------------------
 
-    async def _serve(self, body: Sampling, request: Request, encode: Callable[[], list[int]], field: str) -> Response:
-        self._check_model(body.model)
-        params = body.params()
-        ids = await self.encode(encode, field, request)
-        context_length, vocab_size = self.engine.beat.context_length, self.engine.beat.vocab_size
-        if not ids or not 0 <= min(ids) <= max(ids) < vocab_size:
-            raise ApiError(400, f"{field}: at least one token, with ids from 0 to {vocab_size - 1}", param=field)
-        budget_or_400(ids, params, context_length, field)
-        shape = Shape(self.names[0], chat=field == "messages")
-        pieces = self.pieces(ids, params)
+    def _fit(self, ids: list[int], params: SamplingParams, field: str) -> SamplingParams:
+        """The settings for a prompt.
+
+        Raises:
+            ApiError: 400 for ids that the model does not have, or a prompt that does not fit.
+        """
+        beat = self.engine.beat
+        checked(ids, params, beat.vocab_size, field)
+        return fitted(ids, params, beat.context_length, field)
+
+    async def _serve(self, choices: list[Choice], body: Sampling, request: Request, headers: dict[str, str], *,
+                     chat: bool) -> Response:
+        self.engine.admit(len(choices))
+        shape = Shape(self.names[0], choices, self._logprobs, chat=chat)
+        pieces = merged([self.pieces(choice) for choice in choices])
         if not body.stream:
-            return JSONResponse(shape.whole(*await until_disconnect(request, whole(pieces))))
+            answers = await until_disconnect(request, whole(pieces, len(choices)))
+            return JSONResponse(shape.whole(answers), headers=headers)
         # Await the first piece here, so that an error before it can set the HTTP status.
         first = await until_disconnect(request, anext(pieces))
         with_usage = body.stream_options is not None and body.stream_options.include_usage
-        return EventStream(events(shape, first, pieces, with_usage=with_usage))
+        stream = EventStream(events(shape, first, pieces, with_usage=with_usage))
+        stream.headers.update(headers)
+        return stream
 
-    async def encode(self, encode: Callable[[], list[int]], field: str, request: Request) -> list[int]:
+    async def encode(self, encode: Callable[[], T], field: str, request: Request) -> T:
         """Run `encode` in the thread that tokenizes.
 
         Raises:
@@ -150,24 +180,52 @@ class Routes(LitSpec):
         except InputError as error:
             raise bad_request(InputError(error.what, where=error.where or field)) from None
 
-    async def pieces(self, ids: list[int], params: SamplingParams) -> AsyncGenerator[Completion, None]:
-        """Stream the answer; closing the stream cancels the request."""
-        detokenizer = Detokenizer(self.tokenizer, len(ids), params.stop)
-        async with aclosing(self.engine.ask(ids, params)) as replies:
+    async def pieces(self, choice: Choice) -> AsyncGenerator[Completion, None]:
+        """Stream an answer; closing the stream cancels its request."""
+        params = choice.params
+        detokenizer = Detokenizer(self.tokenizer, len(choice.ids), params.stop, params.min_tokens)
+        async with aclosing(self.engine.ask(choice.ids, params)) as replies:
+            is_first = True
             async for reply in replies:
                 assert reply.token_id is not None
-                piece = detokenizer.push(reply.token_id, reply.finish_reason)
+                if is_first and choice.echo is not None:
+                    yield self._echoed(choice, reply)
+                is_first = False
+                if choice.is_empty:
+                    return
+                piece = detokenizer.push(reply.token_id, reply.finish_reason, reply.logprob)
+                if choice.echo and piece.offsets:
+                    piece = replace(piece, offsets=tuple(len(choice.echo) + each for each in piece.offsets))
                 yield piece
                 if piece.finish_reason:
                     return
 
+    def _echoed(self, choice: Choice, first: Event) -> Completion:
+        """The piece that repeats the prompt, with its log-probabilities if there are any."""
+        text, count, offsets = choice.echo or "", len(choice.ids), []
+        detokenizer = Detokenizer(self.tokenizer, count)
+        for token in first.prompt_logprobs:
+            offsets.append(min(len(detokenizer.text), len(text)))
+            detokenizer.push(token.token_id, None)
+        return Completion(text, (), "length" if choice.is_empty else None, count, 0, first.prompt_logprobs,
+                          tuple(offsets))
+
+    def _read(self, prompt: str | list[int]) -> tuple[list[int], str]:
+        """Ids and text of a prompt."""
+        if isinstance(prompt, str):
+            return self.tokenizer.encode_document(Document(prompt), end=False).input_ids.tolist(), prompt
+        known = self.tokenizer.vocab_size
+        return prompt, self.tokenizer.decode(id_ for id_ in prompt if 0 <= id_ < known)
+
     def _prompt(self, body: ChatCompletionBody) -> list[int]:
-        given = body.chat_template_kwargs or {}
+        given = dict(body.chat_template_kwargs or {})
         self.tokenizer.check_template_args(given, "chat_template_kwargs")
+        if body.reasoning_effort is not None and "reasoning_effort" in self.tokenizer.template_variables:
+            given.setdefault("reasoning_effort", body.reasoning_effort)
         conversation = Conversation.from_openai(body.messages, template_args=given)
         if body.continue_final_message:
             return self.tokenizer.encode_continuation(conversation)
-        return self.tokenizer.encode_prompt(conversation)
+        return self.tokenizer.encode_prompt(conversation, generation_prompt=body.add_generation_prompt is not False)
 
     def _check_model(self, name: str | None) -> None:
         if name and name not in self.names:
@@ -177,15 +235,3 @@ class Routes(LitSpec):
     def _card(self) -> dict[str, Any]:
         return {"id": self.names[0], "object": "model", "created": self._created, "owned_by": "lit_llm",
                 "max_model_len": self.engine.beat.context_length}
-
-
-def budget_or_400(ids: list[int], params: SamplingParams, context_length: int, field: str) -> int:
-    """Maximum number of new tokens of a request.
-
-    Raises:
-        ApiError: 400 if prompt and answer do not fit; the error names both numbers.
-    """
-    try:
-        return budget(len(ids), params, context_length)
-    except InputError as error:
-        raise ApiError(400, error.what, param=field, code="context_length_exceeded") from None

@@ -16,37 +16,39 @@ from serve.openai.answers import Shape
 T = TypeVar("T")
 
 
-async def whole(pieces: AsyncGenerator[Completion, None]) -> tuple[str, Completion]:
-    """The joined text of all pieces, and the last piece."""
+async def whole(pieces: AsyncGenerator[tuple[int, Completion], None], count: int) -> list[list[Completion]]:
+    """All pieces of each of `count` choices."""
+    answers: list[list[Completion]] = [[] for _ in range(count)]
     async with aclosing(pieces):
-        got = [piece async for piece in pieces]
-    return "".join(piece.text for piece in got), got[-1]
+        async for index, piece in pieces:
+            answers[index].append(piece)
+    return answers
 
 
 async def events(
-    shape: Shape, first: Completion, rest: AsyncGenerator[Completion, None], *, with_usage: bool
+    shape: Shape, first: tuple[int, Completion], rest: AsyncGenerator[tuple[int, Completion], None], *, with_usage: bool
 ) -> AsyncGenerator[str, None]:
-    """Server-sent events: the role, the text, the finish reason, the usage, `[DONE]`."""
+    """Server-sent events: the roles, the texts and finish reasons, the usage, `[DONE]`."""
     def event(value: dict[str, Any]) -> str:
         return f"data: {json.dumps(value, ensure_ascii=False)}\n\n"
 
+    lasts: dict[int, Completion] = {}
     async with aclosing(rest):
-        if opening := shape.opening():
+        for opening in shape.openings():
             yield event(opening)
-        piece = first
         try:
-            while True:
-                if piece.text:
-                    yield event(shape.chunk(piece))
-                if piece.finish_reason:
-                    break
-                piece = await anext(rest)
+            for chunk in shape.chunks(*first):
+                yield event(chunk)
+            lasts[first[0]] = first[1]
+            async for index, piece in rest:
+                for chunk in shape.chunks(index, piece):
+                    yield event(chunk)
+                lasts[index] = piece
         except ApiError as error:  # too late for a status: send the error in the stream, without [DONE]
             yield event(error.body)
             return
-        yield event(shape.closing(piece))
         if with_usage:
-            yield event(shape.accounts(piece))
+            yield event(shape.accounts(list(lasts.values())))
         yield "data: [DONE]\n\n"
 
 

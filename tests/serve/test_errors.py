@@ -35,16 +35,26 @@ def shape(reply, status):
     ({"messages": USER, "top_p": 0}, "top_p"), ({"messages": USER, "top_p": 1.1}, "top_p"),
     ({"messages": USER, "max_tokens": 0}, "max_tokens"), ({"messages": USER, "max_tokens": -1}, "max_tokens"),
     ({"messages": USER, "max_tokens": "9"}, "max_tokens"), ({"messages": USER, "max_tokens": 1.5}, "max_tokens"),
-    ({"messages": USER, "stop": ["a"] * 5}, "stop"), ({"messages": USER, "stop": [""]}, "stop"),
+    ({"messages": USER, "stop": ["a"] * 17}, "stop"), ({"messages": USER, "stop": [""]}, "stop"),
     ({"messages": USER, "stop": ["x" * 1000]}, "stop"), ({"messages": USER, "stop": 5}, "stop"),
     ({"messages": USER, "seed": 2**70}, "seed"), ({"messages": USER, "stream": "yes"}, "stream"),
     ({"messages": USER, "stream_options": {"include_usage": True}}, "stream_options"),
-    ({"messages": USER, "max_tokenz": 5}, "max_tokenz"), ({"messages": USER, SECRET: 5}, SECRET[:40]),
-    ({"messages": USER, "n": 2}, "n"), ({"messages": USER, "logprobs": True}, "logprobs"),
-    ({"messages": USER, "tools": [{"type": "function"}]}, "tools"), ({"messages": USER, "logit_bias": {"5": 1}}, "logit_bias"),
+    ({"messages": USER, "n": 0}, "n"), ({"messages": USER, "n": 129}, "n"), ({"messages": USER, "n": 100}, "n"),
+    ({"messages": USER, "n": 2, "best_of": 3}, "best_of"), ({"messages": USER, "logprobs": 5}, "logprobs"),
+    ({"messages": USER, "logprobs": True, "top_logprobs": 21}, "top_logprobs"), ({"messages": USER, "top_logprobs": 2}, "top_logprobs"),
+    ({"messages": USER, "tools": [{"type": "function"}]}, "tools"), ({"messages": USER, "logit_bias": {"5": 101}}, "logit_bias"),
+    ({"messages": USER, "logit_bias": {"x": 1}}, "logit_bias"), ({"messages": USER, "logit_bias": {"1" * 5000: 1}}, "logit_bias"),
+    ({"messages": USER, "logit_bias": {"-1": 1}, "stream": True}, "logit_bias"), ({"messages": USER, "logit_bias": [5]}, "logit_bias"),
+    ({"messages": USER, "stop_token_ids": [10**9], "stream": True}, "stop_token_ids"), ({"messages": USER, "stop_token_ids": 5}, "stop_token_ids"),
+    ({"messages": USER, "min_tokens": 9, "max_tokens": 8}, "min_tokens"), ({"messages": USER, "min_p": 1.5}, "min_p"),
+    ({"messages": USER, "repetition_penalty": 0}, "repetition_penalty"), ({"messages": USER, "top_k": -2}, "top_k"),
+    ({"messages": USER, "seed": 1.5}, "seed"), ({"messages": USER, "seed": True}, "seed"), ({"messages": USER, "ignore_eos": 1}, "ignore_eos"),
+    ({"messages": USER, "continue_final_message": True}, "continue_final_message"),
+    ({"messages": [*USER, {"role": "assistant", "content": "x"}], "continue_final_message": True, "add_generation_prompt": True},
+     "continue_final_message"),
+    ({"messages": [{"role": "assistant", "content": "x"}], "continue_final_message": True}, "messages"),
     ({"messages": USER, "response_format": {"type": "json_object"}}, "response_format"),
-    ({"messages": USER, "presence_penalty": 0.5}, "presence_penalty"),
-    ({"messages": USER, "max_tokens": 30_000}, "messages"),
+    ({"messages": USER, "presence_penalty": 2.5}, "presence_penalty"), ({"messages": USER, "frequency_penalty": "x"}, "frequency_penalty"),
     ({"messages": [{"role": "user", "content": "word " * 25_000}]}, "messages"),
     ({"messages": [{"role": "user", "content": "word " * 25_000}], "stream": True}, "messages"),
 ])
@@ -69,8 +79,10 @@ def test_a_form_is_told_what_to_send(server):
 
 @pytest.mark.parametrize(("body", "param"), [
     ({}, "prompt"), ({"prompt": ""}, "prompt"), ({"prompt": []}, "prompt"), ({"prompt": [10**9]}, "prompt"),
-    ({"prompt": [-1]}, "prompt"), ({"prompt": [1, "x"]}, "prompt"), ({"prompt": ["a", "b"]}, "prompt"), ({"prompt": [True]}, "prompt"),
-    ({"prompt": "x", "echo": True}, "echo"), ({"prompt": "x", "logprobs": 1}, "logprobs"), ({"prompt": [[]]}, "prompt"),
+    ({"prompt": [-1]}, "prompt"), ({"prompt": [1, "x"]}, "prompt"), ({"prompt": ["a", [5]]}, "prompt"), ({"prompt": ["a", ""]}, "prompt"), ({"prompt": [True]}, "prompt"),
+    ({"prompt": "x", "echo": 1}, "echo"), ({"prompt": "x", "logprobs": 21}, "logprobs"), ({"prompt": [[]]}, "prompt"),
+    ({"prompt": "x", "max_tokens": 0}, "max_tokens"), ({"prompt": ["x"] * 3000}, "prompt"), ({"prompt": ["x"] * 97}, "n"),
+    ({"prompt": "x", "suffix": "y"}, "suffix"), ({"prompt": [[5], [10**9]]}, "prompt"),
     ({"prompt": [5] * 20_000, "max_tokens": 1}, "prompt"),
 ])
 def test_a_wrong_completion_is_a_400(body, param, server):
@@ -79,25 +91,58 @@ def test_a_wrong_completion_is_a_400(body, param, server):
 
 @pytest.mark.parametrize(("body", "param"), [
     ({}, "message"), ({"message": ""}, "message"), ({"message": 5}, "message"), ({"message": "x", "max_length": 0}, "max_length"),
-    ({"message": "x", "temperature": 3}, "temperature"), ({"message": "x", "other": 1}, "other"),
+    ({"message": "x", "temperature": 3}, "temperature"),
     ({"message": "word " * 25_000}, "message"),
 ])
 def test_a_wrong_chat_is_a_400(body, param, server):
     assert shape(server.http.post("/chat", json=body), 400)["param"] == param
 
 
-def test_an_overlong_prompt_names_both_numbers(server):
-    used = server.http.post("/v1/chat/completions", json={"messages": USER, "max_tokens": 1}).json()["usage"]["prompt_tokens"]
-    error = shape(server.http.post("/v1/chat/completions", json={"messages": USER, "max_tokens": 20_000 - used + 1}), 400)
-    assert error["code"] == "context_length_exceeded"
-    assert "20001" in error["message"]
-    assert "context is 20000" in error["message"]
+def test_a_prompt_that_does_not_fit_is_refused_in_the_words_that_clients_look_for(server):
+    for path, body, field in (("/v1/chat/completions", {"messages": [{"role": "user", "content": "word " * 25_000}]}, "messages"),
+                              ("/v1/completions", {"prompt": [5] * 20_000}, "prompt")):
+        error = shape(server.http.post(path, json=body), 400)
+        assert error["code"] == "context_length_exceeded"
+        assert error["message"].startswith("This model's maximum context length is 20000 tokens. However, ")
+        assert field in error["message"]
+
+
+def test_max_tokens_beyond_the_room_is_reduced_to_it(server):
+    body = {"prompt": [5] * 19_995, "max_tokens": 30_000, "min_tokens": 20_000, "temperature": 0}
+    reply = server.http.post("/v1/completions", json=body).json()
+    assert reply["choices"][0]["finish_reason"] == "length"
+    assert reply["usage"]["completion_tokens"] == 5
+
+
+def test_unknown_fields_are_ignored_and_named(server, start_server, endless_model):
+    """In a header, escaped and bounded, and once in the log; `--strict` refuses them. Fields of OpenAI's own service are not named."""
+    fields = {"max_tokenz": 5, "bad\r\nname é": 1, "user": "u", "store": True, "cache_prompt": True, SECRET: 5}
+    body = {"messages": USER, "max_tokens": 1, "temperature": 0, "reasoning_effort": "low"}
+    plain = server.http.post("/v1/chat/completions", json=body | {"reasoning_effort": None})
+    assert "x-ignored-fields" not in plain.headers
+    for more in ({}, {"stream": True, "stream_options": {"include_usage": True, "chunk": 1}}):
+        reply = server.http.post("/v1/chat/completions", json=body | fields | more)
+        assert reply.status_code == 200
+        assert reply.headers["x-ignored-fields"].split(", ")[:3] == ["max_tokenz", "bad%0D%0Aname%20%C3%A9", "cache_prompt"]
+        assert "reasoning_effort" in reply.headers["x-ignored-fields"]
+        assert ("stream_options.chunk" in reply.headers["x-ignored-fields"]) == bool(more)
+        assert SECRET not in reply.headers["x-ignored-fields"]
+    many = server.http.post("/chat", json={"message": "x", "max_length": 1} | {f"f{at}": 1 for at in range(500)})
+    assert many.status_code == 200
+    assert len(many.headers["x-ignored-fields"]) < 1000
+    strict = start_server("--model", endless_model, "--strict")
+    error = shape(strict.http.post("/v1/chat/completions", json=body | {"max_tokenz": 5}), 400)
+    assert (error["param"], error["code"]) == ("max_tokenz", "unknown_parameter")
+    assert strict.http.post("/v1/chat/completions", json=body | {"user": "u", "reasoning_effort": None}).status_code == 200
+    for path, given in (("/v1/completions", {"prompt": "x"}), ("/chat", {"message": "x"}), ("/v1/chat/completions", body)):
+        shape(strict.http.post(path, json=given | {"other\n": 1}), 400)
+    strict.kill()
 
 
 def test_openais_client_raises_its_own_errors(server):
     client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
     with pytest.raises(openai.BadRequestError) as caught:
-        client.chat.completions.create(model="endless", messages=USER, max_tokens=30_000, stream=True)
+        client.completions.create(model="endless", prompt=[5] * 20_000, stream=True)
     assert caught.value.code == "context_length_exceeded"
     with pytest.raises(openai.NotFoundError) as caught:
         client.chat.completions.create(model="gpt-4", messages=USER)
@@ -119,7 +164,8 @@ def test_the_server_lives_through_nonsense(server):
     draw = random.Random(0)
     values = [None, True, -1, 0, 1, 3.5, 1e308, "", "x", "\x00", "😀", [], [1], {}, {"a": 1}, USER, [{"role": "user", "content": None}]]
     names = ["messages", "max_tokens", "temperature", "top_p", "top_k", "stop", "seed", "stream", "n", "model", "prompt",
-             "stream_options", "tools", "message", "max_length", "logit_bias"]
+             "stream_options", "tools", "message", "max_length", "logit_bias", "logprobs", "echo", "min_tokens", "stop_token_ids",
+             "repetition_penalty", "ignore_eos", "continue_final_message"]
     for _ in range(300):
         body = {draw.choice(names): draw.choice(values) for _ in range(draw.randrange(1, 6))}
         if draw.random() < 0.5:
