@@ -5,7 +5,7 @@ a trial has shown that their logits are those of each request alone, and one by 
 """
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -19,6 +19,7 @@ from lit_llm.inference.sampling import SamplingParams, adjust, next_ids
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from lit_llm.inference.forward.adapters import Adapters
     from lit_llm.inference.forward.request import Answer, Request
     from lit_llm.system.threads import Choice
 
@@ -96,10 +97,12 @@ class Engine:
         cache_tokens: Maximum number of tokens whose keys and values are kept, of all requests together; null allows
             what `max_running` requests can need, limited by the memory. Requests wait if there is no room.
         constraints: Builds the constraints of requests with a grammar; null refuses these.
+        adapters: LoRA adapters that are attached to the model, which requests name; null is none.
     """
 
     def __init__(self, model: Any, *, stop_ids: Sequence[int] = (), max_running: int = MAX_RUNNING,
-                 cache_tokens: int | None = None, constraints: Factory | None = None) -> None:
+                 cache_tokens: int | None = None, constraints: Factory | None = None,
+                 adapters: "Adapters | None" = None) -> None:
         self.model, self.max_running, self.constraints = model, max_running, constraints
         self.stop_ids = frozenset(stop_ids) | _own_stop_ids(model)
         config = model.config.get_text_config()
@@ -111,18 +114,19 @@ class Engine:
         self.threads: Choice | None = None              # CPU threads, if `load` chose them
         self.obstacle: str | None = None                # why requests are computed one by one
         self.cache_tokens, self.cache_bytes = 0, 0      # of a model whose requests share a pass
-        self._forward = self._choose_forward(cache_tokens)
+        self._forward = self._choose_forward(cache_tokens, adapters)
 
-    def _choose_forward(self, cache_tokens: int | None) -> Any:
-        from lit_llm.inference.forward import alone, batched, proof
+    def _choose_forward(self, cache_tokens: int | None, given: "Adapters | None") -> Any:
+        from lit_llm.inference.forward import adapters, alone, batched, proof
 
+        given = given or adapters.Adapters()
         self.obstacle = proof.obstacle(self.model)
         if self.obstacle is not None:
-            return alone.Alone(self.model)
+            return alone.Alone(self.model, given)
         each = proof.bytes_a_token(self.model)
         if cache_tokens is None:
             cache_tokens = min(self.max_running * self.context_length, loading.cache_memory(self.model.device) // each)
-        forward = batched.Batched(self.model, cache_tokens, self.context_length)
+        forward = batched.Batched(self.model, cache_tokens, self.context_length, given)
         self.cache_tokens = forward.slots.limit
         self.cache_bytes = self.cache_tokens * each
         return forward
@@ -130,7 +134,7 @@ class Engine:
     @classmethod
     def load(cls, folder: str | Path, *, device: str = "auto", dtype: str = "auto", adapter: str | Path | None = None,
              stop_ids: Sequence[int] = (), max_running: int = MAX_RUNNING, threads: int | str = "auto",
-             constraints: Factory | None = None) -> "Engine":
+             constraints: Factory | None = None, adapters: Mapping[str, str | Path] | None = None) -> "Engine":
         """Load an engine from a folder that transformers can load.
 
         Args:
@@ -142,28 +146,45 @@ class Engine:
             max_running: As in `Engine`.
             threads: CPU threads; auto measures which number gives the fastest forward pass (see `threads.py`).
             constraints: As in `Engine`.
+            adapters: Name -> folder of a PEFT adapter that is not merged, and that requests select by its name.
 
         Raises:
             InputError: No such folder, no loadable model in it, or an invalid number of threads.
         """
+        from lit_llm.inference.forward import adapters as unmerged
         from lit_llm.kernels import packed_linear
         from lit_llm.system.threads import number, settle
 
         if threads != "auto":
             number(threads)                         # first, because the weights take longer
         loaded = loading.load(str(folder), device, dtype, adapter)
+        attached = unmerged.load(loaded, adapters or {})
         packed_linear.pack(loaded)
         choice = settle(threads, lambda: _passes(loaded)) if loaded.device.type == "cpu" else None
-        engine = cls(loaded, stop_ids=stop_ids, max_running=max_running, constraints=constraints)
+        engine = cls(loaded, stop_ids=stop_ids, max_running=max_running, constraints=constraints,
+                     adapters=attached)
         engine.threads = choice
         return engine
 
-    def add(self, request_id: str, prompt_ids: Sequence[int], params: SamplingParams) -> None:
+    @property
+    def adapters(self) -> frozenset[str]:
+        """Names of the adapters that requests may select."""
+        names: frozenset[str] = self._forward.adapters.names
+        return names
+
+    def add(self, request_id: str, prompt_ids: Sequence[int], params: SamplingParams,
+            adapter: str | None = None) -> None:
         """Queue a request; invalid values are refused here, not in a later step.
 
+        Args:
+            request_id: Used once.
+            prompt_ids: Tokens of the prompt.
+            params: How its tokens are drawn.
+            adapter: Name of the adapter that is applied to it; null is the base.
+
         Raises:
-            InputError: An empty prompt, an id outside the vocabulary, more tokens than the context has, or a grammar
-                that cannot be used.
+            InputError: An empty prompt, an id outside the vocabulary, more tokens than the context has, a grammar
+                that cannot be used, or an unknown adapter.
         """
         import torch
 
@@ -175,13 +196,16 @@ class Engine:
             raise InputError("the prompt is empty", where="prompt")
         if not 0 <= min(prompt) <= max(prompt) < self.vocab_size:
             raise InputError(f"token ids must be from 0 to {self.vocab_size - 1}", where="prompt")
+        if adapter is not None and adapter not in self.adapters:
+            raise InputError(f"there is no adapter '{adapter[:80]}'", where="adapter")
         params.check_ids(self.vocab_size)
         left = budget(len(prompt), params, self.context_length)
         generator = None
         if params.seed is not None and not params.greedy:
             generator = torch.Generator(device=self.model.device).manual_seed(params.seed)
         constraint = self._constraint(params)
-        self._waiting.append(Request(request_id, prompt, len(prompt), left, params, generator, constraint))
+        self._waiting.append(Request(request_id, prompt, len(prompt), left, params, generator, constraint,
+                                     adapter=adapter))
 
     def _constraint(self, params: SamplingParams) -> Constraint | None:
         if params.grammar is None:

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from lit_llm.inference.forward.adapters import Adapters
 from lit_llm.inference.forward.request import Answer, Request
 
 
@@ -13,10 +14,11 @@ class Alone:
 
     Args:
         model: A causal LM in eval mode.
+        adapters: Those that requests may name.
     """
 
-    def __init__(self, model: Any) -> None:
-        self.model = model
+    def __init__(self, model: Any, adapters: Adapters) -> None:
+        self.model, self.adapters = model, adapters
         self.reused_tokens = 0                          # of prompts; nothing is kept after a request
         self._reads_cache: bool | None = None           # tried with the first request
 
@@ -41,7 +43,8 @@ class Alone:
         answers = []
         for request in running:
             try:
-                answers.append(self._read(request))
+                with self.adapters.applied([(request.adapter, 1)], self.model.device):      # of the whole row
+                    answers.append(self._read(request))
             except Exception as error:                  # out of memory, for one: this request's alone
                 answers.append(Answer(request, None, error))
         return answers

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lit_llm.inference.forward.adapters import Adapters
 from lit_llm.inference.forward.ragged import Part, Step
 from lit_llm.inference.forward.request import Answer, Request
 from lit_llm.inference.forward.slots import COPIED, Slots
@@ -22,10 +23,11 @@ class Batched:
         model: A causal LM that passed `proof.shares_a_pass`.
         cache_tokens: Tokens whose keys and values are kept, of all requests together.
         context_length: Tokens of a request at most.
+        adapters: Those that requests may name.
     """
 
-    def __init__(self, model: Any, cache_tokens: int, context_length: int) -> None:
-        self.model = model
+    def __init__(self, model: Any, cache_tokens: int, context_length: int, adapters: Adapters) -> None:
+        self.model, self.adapters = model, adapters
         self.slots = Slots(cache_tokens, context_length)
         self.reused_tokens = 0                      # of prompts, which an earlier request began with
         self._preempted: list[Request] = []
@@ -33,7 +35,7 @@ class Batched:
     def begin(self, request: Request) -> bool:
         """Admit a request if there is room for its prompt; tokens that a slot still holds are taken over."""
         known = [] if request.needs_all_logits else request.ids     # the logits of tokens taken over are not known
-        slot = self.slots.begin(known, len(request.ids) + min(request.left, AHEAD))
+        slot = self.slots.begin(known, len(request.ids) + min(request.left, AHEAD), request.adapter)
         request.state = slot
         if slot is None:
             return False
@@ -43,7 +45,8 @@ class Batched:
     def is_read(self, request: Request, running: Iterable[Request]) -> bool:
         """Whether another request is reading the same prompt now: its keys and values are copied when it has."""
         return not request.needs_all_logits and len(request.ids) > COPIED and any(
-            each.state is not None and not each.state.generates and each.ids == request.ids for each in running)
+            each.state is not None and not each.state.generates and each.ids == request.ids
+            and each.adapter == request.adapter for each in running)
 
     def end(self, request: Request, *, broken: bool = False) -> None:
         """Take the slot of a request; its tokens stay for prompts that begin alike, unless they are `broken`."""
@@ -117,14 +120,18 @@ class Batched:
         if not generating and not reading:
             return
         try:
-            step = Step(generating, reading, self.model.device)
-            yield from zip((id(part.slot) for part in step.parts), step.logits(self.model), strict=True)
+            yield from self._pass(generating, reading)
             return
         except Exception:                           # out of memory, for one
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
         for part in (*generating, *reading):
             try:
-                yield id(part.slot), Step([], [part], self.model.device).logits(self.model)[0]
+                yield from self._pass([], [part])
             except Exception as error:
                 yield id(part.slot), error
+
+    def _pass(self, generating: list[Part], reading: list[Part]) -> list[tuple[int, Tensor]]:
+        step = Step(generating, reading, self.model.device)
+        with self.adapters.applied(((part.slot.adapter, len(part.ids)) for part in step.parts), self.model.device):
+            return [(id(part.slot), logits) for part, logits in zip(step.parts, step.logits(self.model), strict=True)]

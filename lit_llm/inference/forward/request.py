@@ -23,6 +23,7 @@ class Request:
         generator: Draws them, if the request has a seed.
         constraint: Which tokens may come next, if the request has a grammar.
         prompt_logprobs: Of the prompt's tokens from the second on, as far as they are read, if the request asks for it.
+        adapter: The adapter that is applied to it; null is the base.
         state: Keys and values of the tokens that were read: a slot, or a cache of transformers.
     """
 
@@ -34,6 +35,7 @@ class Request:
     generator: Any
     constraint: Constraint | None = None
     prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
+    adapter: str | None = None
     state: Any = None
 
     @property

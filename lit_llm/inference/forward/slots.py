@@ -26,11 +26,12 @@ class Slot:
         index: In the pool.
     """
 
-    __slots__ = ("ids", "index", "pool", "used")
+    __slots__ = ("adapter", "ids", "index", "pool", "used")
 
     def __init__(self, pool: "Pool", index: int) -> None:
         self.pool, self.index = pool, index
         self.ids: list[int] = []                    # the tokens whose keys and values it holds
+        self.adapter: str | None = None             # with which they were computed
         self.used = 0                               # when it was last given to a request, as a count
 
     @property
@@ -162,7 +163,7 @@ class Slots:
         """Positions of all slots that there are."""
         return sum(pool.room * len(pool.slots) for pool in self.pools)
 
-    def begin(self, ids: Sequence[int], room: int) -> Slot | None:
+    def begin(self, ids: Sequence[int], room: int, adapter: str | None = None) -> Slot | None:
         """A slot for a new request, with the longest beginning of its prompt that a slot holds.
 
         A slot without a request is taken over if it holds little else; otherwise the tokens are copied.
@@ -170,15 +171,18 @@ class Slots:
         Args:
             ids: The prompt; its last token is always read, since it gives the first logits.
             room: Positions to have at first.
+            adapter: Of the request; tokens that were read with another one are not its own.
 
         Returns:
             The slot, whose `ids` are the tokens taken over; null where there is no room before a request ends.
         """
+        def common(slot: Slot | None) -> int:
+            return min(shared(slot.ids, ids), len(ids) - 1) if slot is not None and slot.adapter == adapter else 0
+
         wanted = self._pool_for(room)
-        best = max(self._idle(), key=lambda slot: (shared(slot.ids, ids), slot.pool is wanted), default=None)
-        count = min(shared(best.ids, ids), len(ids) - 1) if best is not None else 0
-        source = max(self._all(), key=lambda slot: shared(slot.ids, ids), default=None)
-        most = min(shared(source.ids, ids), len(ids) - 1) if source is not None else 0
+        best = max(self._idle(), key=lambda slot: (common(slot), slot.pool is wanted), default=None)
+        source = max(self._all(), key=common, default=None)
+        count, most = common(best), common(source)
         if best is not None and 0 < len(best.ids) <= 2 * count:     # otherwise the slot keeps more than it would save
             best.ids = best.ids[:count]
         elif (best := self._empty(wanted)) is None:
@@ -187,7 +191,7 @@ class Slots:
             self._copy(source, best, most)
         best.pool.begin(best)
         self._count += 1
-        best.used = self._count
+        best.used, best.adapter = self._count, adapter
         return best
 
     def grow(self, slot: Slot, room: int) -> bool:
