@@ -113,11 +113,11 @@ def load(model: Any, folders: Mapping[str, str | Path]) -> Adapters:
     for place, of_layer in found.items():
         parent, _, last = place.rpartition(".")
         setattr(model.get_submodule(parent), last, _Adapted(model.get_submodule(place), of_layer, adapters))
+    ids = torch.arange(16, device=model.device)[None] % model.config.get_text_config().vocab_size
     for name, folder in folders.items():
         with adapters.applied([(name, 8), (None, 8)], model.device), torch.no_grad():
             try:
-                model(input_ids=torch.arange(1, 17, device=model.device)[None] % model.config.get_text_config().vocab_size,
-                      use_cache=False)
+                model(input_ids=ids, use_cache=False)
             except PartialRowError:
                 raise InputError(f"{folder} adapts layers that see some of the tokens only", where=WHERE, fix=ALONE
                                  ) from None
