@@ -137,8 +137,8 @@ def _matrices(model: Any, folder: Path) -> dict[str, _Matrices]:
                          fix=ALONE)
     head, before = model.get_output_embeddings(), {id(weight) for weight in model.parameters() if weight.requires_grad}
     wrapped = starting.load(model, folder)
-    layers = {name.removeprefix("base_model.model."): layer for name, layer in wrapped.named_modules()
-              if isinstance(layer, BaseTunerLayer | AuxiliaryTrainingWrapper)}
+    layers: dict[str, Any] = {name.removeprefix("base_model.model."): layer for name, layer in wrapped.named_modules()
+                              if isinstance(layer, BaseTunerLayer | AuxiliaryTrainingWrapper)}
     # The head sees the last tokens of prompts only.
     other = [name for name, layer in layers.items() if not isinstance(layer, LoraLayer) or layer.lora_variant or not (
         isinstance(layer.get_base_layer(), nn.Linear)) or layer.get_base_layer() is head or any(
