@@ -7,22 +7,13 @@ two low-rank matrices is added, as PEFT does for one adapter. Nothing is merged,
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lit_llm.errors import InputError
-
-WHERE = "adapter"
-ALONE = "serve this adapter alone: --adapter FOLDER merges it into the model"
-
-
-class _Matrices(NamedTuple):
-    """LoRA's two matrices of a layer: (r, in) and (out, r), the second with the scale."""
-
-    down: Tensor
-    up: Tensor
+from lit_llm.models.adapters import unmerged
 
 
 class PartialRowError(Exception):
@@ -71,7 +62,7 @@ class _Adapted(nn.Module):
         adapters: Says to which tokens they are applied.
     """
 
-    def __init__(self, base: nn.Module, matrices: Mapping[str, _Matrices], adapters: Adapters) -> None:
+    def __init__(self, base: nn.Module, matrices: Mapping[str, unmerged.Matrices], adapters: Adapters) -> None:
         super().__init__()
         self.base, self.matrices, self.adapters = base, dict(matrices), adapters
 
@@ -106,9 +97,9 @@ def load(model: Any, folders: Mapping[str, str | Path]) -> Adapters:
         InputError: An adapter that is not plain LoRA on linear layers, or that does not fit the model.
     """
     adapters = Adapters(folders)
-    found: dict[str, dict[str, _Matrices]] = {}
+    found: dict[str, dict[str, unmerged.Matrices]] = {}
     for name, folder in folders.items():
-        for place, matrices in _matrices(model, Path(folder)).items():
+        for place, matrices in unmerged.matrices(model, Path(folder)).items():
             found.setdefault(place, {})[name] = matrices
     for place, of_layer in found.items():
         parent, _, last = place.rpartition(".")
@@ -119,37 +110,6 @@ def load(model: Any, folders: Mapping[str, str | Path]) -> Adapters:
             try:
                 model(input_ids=ids, use_cache=False)
             except PartialRowError:
-                raise InputError(f"{folder} adapts layers that see some of the tokens only", where=WHERE, fix=ALONE
-                                 ) from None
+                raise InputError(f"{folder} adapts layers that see some of the tokens only", where=unmerged.WHERE,
+                                 fix=unmerged.ALONE) from None
     return adapters
-
-
-def _matrices(model: Any, folder: Path) -> dict[str, _Matrices]:
-    """The matrices of an adapter by the name of their layer; the model is left as it was."""
-    from peft.tuners.lora import LoraLayer
-    from peft.tuners.tuners_utils import BaseTunerLayer
-    from peft.utils.other import AuxiliaryTrainingWrapper
-
-    from lit_llm.models.adapters import adapter, starting
-
-    if (folder / starting.FIRST).is_dir() or (folder / adapter.ROWS).is_file():
-        raise InputError(f"{folder} was trained on a base that another adapter or new tokens had changed", where=WHERE,
-                         fix=ALONE)
-    head, before = model.get_output_embeddings(), {id(weight) for weight in model.parameters() if weight.requires_grad}
-    wrapped = starting.load(model, folder)
-    layers: dict[str, Any] = {name.removeprefix("base_model.model."): layer for name, layer in wrapped.named_modules()
-                              if isinstance(layer, BaseTunerLayer | AuxiliaryTrainingWrapper)}
-    # The head sees the last tokens of prompts only.
-    other = [name for name, layer in layers.items() if not isinstance(layer, LoraLayer) or layer.lora_variant or not (
-        isinstance(layer.get_base_layer(), nn.Linear)) or layer.get_base_layer() is head or any(
-            part.bias is not None for part in layer.lora_B.values())]
-    found = {name: _Matrices(layer.lora_A["default"].weight.detach(),
-                             layer.lora_B["default"].weight.detach() * layer.scaling["default"])
-             for name, layer in layers.items() if name not in other}
-    wrapped.unload()
-    for weight in model.parameters():
-        weight.requires_grad_(id(weight) in before)
-    if other or not found:
-        what = f"changes {other[0]} by more than LoRA on a linear layer" if other else "changes no layer of this model"
-        raise InputError(f"{folder} {what}", where=WHERE, fix=ALONE)
-    return found

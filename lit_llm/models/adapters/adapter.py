@@ -167,6 +167,19 @@ def skip_input_copies(model: Any) -> None:
             layer.cast_input_dtype_enabled = False
 
 
+def adapted_layers(model: Any) -> dict[str, tuple[Any, bool]]:
+    """Layers that an adapter changes, by their name in the base, and whether by LoRA's two matrices alone."""
+    from peft.tuners.lora import LoraLayer
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    layers: dict[str, Any] = {name.removeprefix("base_model.model."): layer for name, layer in model.named_modules()
+                              if isinstance(layer, BaseTunerLayer | AuxiliaryTrainingWrapper)}
+    return {name: (layer, isinstance(layer, LoraLayer) and not layer.lora_variant
+                   and isinstance(layer.get_base_layer(), nn.Linear)
+                   and all(part.bias is None for part in layer.lora_B.values())) for name, layer in layers.items()}
+
+
 def is_peft(model: Any) -> bool:
     """Whether the model has PEFT adapters."""
     return hasattr(model, "peft_config") and hasattr(model, "get_base_model")
