@@ -61,7 +61,7 @@ class Body(BaseModel):
             return body
         _check_text(body)
         known = cls.model_fields.keys() - {"ignored_fields"}
-        for name in NEUTRAL.keys() & body.keys() - known:
+        for name in (name for name in body if name in NEUTRAL and name not in known):
             if body[name] is not None and body[name] not in NEUTRAL[name]:
                 raise ApiError(400, f"this server does not support {name} with this value", param=name,
                                code="unsupported_parameter")
