@@ -96,20 +96,20 @@ def main():
     parser.add_argument("--count", type=int, default=50_000)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--num-proc", type=int, default=2)
-    given = parser.parse_args()
+    args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        tokenizer = tokenizer_with_template(given.data, folder)
+        tokenizer = tokenizer_with_template(args.data, folder)
         for name, turns in (("single answers", 1), ("four turns", 4)):
-            path = written(given.data, folder, given.count // turns, turns)
-            of = medians(given.rounds, {
-                "trl": partial(alone, trl, tokenizer, path, given.num_proc, python=given.trl),
-                "ours": partial(alone, ours, tokenizer, path, given.num_proc)})
-            more = (of["trl"]["supervised"] - of["ours"]["supervised"]) / given.count
-            told = f"TRL learns {more:g} more tokens an answer" if of["trl"]["tokens"] == of["ours"]["tokens"] else \
+            path = written(args.data, folder, args.count // turns, turns)
+            of = medians(args.rounds, {
+                "trl": partial(alone, trl, tokenizer, path, args.num_proc, python=args.trl),
+                "ours": partial(alone, ours, tokenizer, path, args.num_proc)})
+            more = (of["trl"]["supervised"] - of["ours"]["supervised"]) / args.count
+            comparison = f"TRL learns {more:g} more tokens an answer" if of["trl"]["tokens"] == of["ours"]["tokens"] else \
                 f"NOT THE SAME TOKENS: {of}"
-            print(f"{name}: {given.count // turns:,} conversations, {of['ours']['tokens']:,.0f} tokens; "
+            print(f"{name}: {args.count // turns:,} conversations, {of['ours']['tokens']:,.0f} tokens; "
                   f"{of['ours']['tokens'] / of['ours']['seconds']:,.0f} tokens/s, {of['trl']['seconds'] / of['ours']['seconds']:.1f} "
-                  f"times TRL's (cpu: {of['trl']['cpu'] / of['ours']['cpu']:.1f} times less); {told}", flush=True)
+                  f"times TRL's (cpu: {of['trl']['cpu'] / of['ours']['cpu']:.1f} times less); {comparison}", flush=True)
 
 
 if __name__ == "__main__":
