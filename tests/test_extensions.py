@@ -105,7 +105,7 @@ def test_a_packing_policy(package, tiny_model, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(("policy", "says"), [
     (lambda lengths, seq_len: lengths * 0, "made a packed sequence of .* tokens, but data.seq_len is 32"),
-    (lambda lengths, seq_len: torch.arange(len(lengths)).numpy() * 2, "number the rows from 0 without a gap"),
+    (lambda lengths, seq_len: torch.arange(len(lengths)).numpy() * 2, "counted from 0 without gaps"),
     (lambda lengths, seq_len: torch.arange(len(lengths) - 1).numpy(), "return the index of a packed sequence for each of .* segments")])
 def test_a_wrong_packing_policy_is_refused(policy, says, tiny_model, tmp_path, monkeypatch):
     from lit_llm.data.rows import packing

@@ -404,7 +404,7 @@ def test_clipping_by_value_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize(("config", "says"), [
-    ({"zero_optimizaton": {"stage": 1}}, "stage None, not 1, 2 or 3"),
+    ({"zero_optimizaton": {"stage": 1}}, "stage None, which must be 1, 2 or 3"),
     ({"zero_optimization": {"stage": 1}, "optimizer": {"type": "Adam"}}, "model.optimizer")])
 def test_a_deepspeed_config_that_does_something_else(config, says, folder, tmp_path):
     """Without a stage its checkpoints could not be resumed; an own optimizer would have no schedule."""
