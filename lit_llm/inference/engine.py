@@ -134,7 +134,8 @@ class Engine:
     @classmethod
     def load(cls, folder: str | Path, *, device: str = "auto", dtype: str = "auto", adapter: str | Path | None = None,
              stop_ids: Sequence[int] = (), max_running: int = MAX_RUNNING, threads: int | str = "auto",
-             constraints: Factory | None = None, adapters: Mapping[str, str | Path] | None = None) -> "Engine":
+             constraints: Factory | None = None, adapters: Mapping[str, str | Path] | None = None,
+             quantize: str | None = None) -> "Engine":
         """Load an engine from a folder that transformers can load.
 
         Args:
@@ -147,6 +148,7 @@ class Engine:
             threads: CPU threads; auto measures which number gives the fastest forward pass (see `threads.py`).
             constraints: As in `Engine`.
             adapters: Name -> folder of a PEFT adapter that is not merged, and that requests select by its name.
+            quantize: `nf4` or `int8` keeps the weights of linear layers except the head in 4 or 8 bits (bitsandbytes).
 
         Raises:
             InputError: No such folder, no loadable model in it, or an invalid number of threads.
@@ -157,7 +159,7 @@ class Engine:
 
         if threads != "auto":
             number(threads)                         # first, because the weights take longer
-        loaded = loading.load(str(folder), device, dtype, adapter)
+        loaded = loading.load(str(folder), device, dtype, adapter, quantize)
         attached = unmerged.load(loaded, adapters or {})
         packed_linear.pack(loaded)
         choice = settle(threads, lambda: _passes(loaded)) if loaded.device.type == "cpu" else None

@@ -64,14 +64,19 @@ def tokenizer_folder(folder: str, adapter: str | Path | None = None) -> str:
     return _adapter_base(folder) or folder
 
 
-def load(folder: str, device: str, dtype: str, adapter: str | Path | None) -> Any:
-    """Load a model with its adapter merged, on its device, in eval mode."""
+def load(folder: str, device: str, dtype: str, adapter: str | Path | None, quantize: str | None = None) -> Any:
+    """Load a model with its adapter merged or its linear layers quantized, on its device, in eval mode."""
     import torch
     from safetensors import SafetensorError
 
     from lit_llm.models.adapters.starting import merged
     from lit_llm.models.load import load_causal_lm, stored_dtype
 
+    if quantize not in (None, "nf4", "int8"):
+        raise InputError(f"unknown quantization '{quantize}'; use nf4 or int8", where="quantize")
+    if quantize and (adapter or _adapter_base(folder)):
+        raise InputError("an adapter cannot be merged into quantized weights", where="quantize",
+                         fix="give the base as --model and the adapter as --adapter NAME=FOLDER")
     facts = _trained_on(adapter or folder) if adapter or _adapter_base(folder) else {}
     if base := _adapter_base(folder):
         folder, adapter = names.resolve(origin.locate(base, facts.get("base_hash"), Path(folder))), folder
@@ -89,7 +94,9 @@ def load(folder: str, device: str, dtype: str, adapter: str | Path | None) -> An
     if not isinstance(kind, torch.dtype):
         raise InputError(f"unknown dtype '{dtype}'; use auto, float32 or bfloat16", where="dtype")
     try:
-        model: Any = load_causal_lm(folder, dtype=kind)
+        served: Any = quantize
+        model: Any = load_causal_lm(folder, dtype=kind, quantize=served, half=kind is torch.bfloat16,
+                                    device=torch.device(device))
         if adapter:
             check.check_weights(folder, model)
             model = merged(model, Path(adapter))
@@ -100,6 +107,8 @@ def load(folder: str, device: str, dtype: str, adapter: str | Path | None) -> An
     except (SafetensorError, OSError, ValueError, RuntimeError, KeyError) as error:
         raise InputError(f"cannot load {adapter or folder}: {(str(error).splitlines() or ['?'])[0][:200]}",
                          where="model") from None
+    if quantize:                                    # it is on its device, and its answers are not those of check.json
+        return model.eval()
     model = model.to(device).eval()
     if not adapter:
         check.check_weights(folder, model)

@@ -16,7 +16,7 @@ from lit_llm import hub, names
 from lit_llm.errors import InputError, did_you_mean
 from lit_llm.kernels import attention as packed_attention
 from lit_llm.models.anatomy import causal_lm
-from lit_llm.models.quantize import Quantize, keep_differentiable, quantization, return_autocast_dtype
+from lit_llm.models.quantize import Quantize, Served, keep_differentiable, quantization, return_autocast_dtype
 from lit_llm.system import config_limits, integrity
 from lit_llm.system.private import transformers as transformers_private
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 # ---- build and load --------------------------------------------------------------------------------------------------
 
 def load_causal_lm(path: str, *, dtype: torch.dtype = torch.float32, attention: str | None = None,
-                   quantize: Quantize | None = None, half: bool = False,
+                   quantize: Quantize | Served | None = None, half: bool = False,
                    device: torch.device | None = None) -> "PreTrainedModel":
     """Load a pretrained model from a folder or hub id, in evaluation mode.
 
@@ -35,7 +35,7 @@ def load_causal_lm(path: str, *, dtype: torch.dtype = torch.float32, attention: 
         path: Folder in Hugging Face's layout, or a hub id. Only safetensors are read and no remote code is run.
         dtype: Dtype of the weights; never "auto", which would train bf16 weights without float32 master weights.
         attention: `lit_varlen` for packed sequences; null is the default of transformers (sdpa if supported).
-        quantize: Load linear layers except the head in 4 bits, blockwise with quantized scales.
+        quantize: Load linear layers except the head in 4 bits, blockwise with quantized scales, or in 8 bits.
         half: Whether quantized layers multiply in bfloat16.
         device: Device of a quantized model, which must be quantized in place.
 

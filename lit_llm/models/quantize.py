@@ -1,8 +1,9 @@
-"""Linear layers in 4 bits as in QLoRA (arXiv:2305.14314): loading, training and measuring the error.
+"""Linear layers in 4 bits as in QLoRA (arXiv:2305.14314): loading, training, measuring the error; 8 bits to serve.
 
 This is the only file that imports bitsandbytes for weights.
 """
 
+import logging
 from typing import Any, Literal
 
 import torch
@@ -12,13 +13,14 @@ from lit_llm.errors import InputError
 from lit_llm.models.anatomy import causal_lm
 
 Quantize = Literal["nf4", "fp4"]
+Served = Literal["nf4", "int8"]                     # arXiv:2208.07339 for int8
 
 
-def quantization(quantize: Quantize, half: bool) -> Any:
-    """The quantization config with which transformers loads linear layers in 4 bits.
+def quantization(quantize: Quantize | Served, half: bool) -> Any:
+    """The quantization config with which transformers loads linear layers in 4 or 8 bits.
 
     Args:
-        quantize: The type of the 4-bit numbers.
+        quantize: The type of the numbers.
         half: Whether the layers multiply in bfloat16.
 
     Raises:
@@ -27,6 +29,9 @@ def quantization(quantize: Quantize, half: bool) -> Any:
     from transformers import BitsAndBytesConfig
 
     bitsandbytes()
+    if quantize == "int8":                          # on CPUs it would say in each product that it rounds its inputs
+        logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
+        return BitsAndBytesConfig(load_in_8bit=True)
     return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type=quantize, bnb_4bit_use_double_quant=True,
                               bnb_4bit_compute_dtype=torch.bfloat16 if half else torch.float32)
 
@@ -72,7 +77,7 @@ def bitsandbytes() -> Any:
     try:
         return importlib.import_module("bitsandbytes")
     except ImportError:
-        raise InputError("4-bit weights need bitsandbytes, which is not installed", where="model.quantize",
+        raise InputError("quantized weights need bitsandbytes, which is not installed", where="model.quantize",
                          fix="pip install bitsandbytes") from None
 
 
