@@ -4,7 +4,6 @@ import argparse
 import logging
 import os
 import re
-import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,8 @@ from lit_llm.system import library_warnings, ranges
 from lit_llm.system.threads import number
 
 LOCAL = ("127.0.0.1",)
+NUMBERS = ("port", "max_running", "max_waiting", "max_body_bytes", "max_wait_seconds", "max_seconds", "request_seconds",
+           "keep_alive_seconds", "max_connections", "drain_seconds")
 
 
 def parse(argv: list[str] | None = None, program: str = "python -m serve") -> argparse.Namespace:
@@ -21,12 +22,17 @@ def parse(argv: list[str] | None = None, program: str = "python -m serve") -> ar
     parser = argparse.ArgumentParser(program, description="Serve a model: OpenAI's API and a chat page.")
     add = parser.add_argument
     add("--model", required=True, help="a run folder (its export/ is used), or any folder that transformers loads")
-    add("--name", help="model name in the API (default: the name of the folder or run)")
+    add("--name", action="append", default=[], help="model name in the API; may be given several times for aliases "
+        "(default: the name of the folder or run)")
     add("--host", default="127.0.0.1", choices=("127.0.0.1", "0.0.0.0", "::"), help="default: %(default)s")
     add("--port", default=8000, type=int, help=f"{ranges.of('serve.port')}, default: %(default)s")
     add("--api-key", action="append", default=[], help="require `Authorization: Bearer KEY`; may be given several "
         "times; $LIT_LLM_API_KEY is an alternative that process lists do not show")
     add("--allow-no-key", action="store_true", help="accept requests of other machines without a key")
+    add("--allowed-host", action="append", default=[], metavar="NAME", help="value of the Host header to serve besides "
+        "localhost and the address itself; may be given several times")
+    add("--cors-origin", action="append", default=[], metavar="ORIGIN", help="origin whose pages may use the API, for "
+        "instance https://chat.example.org; may be given several times, default: none")
     add("--device", default="auto", help="auto, cpu, cuda or mps")
     add("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"),
         help="auto uses the checkpoint's dtype, default: %(default)s")
@@ -36,6 +42,16 @@ def parse(argv: list[str] | None = None, program: str = "python -m serve") -> ar
     add("--max-waiting", default=64, type=int, help="requests that may wait; others get a 429, default: %(default)s")
     add("--max-body-bytes", default=1_000_000, type=int,
         help="size limit of a request; larger ones get status 413, default: %(default)s")
+    add("--max-wait-seconds", default=300, type=int,
+        help="time until a request's first token; then it fails with status 503, default: %(default)s")
+    add("--max-seconds", default=3600, type=int,
+        help="time for a whole request; then it fails with status 504, default: %(default)s")
+    add("--request-seconds", default=30, type=int,
+        help="time for a client to send a request; then the connection is closed, default: %(default)s")
+    add("--keep-alive-seconds", default=75, type=int,
+        help="time that an idle connection stays open, default: %(default)s")
+    add("--max-connections", default=512, type=int,
+        help="open connections; further ones get status 503, default: %(default)s")
     add("--drain-seconds", default=30, type=int, help="time for running answers at shutdown, default: %(default)s")
     add("--strict", action="store_true", help="refuse requests with unknown fields, which are ignored otherwise")
     add("--log-level", default="warning", choices=("critical", "error", "warning", "info", "debug"))
@@ -64,16 +80,17 @@ def main(argv: list[str] | None = None, program: str = "python -m serve") -> Non
     except OSError as error:
         print(f"error: {ranges.shown(error.filename)}: {error.strerror}", file=sys.stderr)
         raise SystemExit(2) from None
-    _end_on_sigterm()
-    from serve.server import end_children
+    from serve.lifecycle import end_children, end_on_signals
 
+    end_on_signals(server)
+    _log(settings.log_level)
     try:
-        server.run(host=settings.host, port=settings.port, num_api_servers=1, log_level=settings.log_level,
-                   generate_client_file=False)
+        server.serve(settings.log_level)
     except KeyboardInterrupt:
         pass
     finally:
         end_children()
+
 
 
 def _build(options: argparse.Namespace) -> tuple[Any, Any]:
@@ -86,7 +103,7 @@ def _build(options: argparse.Namespace) -> tuple[Any, Any]:
     if options.host not in LOCAL and not keys and not options.allow_no_key:
         raise InputError(f"{options.host} accepts requests of other machines, but there is no API key", where="--host",
                          fix="add --api-key KEY, or --allow-no-key if a proxy in front requires one")
-    for flag in ("port", "max_running", "max_waiting", "max_body_bytes", "drain_seconds"):
+    for flag in NUMBERS:
         ranges.check(f"serve.{flag}", getattr(options, flag), where=f"--{flag.replace('_', '-')}")
     if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", options.device):
         raise InputError(f"'{ranges.shown(options.device)}' is not one of auto, cpu, mps, cuda, cuda:N",
@@ -100,29 +117,33 @@ def _build(options: argparse.Namespace) -> tuple[Any, Any]:
 
     model_folder(options.model)                     # before importing LitServe, which takes seconds
     from serve.engine_client import Limits
-    from serve.server import Settings, build
+    from serve.http.gate import check_host, check_origin
+    from serve.server import Network, Settings, build
 
-    limits = Limits(options.max_running, options.max_waiting, options.max_body_bytes)
+    for host in options.allowed_host:
+        check_host(host)
+    for origin in options.cors_origin:
+        check_origin(origin)
+    limits = Limits(options.max_running, options.max_waiting, options.max_body_bytes, options.max_wait_seconds,
+                    options.max_seconds)
+    network = Network(options.host, options.port, tuple(options.allowed_host), tuple(options.cors_origin),
+                      options.keep_alive_seconds, options.request_seconds, options.max_connections,
+                      options.drain_seconds)
     engine = {"device": options.device, "dtype": options.dtype, "adapter": options.adapter,
               "threads": options.threads}
-    settings = Settings(options.model, options.name, options.host, options.port, keys, limits, engine,
-                        options.log_level, options.strict)
-    server = build(settings)
-    server.uvicorn_graceful_timeout = options.drain_seconds
-    return server, settings
+    settings = Settings(options.model, tuple(options.name), network, keys, limits, engine, options.log_level,
+                        options.strict)
+    return build(settings), settings
 
 
-def _end_on_sigterm() -> None:
-    """Handle SIGTERM like Ctrl-C; LitServe alone would leave its other processes running."""
-    main_pid, stopping = os.getpid(), False
-
-    def end(signum: int, frame: Any) -> None:
-        nonlocal stopping
-        if os.getpid() == main_pid and not stopping:    # forked processes inherit it
-            stopping = True
-            raise KeyboardInterrupt
-
-    signal.signal(signal.SIGTERM, end)
+def _log(level: str) -> None:
+    """Write the server's own log to stderr: from level info on, a line for each request, without any content."""
+    log = logging.getLogger("serve")
+    log.setLevel(level.upper())
+    log.propagate = False
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    log.addHandler(handler)
     logging.getLogger("litserve").setLevel(logging.WARNING)
 
 

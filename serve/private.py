@@ -5,7 +5,7 @@
 
 from typing import Any
 
-OF_BASE_CLASSES = {"litserve.LitServer": ("_init_manager",)}        # overridden here
+OF_BASE_CLASSES = {"litserve.LitServer": ("_init_manager", "_start_server", "_start_worker_monitoring")}    # overridden
 
 
 def response_transport(server: Any) -> Any:
@@ -16,6 +16,11 @@ def response_transport(server: Any) -> Any:
 def request_queue(server: Any, path: str) -> Any:
     """Carries requests of a path to the worker."""
     return server._get_request_queue(path)
+
+
+def shutdown_event(server: Any) -> Any:
+    """Ends the server when set."""
+    return server._shutdown_event
 
 
 def queues_pid(manager: Any) -> int:

@@ -1,21 +1,26 @@
 """Build the server: LitServe's processes with the routes, worker loop and chat page of this package."""
 
 import asyncio
-import multiprocessing
+import functools
+import os
 import socket
+import sys
+import threading
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import Response
 from litserve import LitServer
 from litserve.utils import WorkerSetupStatus
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 
 from lit_llm.errors import InputError
 from lit_llm.inference.loading import model_folder, tokenizer_folder
@@ -23,10 +28,46 @@ from lit_llm.text.tokenizer import Tokenizer
 from serve import chat_page, private
 from serve.engine_client import Limits
 from serve.errors import ApiError
+from serve.http import operations
+from serve.http.connection import Connection
+from serve.http.gate import LOG, Admission, Gate, response
+from serve.lifecycle import CLOSE_SECONDS, NOTICE_SECONDS, Drain
 from serve.openai.routes import Routes
-from serve.worker import EngineAPI
+from serve.worker import CONSUMER, Ended, EngineAPI
 
 WORDS = {400: None, 404: "not_found", 405: "method_not_allowed", 413: "body_too_large"}
+LONGEST_PAUSE = 30.0                                # between two starts of a worker that dies while loading
+
+
+@dataclass(frozen=True, slots=True)
+class Network:
+    """How clients connect.
+
+    Args:
+        host: Address to listen at.
+        port: Port to listen at.
+        allowed_hosts: Values of the Host header that are served besides loopback and `host`.
+        cors_origins: Origins whose pages may read responses.
+        keep_alive_seconds: Time that an idle connection stays open.
+        request_seconds: Time for a client to send a request.
+        max_connections: Connections; further ones get status 503.
+        drain_seconds: Time for running requests at shutdown.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    allowed_hosts: tuple[str, ...] = ()
+    cors_origins: tuple[str, ...] = ()
+    keep_alive_seconds: int = 75
+    request_seconds: int = 30
+    max_connections: int = 512
+    drain_seconds: int = 30
+
+    def uvicorn(self) -> dict[str, Any]:
+        """Options of uvicorn."""
+        http = functools.partial(Connection, request_seconds=self.request_seconds, most=self.max_connections)
+        return {"http": http, "ws": "none", "access_log": False, "server_header": False,
+                "timeout_keep_alive": self.keep_alive_seconds}
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,9 +76,8 @@ class Settings:
 
     Args:
         model: A run folder, or any folder that transformers loads.
-        name: Model name in the API; null uses the name of the folder or run.
-        host: Address to listen at.
-        port: Port to listen at.
+        names: Model names in the API; without any, the name of the folder or run.
+        network: How clients connect.
         keys: Bearer keys.
         limits: Limits on accepted requests.
         engine: Options of `Engine.load`.
@@ -46,9 +86,8 @@ class Settings:
     """
 
     model: str
-    name: str | None = None
-    host: str = "127.0.0.1"
-    port: int = 8000
+    names: tuple[str, ...] = ()
+    network: Network = field(default_factory=Network)
     keys: tuple[str, ...] = ()
     limits: Limits = field(default_factory=Limits)
     engine: dict[str, Any] = field(default_factory=dict)
@@ -57,14 +96,37 @@ class Settings:
 
 
 class Server(LitServer):
-    """A LitServe server with its own response transport, whose main process detects a worker that failed to start."""
+    """A LitServe server with its own response transport, which notices at once that one of its processes has ended."""
 
     greeting = ""
+    network = Network()
+    stopping = False                                # a signal has come
+    failed = False                                  # a process other than the worker has ended by itself
+    listener: socket.socket | None = None
+
+    def serve(self, log_level: str = "warning") -> None:
+        """Run until a signal or a failure.
+
+        Raises:
+            KeyboardInterrupt: A signal came before the server was up.
+            SystemExit: Code 1 after a failure.
+        """
+        self.uvicorn_graceful_timeout = round(self.network.drain_seconds + NOTICE_SECONDS + CLOSE_SECONDS + 2)
+        # At level info, our own log has a line for each request; LitServe's advertises routes that are not here.
+        self.run(host=self.network.host, port=self.network.port, num_api_servers=1, generate_client_file=False,
+                 log_level="warning" if log_level == "info" else log_level, **self.network.uvicorn())
+        if self.failed:
+            raise SystemExit(1)
 
     def _init_manager(self, num_api_servers: int) -> Any:
         manager = super()._init_manager(num_api_servers)
         self.lit_api.spec.engine.queues_pid = private.queues_pid(manager)
         return manager
+
+    def _start_server(self, port: int, count: int, log_level: str, sockets: Any, kind: str, **options: Any) -> Any:
+        """Keep a copy of the listening socket, with which the API process can refuse connections at its end."""
+        self.listener = sockets[0].dup()
+        return super()._start_server(port, count, log_level, sockets, kind, **options)
 
     @asynccontextmanager
     async def lifespan(self, app: FastAPI) -> AsyncIterator[None]:
@@ -72,6 +134,10 @@ class Server(LitServer):
         engine = self.lit_api.spec.engine
         answers = private.response_transport(self)
         tasks = [asyncio.create_task(engine.listen(answers)), asyncio.create_task(engine.watch())]
+        for task in tasks:
+            task.add_done_callback(_end_without)
+        drain = Drain(engine, self.network.drain_seconds, self.listener)
+        drain.install()
         print(self.greeting, flush=True)
         try:
             yield
@@ -89,9 +155,35 @@ class Server(LitServer):
             time.sleep(0.05)
         raise SystemExit(max(1, self.inference_workers[0].exitcode))
 
+    def _start_worker_monitoring(self, manager: Any, uvicorn_workers: dict[int, Any]) -> None:
+        """Replace LitServe's monitor, which looks every two seconds and tells the API process nothing."""
+        threading.Thread(target=self._monitor, args=(uvicorn_workers[0],), daemon=True, name="monitor").start()
+
+    def _monitor(self, api: Any) -> None:
+        pause = 0.0
+        while True:
+            began = time.monotonic()
+            ended = wait([self.inference_workers[0].sentinel, api.sentinel])
+            if self.stopping:
+                return
+            if api.sentinel in ended:
+                print("error: the process that serves requests has ended", file=sys.stderr, flush=True)
+                self.failed = True
+                private.shutdown_event(self).set()
+                return
+            worker = self.inference_workers[0]
+            worker.join()
+            print(f"the engine process ended with code {worker.exitcode}; another one starts", file=sys.stderr,
+                  flush=True)
+            private.response_transport(self).send(Ended(), consumer_id=CONSUMER)
+            pause = 0.0 if time.monotonic() - began > LONGEST_PAUSE else min(LONGEST_PAUSE, 2 * pause + 1)
+            time.sleep(pause if pause > 1 else 0)   # the first restart is immediate
+            if not self.stopping:
+                self.inference_workers[0] = self.launch_single_inference_worker(self.lit_api, 0)
+
 
 def build(settings: Settings, routes: type[Routes] = Routes) -> Server:
-    """Build the server, ready to `run`.
+    """Build the server, ready to `serve`.
 
     Args:
         settings: What to serve, and where.
@@ -100,22 +192,20 @@ def build(settings: Settings, routes: type[Routes] = Routes) -> Server:
     Raises:
         InputError: No such model, no tokenizer, or a port that is in use.
     """
-    folder = model_folder(settings.model)
-    _check_port(settings.host, settings.port)
+    folder, network = model_folder(settings.model), settings.network
+    _check_port(network.host, network.port)
     tokenizer = Tokenizer.load(tokenizer_folder(folder, settings.engine.get("adapter")))
-    name = settings.name or _name(folder)
-    spec = routes(tokenizer, tuple(dict.fromkeys([name, settings.model])), settings.limits, settings.keys,
-                  strict=settings.strict)
+    names = settings.names or (_name(folder),)
+    spec = routes(tokenizer, tuple(dict.fromkeys(names)), settings.limits, settings.keys,
+                  unlisted=(settings.model,), strict=settings.strict)
     options = {"max_running": settings.limits.max_running, "stop_ids": tokenizer.stop_ids, **settings.engine}
     # LitServe would start a worker on each GPU, so it gets none; the engine selects its device itself.
     server = Server(EngineAPI(folder, options, spec=spec), accelerator="cpu", devices=1, workers_per_device=1,
-                    timeout=False, max_payload_size=settings.limits.max_body_bytes, restart_workers=True)
-    place = f"http://127.0.0.1:{settings.port}" if ":" not in settings.host else f"http://[::1]:{settings.port}"
-    server.greeting = f"Serving {name}: chat page {place}/, OpenAI base_url {place}/v1. Press Ctrl-C to stop."
-    server.app.title = "lit_llm"
-    _own_routes(server.app, spec)
-    chat_page.add_routes(server.app, spec, folder)
-    _own_errors(server.app)
+                    timeout=False, restart_workers=True)
+    place = f"http://127.0.0.1:{network.port}" if ":" not in network.host else f"http://[::1]:{network.port}"
+    server.greeting = f"Serving {names[0]}: chat page {place}/, OpenAI base_url {place}/v1. Press Ctrl-C to stop."
+    server.network = network
+    _own_app(server.app, spec, settings, folder)
     return server
 
 
@@ -135,61 +225,54 @@ def _check_port(host: str, port: int) -> None:
                              fix="stop the program that uses it, or choose another --port") from None
 
 
+def _end_without(task: "asyncio.Task[None]") -> None:
+    """End the API process if a task that it cannot do without has failed; the main process then ends the others."""
+    if not task.cancelled() and (error := task.exception()) is not None:
+        LOG.critical("a task of the server failed", exc_info=error)
+        os._exit(1)
+
+
 # ---- replacements of LitServe's routes and errors --------------------------------------------------------------------
 
-def _own_routes(app: FastAPI, routes: Routes) -> None:
-    """Replace LitServe's page and health checks, all without a key; drop /docs, which loads external scripts."""
+def _own_app(app: FastAPI, routes: Routes, settings: Settings, folder: str) -> None:
+    """Replace LitServe's page and health checks, drop /docs, which loads external scripts, and check every request."""
     theirs = {"/", "/health", "/info", "/docs", "/redoc", "/docs/oauth2-redirect"}
     app.router.routes = [route for route in app.router.routes if getattr(route, "path", None) not in theirs]
-
-    async def live() -> Response:
-        return JSONResponse({"status": "live"})
-
-    async def ready() -> Response:
-        is_ready = routes.engine.ready
-        return JSONResponse({"status": "ready" if is_ready else "not ready", "in_flight": routes.engine.in_flight},
-                            status_code=200 if is_ready else 503)
-
-    app.add_api_route("/health/live", live, methods=["GET"])
-    app.add_api_route("/health/ready", ready, methods=["GET"])
+    app.router.redirect_slashes = False             # a redirect would be built from the Host header
+    app.title = "lit_llm"
+    operations.add_routes(app, routes)
+    chat_page.add_routes(app, routes, folder)
+    _own_errors(app)
+    engine, network = routes.engine, settings.network
+    app.add_middleware(Admission, max_body_bytes=settings.limits.max_body_bytes, draining=lambda: engine.draining)
+    if network.cors_origins:
+        app.add_middleware(CORSMiddleware, allow_origins=network.cors_origins, allow_methods=["GET", "POST"],
+                           allow_headers=["*"], expose_headers=["x-request-id", "retry-after"],
+                           allow_private_network=True)
+    app.add_middleware(Gate, hosts=(network.host, *network.allowed_hosts), metrics=engine.metrics)
 
 
 def _own_errors(app: FastAPI) -> None:
     """Return every error in OpenAI's format, without quoting the request."""
     async def ours(request: Request, error: Any) -> Response:
-        return JSONResponse(error.body, status_code=error.status, headers=error.headers)
+        return response(error)
 
     async def invalid(request: Request, error: Any) -> Response:
         first = error.errors()[0]
         place = [str(part) for part in first["loc"] if part != "body"][:4]
         if first["type"] == "json_invalid":
-            return await ours(request, ApiError(400, "the body is not valid JSON"))
+            return response(ApiError(400, "the body is not valid JSON"))
         if not place:
-            return await ours(request, ApiError(400, "the body must be a JSON object, sent as application/json"))
+            return response(ApiError(400, "the body must be a JSON object, sent as application/json"))
         where = f"{'.'.join(place)[:80]}: "
-        return await ours(request, ApiError(400, f"{where}{first['msg'][:200]}", param=place[0][:80]))
+        return response(ApiError(400, f"{where}{first['msg'][:200]}", param=place[0][:80]))
 
     async def http(request: Request, error: Any) -> Response:
         texts = {404: f"there is no route {request.url.path[:80]}", 405: f"{request.method} is not allowed here",
                  413: "the body is too large"}
         text = texts.get(error.status_code, str(error.detail)[:200])
-        return await ours(request, ApiError(error.status_code, text, code=WORDS.get(error.status_code),
-                                            headers=error.headers))
-
-    async def broken(request: Request, error: Any) -> Response:
-        return await ours(request, ApiError(500, "internal error"))
+        return response(ApiError(error.status_code, text, code=WORDS.get(error.status_code), headers=error.headers))
 
     app.add_exception_handler(ApiError, ours)
     app.add_exception_handler(RequestValidationError, invalid)
     app.add_exception_handler(HTTPException, http)
-    app.add_exception_handler(Exception, broken)
-
-
-def end_children() -> None:
-    """End all child processes, also after an interrupted start."""
-    for child in multiprocessing.active_children():
-        child.terminate()
-    for child in multiprocessing.active_children():
-        child.join(2)
-        if child.is_alive():
-            child.kill()

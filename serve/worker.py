@@ -62,6 +62,11 @@ class Beat:
     stats: EngineStats
 
 
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """Sent by the main process: the worker has ended, and another one starts."""
+
+
 class EngineAPI(LitAPI):
     """Loads the engine in LitServe's worker process.
 

@@ -410,11 +410,12 @@ def serve_response_transport(run, model):
         assert private.queues_pid(manager) > 0
         assert hasattr(private.response_transport(server), "send")
         assert hasattr(private.request_queue(server, "/predict"), "put")
+        assert not private.shutdown_event(server).is_set()
     finally:
         manager.shutdown()
 
 
-serve_request_queue = serve_queues_pid = serve_response_transport
+serve_request_queue = serve_queues_pid = serve_shutdown_event = serve_response_transport
 SEEN = {                                                # names that `run` has used in a real fit
     "lightning.accumulates": ("accumulates", [True, False] * 3), "lightning.logs_this_step": ("logs_this_step", [False, False, True, True, False, False]),
     "lightning.validates_now": ("validates_now", [False, False, False, True, False, False]),

@@ -277,7 +277,10 @@ class Engine:
             if found[at] is None and request.params.greedy:
                 found[at] = likeliest[row]
             elif found[at] is None:
-                found[at] = int(next_ids(logits[row:row + 1], [request.params], [request.generator]))
+                try:
+                    found[at] = int(next_ids(logits[row:row + 1], [request.params], [request.generator]))
+                except Exception as error:          # this request's alone
+                    found[at] = error
         if places := [whole[row] for row in asked]:
             ids = [found[at] if isinstance(found[at], int) else 0 for at in places]
             counts = [answers[at].request.params.logprobs or 0 for at in places]
@@ -298,7 +301,10 @@ class Engine:
                 return RuntimeError("the constraint allows no token")
         if request.params.adjusts:
             prompt, answer = request.ids[:request.prompt_tokens], request.ids[request.prompt_tokens:]
-            adjust(logits_V, request.params, prompt, answer, self._stop_ids(request.params))
+            try:
+                adjust(logits_V, request.params, prompt, answer, self._stop_ids(request.params))
+            except Exception as error:
+                return error
         return None
 
     def _stop_ids(self, params: SamplingParams) -> frozenset[int]:

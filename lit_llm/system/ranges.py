@@ -189,6 +189,11 @@ RANGES: dict[str, Numbers] = {
     "serve.max_running": whole(1, 4096, 32),
     "serve.max_waiting": whole(0, 1_000_000, 64),
     "serve.max_body_bytes": whole(1, 2**30, 1_000_000),
+    "serve.max_wait_seconds": whole(1, 86_400, 300),
+    "serve.max_seconds": whole(1, 86_400, 3600),
+    "serve.request_seconds": whole(1, 3600, 30),
+    "serve.keep_alive_seconds": whole(1, 3600, 75),
+    "serve.max_connections": whole(1, 100_000, 512),
     "serve.drain_seconds": whole(1, 86_400, 30),
 }
 TEXTS: dict[str, tuple[str, ...]] = {               # keys annotated as str with few valid values

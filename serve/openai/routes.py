@@ -23,7 +23,7 @@ from lit_llm.inference.sampling import SamplingParams
 from lit_llm.text.conversation import Conversation, Document, Message
 from lit_llm.text.tokenizer import Tokenizer
 from serve import private
-from serve.engine_client import EngineClient, Limits
+from serve.engine_client import EngineClient, Limits, Reply
 from serve.errors import ApiError, bad_request
 from serve.openai.answers import Shape
 from serve.openai.bodies import ChatBody, ChatCompletionBody, CompletionBody, Sampling
@@ -40,18 +40,20 @@ class Routes(LitSpec):
 
     Args:
         tokenizer: The model's tokenizer.
-        names: Accepted model names; responses use the first one.
+        names: Names of the model; responses use the first one.
         limits: Limits on accepted requests.
         keys: Bearer keys; without keys the API is open.
+        unlisted: Further names that are accepted, such as the path of the model.
         strict: Refuse fields that have no effect.
     """
 
     def __init__(self, tokenizer: Tokenizer, names: tuple[str, ...], limits: Limits, keys: tuple[str, ...], *,
-                 strict: bool = False) -> None:
+                 unlisted: tuple[str, ...] = (), strict: bool = False) -> None:
         super().__init__()
         self.ignored = IgnoredFields(strict=strict)
         self.api_path = "/v1/chat/completions"
         self.names, self.keys, self.engine = names, keys, EngineClient(limits)
+        self._accepted = {*names, *unlisted}
         self.tokenizer, self._created = tokenizer, int(time.time())
         self._logprobs = LogprobWriter(tokenizer)
         # One thread: tokenizing a long prompt must not block other streams, and calls must not overlap.
@@ -87,9 +89,10 @@ class Routes(LitSpec):
         Raises:
             ApiError: 401 otherwise.
         """
-        given = request.headers.get("authorization", "").removeprefix("Bearer ").encode()
+        scheme, _, key = request.headers.get("authorization", "").partition(" ")
+        given = key.strip().encode() if scheme.lower() == "bearer" else b""
         # Every key is compared in constant time, so that the duration reveals nothing.
-        if self.keys and not any([hmac.compare_digest(given, key.encode()) for key in self.keys]):
+        if self.keys and not any([hmac.compare_digest(given, known.encode()) for known in self.keys]):
             raise ApiError(401, "missing or wrong API key: send `Authorization: Bearer KEY`", code="invalid_api_key",
                            headers={"WWW-Authenticate": "Bearer"})
 
@@ -128,17 +131,18 @@ class Routes(LitSpec):
                                  "message", request)
         params = SamplingParams(max_tokens=body.max_length, temperature=body.temperature)
         choice = Choice(ids, self._fit(ids, params, "message"))
-        (pieces,) = await until_disconnect(request, whole(merged([self.pieces(choice)]), 1))
+        async with aclosing(self.engine.ask(ids, choice.params)) as reply:
+            (pieces,) = await until_disconnect(request, whole(merged([self.pieces(choice, reply)]), 1))
         return JSONResponse({"response": "".join(piece.text for piece in pieces)}, headers=headers)
 
     async def models(self) -> Response:
-        """List the served model."""
-        return JSONResponse({"object": "list", "data": [self._card()]})
+        """List the served model, by each of its names."""
+        return JSONResponse({"object": "list", "data": [self._card(name) for name in self.names]})
 
     async def model(self, name: str) -> Response:
         """The served model by name."""
         self._check_model(name)
-        return JSONResponse(self._card())
+        return JSONResponse(self._card(name))
 
     # ---- the stages of a request -------------------------------------------------------------------------------------
 
@@ -155,15 +159,18 @@ class Routes(LitSpec):
     async def _serve(self, choices: list[Choice], body: Sampling, request: Request, headers: dict[str, str], *,
                      chat: bool) -> Response:
         self.engine.admit(len(choices))
+        replies = [self.engine.ask(choice.ids, choice.params) for choice in choices]
         shape = Shape(self.names[0], choices, self._logprobs, chat=chat)
-        pieces = merged([self.pieces(choice) for choice in choices])
+        pieces = merged([self.pieces(*each) for each in zip(choices, replies, strict=True)])
         if not body.stream:
-            answers = await until_disconnect(request, whole(pieces, len(choices)))
+            try:
+                answers = await until_disconnect(request, whole(pieces, len(choices)))
+            finally:
+                for reply in replies:
+                    await reply.aclose()
             return JSONResponse(shape.whole(answers), headers=headers)
-        # Await the first piece here, so that an error before it can set the HTTP status.
-        first = await until_disconnect(request, anext(pieces))
         with_usage = body.stream_options is not None and body.stream_options.include_usage
-        stream = EventStream(events(shape, first, pieces, with_usage=with_usage))
+        stream = EventStream(events(shape, pieces, with_usage=with_usage), replies)
         stream.headers.update(headers)
         return stream
 
@@ -180,13 +187,13 @@ class Routes(LitSpec):
         except InputError as error:
             raise bad_request(InputError(error.what, where=error.where or field)) from None
 
-    async def pieces(self, choice: Choice) -> AsyncGenerator[Completion, None]:
-        """Stream an answer; closing the stream cancels its request."""
+    async def pieces(self, choice: Choice, events: Reply) -> AsyncGenerator[Completion, None]:
+        """Decode the events of `EngineClient.ask`; closing the stream cancels the request."""
         params = choice.params
         detokenizer = Detokenizer(self.tokenizer, len(choice.ids), params.stop, params.min_tokens)
-        async with aclosing(self.engine.ask(choice.ids, params)) as replies:
+        async with aclosing(events):
             is_first = True
-            async for reply in replies:
+            async for reply in events:
                 assert reply.token_id is not None
                 if is_first and choice.echo is not None:
                     yield self._echoed(choice, reply)
@@ -228,10 +235,10 @@ class Routes(LitSpec):
         return self.tokenizer.encode_prompt(conversation, generation_prompt=body.add_generation_prompt is not False)
 
     def _check_model(self, name: str | None) -> None:
-        if name and name not in self.names:
+        if name and name not in self._accepted:
             raise ApiError(404, f"this server has no such model; it serves '{self.names[0]}'", param="model",
                            code="model_not_found")
 
-    def _card(self) -> dict[str, Any]:
-        return {"id": self.names[0], "object": "model", "created": self._created, "owned_by": "lit_llm",
+    def _card(self, name: str) -> dict[str, Any]:
+        return {"id": name or self.names[0], "object": "model", "created": self._created, "owned_by": "lit_llm",
                 "max_model_len": self.engine.beat.context_length}

@@ -2,9 +2,11 @@
 
 import asyncio
 import json
-from collections.abc import AsyncGenerator, Awaitable
+import logging
+import time
+from collections.abc import AsyncGenerator, Awaitable, Sequence
 from contextlib import aclosing, suppress
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from fastapi import Request
 from fastapi.responses import StreamingResponse
@@ -14,6 +16,15 @@ from serve.errors import ApiError
 from serve.openai.answers import Shape
 
 T = TypeVar("T")
+LOG = logging.getLogger("serve")
+PING_SECONDS = 5.0
+
+
+class Closable(Protocol):
+    """What frees its resources when closed."""
+
+    async def aclose(self) -> None:
+        """Close it; again without effect."""
 
 
 async def whole(pieces: AsyncGenerator[tuple[int, Completion], None], count: int) -> list[list[Completion]]:
@@ -26,26 +37,27 @@ async def whole(pieces: AsyncGenerator[tuple[int, Completion], None], count: int
 
 
 async def events(
-    shape: Shape, first: tuple[int, Completion], rest: AsyncGenerator[tuple[int, Completion], None], *, with_usage: bool
+    shape: Shape, pieces: AsyncGenerator[tuple[int, Completion], None], *, with_usage: bool
 ) -> AsyncGenerator[str, None]:
     """Server-sent events: the roles, the texts and finish reasons, the usage, `[DONE]`."""
     def event(value: dict[str, Any]) -> str:
         return f"data: {json.dumps(value, ensure_ascii=False)}\n\n"
 
     lasts: dict[int, Completion] = {}
-    async with aclosing(rest):
+    async with aclosing(pieces):
         for opening in shape.openings():
             yield event(opening)
         try:
-            for chunk in shape.chunks(*first):
-                yield event(chunk)
-            lasts[first[0]] = first[1]
-            async for index, piece in rest:
+            async for index, piece in pieces:
                 for chunk in shape.chunks(index, piece):
                     yield event(chunk)
                 lasts[index] = piece
         except ApiError as error:  # too late for a status: send the error in the stream, without [DONE]
             yield event(error.body)
+            return
+        except Exception:
+            LOG.exception("a stream failed")
+            yield event(ApiError(500, "internal error").body)
             return
         if with_usage:
             yield event(shape.accounts(list(lasts.values())))
@@ -53,19 +65,47 @@ async def events(
 
 
 class EventStream(StreamingResponse):
-    """A stream that is closed with its connection, not at garbage collection, to free the engine's slot."""
+    """A stream of server-sent events: headers at once, comments while it waits, closed with its connection.
 
-    def __init__(self, content: AsyncGenerator[str, None]) -> None:
-        self._events = content
+    Proxies and clients end a connection on which nothing arrives for some time, so a comment is sent while a request
+    waits. Closing the sources frees the engine's slots at once and not at garbage collection, also if the client
+    disconnects before the first event.
+
+    Args:
+        content: The events.
+        sources: What the events are made of, such as `EngineClient.ask`'s replies; closed at the end.
+        ping_seconds: A comment is sent after this time without an event.
+    """
+
+    def __init__(self, content: AsyncGenerator[str, None], sources: Sequence[Closable], *,
+                 ping_seconds: float = PING_SECONDS) -> None:
+        self._events, self._sources, self._ping_seconds = content, sources, ping_seconds
+        self._sent_at, self._open = 0.0, False
         super().__init__(content, media_type="text/event-stream",
                          headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         """Send the stream."""
+        async def noted(message: Any) -> None:
+            self._open = message["type"] == "http.response.start" or message.get("more_body", False)
+            self._sent_at = time.monotonic()
+            await send(message)
+
+        pings = asyncio.create_task(self._ping(send))
         try:
-            await super().__call__(scope, receive, send)
+            await super().__call__(scope, receive, noted)
         finally:
+            pings.cancel()
             await self._events.aclose()
+            for source in self._sources:
+                await source.aclose()
+
+    async def _ping(self, send: Any) -> None:
+        while True:
+            await asyncio.sleep(self._ping_seconds / 2)
+            if self._open and time.monotonic() - self._sent_at >= self._ping_seconds:
+                self._sent_at = time.monotonic()
+                await send({"type": "http.response.body", "body": b": ping\n\n", "more_body": True})
 
 
 async def until_disconnect(request: Request, work: Awaitable[T]) -> T:

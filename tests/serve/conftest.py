@@ -72,6 +72,13 @@ class ServerProcess:
                     return pid
         return None
 
+    def api(self):
+        """The process that serves requests: the younger of the two that were forked (the other one has the queues)."""
+        def command(pid):
+            return Path(f"/proc/{pid}/cmdline").read_bytes()
+
+        return max(pid for pid in self.members() if command(pid) == command(self.process.pid))
+
     def kill(self):
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)

@@ -5,6 +5,7 @@ processes stay behind, or strangers get in without a key.
 import json
 import os
 import queue
+import re
 import signal
 import socket
 import subprocess
@@ -43,7 +44,7 @@ def test_hanging_up_frees_the_tokenizer_too(server):
     seen = []
     for _ in range(4):
         with socket.create_connection(("127.0.0.1", server.port)) as client:
-            client.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+            client.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
                            b"Content-Length: %d\r\n\r\n" % len(body) + body)
             time.sleep(0.15)
             seen.append(server.health()[1])
@@ -55,8 +56,9 @@ def test_the_page_needs_nothing_from_elsewhere(server):
     reply = server.http.get("/")
     assert reply.status_code == 200
     assert "default-src 'none'" in reply.headers["content-security-policy"]
-    for word in ("http://", "https://", "src=", "@import", "innerHTML", "insertAdjacentHTML", "document.write", "eval("):
+    for word in ("http://", "https://", "@import", "innerHTML", "insertAdjacentHTML", "document.write", "eval("):
         assert word not in reply.text, word
+    assert all(place.startswith(("/page/", "page/", "data:", "#")) for place in re.findall(r'(?:src|href)="([^"]*)"', reply.text))
     assert server.http.get("/health/live").json() == {"status": "live"}
 
 
@@ -80,14 +82,7 @@ def background(server, count, body=ENDLESS, stream=False):
     return threads, results
 
 
-def assert_ends_in_order(server, number, *, tokens):
-    """After a signal a running answer is finished, then every process ends, with code 0."""
-    threads, results = background(server, 1, ENDLESS | {"max_tokens": tokens}, stream=True)
-    server.until(lambda: server.health() == (200, 1))
-    server.process.send_signal(number)
-    assert server.process.wait(60) == 0
-    threads[0].join(5)
-    assert results[0].endswith("data: [DONE]\n\n")
+def assert_all_ended(server):
     deadline = time.monotonic() + 5
     while server.members() and time.monotonic() < deadline:
         time.sleep(0.1)
@@ -95,11 +90,19 @@ def assert_ends_in_order(server, number, *, tokens):
     assert "Traceback" not in server.process.stderr.read()
 
 
+def refused(port):
+    try:
+        socket.create_connection(("127.0.0.1", port), timeout=1).close()
+    except ConnectionRefusedError:
+        return True
+    return False
+
+
 @pytest.mark.slow
 def test_keys_limits_a_killed_worker_and_the_end(start_server, endless_model):
     """The life of one server, told in order, as each start takes seconds."""
     server = start_server("--model", endless_model, "--api-key", "sesame", "--api-key", "second", "--max-running", "1",
-                          "--max-waiting", "1", "--name", "tale")
+                          "--max-waiting", "1", "--name", "tale", "--name", "alias", "--max-wait-seconds", "3", "--drain-seconds", "4")
     headers = {"Authorization": "Bearer sesame"}
 
     # A key opens the API; the page and the health checks stay open.
@@ -109,31 +112,54 @@ def test_keys_limits_a_killed_worker_and_the_end(start_server, endless_model):
             assert (reply.status_code, reply.json()["error"]["code"]) == (401, "invalid_api_key")
         assert server.http.post("/chat", json={"message": "Hi"}, headers=wrong).status_code == 401
     for key in ("sesame", "second"):
-        assert server.http.get("/v1/models", headers={"Authorization": f"Bearer {key}"}).json()["data"][0]["id"] == "tale"
+        models = server.http.get("/v1/models", headers={"Authorization": f"Bearer {key}"}).json()["data"]
+        assert [model["id"] for model in models] == ["tale", "alias"]
     assert server.http.get("/").status_code == server.http.get("/health/ready").status_code == 200
 
-    # One runs, one waits, the third is told to come back.
-    threads, results = background(server, 2)
+    # One runs, one waits, the third is told to come back. The second waits too long and is told so.
+    streams, streamed = background(server, 1, stream=True)
+    server.until(lambda: server.health() == (200, 1))
+    threads, results = background(server, 1)
     server.until(lambda: server.health() == (200, 2))
     reply = server.http.post("/chat", json={"message": "Hi"}, headers=headers)
     assert (reply.status_code, reply.json()["error"]["code"], reply.headers["retry-after"]) == (429, "queue_full", "1")
+    threads[0].join(20)
+    assert (results[0].status_code, results[0].json()["error"]["code"], results[0].headers["retry-after"]) == (503, "wait_timeout", "5")
+    assert streams[0].is_alive()
 
-    # The worker is killed: who waits for it is told, and another worker comes up.
+    # The worker is killed: who waits for it is told within two seconds, nothing is ready, and another worker comes up.
+    threads, results = background(server, 1)
+    server.until(lambda: server.health() == (200, 2))
+    killed = time.monotonic()
     os.kill(server.worker(), signal.SIGKILL)
-    for thread in threads:
+    for thread in (*threads, *streams):
         thread.join(20)
-    assert [(reply.status_code, reply.json()["error"]["code"]) for reply in results] == [(503, "engine_lost")] * 2
-    # Where the next one is up before the silence is noticed, the reply says so, and it is ready; else nothing is.
-    ready = 200 if all("restarted" in reply.json()["error"]["message"] for reply in results) else 503
-    assert server.health() == (ready, 0)
-    assert server.http.post("/chat", json={"message": "Hi", "max_length": 2}, headers=headers).status_code == ready
+    assert time.monotonic() - killed < 2
+    assert (results[0].status_code, results[0].json()["error"]["code"]) == (503, "engine_lost")
+    assert json.loads(streamed[0].removesuffix("\n\n").rpartition("data: ")[2])["error"]["code"] == "engine_lost"
+    assert "[DONE]" not in streamed[0]
+    assert server.health() == (503, 0)
+    assert server.http.post("/chat", json={"message": "Hi", "max_length": 2}, headers=headers).status_code == 503
     assert server.http.get("/health/live").status_code == 200
     server.until_ready()
     for _ in range(3):
         assert server.http.post("/chat", json={"message": "Hi", "max_length": 2}, headers=headers).status_code == 200
+    assert "lit_llm_worker_restarts_total 1.0" in server.http.get("/metrics").text
 
-    # SIGTERM: what runs is finished, then every process ends, with code 0.
-    assert_ends_in_order(server, signal.SIGTERM, tokens=1500)
+    # SIGTERM: new requests are refused at once; what does not end in time is told; every process ends, with code 0.
+    streams, streamed = background(server, 1, stream=True)
+    server.until(lambda: server.health() == (200, 1))
+    server.process.send_signal(signal.SIGTERM)
+    server.until(lambda: server.health()[0] == 503, 2)
+    reply = server.http.post("/chat", json={"message": "Hi"}, headers=headers)
+    assert (reply.status_code, reply.json()["error"]["code"], reply.headers["retry-after"]) == (503, "shutting_down", "5")
+    assert server.http.get("/health/ready").json()["status"] == "shutting down"
+    assert streams[0].is_alive()
+    assert server.process.wait(60) == 0
+    streams[0].join(5)
+    assert json.loads(streamed[0].removesuffix("\n\n").rpartition("data: ")[2])["error"]["code"] == "shutting_down"
+    assert refused(server.port)
+    assert_all_ended(server)
 
 
 def test_the_verb_is_the_same_server(start_server, endless_model, tmp_path):
@@ -142,7 +168,30 @@ def test_the_verb_is_the_same_server(start_server, endless_model, tmp_path):
     script.write_text("import sys\nfrom lit_llm.__main__ import run\nif __name__ == '__main__':\n    sys.exit(run())\n")
     server = start_server("--model", endless_model, "--name", "tale", command=(str(script), "serve"))
     assert server.http.get("/v1/models").json()["data"][0]["id"] == "tale"
-    assert_ends_in_order(server, signal.SIGINT, tokens=60)
+    threads, results = background(server, 1, ENDLESS | {"max_tokens": 1500}, stream=True)
+    server.until(lambda: server.health() == (200, 1))
+    os.killpg(server.process.pid, signal.SIGINT)    # as a terminal does: to every process
+    assert server.process.wait(60) == 0
+    threads[0].join(5)
+    assert results[0].endswith("data: [DONE]\n\n")
+    assert_all_ended(server)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_second_signal_ends_at_once(number, start_server, endless_model):
+    server = start_server("--model", endless_model)
+    threads, results = background(server, 1, stream=True)
+    server.until(lambda: server.health() == (200, 1))
+    server.process.send_signal(signal.SIGTERM)
+    server.until(lambda: server.health()[0] == 503, 2)
+    start = time.monotonic()
+    server.process.send_signal(number)
+    assert server.process.wait(5) == 128 + number
+    assert time.monotonic() - start < 2
+    threads[0].join(5)
+    assert isinstance(results[0], httpx.TransportError)
+    assert_all_ended(server)
 
 
 @pytest.mark.parametrize("words", [["--help"], ["--model", "no/such/folder"], ["--modle", "x"], ["--model", "x", "--port", "0"]])
@@ -156,10 +205,12 @@ def test_the_verb_takes_the_same_options(words, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_killed_main_process_leaves_nothing(start_server, endless_model):
+@pytest.mark.parametrize("which", ["main", "API"])
+def test_a_killed_process_leaves_nothing(which, start_server, endless_model):
+    """Neither that of the main process nor that of the requests; the worker is started again instead."""
     server = start_server("--model", endless_model)
-    os.kill(server.process.pid, signal.SIGKILL)
-    server.process.wait()
+    os.kill(server.process.pid if which == "main" else server.api(), signal.SIGKILL)
+    assert server.process.wait(20) == (-signal.SIGKILL if which == "main" else 1)
     deadline = time.monotonic() + 20
     while server.members():
         assert time.monotonic() < deadline, server.members()
@@ -222,3 +273,72 @@ def test_a_request_that_was_lost_with_a_worker_is_not_left_to_the_next():
         return [type(client.orders.get_nowait()) for _ in range(client.orders.qsize())], client.in_flight
 
     assert asyncio.run(run()) == ([Add, Cancel], 0)
+
+
+def test_a_request_that_takes_too_long_is_ended():
+    """Also in the engine: after its first token, 504; a stream that waits gets comments meanwhile, and is closed with its client."""
+    import asyncio
+
+    from lit_llm.inference.engine import EngineStats, Event
+    from lit_llm.inference.sampling import SamplingParams
+    from serve.engine_client import EngineClient, Limits
+    from serve.errors import ApiError
+    from serve.openai.streams import EventStream
+    from serve.worker import Add, Beat, Cancel
+
+    class OneToken:
+        """The worker's end: a beat, then one token of each request, and no more."""
+
+        def __init__(self, orders):
+            self.orders, self.began = orders, False
+
+        async def areceive(self, consumer):
+            if not self.began:
+                self.began = True
+                return Beat("boot", 0.0, 99, 99, EngineStats(0, 0, 0, 0))
+            while self.orders.empty() or not isinstance(order := self.orders.get_nowait(), Add):
+                await asyncio.sleep(0.02)
+            return [Event(order.request_id, 5)]
+
+    async def run():
+        client = EngineClient(Limits(max_seconds=1))
+        orders = queue.SimpleQueue()
+        sent = []
+        client.orders = type("Orders", (), {"put": lambda self, order: (sent.append(order), orders.put(order))})()
+        tasks = [asyncio.create_task(client.listen(OneToken(orders))), asyncio.create_task(client.watch())]
+        while client._beat is None:
+            await asyncio.sleep(0.01)
+        reply = client.ask([1, 2], SamplingParams())
+        assert (await anext(reply)).token_id == 5
+        with pytest.raises(ApiError) as caught:
+            await anext(reply)
+        assert (caught.value.status, client.in_flight) == (504, 0)
+
+        reply = client.ask([1, 2], SamplingParams())
+        messages = []
+
+        async def send(message):
+            messages.append(message)
+
+        async def receive():
+            await asyncio.sleep(0.5)
+            return {"type": "http.disconnect"}
+
+        async def content():
+            async for event in reply:
+                yield f"data: {event.token_id}\n\n"
+
+        stream = EventStream(content(), [reply], ping_seconds=0.1)
+        await stream({"type": "http", "asgi": {"spec_version": "2.3"}}, receive, send)
+        assert client.in_flight == 0
+        for task in tasks:
+            task.cancel()
+        return [type(order) for order in sent], messages
+
+    orders, (start, *bodies) = asyncio.run(run())
+    assert orders == [Add, Cancel, Add, Cancel]
+    assert start["type"] == "http.response.start"
+    texts = [body["body"] for body in bodies]
+    assert texts[0] == b"data: 5\n\n"
+    assert set(texts[1:]) == {b": ping\n\n"}
+    assert 2 <= len(texts) - 1 <= 5

@@ -1,0 +1,113 @@
+"""If this breaks: one request with a bad prompt, a broken grammar or too little memory ends or changes the answers of everybody.
+"""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lit_llm.inference import engine as engine_module
+from lit_llm.inference.constraint import Grammar
+from lit_llm.inference.engine import Engine
+from lit_llm.inference.sampling import SamplingParams
+
+NAN, MEMORY = 9, 10                                 # tokens that break a pass
+SEED = 13                                           # draws with it fail
+HEALTHY = [([20 + n, 30, 40 + n], n + 2) for n in range(6)]
+
+
+class Broken:
+    """A constraint whose library fails, at one of its two methods."""
+
+    def __init__(self, where):
+        self.where = where
+
+    def allowed(self):
+        if self.where == "allowed":
+            raise RuntimeError("a panic of the library")
+        return torch.ones(3, dtype=torch.bool) if self.where == "shape" else None
+
+    def accept(self, token_id):
+        if self.where == "accept":
+            raise RuntimeError("a panic of the library")
+
+
+@pytest.fixture(scope="module")
+def engine(tiny_model):
+    engine = Engine.load(tiny_model("llama"), max_running=6)
+    engine.constraints = lambda grammar, vocabulary: Broken(grammar.text)
+    with torch.no_grad():
+        engine.model.get_input_embeddings().weight[NAN] = torch.nan
+
+    def too_much(module, args, kwargs):
+        if (kwargs["input_ids"] == MEMORY).any():
+            raise torch.OutOfMemoryError("too much")
+
+    engine.model.register_forward_pre_hook(too_much, with_kwargs=True)
+    draw, patch = engine_module.next_ids, pytest.MonkeyPatch()
+
+    def next_ids(logits, params, generators):
+        if params[0].seed == SEED:
+            raise RuntimeError("probability tensor contains either inf, nan or element < 0")
+        return draw(logits, params, generators)
+
+    patch.setattr(engine_module, "next_ids", next_ids)
+    yield engine
+    patch.undo()
+
+
+def params(new, **options):
+    return SamplingParams(max_tokens=new, temperature=0, ignore_eos=True, **options)
+
+
+POISON = {
+    "nan": ([5, NAN, 6], params(5)), "nan at the end of a long prompt": ([7] * 200 + [NAN], params(5)),
+    "memory": ([MEMORY, 6], params(5)), "memory in the second part": ([8] * 200 + [MEMORY], params(5)),
+    "sampler": ([5, 6, 7], SamplingParams(max_tokens=5, seed=SEED)),
+    **{f"grammar {where}": ([5, 6, 7], params(5, grammar=Grammar("broken", where))) for where in ("allowed", "accept", "shape")},
+}
+
+
+def drain(engine, found, steps=10**6):
+    while engine.has_work and steps:
+        for event in engine.step():
+            found.setdefault(event.request_id, []).append(event.error or event.token_id)
+        steps -= 1
+
+
+@pytest.fixture(scope="module")
+def alone(engine):
+    answers = {}
+    for prompt, new in HEALTHY:
+        found = {}
+        engine.add("one", prompt, params(new))
+        drain(engine, found)
+        answers[tuple(prompt)] = found["one"]
+    return answers
+
+
+@settings(max_examples=25, deadline=None, derandomize=True, report_multiple_bugs=False)
+@given(arrivals=st.lists(st.tuples(st.sampled_from([*range(len(HEALTHY)), *POISON]), st.integers(0, 3), st.booleans()), min_size=4, max_size=14))
+def test_poison_harms_nobody_else(arrivals, engine, alone):
+    for name in [*engine._running, *(request.name for request in engine._waiting)]:
+        engine.cancel(name)                         # of a case that failed
+    found, wanted, cancelled = {}, {}, set()
+    for number, (which, pause, cancels) in enumerate(arrivals):
+        name = f"{which}-{number}"
+        prompt, own = POISON[which] if which in POISON else (HEALTHY[which][0], params(HEALTHY[which][1]))
+        engine.add(name, prompt, own)
+        wanted[name] = None if which in POISON else alone[tuple(prompt)]
+        drain(engine, found, pause)
+        if cancels and pause and len(found.get(name, [])) == 0:
+            engine.cancel(name)
+            cancelled.add(name)
+    drain(engine, found)
+    for name, tokens in wanted.items():
+        if name in cancelled:
+            continue
+        if tokens is None:
+            assert isinstance(found[name][-1], Exception), name
+            assert all(isinstance(each, int) for each in found[name][:-1])
+        else:
+            assert found[name] == tokens, name
+    assert (engine.stats.running, engine.stats.waiting) == (0, 0)
