@@ -51,7 +51,7 @@ def check(rules: Iterable[Rule], features: Features, setup: Any) -> None:
 
     Args:
         rules: In the order in which they are checked.
-        features: Those that can be told from this setup; rules of others are left out.
+        features: Features that this setup determines; rules of other features are skipped.
         setup: What the features look at.
 
     Raises:

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 
-from lit_llm.data.rows.loader import lay
+from lit_llm.data.rows.loader import batch_of
 from lit_llm.training.module import CausalLMModule
 from lit_llm.training.rules import table
 
@@ -70,7 +70,7 @@ def batches(vocabulary, *, rows, seq_len, count=1, mean=None, seed=0):
                 segments.append((draw.integers(0, vocabulary, length), np.ones(length, dtype=bool)))
                 left -= length
             places.append(segments)
-        made.append(lay(places, seq_len=seq_len, pad_id=0, token_bytes=np.ones((2, vocabulary), np.int64)))
+        made.append(batch_of(places, seq_len=seq_len, pad_id=0, token_bytes=np.ones((2, vocabulary), np.int64)))
     return made
 
 

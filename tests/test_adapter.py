@@ -190,7 +190,7 @@ def test_embeddings_of_rows_that_learn_are_peft_s_without_a_copy_of_the_matrix(t
 @pytest.mark.parametrize("keys", [
     {"modules_to_save": ["lm_head"]}, {"target_modules": ["q_proj", "embed_tokens"]}, {"target_modules": ".*lm_head"},
     {"trainable_token_indices": None}])
-def test_a_spec_that_chooses_rows_itself_is_left_alone(tiny_model, keys):
+def test_a_spec_that_trains_rows_itself_is_unchanged(tiny_model, keys):
     base = load_causal_lm(tiny_model("llama"))
     assert chooses_rows(base, {"class_path": "LoraConfig", "init_args": keys})
 

@@ -153,7 +153,7 @@ def test_own_parts_of_a_config_are_built_after_a_typed_allow(package):
     ({"trainer": {"callbacks": [CALLBACK]}}, "trainer.callbacks"),
     ({"trainer": {"logger": LOGGER}}, "trainer.logger"),
 ])
-def test_without_allow_nothing_is_imported_and_what_to_type_is_said(sections, key, package):
+def test_without_allow_nothing_is_imported_and_the_option_is_named(sections, key, package):
     message = refused("fit", "--config", config("own.yaml", **sections), says=[key, "mine.parts", "type: --allow mine"])
     assert "is not allowed" in message
     assert not Path("IMPORTED").exists()

@@ -82,7 +82,7 @@ def lone_losses(model, documents):
 @pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize(("kind", "plain"), [*((kind, "eager") for kind in KINDS), ("llama", "sdpa"),
                                              ("mistral", "sdpa")])
-def test_every_token_has_the_loss_that_it_has_alone(kind, plain, record_property):
+def test_every_token_has_the_loss_of_its_document_unpacked(kind, plain, record_property):
     packed, alone = pair(kind, plain)
     worst = 0.0
     with torch.no_grad():
@@ -95,7 +95,7 @@ def test_every_token_has_the_loss_that_it_has_alone(kind, plain, record_property
 
 @pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize("kind", KINDS)
-def test_gradients_are_those_of_the_documents_alone(kind, record_property):
+def test_gradients_are_those_of_the_unpacked_documents(kind, record_property):
     packed, alone = pair(kind)
     documents = some_documents(LENGTHS[0])
     packed_losses(packed, documents).sum().backward()

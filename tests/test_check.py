@@ -100,7 +100,7 @@ def test_a_merge_that_computes_something_else_leaves_nothing(run, tmp_path, monk
     assert sorted(path.name for path in tmp_path.iterdir() if path.name != "cache") == ["export"]
 
 
-def test_a_base_in_4_bits_is_compared_and_both_figures_are_said(run, tmp_path, caplog, monkeypatch):
+def test_a_base_in_4_bits_is_compared_and_both_values_are_logged(run, tmp_path, caplog, monkeypatch):
     pytest.importorskip("bitsandbytes")
     own = shutil.copytree(run, tmp_path / "own")
     (own / "config.yaml").write_text("model: {quantize: nf4}\n")

@@ -84,7 +84,7 @@ def source(name, **more):
     return "--data.sources=" + json.dumps([{"path": name} | more])
 
 
-def test_each_mistake_in_a_process_of_its_own_group_is_told(place):
+def test_each_mistake_is_reported_by_a_separate_process(place):
     """As in a notebook, after a run under DeepSpeed."""
     from torch import distributed
 
@@ -196,7 +196,7 @@ def test_a_wrong_callback(callback, says, place):
     refused("fit", "--config", "ok.yaml", "--trainer.callbacks", json.dumps([callback]), says=says)
 
 
-def test_the_folder_one_stands_in_is_not_moved_aside(place):
+def test_the_current_directory_is_not_moved_aside(place):
     (place / "config.yaml").write_text("mine: true\n")
     refused("fit", "--config", "ok.yaml", "--trainer.default_root_dir", ".", says="trainer.default_root_dir")
     assert (place / "config.yaml").read_text() == "mine: true\n"
@@ -236,7 +236,7 @@ def test_a_wrong_config_file(text, says, place):
     refused("fit", "--config", "ok.yaml", "--config", "other.yaml", says=says)
 
 
-def test_float16_on_a_cpu_is_said_to_be_bfloat16(place, caplog):
+def test_float16_on_a_cpu_is_reported_as_bfloat16(place, caplog):
     """Lightning would train in another precision than configured, and its warning is hidden."""
     code, _, err = call("fit", "--config", "ok.yaml", "--trainer.precision", "16-mixed")
     assert code == 0, err

@@ -158,7 +158,7 @@ def test_the_base_is_known_by_its_content(run, monkeypatch):
     assert again[:2] == (0, out), again[2]
 
 
-def test_a_run_goes_on_however_its_paths_are_spelled(place, monkeypatch):  # noqa: F811
+def test_a_run_resumes_with_any_spelling_of_its_paths(place, monkeypatch):  # noqa: F811
     """By absolute paths, from another folder, with moved copies; a real difference is reported with the key's name."""
     code, _, err = call("fit", "--config", "ok.yaml")
     assert code == 0, err

@@ -282,7 +282,7 @@ def test_what_is_seen_of_a_run_does_not_change_by_itself(how, place):
 
 
 @pytest.mark.parametrize(("key", "value", "base", "words"), key_effects.IDLE)
-def test_a_key_that_does_nothing_beside_others_is_refused_or_said(key, value, base, words, place, caplog):
+def test_a_key_without_effect_beside_others_is_refused_or_reported(key, value, base, words, place, caplog):
     seen = place.run({**base, key: value}, "train", fresh=True)
     if words.startswith("warning "):
         assert seen["code"] == 0, seen["error"]

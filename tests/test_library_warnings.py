@@ -44,7 +44,7 @@ def test_a_warning_of_peft_is_shown_once_in_one_line(heard, tiny_model):
         assert all(line.startswith("warning from peft: You have passed exclude_modules=") for line in lines)
 
 
-def test_a_warning_of_torch_is_shown_once_whoever_is_blamed(heard):
+def test_a_warning_of_torch_is_shown_once_whatever_its_origin(heard):
     """`stacklevel` attributes the warning to this file; the message names the library."""
     for times in (1, 0):
         torch.nn.functional.softmax(torch.ones(2))

@@ -136,7 +136,7 @@ def test_a_hub_id_that_cannot_be_reached():
         load_causal_lm("nobody/nothing")
 
 
-def test_what_stands_behind_the_head():
+def test_transforms_after_the_head():
     from transformers import (
         CohereConfig,
         CohereForCausalLM,

@@ -108,7 +108,7 @@ def test_a_value_is_refused_only_where_the_parser_refuses_it(tmp_path, monkeypat
     (["--config", "bad.yaml"], "unknown key 'data.pakcing'. Did you mean 'data.packing'?"),
     (["--config", "good.yaml", "--data.val_sources", "[{path: there/no.jsonl}]"], "The path exists as far as"),
     (["--data.sources=[{path: god.yaml}]"], "no such file or folder. Did you mean 'good.yaml'?")])
-def test_what_is_wrong_is_said_without_torch(words, says, tmp_path):
+def test_mistakes_are_reported_without_torch(words, says, tmp_path):
     (tmp_path / "good.yaml").write_text("model: {base: sample:base}\ndata: {sources: [{path: sample:conversations.jsonl}]}\n")
     (tmp_path / "nested.yaml").write_text("model: {lora: {rank: 3}}\n")
     (tmp_path / "typed.yaml").write_text("data: {seq_len: long}\n")

@@ -461,7 +461,7 @@ def test_methods_that_subclasses_replace_are_there():
                 assert hasattr(base, name) or any(f"self.{name}" in inspect.getsource(ancestor) for ancestor in base.__mro__[:-1]), f"{path}.{name} moved"
 
 
-def test_nobody_else_uses_private_names():
+def test_no_other_module_uses_private_names():
     """Names with one leading underscore that neither this project nor a subclass in it defines."""
     files = [path for folder in ("lit_llm", "serve") for path in (ROOT / folder).rglob("*.py")]
     trees = {path: ast.parse(path.read_text(encoding="utf-8")) for path in files}

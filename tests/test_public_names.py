@@ -33,7 +33,7 @@ def test_each_public_name_can_be_imported_and_is_documented(name):
     assert sys.modules[value.__module__].__file__.endswith(".py")
 
 
-def test_dir_shows_public_names_alone_and_loads_nothing():
+def test_dir_shows_only_public_names_and_loads_nothing():
     code = ("import sys, json, lit_llm; shown = [name for name in dir(lit_llm) if name[0] != '_'];"
             "print(json.dumps([shown, sorted({'torch', 'transformers', 'lightning', 'numpy'} & set(sys.modules))]))")
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout

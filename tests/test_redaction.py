@@ -76,7 +76,7 @@ def test_ordinary_keys_stay():
     assert redact(config) == config
 
 
-def test_a_random_string_is_told_from_words():
+def test_a_random_string_is_distinguished_from_words():
     assert looks_random("q7Rz1KxW9bTn4VdYp2LsJm8HfGc6Aa3E")
     assert not looks_random("ThisIsAVeryLongNameOfAModel2024Version")
 

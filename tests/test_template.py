@@ -46,7 +46,7 @@ def supervised_texts(tokenizer, conversation, **how):
 # ---- every real template ---------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("name", REAL)
-def test_what_is_learned_is_what_must_be_said_behind_the_served_prompt(real, name):
+def test_answers_are_supervised_after_the_served_prompt(real, name):
     """Each kind of conversation is encoded exactly or refused; kinds that every template supports are never refused."""
     refused = {}
     for kind, conversation in BATTERY.items():
@@ -162,7 +162,7 @@ CALLS_STOP = ("{% for t in tools or [] %}{{ t.function.name }}{% endfor %}{% for
               "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
 
 
-def test_a_stop_token_of_calls_alone_is_learned_and_served(tiny_tokenizer):
+def test_a_stop_token_used_only_for_calls_is_trained_and_served(tiny_tokenizer):
     tokenizer = fitted(AutoTokenizer.from_pretrained(tiny_tokenizer), CALLS_STOP, eos="<|endoftext|>")
     assert supervised_texts(tokenizer, BATTERY["a call"]) == [('<|python_tag|>look_up{"place": "Kyoto", "days": 3}', "<|eom_id|>"), ("It is sunny.", "<|im_end|>")]
     assert tokenizer.hf.convert_ids_to_tokens(tokenizer.stop_ids) == ["<|im_end|>", "<|eom_id|>", "<|endoftext|>"]

@@ -69,7 +69,7 @@ def test_a_record_has_values_of_its_own(tiny_tokenizer, thinks):
                                                         **record[key]) + "A kite.<|im_end|>"
 
 
-def test_a_variable_that_the_template_lacks_is_refused_or_said(tiny_tokenizer, thinks):
+def test_a_variable_that_the_template_lacks_is_refused_or_reported(tiny_tokenizer, thinks):
     with pytest.raises(InputError, match=r"no variable 'enable_thinkin'.*Did you mean 'enable_thinking'") as caught:
         Tokenizer.load(tiny_tokenizer, chat_template=thinks, template_args={"enable_thinkin": False})
     assert caught.value.where == "data.template_args"

@@ -90,7 +90,7 @@ def test_labels_are_those_of_the_templates_own_generation_tags(kind, hf):
     assert (sequence.labels != IGNORE_INDEX).astype(int).tolist() == list(own["assistant_masks"])
 
 
-def test_what_is_left_out_is_said(hf):
+def test_answers_that_are_left_out_are_reported(hf):
     tokenizer = fitted(hf, STYLES["phi 4"])
     for kind, note in (("empty answer among many", "an empty answer is not trained on"),
                        ("greeting", "an answer that opens the conversation is not trained on: there is no prompt for it")):

@@ -96,7 +96,7 @@ def test_all_is_all_where_the_template_rewrites_history(load):
     assert (sequence.labels == sequence.input_ids).all()
 
 
-def test_pad_that_is_eos_does_not_unteach_stopping(load):
+def test_a_pad_token_equal_to_eos_does_not_hide_stop_tokens(load):
     tokenizer = load("stories")
     assert tokenizer.pad_id == tokenizer.eos_id == tokenizer.stop_ids[0]
     (sequence,) = tokenizer.encode_conversation(chat("a", "b"))
@@ -126,7 +126,7 @@ def test_a_broken_or_hostile_template_is_a_user_error(tiny_tokenizer, tmp_path, 
 @quick
 @given(user=spoken, one=spoken, again=spoken, two=spoken)
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_stands_before_an_answer_is_the_prompt_that_is_served(load, kind, user, one, again, two):
+def test_the_tokens_before_an_answer_are_the_served_prompt(load, kind, user, one, again, two):
     with may_refuse(kind):
         assert_prompts_as_trained(load(kind), chat(user, one, again, two))
 

@@ -1,6 +1,6 @@
 """Help pages of the verbs that read a run config, made from `keys.json` without importing torch.
 
-`fit --help` shows the keys that most runs set, `--help all` every key, `--help KEY` one key and what lies below it, and
+`fit --help` shows the keys that most runs set, `--help all` every key, `--help KEY` one key and those below it, and
 `--help CLASS` the arguments of a class that a config may name.
 """
 

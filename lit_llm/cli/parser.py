@@ -87,7 +87,7 @@ class ShortErrors:
     def all_keys(self) -> list[str]:
         """Keys of this parser and of its subcommands."""
         keys = [action.dest for action in others.options(self)]
-        for verbs in others.options(self):                 # an action that holds parsers of its own
+        for verbs in others.options(self):                 # an action with parsers of its own
             for parser in verbs.choices.values() if isinstance(verbs.choices, dict) else ():
                 keys += [action.dest for action in others.options(parser)]
         return sorted({key for key in keys if key and not key.startswith(("help", "print"))})

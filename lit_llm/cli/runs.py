@@ -169,7 +169,7 @@ def described() -> dict[str, Any]:
 
     class Stopped(LitLLMCLI):
         def parse_arguments(self, parser: Any, args: Any) -> None:
-            for action in others.options(parser):          # one of them holds a parser for each verb
+            for action in others.options(parser):          # one of them has a parser for each verb
                 parsers.update(action.choices if isinstance(action.choices, dict) else {})
             raise StopIteration
 

@@ -76,7 +76,7 @@ def _risen(course: Course) -> list[str]:
                 "trainer.max_epochs, or add data"]
     if last - best > math.log(RISES):
         return [f"validation rises: perplexity {math.exp(best):,.3f} at step {step:,}, {math.exp(last):,.3f} at the "
-                "end; the export holds the best checkpoint, and a shorter run (trainer.max_epochs) would do"]
+                "end; the best checkpoint is exported, and a shorter run (trainer.max_epochs) would suffice"]
     return []
 
 

@@ -1,4 +1,4 @@
-"""Choose between the kernels written here and the operations of torch and transformers that they stand in for.
+"""Choose between the kernels of this project and the operations of torch and transformers that they replace.
 
 `LIT_LLM_KERNELS=plain` in the environment, or `trainer.kernels: plain` for one run, turns every kernel of this package
 off: blockwise attention, RMS norms, the loss from hidden states and its Triton kernel, tiles in evaluation. What is

@@ -20,7 +20,7 @@ from typing import Any
 from lit_llm.errors import InputError
 
 # Public classes of Lightning by the package that exports them. Left out: LambdaCallback, whose arguments are functions;
-# Timer, which no config can hold (trainer.max_time makes one); classes for unsupported hardware; the cloud's logger.
+# Timer, which no config can contain (trainer.max_time makes one); classes for unsupported hardware; the cloud's logger.
 EXPORTS = {
     "lightning.pytorch.callbacks": (
         "DeviceStatsMonitor", "EMAWeightAveraging", "EarlyStopping", "GradientAccumulationScheduler",
@@ -135,7 +135,7 @@ def _checked(package: str) -> str:
 
 
 def is_open(path: str) -> bool:
-    """Whether a class_path lies in a package that was opened."""
+    """Whether a class_path is in a package that was allowed."""
     return any(path == package or path.startswith(f"{package}.") for package in opened)
 
 

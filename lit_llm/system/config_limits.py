@@ -1,4 +1,4 @@
-"""Refuse a model's config whose numbers are invalid or would give a model that no machine can hold.
+"""Refuse a model's config whose numbers are invalid or would give a model that fits into no machine.
 
 A config may be untrusted. Before anything is built, numbers are checked by the names of their keys. While a model is
 built, even without weights, its parameters and the elapsed time are limited.
@@ -132,7 +132,7 @@ def building(where: str, *, most: int = PARAMETERS, whole: bool = True) -> Gener
         count += weight.numel()
         size += weight.nbytes if weight.device.type == "cpu" else 0
         if count > most:
-            than = "any published model has" if most == PARAMETERS else "its weight files can hold"
+            than = "any published model has" if most == PARAMETERS else "its weight files can contain"
             raise InputError(f"this config gives a model with more than {most:,} parameters, more than {than}",
                              where=where)
         if size > room:

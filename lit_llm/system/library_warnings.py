@@ -57,7 +57,7 @@ KNOWN: tuple[Known, ...] = (
     Known("torch", r"`torch\.distributed\.\w+_tensor` is deprecated",
           "DeepSpeed's own use of torch, for its authors to change"),
     Known("deepspeed", r"Setting accelerator to CPU\.",
-          "said where torch finds no GPU; the run itself says on what it computes"),
+          "printed if torch finds no GPU; the run prints its device itself"),
     Known("transformers", r"`is_gradient_checkpointing` is deprecated",
           "PEFT's own use of transformers, for its authors to change"),
     Known("transformers", r"We strongly recommend passing in an `attention_mask` since your input_ids may be padded",

@@ -43,7 +43,7 @@ class TokenSequence:
 
     Args:
         input_ids: (T,) int32.
-        labels: (T,) int32, in Hugging Face's convention: position i holds the token AT i, or -100 where it is not
+        labels: (T,) int32, in Hugging Face's convention: position i has the token AT i, or -100 where it is not
             supervised. They are not shifted; `training/loss.py` does that.
         speakers: (T,) uint8, source of each token: an index into SPEAKERS. Null for a document.
     """
@@ -62,7 +62,7 @@ class Tokenizer:
     Args:
         hf: The tokenizer, with a chat template set (see `load`).
         source: Its folder or hub id, for messages.
-        note: A decision of `load` that the user should be told once; empty if there is none.
+        note: A decision of `load` that is reported to the user once; empty if there is none.
     """
 
     def __init__(self, hf: Any, *, source: str = "", note: str = "") -> None:

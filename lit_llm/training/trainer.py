@@ -332,7 +332,7 @@ class Trainer(L.Trainer):
             figures = evaluate(model, **kwargs)
         if not figures:
             raise InputError("there are no data to evaluate on", where=f"data.{key}",
-                             fix=f"set data.{key}, or data.val_fraction to hold out a share of data.sources")
+                             fix=f"set data.{key}, or data.val_fraction for a share of data.sources")
         return figures
 
 

@@ -109,12 +109,12 @@ def tiny(keys):
 
 def batch_of(words, seed):
     """Two packed sequences of documents that begin with unsupervised tokens, and padding."""
-    from lit_llm.data.rows.loader import lay
+    from lit_llm.data.rows.loader import batch_of
 
     draw = np.random.default_rng(seed)
     rows = [[(draw.choice(words, length), np.arange(length) >= draw.integers(0, 4)) for length in lengths]
             for lengths in LENGTHS]
-    return lay(rows, seq_len=60, pad_id=int(words[0]), token_bytes=np.ones((2, int(words.max()) + 1), np.int64))
+    return batch_of(rows, seq_len=60, pad_id=int(words[0]), token_bytes=np.ones((2, int(words.max()) + 1), np.int64))
 
 
 def randomize(model, seed):

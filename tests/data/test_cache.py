@@ -56,7 +56,7 @@ def test_a_rank_waits_as_long_as_another_is_at_work(tokenizer, jsonl, tmp_path):
     assert store.report.kept == 5000
 
 
-def test_a_waiting_rank_hears_why_the_other_failed(tokenizer, jsonl, tmp_path):
+def test_a_waiting_rank_reports_why_the_other_failed(tokenizer, jsonl, tmp_path):
     path, here = jsonl([*[{"text": f"text {number} " * 50} for number in range(2000)], {"text": 3}]), tmp_path / "cache"
     _, heard = rank(tmp_path, wait_for, path, tokenizer, here, patience=50)
     time.sleep(0.2)
@@ -68,7 +68,7 @@ def test_a_waiting_rank_hears_why_the_other_failed(tokenizer, jsonl, tmp_path):
     assert time.monotonic() - began < 50
 
 
-def test_nobody_is_waited_for_who_was_killed(tokenizer, jsonl, tmp_path):
+def test_a_killed_writer_is_not_waited_for(tokenizer, jsonl, tmp_path):
     path, here = jsonl([{"text": f"text {number} " * 50} for number in range(5000)]), tmp_path / "cache"
     child, _ = rank(tmp_path, prepare, path, tokenizer, here)
     until(lambda: list(here.glob("*.tmp-*")))
@@ -179,7 +179,7 @@ def test_a_cache_that_is_read_only_is_read(tokenizer, jsonl, tmp_path, monkeypat
         prepare(Source(path, format="text"), tokenizer, cache_dir=str(here))
 
 
-def test_a_full_disk_is_said_and_leaves_nothing(tokenizer, jsonl, tmp_path):
+def test_a_full_disk_is_reported_and_leaves_no_files(tokenizer, jsonl, tmp_path):
     path, here = jsonl([{"text": f"text {number} " * 50} for number in range(3000)]), tmp_path / "cache"
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:

@@ -202,7 +202,7 @@ def silent(number, **how):
     return {"messages": [{"role": "user", "content": f"q{number}"}, {"role": "assistant", "content": "a", **how}]}
 
 
-def test_data_that_never_teaches_to_stop_is_refused(module, jsonl):
+def test_data_without_supervised_stop_tokens_are_refused(module, jsonl):
     """Refused only if all answers are cut: one whole answer is enough, and documents have none; cuts are counted."""
     long = [talk(number, "long " * 50) for number in range(5)]
     with pytest.raises(InputError, match=r"data\.seq_len: none of 5 conversations has a supervised stop token"):
@@ -214,7 +214,7 @@ def test_data_that_never_teaches_to_stop_is_refused(module, jsonl):
     module(jsonl(long), packing="concat", train_on="all")       # cut at any token; the rest is in the next packed sequence
 
 
-def test_answers_that_are_not_learned_teach_no_stop_and_need_none(module, jsonl):
+def test_unsupervised_answers_need_no_stop_token(module, jsonl):
     """`train: false` on some answers leaves the others; on all, under `train_on: all`, the user wants the questions."""
     assert module(jsonl([silent(1, train=False), silent(2)]), on_bad_record="quarantine", bad_record_limit=0.5).plans
     with pytest.raises(InputError, match="no assistant message of this conversation is trained on"):
@@ -240,7 +240,7 @@ def test_a_flood_of_bad_records_stops_early_or_at_the_end(module, jsonl, monkeyp
     assert (report.read, report.kept, report.quarantined) == (400, 300, 100)
 
 
-def test_test_data_comes_from_where_it_is_said(module, jsonl):
+def test_test_data_come_from_the_configured_sources(module, jsonl):
     records = [talk(number) for number in range(200)]
     mine = [Source(jsonl([talk("mine")], "mine.jsonl"))]
     for how, counts in (({"val_fraction": 0.3}, "same"), ({"test_fraction": 0.3}, "own"),

@@ -258,7 +258,7 @@ def test_a_packed_table_that_unpacks_to_far_more_is_refused(tmp_path, small):
     ("a.json", '[{"text": "good"}, {"text": "' + "x " * 9000, r"a\.json:1:20: a value is larger than|not closed"),
     ("a.txt", "\n" * 9000 + "x", r"a\.txt:\d+: .*more than .* white space"),
 ])
-def test_where_the_next_record_begins_nobody_can_say(name, content, message, tmp_path, small, monkeypatch):
+def test_the_next_record_cannot_be_found(name, content, message, tmp_path, small, monkeypatch):
     from lit_llm.data.records import jsonfile
 
     monkeypatch.setattr(jsonfile, "LONGEST", 4000)

@@ -133,7 +133,7 @@ def test_the_order_does_not_depend_on_who_works(data, world, accumulate, batch_s
 @settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(world=st.integers(1, 4), accumulate=st.integers(1, 3), batch_size=st.integers(1, 3), seed=st.integers(0, 9),
        epochs=st.floats(0, 2.5))
-def test_any_division_resumed_anywhere_goes_on_with_the_next_rows(data, world, accumulate, batch_size, seed, epochs):
+def test_any_division_resumes_anywhere_with_the_next_sequences(data, world, accumulate, batch_size, seed, epochs):
     """Against one process that takes a step at once and never stops."""
     division = {"world": world, "accumulate": accumulate, "batch_size": batch_size, "seed": seed}
     ranks = [loader(data, rank=rank, **division) for rank in range(world)]
@@ -212,7 +212,7 @@ def test_the_state_is_the_same_on_all_ranks_and_fits_no_other_run(data):
 
 
 @pytest.mark.parametrize(("before", "after"), [((2, 1, 6), (1, 4, 3)), ((1, 4, 3), (2, 2, 3)), ((4, 3, 1), (1, 1, 12))])
-def test_between_two_steps_a_run_goes_on_with_its_rows_divided_anew(data, before, after):
+def test_between_two_steps_a_run_resumes_with_another_division(data, before, after):
     """Processes, micro-batches and batch size may change if a step has as many packed sequences."""
     def made(division, rank=0):
         world, accumulate, batch_size = division

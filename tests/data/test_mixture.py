@@ -156,7 +156,7 @@ def test_the_ledger_is_what_was_handed_out(stores, tokenizer, weights, world, sh
     assert sum(counts["supervised"] for counts in ledgers[0].values()) == sum(batch["num_supervised"] for batch in batches)
 
 
-def test_the_ledger_goes_on_where_a_run_was_resumed(stores, tokenizer):
+def test_the_mixture_report_continues_after_a_resume(stores, tokenizer):
     mixture = mixed(stores, (0.25, 1, 2.5))
     (first,) = loaders(mixture, tokenizer)
     list(first)
@@ -169,7 +169,7 @@ def test_the_ledger_goes_on_where_a_run_was_resumed(stores, tokenizer):
 
 
 @pytest.mark.parametrize(("world", "accumulate", "batch_size"), [(2, 2, 2), (4, 1, 2), (1, 4, 2)])
-def test_moving_parts_are_the_same_whoever_works(stores, tokenizer, world, accumulate, batch_size):
+def test_rotating_parts_are_the_same_in_every_process(stores, tokenizer, world, accumulate, batch_size):
     def steps(world, accumulate, batch_size):
         ranks = loaders(mixed(stores, (0.25, 1, 2.5)), tokenizer, world, accumulate=accumulate, batch_size=batch_size)
         out = []
@@ -277,7 +277,7 @@ def spoken(tokenizer, tmp_path_factory):
 @settings(max_examples=60, deadline=None)
 @given(seq_len=st.integers(2, 150), train_on=st.sampled_from(["assistant", "last", "all"]),
        overlong=st.sampled_from(["cut", "drop"]), packing=st.sampled_from(["best_fit", "none"]))
-def test_a_cut_leaves_heads_that_teach_something(spoken, tokenizer, seq_len, train_on, overlong, packing):
+def test_cut_conversations_keep_their_supervised_beginning(spoken, tokenizer, seq_len, train_on, overlong, packing):
     """Batches against a slow cut of the conversations written by hand, and the counts with them."""
     by_hand, store = spoken[train_on]
     expected, notes = Counter(), Counter()

@@ -62,7 +62,7 @@ def test_several_processes_write_what_one_writes(tokenizer, jsonl, tmp_path, sma
     assert made[0].report.read == len(list(records()))
 
 
-def test_the_first_bad_record_is_named_whoever_reads_it(tokenizer, jsonl, small):
+def test_the_first_bad_record_is_named_with_any_number_of_processes(tokenizer, jsonl, small):
     path = jsonl([*list(records())[3:90]])
     messages = set()
     for count in (1, 2):
@@ -214,7 +214,7 @@ def members(group):
     return [int(pid) for pgid, pid, stat in rows if int(pgid) == group and not stat.startswith("Z")]
 
 
-def test_a_killed_process_is_said(tokenizer, jsonl, small):
+def test_a_killed_process_is_reported(tokenizer, jsonl, small):
     """The kernel kills one when memory runs out; the run must not hang."""
     path = jsonl([{"text": "x"}] * 500)
     parent = os.getpid()

@@ -182,7 +182,7 @@ def test_a_folder_of_splits_gives_the_one_asked_for(tmp_path):
 # ---- what was mended is counted ------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("content", ["", "\n \n"])
-def test_an_empty_file_is_said_to_be_empty(tmp_path, tokenizer, content):
+def test_an_empty_file_is_reported(tmp_path, tokenizer, content):
     with pytest.raises(InputError, match=r"a\.jsonl: no record found"):
         prepare(Source(write(tmp_path, "a.jsonl", content)), tokenizer)
 

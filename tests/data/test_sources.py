@@ -58,7 +58,7 @@ def test_one_bad_line_does_not_kill_the_file(tmp_path):
         records(path)
 
 
-def test_a_broken_array_is_told_at_its_line(tmp_path):
+def test_a_broken_array_is_reported_with_its_line(tmp_path):
     with pytest.raises(InputError, match=r"(?s)a\.json:3:7: not JSON: Expecting value.*near .*oops"):
         faults(write(tmp_path, "a.json", '[\n{"a": 1},\n{"a": oops}\n]'))
     with pytest.raises(InputError, match=r"b\.json:2:1: the array is not closed"):
@@ -119,7 +119,7 @@ def test_folders_globs_and_samples(tmp_path):
     assert len(records("sample:conversations_val.jsonl")) > 0
 
 
-def test_what_is_not_there_is_said_with_what_is(tmp_path):
+def test_a_missing_path_is_reported_with_similar_names(tmp_path):
     write(tmp_path, "train.jsonl", "{}")
     write(tmp_path, "data.bin", "x")
     with pytest.raises(InputError, match=r"Did you mean 'train\.jsonl'\?"):
@@ -135,7 +135,7 @@ def test_what_is_not_there_is_said_with_what_is(tmp_path):
         Source(f"{tmp_path}/*.csv").files()
 
 
-def test_hub_ids_are_told_from_paths(tmp_path, monkeypatch):
+def test_hub_ids_are_distinguished_from_paths(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert is_hub("Salesforce/wikitext")
     (tmp_path / "data").mkdir()

@@ -90,7 +90,7 @@ def test_a_reason_does_not_move_the_cursor(tokenizer_folder, jsonl):
     assert "\x1b" not in "\n".join(data.summary())
 
 
-def test_a_store_that_another_user_writes_is_left_alone(tokenizer, jsonl):
+def test_a_store_that_another_user_writes_is_not_removed(tokenizer, jsonl):
     """Its lock cannot be opened here, and that is no reason to stop."""
     store = prepare(Source(jsonl([{"text": "one"}], "a.jsonl")), tokenizer, num_proc=1)
     others = store.folder.parent / "other.tmp-1"
@@ -104,7 +104,7 @@ def test_a_store_that_another_user_writes_is_left_alone(tokenizer, jsonl):
     ({"seed": -1}, "data.seed"), ({"chat_template": "{{ x }}" * 100}, "data.chat_template"),
     ({"chat_template": "LATIN"}, "data.chat_template"), ({"path": "~nouser/x.jsonl"}, "data.sources"),
     ({"path": "x" * 300 + ".jsonl"}, "")])
-def test_settings_that_mean_nothing_are_said(keys, where, tokenizer_folder, jsonl, tmp_path):
+def test_settings_without_effect_are_refused(keys, where, tokenizer_folder, jsonl, tmp_path):
     (tmp_path / "latin.jinja").write_bytes(b"\xe9\xff")
     keys = {name: str(tmp_path / "latin.jinja") if value == "LATIN" else value for name, value in keys.items()}
     path = keys.pop("path", None) or jsonl([{"text": "good"}])

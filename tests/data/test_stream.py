@@ -400,7 +400,7 @@ def test_what_a_stream_cannot_do_is_refused(module, files, options, says):
     assert re.search(says, str(refused.value))
 
 
-def test_looked_at_the_first_chunk_stands_for_all(module, files, capsys):
+def test_inspection_uses_the_first_chunk(module, files, capsys):
     made = module(files / "*.jsonl", val_sources=[Source(str(files / "part0.jsonl"))])
     made.setup("fit")
     assert "below, its first 150 characters" in capsys.readouterr().err
@@ -416,7 +416,7 @@ def losses(folder):
         return [float(line["train/loss"]) for line in csv.DictReader(lines) if line["train/loss"]]
 
 
-def test_a_run_that_streams_goes_on_where_it_stopped(lit_llm, tiny_model, files, tmp_path, monkeypatch, capsys):
+def test_a_streaming_run_resumes_exactly(lit_llm, tiny_model, files, tmp_path, monkeypatch, capsys):
     """By one process, and by two that divide its steps anew."""
     monkeypatch.chdir(tmp_path)
     words = ["fit", "--model.base", tiny_model("llama"), "--data.sources", json.dumps([{"path": str(files / "*.jsonl")}]),

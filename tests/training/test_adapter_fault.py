@@ -13,7 +13,7 @@ from lit_llm.training.checks.adapter_fault import explained
 OLORA = {"class_path": "LoraConfig", "init_args": {"r": 4, "init_lora_weights": "olora", "target_modules": ["c_attn"]}}
 
 
-def test_a_method_that_cannot_compute_on_a_layer_is_told_in_a_line(place, tiny_model):  # noqa: F811
+def test_a_method_that_cannot_compute_on_a_layer_is_reported_in_a_line(place, tiny_model):  # noqa: F811
     code, _, err = call("fit", "--config", "ok.yaml", "--model.base", tiny_model("gpt2"), "--model.lora", "null",
                         "--model.peft", '{class_path: LoraConfig, init_args: {r: 4, init_lora_weights: olora}}')
     assert code == 2, err

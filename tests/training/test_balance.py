@@ -146,7 +146,7 @@ def test_what_the_models_own_class_computes(kind):
     """Of one document, through the backbone and through the whole model: transformers' `aux_loss` and its gradient."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from lit_llm.data.rows.loader import lay
+    from lit_llm.data.rows.loader import batch_of
     from lit_llm.models import miniature
     from lit_llm.training import balance, forward
     from tests.benchmarks.architectures import SPECIAL
@@ -160,7 +160,7 @@ def test_what_the_models_own_class_computes(kind):
         except Exception:
             continue
     ids = torch.randint(3, 60, (40,))
-    batch = lay([[(ids.numpy(), np.ones(40, bool))]], seq_len=40, pad_id=0, token_bytes=np.ones((2, 64), np.int64))
+    batch = batch_of([[(ids.numpy(), np.ones(40, bool))]], seq_len=40, pad_id=0, token_bytes=np.ones((2, 64), np.int64))
     wanted = model(input_ids=ids[None], output_router_logits=True, use_cache=False).aux_loss
     router = [weight for weight in model.parameters() if weight.ndim > 1 and weight.requires_grad]
     slopes = torch.autograd.grad(wanted, router, allow_unused=True)

@@ -203,7 +203,7 @@ def fit(base, tmp_path, monkeypatch=None, precision="32-true", deterministic=Fal
 
 
 @pytest.mark.parametrize("name", LIBRARIES)
-def test_a_run_without_a_gpu_is_told_so_before_the_model_is_built(name, tiny_llama, tmp_path):
+def test_a_missing_gpu_is_reported_before_the_model_is_built(name, tiny_llama, tmp_path):
     with pytest.raises(InputError, match="CUDA") as caught:
         fit(tiny_llama, tmp_path, cross_entropy=name)
     assert caught.value.where == "model.cross_entropy"

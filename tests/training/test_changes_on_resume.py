@@ -112,7 +112,7 @@ def test_what_cannot_change_is_refused_by_name(words, says, run_processes, start
     assert content(run_processes.folder / "run") == before
 
 
-def test_deepspeed_goes_on_with_its_precision_only(run_processes, start):
+def test_deepspeed_resumes_only_with_its_precision(run_processes, start):
     words = start(strategy="deepspeed_stage_1")
     done = run_processes.run(*words, "run", "--ckpt_path", "last", "--trainer.max_steps", LAST, "--trainer.precision", "bf16-mixed")
     assert done["codes"] == [2], done["outputs"][0]["err"][-2000:]
@@ -133,7 +133,7 @@ def test_another_architecture_is_refused_by_name(run_processes, tiny_model):
     assert "num_hidden_layers 1, not 2" in done["outputs"][0]["err"]
 
 
-def test_a_warmup_longer_than_the_run_is_said(run_processes, start):
+def test_a_warmup_longer_than_the_run_is_reported(run_processes, start):
     words = start()
     done = run_processes.run(*words, "other", "--trainer.max_steps", 2, "--model.warmup", 500)
     assert done["codes"] == [0]

@@ -106,7 +106,7 @@ def same(one, other):
 @pytest.mark.parametrize(("rows", "where"), [(10, "in an epoch"), (6, "at its end")])
 @pytest.mark.parametrize("lora", [True, False])
 @pytest.mark.parametrize("strategy", ["auto", "deepspeed_stage_1"])
-def test_a_stopped_run_goes_on_as_if_nothing_had_been(strategy, lora, rows, where, fit):
+def test_a_stopped_run_resumes_exactly(strategy, lora, rows, where, fit):
     how = dict(rows=rows, lora=lora, strategy=strategy)
     straight = fit("straight", callbacks=[StepCheckpoint(every_n_steps=STOP)], **how)
     with pytest.raises(PowerFailure):
@@ -150,7 +150,7 @@ def test_a_finished_run_goes_further(strategy, rows, where, fit):
 
 
 @pytest.mark.parametrize("fails", [False, True])
-def test_a_lone_process_leaves_its_environment_alone(fails, fit):
+def test_a_single_process_restores_its_environment(fails, fit):
     """Or a command started from a notebook after a fit there would try to listen at the notebook's own port."""
     before = dict(os.environ)
     with pytest.raises(PowerFailure) if fails else contextlib.nullcontext():

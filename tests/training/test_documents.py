@@ -69,7 +69,7 @@ def expected(base, tmp_path):
 
 
 @pytest.mark.parametrize("base", KINDS, indirect=True)
-def test_documents_that_cannot_share_a_row_go_one_by_one(base, tmp_path, caplog, monkeypatch):
+def test_documents_that_cannot_be_packed_are_processed_one_by_one(base, tmp_path, caplog, monkeypatch):
     loss, grads = expected(base, tmp_path)
     seen = {}
     monkeypatch.setattr(CausalLMModule, "on_before_optimizer_step", lambda module, optimizer: seen.update(

@@ -102,7 +102,7 @@ def test_logits_that_are_not_rounded(keys, monkeypatch):
         assert (got.double() - want.double()).norm() / want.double().norm() < 1e-2
 
 
-def test_where_triton_does_not_work_torch_is_taken_and_it_is_said(caplog):
+def test_if_triton_does_not_work_torch_is_used_with_a_warning(caplog):
     """A CPU is such a place."""
     fused._kernel.cache_clear()
     with caplog.at_level(logging.WARNING):

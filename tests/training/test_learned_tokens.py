@@ -254,7 +254,7 @@ def test_of_a_stream_its_beginning_is_counted(chats, caplog, token_counts):
     assert "in a part of the data" in caplog.text
 
 
-def test_what_is_said_must_be_learnable_and_what_is_read_known():
+def test_supervised_tokens_need_head_rows_and_read_tokens_embedding_rows():
     """Apart matrices: the head matters for what is a target, the embedding for all that is read."""
     tokenizer = Tokenizer.load("sample:base")           # its own template: <|im_start|> before, <|endoftext|> after
     trained_embedding = torch.randn(len(tokenizer.hf), 64, generator=torch.Generator().manual_seed(1))

@@ -107,7 +107,7 @@ def test_reset_starts_anew():
     assert metric.report() == want
 
 
-def test_half_precision_training_leaves_the_sums_alone():
+def test_half_precision_training_does_not_change_the_sums():
     """`bf16-true` converts the whole module, before and after the first batch."""
     module = torch.nn.ModuleDict({"val": Perplexity()}).to(torch.bfloat16)
     metric = module["val"]

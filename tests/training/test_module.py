@@ -14,7 +14,7 @@ import yaml
 from transformers import AutoTokenizer
 
 from lit_llm import CausalLMModule, InputError, LoRA, Source, TextDataModule, Trainer
-from lit_llm.data.rows.loader import lay
+from lit_llm.data.rows.loader import batch_of
 from lit_llm.models import recompute
 from lit_llm.training.planning import footprint
 
@@ -137,14 +137,14 @@ def test_compiled_layers_learn_the_same(tiny_model, chats, tmp_path):
 @pytest.mark.parametrize(
     ("options", "strategy"), [({}, "deepspeed_stage_3"), ({"gradient_checkpointing": "selective"}, "auto")]
 )
-def test_what_cannot_be_compiled_is_said(options, strategy, tiny_model, chats, tmp_path):
+def test_uncompilable_settings_are_refused(options, strategy, tiny_model, chats, tmp_path):
     """Before anything is loaded."""
     with pytest.raises(InputError, match="layer") as caught:
         fit(tiny_model("llama"), chats, tmp_path, compile=True, trainer={"strategy": strategy}, **options)
     assert caught.value.fix
 
 
-def test_neftune_shakes_training_alone(tiny_model, chats, tmp_path):
+def test_neftune_adds_noise_only_in_training(tiny_model, chats, tmp_path):
     """Other losses, the same in a second run of the same seed; without noise there is no difference to a plain run."""
     runs = [
         fit(tiny_model("llama"), chats, tmp_path, name=str(at), neftune_alpha=alpha)
@@ -154,7 +154,7 @@ def test_neftune_shakes_training_alone(tiny_model, chats, tmp_path):
     assert losses[0] == losses[1] != losses[2] == losses[3]
     assert losses[2][0] == pytest.approx(losses[0][0], rel=0.1)
     shaken, ids = runs[3][0].eval(), np.array([5, 9, 31, 7])
-    batch = lay([[(ids, ids > 0)]], seq_len=4, pad_id=0, token_bytes=np.ones((2, 320), np.int64))
+    batch = batch_of([[(ids, ids > 0)]], seq_len=4, pad_id=0, token_bytes=np.ones((2, 320), np.int64))
     with torch.no_grad():
         first, second = (float(shaken.sums(batch).total) for _ in range(2))
     assert first == second > 0

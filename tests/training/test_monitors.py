@@ -79,7 +79,7 @@ def test_a_right_name_is_never_refused(callback, fit, tmp_path):
     lambda: StepCheckpoint(monitor="val/mien"), lambda: EarlyStopping(monitor="val/mien", check_on_train_epoch_end=False),
     lambda: ModelCheckpoint(monitor="val/mien", save_on_train_epoch_end=False),
 ])
-def test_a_wrong_name_is_told_at_the_first_validation_and_nothing_is_lost(callback, fit, tmp_path):
+def test_a_wrong_name_is_reported_after_the_first_validation_without_loss(callback, fit, tmp_path):
     with pytest.raises(InputError) as caught:
         fit(Mine(), callback())
     message = str(caught.value)

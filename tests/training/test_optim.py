@@ -217,7 +217,7 @@ def test_short_runs_and_long_warmups_stay_in_bounds(schedule, warmup):
         assert all(0 < rate <= 2.0 and math.isfinite(rate) for rate in rates(schedule, warmup=warmup, total=total))
 
 
-def test_a_key_that_another_schedule_would_read_is_refused_or_said(caplog):
+def test_a_key_of_another_schedule_is_refused_or_reported(caplog):
     from lit_llm.training.module import CausalLMModule
 
     with pytest.raises(InputError) as caught:

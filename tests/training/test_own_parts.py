@@ -238,7 +238,7 @@ def test_fit_save_load_validate_predict_with_lightnings_trainer(options, tiny_mo
     torch.testing.assert_close(scores["nll"].float(), losses, rtol=1e-4, atol=1e-4)
 
 
-def test_a_fit_goes_on_from_a_checkpoint_of_lightnings_trainer(tiny_model, tmp_path):
+def test_a_fit_resumes_from_a_checkpoint_of_lightnings_trainer(tiny_model, tmp_path):
     folder, ends = tiny_model("llama"), []
     for name, epochs in (("whole", 4), ("half", 2)):
         torch.manual_seed(0)

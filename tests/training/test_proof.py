@@ -54,7 +54,7 @@ def test_a_large_config_is_judged_by_a_small_model_of_it():
     assert not proof.way_of(None, phi, seq_len=8192).packed     # the longest document of a sequence would change the angles of all others
 
 
-def test_a_transform_that_is_ours_alone_is_noticed(monkeypatch):
+def test_an_additional_transform_is_detected(monkeypatch):
     """Norms that round otherwise, an attention that looks too far, a head with another factor: each is left out."""
     keys = SMALL | {"model_type": "llama"}
     config = tiny(keys)
@@ -101,7 +101,7 @@ def test_nothing_of_a_run_is_drawn_by_the_proof():
     assert np.random.get_state()[1].tolist() == before[1]
 
 
-def test_encoders_are_told_by_what_they_see():
+def test_encoders_are_detected_by_their_attention():
     bert = {"model_type": "bert", "hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2,
             "num_hidden_layers": 1, "vocab_size": 64}
     with pytest.raises(InputError, match="encoder"):

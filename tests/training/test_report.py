@@ -134,7 +134,7 @@ def test_a_full_disk_leaves_whole_rows(tmp_path, figures, room):
     assert {name: float(rows_of(logger.file)[-1][name]) for name in figures} == figures
 
 
-def test_a_run_whose_figures_end_in_half_a_row_goes_on(place):
+def test_a_run_with_an_incomplete_metrics_row_resumes(place):
     """Real commands: the rows are those of the uninterrupted run."""
     words = ["fit", "--config", "ok.yaml", "--trainer.max_epochs", "null"]
     assert call(*words, "--trainer.max_steps", "4", "--trainer.default_root_dir", "straight")[0] == 0

@@ -112,7 +112,7 @@ def test_every_rule_has_an_example():
 
 
 @pytest.mark.parametrize("rule", ALL, ids=lambda rule: f"{rule.first} x {rule.second}".replace("`", ""))
-def test_every_rule_is_told_by_the_command_line(rule, place, monkeypatch, tiny_model, run_processes, caplog):
+def test_every_rule_is_enforced_by_the_command_line(rule, place, monkeypatch, tiny_model, run_processes, caplog):
     example = dict(EXAMPLES[rule.first, rule.second])
     for name, value in example.pop("environ", {}).items():
         monkeypatch.setenv(name, value)

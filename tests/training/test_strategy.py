@@ -287,7 +287,7 @@ def test_bfloat16_keeps_float32_masters(runs, oracle):
     assert any((weight != weight.bfloat16().float()).any() for weight in state.values())
 
 
-def test_bfloat16_weights_leave_positions_alone(folder, oracle, tmp_path):
+def test_bfloat16_weights_do_not_change_positions(folder, oracle, tmp_path):
     """Lightning's bf16-true casts rotary frequencies, which gives wrong positions after some hundred tokens."""
     import strategy_probe
 
@@ -299,7 +299,7 @@ def test_bfloat16_weights_leave_positions_alone(folder, oracle, tmp_path):
     assert apart(seen["losses"], oracle[True][0]) < 0.05
 
 
-def test_resume_goes_on_with_optimizer_and_schedule(runs, oracle):
+def test_resume_continues_optimizer_and_schedule(runs, oracle):
     """Two steps, a checkpoint, a new trainer, the rest: the losses of an uninterrupted run."""
     for stage, lora in CUTS:
         losses, norms, weights, last = oracle[lora]
@@ -308,7 +308,7 @@ def test_resume_goes_on_with_optimizer_and_schedule(runs, oracle):
         check(runs(2), rest, 2, (losses[2:], norms[2:], weights, last))
 
 
-def test_another_number_of_processes_goes_on(runs, folder, oracle, tmp_path):
+def test_another_number_of_processes_resumes(runs, folder, oracle, tmp_path):
     """From one process to two and from two to one, the step divided anew: the losses of an uninterrupted run."""
     import strategy_probe
     from transformers import AutoModelForCausalLM

@@ -162,7 +162,7 @@ def test_a_rank_that_dies_does_not_leave_the_other_waiting(rank, run_processes, 
 
 
 @pytest.mark.parametrize("ranks", [[1], [0, 1]])
-def test_what_any_rank_refuses_is_said_once(ranks, run_processes, tiny_model):
+def test_an_error_of_any_rank_is_reported_once(ranks, run_processes, tiny_model):
     words = write_config(run_processes.folder, config_of(tiny_model("llama"), write_data(run_processes.folder), ranks=TWO))
     ended = run_processes.run(*words, f"refused_{len(ranks)}", ranks=TWO, strike={
         "ranks": ranks, "point": "step", "turn": 2, "says": "a file that only some see"})
@@ -171,7 +171,7 @@ def test_what_any_rank_refuses_is_said_once(ranks, run_processes, tiny_model):
     assert counts == ([0, 1] if ranks == [1] else [1, 0])
 
 
-def test_the_command_to_go_on_is_the_command(monkeypatch):
+def test_the_resume_command_is_the_same_command(monkeypatch):
     from types import SimpleNamespace
 
     monkeypatch.setattr(sys.modules["__main__"], "__spec__", SimpleNamespace(name="lit_llm.__main__"))
@@ -181,7 +181,7 @@ def test_the_command_to_go_on_is_the_command(monkeypatch):
     assert resume_command() == f"{python()} -m lit_llm fit --ckpt_path last"
 
 
-def test_a_step_that_is_measured_again_stands_once(tmp_path):
+def test_a_step_that_is_measured_again_has_one_row(tmp_path):
     """A run was stopped in its last validation and repeats all of it; its row is already in the file."""
     first = MetricsCSV(tmp_path)
     first.log_metrics({"train/loss": 1.5, "epoch": 0}, 3)

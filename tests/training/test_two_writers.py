@@ -75,7 +75,7 @@ def test_a_second_run_is_refused_with_the_name_of_the_first(run_processes, tiny_
 
 
 @pytest.mark.parametrize("how", ["new", "last", "over an earlier one"])
-def test_of_two_that_start_at_once_one_goes_on(how, run_processes, tiny_model):
+def test_of_two_simultaneous_starts_one_continues(how, run_processes, tiny_model):
     config = config_of(tiny_model("llama"), write_data(run_processes.folder), save_every=10, limit_val_batches=0, max_epochs=4000)
     words, run = write_config(run_processes.folder, config), run_processes.folder / how.replace(" ", "_")
     if how != "new":

@@ -103,7 +103,7 @@ def _unknown(record: Mapping[str, Any]) -> InputError:
         return InputError(f"{what}; input_ids are already tokenized, but text is needed")
     if record and all(isinstance(value, Mapping) for value in record.values()):
         return InputError(f"{what}; this is an object of objects, not a record",
-                          fix="If it describes a data set, name the files that hold the data; if it holds the records: "
+                          fix="If it describes a data set, name the files with the data; if it contains the records: "
                               "jq -c '.[]' FILE > records.jsonl")
     asks, answers = _first(record, (*ASKS, *BELOW)), _first(record, ANSWERS)
     if asks and answers:

@@ -85,11 +85,11 @@ def deal(rows: int, micro: int, *, rank: int, world: int, accumulate: int, batch
 def collate(corpus: Corpus, rows: Rows, numbers: Sequence[int], *, seq_len: int, pad_id: int,
             token_bytes: np.ndarray) -> Batch:
     """Collate the packed sequences with these numbers to a batch."""
-    return lay([[corpus.read(*segment) for segment in rows.row(number)] for number in numbers], seq_len=seq_len,
+    return batch_of([[corpus.read(*segment) for segment in rows.row(number)] for number in numbers], seq_len=seq_len,
                pad_id=pad_id, token_bytes=token_bytes)
 
 
-def lay(rows: Sequence[Sequence[tuple[np.ndarray, np.ndarray]]], *, seq_len: int, pad_id: int,
+def batch_of(rows: Sequence[Sequence[tuple[np.ndarray, np.ndarray]]], *, seq_len: int, pad_id: int,
         token_bytes: np.ndarray) -> Batch:
     """Collate packed sequences, padded to `seq_len`; each is a list of (tokens, supervised) for its segments.
 

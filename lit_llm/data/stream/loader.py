@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from lit_llm.data.rows.loader import Batch, deal, lay
+from lit_llm.data.rows.loader import Batch, batch_of, deal
 from lit_llm.data.stream.chunks import Chunk, Position, Stream
 from lit_llm.data.stream.feed import Cursor
 from lit_llm.data.stream.memory import Memory
@@ -99,7 +99,8 @@ class StreamLoader:
                      batch_size=self.batch_size)
         mine = supervised[share.start:share.stop]
         width = max(2, *(row.length for row in mine)) if self.trim and mine else self.stream.seq_len
-        batch = lay([row.segments for row in mine], seq_len=width, pad_id=self.pad_id, token_bytes=self.token_bytes)
+        batch = batch_of([row.segments for row in mine], seq_len=width, pad_id=self.pad_id,
+                         token_bytes=self.token_bytes)
         assert batch["num_supervised"] == sum(int(row.counts[:, 3].sum()) for row in mine)
         batch["num_supervised_in_step"] = sum(int(row.counts[:, 3].sum()) for row in supervised)
         batch["num_tokens_in_step"] = sum(row.length for row in supervised)

@@ -4,7 +4,7 @@ from typing import Any
 
 
 def options(parser: Any) -> list[Any]:
-    """The options of a parser of argparse, with those that hold parsers of their own."""
+    """The options of a parser of argparse, including those with parsers of their own."""
     return list(getattr(parser, "_actions", ()))
 
 

@@ -19,7 +19,7 @@ def incompatible_keys(missing: list[str], unexpected: list[str]) -> Any:
 
 
 def persistent_buffers(module: Any) -> Iterator[tuple[str, Any]]:
-    """Buffers of a module itself that a state dict holds."""
+    """Buffers of the module itself that are in its state dict."""
     for name, value in module._buffers.items():
         if value is not None and name not in module._non_persistent_buffers_set:
             yield name, value

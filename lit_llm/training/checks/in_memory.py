@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from lightning.pytorch.utilities.seed import isolate_rng
 
-from lit_llm.data.rows.loader import lay
+from lit_llm.data.rows.loader import batch_of
 from lit_llm.system.private import lightning as private
 from lit_llm.text import check
 
@@ -68,7 +68,7 @@ def _nll(trainer: L.Trainer, documents: list[tuple[int, ...]]) -> float:
     length, most = sum(map(len, documents)), max(map(max, documents))
     segments = [(np.array(ids), np.ones(len(ids), bool)) for ids in documents]
     batch: Any = strategy.batch_to_device(
-        lay([segments], seq_len=length, pad_id=0, token_bytes=np.zeros((2, most + 1), np.int64)))
+        batch_of([segments], seq_len=length, pad_id=0, token_bytes=np.zeros((2, most + 1), np.int64)))
     with trainer.precision_plugin.val_step_context():
         if strategy.model is module:
             total: Any = module.rows_nll(batch)  # type: ignore[operator]

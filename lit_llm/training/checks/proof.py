@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from lit_llm.data.rows.loader import Batch, lay
+from lit_llm.data.rows.loader import Batch, batch_of
 from lit_llm.errors import InputError
 from lit_llm.kernels import attention, rmsnorm, switch
 from lit_llm.models import anatomy, miniature
@@ -335,7 +335,7 @@ def documents(model: Any, seed: int, lengths: Sequence[int] = LENGTHS) -> Batch:
     for number, length in enumerate(lengths):
         ids = draw.choice(words, length)
         segments.append((ids, np.arange(length) >= number % 3))
-    return lay([segments], seq_len=sum(lengths) + PADDING, pad_id=int(words[0]),
+    return batch_of([segments], seq_len=sum(lengths) + PADDING, pad_id=int(words[0]),
                token_bytes=np.ones((2, rows), np.int64))
 
 

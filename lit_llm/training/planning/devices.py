@@ -32,7 +32,7 @@ class Device:
         half: TFLOP/s of matrix products in bfloat16 (float16 if there is no bfloat16); 0 if unknown.
         single: The same in float32.
         utilisation: Share of that rate that a training step is assumed to reach.
-        cpu: Whether it is a processor, whose memory also holds the process and is shared by processes.
+        cpu: Whether it is a processor, whose memory also contains the process and is shared by processes.
         bfloat16: Whether it supports bfloat16.
     """
 

@@ -66,7 +66,7 @@ class Setting:
         offload_optimizer: Whether optimizer states are in CPU memory.
         offload_parameters: Whether weights are as well.
         accumulate: Micro-batches per optimizer step.
-        cpu: Whether the device is a CPU, whose memory also holds the process and malloc's unusable blocks.
+        cpu: Whether the device is a CPU, whose memory also contains the process and malloc's unusable blocks.
         exports: Whether a finished run exports its model.
     """
 
@@ -101,7 +101,7 @@ class Memory:
         logits: Logits of the loss.
         buckets: ZeRO's buffers: gradients being reduced, weights kept gathered.
         process: Interpreter and libraries, or CUDA's context.
-        holes: Freed heap blocks between live ones, too small to be reused (CPU).
+        holes: Freed heap blocks between live ones that are too small to be reused (CPU).
         export: Reloading the finished model for the export, on the first process.
     """
 

@@ -40,7 +40,7 @@ from lit_llm.training.run.report import MetricsCSV
 from lit_llm.training.run.writing import Writing
 
 log = logging.getLogger(__name__)
-PREFIX = "model."                                   # attribute of the LightningModule that holds the model
+PREFIX = "model."                                   # attribute of the LightningModule with the model
 GIB = 2**30
 
 
@@ -69,7 +69,7 @@ class StepCheckpoint(Checkpoint):
     # ---- when to save ------------------------------------------------------------------------------------------------
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Write states directly to their file; Lightning would hold a second copy in memory and then in /tmp.
+        """Write states directly to their file; Lightning would make a second copy in memory and then in /tmp.
 
         Raises:
             InputError: A number is too small; checked here because jsonargparse hides reasons of constructors.

@@ -96,7 +96,7 @@ class FiniteGuard(Callback):
             raise InputError(
                 f"{self.in_a_row} consecutive steps had a non-finite loss or gradient (of {trainer.global_step:,} "
                 f"steps {self.skipped:,} were skipped)", where=f"step {trainer.global_step}",
-                fix="the checkpoints hold the weights before them; fix the records named above, or lower model.lr, and "
+                fix="the checkpoints have the weights before them; fix the records named above, or lower model.lr, and "
                     "resume with --ckpt_path last")
 
     def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
