@@ -33,8 +33,9 @@ RUNS = {
 }
 TOOLS = {
     "export": ("lit_llm.inference.export:export", "Write a run's model as a folder that transformers loads."),
-    "chat": ("lit_llm.inference.chat:chat", "Chat with a model in the terminal."),
+    "chat": ("lit_llm.inference.chat.command:chat", "Chat with a model in the terminal."),
 }
+FOLDERS = {"export": "--run", "chat": "--model"}        # the option that a first word without a name stands for
 SERVE = {"serve": "Serve a model over HTTP: OpenAI's API and a chat page. The same as python -m serve."}
 HELP = """usage: python -m lit_llm VERB [options]
 
@@ -155,6 +156,8 @@ def _tool(verb: str, options: list[str]) -> None:
     """Call a function whose arguments are the options."""
     module, _, name = TOOLS[verb][0].partition(":")
     function = getattr(import_module(module), name)
+    if options and not options[0].startswith("-"):
+        options = [FOLDERS[verb], *options]
     parser = ToolParser(prog=f"python -m lit_llm {verb}", description=TOOLS[verb][1], allow_abbrev=False)
     parser.add_argument("-c", "--config", action="config", help="YAML with this verb's options")
     parser.add_function_arguments(function, as_group=False)

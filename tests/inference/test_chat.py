@@ -1,24 +1,20 @@
-"""If this breaks: nobody can talk to a model in a terminal, a script that pipes questions gets something beside the answers,
-Ctrl-C throws the conversation away, or a long conversation ends in an error.
+"""If this breaks: a script that pipes questions gets something beside the answers, or answers that depend on other lines; a long
+conversation ends in an error, or silently loses what was said first. `test_terminal.py` types.
 """
 
 import os
-import pty
-import select
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 from transformers import AutoTokenizer
 
 from lit_llm.errors import InputError
-from lit_llm.inference.chat import Session
+from lit_llm.inference.chat.session import LocalModel, Session
 from lit_llm.inference.completion import TextEngine
 from lit_llm.inference.sampling import SamplingParams
-from lit_llm.text.conversation import Conversation
+from lit_llm.text.conversation import Conversation, Message
 
 ROOT = Path(__file__).resolve().parents[2]
 GREEDY = SamplingParams(max_tokens=12, temperature=0)
@@ -31,13 +27,28 @@ def answer_alone(engine, *messages):
 
 
 def test_piped_lines_get_their_answers_and_nothing_else(lit_llm, tiny_model):
+    """As one conversation where that is said; otherwise each line is a question of its own."""
     engine = TextEngine.load(tiny_model("llama"))
     first = answer_alone(engine, "A kite?")
     second = answer_alone(engine, "A kite?", first, "什么颜色")
-    done = lit_llm("chat", "--model", tiny_model("llama"), "--max_tokens", 12, "--temperature", 0,
-                   stdin="A kite?\n\n什么颜色\n/reset\nA kite?\n退出\nnever asked\n")
+    words = ("chat", tiny_model("llama"), "--max_tokens", 12, "--temperature", 0)
+    done = lit_llm(*words, "--multi_turn", "true", stdin="A kite?\n\n什么颜色\n/reset\nA kite?\n退出\nnever asked\n")
     assert done.code == 0, done.err
     assert done.out == f"{first}\n{second}\n{first}\n"
+    done = lit_llm(*words, stdin='A kite?\n什么颜色\n/nonsense\n"""\nA kite?\n"""\nQuit\nnever asked\n')
+    assert done.out == f"{first}\n{answer_alone(engine, '什么颜色')}\n{first}\n"
+    assert "there is no command /nonsense" in done.err
+
+
+@pytest.mark.parametrize(("words", "said"), [
+    (("--url", "http://127.0.0.1:9"), "no server answers"), (("--url", "file:///etc/passwd"), "is not the address of an API"),
+    (("--url", "http://127.0.0.1:9", "--adapter", "x"), "has no effect with url"), ((), "no model was given"),
+])
+def test_a_wrong_address_takes_a_few_lines(words, said, lit_llm):
+    done = lit_llm("chat", *words, stdin="Hi\n")
+    assert (done.code, done.out) == (2, "")
+    assert said in done.err
+    assert len(done.err.strip().splitlines()) <= 3
 
 
 def test_one_shot(lit_llm, tiny_model):
@@ -74,73 +85,31 @@ def test_values_of_the_templates_variables(lit_llm, endless_model):
         Conversation.from_openai([{"role": "user", "content": "hi"}])), greedy).text + "\n"
 
 
-def test_a_full_context_forgets_the_oldest_and_says_so(tiny_model, capsys):
-    engine = TextEngine.load(tiny_model("llama"))
-    session = Session(engine, SamplingParams(max_tokens=20, temperature=0), system="Stay.")
+def test_a_full_context_leaves_out_the_oldest_and_says_so(tiny_model):
+    engine, said = TextEngine.load(tiny_model("llama")), []
+    session = Session(LocalModel(engine), SamplingParams(max_tokens=20, temperature=0), system="Stay.", note=said.append)
     for turn in range(9):
         asked = f"Question {turn}, with some words to fill the context up."
         answer = "".join(session.ask(asked))
-        kept = session.messages
+        kept = session.sent
         assert kept[-2].content == asked
         assert kept[-1].content == answer
         assert kept[0].role == "user"
-        assert len(engine.encode(Conversation((*session._head, *kept[:-1])))) + 20 <= 256
-    assert "dropped" in capsys.readouterr().err
-    assert len(session.messages) < 18
+        assert len(engine.encode(Conversation((Message("system", "Stay."), *kept[:-1])))) + 20 <= 256
+        assert bool(said) == (len(kept) < 2 * turn + 2)         # said when turns are left out, and only then
+    assert "no longer sent" in said[0]
+    assert len(session.sent) < 18 == len(session.messages)      # what is not sent is not lost
 
 
 def test_a_message_longer_than_the_context_leaves_the_conversation_as_it_was(tiny_model):
-    session = Session(TextEngine.load(tiny_model("llama")), GREEDY)
+    said = []
+    session = Session(LocalModel(TextEngine.load(tiny_model("llama"))), GREEDY, note=said.append)
     "".join(session.ask("Hi"))
     before = session.messages
     with pytest.raises(InputError, match="context"):
         list(session.ask("x" * 900))
-    assert session.messages in (before, ())         # trimming may have come first; never a question without its answer
+    assert (session.messages, session.first, said) == (before, 0, [])
     assert "".join(session.ask("Hi"))
-
-
-class Terminal:
-    """The chat verb behind a real terminal."""
-
-    def __init__(self, *words):
-        self.pid, self.terminal = pty.fork()
-        if self.pid == 0:
-            os.chdir("/")
-            os.environ["PYTHONPATH"] = str(ROOT)
-            os.execv(sys.executable, [sys.executable, "-m", "lit_llm", "chat", *words])
-        self.seen = ""
-
-    def until(self, text, seconds=90):
-        start, end = len(self.seen), time.monotonic() + seconds
-        while text not in self.seen[start:]:
-            assert time.monotonic() < end, self.seen
-            if select.select([self.terminal], [], [], 0.2)[0]:
-                self.seen += os.read(self.terminal, 65536).decode("utf-8", "replace")
-        return self.seen[start:]
-
-    def type(self, text):
-        os.write(self.terminal, text.encode())
-
-
-def test_ctrl_c_stops_the_answer_and_ctrl_d_leaves(endless_model):
-    terminal = Terminal("--model", endless_model, "--max_tokens", "3000", "--temperature", "0")
-    try:
-        terminal.until("you> ")
-        terminal.type("Tell me all\n")
-        time.sleep(0.5)
-        terminal.type("\x03")
-        assert "(stopped)" in terminal.until("you> ", 20)
-        time.sleep(0.5)                             # CPython's input() misses a signal while it draws the prompt
-        terminal.type("\x03")
-        terminal.until("you> ", 20)                 # at the prompt it ends nothing either
-        terminal.type("/reset\n")
-        terminal.until("you> ", 20)
-        terminal.type("\x04")
-        _, status = os.waitpid(terminal.pid, 0)
-        assert os.waitstatus_to_exitcode(status) == 0
-    except BaseException:
-        os.kill(terminal.pid, signal.SIGKILL)
-        raise
 
 
 def test_a_reader_that_goes_away_is_no_crash(endless_model):

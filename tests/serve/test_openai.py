@@ -78,7 +78,7 @@ def test_without_a_temperature_every_route_uses_the_same(client, server):
     """That of the chat page and of the terminal, too."""
     from inspect import signature
 
-    from lit_llm.inference.chat import chat as in_terminal
+    from lit_llm.inference.chat.command import chat as in_terminal
 
     default = server.http.get("/page/model").json()["temperature"]
     assert default == signature(in_terminal).parameters["temperature"].default
