@@ -8,8 +8,6 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")       # two test processes on two 
 import json
 import shutil
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -196,31 +194,31 @@ class Finished:
         self.code, self.out, self.err = code, out, err
 
 
+@pytest.fixture(scope="session")
+def fork_server():
+    """Starts commands in processes that are forked from one, which saves each of them seconds of imports."""
+    from tests.training.run_processes import ForkServer
+
+    fork_server = ForkServer()
+    yield fork_server
+    fork_server.close()
+
+
 @pytest.fixture
-def lit_llm(tmp_path) -> Callable[..., Finished]:
+def lit_llm(tmp_path, tmp_path_factory, fork_server) -> Callable[..., Finished]:
     """`lit_llm("fit", "--config", ...)`: the real command in a process of its own, in an empty folder."""
 
     def call(*words: object, timeout: float = 500, stdin: str = "", env: dict[str, str] | None = None,
-             warns: bool = False) -> Finished:
-        command = [sys.executable, "-m", "lit_llm", *map(str, words)]
+             warns: bool = False, ranks: int = 1) -> Finished:
         surroundings = os.environ | {"PYTHONPATH": str(ROOT), "NO_COLOR": "1"} | (env or {})
-        with subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            cwd=tmp_path,
-            env=surroundings,
-            start_new_session=True,
-        ) as process:
-            try:
-                out, err = process.communicate(stdin, timeout=timeout)
-            except subprocess.TimeoutExpired:
-                os.killpg(process.pid, signal.SIGKILL)
-                raise
+        order = {"args": list(map(str, words)), "ranks": ranks, "cwd": str(tmp_path), "stdin": stdin, "limit": timeout,
+                 "environ": surroundings, "logs": str(tmp_path_factory.mktemp("logs"))}
+        answer = fork_server.answer(order)
+        code = next((code for code in answer["codes"] if code), 0)
+        assert code != -signal.SIGKILL, f"no end after {timeout} seconds"
+        out, err = ("".join(said[name] for said in answer["outputs"]) for name in ("out", "err"))
         warned = [line for line in err.splitlines() if line.startswith("warning from")]
         assert warns or not warned, "an unexpected warning of a library"
-        return Finished(process.returncode, out, err)
+        return Finished(code, out, err)
 
     return call

@@ -30,6 +30,7 @@ from lit_llm.training.loss import CrossEntropy
 from lit_llm.training.metrics import Perplexity
 from lit_llm.training.parallel import distribution, shards
 from lit_llm.training.parallel.saved import SavedModule, plain_arguments
+from lit_llm.training.step import scores
 from lit_llm.training.step.window import Window
 
 if TYPE_CHECKING:
@@ -240,14 +241,12 @@ class CausalLMModule(SavedModule):
         self._evaluate(batch, "test")
 
     def predict_step(self, batch: "Batch", batch_idx: int, dataloader_idx: int = 0) -> dict[str, Tensor]:
-        """Score each document, in the order of the batch; `exp(nll / tokens)` is a document's perplexity.
+        """Score each document, in the order of the batch: (documents,) `nll` in nats, and `tokens` (supervised)."""
+        return scores.of_documents(self, batch)
 
-        Returns:
-            (documents,) float64 `nll` in nats of its supervised tokens, and (documents,) `tokens`, their number.
-        """
-        parts = list(padded.documents(padded.packed(batch)))
-        return {"nll": torch.stack([self.rows_nll(part).double() for part in parts]),
-                "tokens": torch.tensor([part["num_supervised"] for part in parts])}
+    def on_predict_epoch_end(self) -> None:
+        """Take part in the steps of ranks that have more batches."""
+        scores.finish(self)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """(B, T, V) logits of the next token for (B, T) ids; zeros where a (B, T) mask has 0, which is padding."""

@@ -435,7 +435,7 @@ def test_a_streaming_run_resumes_exactly(lit_llm, tiny_model, files, tmp_path, m
     whole = losses(tmp_path / "whole")
     assert len(whole) == 4
     assert losses(tmp_path / "resumed") == whole[2:]
-    two = lit_llm(*words, *resume, "two", "--data.batch_size", 1, "--trainer.devices", 2, "--trainer.strategy", "ddp")
+    two = lit_llm(*words, *resume, "two", "--data.batch_size", 1, "--trainer.devices", 2, "--trainer.strategy", "ddp", ranks=2)
     assert two.code == 0, two.err
     assert losses(tmp_path / "two") == pytest.approx(whole[2:], abs=2e-5)
 

@@ -16,20 +16,20 @@ ROOT = Path(__file__).resolve().parents[2]
 PROBE = Path(__file__).with_name("survival_probe.py")
 
 
-class RunProcesses:
-    """Processes forked on demand from one that has imported everything."""
+class ForkServer:
+    """Commands in processes that are forked from one that has imported everything; it starts at the first command."""
 
-    def __init__(self, folder):
-        self.folder = Path(folder)
-        environ = {key: value for key, value in os.environ.items() if not key.startswith(("RANK", "SLURM_", "MASTER_"))}
-        environ |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "NO_COLOR": "1",
-                    "DS_ACCELERATOR": "cpu", "LIT_LLM_CACHE": str(self.folder / "cache")}
-        self.process = subprocess.Popen([sys.executable, str(PROBE)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                                        text=True, env=environ)
+    def __init__(self):
+        self.process = None
 
-    def run(self, *args, ranks=1, **order):
-        """Run a command to its end: {"codes", "outputs", "seconds"}."""
-        order = {"args": [str(arg) for arg in args], "ranks": ranks, "cwd": str(self.folder)} | order
+    def answer(self, order):
+        """The answer of `survival_probe.py` to an order."""
+        if self.process is None:
+            environ = {key: value for key, value in os.environ.items() if not key.startswith(("RANK", "SLURM_", "MASTER_"))}
+            environ |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "NO_COLOR": "1",
+                        "DS_ACCELERATOR": "cpu"}
+            self.process = subprocess.Popen([sys.executable, str(PROBE)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                            text=True, env=environ)
         self.process.stdin.write(json.dumps(order) + "\n")
         self.process.stdin.flush()
         for line in self.process.stdout:
@@ -38,8 +38,22 @@ class RunProcesses:
         raise AssertionError("the probe ended")
 
     def close(self):
-        self.process.stdin.close()
-        self.process.wait(30)
+        if self.process is not None:
+            self.process.stdin.close()
+            self.process.wait(30)
+
+
+class RunProcesses:
+    """Commands in a folder, with a token cache of its own."""
+
+    def __init__(self, folder, fork_server):
+        self.folder, self.fork_server = Path(folder), fork_server
+
+    def run(self, *args, ranks=1, env=None, **order):
+        """Run a command to its end: {"codes", "outputs", "seconds"}."""
+        env = {"LIT_LLM_CACHE": str(self.folder / "cache")} | (env or {})
+        order = {"args": [str(arg) for arg in args], "ranks": ranks, "cwd": str(self.folder), "env": env} | order
+        return self.fork_server.answer(order)
 
 
 def write_data(folder):

@@ -1,7 +1,8 @@
 """Run `python -m lit_llm` in processes forked from one that has imported everything, and kill or signal them.
 
 Started by `run_processes.py`; reads one JSON order per line and answers with one. An order: {"args": [...], "ranks": 1,
-"cwd", "env", "strike": {"ranks": [0], "signals": [9], and "point": "...", "turn": 1, or "after": seconds}}. Points are named
+"cwd", "env", "environ": all variables instead, "stdin": a text, "logs": folder of the output if it is not "cwd",
+"strike": {"ranks": [0], "signals": [9], and "point": "...", "turn": 1, or "after": seconds}}. Points are named
 below; a process signals itself there, within the product's own code, which is not changed for it. After a kill -9 every rank
 is killed, as when the machine fails, unless the order has "one": true. With "says" the process refuses its input there, with
 "full" the write fails there as on a full disk. "agent": true ends the other ranks if one ended with an error, as torchrun
@@ -80,8 +81,16 @@ def live(order, rank, port):
     """One rank's life, in a fork; never returns."""
     os.setpgid(0, 0)
     os.chdir(order["cwd"])
+    logs = Path(order.get("logs", order["cwd"]))
     for stream, name in ((1, "out"), (2, "err")):
-        os.dup2(os.open(f"{name}{rank}.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
+        os.dup2(os.open(logs / f"{name}{rank}.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
+    if "stdin" in order:
+        (logs / "in.txt").write_text(order["stdin"])
+        os.dup2(os.open(logs / "in.txt", os.O_RDONLY), 0)
+        sys.stdin = open(0, encoding="utf-8")      # noqa: SIM115
+    if "environ" in order:
+        os.environ.clear()
+        os.environ.update(order["environ"])
     os.environ.update(order.get("env", {}))
     if order["ranks"] > 1:
         os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(order["ranks"]), GROUP_RANK="0",
@@ -91,7 +100,7 @@ def live(order, rank, port):
         strike = order.get("strike", {})
         if "point" in strike and rank in strike["ranks"]:
             arm(strike)
-        sys.argv = ["lit_llm", *order["args"]]
+        sys.argv, sys.path[0] = ["lit_llm", *order["args"]], order["cwd"]
         from lit_llm.cli.main import main
 
         main(order["args"])
@@ -140,7 +149,7 @@ def obey(order):
                     os.kill(pid, signal.SIGKILL if now - signalled_at > 30 else signal.SIGTERM)
                 signalled_at += 5
         time.sleep(0.01)
-    outputs = [{name: Path(order["cwd"], f"{name}{rank}.txt").read_text() for name in ("out", "err")}
+    outputs = [{name: Path(order.get("logs", order["cwd"]), f"{name}{rank}.txt").read_text() for name in ("out", "err")}
             for rank in range(order["ranks"])]
     return {"codes": [codes[pid] for pid in pids], "seconds": time.monotonic() - begun, "outputs": outputs}
 

@@ -16,7 +16,16 @@ import signal
 import tempfile
 from pathlib import Path
 
-from run_processes import RunProcesses, assert_same_end, config_of, float16, metrics_rows, write_config, write_data
+from run_processes import (
+    ForkServer,
+    RunProcesses,
+    assert_same_end,
+    config_of,
+    float16,
+    metrics_rows,
+    write_config,
+    write_data,
+)
 
 STEPS, EVERY = 10, 2
 POINTS = [("state", 1), ("weights", 1), ("manifest", 1), ("rename", 1), ("pointer", 1), ("prune", 1), ("save", 2),
@@ -142,7 +151,8 @@ def main():
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     folder = Path(tempfile.mkdtemp())
-    run_processes = RunProcesses(folder)
+    fork_server = ForkServer()
+    run_processes = RunProcesses(folder, fork_server)
     how = float16(args.strategy) if args.float16 else {"strategy": args.strategy}
     config = config_of(args.base, write_data(folder), ranks=args.ranks, lora=not args.full, **how,
                        save_every=1 if args.every_step else EVERY, keep_last=99 if args.every_step else 1)
@@ -163,7 +173,7 @@ def main():
     if args.kills:
         kills, runs = at_random(run_processes, words, args.ranks, args.kills, args.seed, straight["seconds"])
         print(f"{kills} kills in {runs} runs: the same end each time")
-    run_processes.close()
+    fork_server.close()
     shutil.rmtree(folder, ignore_errors=True)
 
 

@@ -35,9 +35,9 @@ def rows(folder, side="right", *, prompt=2):
     return examples, DataCollatorForSeq2Seq(tokenizer, padding=True)
 
 
-def loader(folder, side="right", *, size=3, **options):
+def loader(folder, side="right", *, size=3, count=None, **options):
     examples, collate = rows(folder, side, **options)
-    return DataLoader(examples, batch_size=size, collate_fn=collate)
+    return DataLoader(examples[:count], batch_size=size, collate_fn=collate)
 
 
 def plain(tmp_path, **options):
@@ -149,8 +149,12 @@ if __name__ == "__main__":
 def ranks(folder, tmp_path, *words):
     """The script on two processes."""
     (tmp_path / "ranks.py").write_text(RANKS)
+    return script(tmp_path, "ranks.py", folder, *words)
+
+
+def script(tmp_path, *words):
     root = Path(__file__).resolve().parents[2]
-    return subprocess.run([sys.executable, "ranks.py", folder, *words], cwd=tmp_path, capture_output=True, text=True,
+    return subprocess.run([sys.executable, *words], cwd=tmp_path, capture_output=True, text=True,
                           timeout=200, check=False, env=os.environ | {
                               "PYTHONPATH": f"{root}{os.pathsep}{root / 'tests/training'}"})
 
@@ -165,6 +169,38 @@ def test_all_processes_of_a_step_are_weighed_together(tiny_model, tmp_path):
     assert loss == pytest.approx(nll, rel=1e-6)
     for name, gradient in gradients.items():
         torch.testing.assert_close(gradient.double(), model.get_parameter(name).grad, rtol=1e-4, atol=1e-7, msg=name)
+
+
+PREDICT = """
+import sys, torch
+from tests.training.test_own_parts import loader, ours
+from pathlib import Path
+from lit_llm import CausalLMModule
+
+if __name__ == "__main__":
+    folder, strategy = sys.argv[1:]
+    trainer = ours(Path("."), devices=2, strategy=strategy, enable_checkpointing=False, precision="32-true")
+    scores = trainer.predict(CausalLMModule(base=folder), loader(folder, "left", size=2, count=5))
+    torch.save([[each.tolist() for each in score.values()] for score in scores], f"scores{trainer.global_rank}.pt")
+"""
+
+
+@pytest.mark.parametrize("strategy", ["fsdp2", "deepspeed_stage_3"])
+def test_processes_that_share_weights_score_unequal_numbers_of_documents(strategy, tiny_model, tmp_path):
+    """Five documents in batches of two: one rank has two and one, the other two; the figures are those of one process."""
+    folder = tiny_model("llama")
+    (tmp_path / "predict.py").write_text(PREDICT)
+    done = script(tmp_path, "predict.py", folder, strategy)
+    assert done.returncode == 0, done.stderr[-3000:]
+    first, second = (torch.load(tmp_path / f"scores{rank}.pt") for rank in (0, 1))
+    assert [len(nll) for nll, _ in first] == [2, 1]
+    assert [len(nll) for nll, _ in second] == [2]
+    found = dict(zip((0, 2, 4, 1, 3), (pair for nll, tokens in first + second for pair in zip(nll, tokens, strict=True)),
+                     strict=True))
+    alone = plain(tmp_path, precision="32-true").predict(CausalLMModule(base=folder), loader(folder, "left", size=5, count=5))
+    for number, (nll, tokens) in found.items():
+        assert tokens == int(alone[0]["tokens"][number])
+        assert nll == pytest.approx(float(alone[0]["nll"][number]), rel=1e-5)
 
 
 def test_a_strategy_that_adds_gradients_up_itself_wants_one_micro_batch(tiny_model, tmp_path):
