@@ -5,7 +5,7 @@ and Lightning gives some of them a batch more. Before each batch they agree on t
 that has fewer, or no batch left, computes padding instead.
 """
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
@@ -15,10 +15,27 @@ from lit_llm.system.private import lightning as private
 from lit_llm.training.parallel import distribution
 
 if TYPE_CHECKING:
-    from lit_llm.training.module import CausalLMModule
+    from lightning import Trainer
+
+    from lit_llm.data.rows.loader import Batch
 
 
-def of_documents(module: "CausalLMModule", batch: object | None) -> dict[str, Tensor]:
+class Module(Protocol):
+    """What is needed of a module, which its trainer has connected."""
+
+    @property
+    def trainer(self) -> "Trainer":
+        """The trainer."""
+
+    @property
+    def device(self) -> torch.device:
+        """The device of this rank."""
+
+    def rows_nll(self, batch: "Batch") -> Tensor:
+        """() nats of the supervised tokens of a batch."""
+
+
+def of_documents(module: Module, batch: object | None) -> dict[str, Tensor]:
     """Score each document of a batch. Collective where layers are gathered.
 
     Args:
@@ -39,20 +56,20 @@ def of_documents(module: "CausalLMModule", batch: object | None) -> dict[str, Te
     return {"nll": torch.stack(nll) if nll else torch.zeros(0), "tokens": tokens} if most else {}
 
 
-def finish(module: "CausalLMModule") -> None:
+def finish(module: Module) -> None:
     """Take part in the predict steps of the ranks that have batches left. Collective where layers are gathered."""
     while _gathers(module) and private.call_as_step(module.trainer.strategy, module, "predict_step", None, 0):
         pass
 
 
-def _most(module: "CausalLMModule", count: int) -> int:
+def _most(module: Module, count: int) -> int:
     """The largest of all ranks' numbers of documents; the own one where no layers are gathered."""
     if not _gathers(module):
         return count
     return int(module.trainer.strategy.reduce(torch.tensor(count, device=module.device), reduce_op="max"))
 
 
-def _gathers(module: "CausalLMModule") -> bool:
+def _gathers(module: Module) -> bool:
     trainer = private.trainer_of(module)
     return (trainer is not None and trainer.world_size > 1
             and distribution.of(trainer.strategy).gathers_layers)
