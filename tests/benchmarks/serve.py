@@ -1,12 +1,16 @@
 """How fast answers come, as ratios measured in one run: our server against `transformers serve` and the chapter's FastAPI.
 
 All servers live at once, each with the same random Llama of 32 million parameters in float32, and take turns of some
-seconds: at 1, 8 and 32 clients, each of which asks for 64 tokens again and again over HTTP. Prints output tokens/s, the
+seconds: at 1, 8 and 32 clients, each of which asks for 64 tokens again and again over HTTP. Ours runs in bfloat16 as well,
+and one client is compared with `model.generate` in a process of its own, without HTTP. Prints output tokens/s, the
 seconds to the first token (median and 95th percentile), and their ratios; then the longest gap of a running stream while a
 long prompt arrives, and the first token of that prompt when it comes again.
 
-    python tests/benchmarks/serve.py                   # about ten minutes
-    python tests/benchmarks/serve.py --rounds 1 --clients 8
+    python tests/benchmarks/serve.py                   # about fifteen minutes
+    python tests/benchmarks/serve.py --rounds 1 --clients 8 --only ours transformers
+    python tests/benchmarks/serve.py --memory          # growth over 10,000 mixed requests, a third of them cancelled
+
+Every server chooses its threads itself: do not set OMP_NUM_THREADS.
 """
 
 import argparse
@@ -56,6 +60,20 @@ def chat(ask: Ask):
 uvicorn.run(app, port=int(sys.argv[2]), log_level="error")
 '''
 
+GENERATE = '''
+import json, sys, time, torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model, tokenizer = AutoModelForCausalLM.from_pretrained(sys.argv[1]).eval(), AutoTokenizer.from_pretrained(sys.argv[1])
+print("ready", flush=True)
+for line in sys.stdin:
+    ids = tokenizer.apply_chat_template([{"role": "user", "content": json.loads(line)}], add_generation_prompt=True,
+                                        return_tensors="pt", return_dict=True)["input_ids"]
+    model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=int(sys.argv[2]), do_sample=False)
+    print("done", flush=True)
+'''
+MIXED = 10_000                                      # requests whose growth of memory is measured
+
 
 def make_model(folder, tokenizer):
     """A random Llama whose answers never end by themselves."""
@@ -90,7 +108,7 @@ def started(command, ready, folder):
             if time.monotonic() > end or process.poll() is not None:
                 raise SystemExit(f"error: {' '.join(command)} did not start")
             time.sleep(0.5)
-        yield port
+        yield port, process.pid
     finally:
         os.killpg(process.pid, signal.SIGTERM)
         with suppress(subprocess.TimeoutExpired):
@@ -126,6 +144,31 @@ def words(draw, count):
     return " ".join(draw.choice(("the", "house", "river", "green", "and", "of", "stone", "walks")) for _ in range(count))
 
 
+class Bare:
+    """`model.generate` in a process of its own, for one client.
+
+    Args:
+        folder: The model's.
+    """
+
+    name, model, most = "generate", None, 1
+
+    def __init__(self, folder):
+        self.process = subprocess.Popen([sys.executable, "-c", GENERATE, folder, str(NEW)], stdin=subprocess.PIPE,
+                                        stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+        assert self.process.stdout.readline() == "ready\n"
+
+    def load(self, clients, seconds, seed):
+        """Tokens/s, and no seconds to the first token."""
+        draw, began, tokens = random.Random(seed * 1000), time.perf_counter(), 0
+        while time.perf_counter() < began + seconds:
+            self.process.stdin.write(json.dumps(words(draw, draw.randrange(20, 40))) + "\n")
+            self.process.stdin.flush()
+            assert self.process.stdout.readline() == "done\n"
+            tokens += NEW
+        return tokens / (time.perf_counter() - began), [float("nan")]
+
+
 class Contestant:
     """A server and how it is asked.
 
@@ -134,6 +177,8 @@ class Contestant:
         port: Where it listens.
         model: As its API calls it; null for the chapter's.
     """
+
+    most = 1 << 20                                  # clients at once
 
     def __init__(self, name, port, model):
         self.name, self.port, self.model = name, port, model
@@ -188,38 +233,91 @@ def percentile(values, share):
     return sorted(values)[min(len(values) - 1, int(share * len(values)))]
 
 
+def resident(group):
+    """Megabytes of memory that each process of a group holds, the largest first."""
+    found = []
+    for status in Path("/proc").glob("[0-9]*/status"):
+        with suppress(OSError, ProcessLookupError):
+            if os.getpgid(int(status.parent.name)) == group:
+                found += [int(line.split()[1]) / 1024 for line in status.read_text().splitlines() if line.startswith("VmRSS")]
+    return sorted(found, reverse=True)
+
+
+def mixed(port, model, number):
+    """One request of many kinds: streamed or whole, short or long, refused, or left before its end."""
+    draw = random.Random(number)
+    body = {"model": model, "messages": [{"role": "user", "content": words(draw, draw.choice((1, 8, 30, 120)))}],
+            "max_tokens": draw.randrange(1, 12), "temperature": draw.choice((0, 1)), "stream": draw.random() < 0.7}
+    if draw.random() < 0.05:
+        body["temperature"] = "hot"
+    leaves = draw.random() < 0.33
+    connection = HTTPConnection("127.0.0.1", port, timeout=60)
+    with suppress(OSError):
+        connection.request("POST", "/v1/chat/completions", json.dumps(body), {"Content-Type": "application/json"})
+        if leaves and not body["stream"]:
+            time.sleep(draw.random() * 0.05)
+        else:
+            reply = connection.getresponse()
+            reply.read(200 if leaves else None)
+    connection.close()
+
+
+def memory(command, ready, folder, count):
+    """Print the memory of the server's processes after each tenth of the mixed requests."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    with started(command, ready, folder) as (port, group), ThreadPoolExecutor(16) as clients:
+        done = 0
+        for share in (0.05, *(tenth / 10 for tenth in range(1, 11))):
+            end = int(count * share)
+            list(clients.map(lambda number: mixed(port, "model", number), range(done, end)))
+            done = end
+            print(f"memory after {done:6} mixed requests: {' + '.join(f'{size:.0f}' for size in resident(group))} MB",
+                  flush=True)
+
+
 def main():
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("--rounds", type=int, default=3)
     arguments.add_argument("--seconds", type=float, default=12, help="of a turn")
     arguments.add_argument("--clients", type=int, nargs="*", default=[1, 8, 32])
     arguments.add_argument("--tokenizer", default=str(ROOT / "lit_llm" / "samples" / "base"))
-    arguments.add_argument("--only", nargs="*", default=["ours", "transformers", "chapter"])
-    arguments.add_argument("--options", nargs="*", default=[], help="more options of our server, such as --dtype=bfloat16")
+    arguments.add_argument("--only", nargs="*", default=["ours", "ours-bf16", "transformers", "chapter", "generate"])
+    arguments.add_argument("--options", nargs="*", default=[], help="more options of our server, such as --threads=1")
+    arguments.add_argument("--memory", type=int, nargs="?", const=MIXED, help="measure memory over so many requests only")
     given = arguments.parse_args()
     with ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory())
         make_model(f"{folder}/model", given.tokenizer)
         Path(folder, "chapter.py").write_text(CHAPTER)
+        ours = [sys.executable, "-m", "serve", "--model", f"{folder}/model", "--port", "{port}", *given.options]
+        if given.memory:
+            memory(ours, "/health/ready", folder, given.memory)
+            return
         commands = {
-            "ours": ([sys.executable, "-m", "serve", "--model", f"{folder}/model", "--port", "{port}", *given.options],
-                     "/health/ready", "model"),
+            "ours": (ours, "/health/ready", "model"),
+            "ours-bf16": ([*ours, "--dtype", "bfloat16"], "/health/ready", "model"),
             "transformers": (["transformers", "serve", f"{folder}/model", "--continuous-batching", "--port",
                               "{port}", "--device", "cpu", "--dtype", "float32"], "/health", f"{folder}/model"),
             "chapter": ([sys.executable, "chapter.py", f"{folder}/model", "{port}"], "/health", None)}
         contestants = []
         for name in given.only:
-            command, ready, model = commands[name]
-            contestants.append(Contestant(name, stack.enter_context(started(command, ready, folder)), model))
-            contestants[-1].load(2, 3, 9)           # warm
+            if name == "generate":
+                contestants.append(Bare(f"{folder}/model"))
+                stack.callback(contestants[-1].process.kill)
+            else:
+                command, ready, model = commands[name]
+                contestants.append(Contestant(name, stack.enter_context(started(command, ready, folder))[0], model))
+            contestants[-1].load(min(2, contestants[-1].most), 3, 9)        # warm
         for clients in given.clients:
+            taking_part = [each for each in contestants if clients <= each.most]
             speeds, firsts = {each.name: [] for each in contestants}, {each.name: [] for each in contestants}
             for turn in range(given.rounds):
-                for each in contestants:
+                for each in taking_part:
                     speed, waited = each.load(clients, given.seconds, turn)
                     speeds[each.name].append(speed)
                     firsts[each.name] += waited
-            for each in contestants:
+            for each in taking_part:
                 ratio = statistics.median(one / other for one, other in
                                           zip(speeds["ours"], speeds[each.name], strict=True)) if "ours" in speeds else 0
                 print(f"{clients:3} clients  {each.name:<13} {statistics.median(speeds[each.name]):7.1f} tokens/s   first "
