@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 SMALLEST = 128                                      # positions of the smallest slots; larger ones double
+IDLE = 64                                           # slots without a request for which a pool is not enlarged
 COPIED = 16                                         # fewer tokens than this are read again and not copied
 
 
@@ -251,6 +252,8 @@ class Slots:
 
     def _make_room(self, pool: Pool) -> bool:
         """Add slots to a pool; others without a request are dropped for it if the limit is reached."""
+        if len(pool.idle) >= IDLE:                  # enlarging copies all slots, which would stop running requests
+            return False
         if self.limit - self.allocated < pool.room:
             if pool.idle:                           # one of its own is taken over instead
                 return False
