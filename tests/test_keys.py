@@ -96,7 +96,7 @@ class Place:
     """Runs commands in folders of their own, each once."""
 
     def __init__(self, home, names, folders):
-        self.home, self.names, self.folders, self.known = home, names, folders, {}
+        self.home, self.names, self.folders, self.results = home, names, folders, {}
 
     def filled(self, value):
         """A value with paths for the names in capitals."""
@@ -121,14 +121,14 @@ class Place:
         """The observed behaviour of `fit` with these settings in addition to the common ones."""
         settings = self.filled({"model.base": "BASE"} | COMMON | {"trainer.enable_checkpointing": how == "save"} | settings)
         key = json.dumps([settings, how], sort_keys=True)
-        if key not in self.known or fresh:
+        if key not in self.results or fresh:
             folder = self.folders.mktemp("run") / "here"
             shutil.copytree(self.home, folder)
             with contextlib.chdir(folder), pytest.MonkeyPatch.context() as patch:
                 if not ("data.num_proc" in settings or "bad" in key):       # these are about what is not in the cache
                     patch.setenv("LIT_LLM_CACHE", str(self.home.parent / "cache"))
-                self.known[key] = watched(nested(settings), how, patch) | {"folder": folder}
-        return self.known[key]
+                self.results[key] = watched(nested(settings), how, patch) | {"folder": folder}
+        return self.results[key]
 
 
 def nested(settings):

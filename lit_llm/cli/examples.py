@@ -87,7 +87,7 @@ def _answers(model: TextEngine, prompts: Sequence[Sequence[int]]) -> list[str]:
     failed: dict[int, str] = {}
     for number, prompt in enumerate(prompts):
         if max(prompt) >= engine.vocab_size:        # the base lacks tokens that were added in training
-            failed[number] = "(it has no row for a token of this prompt)"
+            failed[number] = "(its vocabulary lacks a token of this prompt)"
             continue
         try:
             engine.add(str(number), prompt, params)

@@ -74,7 +74,7 @@ def check_head(name: str, head: Head | None) -> None:
         raise InputError(f"{name} needs a plain output head, and an adapter is on it", where=KEY,
                          fix=f"leave the head out of the adapter's layers, or set {OURS}")
     if head.rows_KD is not None:
-        raise InputError(f"{name} cannot let single rows of a frozen head learn", where=KEY,
+        raise InputError(f"{name} cannot train single rows of a frozen head", where=KEY,
                          fix=f"set {OURS}, or --model.lora.train_tokens null (no trainable_token_indices)")
     if head.bias_V is not None and name == "cut_cross_entropy" and not _takes_bias(_module(name)):
         raise InputError(f"this model's head has a bias, which this release of {PACKAGES[name]} does not know",

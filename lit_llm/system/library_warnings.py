@@ -75,14 +75,14 @@ class Listener:
     """Replaces `warnings.showwarning` and precedes the handlers of libraries' loggers."""
 
     def __init__(self) -> None:
-        self._said: set[tuple[str, str]] = set()
+        self._shown: set[tuple[str, str]] = set()
 
     def hear(self, library: str, text: str) -> None:
         """Show a warning, unless it is known or was shown before."""
         text = " ".join(text.split())
-        if (library, text) in self._said or is_known(library, text):
+        if (library, text) in self._shown or is_known(library, text):
             return
-        self._said.add((library, text))
+        self._shown.add((library, text))
         if _is_first_process():
             text = redact_text(text)
             shown = text if len(text) <= MOST_CHARACTERS else text[:MOST_CHARACTERS] + " ..."

@@ -288,7 +288,7 @@ class CausalLMModule(SavedModule):
         """Sums over one micro-batch."""
         return self._surrounded(batch, lambda: self.sums(batch))
 
-    def rows_nll(self, batch: "Batch") -> Tensor:
+    def plain_nll(self, batch: "Batch") -> Tensor:
         """() summed NLL in nats of a batch by the model alone, without terms that an override of `sums` adds."""
         return self._surrounded(batch, lambda: forward.nll(
             self.model, batch, forward.Choices(self.way or forward.Way()))).total

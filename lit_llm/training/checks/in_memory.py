@@ -71,10 +71,10 @@ def _nll(trainer: L.Trainer, documents: list[tuple[int, ...]]) -> float:
         batch_of([segments], seq_len=length, pad_id=0, token_bytes=np.zeros((2, most + 1), np.int64)))
     with trainer.precision_plugin.val_step_context():
         if strategy.model is module:
-            total: Any = module.rows_nll(batch)  # type: ignore[operator]
+            total: Any = module.plain_nll(batch)  # type: ignore[operator]
         else:                                       # as Lightning calls `validation_step`, for DeepSpeed's engine
             assert strategy.model is not None
-            total = private.call_as_step(strategy, module, "rows_nll", batch)
+            total = private.call_as_step(strategy, module, "plain_nll", batch)
     return float(total) / (length - len(documents))
 
 

@@ -139,11 +139,12 @@ def selftest(config: dict[str, Any] | None, data: Any, *, devices: int, processe
     if peft and "lora_dropout" in (peft.get("init_args") or {}):
         quiet["model__peft__init_args__lora_dropout"] = 0.0
     ways: list[tuple[str, int, int, bool]] = [
-        (f"{rows} rows, {size} at a time", size, devices, False), (f"{rows} rows, 1 at a time", 1, devices, False)]
+        (f"{rows} packed sequences, {size} at a time", size, devices, False),
+        (f"{rows} packed sequences, 1 at a time", 1, devices, False)]
     if data.packing == "best_fit":
         ways.append(("their conversations and documents, without packing", size, devices, True))
     if many > 1:
-        ways.append((f"{rows} rows, in {1 if devices > 1 else many} process(es)", max(1, size // 2),
+        ways.append((f"{rows} packed sequences, in {1 if devices > 1 else many} process(es)", max(1, size // 2),
                      1 if devices > 1 else many, False))
     half = str(((config or {}).get("trainer") or {}).get("precision")).startswith(("bf16", "16"))
     limit, fine, first = ROUGH if half else EXACT, True, None

@@ -99,7 +99,7 @@ def agreed(trainer: Any, module: Any, data: Any) -> Recompute:
     """
     try:
         if data is None:
-            raise InputError("the data are not of lit_llm.TextDataModule, which knows the longest row")
+            raise InputError("the length of sequences is unknown, because the data are not of lit_llm.TextDataModule")
         way = of(trainer, module, data, room(trainer)).setting.recompute
     except InputError as error:
         log.warning("the memory of a step could not be estimated: using full gradient checkpointing (%s)", error)

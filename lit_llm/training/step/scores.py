@@ -31,7 +31,7 @@ class Module(Protocol):
     def device(self) -> torch.device:
         """The device of this rank."""
 
-    def rows_nll(self, batch: "Batch") -> Tensor:
+    def plain_nll(self, batch: "Batch") -> Tensor:
         """() nats of the supervised tokens of a batch."""
 
 
@@ -48,10 +48,10 @@ def of_documents(module: Module, batch: object | None) -> dict[str, Tensor]:
     """
     parts = [] if batch is None else list(padded.documents(padded.packed(batch)))
     most = _most(module, len(parts))
-    nll = [module.rows_nll(part).double() for part in parts]
+    nll = [module.plain_nll(part).double() for part in parts]
     nothing = torch.zeros((1, 2), dtype=torch.int64, device=module.device)
     for _ in range(most - len(parts)):
-        module.rows_nll(padded.as_batch({"input_ids": nothing, "attention_mask": nothing}))
+        module.plain_nll(padded.as_batch({"input_ids": nothing, "attention_mask": nothing}))
     tokens = torch.tensor([part["num_supervised"] for part in parts])
     return {"nll": torch.stack(nll) if nll else torch.zeros(0), "tokens": tokens} if most else {}
 
