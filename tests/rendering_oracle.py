@@ -78,9 +78,9 @@ def forms(text):
     return {text, *inner, *(json.dumps(one, ensure_ascii=False)[1:-1] for one in inner), repr(text)[1:-1]}
 
 
-def shows(text, shown_text, *, plain=False):
+def shows(text, content, *, plain=False):
     """Whether a text contains a content, trimmed at its ends, escaped or not."""
-    return any(form.strip() in text for form in ({shown_text} if plain else forms(shown_text.strip())))
+    return any(form.strip() in text for form in ({content} if plain else forms(content.strip())))
 
 
 def values(arguments):
@@ -184,39 +184,39 @@ def judge(tokenizer, record):
     forms_of_record = message_forms(tokenizer.hf, record)
     places = answer_places(record)
     try:
-        shown_text = formats.convert(record)
-        sequences = tokenizer.encode_conversation(shown_text)
+        conversation = formats.convert(record)
+        sequences = tokenizer.encode_conversation(conversation)
     except InputError as error:
         return refusal(forms_of_record, places, error.what, tokenizer)
     answers = [(sequence, start, ids) for sequence in sequences for start, ids in supervised_runs(sequence)]
-    must = [place for place in places if any(talk.text(place, True) is not None for talk in forms_of_record)]
+    must = [place for place in places if any(form.text(place, True) is not None for form in forms_of_record)]
     dropped = [place for place in must if any(message["role"] != "system" for message in record["messages"][:place])]
     if len(answers) not in (len(must), len(dropped)):
-        both = [talk for talk in forms_of_record if talk.text(must[-1], True) == talk.text(must[-1], False)] if must else []
+        both = [form for form in forms_of_record if form.text(must[-1], True) == form.text(must[-1], False)] if must else []
         if not (len(answers) == 1 and both):
             return WRONG, f"{len(answers)} answers are learned of {len(must)}"
         return SERVED, ""
     for place, (sequence, start, ids) in zip(must if len(answers) == len(must) else dropped, answers, strict=True):
         words, stop = answer_and_stop(tokenizer, ids)
-        faults = [fault(tokenizer, talk, place, sequence.input_ids[:start].tolist(), words, stop, record) for talk in forms_of_record]
+        faults = [fault(tokenizer, form, place, sequence.input_ids[:start].tolist(), words, stop, record) for form in forms_of_record]
         if all(faults):
             return WRONG, f"answer {place + 1}: {faults[0]}"
     return SERVED, ""
 
 
-def fault(tokenizer, talk, place, ids, words, stop, record):
+def fault(tokenizer, form, place, ids, words, stop, record):
     """How a supervised answer differs from this form's rendering; empty if it does not."""
-    prompt, fresh = talk.text(place, True), talk.text(place + 1, False)
+    prompt, fresh = form.text(place, True), form.text(place + 1, False)
     if prompt is None or fresh is None:
-        return f"transformers renders no such prompt: {talk.error[:80]}"
+        return f"transformers renders no such prompt: {form.error[:80]}"
     raw = tokenizer._backend.encode(prompt, add_special_tokens=False).ids
     if ids != raw and tokenizer.decode(ids, skip_special_tokens=False) != tokenizer.decode(raw, skip_special_tokens=False):
         return "another prompt than the served one"
     if ids != raw and "<|im_end|>" not in prompt.replace("<|im_end|>", "", 0) and "obey" not in prompt:
         return "other ids of the served prompt"
-    if missing := missing_part(talk.messages[place], words):
+    if missing := missing_part(form.messages[place], words):
         return f"it lacks the {missing}"
-    if number := missing_message(talk.messages[:place], prompt):
+    if number := missing_message(form.messages[:place], prompt):
         return f"the prompt lacks message {number}"
     if set(ENTITY.findall(words)) - set(ENTITY.findall(json.dumps(record["messages"], ensure_ascii=False))):
         return f"HTML entities: {words[:60]!r}"
@@ -230,33 +230,33 @@ def fault(tokenizer, talk, place, ids, words, stop, record):
             return f"it leaves unsaid {rest[:60]!r}"
         return ""
     body = words.strip()
-    thoughts = parts_of(talk.messages[place])[1].strip()
-    for part in (thoughts, "<think>", "</think>", parts_of(talk.messages[place])[0].strip()):
+    thoughts = parts_of(form.messages[place])[1].strip()
+    for part in (thoughts, "<think>", "</think>", parts_of(form.messages[place])[0].strip()):
         body = body.replace(part, "", 1) if part else body
     if body.strip() and words.strip() not in fresh:
         return f"it says {body.strip()[:60]!r}, which the template does not show"
     return ""
 
 
-def display_faults(talk, places):
+def display_faults(form, places):
     """What this form's rendering lacks: each answer after its prompt, other messages, tools."""
     if not places:
         return ["nothing is there to learn"]
     faults = []
     for place in places:
-        prompt, fresh = talk.text(place, True), talk.text(place + 1, False)
+        prompt, fresh = form.text(place, True), form.text(place + 1, False)
         if prompt is None or fresh is None:
-            faults.append(f"refused: {talk.error[:100]}")
+            faults.append(f"refused: {form.error[:100]}")
             continue
         answer = fresh[len(prompt):] if fresh.startswith(prompt) else None
-        if number := missing_message(talk.messages[:place], prompt):
+        if number := missing_message(form.messages[:place], prompt):
             faults.append(f"message {number}")
-        if talk.tools and not any(tool["function"]["name"] in prompt for tool in talk.tools):
+        if form.tools and not any(tool["function"]["name"] in prompt for tool in form.tools):
             faults.append("the tools")
-        missing = missing_part(talk.messages[place], fresh if answer is None else answer)
+        missing = missing_part(form.messages[place], fresh if answer is None else answer)
         if missing:
             faults.append(missing)
-        if ENTITY.search(fresh) and not ENTITY.search(json.dumps(talk.messages)):
+        if ENTITY.search(fresh) and not ENTITY.search(json.dumps(form.messages)):
             faults.append("HTML entities")
         if answer is None and not missing:
             faults.append("loosely")
@@ -265,7 +265,7 @@ def display_faults(talk, places):
 
 def refusal(forms_of_record, places, why, tokenizer):
     """Whether a refusal is right and gives the true reason."""
-    faults_of_forms = [display_faults(talk, places) for talk in forms_of_record]
+    faults_of_forms = [display_faults(form, places) for form in forms_of_record]
     best = min(faults_of_forms, key=len)
     if "control token" in why and "obey" in str(forms_of_record[0].messages):
         return REFUSED, why
@@ -273,19 +273,19 @@ def refusal(forms_of_record, places, why, tokenizer):
         return MISSED, why
     explanation = f"{why} | {best}"
     if "block of reasoning" in why:
-        opens = any((talk.text(place, True) or "").rstrip().endswith("<think>") and not parts_of(talk.messages[place])[1].strip()
-                    for talk in forms_of_record for place in places)
+        opens = any((form.text(place, True) or "").rstrip().endswith("<think>") and not parts_of(form.messages[place])[1].strip()
+                    for form in forms_of_record for place in places)
         return (REFUSED if opens else UNTRUE), explanation
     if best == ["loosely"] * len(best):
         return OTHERWISE, explanation
-    shown_text = " ".join(word for one in faults_of_forms for word in one)
+    fault_text = " ".join(word for one in faults_of_forms for word in one)
     refuses = all(any(fault.startswith("refused") for fault in one) for one in faults_of_forms)
     if why.startswith("the chat template refuses"):
         return (REFUSED if refuses else UNTRUE), explanation
     if match := re.search(r"does not show (?:the (content|reasoning|tool calls) of )?message (\d+)", why):
-        return (REFUSED if (match[1] or f"message {match[2]}") in shown_text or refuses else UNTRUE), explanation
+        return (REFUSED if (match[1] or f"message {match[2]}") in fault_text or refuses else UNTRUE), explanation
     if "does not show the tools" in why:
-        return (REFUSED if "the tools" in shown_text else UNTRUE), explanation
+        return (REFUSED if "the tools" in fault_text else UNTRUE), explanation
     if "HTML" in why:
-        return (REFUSED if "HTML" in shown_text else UNTRUE), explanation
+        return (REFUSED if "HTML" in fault_text else UNTRUE), explanation
     return OTHER, explanation

@@ -32,7 +32,7 @@ def of(*turns, tools=()):
     """A conversation from (role letter, content or keywords)."""
     roles = {"s": "system", "u": "user", "a": "assistant", "t": "tool"}
     return Conversation(tuple(
-        Message(roles[role], **(message if isinstance(answer_and_stop, dict) else {"content": message})) for role, message in turns), tools)
+        Message(roles[role], **(message if isinstance(message, dict) else {"content": message})) for role, message in turns), tools)
 
 
 BATTERY = {
