@@ -5,11 +5,13 @@ when it is needed, so that `--help` and a mistyped verb are fast.
 """
 
 import errno
+import json
 import os
 import sys
 import time
 from collections.abc import Sequence
 from importlib import import_module
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -34,6 +36,7 @@ RUNS = {
 TOOLS = {
     "export": ("lit_llm.inference.export:export", "Write a run's model as a folder that transformers loads."),
     "chat": ("lit_llm.inference.chat.command:chat", "Chat with a model in the terminal."),
+    "report": ("lit_llm.report.writing:report", "Write the report of a run, or compare several: report runs/a runs/b."),
 }
 FOLDERS = {"export": "--run", "chat": "--model"}        # the option that a first word without a name stands for
 SERVE = {"serve": "Serve a model over HTTP: OpenAI's API and a chat page. The same as python -m serve."}
@@ -161,13 +164,24 @@ def _tool(verb: str, options: list[str]) -> None:
     parser = ToolParser(prog=f"python -m lit_llm {verb}", description=TOOLS[verb][1], allow_abbrev=False)
     parser.add_argument("-c", "--config", action="config", help="YAML with this verb's options")
     parser.add_function_arguments(function, as_group=False)
-    arguments = parser.parse_args(options).as_dict()
+    arguments = parser.parse_args(_with_runs(options) if verb == "report" else options).as_dict()
     arguments.pop("config", None)
     settings.check_plain(arguments)
     settings.check_arguments("", arguments, function, prefix=verb)
     result = function(**arguments)
     if result is not None:
         print(result)
+
+
+def _with_runs(options: Sequence[str]) -> list[str]:
+    """The folders in front of the options of `report` as its list of runs.
+
+    >>> _with_runs(["runs/a", "runs/b", "--out", "x.html"])
+    ['--runs=["runs/a", "runs/b"]', '--out', 'x.html']
+    """
+    folders = list(takewhile(lambda word: not word.startswith("-"), options))
+    given = folders or not options
+    return [f"--runs={json.dumps(folders)}", *options[len(folders):]] if given else list(options)
 
 
 def _table(verbs: dict[str, str]) -> str:

@@ -8,15 +8,16 @@ import math
 from pathlib import Path
 
 from lit_llm import names
-from lit_llm.cli import examples, verdict
+from lit_llm.cli import examples
 from lit_llm.data.inspect.terminal import ledger
 from lit_llm.errors import InputError
 from lit_llm.inference.export import checkpoint_folder, export
 from lit_llm.models.adapters.merging import UnmergeableError
+from lit_llm.report import verdict
+from lit_llm.report.rows import last_logged
 from lit_llm.system import class_paths, command
 from lit_llm.training.checks import divergence
 from lit_llm.training.run import evaluation, manifest
-from lit_llm.training.run.report import last_logged
 
 
 def finish(run: Path, *, base: str | None, before: dict[str, float], shown: list[examples.Example]) -> None:

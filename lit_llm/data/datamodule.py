@@ -326,9 +326,15 @@ class TextDataModule(L.LightningDataModule):
     def facts(self) -> dict[str, Any]:
         """The summary as values, for a run's files; `ledger` is what training has drawn so far of each source."""
         loader = self.trainer.train_dataloader if self.trainer else None
-        return {"sources": [asdict(report) for report in self.reports],
+        return {"sources": [_named(report) for report in self.reports],
                 **{stage: {"sequences": len(plan.corpus), "rows": len(plan.rows), **plan.notes,
                            "tokens": int(plan.rows.lengths.sum()), "supervised": int(plan.rows.supervised.sum())}
                    for stage, plan in self.plans.items()},
                 "conversations": conversations(self.plans, self.tokenizer),
                 "ledger": getattr(loader, "ledger", {})}
+
+
+def _named(report: Report) -> dict[str, Any]:
+    """A source's report as values, with the name of the speaker beside each count."""
+    speakers = {name: {"tokens": tokens, "supervised": learned} for name, (tokens, learned) in report.speakers.items()}
+    return {key: value for key, value in asdict(report).items() if key != "marks"} | {"speakers": speakers}

@@ -97,6 +97,21 @@ class Lock:
         self._file = self._handle = None
 
 
+def is_held(file: Path) -> bool:
+    """Whether another process holds the lock on a file. Never for this process's own, which it would release."""
+    import fcntl
+
+    try:
+        with open(file, encoding="utf-8") as handle:
+            try:
+                fcntl.lockf(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except OSError as error:
+                return error.errno in HELD or _is_alive(_read(handle))
+    except OSError:
+        return False                                # there is none
+    return False
+
+
 def _is_same(file: Path, handle: IO[str]) -> bool:
     try:
         return os.path.samestat(os.stat(file), os.fstat(handle.fileno()))

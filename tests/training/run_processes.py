@@ -12,6 +12,8 @@ import torch
 import yaml
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
+from lit_llm.report.rows import MEASURED
+
 ROOT = Path(__file__).resolve().parents[2]
 PROBE = Path(__file__).with_name("survival_probe.py")
 
@@ -98,7 +100,7 @@ def write_config(folder, config):
 
 def metrics_rows(run):
     with open(Path(run) / "metrics.csv", newline="") as handle:
-        return [{key: value for key, value in row.items() if value != "" and key != "seconds"}
+        return [{key: value for key, value in row.items() if value != "" and key not in MEASURED}
                 for row in csv.DictReader(handle)]
 
 

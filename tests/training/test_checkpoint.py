@@ -25,6 +25,7 @@ from lit_llm.data.records.sources import Source
 from lit_llm.errors import InputError
 from lit_llm.inference.export import export
 from lit_llm.models.adapters.peft_method import LoRA
+from lit_llm.report.rows import MEASURED
 from lit_llm.system import integrity
 from lit_llm.training.module import CausalLMModule
 from lit_llm.training.run import checkpoint, manifest
@@ -88,7 +89,7 @@ def fit(tiny_model, tmp_path):
 
 def metrics_rows(run):
     with open(run / "metrics.csv", newline="") as handle:
-        return [{key: float(value) for key, value in row.items() if value != "" and key != "seconds"}
+        return [{key: float(value) for key, value in row.items() if value != "" and key not in MEASURED}
                 for row in csv.DictReader(handle)]
 
 

@@ -14,7 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from lit_llm.training.run.report import MetricsCSV, last_logged, rows_of
+from lit_llm.report.rows import MEASURED, last_logged, rows_of
+from lit_llm.training.run.report import MetricsCSV
 from tests.test_cli import call, place
 
 assert place                                        # a fixture
@@ -36,7 +37,7 @@ def logged(folder, steps, first=0):
 
 def plain(folder):
     with open(Path(folder) / "metrics.csv", newline="") as handle:
-        return [{key: value for key, value in row.items() if value and key != "seconds"} for row in csv.DictReader(handle)]
+        return [{key: value for key, value in row.items() if value and key not in MEASURED} for row in csv.DictReader(handle)]
 
 
 def test_rows_are_what_was_logged(tmp_path):

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from lit_llm.cli import examples
-from lit_llm.cli.verdict import Course, course_of, warnings
+from lit_llm.report.verdict import Course, course_of, warnings
 
 GOOD = Course(360, 4.0, True, [3.0, 1.0, 0.3, 0.1, 0.06], [(90, 0.3), (180, 0.1), (270, 0.066), (360, 0.067)], 1.5)
 

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 
 from lit_llm.errors import InputError
+from lit_llm.report.rows import MEASURED, rows_of
 from lit_llm.training.parallel import safe_load
 from lit_llm.training.planning import trial
 from lit_llm.training.run import manifest
-from lit_llm.training.run.report import rows_of
 
 EXACT = 1e-5                                        # relative difference of float32 gradients: order of sums
 ROUGH = 3e-2                                        # of 16-bit gradients: rounding
@@ -57,7 +57,7 @@ def verify_resume(config: dict[str, Any] | None, steps: int = 4) -> bool:
 
 
 def _rows(run: Path) -> list[dict[str, str]]:
-    return [{key: value for key, value in row.items() if value and key != "seconds"}
+    return [{key: value for key, value in row.items() if value and key not in MEASURED}
             for row in rows_of(run / "metrics.csv")]
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lit_llm.training.run.report import rows_of
+from lit_llm.report.rows import rows_of
 
 FEW_STEPS = 50                                      # optimizer steps; warmup and schedule need some tens
 LEARNED = 0.5  # nats per token; below, answers are mostly known and no run is too short
@@ -107,8 +107,6 @@ def _passes(data: dict[str, Any]) -> float | None:
 
 
 def _answers(data: dict[str, Any]) -> bool:
-    """Whether assistant tokens were supervised; `marks` has (unsupervised, supervised) counts per speaker."""
-    from lit_llm.text.tokenizer import SPEAKERS
-
-    place = 2 * SPEAKERS.index("assistant") + 1
-    return any(report.get("marks", [0] * (place + 1))[place] for report in data.get("sources") or [])
+    """Whether assistant tokens were supervised."""
+    return any(((report.get("speakers") or {}).get("assistant") or {}).get("supervised")
+               for report in data.get("sources") or [])

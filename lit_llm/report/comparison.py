@@ -1,0 +1,74 @@
+"""Compare runs on one page: their metrics, curves over the same axes, and the settings that differ."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from lit_llm.report import curves, page
+from lit_llm.report.texts import text
+
+METRICS = ("val/perplexity", "val/nll", "val/bits_per_byte", "val/token_accuracy", "val/tokens")
+COST = ("tokens", "training_seconds", "tokens_per_second")
+
+
+def compared(every: Sequence[dict[str, Any]]) -> str:
+    """The comparison of runs as an HTML page.
+
+    Args:
+        every: For each run the values of its `report.json`.
+    """
+    names = names_of(every)
+    drawn = _charts(every, names)
+    body = [f"<header><h1>{text('comparison')}</h1><button id=switch type=button>{text('switch')}</button></header>",
+            *_metrics(every, names)]
+    if drawn:
+        body.append(f"<h2>{text('curves')}</h2><p class=soft>{text('hint')}</p>{page.grid(drawn, range(len(drawn)))}")
+    body += _settings(every, names)
+    return page.whole(", ".join(names), body, drawn)
+
+
+def names_of(every: Sequence[dict[str, Any]]) -> list[str]:
+    """The names of the runs, or their folders where names are equal."""
+    names = [facts["run"]["name"] for facts in every]
+    return [name if names.count(name) == 1 else facts["run"]["folder"]
+            for name, facts in zip(names, every, strict=True)]
+
+
+def _charts(every: Sequence[dict[str, Any]], names: Sequence[str]) -> list[curves.Chart]:
+    """A chart for each metric that at least one run has, with a curve for each run."""
+    found: dict[str, list[curves.Series]] = {}
+    for name, facts in zip(names, every, strict=True):
+        for curve in facts["curves"]:
+            if curve["steps"] and curve["name"] not in curves.UNCHARTED:
+                found.setdefault(curve["name"], []).append(curves.Series(name, curve["steps"], curve["values"]))
+    keys = {metric: key for key, metrics in curves.CHARTS for metric in metrics[:1]}
+    return [curves.Chart(keys.get(metric, ""), metric, series) for metric, series in
+            sorted(found.items(), key=lambda item: list(keys).index(item[0]) if item[0] in keys else len(keys))]
+
+
+def _metrics(every: Sequence[dict[str, Any]], names: Sequence[str]) -> Iterator[str]:
+    yield f"<h2>{text('metrics')}</h2>"
+    rows = [[text("state"), *(text(facts["run"]["state"]) for facts in every)],
+            [text("last_step"), *(page.shown(facts["run"]["step"]) for facts in every)],
+            [f"{text('best')}: {text('step')}", *(page.shown(curves.best_step(facts)) for facts in every)]]
+    rows += [[name, *(page.shown(facts["metrics"]["best"].get(name)) for facts in every)] for name in METRICS
+             if any(name in facts["metrics"]["best"] for facts in every)]
+    rows += [[text("tokens_computed" if name == "tokens" else name), *(
+        (page.duration if name == "training_seconds" else page.amount)(facts["cost"][name]) for facts in every)]
+        for name in COST if any(facts["cost"][name] is not None for facts in every)]
+    yield page.table(["", *map(page.safe, names)], rows)
+
+
+def _settings(every: Sequence[dict[str, Any]], names: Sequence[str]) -> Iterator[str]:
+    """The settings in which the runs differ; a value that is the default is shown as such."""
+    given = [{entry["key"]: entry["value"] for entry in facts["config"]} for facts in every]
+    defaults = {entry["key"]: entry["default"] for facts in every for entry in facts["config"]}
+    rows = []
+    for key, default in defaults.items():
+        values = [settings.get(key, default) for settings in given]
+        if any(value != values[0] for value in values):
+            rows.append([page.safe(key), *map(page.value, values)])
+    if rows:
+        yield f"<h2>{text('differences')}</h2>"
+        yield page.table([text("key"), *map(page.safe, names)], rows)
+
+
