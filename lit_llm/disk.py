@@ -69,7 +69,7 @@ def sync(path: Path) -> None:
 def replace_text(file: Path, text: str) -> None:
     """Write a file atomically: readers see the old or the new text. Its folder is created if necessary."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    fresh = file.with_name(f"{file.name}.partial")
+    fresh = file.with_name(f"{file.name}.{os.getpid()}.partial")    # another process may write the same file
     try:
         with open(fresh, "w", encoding="utf-8", newline="") as stream:
             stream.write(text)

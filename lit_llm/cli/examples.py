@@ -52,13 +52,16 @@ def _of(datamodule: Any, stage: str, kind: Kind, count: int) -> list[Example]:
     return examples
 
 
-def compare(base: str | None, folder: Path, examples: list[Example]) -> None:
+def compare(base: str | None, folder: Path, examples: list[Example]) -> list[dict[str, Any]]:
     """Print greedy answers of the base and the tuned model to the same prompts, and the expected answers.
 
     Args:
         base: Base model of the training; null if it started from random weights.
         folder: Folder of the export.
         examples: Examples from `choose`; those that leave no room for an answer are skipped.
+
+    Returns:
+        For each example `kind`, `prompt`, `expected`, and the answers `base` (if there is one) and `tuned`.
     """
     import torch
 
@@ -78,6 +81,8 @@ def compare(base: str | None, folder: Path, examples: list[Example]) -> None:
         print(f"  expected {_short(texts['expected'][place], 200)}")
         for name, texts_of_model in answers.items():
             print(f"  {name:<8} {_short(texts_of_model[place], 200)}")
+    return [{"kind": example.kind, **{name: column[place] for name, column in (texts | answers).items()}}
+            for place, example in enumerate(examples)]
 
 
 def _answers(model: TextEngine, prompts: Sequence[Sequence[int]]) -> list[str]:

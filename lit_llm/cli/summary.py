@@ -4,20 +4,26 @@ It runs on rank 0 and uses only the files of the run.
 """
 
 import json
+import logging
 import math
 from pathlib import Path
+from typing import Any
 
-from lit_llm import names
+from lit_llm import disk, names
 from lit_llm.cli import examples
 from lit_llm.data.inspect.terminal import ledger
 from lit_llm.errors import InputError
 from lit_llm.inference.export import checkpoint_folder, export
 from lit_llm.models.adapters.merging import UnmergeableError
-from lit_llm.report import verdict
+from lit_llm.report import commands, facts, verdict, writing
 from lit_llm.report.rows import last_logged
 from lit_llm.system import class_paths, command
+from lit_llm.system.redaction import redact_text
 from lit_llm.training.checks import divergence
 from lit_llm.training.run import evaluation, manifest
+
+log = logging.getLogger(__name__)
+NEXT = ("chat", "validate", "serve")                # commands that are printed; the report has all
 
 
 def finish(run: Path, *, base: str | None, before: dict[str, float], shown: list[examples.Example]) -> None:
@@ -31,10 +37,10 @@ def finish(run: Path, *, base: str | None, before: dict[str, float], shown: list
     """
     folder = None
     for wanted in ("best", "last"):
-        facts = manifest.read(checkpoint_folder(run, wanted))
-        if not divergence.are_finite(facts.get("figures") or {}):
+        saved = manifest.read(checkpoint_folder(run, wanted))
+        if not divergence.are_finite(saved.get("figures") or {}):
             raise InputError("perplexity of this checkpoint is inf or nan: training diverged, and nothing was exported",
-                             where=f"step {facts['step']}", fix="lower model.lr and train again; or export an earlier "
+                             where=f"step {saved['step']}", fix="lower model.lr and train again; or export an earlier "
                              "checkpoint: python -m lit_llm export --checkpoint step_N")
     try:
         folder = export(str(run))
@@ -49,11 +55,22 @@ def finish(run: Path, *, base: str | None, before: dict[str, float], shown: list
         print("\n".join(ledger(drawn, "drawn in training")))
     for words in verdict.warnings(verdict.course_of(run, before.get("val/nll"))):
         print(f"warning: {words}")
-    if folder is None:
-        return
-    if shown:
-        examples.compare(names.resolve(base) if base else None, folder, shown)
-    _next(run, folder)
+    if folder is not None and shown:
+        answered = examples.compare(names.resolve(base) if base else None, folder, shown)
+        _keep_samples(run, answered)
+    writing.try_to_write(run)                       # with the export, the answers and the commands
+    if folder is not None:
+        _next(run)
+
+
+def _keep_samples(run: Path, answered: list[dict[str, Any]]) -> None:
+    """Write the answers to `samples.jsonl`, with the step of the exported checkpoint."""
+    step = manifest.read(checkpoint_folder(run, "best"))["step"]
+    lines = [redact_text(json.dumps({"step": step, **answer}, ensure_ascii=False)) for answer in answered]
+    try:
+        disk.replace_text(run / facts.SAMPLES, "".join(f"{line}\n" for line in lines))
+    except OSError as error:
+        log.warning("%s could not be written: %s", run / facts.SAMPLES, disk.reason(error))
 
 
 def _say_figures(run: Path, before: dict[str, float]) -> None:
@@ -82,12 +99,8 @@ def _say_figures(run: Path, before: dict[str, float]) -> None:
     evaluation.write_metrics(run, best["step"], after, before, more)
 
 
-def _next(run: Path, folder: Path) -> None:
-    """Print the next commands, which work from any directory: paths are absolute, and settings are in the config."""
-    place, config = folder.absolute(), run.absolute() / "config.yaml"
+def _next(run: Path) -> None:
+    """Print the next commands."""
+    possible = commands.of(run, "finished", {}, class_paths.opened)
     print("\nnext:")
-    print(f"  {command.line('lit_llm', 'chat', '--model', place)}")
-    if (run / "checkpoints" / "BEST").is_file():        # otherwise there is no validation data
-        allowed = [f"{class_paths.OPTION}={package}" for package in class_paths.opened]     # of the config's classes
-        print(f"  {command.line('lit_llm', 'validate', '--config', config, '--ckpt_path', 'best', *allowed)}")
-    print(f"  {command.line('serve', '--model', place)}", flush=True)
+    print("\n".join(f"  {entry['command']}" for entry in possible if entry["what"] in NEXT), flush=True)

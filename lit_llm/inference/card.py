@@ -32,13 +32,14 @@ class Usage:
         return self.turns == 1
 
 
-def card(run: Path, facts: dict[str, Any], name: str) -> str:
+def card(run: Path, facts: dict[str, Any], name: str, picture: str = "") -> str:
     """The model card of one checkpoint's model.
 
     Args:
         run: The run folder.
         facts: The checkpoint's manifest, with its metrics.
         name: The checkpoint's folder.
+        picture: File beside the card with the curves of the run; empty if there is none.
     """
     config = read_values(run / "config.yaml")
     base = facts.get("base")
@@ -59,6 +60,7 @@ def card(run: Path, facts: dict[str, Any], name: str) -> str:
         f"step {facts['step']}.", "",
         "## Data", "", *(f"- {source}" for source in sources), "",
         *_table(figures, name),
+        *([f"![Loss over optimizer steps]({picture})", ""] if picture else []),
         *_examples(talks),
         "## Use", "", "```python", "from transformers import AutoModelForCausalLM, AutoTokenizer", "",
         'tokenizer = AutoTokenizer.from_pretrained("this folder")',

@@ -13,6 +13,7 @@ from typing import Any, Literal
 from lit_llm import disk, names
 from lit_llm.errors import InputError
 from lit_llm.inference.card import card, read_values
+from lit_llm.report import writing
 from lit_llm.system import integrity, origin, ranges
 from lit_llm.system.lock import HeldError, Lock
 from lit_llm.text import check
@@ -107,7 +108,11 @@ def _exported(run: Path, folder: Path, facts: dict[str, Any], target: Path, dtyp
         partial.mkdir(parents=True)
         model.save_causal_lm(merged, partial, stop_ids=tokenizer.stop_ids, pad_id=tokenizer.pad_id, dtype=wanted)
         tokenizer.save(partial)
-        (partial / "README.md").write_text(card(run, facts, folder.name), encoding="utf-8")
+        drawn = writing.picture_of(run)
+        if drawn:
+            (partial / writing.PICTURE).write_text(drawn, encoding="utf-8")
+        text = card(run, facts, folder.name, picture=writing.PICTURE if drawn else "")
+        (partial / "README.md").write_text(text, encoding="utf-8")
         del trained, merged                         # only one model in memory at a time
         written = model.load_causal_lm(str(partial), dtype=wanted or torch.float32)
         check.check_export(partial, Tokenizer.load(str(partial)), rows, before, written, quantize=quantize)

@@ -71,6 +71,15 @@ def _readable(run: str) -> Iterator[None]:
                          fix="run.json, data.json and samples.jsonl must be as the run wrote them") from error
 
 
+def picture_of(run: Path) -> str:
+    """The curves of a run as an SVG file; empty if it has none, or if its files cannot be read."""
+    try:
+        return curves.picture(facts.of(run))
+    except Exception as error:
+        log.warning("the curves of %s could not be drawn: %s", run, disk.reason(error))
+        return ""
+
+
 def try_to_write(run: Path) -> None:
     """Write the report; an error is logged and never raised, because the run matters more than its report."""
     try:

@@ -23,6 +23,8 @@ from lit_llm.training.checks import compatible, duration, idle
 from lit_llm.training.parallel import named, safe_load
 from lit_llm.training.parallel.saved import SavedModule
 from lit_llm.training.planning.threadcount import ThreadCount
+from lit_llm.training.record.run_record import RunRecord
+from lit_llm.training.record.speed import Speed
 from lit_llm.training.run import manifest
 from lit_llm.training.run.checkpoint import StepCheckpoint
 from lit_llm.training.run.finite import FiniteGuard
@@ -97,7 +99,9 @@ class Trainer(L.Trainer):
         callbacks = [] if callbacks is None else callbacks if isinstance(callbacks, list) else [callbacks]
         has_guard = any(isinstance(callback, FiniteGuard) for callback in callbacks)
         guard = [] if has_guard else [FiniteGuard(max_skipped_steps)]
-        callbacks = [MonitorCheck(), *callbacks, *guard, RngState(), self.thread_count, self.run, self.preemption]
+        speed = Speed()
+        callbacks = [MonitorCheck(), *callbacks, *guard, speed, RngState(), self.thread_count, self.run,
+                     self.preemption, RunRecord(speed)]
         for enabled, kind, default in (("enable_progress_bar", AnyProgressBar, Progress),
                                       ("enable_checkpointing", StepCheckpoint, StepCheckpoint)):
             if kwargs.get(enabled) is not False and not any(isinstance(callback, kind) for callback in callbacks):

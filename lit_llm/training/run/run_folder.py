@@ -2,7 +2,7 @@
 
 `config.yaml` and `tokenizer/` describe how it was trained; `data.json` the content of the sources and what was drawn of
 each; `metrics.json` has the metrics of the checkpoint that it names and those before training. Each `validate` and
-`test` adds a line to `evaluations.jsonl`.
+`test` adds a line to `evaluations.jsonl`. `training/record` adds `run.json` and the report.
 """
 
 import logging
@@ -18,6 +18,7 @@ from lightning.pytorch.trainer.connectors.logger_connector.result import convert
 
 from lit_llm.data.rows.identity import differences
 from lit_llm.errors import InputError
+from lit_llm.report import facts, writing
 from lit_llm.system import lock
 from lit_llm.system.private import lightning as private
 from lit_llm.system.redaction import redact
@@ -103,6 +104,8 @@ class RunFolder(Callback):
             if not self.resumed and mine and (aside := _set_aside(folder)) is not None:
                 self._aside = aside
                 (aside / lock.NAME).unlink(missing_ok=True)
+                if (aside / facts.RUN).is_file():
+                    writing.try_to_write(aside)     # its commands name the folder
             folder.mkdir(parents=True, exist_ok=True)
         self._claim(trainer)                        # the new one
         self._made = trainer.is_global_zero         # from here on its content belongs to this run
@@ -245,7 +248,7 @@ class RunFolder(Callback):
                 self._keep_data(trainer)
         if self.resumed or trainer.global_step or not self._made or not folder.is_dir():
             return
-        for name in ("config.yaml", "data.json", "metrics.csv", "metrics.json"):
+        for name in ("config.yaml", "data.json", "metrics.csv", "metrics.json", *writing.FILES):
             (folder / name).unlink(missing_ok=True)
         for name in ("tokenizer", "checkpoints"):
             shutil.rmtree(folder / name, ignore_errors=True)
@@ -267,8 +270,11 @@ class RunFolder(Callback):
     def _keep(self, trainer: L.Trainer, split: str) -> None:
         if trainer.state.fn != "fit":
             self.after = evaluation.record(trainer, split, self.config)
+            if trainer.is_global_zero and (Path(trainer.default_root_dir) / facts.RUN).is_file():
+                writing.try_to_write(Path(trainer.default_root_dir))
             return
         self.after = figures_of(trainer, f"{split}/")
+        self._keep_data(trainer)
         if trainer.is_global_zero:
             evaluation.write_metrics(Path(trainer.default_root_dir), trainer.global_step, self.after, self.before)
 

@@ -14,12 +14,13 @@ from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
 
 from lit_llm.data.datamodule import TextDataModule
 from lit_llm.errors import InputError, did_you_mean
+from lit_llm.report.rows import MEMORY, SPEED
 from lit_llm.system.private import lightning as private
 from lit_llm.training.parallel.processes import end_together
 from lit_llm.training.run.checkpoint import StepCheckpoint
 
 log = logging.getLogger(__name__)
-TRAINED = [f"train/{name}" for name in ("loss", "lr", "aux_loss", "grad_norm", "skipped_steps")]    # at some steps only
+TRAINED = [*(f"train/{name}" for name in ("loss", "lr", "aux_loss", "grad_norm", "skipped_steps")), SPEED, MEMORY]
 MEASURED = [f"val/{name}" for name in ("nll", "perplexity", "bits_per_byte", "token_accuracy", "tokens")]
 BEST = "val/nll"                                    # the default of StepCheckpoint; other modules may not log it
 COUNTED = ("epoch", "step")                         # Lightning's ModelCheckpoint monitors them as well
