@@ -63,6 +63,7 @@ def test_every_module_is_in_the_list_of_its_folder(name):
 def test_the_order_of_a_step(tmp_path, tiny_model, monkeypatch):
     """The actors of a step of two micro-batches, in the order of the table's rows."""
     from lit_llm import CausalLMModule, Source, TextDataModule, Trainer
+    from lit_llm.training.record.speed import Speed
     from lit_llm.training.run.checkpoint import StepCheckpoint
     from lit_llm.training.run.finite import FiniteGuard
     from lit_llm.training.run.preemption import Preemption
@@ -82,7 +83,7 @@ def test_the_order_of_a_step(tmp_path, tiny_model, monkeypatch):
     noted(CausalLMModule, "lr_scheduler_step", "optim, then the schedule")
     noted(FiniteGuard, "on_train_batch_end", "run/finite")
     for kind, name in ((RunFolder, "run/run_folder"), (Progress, "run/progress"), (StepCheckpoint, "run/checkpoint"),
-                       (Preemption, "run/preemption")):
+                       (Preemption, "run/preemption"), (Speed, "record/speed")):
         noted(kind, "on_train_batch_end", name)
     rows = tmp_path / "chats.jsonl"
     rows.write_text('{"prompt": "say one", "completion": "one"}\n{"prompt": "say two", "completion": "two two two"}\n')

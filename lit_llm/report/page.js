@@ -41,7 +41,7 @@
         dots[number].setAttribute("cx", at(here, chart.x));
         dots[number].setAttribute("cy", at(value, chart.y));
         dots[number].setAttribute("visibility", "visible");
-        return series.name + (here === step ? " " : " (" + here.toLocaleString("en") + ") ") + Number(value.toPrecision(5));
+        return series.name + (here === step ? " " : " (" + here.toLocaleString("en") + ") ") + Number(value.toPrecision(6));
       });
       output.textContent = step.toLocaleString("en") + ": " + words.join(", ");
     };

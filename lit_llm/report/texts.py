@@ -93,8 +93,8 @@ TEXTS = {
 
 def text(key: str) -> str:
     """A text in both languages as HTML, of which the page shows one; unknown keys are shown as they are."""
-    english, chinese = TEXTS.get(key, (key, key))
-    if english == chinese:
-        return html.escape(english)
+    if key not in TEXTS:
+        return html.escape("".join(char for char in key if char.isprintable()))
+    english, chinese = TEXTS[key]
     return (f'<span class="en" lang="en">{html.escape(english)}</span>'
             f'<span class="zh" lang="zh">{html.escape(chinese)}</span>')

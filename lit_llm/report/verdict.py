@@ -57,8 +57,8 @@ def warnings(course: Course) -> list[str]:
     if final is not None and final > limit:
         after = f" after {course.passes:.0f} passes over the same data" if again and course.passes is not None else ""
         messages.append(f"the training loss is still {final:.2f} nats per token{after} (perplexity "
-                        f"{math.exp(final):,.1f}): the training data are not learned yet; raise trainer.max_epochs or "
-                        "model.lr, and with adapters model.lora.r")
+                        f"{_perplexity(final):,.1f}): the training data are not learned yet; raise trainer.max_epochs "
+                        "or model.lr, and with adapters model.lora.r")
     messages += _risen(course)
     return messages
 
@@ -71,13 +71,17 @@ def _risen(course: Course) -> list[str]:
     step, best = min(finite, key=lambda pair: pair[1])
     last = finite[-1][1]
     if course.before is not None and course.before < best and best - course.before > math.log(RISES):
-        return [f"validation is worse than before training (perplexity {math.exp(course.before):,.3f} before, "
-                f"{math.exp(best):,.3f} at its best): training made held-out data worse; lower model.lr or "
+        return [f"validation is worse than before training (perplexity {_perplexity(course.before):,.3f} before, "
+                f"{_perplexity(best):,.3f} at its best): training made held-out data worse; lower model.lr or "
                 "trainer.max_epochs, or add data"]
     if last - best > math.log(RISES):
-        return [f"validation rises: perplexity {math.exp(best):,.3f} at step {step:,}, {math.exp(last):,.3f} at the "
-                "end; the best checkpoint is exported, and a shorter run (trainer.max_epochs) would suffice"]
+        return [f"validation rises: perplexity {_perplexity(best):,.3f} at step {step:,}, {_perplexity(last):,.3f} at "
+                "the end; the best checkpoint is exported, and a shorter run (trainer.max_epochs) would suffice"]
     return []
+
+
+def _perplexity(nll: float) -> float:
+    return math.exp(nll) if nll < 700 else math.inf
 
 
 def course_of(run: Path, before: float | None = None) -> Course:

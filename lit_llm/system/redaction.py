@@ -13,6 +13,7 @@ import sys
 from collections import Counter
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
 from itertools import pairwise
 from typing import Any
 
@@ -113,6 +114,7 @@ def redacted_argv() -> Generator[None, None, None]:
         sys.argv = words
 
 
+@lru_cache(maxsize=4096)                            # the names of the environment are asked for at each text
 def names_secret(key: str) -> bool:
     """Whether a key's name indicates a secret.
 
