@@ -159,12 +159,14 @@ def _tool(verb: str, options: list[str]) -> None:
     """Call a function whose arguments are the options."""
     module, _, name = TOOLS[verb][0].partition(":")
     function = getattr(import_module(module), name)
-    if options and not options[0].startswith("-"):
+    if verb == "report":
+        options = _with_runs(options)
+    elif options and not options[0].startswith("-"):
         options = [FOLDERS[verb], *options]
     parser = ToolParser(prog=f"python -m lit_llm {verb}", description=TOOLS[verb][1], allow_abbrev=False)
     parser.add_argument("-c", "--config", action="config", help="YAML with this verb's options")
     parser.add_function_arguments(function, as_group=False)
-    arguments = parser.parse_args(_with_runs(options) if verb == "report" else options).as_dict()
+    arguments = parser.parse_args(options).as_dict()
     arguments.pop("config", None)
     settings.check_plain(arguments)
     settings.check_arguments("", arguments, function, prefix=verb)
