@@ -1,7 +1,7 @@
-"""Linear layers whose weights lie in oneDNN's blocked layout: inference on a CPU reads them once a step, in order.
+"""Store the weights of linear layers in oneDNN's blocked layout, so that inference on a CPU reads them once per step.
 
-A step of an engine multiplies few rows (one for each request) by every weight. From the layout of PyTorch, the library
-rearranges a weight anew in each product. Milliseconds of CPU time for all linear layers of a Llama of 32M parameters,
+A step of an engine multiplies few rows (one for each request) by every weight. With PyTorch's layout, the library
+rearranges a weight again in each product. Milliseconds of CPU time for all linear layers of a Llama of 32M parameters,
 one thread of an AMD EPYC with AVX512 and BF16 instructions:
 
     rows                    1       8      32     256
@@ -10,8 +10,8 @@ one thread of an AMD EPYC with AVX512 and BF16 instructions:
     bfloat16, plain       8.0    10.2    16.3    76.3
     bfloat16, packed      5.1     5.5    12.0    70.7
 
-The plain weights are given up, so that memory stays as it was; only an output head that is tied to the embedding is
-kept twice.
+The plain weights are released, so the memory stays the same; only an output head that is tied to the embedding is
+stored twice.
 """
 
 from functools import partial

@@ -1,4 +1,4 @@
-"""The bytes that each token of a tokenizer stands for."""
+"""Compute the bytes of text that each token of a tokenizer represents."""
 
 import re
 from functools import cache
@@ -8,7 +8,7 @@ BYTE = re.compile(r"<0x([0-9A-F]{2})>")             # sentencepiece's token for 
 
 
 def spellings(hf: Any) -> list[bytes]:
-    """Bytes of each token, which join to the text; added tokens as they are spelled, and empty for ids without a token.
+    """Bytes of each token, which concatenate to the text; added tokens as spelled; empty for ids without a token.
 
     Args:
         hf: A fast tokenizer of transformers, byte-level or sentencepiece's.
@@ -16,17 +16,17 @@ def spellings(hf: Any) -> list[bytes]:
     backend = hf.backend_tokenizer
     added, vocabulary = backend.get_added_tokens_decoder(), hf.get_vocab()
     byte_level = '"ByteLevel"' in backend.to_str()
-    found = [b""] * (max([*vocabulary.values(), *added]) + 1)
+    token_bytes = [b""] * (max([*vocabulary.values(), *added]) + 1)
     for text, id_ in vocabulary.items():
         if id_ in added:
-            found[id_] = added[id_].content.encode()
+            token_bytes[id_] = added[id_].content.encode()
         elif byte_level:
-            found[id_] = b"".join(_byte_of().get(char) or char.encode() for char in text)
+            token_bytes[id_] = b"".join(_byte_of().get(char) or char.encode() for char in text)
         elif match := BYTE.fullmatch(text):
-            found[id_] = bytes.fromhex(match[1])
+            token_bytes[id_] = bytes.fromhex(match[1])
         else:
-            found[id_] = text.replace("▁", " ").encode()
-    return found
+            token_bytes[id_] = text.replace("▁", " ").encode()
+    return token_bytes
 
 
 @cache

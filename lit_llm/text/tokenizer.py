@@ -302,8 +302,8 @@ class Tokenizer:
         The second row applies to a text's first token: sentencepiece adds a space before the text that is not part of
         it. (Some tokenizers add none if the text begins with a space; then one byte is missing.)
         """
-        counts = np.array([0 if id_ in self.special_ids else len(each)
-                           for id_, each in enumerate(self.spellings[:self.vocab_size])], dtype=np.int64)
+        counts = np.array([0 if id_ in self.special_ids else len(spelling)
+                           for id_, spelling in enumerate(self.spellings[:self.vocab_size])], dtype=np.int64)
         counts = np.pad(counts, (0, self.vocab_size - len(counts)))
         first, start = counts.copy(), self.encode_text("a")[0]
         if self.hf.convert_ids_to_tokens(start).startswith("▁"):

@@ -1,4 +1,4 @@
-"""Facts about conversations of the data for the model card: some questions, and how many follow each other."""
+"""Collect facts about conversations for the model card: some questions, and how many a conversation has."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -11,7 +11,7 @@ from lit_llm.text.tokenizer import SPEAKERS, Tokenizer
 
 USER = SPEAKERS.index("user")
 SEQUENCES = 1000                                    # of a corpus, at equal distances
-LONGEST = 2**16                                     # tokens of a sequence; the rest of a longer one is not looked at
+LONGEST = 2**16                                     # tokens that are read of a sequence
 QUESTIONS, CHARACTERS = 4, 80                       # questions, and characters of each at most
 
 
@@ -25,24 +25,25 @@ def conversations(plans: Mapping[Any, Plan], tokenizer: Tokenizer) -> dict[str, 
     Returns:
         `questions`, and `turns` of the training data; empty without conversations.
     """
-    found = {stage: list(_user_messages(plans[stage].corpus)) for stage in ("val", "train") if stage in plans}
-    if not any(found.values()):
+    messages_of_stage = {
+        stage: list(_user_messages(plans[stage].corpus)) for stage in ("val", "train") if stage in plans}
+    if not any(messages_of_stage.values()):
         return {}
     questions: dict[str, None] = {}
-    for messages in found.values():
+    for messages in messages_of_stage.values():
         step = max(1, len(messages) // (4 * QUESTIONS))
         for first, *_ in messages[::step]:
             text = tokenizer.decode(first).strip()
             if 0 < len(text) <= CHARACTERS and text.isprintable() and len(questions) < QUESTIONS:
                 questions[text] = None
-    trained = found.get("train") or found.get("val") or []
+    trained = messages_of_stage.get("train") or messages_of_stage.get("val") or []
     return {"questions": list(questions), "turns": max(map(len, trained), default=0)}
 
 
 def _user_messages(corpus: Corpus) -> Iterator[list[np.ndarray]]:
     """The token ids of each user message, for some conversations of a corpus."""
-    talks = np.flatnonzero(~corpus.is_document)
-    for sequence in talks[:: max(1, len(talks) // SEQUENCES)][:SEQUENCES].tolist():
+    sequences = np.flatnonzero(~corpus.is_document)
+    for sequence in sequences[:: max(1, len(sequences) // SEQUENCES)][:SEQUENCES].tolist():
         tokens, marks = corpus.marked(sequence, 0, min(LONGEST, int(corpus.lengths[sequence])))
         edges = np.flatnonzero(np.diff(np.concatenate([[0], marks >> 1 == USER, [0]]).astype(np.int8)))
         if len(edges):

@@ -36,14 +36,15 @@ def matrices(model: Any, folder: Path) -> dict[str, Matrices]:
     wrapped = starting.load(model, folder)
     layers = adapter.adapted_layers(wrapped)
     # The head sees the last tokens of prompts only.
-    other = [name for name, (layer, is_plain) in layers.items() if not is_plain or layer.get_base_layer() is head]
-    found = {name: Matrices(layer.lora_A["default"].weight.detach(),
+    unsupported = [name for name, (layer, is_plain) in layers.items() if not is_plain or layer.get_base_layer() is head]
+    by_layer = {name: Matrices(layer.lora_A["default"].weight.detach(),
                              layer.lora_B["default"].weight.detach() * layer.scaling["default"])
-             for name, (layer, _) in layers.items() if name not in other}
+                for name, (layer, _) in layers.items() if name not in unsupported}
     wrapped.unload()
     for weight in model.parameters():
         weight.requires_grad_(id(weight) in before)
-    if other or not found:
-        what = f"changes {other[0]} by more than LoRA on a linear layer" if other else "changes no layer of this model"
+    if unsupported or not by_layer:
+        what = (f"changes {unsupported[0]} by more than LoRA on a linear layer" if unsupported else
+                "changes no layer of this model")
         raise InputError(f"{folder} {what}", where=WHERE, fix=ALONE)
-    return found
+    return by_layer

@@ -1,8 +1,8 @@
-"""Scores of documents in `predict`, also where processes share each layer's weights.
+"""Score documents in `predict`, also if processes share each layer's weights.
 
 Such processes must make the same number of forward passes, but their batches may have different numbers of documents,
-and Lightning gives some of them a batch more. Before each batch they agree on the largest number of documents; a rank
-that has fewer, or no batch left, computes padding instead.
+and Lightning gives some of them one batch more. Before each batch they exchange the largest number of documents; a rank
+with fewer, or without a batch, computes padding instead.
 """
 
 from typing import TYPE_CHECKING, Protocol
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class Module(Protocol):
-    """What is needed of a module, which its trainer has connected."""
+    """The required interface of a module with a trainer."""
 
     @property
     def trainer(self) -> "Trainer":
