@@ -2,7 +2,6 @@
 
 import re
 import shlex
-import subprocess
 import sys
 from pathlib import Path
 
@@ -15,11 +14,11 @@ def blocks(name, language):
     return re.findall(rf"```{language}\n(.*?)```", (PACKAGE / name / "README.md").read_text(encoding="utf-8"), re.DOTALL)
 
 
-def test_a_record_on_its_way_to_a_batch(tmp_path):
+def test_a_record_on_its_way_to_a_batch(tmp_path, monkeypatch, capsys):
     (code,), (wanted,) = blocks("data", "python"), blocks("data", "text")
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env={"PYTHONPATH": str(PACKAGE.parent)},
-                          capture_output=True, text=True, timeout=120, check=True)
-    assert done.stdout == wanted
+    monkeypatch.chdir(tmp_path)
+    exec(code, {"__name__": "__main__"})
+    assert capsys.readouterr().out == wanted
 
 
 def test_another_term_in_the_loss(tmp_path, tiny_model):
@@ -99,20 +98,21 @@ def test_the_order_of_a_step(tmp_path, tiny_model, monkeypatch):
         assert cell.startswith(actor), (last, who)
 
 
-def test_parts_of_ones_own(tmp_path):
+def test_parts_of_ones_own(tmp_path, monkeypatch):
     """The module learns three sentences under Lightning's trainer, and is the same after saving and loading."""
     code = blocks("training", "python")[1] + """
 (before,) = trainer.validate(CausalLMModule(base="sample:base"), loader, verbose=False)
 assert trainer.validate(module, loader, verbose=False)[0]["val/nll"] < before["val/nll"] - 0.5
 assert sum(int(scores["tokens"].sum()) for scores in trainer.predict(module, loader)) == before["val/tokens"]
 """
-    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env={"PYTHONPATH": str(PACKAGE.parent)}, timeout=120,
-                   check=True, capture_output=True)
+    monkeypatch.chdir(tmp_path)
+    exec(code, {"__name__": "__main__"})
 
 
 def test_a_package_of_ones_own_on_the_command_line(tmp_path, tiny_model, monkeypatch):
     """The command of the README, on a package as it is described."""
     from lit_llm.cli.main import main
+    from lit_llm.system import class_paths
 
     monkeypatch.chdir(tmp_path)
     (tmp_path / "my_package.py").write_text("""
@@ -143,3 +143,4 @@ class Note(Callback):
     assert [(tmp_path / name).read_text() for name in ("weight", "note")] == ["0.0001", "begins"]
     sys.path[:] = [path for path in sys.path if path != str(tmp_path)]
     del sys.modules["my_package"]
+    class_paths.opened.clear()

@@ -8,6 +8,7 @@ parser, as are keys whose values are classes.
 import glob
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -86,10 +87,20 @@ def own_classes(options: Sequence[str]) -> dict[str, str]:
 
 def _is_key(key: str) -> bool:
     """Whether this is a key, part of a mapping, or a group of keys; the parser's own options are accepted."""
-    every = pages.all_keys()
-    leaves = [name for name in every if name != NESTED and not any(other.startswith(f"{name}.") for other in every)]
-    return (key in every or key in pages.table()["nested"] or key.startswith(("print_", "trust-checkpoint"))
-            or any(key.startswith(f"{leaf}.") for leaf in leaves))
+    return (key in pages.all_keys() or key in pages.table()["nested"] or key.startswith(("print_", "trust-checkpoint"))
+            or any(above in pages.all_keys() and above not in _groups() for above in _above(key)))
+
+
+def _above(key: str) -> list[str]:
+    """The groups that a key is in: `a` and `a.b` for `a.b.c`."""
+    parts = key.split(".")
+    return [".".join(parts[:count]) for count in range(1, len(parts))]
+
+
+@cache
+def _groups() -> frozenset[str]:
+    """The keys that have others below them."""
+    return frozenset(group for key in pages.all_keys() for group in _above(key)) | {NESTED}
 
 
 def _is_of_other_verbs(verb: str, key: str) -> bool:
@@ -222,8 +233,7 @@ def _flat(value: Any, prefix: str) -> Iterator[tuple[str, Any]]:
     """Keys of a nested mapping, down to the values."""
     for name, part in value.items() if isinstance(value, Mapping) else ():
         key = f"{prefix}{name}"
-        holds = any(other.startswith(f"{key}.") for other in (*pages.all_keys(), *pages.table()["nested"])
-                    if key not in SOURCES)
+        holds = key in _groups() and key not in SOURCES
         if isinstance(part, Mapping) and part and (holds or not _is_key(key)):
             yield from _flat(part, f"{key}.")
         else:
