@@ -23,6 +23,7 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
 from lit_llm.errors import InputError
+from lit_llm.inference.guidance import Guidance
 from lit_llm.inference.loading import model_folder, tokenizer_folder
 from lit_llm.text.tokenizer import Tokenizer
 from serve import chat_page, private
@@ -199,6 +200,8 @@ def build(settings: Settings, routes: type[Routes] = Routes) -> Server:
     spec = routes(tokenizer, tuple(dict.fromkeys(names)), settings.limits, settings.keys,
                   unlisted=(settings.model,), strict=settings.strict)
     options = {"max_running": settings.limits.max_running, "stop_ids": tokenizer.stop_ids, **settings.engine}
+    if isinstance(spec.guidance, Guidance):
+        options["constraints"] = spec.guidance
     # LitServe would start a worker on each GPU, so it gets none; the engine selects its device itself.
     server = Server(EngineAPI(folder, options, spec=spec), accelerator="cpu", devices=1, workers_per_device=1,
                     timeout=False, restart_workers=True)

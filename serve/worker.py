@@ -21,6 +21,7 @@ from litserve.loops import LitLoop
 
 from lit_llm.errors import InputError
 from lit_llm.inference.engine import Engine, EngineStats, Event
+from lit_llm.inference.guidance import Guidance
 from lit_llm.inference.sampling import SamplingParams
 
 BEAT_SECONDS = 1.0
@@ -115,7 +116,7 @@ class EngineLoop(LitLoop):
         self._engine: Engine = lit_api.engine
         self._orders: queue.SimpleQueue[Add | Cancel] = queue.SimpleQueue()
         self._stepping_since: float | None = None
-        for task in (lambda: self._read(request_queue), self._beat):
+        for task in (lambda: self._read(request_queue), self._beat, self._prepare):
             threading.Thread(target=_or_die, args=(task,), daemon=True).start()
         _or_die(self._work)
 
@@ -148,7 +149,16 @@ class EngineLoop(LitLoop):
         while True:
             # A get without a timeout would outlive a killed worker in the queue's process and take an order.
             with suppress(queue.Empty):
-                self._orders.put(request_queue.get(timeout=BEAT_SECONDS))
+                order = request_queue.get(timeout=BEAT_SECONDS)
+                if isinstance(order, Add) and order.params.grammar and self._engine.constraints:
+                    with suppress(InputError):          # compiled here, so that no step waits for it
+                        self._engine.constraints(order.params.grammar, self._engine.vocab_size)
+                self._orders.put(order)
+
+    def _prepare(self) -> None:
+        """Make constraints ready before the first request needs them."""
+        if isinstance(self._engine.constraints, Guidance):
+            self._engine.constraints.prepare()
 
     def _beat(self) -> None:
         boot = uuid.uuid4().hex

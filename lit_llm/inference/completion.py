@@ -5,7 +5,7 @@ It handles incomplete characters, stop strings and the encoding of prompts.
 
 import itertools
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -54,12 +54,20 @@ class Detokenizer:
 
     It decodes a sliding window and not with the library's `DecodeStream`, which raises an error when a byte-fallback
     vocabulary generates bytes that are not UTF-8.
+
+    Args:
+        tokenizer: The model's tokenizer.
+        prompt_tokens: Tokens of the prompt.
+        stop: Strings that end the answer.
+        min_tokens: Stop strings that end within these tokens have no effect.
+        markers: Spellings of special tokens that are part of the text, such as those around tool calls.
     """
 
     tokenizer: "Tokenizer"
     prompt_tokens: int
     stop: tuple[str, ...] = ()
-    min_tokens: int = 0                             # stop strings that end within these tokens have no effect
+    min_tokens: int = 0
+    markers: Mapping[int, str] = field(default_factory=dict)
     text: str = ""
     _ids: list[int] = field(default_factory=list)
     _drawn: int = 0
@@ -71,9 +79,12 @@ class Detokenizer:
              logprob: TokenLogprob | None = None) -> Completion:
         """Add a token and return the new piece, often empty. A stop string ends the answer."""
         self._drawn += 1
+        before = len(self.text)
+        if token_id in self.markers and finish_reason != "stop":
+            self._decode("stop")                    # what is held back ends here
+            self.text += self.markers[token_id]
         if finish_reason != "stop":                 # the stop token is not part of the text
             self._ids.append(token_id)
-        before = len(self.text)
         self._decode(finish_reason)
         end = len(self.text)
         ends = [(at + len(stop), at) for stop in self.stop

@@ -19,10 +19,12 @@ class Grammar:
     Args:
         kind: The language that `text` is written in; the factory knows its names.
         text: What the answer must satisfy.
+        where: The field of the request that it comes from, for errors.
     """
 
     kind: str
     text: str
+    where: str = "grammar"
 
 
 class Constraint(Protocol):

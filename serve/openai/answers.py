@@ -29,6 +29,7 @@ class Shape:
 
     def __init__(self, model: str, choices: Sequence[Choice], writer: LogprobWriter, *, chat: bool) -> None:
         self.chat, self._choices, self._writer = chat, choices, writer
+        self._messages = [choice.plan.message_builder() for choice in choices]
         name = "chat.completion" if chat else "text_completion"
         prefix = "chatcmpl" if chat else "cmpl"
         head = {"id": f"{prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
@@ -44,9 +45,9 @@ class Shape:
         choices = []
         for index, pieces in enumerate(answers):
             text = "".join(piece.text for piece in pieces)
-            message = {"role": "assistant", "content": text, "refusal": None}
-            content = {"message": message} if self.chat else {"text": text}
-            choices.append(self._choice(index, content, pieces[-1].finish_reason, pieces))
+            self._messages[index].push(text, final=True)
+            content = {"message": self._messages[index].message()} if self.chat else {"text": text}
+            choices.append(self._choice(index, content, self._reason(index, pieces[-1]), pieces))
         return {**self._whole, "choices": choices, "usage": usage(self._choices, [pieces[-1] for pieces in answers])}
 
     def openings(self) -> list[dict[str, Any]]:
@@ -56,12 +57,14 @@ class Shape:
 
     def chunks(self, index: int, piece: Completion) -> list[dict[str, Any]]:
         """The chunks of a piece, at its end one with the finish reason."""
-        parts = []
-        if piece.text or piece.logprobs:
-            content = {"content": piece.text} if self.chat else {"text": piece.text}
-            parts.append(self._with(index, content, None, [piece]))
+        contents = [{"text": piece.text}] if piece.text else []
+        if self.chat:                                   # text is held back until its part of the message is known
+            contents = self._messages[index].push(piece.text, final=piece.finish_reason is not None)
+        if piece.logprobs and not contents:
+            contents = [{"content": ""} if self.chat else {"text": ""}]
+        parts = [self._with(index, content, None, () if number else [piece]) for number, content in enumerate(contents)]
         if piece.finish_reason:
-            parts.append(self._with(index, {} if self.chat else {"text": ""}, piece.finish_reason))
+            parts.append(self._with(index, {} if self.chat else {"text": ""}, self._reason(index, piece)))
         return parts
 
     def accounts(self, lasts: Sequence[Completion]) -> dict[str, Any]:
@@ -76,6 +79,9 @@ class Shape:
     def _choice(self, index: int, content: dict[str, Any], finish_reason: str | None,
                 pieces: Sequence[Completion]) -> dict[str, Any]:
         return {"index": index, **content, "logprobs": self._logprobs(pieces), "finish_reason": finish_reason}
+
+    def _reason(self, index: int, last: Completion) -> str | None:
+        return self._messages[index].finish_reason(last.finish_reason) if self.chat else last.finish_reason
 
     def _logprobs(self, pieces: Sequence[Completion]) -> dict[str, Any] | None:
         tokens = [token for piece in pieces for token in piece.logprobs]

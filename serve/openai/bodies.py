@@ -14,16 +14,16 @@ from lit_llm.errors import InputError
 from lit_llm.inference.sampling import DEFAULT_TEMPERATURE, SamplingParams
 from lit_llm.system import ranges
 from serve.errors import ApiError, bad_request
+from serve.openai.replies import Wish, wish
 
 MOST = 2**31 - 1                                    # limit on new tokens
 MOST_PROMPTS = 2048
 # Accepted without effect: bookkeeping of OpenAI's own service, and hints for speed.
 IGNORED = frozenset({"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key",
-                     "prompt_cache_retention", "prediction", "parallel_tool_calls"})
+                     "prompt_cache_retention", "prediction"})
 # Not supported: refused unless the value requests the default behaviour.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "suffix": ("",), "tools": ([],), "tool_choice": ("none", "auto"), "functions": ([],),
-    "function_call": ("none", "auto"), "response_format": ({"type": "text"},), "modalities": (["text"],), "audio": (),
+    "suffix": ("",), "functions": ([],), "function_call": ("none", "auto"), "modalities": (["text"],), "audio": (),
     "web_search_options": (), "use_beam_search": (False,), "prompt_embeds": (),
 }
 
@@ -145,6 +145,21 @@ class ChatCompletionBody(Sampling):
     reasoning_effort: str | None = Field(None, max_length=40)
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
+    tools: list[dict[str, Any]] | None = None
+    tool_choice: str | dict[str, Any] | None = None
+    parallel_tool_calls: bool | None = None
+    response_format: dict[str, Any] | None = None
+
+    def wish(self) -> Wish:
+        """What the request asks of its answer, but for sampling.
+
+        Raises:
+            ApiError: A field of tools or of the response format is invalid.
+        """
+        try:
+            return wish(self.tools, self.tool_choice, self.parallel_tool_calls, self.response_format)
+        except InputError as error:
+            raise bad_request(error) from None
 
     def _logprobs(self) -> tuple[int | None, int | None]:
         return (self.top_logprobs or 0 if self.logprobs else None), None

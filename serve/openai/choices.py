@@ -9,6 +9,7 @@ from typing import TypeVar
 from lit_llm.errors import InputError
 from lit_llm.inference.sampling import SamplingParams
 from serve.errors import ApiError, bad_request
+from serve.openai.replies import PLAIN, Plan
 
 T = TypeVar("T")
 SEEDS = 2**63                                       # seeds are below this
@@ -24,6 +25,7 @@ class Choice:
         sample: Which answer to this prompt it is; the prompt's tokens are counted with the first.
         echo: The text of the prompt, if it is part of the answer's text.
         is_empty: Whether nothing is generated: the engine's token is left out.
+        plan: How the text of a chat completion is read.
     """
 
     ids: list[int]
@@ -31,6 +33,7 @@ class Choice:
     sample: int = 0
     echo: str | None = None
     is_empty: bool = False
+    plan: Plan = PLAIN
 
 
 def fitted(ids: Sequence[int], params: SamplingParams, context_length: int, field: str) -> SamplingParams:

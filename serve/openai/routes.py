@@ -19,6 +19,7 @@ from litserve.specs.base import LitSpec
 from lit_llm.errors import InputError
 from lit_llm.inference.completion import Completion, Detokenizer
 from lit_llm.inference.engine import Event
+from lit_llm.inference.guidance import guidance_or_reason
 from lit_llm.inference.sampling import SamplingParams
 from lit_llm.text.conversation import Conversation, Document, Message
 from lit_llm.text.tokenizer import Tokenizer
@@ -30,6 +31,7 @@ from serve.openai.bodies import ChatBody, ChatCompletionBody, CompletionBody, Sa
 from serve.openai.choices import Choice, checked, fitted, merged, samples
 from serve.openai.ignored import IgnoredFields
 from serve.openai.logprobs import LogprobWriter
+from serve.openai.replies import Plan, Planner, Wish
 from serve.openai.streams import EventStream, events, until_disconnect, whole
 
 T = TypeVar("T")
@@ -56,6 +58,8 @@ class Routes(LitSpec):
         self._accepted = {*names, *unlisted}
         self.tokenizer, self._created = tokenizer, int(time.time())
         self._logprobs = LogprobWriter(tokenizer)
+        self.guidance = guidance_or_reason(tokenizer)
+        self._planner = Planner(tokenizer, self.guidance if isinstance(self.guidance, InputError) else None)
         # One thread: tokenizing a long prompt must not block other streams, and calls must not overlap.
         self._encoding = ThreadPoolExecutor(1, "tokenizer")
         for path, (method, route) in self.routes().items():
@@ -105,11 +109,16 @@ class Routes(LitSpec):
         if body.reasoning_effort is not None and "reasoning_effort" not in self.tokenizer.template_variables:
             ignored += ("reasoning_effort",)
         headers = self.ignored.headers(ignored)
-        params = body.params()
-        ids = await self.encode(lambda: self._prompt(body), "messages", request)
-        params = self._fit(ids, params, "messages")
-        return await self._serve([Choice(ids, each, at) for at, each in enumerate(samples(params, body.n or 1))],
-                                 body, request, headers, chat=True)
+        params, asked = body.params(), body.wish()
+
+        def encode() -> tuple[list[int], Plan]:
+            ids = self._prompt(body, asked)
+            return ids, self._planner.plan(asked, ids)
+
+        ids, plan = await self.encode(encode, "messages", request)
+        params = replace(self._fit(ids, params, "messages"), grammar=plan.grammar)
+        choices = [Choice(ids, each, at, plan=plan) for at, each in enumerate(samples(params, body.n or 1))]
+        return await self._serve(choices, body, request, headers, chat=True)
 
     async def completions(self, body: CompletionBody, request: Request) -> Response:
         """Continue texts or tokens."""
@@ -190,7 +199,8 @@ class Routes(LitSpec):
     async def pieces(self, choice: Choice, events: Reply) -> AsyncGenerator[Completion, None]:
         """Decode the events of `EngineClient.ask`; closing the stream cancels the request."""
         params = choice.params
-        detokenizer = Detokenizer(self.tokenizer, len(choice.ids), params.stop, params.min_tokens)
+        detokenizer = Detokenizer(self.tokenizer, len(choice.ids), params.stop, params.min_tokens,
+                                  choice.plan.markers)
         async with aclosing(events):
             is_first = True
             async for reply in events:
@@ -224,12 +234,12 @@ class Routes(LitSpec):
         known = self.tokenizer.vocab_size
         return prompt, self.tokenizer.decode(id_ for id_ in prompt if 0 <= id_ < known)
 
-    def _prompt(self, body: ChatCompletionBody) -> list[int]:
+    def _prompt(self, body: ChatCompletionBody, asked: Wish) -> list[int]:
         given = dict(body.chat_template_kwargs or {})
         self.tokenizer.check_template_args(given, "chat_template_kwargs")
         if body.reasoning_effort is not None and "reasoning_effort" in self.tokenizer.template_variables:
             given.setdefault("reasoning_effort", body.reasoning_effort)
-        conversation = Conversation.from_openai(body.messages, template_args=given)
+        conversation = Conversation.from_openai(body.messages, asked.tools, given)
         if body.continue_final_message:
             return self.tokenizer.encode_continuation(conversation)
         return self.tokenizer.encode_prompt(conversation, generation_prompt=body.add_generation_prompt is not False)

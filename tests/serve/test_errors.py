@@ -53,7 +53,7 @@ def shape(reply, status):
     ({"messages": [*USER, {"role": "assistant", "content": "x"}], "continue_final_message": True, "add_generation_prompt": True},
      "continue_final_message"),
     ({"messages": [{"role": "assistant", "content": "x"}], "continue_final_message": True}, "messages"),
-    ({"messages": USER, "response_format": {"type": "json_object"}}, "response_format"),
+    ({"messages": USER, "response_format": {"type": "xml"}}, "response_format"),
     ({"messages": USER, "presence_penalty": 2.5}, "presence_penalty"), ({"messages": USER, "frequency_penalty": "x"}, "frequency_penalty"),
     ({"messages": [{"role": "user", "content": "word " * 25_000}]}, "messages"),
     ({"messages": [{"role": "user", "content": "word " * 25_000}], "stream": True}, "messages"),

@@ -77,7 +77,7 @@ class ChatTemplate(Renderer):
 
     def __init__(self, render: Render, special_tokens: list[str], eos: str) -> None:
         super().__init__(render, special_tokens)
-        self._eos = eos
+        self.eos = eos
 
     def render(self, conversation: Conversation, *, generation_prompt: bool = False) -> Rendered:
         """Text, literal spans and answer spans of a conversation.
@@ -185,6 +185,17 @@ class ChatTemplate(Renderer):
                         ((place, len(prompt.text), len(prompt.text) + len(answer)),),
                         (*prompt.speakers, *((*span, "assistant") for span in shifted)))
 
+    def answer_text(self, conversation: Conversation) -> str:
+        """What the model generates as the last message of a conversation, with its stop token.
+
+        Raises:
+            InputError: As in `render` and `served`.
+        """
+        rendered = self.render(conversation)
+        rendered = rendered if rendered.answers else self.served(conversation)
+        _, start, stop = rendered.answers[-1]
+        return rendered.text[start:stop]
+
     def _begin(self, prompt: Rendered, fresh: str, prompt_end: int, own: Span | None) -> int | None:
         """Where the answer begins in `fresh`; None if the prompt opens a reasoning block that `fresh` lacks.
 
@@ -246,7 +257,7 @@ class ChatTemplate(Renderer):
             return "", "?"
         ends = [match for match in self.special.finditer(tails[0])
                 if not match.start() or tails[-1].startswith(tails[0][:match.end()])]
-        own = [match for match in ends if match[0] == self._eos]
+        own = [match for match in ends if match[0] == self.eos]
         more = list(takewhile(lambda match: match[0] not in opens, ends[1:]))
         first = next(self.special.finditer(tails[0]), None)
         last = own[0] if own else more[-1] if more else first
@@ -265,7 +276,7 @@ class ChatTemplate(Renderer):
         if rest:
             raise InputError(f"the chat template ends an answer with {rest[:40]!r}, which is not a control token of "
                              "this tokenizer, so generation would not stop there")
-        return self._eos
+        return self.eos
 
     @cached_property
     def stop_tokens(self) -> tuple[str, ...]:
@@ -276,10 +287,7 @@ class ChatTemplate(Renderer):
         for calls in ((call,), (call, call)):
             with suppress(InputError):
                 calling = Conversation((question, Message("assistant", tool_calls=calls)), (PROBE_TOOL,))
-                rendered = self.render(calling)
-                rendered = rendered if rendered.answers else self.served(calling)
-                ((_, start, stop),) = rendered.answers
-                stops += self.special.findall(rendered.text, start, stop)[-1:]
+                stops += self.special.findall(self.answer_text(calling))[-1:]
         return tuple(dict.fromkeys(stops))
 
 

@@ -1,0 +1,328 @@
+"""If this breaks: agents get calls as text, calls of other functions, arguments that their schema refuses, or half a call in a
+stream; a JSON answer does not parse; one client's schema stops the answers of the others.
+
+The model is real and was trained on a conversation with calls, so that it calls by itself. Clients: the `openai` package, and
+plain HTTP. Oracle of schemas: the `jsonschema` package.
+"""
+
+import copy
+import json
+import threading
+import time
+
+import jsonschema
+import openai
+import pydantic
+import pytest
+
+from lit_llm.text.conversation import Conversation
+
+TEMPLATE = (
+    "{% if tools %}{{ '<|im_start|>system\n' }}{% for t in tools %}{{ t.function.name + ' ' }}{% endfor %}{{ '<|im_end|>\n' }}{% endif %}"
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}{% if m.reasoning_content %}{{ '<think>\n' + m.reasoning_content + "
+    "'\n</think>\n\n' }}{% endif %}{{ m.content or '' }}{% for c in m.tool_calls or [] %}{{ '\n<tool_call>\n{\"name\": \"' + "
+    "c.function.name + '\", \"arguments\": ' }}{{ c.function.arguments if c.function.arguments is string else "
+    "c.function.arguments|tojson }}{{ '}\n</tool_call>' }}{% endfor %}{{ '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% if enable_thinking is defined and not enable_thinking %}"
+    "{{ '<think>\n\n</think>\n\n' }}{% endif %}{% endif %}")
+QUICK = {"chat_template_kwargs": {"enable_thinking": False}}        # the prompt closes the block of reasoning
+WEATHER = {"type": "function", "function": {"name": "get_weather", "description": "The weather of a place.", "parameters": {
+    "type": "object", "properties": {"city": {"type": "string", "maxLength": 8}, "days": {"type": "integer", "minimum": 1, "maximum": 9},
+                                     "unit": {"$ref": "#/$defs/unit"}},
+    "required": ["city", "unit"], "additionalProperties": False, "$defs": {"unit": {"enum": ["C", "F"]}}}}}
+NOTE = {"type": "function", "function": {"name": "note", "parameters": {
+    "type": "object", "properties": {"tags": {"type": "array", "items": {"enum": ["a", "b"]}, "maxItems": 2},
+                                     "done": {"type": ["boolean", "null"]}},
+    "required": ["tags", "done"], "additionalProperties": False}}}
+TOOLS = [WEATHER, NOTE]
+SCHEMAS = {tool["function"]["name"]: tool["function"]["parameters"] for tool in TOOLS}
+ASKED = {"role": "user", "content": "Paris and Oslo?"}
+CALLS = [("get_weather", {"city": "Paris", "days": 2, "unit": "C"}), ("get_weather", {"city": "奥斯陆 \"O\"", "unit": "F"})]
+ANSWERED = {"role": "assistant", "reasoning_content": "Two places.", "content": "I look.", "tool_calls": [
+    {"id": f"abcdefgh{number}", "type": "function", "function": {"name": name, "arguments": json.dumps(arguments, ensure_ascii=False)}}
+    for number, (name, arguments) in enumerate(CALLS)]}
+RESULTS = [{"role": "tool", "tool_call_id": f"abcdefgh{number}", "content": text} for number, text in enumerate(["rain", "snow"])]
+BOTH = {"role": "user", "content": "Both at once!"}
+LAST = {"role": "assistant", "content": "Wet."}
+PERSON = {"type": "object", "properties": {"name": {"type": "string", "maxLength": 6}, "age": {"type": "integer", "minimum": 0, "maximum": 99}},
+          "required": ["name", "age"], "additionalProperties": False}
+
+
+@pytest.fixture(scope="session")
+def calling_model(tiny_tokenizer, tmp_path_factory):
+    """A tiny Llama that was trained until it gives the answers of one conversation."""
+    import torch
+    from tokenizers import AddedToken
+    from transformers import AutoTokenizer
+
+    from lit_llm.models.load import init_causal_lm
+    from lit_llm.text.tokenizer import Tokenizer
+
+    hf = AutoTokenizer.from_pretrained(tiny_tokenizer)
+    hf.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>", "<tool_call>", "</tool_call>"]})
+    hf.add_tokens([AddedToken(text, special=False, normalized=False) for text in ("<think>", "</think>")])
+    hf.chat_template = TEMPLATE
+    folder = str(tmp_path_factory.mktemp("calling") / "calling")
+    hf.save_pretrained(folder)
+    tokenizer = Tokenizer.load(folder)
+    batches = []
+    for messages in ([ASKED, ANSWERED, *RESULTS, LAST], [BOTH, {**ANSWERED, "content": "", "reasoning_content": None}]):
+        (sequence,) = tokenizer.encode_conversation(Conversation.from_openai(messages, TOOLS))
+        ids, labels = (torch.tensor(part[None], dtype=torch.int64) for part in (sequence.input_ids, sequence.labels))
+        batches.append({"input_ids": ids, "labels": labels})
+    torch.manual_seed(0)
+    shape = {"model_type": "llama", "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
+             "num_key_value_heads": 2, "max_position_embeddings": 4096}
+    model = init_causal_lm(shape, vocab_size=tokenizer.vocab_size, bos_token_id=None, eos_token_id=tokenizer.eos_id,
+                           pad_token_id=tokenizer.pad_id)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    for _ in range(200):
+        loss = sum(model(**batch).loss for batch in batches)
+        if loss < 0.01:
+            break
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert loss < 0.01
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def calling(calling_model, start_server):
+    return start_server("--model", calling_model)
+
+
+@pytest.fixture(scope="module")
+def client(calling):
+    return openai.OpenAI(base_url=f"{calling.url}/v1", api_key="none", max_retries=0)
+
+
+def chat(client, messages=(ASKED,), **options):
+    return client.chat.completions.create(model="calling", messages=list(messages), **({"temperature": 0, "max_tokens": 300} | options))
+
+
+def assembled(stream):
+    """The message of a stream, as a client joins its chunks, and the finish reason."""
+    content = reasoning = ""
+    calls, reason = [], None
+    for chunk in stream:
+        (choice,) = chunk.choices
+        content += choice.delta.content or ""
+        reasoning += getattr(choice.delta, "reasoning_content", None) or ""
+        for part in choice.delta.tool_calls or ():
+            if part.id:
+                assert part.index == len(calls)
+                calls.append([part.id, part.function.name, ""])
+            calls[part.index][2] += part.function.arguments
+        reason = reason or choice.finish_reason
+    return content, reasoning, calls, reason
+
+
+def read(calls):
+    return [(call.function.name, json.loads(call.function.arguments)) for call in calls or ()]
+
+
+def valid(calls):
+    """Every call has arguments that its schema allows."""
+    for name, arguments in calls:
+        jsonschema.validate(arguments, SCHEMAS[name])
+    return [name for name, _ in calls]
+
+
+def test_trained_calls_are_answered_and_their_results_are_read(client):
+    answer = chat(client, tools=TOOLS).choices[0]
+    assert answer.finish_reason == "tool_calls"
+    message = answer.message
+    assert (message.content, message.reasoning_content, read(message.tool_calls)) == ("I look.", "Two places.", CALLS)
+    ids = [call.id for call in message.tool_calls]
+    assert len(set(ids)) == 2
+    back = message.model_dump(exclude_none=True)
+    results = [result | {"tool_call_id": id_} for result, id_ in zip(RESULTS, ids, strict=True)]
+    last = chat(client, [ASKED, back, *results], tools=TOOLS).choices[0]
+    assert (last.message.content, last.message.tool_calls, last.finish_reason) == ("Wet.", None, "stop")
+
+
+def test_calls_come_in_pieces(client):
+    chunks = list(chat(client, tools=TOOLS, stream=True))
+    content, reasoning, calls, reason = assembled(chunks)
+    assert (content, reasoning, reason) == ("I look.", "Two places.", "tool_calls")
+    assert [(name, json.loads(arguments)) for _, name, arguments in calls] == CALLS
+    pieces = [part for chunk in chunks for part in chunk.choices[0].delta.tool_calls or () if not part.id]
+    assert len(pieces) > 2 * len(CALLS)                 # not each in one piece
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("seed", range(3))
+def test_required_and_named_functions_are_called_with_valid_arguments(seed, stream, client):
+    """The prompt is unknown to the model, and it draws at random: only the grammar makes it call."""
+    messages = [{"role": "user", "content": "Tom has a kite."}]
+
+    def calls(**options):
+        answer = chat(client, messages, tools=TOOLS, temperature=1.5, seed=seed, stream=stream, extra_body=QUICK, **options)
+        if stream:
+            _, _, found, reason = assembled(answer)
+            return [(name, json.loads(arguments)) for _, name, arguments in found], reason
+        return read(answer.choices[0].message.tool_calls), answer.choices[0].finish_reason
+
+    found, reason = calls(tool_choice="required", parallel_tool_calls=False)
+    assert len(valid(found)) == 1
+    assert reason == "tool_calls"
+    for name in SCHEMAS:
+        found, reason = calls(tool_choice={"type": "function", "function": {"name": name}})
+        assert (valid(found), reason) == ([name], "tool_calls")
+
+
+def test_required_allows_several_calls(client):
+    message = chat(client, [BOTH], tools=TOOLS, tool_choice="required").choices[0].message
+    assert read(message.tool_calls) == CALLS
+    assert message.content is None
+
+
+def test_one_call_at_most_and_none(client):
+    message = chat(client, tools=TOOLS, parallel_tool_calls=False).choices[0].message
+    assert (message.content, read(message.tool_calls)) == ("I look.", CALLS[:1])
+    message = chat(client, tools=TOOLS, tool_choice="none", max_tokens=40).choices[0].message
+    assert message.tool_calls is None
+
+
+def test_strict_tools_keep_to_their_schema(client):
+    """The trained answer has a city that this schema refuses."""
+    strict = copy.deepcopy(WEATHER)
+    strict["function"]["strict"] = True
+    strict["function"]["parameters"]["properties"]["city"] = {"enum": ["Oslo", "Rome"]}
+    message = chat(client, tools=[strict, NOTE]).choices[0].message
+    assert message.content == "I look."
+    assert {arguments["city"] for _, arguments in read(message.tool_calls)} <= {"Oslo", "Rome"}
+    assert message.tool_calls
+
+
+def test_json_answers(client):
+    for seed in range(4):
+        for given in ({"type": "json_object"}, {"type": "json_schema", "json_schema": {"name": "p", "schema": PERSON, "strict": True}}):
+            answer = chat(client, [{"role": "user", "content": "Tom?"}], response_format=given, temperature=1.0, seed=seed, max_tokens=2000,
+                          extra_body=QUICK)
+            found = json.loads(answer.choices[0].message.content)
+            assert isinstance(found, dict)
+            if given["type"] == "json_schema":
+                jsonschema.validate(found, PERSON)
+
+
+def test_pydantic_models_are_parsed(client):
+    class Person(pydantic.BaseModel):
+        name: str = pydantic.Field(max_length=6)
+        kind: list[str] = pydantic.Field(max_length=0)
+
+    parsed = client.chat.completions.parse(model="calling", messages=[ASKED], response_format=Person, temperature=1, seed=1, max_tokens=400,
+                                           extra_body=QUICK)
+    assert isinstance(parsed.choices[0].message.parsed, Person)
+    tool = openai.pydantic_function_tool(Person)
+    parsed = client.chat.completions.parse(model="calling", messages=[ASKED], tools=[tool], tool_choice="required", temperature=1, seed=1,
+                                           parallel_tool_calls=False, max_tokens=400, extra_body=QUICK)
+    assert isinstance(parsed.choices[0].message.tool_calls[0].function.parsed_arguments, Person)
+
+
+def test_max_tokens_ends_a_call(client):
+    for size in (12, 25, 40):
+        answer = chat(client, tools=TOOLS, tool_choice={"type": "function", "function": {"name": "note"}}, max_tokens=size).choices[0]
+        assert answer.finish_reason in ("length", "tool_calls")
+        assert "tool_call" not in (answer.message.content or "")
+
+
+SCHEMA = {"type": "json_schema", "json_schema": {"name": "x", "strict": True}}
+
+
+def asked(schema):
+    return {"response_format": {**SCHEMA, "json_schema": SCHEMA["json_schema"] | {"schema": schema}}}
+
+
+def deep(levels):
+    schema = {"type": "string"}
+    for _ in range(levels):
+        schema = {"type": "object", "properties": {"a": schema}}
+    return schema
+
+
+REFUSED = {
+    "no function": ({"tools": [{"type": "function"}]}, "tools", "a tool must be"),
+    "a bad name": ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools", "letters"),
+    "two of a name": ({"tools": [NOTE, NOTE]}, "tools", "two functions 'note'"),
+    "many tools": ({"tools": [NOTE] * 200}, "tools", "at most 128"),
+    "required without tools": ({"tool_choice": "required"}, "tool_choice", "needs tools"),
+    "an unknown function": ({"tools": TOOLS, "tool_choice": {"type": "function", "function": {"name": "x"}}}, "tool_choice", "no function 'x'"),
+    "an unknown choice": ({"tools": TOOLS, "tool_choice": "sometimes"}, "tool_choice", "must be none"),
+    "an unknown format": ({"response_format": {"type": "xml"}}, "response_format", "json_object"),
+    "no schema": ({"response_format": {"type": "json_schema"}}, "response_format", "json_schema must be"),
+    "a remote reference": (asked({"$ref": "http://127.0.0.1:9/a.json"}), "response_format", "the same schema"),
+    "a file": (asked({"type": "object", "properties": {"a": {"$ref": "file:///etc/passwd"}}}), "response_format", "the same schema"),
+    "a reference to itself": (asked({"$ref": "#"}), "response_format", "no text satisfies it"),
+    "a circle": (asked({"$ref": "#/$defs/a", "$defs": {"a": {"$ref": "#/$defs/b"}, "b": {"$ref": "#/$defs/a"}}}), "response_format", "no text"),
+    "a missing reference": (asked({"$ref": "#/$defs/a"}), "response_format", "cannot be enforced"),
+    "deep": (asked(deep(60)), "response_format", "levels deep"),
+    "large": (asked({"enum": ["x" * 50] * 4000}), "response_format", "characters"),
+    "many values": (asked({"enum": list(range(6000))}), "response_format", "values"),
+    "long": (asked({"type": "string", "minLength": 10**9}), "response_format", "10,000"),
+    "a long pattern": (asked({"type": "string", "pattern": "(a|b)*" * 200}), "response_format", "pattern"),
+    "a pattern that looks ahead": (asked({"type": "string", "pattern": "(?=a)b"}), "response_format", "regex"),
+    "combinations": (asked({"allOf": [{"anyOf": [{"properties": {f"{n}{m}": {"const": m}}} for m in range(8)]} for n in range(8)]}),
+                     "response_format", "too large"),
+    "an impossible one": (asked({"type": "object", "properties": {"a": False}, "required": ["a"]}), "response_format", "cannot be enforced"),
+    "not enforceable": (asked({"type": "array", "uniqueItems": True}), "response_format", "uniqueItems"),
+}
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_a_bad_wish_is_a_400_that_says_why(kind, calling):
+    options, param, words = REFUSED[kind]
+    for stream in (False, True):
+        reply = calling.http.post("/v1/chat/completions", json={"messages": [ASKED], "max_tokens": 5, "stream": stream, **options})
+        assert reply.status_code == 400, reply.text[:300]
+        error = reply.json()["error"]
+        assert error["param"] == param
+        assert words in error["message"]
+        assert len(error["message"]) < 400
+
+
+HEAVY = {
+    "nested repetition": {"type": "string", "pattern": "^(a+)+$"},
+    "large repetition": {"type": "string", "pattern": "^(.*a.{20}){20}$"},
+    "counted": {"type": "string", "pattern": "^(a{1,9999}){1,9999}$"},
+    "long lists": {"type": "array", "minItems": 900, "items": {"type": "array", "minItems": 900, "items": {"type": "string"}}},
+    "doubling": {"$defs": {f"d{n}": {"type": "object", "properties": {key: {"$ref": f"#/$defs/d{n + 1}"} for key in "ab"}} for n in range(40)}
+                 | {"d40": {}}, "$ref": "#/$defs/d0"},
+    "many properties": {"type": "object", "properties": {f"p{n}": {"type": "string", "pattern": "^(a|b)*c{0,100}$"} for n in range(900)}},
+    "many choices": {"oneOf": [{"const": f"x{n}"} for n in range(1500)]},
+}
+
+
+def test_a_heavy_schema_stops_no_other_answer(calling, client):
+    """Streams of others go on while heavy schemas are compiled and followed; each heavy request ends."""
+    gaps, done = [], threading.Event()
+
+    def stream():
+        last = time.monotonic()
+        while not done.is_set():
+            for _ in chat(client, stream=True, max_tokens=200, temperature=1):
+                gaps.append(time.monotonic() - last)
+                last = time.monotonic()
+
+    alone = chat(client, tools=TOOLS).choices[0].message
+    other = threading.Thread(target=stream)
+    other.start()
+    try:
+        for schema in HEAVY.values():
+            reply = calling.http.post("/v1/chat/completions", json={"messages": [ASKED], "max_tokens": 60, "temperature": 1, **asked(schema)})
+            assert reply.status_code in (200, 400, 500), reply.text[:300]
+    finally:
+        done.set()
+        other.join()
+    assert len(gaps) > 20
+    assert max(gaps) < 10
+    assert read(chat(client, tools=TOOLS).choices[0].message.tool_calls) == read(alone.tool_calls)
+    calling.until(lambda: calling.health() == (200, 0))
+
+
+def test_a_template_without_tools_is_refused_with_the_reason(server):
+    reply = server.http.post("/v1/chat/completions", json={"messages": [ASKED], "tools": TOOLS, "max_tokens": 3})
+    assert reply.status_code == 400
+    assert "does not support tools" in reply.json()["error"]["message"]
