@@ -9,9 +9,6 @@ import json
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.battery import fitted
-from tests.chats import quick
-from tests.styles import STYLES
 from transformers import AutoTokenizer
 
 from lit_llm.errors import InputError
@@ -19,6 +16,9 @@ from lit_llm.text.conversation import Conversation, Message
 from lit_llm.text.replies import learning
 from lit_llm.text.replies.parser import ReplyParser
 from lit_llm.text.replies.syntax import CallSyntax, Reasoning, parameters_of
+from tests.conversations import quick
+from tests.template_cases import fitted
+from tests.template_styles import STYLES
 
 NO_TOOLS = "does not show the tools"
 PUBLISHED = {                                           # whether calls read back, and how many a message may have; or the reason

@@ -71,6 +71,16 @@ class Vocabulary:
             raise InputError("answers of this model cannot be constrained: its tokens do not join to the text")
         return made
 
+    def of_bytes(self) -> "Vocabulary":
+        """A vocabulary of single bytes with the same special ids: small, and as good for the check of a grammar."""
+        tokens = [b""] * (len(self.tokens) + 256)
+        for id_ in self.special_ids:
+            tokens[id_] = self.tokens[id_]
+        free = (id_ for id_, token in enumerate(tokens) if not token and id_ not in self.stop_ids)
+        for byte, id_ in zip(range(256), free, strict=False):
+            tokens[id_] = bytes([byte])
+        return Vocabulary(tuple(tokens), self.special_ids, self.stop_ids)
+
     def __call__(self, text: "str | bytes") -> list[int]:
         """A tokenization of a text, the longest tokens first; the library asks for it."""
         rest, ids = text.encode() if isinstance(text, str) else text, list[int]()
@@ -126,6 +136,14 @@ class Guidance:
                 if len(self._compiled) > COMPILED:
                     self._compiled.popitem(last=False)
         return Guide(matcher.deep_copy(), vocab_size)
+
+    def check(self, grammar: Grammar) -> None:
+        """Refuse a grammar that cannot be used.
+
+        Raises:
+            InputError: As in a call.
+        """
+        self(grammar, len(self.vocabulary.tokens))
 
     def prepare(self) -> None:
         """Build the library's tokenizer, which takes about a second for a vocabulary of 150,000 tokens."""

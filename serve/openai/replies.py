@@ -8,7 +8,7 @@ from typing import Any, cast
 
 from lit_llm.errors import InputError
 from lit_llm.inference.constraint import Grammar
-from lit_llm.inference.guidance import LARK
+from lit_llm.inference.guidance import LARK, Guidance
 from lit_llm.text.replies import grammar, learning, schema
 from lit_llm.text.replies.parser import Part, ReplyParser
 from lit_llm.text.replies.syntax import CallSyntax, Reasoning, parameters_of
@@ -198,11 +198,13 @@ class Planner:
 
     Args:
         tokenizer: The model's tokenizer.
-        obstacle: Why answers cannot be constrained; null if they can.
+        guidance: The engine's factory of constraints, or the reason why answers cannot be constrained.
     """
 
-    def __init__(self, tokenizer: Tokenizer, obstacle: InputError | None) -> None:
-        self._tokenizer, self._obstacle = tokenizer, obstacle
+    def __init__(self, tokenizer: Tokenizer, guidance: Guidance | InputError) -> None:
+        self._tokenizer, self._guidance = tokenizer, guidance
+        if isinstance(guidance, Guidance):              # checks grammars before they are sent to the engine
+            self._guidance = Guidance(guidance.vocabulary.of_bytes())
 
     def plan(self, asked: Wish, prompt_ids: Sequence[int]) -> Plan:
         """Plan the answer after a prompt.
@@ -220,10 +222,12 @@ class Planner:
         if not asked.is_constrained:
             return plan
         where = "response_format" if asked.answer_schema is not None else "tools"
-        if self._obstacle is not None:
-            raise InputError(self._obstacle.what, where=where)
+        if isinstance(self._guidance, InputError):
+            raise InputError(self._guidance.what, where=where)
         text = self._grammar(asked, syntax, in_reasoning if tags is not None else None)
-        return replace(plan, grammar=Grammar(LARK, text, where))
+        constraint = Grammar(LARK, text, where)
+        self._guidance.check(constraint)
+        return replace(plan, grammar=constraint)
 
     def _grammar(self, asked: Wish, syntax: CallSyntax | None, in_reasoning: bool | None) -> str:
         if syntax is None:

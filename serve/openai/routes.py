@@ -59,7 +59,7 @@ class Routes(LitSpec):
         self.tokenizer, self._created = tokenizer, int(time.time())
         self._logprobs = LogprobWriter(tokenizer)
         self.guidance = guidance_or_reason(tokenizer)
-        self._planner = Planner(tokenizer, self.guidance if isinstance(self.guidance, InputError) else None)
+        self._planner = Planner(tokenizer, self.guidance)
         # One thread: tokenizing a long prompt must not block other streams, and calls must not overlap.
         self._encoding = ThreadPoolExecutor(1, "tokenizer")
         for path, (method, route) in self.routes().items():
