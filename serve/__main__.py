@@ -37,7 +37,9 @@ def parse(argv: list[str] | None = None, program: str = "python -m serve") -> ar
     add("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"),
         help="auto uses the checkpoint's dtype, default: %(default)s")
     add("--threads", default="auto", help="number of CPU threads, or auto, which measures the fastest number at start")
-    add("--adapter", help="folder of a PEFT adapter to apply to the model")
+    add("--adapter", action="append", default=[], help="FOLDER of a PEFT adapter to merge into the model; or "
+        "NAME=FOLDER, several times, for LoRA adapters that are served beside the model, each as a model of its own")
+    add("--quantize", choices=("nf4", "int8"), help="keep the weights of linear layers in 4 or 8 bits (bitsandbytes)")
     add("--max-running", default=32, type=int, help="requests computed concurrently, default: %(default)s")
     add("--max-waiting", default=64, type=int, help="requests that may wait; others get a 429, default: %(default)s")
     add("--max-body-bytes", default=1_000_000, type=int,
@@ -108,9 +110,7 @@ def _build(options: argparse.Namespace) -> tuple[Any, Any]:
     if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", options.device):
         raise InputError(f"'{ranges.shown(options.device)}' is not one of auto, cpu, mps, cuda, cuda:N",
                          where="--device")
-    if options.adapter is not None and not Path(options.adapter, "adapter_config.json").is_file():
-        raise InputError(f"{ranges.shown(options.adapter)} has no adapter_config.json, so it is not an adapter",
-                         where="--adapter", fix="give a folder in PEFT's format")
+    merged, named = _adapters(options.adapter)
     if options.threads != "auto":
         number(options.threads)
     from lit_llm.inference.loading import model_folder
@@ -129,11 +129,31 @@ def _build(options: argparse.Namespace) -> tuple[Any, Any]:
     network = Network(options.host, options.port, tuple(options.allowed_host), tuple(options.cors_origin),
                       options.keep_alive_seconds, options.request_seconds, options.max_connections,
                       options.drain_seconds)
-    engine = {"device": options.device, "dtype": options.dtype, "adapter": options.adapter,
-              "threads": options.threads}
+    engine = {"device": options.device, "dtype": options.dtype, "adapter": merged, "adapters": named,
+              "quantize": options.quantize, "threads": options.threads}
     settings = Settings(options.model, tuple(options.name), network, keys, limits, engine, options.log_level,
                         options.strict)
     return build(settings), settings
+
+
+def _adapters(given: list[str]) -> tuple[str | None, dict[str, str]]:
+    """The adapter to merge, and the named ones.
+
+    Raises:
+        InputError: A folder that is not an adapter, a name that is given twice, or both kinds together.
+    """
+    named = [re.fullmatch(r"([A-Za-z0-9][A-Za-z0-9._-]*)=(.+)", text) if not Path(text).is_dir() else None
+             for text in given]
+    folders = [match[2] if match else text for match, text in zip(named, given, strict=True)]
+    for folder in folders:
+        if not Path(folder, "adapter_config.json").is_file():
+            raise InputError(f"{ranges.shown(folder)} has no adapter_config.json, so it is not an adapter",
+                             where="--adapter", fix="give a folder in PEFT's format")
+    names = [match[1] for match in named if match]
+    if len(set(names)) < len(given) > 1:
+        raise InputError("several adapters need different names, and one without a name is merged into the model alone",
+                         where="--adapter", fix="--adapter NAME=FOLDER for each")
+    return (None, dict(zip(names, folders, strict=True))) if names else (folders[0] if folders else None, {})
 
 
 def _log(level: str) -> None:

@@ -120,8 +120,13 @@ class EngineClient:
             raise ApiError(429, f"the server is busy: {self.in_flight} requests are running or waiting",
                            code="queue_full", headers={"Retry-After": "1"})
 
-    def ask(self, prompt_ids: list[int], params: SamplingParams) -> "Reply":
+    def ask(self, prompt_ids: list[int], params: SamplingParams, adapter: str | None = None) -> "Reply":
         """Send a request to the engine.
+
+        Args:
+            prompt_ids: Tokens of the prompt.
+            params: How its tokens are drawn.
+            adapter: Name of the adapter that is applied; null is the base.
 
         Returns:
             Its events; the caller closes it, which cancels a request that is not finished.
@@ -132,7 +137,7 @@ class EngineClient:
         self.admit()
         reply = Reply(self, len(prompt_ids))
         self._replies[reply.request_id] = reply
-        self.orders.put(Add(reply.request_id, prompt_ids, params))
+        self.orders.put(Add(reply.request_id, prompt_ids, params, adapter))
         return reply
 
     def forget(self, reply: "Reply", *, cancel: bool) -> None:

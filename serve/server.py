@@ -195,10 +195,14 @@ def build(settings: Settings, routes: type[Routes] = Routes) -> Server:
     """
     folder, network = model_folder(settings.model), settings.network
     _check_port(network.host, network.port)
-    tokenizer = Tokenizer.load(tokenizer_folder(folder, settings.engine.get("adapter")))
+    adapters: dict[str, str] = settings.engine.get("adapters") or {}
     names = settings.names or (_name(folder),)
+    if doubled := adapters.keys() & {*names, settings.model}:
+        raise InputError(f"'{min(doubled)}' is the name of the model and of an adapter", where="--adapter")
+    tokenizer = _shared_tokenizer(folder, [settings.engine["adapter"]] if settings.engine.get("adapter") else
+                                  list(adapters.values()))
     spec = routes(tokenizer, tuple(dict.fromkeys(names)), settings.limits, settings.keys,
-                  unlisted=(settings.model,), strict=settings.strict)
+                  unlisted=(settings.model,), strict=settings.strict, adapters=tuple(adapters))
     options = {"max_running": settings.limits.max_running, "stop_ids": tokenizer.stop_ids, **settings.engine}
     if isinstance(spec.guidance, Guidance):
         options["constraints"] = spec.guidance
@@ -210,6 +214,20 @@ def build(settings: Settings, routes: type[Routes] = Routes) -> Server:
     server.network = network
     _own_app(server.app, spec, settings, folder)
     return server
+
+
+def _shared_tokenizer(folder: str, adapters: list[str]) -> Tokenizer:
+    """The tokenizer of a model with its adapters.
+
+    Raises:
+        InputError: The adapters were trained with different ones.
+    """
+    tokenizer = Tokenizer.load(tokenizer_folder(folder, adapters[0] if adapters else None))
+    for adapter in adapters[1:]:
+        if Tokenizer.load(tokenizer_folder(folder, adapter)).fingerprint != tokenizer.fingerprint:
+            raise InputError(f"{adapters[0]} and {adapter} were trained with different tokenizers or chat templates",
+                             where="--adapter", fix="serve them on two ports")
+    return tokenizer
 
 
 def _name(folder: str) -> str:

@@ -35,6 +35,7 @@ class Add:
     request_id: str
     prompt_ids: list[int]
     params: SamplingParams
+    adapter: str | None = None                      # its name; null is the base
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,7 +139,7 @@ class EngineLoop(LitLoop):
                 self._engine.cancel(order.request_id)
                 continue
             try:
-                self._engine.add(order.request_id, order.prompt_ids, order.params)
+                self._engine.add(order.request_id, order.prompt_ids, order.params, order.adapter)
             except InputError as error:
                 refused.append(Event(order.request_id, None, error=error))
                 break                               # send the event now, even if the engine is idle

@@ -159,6 +159,8 @@ class Engine:
 
         if threads != "auto":
             number(threads)                         # first, because the weights take longer
+        for each in (adapters or {}).values():
+            loading.check_base(str(folder), each)
         loaded = loading.load(str(folder), device, dtype, adapter, quantize)
         attached = unmerged.load(loaded, adapters or {})
         packed_linear.pack(loaded)

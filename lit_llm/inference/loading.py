@@ -54,6 +54,18 @@ def _trained_on(adapter: str | Path) -> dict[str, Any]:
     return facts if isinstance(facts, dict) else {}
 
 
+def check_base(folder: str, adapter: str | Path) -> None:
+    """Refuse an adapter of another base, if the manifest of its checkpoint names that one.
+
+    Raises:
+        InputError: It was trained on another base.
+    """
+    facts = _trained_on(adapter)
+    if (wanted := facts.get("base_hash")) and origin.content_hash(folder) not in (None, wanted):
+        raise InputError(f"the adapter {adapter} was trained on another base, {facts.get('base')}", where="adapter",
+                         fix=f"give --model {facts.get('base')}, or the folder where that base lies now")
+
+
 def tokenizer_folder(folder: str, adapter: str | Path | None = None) -> str:
     """The folder of a model's tokenizer: of the adapter, of its run, of the model, or of its base."""
     for place in [Path(given).resolve() for given in (adapter, folder) if given]:
@@ -80,9 +92,8 @@ def load(folder: str, device: str, dtype: str, adapter: str | Path | None, quant
     facts = _trained_on(adapter or folder) if adapter or _adapter_base(folder) else {}
     if base := _adapter_base(folder):
         folder, adapter = names.resolve(origin.locate(base, facts.get("base_hash"), Path(folder))), folder
-    elif (wanted := facts.get("base_hash")) and origin.content_hash(folder) not in (None, wanted):
-        raise InputError(f"the adapter {adapter} was trained on another base, {facts.get('base')}", where="adapter",
-                         fix=f"give --model {facts.get('base')}, or the folder where that base lies now")
+    elif adapter:
+        check_base(folder, adapter)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:

@@ -47,15 +47,16 @@ class Routes(LitSpec):
         keys: Bearer keys; without keys the API is open.
         unlisted: Further names that are accepted, such as the path of the model.
         strict: Refuse fields that have no effect.
+        adapters: Names of adapters, each served as a model of its own.
     """
 
     def __init__(self, tokenizer: Tokenizer, names: tuple[str, ...], limits: Limits, keys: tuple[str, ...], *,
-                 unlisted: tuple[str, ...] = (), strict: bool = False) -> None:
+                 unlisted: tuple[str, ...] = (), strict: bool = False, adapters: tuple[str, ...] = ()) -> None:
         super().__init__()
         self.ignored = IgnoredFields(strict=strict)
         self.api_path = "/v1/chat/completions"
         self.names, self.keys, self.engine = names, keys, EngineClient(limits)
-        self._accepted = {*names, *unlisted}
+        self.adapters, self._accepted = adapters, {*names, *unlisted, *adapters}
         self.tokenizer, self._created = tokenizer, int(time.time())
         self._logprobs = LogprobWriter(tokenizer)
         self.guidance = guidance_or_reason(tokenizer)
@@ -145,8 +146,8 @@ class Routes(LitSpec):
         return JSONResponse({"response": "".join(piece.text for piece in pieces)}, headers=headers)
 
     async def models(self) -> Response:
-        """List the served model, by each of its names."""
-        return JSONResponse({"object": "list", "data": [self._card(name) for name in self.names]})
+        """List the served model, by each of its names, and its adapters."""
+        return JSONResponse({"object": "list", "data": [self._card(name) for name in (*self.names, *self.adapters)]})
 
     async def model(self, name: str) -> Response:
         """The served model by name."""
@@ -168,8 +169,9 @@ class Routes(LitSpec):
     async def _serve(self, choices: list[Choice], body: Sampling, request: Request, headers: dict[str, str], *,
                      chat: bool) -> Response:
         self.engine.admit(len(choices))
-        replies = [self.engine.ask(choice.ids, choice.params) for choice in choices]
-        shape = Shape(self.names[0], choices, self._logprobs, chat=chat)
+        adapter = body.model if body.model in self.adapters else None
+        replies = [self.engine.ask(choice.ids, choice.params, adapter) for choice in choices]
+        shape = Shape(adapter or self.names[0], choices, self._logprobs, chat=chat)
         pieces = merged([self.pieces(*each) for each in zip(choices, replies, strict=True)])
         if not body.stream:
             try:
@@ -246,8 +248,11 @@ class Routes(LitSpec):
 
     def _check_model(self, name: str | None) -> None:
         if name and name not in self._accepted:
-            raise ApiError(404, f"this server has no such model; it serves '{self.names[0]}'", param="model",
+            raise ApiError(404, f"this server has no such model; it serves {self._all_names()}", param="model",
                            code="model_not_found")
+
+    def _all_names(self) -> str:
+        return ", ".join(f"'{name}'" for name in (self.names[0], *self.adapters))
 
     def _card(self, name: str) -> dict[str, Any]:
         return {"id": name or self.names[0], "object": "model", "created": self._created, "owned_by": "lit_llm",
