@@ -172,7 +172,7 @@ class EngineLoop(LitLoop):
 
 
 def _how_computed(engine: Engine) -> str:
-    """What the server says at its start about requests that come at the same time."""
+    """The message at the server's start about simultaneous requests."""
     if engine.obstacle:
         return f"requests are computed one by one: {engine.obstacle}"
     return (f"requests are computed together, at most {engine.max_running} at a time; keys and values of at most "

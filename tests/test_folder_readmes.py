@@ -50,7 +50,7 @@ def test_another_term_in_the_loss(tmp_path, tiny_model):
 
 @pytest.mark.parametrize("name", ["data", "training"])
 def test_every_module_is_in_the_list_of_its_folder(name):
-    """The listing has exactly the modules of the package, and descriptions."""
+    """Every module of the package is in the listing."""
     listed, _, _ = (PACKAGE / name / "README.md").read_text(encoding="utf-8").partition("\n## ")
     for folder in (PACKAGE / name, *(path for path in (PACKAGE / name).iterdir() if (path / "__init__.py").is_file())):
         modules = {path.stem for path in folder.glob("*.py") if path.stem != "__init__"}

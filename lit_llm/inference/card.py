@@ -16,7 +16,7 @@ QUESTIONS, CHARACTERS = 6, 200                      # example questions that are
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """What a model card says about talking to its model.
+    """Usage of a model according to its model card.
 
     Args:
         questions: Example questions.
@@ -69,7 +69,7 @@ def card(run: Path, facts: dict[str, Any], name: str, picture: str = "") -> str:
 
 
 def read_usage(folder: str | Path) -> Usage:
-    """What the card in a model's folder says about talking to it; a card of any origin is accepted.
+    """Read the usage from the card in a model's folder; a card of any origin is accepted.
 
     Args:
         folder: A folder with a README.md; without one, or with a damaged one, nothing is known.

@@ -28,7 +28,7 @@ class Grammar:
 
 
 class Constraint(Protocol):
-    """The state of one answer; the engine asks it before each token and tells it the token that was drawn."""
+    """The state of one answer; the engine queries it before each token and passes it the sampled token."""
 
     def allowed(self) -> "Tensor | None":
         """(V,) bool on the CPU, V being the model's vocabulary: true for each token that may come next.
@@ -37,7 +37,7 @@ class Constraint(Protocol):
         """
 
     def accept(self, token_id: int) -> None:
-        """The answer goes on with this token. It is not called for the token that ends the answer."""
+        """Continue the answer with this token. It is not called for the token that ends the answer."""
 
 
 # Builds a constraint from its description and the number of tokens of the model's vocabulary; it raises an `InputError`

@@ -41,7 +41,7 @@ class Metrics:
     """All metrics of a server."""
 
     def __init__(self) -> None:
-        disable_created_metrics()                   # a second line for each, which nobody reads
+        disable_created_metrics()                   # otherwise a second, unused line for each
         self.registry = registry = CollectorRegistry()
         self._responses = Counter("lit_llm_requests", "Responses by route and HTTP status; 0 is a lost connection.",
                                   ["route", "code"], registry=registry)

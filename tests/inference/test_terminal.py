@@ -1,4 +1,4 @@
-"""If this breaks: nobody can talk to a model in a terminal. Ctrl-C throws the conversation away, pasted lines become several
+"""If this breaks: chat does not work in a terminal. Ctrl-C throws the conversation away, pasted lines become several
 questions, a mistyped command is sent to the model, or what was typed is lost or open to others. A real terminal (pty), typed into.
 """
 

@@ -1,5 +1,5 @@
-"""If this breaks: a client that hangs up keeps its slot for ever, a full server answers nobody, a dead worker looks alive,
-processes stay behind, or strangers get in without a key.
+"""If this breaks: a client that disconnects keeps its slot forever, a full server answers no request, a dead worker looks alive,
+processes are left behind, or requests without a key are accepted.
 """
 
 import json
@@ -37,7 +37,7 @@ def test_hanging_up_frees_the_slot(server):
 
 
 def test_hanging_up_frees_the_tokenizer_too(server):
-    """Before the engine is asked: a chat that is still tokenized is in flight, and nobody's when its client is gone."""
+    """Before the engine gets it: a chat that is being tokenized is in flight, and is dropped when its client disconnects."""
     server.until(lambda: server.health() == (200, 0))
     long = {"messages": [{"role": "user", "content": "ab " * 330_000}], "max_tokens": 1}
     body = json.dumps(long).encode()
@@ -100,7 +100,7 @@ def refused(port):
 
 @pytest.mark.slow
 def test_keys_limits_a_killed_worker_and_the_end(start_server, endless_model):
-    """The life of one server, told in order, as each start takes seconds."""
+    """All stages of one server in order, because each start takes seconds."""
     server = start_server("--model", endless_model, "--api-key", "sesame", "--api-key", "second", "--max-running", "1",
                           "--max-waiting", "1", "--name", "tale", "--name", "alias", "--max-wait-seconds", "3", "--drain-seconds", "4")
     headers = {"Authorization": "Bearer sesame"}
@@ -127,7 +127,7 @@ def test_keys_limits_a_killed_worker_and_the_end(start_server, endless_model):
     assert (results[0].status_code, results[0].json()["error"]["code"], results[0].headers["retry-after"]) == (503, "wait_timeout", "5")
     assert streams[0].is_alive()
 
-    # The worker is killed: who waits for it is told within two seconds, nothing is ready, and another worker comes up.
+    # The worker is killed: waiting clients get an error within two seconds, the server is not ready, and another worker starts.
     threads, results = background(server, 1)
     server.until(lambda: server.health() == (200, 2))
     killed = time.monotonic()
@@ -146,7 +146,7 @@ def test_keys_limits_a_killed_worker_and_the_end(start_server, endless_model):
         assert server.http.post("/chat", json={"message": "Hi", "max_length": 2}, headers=headers).status_code == 200
     assert "lit_llm_worker_restarts_total 1.0" in server.http.get("/metrics").text
 
-    # SIGTERM: new requests are refused at once; what does not end in time is told; every process ends, with code 0.
+    # SIGTERM: new requests are refused at once; unfinished ones get an error; every process ends, with code 0.
     streams, streamed = background(server, 1, stream=True)
     server.until(lambda: server.health() == (200, 1))
     server.process.send_signal(signal.SIGTERM)
@@ -243,7 +243,7 @@ def test_a_mistake_takes_a_few_lines_and_code_2(words, said, server, endless_mod
 
 
 def test_a_request_that_was_lost_with_a_worker_is_not_left_to_the_next():
-    """It was told 503 and comes again; the new worker finds it in the queue, and would draw it to its end for nobody."""
+    """Its client got 503 and retries; the new worker finds it in the queue, and would generate it to its end for no client."""
     import asyncio
 
     from lit_llm.inference.sampling import SamplingParams

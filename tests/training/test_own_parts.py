@@ -131,14 +131,14 @@ def test_an_epoch_may_end_within_a_window(tiny_model, tmp_path):
 
 RANKS = """
 import sys, torch
-from tests.training.test_own_parts import Gradient, loader, ours
+from tests.training.test_own_parts import Gradient, loader, own_trainer
 from pathlib import Path
 from lit_llm import CausalLMModule
 
 if __name__ == "__main__":
     folder, strategy, accumulate = sys.argv[1:]
     seen = Gradient()
-    trainer = ours(Path("."), devices=2, strategy=strategy, accumulate_grad_batches=int(accumulate), max_steps=1,
+    trainer = own_trainer(Path("."), devices=2, strategy=strategy, accumulate_grad_batches=int(accumulate), max_steps=1,
                    log_every_n_steps=1, enable_checkpointing=False, precision="32-true", callbacks=[seen])
     trainer.fit(CausalLMModule(base=folder, lr=1e-12), loader(folder, "left", size=3 // int(accumulate)))
     if trainer.is_global_zero:

@@ -75,10 +75,10 @@ def _answer(request: Request, logits_TV: torch.Tensor) -> Answer:
 
 
 def _reads_cache(model: Any, prompt: list[int]) -> bool:
-    """Whether a token behind a cache has the logits that it has behind the tokens themselves.
+    """Whether a token has the same logits after a cache as after the tokens themselves.
 
-    Architectures that keep another state (Mamba, RWKV) accept the argument and ignore it: each token would be answered
-    as if it were the first. All tokens are read again for each new one then, which is slow and right.
+    Architectures with another state (Mamba, RWKV) accept the argument and ignore it, so each token would be computed
+    as if it were the first. For these, all tokens are read again for each new one, which is slow but correct.
     """
     from transformers import DynamicCache
 

@@ -33,7 +33,7 @@ class Batched:
         self._preempted: list[Request] = []
 
     def begin(self, request: Request) -> bool:
-        """Admit a request if there is room for its prompt; tokens that a slot still holds are taken over."""
+        """Admit a request if there is room for its prompt; tokens that a slot still contains are reused."""
         known = [] if request.needs_all_logits else request.ids     # the logits of tokens taken over are not known
         slot = self.slots.begin(known, len(request.ids) + min(request.left, AHEAD), request.adapter)
         request.state = slot

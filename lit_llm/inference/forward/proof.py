@@ -83,7 +83,7 @@ def _slot(place: Any) -> Any:
 
 
 def _windows_agree(config: Any, seen: dict[int, int | None]) -> bool:
-    """Whether layers said their sliding window, which short prompts do not show."""
+    """Whether layers pass their sliding window, which has no effect on short prompts."""
     window = getattr(config, "sliding_window", None)
     if not isinstance(window, int) or getattr(config, "use_sliding_window", True) is False:
         return set(seen.values()) == {None}

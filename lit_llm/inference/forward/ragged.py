@@ -142,7 +142,7 @@ class Step:
         rows = logits.split([len(part.ids) if part.every else 1 for part in self.parts])
         return [each if part.every else each[0] for part, each in zip(self.parts, rows, strict=True)]
 
-    # ---- what transformers asks of a cache ---------------------------------------------------------------------------
+# ---- the interface of transformers for a cache -----------------------------------------------------------------------
 
     is_compileable = False
     is_sliding = (False,)

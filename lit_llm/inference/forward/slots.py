@@ -23,15 +23,15 @@ class Slot:
     """The place of one request's keys and values.
 
     Args:
-        pool: Where it lies; a request that outgrows it moves to a larger one.
-        index: In the pool.
+        pool: Its pool; a request that outgrows it moves to a larger one.
+        index: Its index in the pool.
     """
 
     __slots__ = ("adapter", "ids", "index", "pool", "used")
 
     def __init__(self, pool: "Pool", index: int) -> None:
         self.pool, self.index = pool, index
-        self.ids: list[int] = []                    # the tokens whose keys and values it holds
+        self.ids: list[int] = []                    # the tokens whose keys and values it contains
         self.adapter: str | None = None             # with which they were computed
         self.used = 0                               # when it was last given to a request, as a count
 
@@ -209,7 +209,7 @@ class Slots:
                 new[found.index, :, :len(slot.ids)] = state[index, :, :len(slot.ids)]
         ids, place = slot.ids, found.index
         old.end(slot)
-        # The two change roles, so that whoever holds the request's slot still holds it.
+        # The two slots swap roles, so that references to the request's slot stay valid.
         empty = Slot(old, slot.index)
         old.slots[slot.index] = empty
         slot.pool, slot.index, slot.ids = pool, place, ids
@@ -241,7 +241,7 @@ class Slots:
             yield from pool.slots
 
     def _empty(self, pool: Pool) -> Slot | None:
-        """A slot of a pool that has no request, without its tokens; null where requests hold all there may be."""
+        """A slot of a pool that has no request, without its tokens; null if requests use all slots."""
         unused = next((slot for slot in pool.idle if not slot.ids), None)
         if unused is None and self._make_room(pool):
             unused = pool.slots[-1]
