@@ -173,13 +173,13 @@ def test_all_processes_of_a_step_are_weighed_together(tiny_model, tmp_path):
 
 PREDICT = """
 import sys, torch
-from tests.training.test_own_parts import loader, ours
+from tests.training.test_own_parts import loader, own_trainer
 from pathlib import Path
 from lit_llm import CausalLMModule
 
 if __name__ == "__main__":
     folder, strategy = sys.argv[1:]
-    trainer = ours(Path("."), devices=2, strategy=strategy, enable_checkpointing=False, precision="32-true")
+    trainer = own_trainer(Path("."), devices=2, strategy=strategy, enable_checkpointing=False, precision="32-true")
     scores = trainer.predict(CausalLMModule(base=folder), loader(folder, "left", size=2, count=5))
     torch.save([[each.tolist() for each in score.values()] for score in scores], f"scores{trainer.global_rank}.pt")
 """
