@@ -35,7 +35,7 @@ class Rule:
     fix: str = ""
     refused: bool = True
 
-    def error(self, setup: Any = None, *, where: str | None = None) -> InputError:
+    def error(self, setup: object = None, *, where: str | None = None) -> InputError:
         """The error of a setup that has both features.
 
         Args:
@@ -46,7 +46,7 @@ class Rule:
                           fix=self.fix.format(s=setup))
 
 
-def check(rules: Iterable[Rule], features: Features, setup: Any) -> None:
+def check(rules: Iterable[Rule], features: Features, setup: object) -> None:
     """Refuse a setup that has both features of a rule, and warn where a rule refuses nothing.
 
     Args:

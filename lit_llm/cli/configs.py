@@ -177,7 +177,7 @@ def _source(path: str) -> str:
     return path if names.is_sample(path) or sources.is_hub(path) else names.absolute(path)
 
 
-def _folders(value: Any) -> Any:
+def _folders(value: object) -> Any:
     """Make paths of loggers, callbacks and the strategy absolute."""
     if isinstance(value, list):
         return [_folders(item) for item in value]

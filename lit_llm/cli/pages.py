@@ -182,7 +182,7 @@ def _entry(option: str, entry: Mapping[str, Any]) -> Iterator[str]:
     yield from _wrapped(entry["help"], 8)
 
 
-def _value(default: Any) -> str:
+def _value(default: object) -> str:
     return default if isinstance(default, str) else json.dumps(default)
 
 

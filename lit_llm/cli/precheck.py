@@ -116,7 +116,7 @@ def _unknown(key: str) -> str:
     return parser.unknown(key, "", pages.all_keys())
 
 
-def _check_value(verb: str, key: str, value: Any, *, typed: bool) -> None:
+def _check_value(verb: str, key: str, value: object, *, typed: bool) -> None:
     """Parse a value like the parser, for keys of numbers, texts, choices, and lists and mappings of them."""
     own = pages.table()["verbs"][verb]
     entry = own.get(key) or pages.table()["keys"].get(key) or pages.table()["nested"].get(key)
@@ -140,7 +140,7 @@ def _closed(spec: Any) -> Any:
     return choices if choices[0] == "Literal" and not class_paths.opened else spec
 
 
-def _check_sources(key: str, items: Any) -> None:
+def _check_sources(key: str, items: object) -> None:
     """Refuse unknown keys of a source, and paths that do not exist."""
     fields = [name.rpartition(".")[2] for name in pages.table()["nested"] if name.startswith("data.sources.")]
     if isinstance(items, str | int | float):
@@ -184,7 +184,7 @@ def _check_paths(values: Mapping[str, Any]) -> None:
                          fix="give `last`, `best`, or a folder like runs/sft/checkpoints/step_40")
 
 
-def _check_named(key: str, value: Any) -> None:
+def _check_named(key: str, value: object) -> None:
     """Refuse names of strategies and classes that do not exist, and what needs a package that is not installed."""
     value = _read(value) if isinstance(value, str) else value
     exported = [name for group in class_paths.EXPORTS.values() for name in group]
@@ -229,7 +229,7 @@ def _written(file: str) -> Iterator[tuple[str, Any]]:
     yield from _flat(content, "")
 
 
-def _flat(value: Any, prefix: str) -> Iterator[tuple[str, Any]]:
+def _flat(value: object, prefix: str) -> Iterator[tuple[str, Any]]:
     """Keys of a nested mapping, down to the values."""
     for name, part in value.items() if isinstance(value, Mapping) else ():
         key = f"{prefix}{name}"

@@ -168,7 +168,7 @@ def described() -> dict[str, Any]:
     parsers: dict[str, Any] = {}
 
     class Stopped(LitLLMCLI):
-        def parse_arguments(self, parser: Any, args: Any) -> None:
+        def parse_arguments(self, parser: object, args: object) -> None:
             for action in others.options(parser):          # one of them has a parser for each verb
                 parsers.update(action.choices if isinstance(action.choices, dict) else {})
             raise StopIteration
@@ -278,7 +278,7 @@ def _for_command(verb: str, paths: dict[str, str]) -> type[LitLLMCLI]:
     return Own
 
 
-def check_values(verb: str, config: Any, classes: dict[str, Any] | None = None) -> None:
+def check_values(verb: str, config: object, classes: dict[str, Any] | None = None) -> None:
     """Refuse nulls and numbers that a key does not accept.
 
     Args:

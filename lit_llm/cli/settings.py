@@ -23,7 +23,7 @@ FREE_LENGTH = 1_000_000
 DEPTH = 50
 
 
-def check_plain(value: Any, where: str = "", *, depth: int = 0) -> int:
+def check_plain(value: object, where: str = "", *, depth: int = 0) -> int:
     """Refuse values that no key accepts: infinity, NaN, and overlong numbers, texts and nesting.
 
     Args:
@@ -70,13 +70,13 @@ def _check_text(text: str, where: str) -> None:
         raise InputError(f"'{ranges.shown(text)}' is not text in UTF-8", where=where, fix="correct the text")
 
 
-def _parts(value: Any) -> Iterable[tuple[Any, Any]]:
+def _parts(value: object) -> Iterable[tuple[Any, Any]]:
     if isinstance(value, Mapping):
         return list(value.items())
     return enumerate(value) if isinstance(value, list | tuple) else ()
 
 
-def _join(where: str, key: Any) -> str:
+def _join(where: str, key: object) -> str:
     return f"{where}.{key}" if where else str(key)
 
 
@@ -86,7 +86,7 @@ def _example(where: str) -> str:
         "use a finite number, or leave the key out for its default")
 
 
-def plain(value: Any) -> Any:
+def plain(value: object) -> Any:
     """Convert a parsed config to mappings, lists and scalars."""
     if hasattr(value, "as_dict"):
         value = value.as_dict()
@@ -142,7 +142,7 @@ def check_arguments(where: str, values: Mapping[str, Any], kind: Callable[..., A
             _check_inside(place, key, one, hint)
 
 
-def _check_inside(where: str, key: str, value: Any, hint: Any) -> None:
+def _check_inside(where: str, key: str, value: object, hint: object) -> None:
     """Check the arguments of a class given by class_path, or of a dataclass."""
     if not isinstance(value, Mapping):
         return
@@ -178,17 +178,17 @@ def arguments(kind: Callable[..., Any]) -> dict[str, tuple[Any, Any]]:
     return parameters_by_name
 
 
-def names(kind: Any) -> list[str]:
+def names(kind: object) -> list[str]:
     """Names of a class and its base classes in the table of ranges."""
     return [base.__name__ for base in kind.__mro__] if isinstance(kind, type) else []
 
 
-def takes_null(hint: Any) -> bool:
+def takes_null(hint: object) -> bool:
     """Whether a key may be null, by its annotation."""
     return any(part in (Any, type(None)) for part in flat(hint))
 
 
-def flat(hint: Any) -> list[Any]:
+def flat(hint: object) -> list[Any]:
     """The member types of a union or list."""
     origin = get_origin(hint)
     if origin in (Union, types.UnionType, list):
@@ -204,7 +204,7 @@ PLAIN = {"int": int, "float": float, "bool": bool, "str": str, "list": list, "di
 GENERIC = {"Union": Union, "Literal": Literal, "list": list, "dict": dict, "tuple": tuple}
 
 
-def spec_of(hint: Any) -> Any:
+def spec_of(hint: object) -> Any:
     """An annotation in a form that JSON can hold: a name, or a list of a generic type's name and its arguments.
 
     >>> spec_of(int | Literal["auto"] | None)
@@ -233,7 +233,7 @@ def hint_of(spec: Any) -> Any:
 
 # ---- descriptions ----------------------------------------------------------------------------------------------------
 
-def _words(key: str, hint: Any) -> str:
+def _words(key: str, hint: object) -> str:
     numbers = ranges.of(key)
     choices = [str(choice) for part in flat(hint) if get_origin(part) is Literal for choice in get_args(part)]
     names = {bool: "true or false", int: "a whole number", float: "a number", str: "a text", list: "a list",
@@ -244,7 +244,7 @@ def _words(key: str, hint: Any) -> str:
     return ", ".join([*phrases, *choices]) or "a value of its type"
 
 
-def _typed(place: str, key: str, default: Any) -> str:
+def _typed(place: str, key: str, default: object) -> str:
     numbers = ranges.of(key)
     if default is not inspect.Parameter.empty and isinstance(default, bool | int | float | str):
         shown = str(default).lower() if isinstance(default, bool) else default
@@ -252,7 +252,7 @@ def _typed(place: str, key: str, default: Any) -> str:
     return f"for example --{place} {numbers.example}" if numbers else "leave it out"
 
 
-def help_of(key: str, hint: Any, *, required: bool = False) -> str:
+def help_of(key: str, hint: object, *, required: bool = False) -> str:
     """Text that the help adds to a key's description: its range, and whether null is not allowed."""
     numbers = ranges.of(key)
     nullable = required or takes_null(hint)

@@ -8,7 +8,6 @@ model then builds no mask, passes the keyword arguments to every layer, and cann
     cu_seqlens  [0        4      7   8]        documents occupy [0, 4), [4, 7), [7, 8) of the flattened row
 """
 
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -47,7 +46,7 @@ def lit_varlen(
     sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
-    **_: Any,
+    **_: object,
 ) -> tuple[Tensor, None]:
     """Causal attention per document, with the interface of transformers.
 

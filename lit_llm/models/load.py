@@ -194,7 +194,7 @@ def skeleton(base: str | None, init: dict[str, Any] | None, *, dtype: torch.dtyp
             raise InputError(f"cannot read the architecture of {base}: {_reason(error)}", where="model.base") from None
 
 
-def like(model: "PreTrainedModel", config: Any, attention: str | None) -> Any:
+def like(model: "PreTrainedModel", config: object, attention: str | None) -> Any:
     """A model of the same class with random float32 weights and this config; errors of transformers propagate."""
     if attention == packed_attention.NAME:
         packed_attention.register()

@@ -89,11 +89,11 @@ def _shrunk(facts: dict[str, Any], *, layers: bool, heads: tuple[int, ...], seq_
     return facts
 
 
-def _is_config(key: str, value: Any) -> bool:
+def _is_config(key: str, value: object) -> bool:
     return isinstance(value, dict) and (key.endswith("_config") or key in ("encoder", "decoder"))
 
 
-def _is_count(value: Any) -> bool:
+def _is_count(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
@@ -145,7 +145,7 @@ def _cut_layers(facts: dict[str, Any]) -> None:
             facts[key] = max(1, keep // 2)
 
 
-def _names_layers(key: str, value: Any) -> bool:
+def _names_layers(key: str, value: object) -> bool:
     """Whether a list contains layer indices in ascending order."""
     return (isinstance(value, list) and bool(re.search(r"idxs$|indices$|layer_ids$|_layers$", key))
             and all(type(place) is int for place in value)
@@ -201,7 +201,7 @@ def _share(heads: int, by: int, few: int) -> int:
     return 1 if heads == 1 else min(few or heads, max(2, heads // by)) if by > 1 else heads
 
 
-def _is_size(value: Any) -> bool:
+def _is_size(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 

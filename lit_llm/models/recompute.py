@@ -56,7 +56,7 @@ def _saving_policy() -> Callable[..., Any]:
     products = {aten.mm.default: 0, aten.addmm.default: 1}      # position of the left matrix among the arguments
     attentions = {torch.ops.lit_llm.causal_attention.default, *torch_private.attention_operations()}
 
-    def policy(_: Any, function: Any, *args: Any, **__: Any) -> CheckpointPolicy:
+    def policy(_: object, function: object, *args: Any, **__: Any) -> CheckpointPolicy:
         keep = function in attentions
         if function in products:
             left, right = args[products[function]:][:2]

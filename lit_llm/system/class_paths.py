@@ -73,7 +73,7 @@ def restrict(parsing: Any, paths: list[str]) -> None:
                                  instantiate_subclass_spec_in_any=False)
 
 
-def refuse_within(value: Any, where: str) -> None:
+def refuse_within(value: object, where: str) -> None:
     """Refuse a mapping or list that contains a class_path.
 
     Args:

@@ -59,7 +59,7 @@ def check(keys: dict[str, Any], where: str, file: str = "") -> None:
             raise InputError(f"{file}{key} is {shown}, which is not a finite number", where=where)
 
 
-def scalars(keys: Any) -> Iterator[tuple[str, Any]]:
+def scalars(keys: object) -> Iterator[tuple[str, Any]]:
     """Each key with its scalar values; lists and mappings are flattened."""
     stack: list[tuple[str, Any]] = [("", keys)]
     while stack:
@@ -139,7 +139,7 @@ def building(where: str, *, most: int = PARAMETERS, whole: bool = True) -> Gener
             raise InputError(f"this config gives a model of more than {size / 1e9:,.0f} GB, but this machine has "
                              f"{room / 1e9:,.0f} GB of memory", where=where)
 
-    def on_module(*_: Any) -> None:
+    def on_module(*_: object) -> None:
         if time.monotonic() > end:
             raise InputError(f"this config gives a model with so many layers that building it takes more than "
                              f"{SECONDS:.0f} seconds", where=where)

@@ -223,7 +223,7 @@ def knows(key: str) -> bool:
     return of(key) is not None or key in TEXTS or key in PATTERNS
 
 
-def check(key: str, value: Any, *, where: str = "") -> None:
+def check(key: str, value: object, *, where: str = "") -> None:
     """Refuse a number, list item or text that the key does not accept; types are checked elsewhere.
 
     Args:
@@ -269,7 +269,7 @@ def check_all(prefix: str, values: Mapping[str, Any]) -> None:
         check(f"{prefix}.{name}", value)
 
 
-def shown(value: Any) -> str:
+def shown(value: object) -> str:
     """A value for a message, shortened, without control characters."""
     try:
         text = value if isinstance(value, str) else "null" if value is None else str(value)

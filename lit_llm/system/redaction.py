@@ -56,7 +56,7 @@ TOKEN_KINDS = {"pad", "eos", "bos", "unk", "sep", "cls", "mask", "stop", "end", 
 HASHES = re.compile(r"(?i)revision|commit|sha|hash|md5|digest|fingerprint|checksum|(^|_)id$|version")
 
 
-def redact(value: Any, key: str = "") -> Any:
+def redact(value: object, key: str = "") -> Any:
     """A config value without its secrets.
 
     Args:
@@ -147,7 +147,7 @@ def _entropy(text: str) -> float:
     return -sum(count / len(text) * math.log2(count / len(text)) for count in Counter(text).values())
 
 
-def _removed(value: Any) -> Any:
+def _removed(value: object) -> Any:
     """The replacement of a secret value; null and false are kept."""
     if isinstance(value, Mapping):
         return {name: _removed(item) for name, item in value.items()}

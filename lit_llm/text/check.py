@@ -161,7 +161,7 @@ def check_export(folder: Path, tokenizer: Any, references: Sequence[Reference], 
     _write(folder, tokenizer, measured, dtype, tolerance, quantize)
 
 
-def compare_saved(facts: Any, model: Any, references: Sequence[Reference], reloaded: Sequence[float],
+def compare_saved(facts: object, model: Any, references: Sequence[Reference], reloaded: Sequence[float],
                   quantize: str | None) -> None:
     """Compare the model in memory when a checkpoint was written with the model reloaded from it.
 

@@ -66,7 +66,7 @@ class Message:
         return not (self.content.strip() or (self.reasoning_content or "").strip() or self.tool_calls)
 
     @classmethod
-    def from_openai(cls, raw: Any) -> "Message":
+    def from_openai(cls, raw: object) -> "Message":
         """Create a message from a dict in OpenAI's format.
 
         Unknown keys (`id`, `timestamp`) are ignored; a key that looks like a misspelling of a known one is an error, so
@@ -128,7 +128,7 @@ class Conversation:
             raise InputError("a conversation needs at least one message")
 
     @classmethod
-    def from_openai(cls, messages: Any, tools: Any = None, template_args: Any = None) -> "Conversation":
+    def from_openai(cls, messages: object, tools: object = None, template_args: object = None) -> "Conversation":
         """Create a conversation from a list of messages in OpenAI's format.
 
         Raises:
@@ -166,12 +166,12 @@ class Conversation:
 
 # ---- reading loose JSON ----------------------------------------------------------------------------------------------
 
-def _kind(value: Any) -> str:
+def _kind(value: object) -> str:
     return {"NoneType": "null", "str": "a string", "dict": "an object", "list": "a list"}.get(
         type(value).__name__, f"a {type(value).__name__}")
 
 
-def _listed(value: Any, what: str) -> list[Any]:
+def _listed(value: object, what: str) -> list[Any]:
     if value is None:
         return []
     if not isinstance(value, list | tuple):
@@ -179,14 +179,14 @@ def _listed(value: Any, what: str) -> list[Any]:
     return list(value)
 
 
-def _parsed(value: Any) -> Any:
+def _parsed(value: object) -> Any:
     """JSON stored as a string, as ShareGPT files store tools."""
     if not isinstance(value, str):
         return value
     return _json(value, "tools is a string that is") if value.strip() else None
 
 
-def _content(content: Any) -> tuple[str, str | None, tuple[dict[str, Any], ...]]:
+def _content(content: object) -> tuple[str, str | None, tuple[dict[str, Any], ...]]:
     """Content, reasoning and tool calls of a content value: a string, null, or a list of parts."""
     if content is None or isinstance(content, str):
         return content or "", None, ()

@@ -139,7 +139,7 @@ class Encoder:
                 yield start, stop, id_
             at = stop
 
-    def _stretches(self, backend: Any, text: str, start: int, stop: int, first: int = 0,
+    def _stretches(self, backend: object, text: str, start: int, stop: int, first: int = 0,
                    anchor: str = "") -> Iterator[tuple[Stretch, np.ndarray]]:
         """The pieces of a section of a long text, each with its ids."""
         at, run = start - len(anchor), partial(self._run, backend)

@@ -121,7 +121,7 @@ def _check(rules: dict[str, Any]) -> None:
     _check_patterns(sorted(set(_patterns([rules.get(key) for key in ("normalizer", "pre_tokenizer", "decoder")]))))
 
 
-def _rules(rule: Any) -> Iterator[dict[str, Any]]:
+def _rules(rule: object) -> Iterator[dict[str, Any]]:
     """Each rule of a section; sequences are flattened."""
     if not isinstance(rule, dict):
         return
@@ -149,7 +149,7 @@ def _growth(rule: dict[str, Any]) -> tuple[int, int]:
     return 1, sum(len(text) for text in before if isinstance(text, str))
 
 
-def _numbers(value: Any) -> Iterator[int]:
+def _numbers(value: object) -> Iterator[int]:
     if isinstance(value, dict | list):
         for part in value.values() if isinstance(value, dict) else value:
             yield from _numbers(part)
@@ -159,7 +159,7 @@ def _numbers(value: Any) -> Iterator[int]:
 
 # ---- regular expressions ---------------------------------------------------------------------------------------------
 
-def _patterns(value: Any) -> Iterator[str]:
+def _patterns(value: object) -> Iterator[str]:
     if isinstance(value, dict) and isinstance(value.get("Regex"), str):
         yield value["Regex"]
     elif isinstance(value, dict | list):

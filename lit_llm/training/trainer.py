@@ -128,7 +128,7 @@ class Trainer(L.Trainer):
             log.warning("trainer.precision: CPUs do not support float16 with a loss scale; using bf16-mixed instead")
 
     def fit(  # type: ignore[override]
-            self, model: L.LightningModule, train_dataloaders: Any = None, val_dataloaders: Any = None,
+            self, model: L.LightningModule, train_dataloaders: object = None, val_dataloaders: object = None,
             datamodule: L.LightningDataModule | None = None, ckpt_path: str | Path | None = None,
             **kwargs: Any) -> None:
         """Train; with `ckpt_path` (last, best, auto, or a checkpoint folder) resume from that checkpoint.

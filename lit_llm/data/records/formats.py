@@ -212,7 +212,7 @@ def _pair(record: Fields, ask: str, answer: str) -> Conversation:
     return _conversation(record, messages)
 
 
-def _instance(instances: Any) -> tuple[list[str], str]:
+def _instance(instances: object) -> tuple[list[str], str]:
     if not isinstance(instances, list) or len(instances) != 1 or not isinstance(instances[0], Mapping):
         raise InputError("instances must contain one object with input and output",
                          fix="Write each further instance as a separate record.")
@@ -232,7 +232,7 @@ def _conversation(record: Fields, messages: list[dict[str, Any]]) -> Conversatio
     return Conversation.from_openai(messages, _tools(record.get(*TOOLS)), record.get(*TEMPLATE_ARGS))
 
 
-def _turn(turn: Any, number: int) -> list[dict[str, Any]]:
+def _turn(turn: object, number: int) -> list[dict[str, Any]]:
     """The messages of a turn, in OpenAI's format."""
     if isinstance(turn, str):                           # LIMA: alternating questions and answers
         return [{"role": ("assistant", "user")[number % 2], "content": turn}]
@@ -270,7 +270,7 @@ def _turn(turn: Any, number: int) -> list[dict[str, Any]]:
     return [{**message, "role": "assistant", "content": "", "tool_calls": functions}]
 
 
-def _tools(tools: Any) -> Any:
+def _tools(tools: object) -> Any:
     """OpenAI wraps a schema as `{"type": "function", "function": ...}`; ShareGPT files do not, and often use text."""
     if isinstance(tools, str):
         try:
@@ -323,7 +323,7 @@ def _absent(key: str, record: Mapping[str, Any]) -> InputError:
                       f"{did_you_mean(key, names(record))}")
 
 
-def _string(value: Any, key: str) -> str:
+def _string(value: object, key: str) -> str:
     if not isinstance(value, str):
         kind = "null" if value is None else type(value).__name__
         hint = " (NaN is how pandas writes a missing value; null is JSON's)" if value != value else ""

@@ -155,7 +155,7 @@ def _broken(error: Exception, text: str, where: str) -> InputError:
     return InputError(f"the JSON cannot be parsed: {reason}", where=where.rpartition(":")[0])
 
 
-def _record(value: Any, text: str) -> Record | InputError:
+def _record(value: object, text: str) -> Record | InputError:
     if not isinstance(value, dict):
         return InputError(f"a record must be an object in braces, not {shown(value)}")
     if "\\ud" in text or "\\uD" in text:                # a pair of escapes is a character, half a pair is not

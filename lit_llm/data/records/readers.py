@@ -293,7 +293,7 @@ def scan_table(rows: Any, name: str) -> Iterator[Found]:
             yield {key: _without_nulls(value) for key, value in row.items()}, place
 
 
-def _without_nulls(value: Any) -> Any:
+def _without_nulls(value: object) -> Any:
     """Remove null keys of nested objects, because Arrow gives every row the keys of all rows."""
     if isinstance(value, dict):
         return {key: _without_nulls(inner) for key, inner in value.items() if inner is not None}

@@ -71,7 +71,7 @@ def pair_keys(record: Mapping[str, Any]) -> tuple[str, str] | None:
     return None
 
 
-def listed(value: Any) -> Any:
+def listed(value: object) -> Any:
     """A list, also if it is JSON text in a table's cell; any other value is unchanged."""
     if isinstance(value, str) and value.lstrip().startswith("["):
         try:
@@ -140,7 +140,7 @@ def _first(record: Mapping[str, Any], names: tuple[str, ...]) -> str | None:
     return next((own[name] for name in names if name in own), None)
 
 
-def _is_text(value: Any) -> bool:
+def _is_text(value: object) -> bool:
     if isinstance(value, list):
         return bool(value) and all(isinstance(part, str) for part in value)
     return isinstance(value, str)

@@ -48,7 +48,7 @@ Record = dict[str, Any] | str | bytes | LongText        # bytes: a JSON line for
 Found = tuple[Record | InputError, Place]
 
 
-def shown(value: Any) -> str:
+def shown(value: object) -> str:
     """The beginning of a value as JSON, without encoding all of it.
 
     >>> shown({"a": [1, 2]})
@@ -63,7 +63,7 @@ def shown(value: Any) -> str:
     return "".join(parts)[:40]
 
 
-def size_of_value(value: Any) -> int:
+def size_of_value(value: object) -> int:
     """Approximate characters of a record's texts; empty values also count, because they take memory."""
     if isinstance(value, str | bytes):
         return len(value) or 8

@@ -25,7 +25,7 @@ def of_store(store: TokenStore, name: str) -> dict[str, Any]:
     return {"name": Path(name).name or name, "sequences": len(store), "content": digest.hexdigest()[:16]}
 
 
-def differences(before: Any, now: Any) -> list[str]:
+def differences(before: object, now: object) -> list[str]:
     """Describe how two identities differ, by the names of the keys; empty if they are equal.
 
     >>> differences({"data.seq_len": 64}, {"data.seq_len": 128})

@@ -167,7 +167,7 @@ class RowLoader:
 
     def __init__(self, corpus: Corpus, rows: Rows, *, batch_size: int, seq_len: int, pad_id: int,
                  token_bytes: np.ndarray, seed: int = 0, rank: int = 0, world: int = 1, accumulate: int = 1,
-                 shuffle: bool = True, trim: bool = False, fingerprint: Any = "",
+                 shuffle: bool = True, trim: bool = False, fingerprint: object = "",
                  draw: Callable[[int], Rows] | None = None) -> None:
         self.corpus, self.rows, self._draw = corpus, rows, draw
         self.batch_size, self.seq_len, self.pad_id, self.token_bytes = batch_size, seq_len, pad_id, token_bytes

@@ -52,14 +52,14 @@ Item = tuple[Record | Part | InputError, Place]
 MOST_SKIPPED = 1 << 30                                  # characters of a document that may be skipped
 
 
-def size_of(record: Any) -> int:
+def size_of(record: object) -> int:
     """Approximate number of characters of a record."""
     if isinstance(record, Part):
         return len(record.piece.text) if isinstance(record.piece, Piece) else 0
     return size_of_value(record)
 
 
-def begins_record(record: Any) -> bool:
+def begins_record(record: object) -> bool:
     """Whether this item begins a record, or a long document in parts."""
     return not isinstance(record, Part) or record.first
 

@@ -222,7 +222,7 @@ class Writer:
                 complete.append(self._open)
         return np.array(complete, dtype=SEQUENCE)
 
-    def _quarantine(self, error: InputError, record: Any, place: Place) -> None:
+    def _quarantine(self, error: InputError, record: object, place: Place) -> None:
         self.report.drop(error.what[:120], error.where, error.fix)
         self.report.quarantined += 1
         line: dict[str, Any] = {"where": error.where, "reason": error.what, **({"fix": error.fix} if error.fix else {})}

@@ -47,7 +47,7 @@ class Workers:
     def __init__(self, work: Callable[[Any], Any], count: int) -> None:
         self.work, self._pool = work, None if count == 1 else _pool(work, count)
 
-    def submit(self, what: Any) -> Callable[[], Any]:
+    def submit(self, what: object) -> Callable[[], Any]:
         """Submit work; calling the returned function waits for the result.
 
         Raises:
@@ -92,7 +92,7 @@ def _ctrl_c_later() -> Generator[None, None, None]:
 _work: Any = None                                       # the function, in a process of the pool
 
 
-def _begin(work: Any, parent: int) -> None:
+def _begin(work: object, parent: int) -> None:
     """Initialise a worker: store the function, end when the parent ends, and ignore Ctrl-C."""
     global _work
     _work = work
@@ -107,7 +107,7 @@ def _end_with_parent(parent: int) -> None:
     os._exit(1)
 
 
-def _do(what: Any) -> Any:
+def _do(what: object) -> Any:
     return _work(what)
 
 
@@ -129,7 +129,7 @@ class Exchange:
     def __init__(self) -> None:
         self._group: Any = None
 
-    def __call__(self, mine: Any) -> list[Any]:
+    def __call__(self, mine: object) -> list[Any]:
         """The values in rank order. Collective."""
         import torch.distributed as dist
 

@@ -56,6 +56,6 @@ def check(keys: dict[str, Any], names: Sequence[str], where: str) -> None:
                          "this model's layers", where=where, fix="name the layers in a list") from None
 
 
-def _texts(value: Any) -> list[str]:
+def _texts(value: object) -> list[str]:
     values = value if isinstance(value, dict | list | tuple | set) else [value]
     return [text for text in values if isinstance(text, str)]

@@ -128,7 +128,7 @@ def stored_config(folder: Path) -> Any:
     return config
 
 
-def _check_numbers(keys: Any, where: str) -> None:
+def _check_numbers(keys: object, where: str) -> None:
     """Refuse numbers that would give nan weights or huge adapters.
 
     Raises:

@@ -5,12 +5,12 @@ from contextlib import contextmanager
 from typing import Any
 
 
-def has_master(weight: Any) -> bool:
+def has_master(weight: object) -> bool:
     """Whether an optimizer of ZeRO 1 or 2 keeps a float32 copy of a weight."""
     return hasattr(weight, "_hp_mapping")
 
 
-def is_stepped(weight: Any) -> bool:
+def is_stepped(weight: object) -> bool:
     """Whether an optimizer of ZeRO-3 owns a weight."""
     return hasattr(weight, "_z3_optimizer")
 
@@ -25,6 +25,6 @@ def loads_universal(engine: Any) -> Iterator[None]:
         engine._config.load_universal_checkpoint = False
 
 
-def recovery_script(engine: Any) -> tuple[Any, str]:
+def recovery_script(engine: object) -> tuple[Any, str]:
     """(object, name of its method) by which the first process copies a script into a checkpoint."""
     return engine, "_copy_recovery_script"

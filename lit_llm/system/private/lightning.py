@@ -63,7 +63,7 @@ def load_loader_state(trainer: Any) -> None:
 
 def leave_signals_alone(trainer: Any) -> None:
     """Keep Lightning from handling signals and from asking all ranks about them after each batch."""
-    def nothing(*_: Any) -> None:
+    def nothing(*_: object) -> None:
         pass
 
     trainer._signal_connector.register_signal_handlers = nothing
@@ -100,7 +100,7 @@ def modes_restored(model: Any) -> Iterator[None]:
         mode.restore(model)
 
 
-def starts_processes(launcher: Any) -> bool:
+def starts_processes(launcher: object) -> bool:
     """Whether a launcher starts the command once for each further process of its machine."""
     from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 

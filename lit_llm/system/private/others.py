@@ -3,12 +3,12 @@
 from typing import Any
 
 
-def options(parser: Any) -> list[Any]:
+def options(parser: object) -> list[Any]:
     """The options of a parser of argparse, including those with parsers of their own."""
     return list(getattr(parser, "_actions", ()))
 
 
-def has_type(option: Any) -> bool:
+def has_type(option: object) -> bool:
     """Whether jsonargparse checks the values of an option by an annotation."""
     return hasattr(option, "_typehint")
 

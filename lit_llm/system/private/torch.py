@@ -37,14 +37,14 @@ def has_fused_linear() -> bool:
     return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
-def packed_weight(weight: Any, rows: int) -> Any:
+def packed_weight(weight: object, rows: int) -> Any:
     """A (V, D) weight in the layout in which oneDNN multiplies about that many rows fastest; opaque."""
     import torch
 
     return torch.ops.mkldnn._reorder_linear_weight(weight, rows)
 
 
-def fused_linear(inputs: Any, weight: Any, bias: Any = None) -> Any:
+def fused_linear(inputs: object, weight: object, bias: object = None) -> Any:
     """Inputs (..., T, D) @ weight (V, D)^T + bias by oneDNN; the weight may be packed."""
     import torch
 
@@ -106,7 +106,7 @@ def dispatch_mode() -> type:
     return TorchDispatchMode
 
 
-def leaves(value: Any) -> list[Any]:
+def leaves(value: object) -> list[Any]:
     """What is in nested tuples, lists and mappings."""
     from torch.utils._pytree import tree_leaves
 

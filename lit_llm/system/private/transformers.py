@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from typing import Any
 
 
-def attention_of(config: Any) -> str | None:
+def attention_of(config: object) -> str | None:
     """The attention that a config selects; None where it does not select any."""
     return getattr(config, "_attn_implementation", None)
 
@@ -45,7 +45,7 @@ def layer_classes(model: Any) -> set[str]:
     return set(model._no_split_modules or ())
 
 
-def recorded_outputs(backbone: Any) -> dict[str, Any]:
+def recorded_outputs(backbone: object) -> dict[str, Any]:
     """What of its layers' outputs a model can return: name -> classes of layers."""
     return getattr(backbone, "_can_record_outputs", None) or {}
 

@@ -121,7 +121,7 @@ def escaped(text: str) -> Iterator[str]:
     yield repr(text)[1:-1]
 
 
-def strings(value: Any) -> Iterator[str]:
+def strings(value: object) -> Iterator[str]:
     """Every string in a JSON-like value, including keys."""
     if isinstance(value, str):
         yield value
@@ -134,7 +134,7 @@ def strings(value: Any) -> Iterator[str]:
             yield from strings(inner)
 
 
-def _leaf_forms(leaf: Any) -> Iterator[str]:
+def _leaf_forms(leaf: object) -> Iterator[str]:
     if isinstance(leaf, str):
         yield from escaped(leaf)
     else:
@@ -158,14 +158,14 @@ def _is_json(text: str) -> bool:
     return False
 
 
-def _holds(value: Any, wanted: Any) -> bool:
+def _holds(value: object, wanted: object) -> bool:
     if value == wanted:
         return True
     inner: Sequence[Any] = list(value.values()) if isinstance(value, dict) else value if isinstance(value, list) else ()
     return any(_holds(one, wanted) for one in inner)
 
 
-def _leaves(value: Any) -> Iterator[Any]:
+def _leaves(value: object) -> Iterator[Any]:
     if isinstance(value, Mapping):
         value = list(value.values())
     if isinstance(value, list | tuple):

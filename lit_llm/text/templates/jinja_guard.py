@@ -73,7 +73,7 @@ class Work:
                 raise OutsideError
 
 
-def size_of(value: Any) -> int:
+def size_of(value: object) -> int:
     """Characters and elements of a value with its content; shared parts count each time.
 
     Raises:
@@ -116,14 +116,14 @@ def _undefined() -> type:
     return Undefined
 
 
-def _length(value: Any) -> int:
+def _length(value: object) -> int:
     """Length of a value that is not read as a whole."""
     return len(value) if isinstance(value, str | list | tuple | dict | range) else 0
 
 
 # ---- operations ------------------------------------------------------------------------------------------------------
 
-def _written(value: Any) -> Any:
+def _written(value: object) -> Any:
     """Check a value for output: a string of any length (the caller adds them up) or a value with a short string."""
     if type(value) is not str:
         size_of(value)
@@ -214,7 +214,7 @@ def _filter(name: str, plain: Callable[..., Any]) -> Callable[..., Any]:
     return guarded
 
 
-def _cost(name: str, value: Any, arguments: list[Any]) -> int:
+def _cost(name: str, value: object, arguments: list[Any]) -> int:
     """Cost of a filter with these arguments."""
     more = sum(map(size_of, arguments))
     if name in SHORT:
@@ -235,7 +235,7 @@ def _cost(name: str, value: Any, arguments: list[Any]) -> int:
     raise OutsideError
 
 
-def _replaced(text: str, old: Any, new: Any) -> int:
+def _replaced(text: str, old: object, new: object) -> int:
     if not isinstance(old, str) or not isinstance(new, str):
         raise OutsideError
     size = len(text) + (1 + len(text) // max(1, len(old))) * len(new)

@@ -103,7 +103,7 @@ class Renderer:
     @cached_property
     def _wants_parts(self) -> bool:
         """Whether the template shows contents only if they are a list of parts."""
-        def shown(content: Any) -> bool:
+        def shown(content: object) -> bool:
             with suppress(Exception):
                 return "probed" in self._render([{"role": "user", "content": content}], None, False, {})
             return False
@@ -179,7 +179,7 @@ class Renderer:
             self._skeletons[shape] = pieces
         return pieces
 
-    def refuse_forgery(self, where: str, value: Any) -> None:
+    def refuse_forgery(self, where: str, value: object) -> None:
         """Refuse strings that spell a control token, also within lists and objects."""
         for text in strings(value):
             if match := self.special.search(text):

@@ -85,7 +85,7 @@ class _Trial:
         except Exception:                           # a refused value was read
             return False
 
-    def _changed(self, key: str, name: str, absent: Any) -> Iterator[Any]:
+    def _changed(self, key: str, name: str, absent: object) -> Iterator[Any]:
         """Small configs with other values of a key.
 
         Raises:
@@ -100,17 +100,17 @@ class _Trial:
         for value in _others(facts.get(name, self.keys[key])):
             yield type(self.config).from_dict({**facts, name: value})
 
-    def _differs(self, small: Any) -> bool:
+    def _differs(self, small: object) -> bool:
         reference, values = self.base or {}, _evidence(self.like, small)
         return reference.keys() != values.keys() or any(
             not torch.equal(reference[name], values[name]) for name in reference)
 
-    def _wholes(self, key: str, absent: Any) -> Iterator[Any]:
+    def _wholes(self, key: str, absent: object) -> Iterator[Any]:
         """The config without a key, and with other values."""
         yield absent
         yield from (self._whole({**self.keys, key: value}) for value in _others(self.keys[key]))
 
-    def _shapes(self, config: Any) -> list[Any]:
+    def _shapes(self, config: object) -> list[Any]:
         """Parameter shapes at full size: a small model with one head, for example, hides how heads are shared."""
         with torch.device("meta"):
             return [(name, weight.shape) for name, weight in models.like(self.like, config, None).named_parameters()]
@@ -131,7 +131,7 @@ def _without(config: Any, name: str) -> dict[str, Any]:
     return {key: value for key, value in config.to_dict().items() if key != name}
 
 
-def _others(value: Any) -> list[Any]:
+def _others(value: object) -> list[Any]:
     """Other values of the same kind."""
     if isinstance(value, bool):
         return [not value]

@@ -97,7 +97,7 @@ class _NotBuiltError(Exception):
 
 # ---- the proof -------------------------------------------------------------------------------------------------------
 
-def prove(like: Any, config: Any, *, seed: int = 0) -> Way:
+def prove(like: object, config: object, *, seed: int = 0) -> Way:
     """The fastest way with the same results as transformers, for a model of this config.
 
     Args:
@@ -129,7 +129,7 @@ def prove(like: Any, config: Any, *, seed: int = 0) -> Way:
         raise _NotBuiltError(f"transformers cannot run it with token ids only: {failure}")
 
 
-def _best(plain: Any, packed: Any, why_unpacked: str, batch: Batch, standard: "_Sums", logits: Tensor) -> Way:
+def _best(plain: Any, packed: object, why_unpacked: str, batch: Batch, standard: "_Sums", logits: Tensor) -> Way:
     """Try ways from the fastest on; fast norms are tried only with packed attention.
 
     Args:

@@ -96,7 +96,7 @@ class Fsdp2Strategy(Distribution, ModelParallelStrategy):
         assert self.model is not None
         return get_optimizer_state_dict(self.model, getattr(optimizer, "optimizer", optimizer), options=_options())
 
-    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: object = None) -> None:
         """Write a folder: every process writes its shards, and the first one the rest of the state."""
         from torch.distributed.checkpoint import save
 

@@ -296,7 +296,7 @@ class ZeroStrategy(Distribution, DeepSpeedStrategy):
 
     # ---- checkpoints
 
-    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: object = None) -> None:
         """Write a folder with the shards of each process, without frozen weights."""
         self.exclude_frozen_parameters = self._has_frozen_weights()
         whole = self.deepspeed_engine.save_checkpoint

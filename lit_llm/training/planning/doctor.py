@@ -92,7 +92,7 @@ def _joined(folder: Path) -> dict[str, Any]:
     return content
 
 
-def _same(part: str, one: Any, other: Any) -> bool:
+def _same(part: str, one: object, other: object) -> bool:
     apart = _differences(one, other)
     print(f"{'FAIL' if apart or not one else 'PASS'}  {part}: " + (
         "bit-identical" if one and not apart else

@@ -73,7 +73,7 @@ class _Ledger(_DispatchMode):
         self.live = self.peak = self.bare = self.gradients = 0
         self._held: dict[int, Any] = {}
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(self, func: object, types: object, args: object = (), kwargs: object = None) -> Any:
         out = _as_here(func, args, kwargs or {})
         for value in torch_private.leaves(out):
             if isinstance(value, Tensor):
@@ -87,7 +87,7 @@ class _Ledger(_DispatchMode):
         if key in self._held:
             return
 
-        def leave(_: Any) -> None:
+        def leave(_: object) -> None:
             del self._held[key]
             self.live -= size
 
@@ -162,7 +162,7 @@ def _as_here(func: Any, args: Any, kwargs: Any) -> Any:
     return func(*args, **kwargs)
 
 
-def _hidden(whole: Any, ids: Tensor, borders: Sequence[int]) -> Tensor:
+def _hidden(whole: object, ids: Tensor, borders: Sequence[int]) -> Tensor:
     """(T, D) hidden states of a packed sequence, or of one document after the other, as in training."""
     if adapter.has_virtual_tokens(whole):
         return _behind_prompts(whole, ids, borders)

@@ -191,7 +191,7 @@ class Gradient(Quiet):
             elif isinstance(getattr(layer, "attention_dropout", None), float):
                 layer.attention_dropout = 0.0  # type: ignore[assignment]
 
-    def on_before_optimizer_step(self, trainer: L.Trainer, module: L.LightningModule, optimizer: Any) -> None:
+    def on_before_optimizer_step(self, trainer: L.Trainer, module: L.LightningModule, optimizer: object) -> None:
         """Store the gradient before clipping."""
         gradients = gathered_gradients(module)
         if trainer.is_global_zero:

@@ -65,7 +65,7 @@ class RunRecord(Callback):
         """Write the report at the next micro-batch, when the checkpoint of this validation is complete."""
         self._due = trainer.state.fn == "fit" and not trainer.sanity_checking
 
-    def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
+    def on_train_batch_start(self, trainer: L.Trainer, *_: object) -> None:
         """Write the report that is due."""
         if self._due:
             self._due = False

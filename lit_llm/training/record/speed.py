@@ -32,7 +32,7 @@ class Speed(Callback):
         self.tokens, self.seconds, self._logged = 0, 0.0, (0, 0.0)
         self._begun = time.monotonic()
 
-    def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
+    def on_train_batch_start(self, trainer: L.Trainer, *_: object) -> None:
         """Let the clock run again after a validation and what follows it."""
         if self._begun is None:
             self._begun = time.monotonic()
@@ -51,17 +51,17 @@ class Speed(Callback):
             module.log(SPEED, tokens / max(1e-9, seconds), rank_zero_only=True)
         module.log(MEMORY, peak_bytes(trainer.strategy.root_device) / GIB, rank_zero_only=True)
 
-    def on_validation_start(self, trainer: L.Trainer, *_: Any) -> None:
+    def on_validation_start(self, trainer: L.Trainer, *_: object) -> None:
         """Stop the clock."""
         self._count()
         self._begun = None
 
-    def on_train_end(self, trainer: L.Trainer, *_: Any) -> None:
+    def on_train_end(self, trainer: L.Trainer, *_: object) -> None:
         """Stop the clock."""
         self._count()
         self._begun = None
 
-    def on_exception(self, trainer: L.Trainer, *_: Any) -> None:
+    def on_exception(self, trainer: L.Trainer, *_: object) -> None:
         """Stop the clock."""
         self._count()
         self._begun = None

@@ -78,7 +78,7 @@ class StepCheckpoint(Checkpoint):
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             trainer.strategy.checkpoint_io = _StateFile()
 
-    def on_train_start(self, trainer: L.Trainer, *_: Any) -> None:
+    def on_train_start(self, trainer: L.Trainer, *_: object) -> None:
         """Read the scores of existing checkpoints; folders after the step that is resumed from are set aside."""
         step = trainer.global_step
         _check_disk(trainer, copies=1 if step else 2)
@@ -95,7 +95,7 @@ class StepCheckpoint(Checkpoint):
             # it as started. A second resume would then count one epoch too few.
             trainer.fit_loop.reset_restart_stage()
 
-    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+    def on_train_batch_end(self, trainer: L.Trainer, *_: object) -> None:
         """Save every n steps and at the last step of an epoch and of the run; if a validation is due, after it.
 
         Never within an accumulation window, whose gradients a file would lose, and not only in `on_train_end`, where
@@ -108,14 +108,14 @@ class StepCheckpoint(Checkpoint):
         if (due or trainer.is_last_batch or step == trainer.max_steps) and not validation_is_due(trainer):
             self.save(trainer)
 
-    def on_validation_end(self, trainer: L.Trainer, *_: Any) -> None:
+    def on_validation_end(self, trainer: L.Trainer, *_: object) -> None:
         """Save after a validation within fit, with its score."""
         if trainer.state.fn == "fit" and not trainer.sanity_checking and not private.accumulates(trainer):
             score = trainer.callback_metrics.get(self.monitor)
             named = {} if score is None else {self.monitor: float(score)}
             self.save(trainer, named.get(self.monitor), figures_of(trainer, "val/") | named)
 
-    def on_train_end(self, trainer: L.Trainer, *_: Any) -> None:
+    def on_train_end(self, trainer: L.Trainer, *_: object) -> None:
         """Save at the end, unless the last step is already on disk."""
         self.save(trainer)
 
@@ -179,7 +179,7 @@ class StepCheckpoint(Checkpoint):
         writing.agree(f"the checkpoint of step {step}")
         self._unfinished = False
 
-    def _recall(self, folders: Path, step: int, measured_on: Any) -> None:
+    def _recall(self, folders: Path, step: int, measured_on: object) -> None:
         for half in folders.glob("*.partial"):
             shutil.rmtree(half, ignore_errors=True)
         for folder in manifest.folders(folders.parent):
@@ -195,7 +195,7 @@ class StepCheckpoint(Checkpoint):
         if (folders / f"step_{step}").is_dir():
             self._point_and_prune(folders / f"step_{step}")
 
-    def _score_of(self, folder: Path, measured_on: Any) -> float | None:
+    def _score_of(self, folder: Path, measured_on: object) -> float | None:
         """The monitored metric of an earlier checkpoint; null if it was measured on other data."""
         facts = manifest.read(folder)
         data = facts.get("data")

@@ -154,7 +154,7 @@ def check_same(folder: Path, trainer: L.Trainer, accepted: Sequence[Change]) -> 
                          f"{trainer.precision}", where="trainer.precision", fix="set it to its previous value")
 
 
-def _apart(one: Any, other: Any) -> str:
+def _apart(one: object, other: object) -> str:
     """Describe how two config values differ: the keys of a mapping, or the whole value."""
     if not isinstance(one, dict) or not isinstance(other, dict):
         return f"{_named(one)}, not {_named(other)}"
@@ -165,12 +165,12 @@ def _apart(one: Any, other: Any) -> str:
     return ", ".join(f"{key} {first.get(key)}, not {second.get(key)}" for key in keys)
 
 
-def _half(precision: Any) -> str:
+def _half(precision: object) -> str:
     """The 16-bit dtype of a precision; empty for float32."""
     return next((kind for kind in ("bf16", "16") if str(precision).startswith(kind)), "")
 
 
-def _named(value: Any) -> str:
+def _named(value: object) -> str:
     return str(value.get("class_path", value)) if isinstance(value, dict) else str(value)
 
 

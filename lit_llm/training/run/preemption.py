@@ -87,7 +87,7 @@ class Preemption(Callback):
         self.noted, self._agreeing, self._met, self._asked = 0, False, False, None
         owner = os.getpid()
 
-        def note(number: int, _: Any) -> None:
+        def note(number: int, _: object) -> None:
             if os.getpid() != owner:                # a forked worker
                 signal.signal(number, signal.SIG_DFL)
                 os.kill(os.getpid(), number)
@@ -145,7 +145,7 @@ class Preemption(Callback):
 
     # ---- agreement of ranks ------------------------------------------------------------------------------------------
 
-    def on_train_start(self, trainer: L.Trainer, *_: Any) -> None:
+    def on_train_start(self, trainer: L.Trainer, *_: object) -> None:
         """From here on, ranks agree on signals."""
         self._agreeing = True
         self._agreed(trainer)
@@ -154,7 +154,7 @@ class Preemption(Callback):
         if signum:
             self._end(trainer, signum)
 
-    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+    def on_train_batch_end(self, trainer: L.Trainer, *_: object) -> None:
         """Check at the end of a step; a due validation starts and then ends immediately."""
         if private.accumulates(trainer) or not (signum := self._agreed(trainer)):
             return
@@ -163,14 +163,14 @@ class Preemption(Callback):
                 keeper.save(trainer)
             self._end(trainer, signum)
 
-    def on_validation_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+    def on_validation_batch_end(self, trainer: L.Trainer, *_: object) -> None:
         """Check within a validation, which can be long; the resumed run repeats it."""
         if self._agreeing and not trainer.sanity_checking and (signum := self._agreed(trainer)):
             for keeper in _keepers(trainer):
                 keeper.save(trainer, unfinished=True)
             self._end(trainer, signum)
 
-    def on_train_end(self, trainer: L.Trainer, *_: Any) -> None:
+    def on_train_end(self, trainer: L.Trainer, *_: object) -> None:
         """Check a last time; the run ends anyway."""
         self._agreed(trainer)
         if signum := self._agreed(trainer):

@@ -39,7 +39,7 @@ class Progress(ProgressBar):
         """Enable output again."""
         self._enabled = True
 
-    def on_train_start(self, trainer: L.Trainer, *_: Any) -> None:
+    def on_train_start(self, trainer: L.Trainer, *_: object) -> None:
         """Open the bar at the current step."""
         self._tokens, self._since = 0, time.monotonic()
         self._last_shown, self._first, self._seen = self._since, trainer.global_step, trainer.global_step
@@ -74,11 +74,11 @@ class Progress(ProgressBar):
                 "skipped": ("train/skipped_steps", ".0f")}
         return {name: format(float(metrics[key]), form) for name, (key, form) in keys.items() if key in metrics}
 
-    def on_train_end(self, *_: Any) -> None:
+    def on_train_end(self, *_: object) -> None:
         """Close the bar."""
         self._close()
 
-    def on_exception(self, *_: Any) -> None:
+    def on_exception(self, *_: object) -> None:
         """Close the bar, so that the error starts on a new line."""
         self._close()
 
@@ -87,21 +87,21 @@ class Progress(ProgressBar):
             self._bar.close()
             self._bar = None
 
-    def on_validation_start(self, trainer: L.Trainer, *_: Any) -> None:
+    def on_validation_start(self, trainer: L.Trainer, *_: object) -> None:
         """A separate bar for validation outside fit."""
         if self._enabled and trainer.is_global_zero and trainer.state.fn != "fit":
             self._bar = _bar(sum(int(count) for count in trainer.num_val_batches), 0, "validate", unit="batch")
 
     on_test_start = on_validation_start  # type: ignore[assignment]
 
-    def on_validation_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+    def on_validation_batch_end(self, trainer: L.Trainer, *_: object) -> None:
         """Update the bar."""
         if self._bar is not None and trainer.state.fn != "fit":
             self._bar.update(1)
 
     on_test_batch_end = on_validation_batch_end  # type: ignore[assignment]
 
-    def on_validation_end(self, trainer: L.Trainer, *_: Any) -> None:
+    def on_validation_end(self, trainer: L.Trainer, *_: object) -> None:
         """Close the bar."""
         if trainer.state.fn != "fit":
             self._close()

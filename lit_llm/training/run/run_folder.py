@@ -152,7 +152,7 @@ class RunFolder(Callback):
             log.warning("the validation data have changed (%s): earlier checkpoints are not compared with new ones, "
                         "and perplexity before training is unknown", "; ".join(apart))
 
-    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+    def on_train_batch_end(self, trainer: L.Trainer, *_: object) -> None:
         """Write a step's metrics to `metrics.csv` before any checkpoint of it; Lightning logs them later.
 
         The metrics of the last step are written as well, whatever its number.

@@ -103,7 +103,7 @@ class MonitorCheck(Callback):
                 callback.on_validation_end(trainer, module)
 
 
-def _is_needed(callback: Any, name: str, trainer: L.Trainer) -> bool:
+def _is_needed(callback: object, name: str, trainer: L.Trainer) -> bool:
     """Whether a callback reads its metric at the end of a validation, not later, when it may have been logged."""
     if name.startswith("train"):
         return False
@@ -114,11 +114,11 @@ def _is_needed(callback: Any, name: str, trainer: L.Trainer) -> bool:
     return isinstance(callback, StepCheckpoint)
 
 
-def _refusal(callback: Any, name: str, logged: list[str], then: str = "") -> InputError:
+def _refusal(callback: object, name: str, logged: list[str], then: str = "") -> InputError:
     names = ", ".join(logged) or "no metrics"
     return InputError(f"no metric '{name}' is logged; logged are {names}.{did_you_mean(name, logged)}",
                       where=_place(callback), fix=then)
 
 
-def _place(callback: Any) -> str:
+def _place(callback: object) -> str:
     return f"{type(callback).__name__}.monitor"
