@@ -105,3 +105,13 @@ def start_server():
     yield start
     for running in started:
         running.kill()
+
+
+@pytest.fixture(scope="session")
+def calling(tiny_tokenizer, tmp_path_factory, start_server):
+    """A server of a model that calls tools by itself."""
+    from calling import train
+
+    folder = str(tmp_path_factory.mktemp("calling") / "calling")
+    train(tiny_tokenizer, folder)
+    return start_server("--model", folder)
