@@ -158,7 +158,7 @@ def _check_sources(key: str, items: object) -> None:
             sources.check_exists(path)
 
 
-def _check_paths(values: Mapping[str, Any]) -> None:
+def _check_paths(values: Mapping[str, object]) -> None:
     """Refuse names of models that are neither a folder nor a possible download, and paths that do not exist."""
     texts = {key: value for key, value in values.items() if isinstance(value, str) and value not in ("", "null")}
     for key in ("model.base", "data.tokenizer"):

@@ -116,7 +116,7 @@ def check(config: Mapping[str, Any], kinds: Mapping[str, Callable[..., Any]]) ->
                              fix=f"{key}: {{KEY: VALUE}}; or leave it out")
 
 
-def check_arguments(where: str, values: Mapping[str, Any], kind: Callable[..., Any], *, prefix: str = "") -> None:
+def check_arguments(where: str, values: Mapping[str, object], kind: Callable[..., object], *, prefix: str = "") -> None:
     """Check the arguments of one class or function.
 
     Args:
@@ -159,7 +159,7 @@ def _check_inside(where: str, key: str, value: object, hint: object) -> None:
             check_arguments(where, value, kind, prefix=key)
 
 
-def arguments(kind: Callable[..., Any]) -> dict[str, tuple[Any, Any]]:
+def arguments(kind: Callable[..., object]) -> dict[str, tuple[Any, Any]]:
     """Name -> (annotation, default) of a class or function, including base classes if it has `**kwargs`."""
     parameters_by_name: dict[str, tuple[Any, Any]] = {}
     functions = [base.__dict__["__init__"] for base in kind.__mro__ if "__init__" in base.__dict__] if isinstance(

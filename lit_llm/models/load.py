@@ -274,7 +274,7 @@ def save_causal_lm(model: "PreTrainedModel", folder: str | Path, *, stop_ids: tu
     model.save_pretrained(str(folder), safe_serialization=True)
 
 
-def generation_config(model: Any, stop_ids: tuple[int, ...], pad_id: int | None) -> "GenerationConfig":
+def generation_config(model: nn.Module, stop_ids: tuple[int, ...], pad_id: int | None) -> "GenerationConfig":
     """The model's own generation settings, but greedy, and with the stop tokens of the training."""
     own = causal_lm(model).generation_config
     assert own is not None

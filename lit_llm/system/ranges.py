@@ -8,7 +8,6 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from lit_llm.errors import InputError, did_you_mean
 
@@ -255,7 +254,7 @@ def check(key: str, value: object, *, where: str = "") -> None:
             raise InputError(f"{shown(one)} is not {numbers}", where=where or key, fix=f"for example {shown_as}")
 
 
-def check_all(prefix: str, values: Mapping[str, Any]) -> None:
+def check_all(prefix: str, values: Mapping[str, object]) -> None:
     """Check several numbers.
 
     Args:

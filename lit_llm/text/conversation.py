@@ -209,14 +209,14 @@ def _content(content: object) -> tuple[str, str | None, tuple[dict[str, Any], ..
     return "".join(texts), "".join(thought) if thought else None, tuple(calls)
 
 
-def _optional_text(raw: Mapping[str, Any], key: str) -> str | None:
+def _optional_text(raw: Mapping[str, object], key: str) -> str | None:
     value = raw.get(key)
     if value is None or isinstance(value, str):
         return value
     raise InputError(f"{key} must be a string, not {_kind(value)}")
 
 
-def _train_flag(raw: Mapping[str, Any]) -> bool | None:
+def _train_flag(raw: Mapping[str, object]) -> bool | None:
     for key in TRAIN_KEYS:
         value = raw.get(key)
         if value is None or (key == "loss" and not isinstance(value, bool)):    # `loss: 2.3` is a measurement
@@ -227,7 +227,7 @@ def _train_flag(raw: Mapping[str, Any]) -> bool | None:
     return None
 
 
-def _refuse_typos(raw: Mapping[str, Any]) -> None:
+def _refuse_typos(raw: Mapping[str, object]) -> None:
     for key in islice((key for key in raw if key not in KNOWN_KEYS), UNKNOWN):
         if (meant := _nearly(str(key)[:40])) and meant not in raw:
             raise InputError(f"unknown key '{str(key)[:40]}' in a message. Did you mean '{meant}'?")

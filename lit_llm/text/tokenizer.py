@@ -105,7 +105,7 @@ class Tokenizer:
         return tokenizer
 
     def _jinja(self, messages: list[dict], tools: list[dict] | None, generation_prompt: bool,
-               template_args: Mapping[str, Any]) -> str:
+               template_args: Mapping[str, object]) -> str:
         if self._compiled is None or self._compiled[0] != self.hf.chat_template:
             self._compiled = self.hf.chat_template, compiled(self.hf.chat_template, self.hf.special_tokens_map)
         if template_args:
@@ -117,7 +117,7 @@ class Tokenizer:
         """The variables of the chat template that a user may set, such as `enable_thinking`."""
         return variables(self.hf.chat_template, self.hf.special_tokens_map)
 
-    def check_template_args(self, template_args: Mapping[str, Any], where: str) -> None:
+    def check_template_args(self, template_args: Mapping[str, object], where: str) -> None:
         """Refuse values for variables that the chat template does not use.
 
         Raises:

@@ -97,7 +97,7 @@ class Sums(NamedTuple):
     balance: Tensor | None = None
 
 
-def nll(model: Any, batch: "Batch", choices: Choices) -> Sums:
+def nll(model: nn.Module, batch: "Batch", choices: Choices) -> Sums:
     """Sums over the supervised tokens of one micro-batch, with a gradient if gradients are enabled.
 
     Args:
@@ -118,7 +118,7 @@ def nll(model: Any, batch: "Batch", choices: Choices) -> Sums:
     return Sums(*sums, _balance(model, parts, outputs, choices))
 
 
-def logits(model: Any, input_ids: Tensor, attention_mask: Tensor | None, way: Way) -> Tensor:
+def logits(model: nn.Module, input_ids: Tensor, attention_mask: Tensor | None, way: Way) -> Tensor:
     """(B, T, V) logits of sequences of one document each; zeros at padding.
 
     Args:
@@ -142,7 +142,7 @@ def logits(model: Any, input_ids: Tensor, attention_mask: Tensor | None, way: Wa
     return out
 
 
-def supervised_logits(model: Any, batch: "Batch", choices: Choices) -> tuple[Tensor, Tensor]:
+def supervised_logits(model: nn.Module, batch: "Batch", choices: Choices) -> tuple[Tensor, Tensor]:
     """(N, V) logits of the supervised positions of a micro-batch, and (N,) their next tokens.
 
     For losses that `nll` cannot compute, such as a z-loss or distillation. All logits are in memory together, N * V
@@ -202,7 +202,7 @@ class _Part:
     count: int | None = None
 
 
-def _called(callee: Any, model: Any, part: _Part, choices: Choices, **more: Any) -> Any:
+def _called(callee: Any, model: nn.Module, part: _Part, choices: Choices, **more: Any) -> Any:
     """Call a model or its backbone on a part."""
     if accepts(callee, "use_cache"):
         more["use_cache"] = False
@@ -212,7 +212,7 @@ def _called(callee: Any, model: Any, part: _Part, choices: Choices, **more: Any)
         return callee(input_ids=part.ids, **part.more, **more)
 
 
-def _nll_of_logits(model: Any, part: _Part, choices: Choices) -> Sums:
+def _nll_of_logits(model: nn.Module, part: _Part, choices: Choices) -> Sums:
     """Sums from the model's own logits, of supervised positions only if the model supports that."""
     index, targets = supervised(part.labels, part.count)
     positions = index if len(index) else torch.zeros_like(part.labels[:1])  # a graph on every rank
@@ -227,7 +227,7 @@ def _nll_of_logits(model: Any, part: _Part, choices: Choices) -> Sums:
     return Sums(*of_logits(logits, targets), balance)
 
 
-def _balance(model: Any, parts: list["_Part"], outputs: list[Any], choices: Choices) -> Tensor | None:
+def _balance(model: nn.Module, parts: list["_Part"], outputs: list[Any], choices: Choices) -> Tensor | None:
     return merged([balance_sum(model, output.router_logits, part.labels, part.cu_seqlens)
                    for part, output in zip(parts, outputs, strict=True)] if choices.balance else [])
 
@@ -246,7 +246,7 @@ def accepts(callee: nn.Module, name: str) -> bool:
 # ---- noise -----------------------------------------------------------------------------------------------------------
 
 @contextmanager
-def _shaken(model: Any, part: _Part, alpha: float | None) -> Iterator[None]:
+def _shaken(model: nn.Module, part: _Part, alpha: float | None) -> Iterator[None]:
     """Add noise to the token embeddings (NEFTune); the model still gets ids, which some models read twice."""
     if not alpha:
         yield
@@ -283,7 +283,7 @@ def noisy(embedded: Tensor, cu_seqlens: Tensor, alpha: float) -> Tensor:
 
 # ---- prompt tuning ---------------------------------------------------------------------------------------------------
 
-def _nll_behind_prompts(model: Any, batch: "Batch") -> Nll:
+def _nll_behind_prompts(model: nn.Module, batch: "Batch") -> Nll:
     """Sums from the logits of a PEFT model with prompt, prefix or p-tuning."""
     ids, labels = batch["input_ids"].view(-1), batch["labels"].view(-1)
     identity = nn.Identity()

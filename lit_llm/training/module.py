@@ -176,11 +176,11 @@ class CausalLMModule(SavedModule):
             with build.with_trainer(self):
                 build.build(self)
 
-    def _adapted(self, inner: Any) -> Any:
+    def _adapted(self, inner: nn.Module) -> Any:
         """The model with an adapter: a checkpoint's, one to be continued, or a new one."""
         return build.adapted(self, inner)
 
-    def _choose_tokens(self, inner: Any) -> list[int]:
+    def _choose_tokens(self, inner: nn.Module) -> list[int]:
         """Ids of `lora.train_tokens`: the given ones, or tokens of the data that the base was never trained on."""
         return build.tokens_to_train(self, inner)
 

@@ -325,7 +325,7 @@ class Trainer(L.Trainer):
                 if value is not None:
                     os.environ[name] = value
 
-    def _measured(self, evaluate: Callable[..., Any], key: str, model: Any, ckpt_path: str | Path | None,
+    def _measured(self, evaluate: Callable[..., object], key: str, model: Any, ckpt_path: str | Path | None,
                   **kwargs: Any) -> Any:
         """Evaluate a model, or the weights of a checkpoint, which are stored beside its state."""
         if ckpt_path is not None:

@@ -84,7 +84,7 @@ def convert(record: dict[str, Any] | str, *, format: str = "auto", columns: Mapp
 class Fields:
     """A record that remembers which of its keys were read; the others are counted in the report."""
 
-    def __init__(self, record: Mapping[str, Any]) -> None:
+    def __init__(self, record: Mapping[str, object]) -> None:
         self.record, self.keys = record, set[str]()
 
     def get(self, *names: str) -> Any:
@@ -306,7 +306,7 @@ def _refuse_untrainable(record: Fields) -> None:
             raise InputError(f"the record has '{key}'; images and audio are not supported, only text")
 
 
-def _renamed(record: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
+def _renamed(record: Mapping[str, object], columns: Mapping[str, str]) -> dict[str, Any]:
     for standard_key, record_key in columns.items():
         if standard_key not in STANDARD_KEYS:
             raise InputError(f"columns maps '{standard_key}', which no format has; use {', '.join(STANDARD_KEYS)}."
@@ -318,7 +318,7 @@ def _renamed(record: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str,
     return {**unmapped, **{standard_key: record[record_key] for standard_key, record_key in columns.items()}}
 
 
-def _absent(key: str, record: Mapping[str, Any]) -> InputError:
+def _absent(key: str, record: Mapping[str, object]) -> InputError:
     return InputError(f"the key '{key}' is missing; the record has {keys(record)}."
                       f"{did_you_mean(key, names(record))}")
 

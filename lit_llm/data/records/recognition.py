@@ -22,7 +22,7 @@ PREFERENCES = (("chosen", "rejected"), ("chosen_messages", "rejected_messages"),
 NAMES = 200                                             # keys of a record that a misspelt one is compared with
 
 
-def recognise(record: Mapping[str, Any]) -> str:
+def recognise(record: Mapping[str, object]) -> str:
     """The format of a record, by its keys.
 
     Raises:
@@ -49,7 +49,7 @@ def recognise(record: Mapping[str, Any]) -> str:
     raise _unknown(record)
 
 
-def turns_key(record: Mapping[str, Any]) -> str | None:
+def turns_key(record: Mapping[str, object]) -> str | None:
     """The key with the list of turns."""
     for key in TURNS:
         turns = listed(record.get(key))
@@ -58,7 +58,7 @@ def turns_key(record: Mapping[str, Any]) -> str | None:
     return None
 
 
-def pair_keys(record: Mapping[str, Any]) -> tuple[str, str] | None:
+def pair_keys(record: Mapping[str, object]) -> tuple[str, str] | None:
     """The keys of question and answer, if there is exactly one of each and nothing else belongs to them."""
     for pair in NAMED:
         if all(key in record for key in pair):
@@ -83,7 +83,7 @@ def listed(value: object) -> Any:
 
 # ---- errors ----------------------------------------------------------------------------------------------------------
 
-def _preference(record: Mapping[str, Any], good: str, bad: str) -> InputError:
+def _preference(record: Mapping[str, object], good: str, bad: str) -> InputError:
     """The error for a preference record, with the `columns` that select the better answer."""
     asks, answer = _first(record, (*TURNS, *ASKS)), record[good]
     if isinstance(answer, list) and (asks is None or len(answer) > 1):
@@ -95,7 +95,7 @@ def _preference(record: Mapping[str, Any], good: str, bad: str) -> InputError:
                       fix=f"To train on the better one{how}: `columns: {{{columns}}}`.")
 
 
-def _unknown(record: Mapping[str, Any]) -> InputError:
+def _unknown(record: Mapping[str, object]) -> InputError:
     if wrong := [key for key in TURNS[:3] if record.get(key) is not None]:
         return InputError(f"{wrong[0]} must be a list, not {shown(record[wrong[0]])}")
     what = f"no known format has the keys {keys(record)}"
@@ -134,7 +134,7 @@ def _plain(record: Mapping[str, Any]) -> str:
     return f", or `{{text: {str(longest)[:40]}}}` for plain text" if longest else ""
 
 
-def _first(record: Mapping[str, Any], names: tuple[str, ...]) -> str | None:
+def _first(record: Mapping[str, object], names: tuple[str, ...]) -> str | None:
     """The first of these keys in the record, in the record's spelling."""
     own = {str(key).lower(): str(key) for key, value in record.items() if value is not None}
     return next((own[name] for name in names if name in own), None)
@@ -146,12 +146,12 @@ def _is_text(value: object) -> bool:
     return isinstance(value, str)
 
 
-def keys(record: Mapping[str, Any]) -> str:
+def keys(record: Mapping[str, object]) -> str:
     """The first keys of a record, for messages."""
     shown = ", ".join(str(key)[:30] for key in list(record)[:8])
     return (shown + (", ..." if len(record) > 8 else "")) or "none"
 
 
-def names(record: Mapping[str, Any]) -> list[str]:
+def names(record: Mapping[str, object]) -> list[str]:
     """Keys of a record for spelling suggestions, limited because a comparison takes about 20 us."""
     return [str(key)[:40] for key in list(record)[:NAMES]]

@@ -79,7 +79,7 @@ def _is_linear(layer: nn.Module) -> bool:
     return isinstance(layer, nn.Linear) or type(layer).__name__ == "Conv1D"
 
 
-def _adjusted(model: Any) -> Any:
+def _adjusted(model: nn.Module) -> Any:
     """Adjust a PEFT model: embed without copying the matrix, keep the head's bias, tie adapters that share a matrix."""
     from peft.tuners.lora.layer import ParamWrapper
     from peft.tuners.trainable_tokens import TrainableTokensLayer
@@ -154,7 +154,7 @@ def _check_finite(file: Path) -> None:
                                  fix="copy the adapter's folder again, or train it again")
 
 
-def skip_input_copies(model: Any) -> None:
+def skip_input_copies(model: nn.Module) -> None:
     """Let LoRA compute on its inputs without casting them to float32 first, where autocast converts them anyway.
 
     PEFT makes a float32 copy of every adapted layer's input because its weights are float32; autocast then makes a
@@ -167,7 +167,7 @@ def skip_input_copies(model: Any) -> None:
             layer.cast_input_dtype_enabled = False
 
 
-def adapted_layers(model: Any) -> dict[str, tuple[Any, bool]]:
+def adapted_layers(model: nn.Module) -> dict[str, tuple[Any, bool]]:
     """Layers that an adapter changes, by their name in the base, and whether by LoRA's two matrices alone."""
     from peft.tuners.lora import LoraLayer
     from peft.tuners.tuners_utils import BaseTunerLayer
@@ -180,7 +180,7 @@ def adapted_layers(model: Any) -> dict[str, tuple[Any, bool]]:
                    and all(part.bias is None for part in layer.lora_B.values())) for name, layer in layers.items()}
 
 
-def is_peft(model: Any) -> bool:
+def is_peft(model: nn.Module) -> bool:
     """Whether the model has PEFT adapters."""
     return hasattr(model, "peft_config") and hasattr(model, "get_base_model")
 
@@ -223,7 +223,7 @@ def save_adapter(model: Any, folder: str | Path, state: dict[str, Tensor], base:
         (folder / ROWS).write_text(json.dumps({"rows": inner.all_rows}) + "\n", encoding="utf-8")
 
 
-def _under_all_names(model: Any, state: dict[str, Tensor]) -> dict[str, Tensor]:
+def _under_all_names(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Weights under each of their names (VB-LoRA shares one bank), together with the frozen parts of adapters.
 
     VeRA's buffers and one of MiCA's two matrices are frozen. Only one rank calls this, so it does not call the model's

@@ -53,7 +53,7 @@ class GrammarWriter:
         self._added, self._reasoning = added, reasoning
         self._pattern = re.compile("|".join(map(re.escape, ordered)) or r"(?!)")
 
-    def json(self, schema: Mapping[str, Any], *, strict: bool, in_reasoning: bool | None = None) -> str:
+    def json(self, schema: Mapping[str, object], *, strict: bool, in_reasoning: bool | None = None) -> str:
         """A JSON value, after reasoning.
 
         Args:
@@ -195,7 +195,7 @@ def _without_lead(syntax: CallSyntax) -> tuple[str, CallSyntax]:
     return lead, replace(syntax, before=rest, separator=syntax.separator + lead)
 
 
-def json_rule(schema: Mapping[str, Any], strict: bool) -> str:
+def json_rule(schema: Mapping[str, object], strict: bool) -> str:
     """A JSON value as part of a grammar."""
     style = STYLE if strict else STYLE | {"lenient": True}
     return f"%json {json.dumps({**schema, 'x-guidance': style}, ensure_ascii=True)}"

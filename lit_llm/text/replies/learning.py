@@ -97,7 +97,7 @@ class Probe:
     template: ChatTemplate
     tags: Reasoning | None
 
-    def text(self, calls: Sequence[tuple[str, Mapping[str, Any]]], content: str = "") -> str:
+    def text(self, calls: Sequence[tuple[str, Mapping[str, object]]], content: str = "") -> str:
         """An answer with these calls, without its stop token; `ID` stands for the ids of the calls."""
         made = tuple({"type": "function", "id": id_, "function": {"name": name, "arguments": dict(arguments)}}
                      for id_, (name, arguments) in zip(IDS, calls, strict=False))
@@ -133,7 +133,7 @@ def _learned(probe: Probe) -> CallSyntax:
 
 
 def _with_several(syntax: CallSyntax, head: str, tail: str, two: str, three: str,
-                  calls: Sequence[tuple[str, Mapping[str, Any]]]) -> CallSyntax:
+                  calls: Sequence[tuple[str, Mapping[str, object]]]) -> CallSyntax:
     """Divide what surrounds a call: into what begins and ends every call, and what surrounds all of them."""
     spans, at = [], 0
     for call in calls[:2]:
@@ -150,7 +150,7 @@ def _with_several(syntax: CallSyntax, head: str, tail: str, two: str, three: str
                    closing=tail[len(after):], several=True)
 
 
-def _form(text: str, name: str, arguments: Mapping[str, Any]) -> tuple[CallSyntax, tuple[int, int]]:
+def _form(text: str, name: str, arguments: Mapping[str, object]) -> tuple[CallSyntax, tuple[int, int]]:
     """The middle of a call, and its span from the name to the arguments or the other way round."""
     at = text.find(name)
     if at < 0:
@@ -165,7 +165,7 @@ def _form(text: str, name: str, arguments: Mapping[str, Any]) -> tuple[CallSynta
     return _keyed_form(text, named, arguments)
 
 
-def _json_spans(text: str, arguments: Mapping[str, Any]) -> Iterator[tuple[int, int, bool]]:
+def _json_spans(text: str, arguments: Mapping[str, object]) -> Iterator[tuple[int, int, bool]]:
     """Where a text has the arguments as a JSON object, or as a JSON string that contains it."""
     decoder = json.JSONDecoder()
     for at, letter in enumerate(text):
@@ -230,7 +230,7 @@ def _quoting(probe: Probe, keyed: Keyed) -> Any:
 
 # ---- proofs ----------------------------------------------------------------------------------------------------------
 
-def read(syntax: CallSyntax, text: str, tools: Sequence[Mapping[str, Any]], size: int = 0) -> tuple[str, list[Any]]:
+def read(syntax: CallSyntax, text: str, tools: Sequence[Mapping[str, object]], size: int = 0) -> tuple[str, list[Any]]:
     """Content and calls `(name, arguments)` of a text; it arrives in pieces of `size` characters, 0 for all at once."""
     parser = ReplyParser(syntax=syntax, functions=parameters_of(tools))
     content, calls = "", list[list[str]]()

@@ -70,7 +70,7 @@ def preferred(render: Callable[[Messages], str]) -> tuple[bool, bool]:
 
 # ---- what a text shows -----------------------------------------------------------------------------------------------
 
-def quality(text: str, arguments: Mapping[str, Any], *sources: Any) -> int:
+def quality(text: str, arguments: Mapping[str, object], *sources: Any) -> int:
     """How a text renders a call's arguments: as JSON, key by key, as JSON within a string, or incorrectly.
 
     An HTML entity that is neither in the arguments nor in the other sources of the text is always incorrect.

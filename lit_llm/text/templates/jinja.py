@@ -31,7 +31,7 @@ HANDED = frozenset(("messages", "tools", "documents", "add_generation_prompt")) 
 TemplateArgs = Mapping[str, bool | int | float | str | list[str] | None]
 
 
-def variables(source: str, special_tokens: Mapping[str, Any]) -> frozenset[str]:
+def variables(source: str, special_tokens: Mapping[str, object]) -> frozenset[str]:
     """The variables that a template reads and a user may set, such as `enable_thinking`.
 
     Raises:
@@ -45,7 +45,7 @@ def variables(source: str, special_tokens: Mapping[str, Any]) -> frozenset[str]:
     return frozenset(read - HANDED - environment.globals.keys() - special_tokens.keys())
 
 
-def check_args(template_args: Mapping[str, Any], names_of_variables: frozenset[str], where: str) -> None:
+def check_args(template_args: Mapping[str, object], names_of_variables: frozenset[str], where: str) -> None:
     """Refuse values for variables that a template does not use, because they would have no effect.
 
     Raises:
@@ -73,7 +73,7 @@ def with_defaults(source: str, template_args: TemplateArgs) -> str:
     return source if source.startswith(lines) else lines + source
 
 
-def compiled(source: str, special_tokens: Mapping[str, Any]) -> Render:
+def compiled(source: str, special_tokens: Mapping[str, object]) -> Render:
     """`(messages, tools, add_generation_prompt, template_args) -> text`.
 
     Args:
@@ -89,13 +89,13 @@ def compiled(source: str, special_tokens: Mapping[str, Any]) -> Render:
 class _Template:
     """A compiled template with its accumulated cost."""
 
-    def __init__(self, source: str, special_tokens: Mapping[str, Any]) -> None:
+    def __init__(self, source: str, special_tokens: Mapping[str, object]) -> None:
         self._source, self._tokens = source, dict(special_tokens)
         self._inner = _inner(source)
         self._left, self._lost, self._then = 0, 0.0, time.monotonic()
 
     def render(self, messages: list[dict], tools: list[dict] | None, generation_prompt: bool,
-               template_args: Mapping[str, Any]) -> str:
+               template_args: Mapping[str, object]) -> str:
         """Render the text.
 
         Raises:

@@ -188,7 +188,7 @@ def _cost_of(operator: str, left: Any, right: Any) -> int:
     raise OutsideError
 
 
-def _filter(name: str, plain: Callable[..., Any]) -> Callable[..., Any]:
+def _filter(name: str, plain: Callable[..., object]) -> Callable[..., Any]:
     """The same filter with its cost charged, or deferred to the other process."""
     from jinja2 import pass_context
 
@@ -281,7 +281,7 @@ def _call(environment: Any) -> Callable[..., Any]:
     return call
 
 
-def _cost_of_method(name: str, owner: str, arguments: Sequence[Any]) -> int:
+def _cost_of_method(name: str, owner: str, arguments: Sequence[object]) -> int:
     """Cost of a string method with these arguments."""
     if name == "replace" and len(arguments) >= 2:
         return _replaced(owner, *arguments[:2])
@@ -290,7 +290,7 @@ def _cost_of_method(name: str, owner: str, arguments: Sequence[Any]) -> int:
     return len(owner) * (4 if "split" in name else 1) + _width(arguments)
 
 
-def _width(values: Iterable[Any]) -> int:
+def _width(values: Iterable[object]) -> int:
     return sum(map(_length, values))
 
 

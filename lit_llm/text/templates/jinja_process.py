@@ -44,7 +44,7 @@ class _Process:
             stderr=subprocess.DEVNULL, env=os.environ | {"PYTHONPATH": paths}, bufsize=0)
         self._receive(START)
 
-    def render(self, source: str, special_tokens: Mapping[str, Any], context: dict[str, Any], seconds: float,
+    def render(self, source: str, special_tokens: Mapping[str, object], context: dict[str, Any], seconds: float,
                most: int) -> tuple[bytes, str]:
         """Return the outcome, and the text or the reason."""
         template = (source, dict(special_tokens))

@@ -64,7 +64,7 @@ def check_figures(trainer: L.Trainer, split: str) -> None:
     raise _diverged(trainer, seen)
 
 
-def are_finite(figures: Mapping[str, Any], split: str = "val") -> bool:
+def are_finite(figures: Mapping[str, object], split: str = "val") -> bool:
     """Whether loss and perplexity are finite; true if nothing was measured."""
     if not figures.get(f"{split}/tokens"):
         return True

@@ -31,7 +31,7 @@ ZERO_ELSEWHERE = (*SCALE, "config", "accelerator", "parallel_devices", "cluster_
                   "process_group_backend", "timeout", "logging_level")      # not in DeepSpeed's config
 
 
-def check_trainer(options: Mapping[str, Any]) -> None:
+def check_trainer(options: Mapping[str, object]) -> None:
     """Refuse options of Lightning's Trainer that have no effect here.
 
     Args:
@@ -54,7 +54,7 @@ def check_trainer(options: Mapping[str, Any]) -> None:
                     "addition", str(options["logger"]).lower())
 
 
-def check_zero(arguments: Mapping[str, Any], kind: type) -> None:
+def check_zero(arguments: Mapping[str, object], kind: type) -> None:
     """Refuse arguments of ZeroStrategy that have no effect.
 
     Args:
@@ -78,7 +78,7 @@ def check_zero(arguments: Mapping[str, Any], kind: type) -> None:
                              "offload_parameters); if `config` is given, set it there")
 
 
-def check_scale(values: Mapping[str, Any], precision: str) -> None:
+def check_scale(values: Mapping[str, object], precision: str) -> None:
     """Refuse settings of a loss scale, which only float16 uses.
 
     Args:

@@ -129,7 +129,7 @@ def prove(like: object, config: object, *, seed: int = 0) -> Way:
         raise _NotBuiltError(f"transformers cannot run it with token ids only: {failure}")
 
 
-def _best(plain: Any, packed: object, why_unpacked: str, batch: Batch, standard: "_Sums", logits: Tensor) -> Way:
+def _best(plain: Any, packed: Any, why_unpacked: str, batch: Batch, standard: "_Sums", logits: Tensor) -> Way:
     """Try ways from the fastest on; fast norms are tried only with packed attention.
 
     Args:
@@ -173,7 +173,7 @@ def _packing(plain: Any) -> tuple[Any, str]:
 class _Sums:
     """Losses in training and evaluation, and gradients in training."""
 
-    def __init__(self, model: Any, sums: Any) -> None:
+    def __init__(self, model: nn.Module, sums: Any) -> None:
         self.model = model
         model.zero_grad()
         model.train()
@@ -206,7 +206,7 @@ def _standard(plain: Any, batch: Batch) -> _Sums:
     return sums_of_plain
 
 
-def _differs(model: Any, batch: Batch, way: Way, standard: _Sums) -> str:
+def _differs(model: nn.Module, batch: Batch, way: Way, standard: _Sums) -> str:
     """How the results of a way differ from the reference; empty if they are equal."""
     touched = rmsnorm.use_fast_norms(model) if way.fast_norms else 0
     try:

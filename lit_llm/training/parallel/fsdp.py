@@ -122,7 +122,7 @@ class Fsdp2Strategy(Distribution, ModelParallelStrategy):
         with safe_load.data_only():
             return torch.load(path / REST, map_location="cpu", weights_only=bool(weights_only))
 
-    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+    def load_model_state_dict(self, checkpoint: Mapping[str, object], strict: bool = True) -> None:
         """Does nothing: `load_checkpoint` has loaded the weights."""
 
 

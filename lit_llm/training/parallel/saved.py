@@ -21,7 +21,7 @@ from lit_llm.training.hyperparameters import Hyperparameters
 from lit_llm.training.parallel import reshard, safe_load
 
 
-def plain_arguments(local_values: Mapping[str, Any]) -> dict[str, Any]:
+def plain_arguments(local_values: Mapping[str, object]) -> dict[str, Any]:
     """Arguments of a constructor as numbers, texts, lists and mappings, which checkpoints may contain.
 
     Args:
@@ -70,7 +70,7 @@ class SavedModule(L.LightningModule):
             kwargs["weights_only"] = True
         return super().load_from_checkpoint(checkpoint_path, *args, **kwargs)
 
-    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+    def load_state_dict(self, state_dict: Mapping[str, object], strict: bool = True, assign: bool = False) -> Any:
         """Load weights as torch does, but do not report frozen weights, which checkpoints leave out, as missing."""
         result = super().load_state_dict(state_dict, strict, assign)
         trainable = {name for name, weight in self.named_parameters() if weight.requires_grad}

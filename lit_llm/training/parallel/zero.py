@@ -341,7 +341,7 @@ class ZeroStrategy(Distribution, DeepSpeedStrategy):
               deepspeed_private.loads_universal(self.deepspeed_engine)):
             return super().load_checkpoint(folder)
 
-    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+    def load_model_state_dict(self, checkpoint: Mapping[str, object], strict: bool = True) -> None:
         """Does nothing: the engine has loaded the weights."""
 
     def _has_frozen_weights(self) -> bool:

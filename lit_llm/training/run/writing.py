@@ -77,7 +77,7 @@ class Writing:
             for owner, name in writers:
                 delattr(owner, name)                # restore the class's method
 
-    def _keeping(self, write: Callable[..., Any]) -> Callable[..., Any]:
+    def _keeping(self, write: Callable[..., object]) -> Callable[..., Any]:
         def keep(*args: Any, **kwargs: Any) -> None:
             try:
                 write(*args, **kwargs)
