@@ -137,6 +137,13 @@ def words_of(tree):
             yield node.value
 
 
+def test_few_functions_of_the_data_take_a_source():
+    """A source is read in few places: for another field of it, one looks at these alone."""
+    takers = [f"{name}.{node.name}" for name, tree in TREES.items() if name.startswith("data.") for node in ast.walk(tree)
+              if isinstance(node, ast.FunctionDef) and "source" in [each.arg for each in (*node.args.args, *node.args.kwonlyargs)]]
+    assert 1 <= len(takers) <= 6, takers
+
+
 def test_one_module_knows_how_a_weight_is_split():
     """Other modules use `shards.py`: their own checks would be wrong for another kind of sharding."""
     probes = {name: set(words_of(tree)) & SPLIT for name, tree in TREES.items()}

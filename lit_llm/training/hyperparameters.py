@@ -4,13 +4,17 @@ A restored optimizer and schedule have the values that they were saved with, wha
 """
 
 import logging
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from lit_llm.system.private import torch as torch_private
 from lit_llm.training import optim
+
+if TYPE_CHECKING:
+
+    from lit_llm.training.checks.interface import Module
 
 log = logging.getLogger(__name__)
 KEY = "hyperparameters"                             # key in a checkpoint
@@ -26,7 +30,7 @@ class Hyperparameters:
         self._before: dict[str, Any] | None = None
         self._groups: list[dict[str, Any]] = []
 
-    def scheduled(self, module: Any, optimizer: Optimizer, total: int) -> LambdaLR:
+    def scheduled(self, module: "Module", optimizer: Optimizer, total: int) -> LambdaLR:
         """Create the schedule of a new optimizer.
 
         Args:

@@ -3,7 +3,7 @@
 The pairs are in the table of `rules/table.py`. The other checks here need the model or the data.
 """
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.pytorch.strategies import Strategy
@@ -18,6 +18,11 @@ from lit_llm.training.loss import as_matrices
 from lit_llm.training.parallel import distribution
 from lit_llm.training.parallel.processes import end_together
 from lit_llm.training.rules import table
+
+if TYPE_CHECKING:
+    from lightning import Trainer
+
+    from lit_llm.data.interface import Data
 
 NUMBERS = ("lr", "warmup", "cooldown", "min_lr_share", "weight_decay", "betas", "eps", "router_aux_loss",
            "neftune_alpha")
@@ -79,7 +84,7 @@ def check_data(inner: Any, data: Any) -> None:
                          where="data.seq_len", fix=f"set --data.seq_len {room} or less")
 
 
-def check_tokenizer(base: str, data: Any) -> None:
+def check_tokenizer(base: str, data: "Data") -> None:
     """Refuse a tokenizer whose ids differ from the base's; additional tokens are allowed.
 
     Args:
@@ -95,7 +100,7 @@ def check_tokenizer(base: str, data: Any) -> None:
                          fix="use the base's own (data.tokenizer: null), or one that only adds tokens to it")
 
 
-def check_trainer(trainer: Any) -> None:
+def check_trainer(trainer: "Trainer") -> None:
     """Refuse options of Lightning that checkpoints or the loader would not follow.
 
     Raises:

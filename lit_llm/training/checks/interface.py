@@ -26,6 +26,8 @@ class Module(Protocol):
     _trainer: Any
     quantize: Quantize | None
     lr: float
+    warmup: float
+    betas: tuple[float, float]
     schedule: optim.Schedule
     cooldown: float
     min_lr_share: float

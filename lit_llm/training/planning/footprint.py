@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -30,6 +30,12 @@ from lit_llm.training.planning import devices, estimate, trace
 from lit_llm.training.planning.devices import Device
 from lit_llm.training.planning.estimate import Counts, Kind, Memory, Setting
 from lit_llm.training.planning.trace import Step
+
+if TYPE_CHECKING:
+    from lightning import Trainer
+
+    from lit_llm.data.interface import Data
+    from lit_llm.training.checks.interface import Module
 
 log = logging.getLogger(__name__)
 CONTEXT = 512 * 2**20                               # CUDA context of a process; reported elsewhere, not measured here
@@ -57,7 +63,7 @@ class Footprint:
         return estimate.memory(self.kind.counts, setting, self.kind.step(self.rows, setting.recompute), self.process)
 
 
-def of(trainer: Any, module: Any, data: Any, room: int, device: Device | None = None) -> Footprint:
+def of(trainer: "Trainer", module: "Module", data: "Data", room: int, device: Device | None = None) -> Footprint:
     """Estimate a run whose data are set up and whose model is not built.
 
     Args:
@@ -73,9 +79,10 @@ def of(trainer: Any, module: Any, data: Any, room: int, device: Device | None = 
     build = _builder(module, data)
     counts = count(*build(module.peft_spec), quantized=module.quantize is not None, muon=module.optimizer == "muon")
     borders, supervised = heaviest(data)
-    auto = module.gradient_checkpointing == "auto"
+    mode = module.gradient_checkpointing
+    auto = mode == "auto"
     rows = rows_at_once(data)
-    setting = _setting(trainer, module, "none" if auto else of_config(module.gradient_checkpointing),
+    setting = _setting(trainer, module, "none" if mode == "auto" else of_config(mode),
                        tokens=borders[-1], supervised=supervised,
                        cpu=trainer.strategy.root_device.type == "cpu" if device is None else device.cpu)
     kind = Kind(counts, _steps(lambda: build(module.peft_spec)[0], borders, setting, rows, counts))
@@ -92,7 +99,7 @@ def cheapest(footprint: Footprint, room: int) -> Recompute:
     return "full"
 
 
-def agreed(trainer: Any, module: Any, data: Any) -> Recompute:
+def agreed(trainer: "Trainer", module: "Module", data: Any) -> Recompute:
     """The checkpointing mode for all ranks: that of the smallest device, because all ranks must gather alike.
 
     Collective: every rank calls it.
@@ -111,7 +118,7 @@ def agreed(trainer: Any, module: Any, data: Any) -> Recompute:
     return way
 
 
-def room(trainer: Any, device: Device | None = None) -> int:
+def room(trainer: "Trainer", device: Device | None = None) -> int:
     """Usable bytes of a device; processes on CPUs share the machine's memory.
 
     Args:
@@ -121,7 +128,7 @@ def room(trainer: Any, device: Device | None = None) -> int:
     return (device or devices.here(trainer.strategy.root_device)).room(int(trainer.num_devices))
 
 
-def rows_at_once(data: Any) -> int:
+def rows_at_once(data: "Data") -> int:
     """Packed sequences of the largest micro-batch of the data."""
     return data.batch_size if data.streaming else min(data.batch_size, len(data.plans["train"].rows))
 
@@ -163,7 +170,7 @@ def _head_width(config: Any) -> int:
     return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
 
-def heaviest(data: Any) -> tuple[list[int], int]:
+def heaviest(data: "Data") -> tuple[list[int], int]:
     """Document boundaries of the most expensive micro-batch that the data can make, and its supervised tokens.
 
     It has the longest documents: with dropout, attention on CPU keeps a tokens-by-tokens matrix of each document.
@@ -181,7 +188,7 @@ def heaviest(data: Any) -> tuple[list[int], int]:
     return borders, max(1, int(rows.supervised[chosen].sum()))
 
 
-def kinds(now: Footprint, module: Any, data: Any) -> list[Kind]:
+def kinds(now: Footprint, module: "Module", data: "Data") -> list[Kind]:
     """Ways to train the model: as configured, with adapters, with adapters on a 4-bit base."""
     ways, spec, setting = [now.kind], module.peft_spec, now.setting
     if module.base is None or module.quantize is not None:
@@ -201,7 +208,7 @@ def kinds(now: Footprint, module: Any, data: Any) -> list[Kind]:
     return [*ways, kind(spec, "--config configs/with/qlora.yaml", quantized=True)]
 
 
-def _builder(module: Any, data: Any) -> Callable[[dict[str, Any] | None], tuple[Any, Any]]:
+def _builder(module: "Module", data: "Data") -> Callable[[dict[str, Any] | None], tuple[Any, Any]]:
     """A function that builds the model without weights, with or without adapters of a spec."""
     def build(spec: dict[str, Any] | None) -> tuple[Any, Any]:
         facts = model.tokenizer_facts(data.tokenizer)
@@ -215,7 +222,7 @@ def _builder(module: Any, data: Any) -> Callable[[dict[str, Any] | None], tuple[
     return build
 
 
-def _trained_tokens(module: Any, data: Any, inner: Any) -> list[int]:
+def _trained_tokens(module: "Module", data: "Data", inner: Any) -> list[int]:
     """Tokens whose rows are trained beside adapters; for `auto`, all candidates."""
     if module.peft_spec is None or module.train_tokens is None or trained_rows.row_obstacle(inner, module.peft_spec):
         return []
@@ -266,7 +273,8 @@ def resident_bytes() -> int:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def _setting(trainer: Any, module: Any, way: Recompute, *, tokens: int, supervised: int, cpu: bool) -> Setting:
+def _setting(trainer: "Trainer", module: "Module", way: Recompute, *, tokens: int, supervised: int,
+             cpu: bool) -> Setting:
     strategy = distribution.of(trainer.strategy)
     return Setting(strategy.split_stage, trainer.world_size, tokens, supervised, way, module.optimizer,
                    str(trainer.precision), *strategy.offloads, trainer.accumulate_grad_batches, cpu,

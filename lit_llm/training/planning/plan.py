@@ -8,13 +8,17 @@ import shutil
 import tempfile
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from lit_llm.training.planning import devices, estimate, footprint, trial
 from lit_llm.training.planning.devices import Device
 from lit_llm.training.planning.estimate import Counts, Memory, Option, Setting
+
+if TYPE_CHECKING:
+    from lightning import Trainer
+
 
 GIB, MIB = 2**30, 2**20
 NAMES = {0: "plain", 1: "ZeRO-1", 2: "ZeRO-2", 3: "ZeRO-3"}        # DDP is plain, FSDP2 is as ZeRO-3
@@ -109,7 +113,7 @@ class Plan:
         return self.now.total < self.room
 
 
-def make(trainer: Any, module: Any, data: Any, memory: float | None = None, device: str | None = None) -> Plan:
+def make(trainer: "Trainer", module: Any, data: Any, memory: float | None = None, device: str | None = None) -> Plan:
     """Plan a run whose data are set up.
 
     Args:
