@@ -29,10 +29,11 @@ from lit_llm.text.tokenizer import Tokenizer
 from serve import chat_page, private
 from serve.engine_client import Limits
 from serve.errors import ApiError
-from serve.http import operations
+from serve.http import openapi, operations
 from serve.http.connection import Connection
 from serve.http.gate import LOG, Admission, Gate, response
 from serve.lifecycle import CLOSE_SECONDS, NOTICE_SECONDS, Drain
+from serve.openai import tokens
 from serve.openai.routes import Routes
 from serve.worker import CONSUMER, Ended, EngineAPI
 
@@ -263,6 +264,8 @@ def _own_app(app: FastAPI, routes: Routes, settings: Settings, folder: str) -> N
     app.title = "lit_llm"
     operations.add_routes(app, routes)
     chat_page.add_routes(app, routes, folder)
+    tokens.add_routes(app, routes)
+    openapi.describe(app, routes.tokenizer.vocab_size, strict=settings.strict)
     _own_errors(app)
     engine, network = routes.engine, settings.network
     app.add_middleware(Admission, max_body_bytes=settings.limits.max_body_bytes, draining=lambda: engine.draining)

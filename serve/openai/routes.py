@@ -105,7 +105,7 @@ class Routes(LitSpec):
 
     async def chat_completions(self, body: ChatCompletionBody, request: Request) -> Response:
         """Answer a conversation."""
-        self._check_model(body.model)
+        self.check_model(body.model)
         ignored = body.ignored_fields
         if body.reasoning_effort is not None and "reasoning_effort" not in self.tokenizer.template_variables:
             ignored += ("reasoning_effort",)
@@ -113,7 +113,7 @@ class Routes(LitSpec):
         params, asked = body.params(), body.wish()
 
         def encode() -> tuple[list[int], Plan]:
-            ids = self._prompt(body, asked)
+            ids = self.prompt(body, asked)
             return ids, self._planner.plan(asked, ids)
 
         ids, plan = await self.encode(encode, "messages", request)
@@ -123,7 +123,7 @@ class Routes(LitSpec):
 
     async def completions(self, body: CompletionBody, request: Request) -> Response:
         """Continue texts or tokens."""
-        self._check_model(body.model)
+        self.check_model(body.model)
         headers = self.ignored.headers(body.ignored_fields)
         params, echo = body.params(), bool(body.echo)
         prompts = await self.encode(lambda: [self._read(prompt) for prompt in body.prompts], "prompt", request)
@@ -151,7 +151,7 @@ class Routes(LitSpec):
 
     async def model(self, name: str) -> Response:
         """The served model by name."""
-        self._check_model(name)
+        self.check_model(name)
         return JSONResponse(self._card(name))
 
     # ---- the stages of a request -------------------------------------------------------------------------------------
@@ -236,7 +236,8 @@ class Routes(LitSpec):
         known = self.tokenizer.vocab_size
         return prompt, self.tokenizer.decode(id_ for id_ in prompt if 0 <= id_ < known)
 
-    def _prompt(self, body: ChatCompletionBody, asked: Wish) -> list[int]:
+    def prompt(self, body: ChatCompletionBody, asked: Wish) -> list[int]:
+        """Render the messages of a request as for training."""
         given = dict(body.chat_template_kwargs or {})
         self.tokenizer.check_template_args(given, "chat_template_kwargs")
         if body.reasoning_effort is not None and "reasoning_effort" in self.tokenizer.template_variables:
@@ -246,7 +247,12 @@ class Routes(LitSpec):
             return self.tokenizer.encode_continuation(conversation)
         return self.tokenizer.encode_prompt(conversation, generation_prompt=body.add_generation_prompt is not False)
 
-    def _check_model(self, name: str | None) -> None:
+    def check_model(self, name: str | None) -> None:
+        """Check the name of a model.
+
+        Raises:
+            ApiError: 404 if it is not served.
+        """
         if name and name not in self._accepted:
             raise ApiError(404, f"this server has no such model; it serves {self._all_names()}", param="model",
                            code="model_not_found")

@@ -218,3 +218,23 @@ def test_what_cannot_share_a_pass_is_said(kind, reason):
 
 def test_positions_that_depend_on_the_longest_request_are_computed_alone():
     assert "longest request" in str(Engine(build(VARIANTS["llama, dynamic"])).obstacle)
+
+
+def test_tokens_that_a_smaller_slot_cannot_hold_are_read(tiny_model):
+    """A slot without a request begins like the prompt, and a larger one, whose request is running, like more of it."""
+    engine = Engine.load(tiny_model("llama"))
+    prompt = [20 + at % 200 for at in range(150)]
+    long = SamplingParams(max_tokens=60, temperature=0, ignore_eos=True)
+    engine.add("large", prompt, long)
+    found = {event.request_id: [event.token_id] for event in engine.step()}
+    engine.add("small", prompt[:40], SamplingParams(max_tokens=3, temperature=0, ignore_eos=True))
+    while engine.stats.running != 1 or "small" not in found:
+        for event in engine.step():
+            found.setdefault(event.request_id, []).append(event.token_id)
+    engine.add("both", [*prompt, 5], long)
+    while engine.has_work:
+        for event in engine.step():
+            found.setdefault(event.request_id, []).append(event.token_id)
+    other = Engine.load(tiny_model("llama"))
+    other.add("both", [*prompt, 5], long)
+    assert found["both"] == [event.token_id for _ in range(60) for event in other.step()]

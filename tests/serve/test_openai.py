@@ -230,3 +230,35 @@ def test_the_simple_door(server, client):
     expected = chat(client, [{"role": "user", "content": "什么颜色"}], max_tokens=12).choices[0].message.content
     assert reply.json() == {"response": expected}
     assert set(server.http.post("/chat", json={"message": "Hi"}).json()) == {"response"}
+
+
+def test_tokenize_and_detokenize(server, generate):
+    """vLLM's fields; the ids are those that the other routes compute with."""
+    def post(path, body, status=200):
+        reply = server.http.post(path, json=body)
+        assert reply.status_code == status, reply.text
+        return reply.json()
+
+    ids = generate.tokenizer("The kite 风筝")["input_ids"]
+    assert post("/tokenize", {"prompt": "The kite 风筝"}) == {"tokens": ids, "count": len(ids), "max_model_len": 20_000, "token_strs": None}
+    assert post("/detokenize", {"tokens": ids}) == {"prompt": "The kite 风筝"}
+    assert "".join(post("/tokenize", {"prompt": "The kite", "return_token_strs": True})["token_strs"]) == "The kite"
+    for header in (True, False):
+        rendered = generate.tokenizer.apply_chat_template(MESSAGES, add_generation_prompt=header, return_dict=True)["input_ids"]
+        assert post("/tokenize", {"messages": MESSAGES, "add_generation_prompt": header})["tokens"] == rendered
+    assert post("/detokenize", {"tokens": generate(MESSAGES, 1)[0]})["prompt"].startswith("<|im_start|>system")
+    for path, body in (("/tokenize", {}), ("/tokenize", {"prompt": "x", "messages": MESSAGES}), ("/tokenize", {"messages": [{}]}),
+                       ("/detokenize", {"tokens": [-1]}), ("/detokenize", {"tokens": [10**6]}), ("/detokenize", {})):
+        assert post(path, body, 400)["error"]["type"] == "invalid_request_error"
+    assert post("/tokenize", {"prompt": "x", "model": "gpt-4"}, 404)["error"]["code"] == "model_not_found"
+
+
+def test_the_openapi_document_declares_the_errors(server):
+    document = server.http.get("/openapi.json").json()
+    for path in ("/v1/chat/completions", "/v1/completions", "/chat", "/tokenize", "/detokenize"):
+        responses = document["paths"][path]["post"]["responses"]
+        assert {"200", "400", "401", "403", "404", "408", "413", "429", "500", "503", "504"} == set(responses)
+        error = server.http.post(path, json={}).json()
+        assert set(error["error"]) == set(document["components"]["schemas"]["Error"]["properties"]["error"]["required"])
+    assert {"/health", "/health/live", "/health/ready", "/metrics", "/version", "/v1/models"} <= set(document["paths"])
+    assert "HTTPValidationError" not in document["components"]["schemas"]

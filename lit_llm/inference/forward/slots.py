@@ -221,7 +221,7 @@ class Slots:
 
     def _copy(self, source: Slot, slot: Slot, end: int) -> None:
         """Copy the tokens of a slot up to `end` that another lacks, unless they are few or making room dropped them."""
-        begin = len(slot.ids)
+        begin, end = len(slot.ids), min(end, slot.pool.room)
         if end - begin < COPIED or source not in source.pool.slots:
             return
         for number, states in source.pool.layers.items():

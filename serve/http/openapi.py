@@ -1,0 +1,98 @@
+"""The OpenAPI document at `/openapi.json`: FastAPI's, with the errors that the server really sends."""
+
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.openapi.utils import get_openapi
+
+ERROR = {"type": "object", "required": ["error"], "additionalProperties": False, "properties": {"error": {
+    "type": "object", "required": ["message", "type", "param", "code"], "additionalProperties": False, "properties": {
+        "message": {"type": "string"}, "type": {"type": "string"}, "param": {"type": ["string", "null"]},
+        "code": {"type": ["string", "null"]}}}}}
+ERRORS = {
+    400: "The request is not valid, or its prompt does not fit into the context.",
+    401: "The key is missing or wrong.",
+    403: "The Host header names a host that is not served.",
+    404: "There is no such model.",
+    408: "The request did not arrive in time.",
+    413: "The body is too large.",
+    429: "Too many requests wait.",
+    500: "The server could not compute this request.",
+    503: "The engine is not ready, too busy, or the server shuts down.",
+    504: "The request took too long.",
+}
+WITHOUT_BODY = (401, 403, 404, 500, 503)            # of routes that read no body
+RETRY = {"Retry-After": {"description": "Seconds to wait.", "schema": {"type": "string"}}}
+
+
+def describe(app: FastAPI, vocab_size: int, *, strict: bool) -> None:
+    """Let the application describe its errors and values: FastAPI would declare a 422, which is never sent.
+
+    Args:
+        app: The application.
+        vocab_size: Token ids are below this.
+        strict: Whether unknown fields are refused.
+    """
+    def document() -> dict[str, Any]:
+        if app.openapi_schema is None:
+            document = get_openapi(title=app.title, version=app.version, routes=app.routes)
+            document["components"] = document.get("components", {})
+            schemas = document["components"].setdefault("schemas", {})
+            for name in ("HTTPValidationError", "ValidationError"):
+                schemas.pop(name, None)
+            _limit(schemas, vocab_size, strict=strict)
+            schemas["Error"] = ERROR
+            document["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+            for path, operations in document["paths"].items():
+                for operation in operations.values():
+                    _describe(path, operation)
+            app.openapi_schema = document
+        return app.openapi_schema
+
+    app.openapi = document                          # type: ignore[method-assign]
+
+
+def _limit(schemas: dict[str, Any], vocab_size: int, *, strict: bool) -> None:
+    """Add limits of values that depend on the model, and those that are checked after the types."""
+    for schema in schemas.values():
+        schema["additionalProperties"] = not strict
+    text = {"type": "string", "minLength": 1}
+    id_ = {"type": "integer", "minimum": 0, "maximum": vocab_size - 1}
+
+    def some(items: dict[str, Any], most: int) -> dict[str, Any]:
+        return {"type": "array", "items": items, "minItems": 1, "maxItems": most}
+
+    message = {"type": "object", "required": ["role", "content"], "properties": {
+        "role": {"type": "string", "enum": ["system", "user", "assistant", "tool"]}, "content": {}}}
+    limits: dict[str, dict[str, Any]] = {
+        "prompt": {"anyOf": [text, some(id_, 10**6), some(text, 2048), some(some(id_, 10**6), 2048)]},
+        "messages": some(message, 2048), "tokens": {"type": "array", "items": id_}}
+    for name in ("ChatCompletionBody", "CompletionBody", "DetokenizeBody"):
+        properties = schemas.get(name, {}).get("properties", {})
+        properties.update({field: value for field, value in limits.items() if field in properties})
+        for field, items in (("stop", text | {"maxLength": 256}), ("stop_token_ids", id_)):
+            if field in properties:
+                lists = {"type": "array", "items": items, "maxItems": 16}
+                properties[field] = {"anyOf": [lists, {"type": "null"}, *([items] if field == "stop" else [])]}
+        if "logit_bias" in properties:
+            bias = {"type": "number", "minimum": -100, "maximum": 100}
+            biases = {"type": "object", "propertyNames": {"pattern": "^[0-9]+$"}, "additionalProperties": bias}
+            properties["logit_bias"] = {"anyOf": [biases, {"type": "null"}]}
+
+
+def _describe(path: str, operation: dict[str, Any]) -> None:
+    responses = operation["responses"]
+    responses.pop("422", None)
+    if path == "/metrics":
+        responses["200"]["content"] = {"text/plain": {"schema": {"type": "string"}}}
+    elif "stream" in path or path.endswith("completions"):
+        responses["200"]["content"]["text/event-stream"] = {"schema": {"type": "string"}}
+    for status in ERRORS if "requestBody" in operation else WITHOUT_BODY:
+        schema: dict[str, Any] = {"$ref": "#/components/schemas/Error"}
+        if status == 503 and path.startswith("/health"):
+            schema = {"type": "object"}
+        responses[str(status)] = {"description": ERRORS[status], "content": {"application/json": {"schema": schema}}}
+        if status in (429, 503):
+            responses[str(status)]["headers"] = RETRY
+    if not path.startswith(("/health", "/version")):
+        operation["security"] = [{"key": []}, {}]   # without --api-key, no request needs one
