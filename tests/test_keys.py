@@ -6,6 +6,7 @@ value is refused by a message that names the key.
 """
 
 import contextlib
+import csv
 import hashlib
 import inspect
 import json
@@ -27,6 +28,7 @@ from lit_llm.data.records.sources import Source
 from lit_llm.errors import InputError
 from lit_llm.models.adapters.peft_method import LoRA
 from lit_llm.models.anatomy import decoder_layers
+from lit_llm.report.rows import MEASURED
 from lit_llm.training.module import CausalLMModule
 from lit_llm.training.parallel.fsdp import Fsdp2Strategy
 from lit_llm.training.parallel.zero import ZeroStrategy
@@ -246,8 +248,8 @@ def watched(config, how, patch):
     table = Path("run/metrics.csv")
     files = sorted(set(Path(".").rglob("*")) - before - {Path("run.yaml")})
     return seen | {"code": code, "error": err, "output": re.sub(r"\d[\d.,]*", "#", out + err),
-                   "rows": [row.split(",")[:2] + row.split(",")[3:] for row in table.read_text().splitlines()]      # no seconds
-            if table.is_file() else [],
+                   "rows": [{name: value for name, value in row.items() if name not in MEASURED}
+                            for row in csv.DictReader(table.read_text().splitlines())] if table.is_file() else [],
                    "files": [(str(path), path.read_text() if path.name in ("BEST", "LATEST") else "") for path in files]}
 
 

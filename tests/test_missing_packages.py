@@ -37,6 +37,7 @@ FIT = ("lit_llm", "fit", "--config", "configs/sft.yaml", "--config", "configs/wi
 @pytest.mark.parametrize(("package", "words", "says"), [
     ("tensorboard", [*FIT, "--trainer.logger", "TensorBoardLogger"],
      "trainer.logger: TensorBoardLogger needs the package 'tensorboard', which is not installed\n  pip install tensorboard"),
+    ("tensorboard", [*FIT, "--config", "configs/with/tensorboard.yaml"], "TensorBoardLogger needs the package 'tensorboard'"),
     ("mlflow", [*FIT, "--trainer.logger", "[{class_path: lightning.pytorch.loggers.MLFlowLogger}]"],
      "MLFlowLogger needs the package 'mlflow', which is not installed\n  pip install mlflow"),
     ("comet_ml", [*FIT, "--trainer.logger", "lightning.pytorch.loggers.CometLogger"], "  pip install comet-ml"),

@@ -134,7 +134,8 @@ def check_arguments(where: str, values: Mapping[str, object], kind: Callable[...
         if value is None and default is not None and not takes_null(hint):
             raise InputError(f"null is not allowed; {place} takes {_words(key, hint)}", where=place,
                              fix=_typed(place, key, default))
-        if value == "" and default != "" and not key.startswith(FREE_TEXTS):
+        # the default of an argument that is passed on (`**kwargs` of TensorBoardLogger) is not in the signature
+        if value == "" and name in hints and default != "" and not key.startswith(FREE_TEXTS):
             raise InputError(f"the text is empty; {place} takes {_words(key, hint)}", where=place,
                              fix=_typed(place, key, default))
         ranges.check(key, value, where=place)
