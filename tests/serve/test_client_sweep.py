@@ -52,7 +52,7 @@ CHAT = [
     ({"extra_body": {"cache_prompt": True, "keep_alive": 5, "options": {"num_ctx": 5}}}, anything),
     ({"response_format": {"type": "text"}}, anything), ({"extra_body": {"best_of": 1}}, anything),
     ({"n": 200}, "n"), ({"top_logprobs": 3}, "top_logprobs"), ({"logit_bias": {"70": 500}}, "logit_bias"),
-    ({"model": "gpt-4"}, "model"), ({"modalities": ["text", "audio"], "audio": {"voice": "alloy", "format": "wav"}}, "modalities"),
+    ({"model": "gpt-4"}, "model"), ({"modalities": ["text", "audio"], "audio": {"voice": "alloy", "format": "wav"}}, "audio"),
     ({"messages": [{"role": "user", "content": "word " * 25_000}]}, "messages"),
 ]
 COMPLETIONS = [
@@ -123,4 +123,4 @@ def test_what_is_refused_is_this():
     """Of 84 calls of an earlier server 45 got a 400; now these do, each with its reason in the README."""
     assert 2 * len(CALLS) == 120
     assert sorted(expected for *_, expected in REFUSED) == [
-        "best_of", "logit_bias", "messages", "modalities", "model", "n", "prompt", "suffix", "top_logprobs"]
+        "audio", "best_of", "logit_bias", "messages", "model", "n", "prompt", "suffix", "top_logprobs"]
