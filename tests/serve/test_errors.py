@@ -3,12 +3,19 @@ request takes the server from everybody. Every error here must be OpenAI's `{"er
 """
 
 import random
+import socket
 
 import openai
 import pytest
 
 USER = [{"role": "user", "content": "Hi"}]
 SECRET = "do-not-repeat-me-" * 40
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 def shape(reply, status):
@@ -108,14 +115,18 @@ def test_a_prompt_that_does_not_fit_is_refused_in_the_words_that_clients_look_fo
 
 
 def test_max_tokens_beyond_the_room_is_reduced_to_it(server):
-    body = {"prompt": [5] * 19_995, "max_tokens": 30_000, "min_tokens": 20_000, "temperature": 0}
-    reply = server.http.post("/v1/completions", json=body).json()
-    assert reply["choices"][0]["finish_reason"] == "length"
-    assert reply["usage"]["completion_tokens"] == 5
+    from lit_llm.inference.sampling import SamplingParams
+    from serve.openai.choices import fitted
+
+    fit = fitted([5] * 19_995, SamplingParams(max_tokens=30_000, min_tokens=20_000), 20_000, "prompt")
+    assert (fit.max_tokens, fit.min_tokens) == (5, 5)
+    assert fitted([5], SamplingParams(max_tokens=7), 20_000, "prompt").max_tokens == 7
+    body = {"prompt": "x", "max_tokens": 30_000, "logit_bias": {"70": 100}, "stop_token_ids": [70]}
+    assert server.http.post("/v1/completions", json=body).json()["choices"][0]["finish_reason"] == "stop"
 
 
-def test_unknown_fields_are_ignored_and_named(server, start_server, endless_model):
-    """In a header, escaped and bounded, and once in the log; `--strict` refuses them. Fields of OpenAI's own service are not named."""
+def test_unknown_fields_are_ignored_and_named(server, endless_model):
+    """In a header, escaped and bounded; `--strict` refuses them. Fields of OpenAI's own service are not named."""
     fields = {"max_tokenz": 5, "bad\r\nname é": 1, "user": "u", "store": True, "cache_prompt": True, SECRET: 5}
     body = {"messages": USER, "max_tokens": 1, "temperature": 0, "reasoning_effort": "low"}
     plain = server.http.post("/v1/chat/completions", json=body | {"reasoning_effort": None})
@@ -130,13 +141,23 @@ def test_unknown_fields_are_ignored_and_named(server, start_server, endless_mode
     many = server.http.post("/chat", json={"message": "x", "max_length": 1} | {f"f{at}": 1 for at in range(500)})
     assert many.status_code == 200
     assert len(many.headers["x-ignored-fields"]) < 1000
-    strict = start_server("--model", endless_model, "--strict")
-    error = shape(strict.http.post("/v1/chat/completions", json=body | {"max_tokenz": 5}), 400)
-    assert (error["param"], error["code"]) == ("max_tokenz", "unknown_parameter")
-    assert strict.http.post("/v1/chat/completions", json=body | {"user": "u", "reasoning_effort": None}).status_code == 200
-    for path, given in (("/v1/completions", {"prompt": "x"}), ("/chat", {"message": "x"}), ("/v1/chat/completions", body)):
-        shape(strict.http.post(path, json=given | {"other\n": 1}), 400)
-    strict.kill()
+
+
+def test_strict_refuses_unknown_fields(endless_model, caplog):
+    """The app that `--strict` builds, without its engine: a refusal needs none, and any other request gets a 503."""
+    from fastapi.testclient import TestClient
+
+    from serve.__main__ import _build, parse
+
+    body = {"messages": USER, "max_tokens": 1}
+    for words, status in ((["--strict"], 400), ([], 503)):
+        server, _ = _build(parse(["--model", endless_model, "--port", str(free_port()), *words]))
+        http = TestClient(server.app, base_url="http://127.0.0.1")
+        for path, given in (("/v1/completions", {"prompt": "x"}), ("/chat", {"message": "x"}), ("/v1/chat/completions", body)):
+            error = shape(http.post(path, json=given | {"other\n": 1}), status)
+            assert (error["param"], error["code"]) == (("other\n", "unknown_parameter") if words else (None, "engine_not_ready"))
+        assert shape(http.post("/v1/chat/completions", json=body | {"user": "u", "store": True}), 503)
+    assert [record.message for record in caplog.records if record.name == "serve"] == ["requests have fields without an effect: other%0A"]
 
 
 def test_openais_client_raises_its_own_errors(server):
