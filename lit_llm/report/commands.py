@@ -26,21 +26,21 @@ def of(run: Path, state: str, config: dict[str, Any], allowed: Sequence[Any] = (
     options = [f"{class_paths.OPTION}={name}" for name in allowed if re.fullmatch(r"[A-Za-z_][\w.]*", str(name))]
     with_config = ["--config", run / "config.yaml"]
     saved, exported = any((run / "checkpoints").glob("step_*/manifest.json")), (run / "export").is_dir()
-    found: list[tuple[str, list[object]]] = []
+    named_commands: list[tuple[str, list[object]]] = []
     if exported:
-        found.append(("chat", ["lit_llm", "chat", "--model", run / "export"]))
+        named_commands.append(("chat", ["lit_llm", "chat", "--model", run / "export"]))
     if saved and (run / "checkpoints" / "BEST").is_file():          # otherwise there is no validation data
-        found.append(("validate", ["lit_llm", "validate", *with_config, "--ckpt_path", "best", *options]))
+        named_commands.append(("validate", ["lit_llm", "validate", *with_config, "--ckpt_path", "best", *options]))
     if exported:
-        found.append(("serve", ["serve", "--model", run / "export"]))
+        named_commands.append(("serve", ["serve", "--model", run / "export"]))
     if saved:
-        found.append(("export", ["lit_llm", "export", "--run", run]))
+        named_commands.append(("export", ["lit_llm", "export", "--run", run]))
     if saved and state in ENDED_EARLY:
-        found.append(("resume", ["lit_llm", "fit", *with_config, "--ckpt_path", "last", *options]))
+        named_commands.append(("resume", ["lit_llm", "fit", *with_config, "--ckpt_path", "last", *options]))
     if saved and state == "finished" and (longer := _longer(config.get("trainer") or {})):
-        found.append(("further", ["lit_llm", "fit", *with_config, "--ckpt_path", "last", *longer, *options]))
-    found.append(("report", ["lit_llm", "report", run]))
-    return [{"what": what, "command": command.line(*words)} for what, words in found]
+        named_commands.append(("further", ["lit_llm", "fit", *with_config, "--ckpt_path", "last", *longer, *options]))
+    named_commands.append(("report", ["lit_llm", "report", run]))
+    return [{"what": what, "command": command.line(*words)} for what, words in named_commands]
 
 
 def _longer(trainer: dict[str, Any]) -> list[object]:

@@ -35,14 +35,14 @@ def names_of(every: Sequence[dict[str, Any]]) -> list[str]:
 
 def _charts(every: Sequence[dict[str, Any]], names: Sequence[str]) -> list[curves.Chart]:
     """A chart for each metric that at least one run has, with a curve for each run."""
-    found: dict[str, list[curves.Series]] = {}
+    grouped: dict[str, list[curves.Series]] = {}
     for name, facts in zip(names, every, strict=True):
         for curve in facts["curves"]:
             if curve["steps"] and curve["name"] not in curves.UNCHARTED:
-                found.setdefault(curve["name"], []).append(curves.Series(name, curve["steps"], curve["values"]))
+                grouped.setdefault(curve["name"], []).append(curves.Series(name, curve["steps"], curve["values"]))
     keys = {metric: key for key, metrics in curves.CHARTS for metric in metrics[:1]}
     return [curves.Chart(keys.get(metric, ""), metric, series) for metric, series in
-            sorted(found.items(), key=lambda item: list(keys).index(item[0]) if item[0] in keys else len(keys))]
+            sorted(grouped.items(), key=lambda item: list(keys).index(item[0]) if item[0] in keys else len(keys))]
 
 
 def _metrics(every: Sequence[dict[str, Any]], names: Sequence[str]) -> Iterator[str]:
@@ -60,11 +60,11 @@ def _metrics(every: Sequence[dict[str, Any]], names: Sequence[str]) -> Iterator[
 
 def _settings(every: Sequence[dict[str, Any]], names: Sequence[str]) -> Iterator[str]:
     """The settings in which the runs differ; a value that is the default is shown as such."""
-    given = [{entry["key"]: entry["value"] for entry in facts["config"]} for facts in every]
+    settings_of_runs = [{entry["key"]: entry["value"] for entry in facts["config"]} for facts in every]
     defaults = {entry["key"]: entry["default"] for facts in every for entry in facts["config"]}
     rows = []
     for key, default in defaults.items():
-        values = [settings.get(key, default) for settings in given]
+        values = [settings.get(key, default) for settings in settings_of_runs]
         if any(value != values[0] for value in values):
             rows.append([page.safe(key), *map(page.value, values)])
     if rows:

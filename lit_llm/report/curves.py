@@ -56,13 +56,13 @@ def charts(facts: dict[str, Any]) -> list[Chart]:
     """
     left = {curve["name"]: Series(curve["name"], curve["steps"], curve["values"]) for curve in facts["curves"]
             if curve["steps"] and curve["name"] not in UNCHARTED}
-    found = []
+    charts = []
     for key, names in CHARTS:
         of_chart = [name for name in left if name in names or name.startswith(tuple(f"{one}/" for one in names))
                     or (key == "lr" and name.startswith("lr-"))]       # names of Lightning's monitor
         if of_chart:
-            found.append(Chart(key, of_chart[0], [left.pop(name) for name in of_chart]))
-    return found + [Chart("", name, [series]) for name, series in left.items()]
+            charts.append(Chart(key, of_chart[0], [left.pop(name) for name in of_chart]))
+    return charts + [Chart("", name, [series]) for name, series in left.items()]
 
 
 def svg(chart: Chart, best: int | None = None, label: str = "") -> str:
@@ -125,15 +125,15 @@ def best_step(facts: dict[str, Any]) -> int | None:
 
 def values_of(drawn: Sequence[Chart]) -> list[dict[str, Any]]:
     """The points of charts with the scales of their axes, for the page's pointer and keyboard."""
-    found = []
+    entries = []
     for chart in drawn:
         across, up = Scale.of(chart)
-        found.append({"x": [across.low, across.high, across.first, across.last],
-                      "y": [up.low, up.high, up.first, up.last],
-                      "series": [{"name": series.name, "steps": series.steps,
-                                  "values": [float(f"{value:.6g}") for value in series.values]}
-                                 for series in chart.series]})
-    return found
+        entries.append({"x": [across.low, across.high, across.first, across.last],
+                        "y": [up.low, up.high, up.first, up.last],
+                        "series": [{"name": series.name, "steps": series.steps,
+                                    "values": [float(f"{value:.6g}") for value in series.values]}
+                                   for series in chart.series]})
+    return entries
 
 
 @dataclass(frozen=True, slots=True)

@@ -115,8 +115,8 @@ def curves_of(file: Path) -> tuple[list[dict[str, Any]], int | None]:
                 lost[name] = lost.get(name, 0) + 1
     curves = []
     for name, every in list(points.items())[:CURVES]:
-        kept = thinned(every)
-        curves.append({"name": name, "steps": [step for step, _ in kept], "values": [value for _, value in kept],
+        chosen = thinned(every)
+        curves.append({"name": name, "steps": [step for step, _ in chosen], "values": [value for _, value in chosen],
                        "count": len(every), "not_finite": lost.get(name, 0)})
     return curves, step
 
@@ -126,11 +126,11 @@ def thinned(points: list[tuple[int, float]], most: int = POINTS) -> list[tuple[i
     if len(points) <= most:
         return points
     parts = most // 2 - 1
-    kept = {0, len(points) - 1}
+    indices = {0, len(points) - 1}
     for part in range(parts):
         places = range(1 + part * (len(points) - 2) // parts, 1 + (part + 1) * (len(points) - 2) // parts)
-        kept |= {min(places, key=lambda at: points[at][1]), max(places, key=lambda at: points[at][1])}
-    return [points[place] for place in sorted(kept)]
+        indices |= {min(places, key=lambda at: points[at][1]), max(places, key=lambda at: points[at][1])}
+    return [points[place] for place in sorted(indices)]
 
 
 # ---- checkpoints, data, cost -----------------------------------------------------------------------------------------
@@ -138,15 +138,15 @@ def thinned(points: list[tuple[int, float]], most: int = POINTS) -> list[tuple[i
 def checkpoints_of(run: Path) -> list[dict[str, Any]]:
     """The complete checkpoints in the order of their steps: `step`, `name`, `best`, `score`, `figures`."""
     best = _text(run / "checkpoints" / "BEST")
-    found = []
+    checkpoints = []
     for folder in (run / "checkpoints").glob("step_*"):
         try:
             facts = integrity.read(folder)
         except (InputError, OSError):
             continue                                # it is being written, or was never completed
-        found.append({"step": int(facts["step"]), "name": folder.name, "best": folder.name == best,
-                      "score": facts.get("score"), "figures": dict(facts.get("figures") or {})})
-    return sorted(found, key=lambda entry: int(entry["step"]))
+        checkpoints.append({"step": int(facts["step"]), "name": folder.name, "best": folder.name == best,
+                            "score": facts.get("score"), "figures": dict(facts.get("figures") or {})})
+    return sorted(checkpoints, key=lambda entry: int(entry["step"]))
 
 
 def data_of(data: dict[str, Any]) -> dict[str, Any]:
@@ -173,9 +173,9 @@ def cost_of(recorded: dict[str, Any]) -> dict[str, Any]:
     """
     names = ("seconds", "training_seconds", "report_seconds", "tokens", "flops_per_token", "peak_flops")
     cost = {name: recorded.get(name) for name in names}
-    tokens, seconds, each = cost["tokens"], cost["training_seconds"], cost["flops_per_token"]
+    tokens, seconds, flops_per_token = cost["tokens"], cost["training_seconds"], cost["flops_per_token"]
     cost["tokens_per_second"] = tokens / seconds if tokens and seconds else None
-    cost["flops"] = tokens * each if tokens and each else None
+    cost["flops"] = tokens * flops_per_token if tokens and flops_per_token else None
     peak = cost["peak_flops"]
     cost["utilisation"] = cost["flops"] / seconds / peak if cost["flops"] and seconds and peak else None
     return cost
@@ -194,15 +194,15 @@ def mapping(file: Path) -> dict[str, Any]:
 
 def lines_of(file: Path) -> list[dict[str, Any]]:
     """The last mappings of a file of JSON lines; incomplete lines are left out."""
-    found = []
+    mappings = []
     for line in _text(file).splitlines()[-LINES:]:
         try:
             values = json.loads(line)
         except (ValueError, RecursionError):
             continue
         if isinstance(values, dict):
-            found.append(values)
-    return found
+            mappings.append(values)
+    return mappings
 
 
 def _config_of(run: Path) -> dict[str, Any]:

@@ -97,9 +97,9 @@ def _notices(facts: dict[str, Any]) -> Iterator[str]:
 def _tiles(facts: dict[str, Any]) -> Iterator[str]:
     run, metrics, cost = facts["run"], facts["metrics"], facts["cost"]
     perplexity = [figures.get("val/perplexity") for figures in (metrics["before"], metrics["best"])]
-    known = [f"{value:,.0f}" if value >= 1000 else f"{value:.4g}" for value in perplexity if value is not None]
+    shown_values = [f"{value:,.0f}" if value >= 1000 else f"{value:.4g}" for value in perplexity if value is not None]
     planned = f" / {run['planned_steps']:,}" if isinstance(run["planned_steps"], int) else ""
-    tiles = [("val/perplexity", " → ".join(known)),
+    tiles = [("val/perplexity", " → ".join(shown_values)),
              (text("last_step"), f"{run['step']:,}{planned}" if run["step"] is not None else ""),
              (text("saved_step"), f"{run['saved_step']:,}" if run["saved_step"] is not None else text("none")),
              (text("tokens_computed"), amount(cost["tokens"])), (text("seconds"), duration(cost["seconds"])),
@@ -240,12 +240,12 @@ def _commands(commands: Sequence[dict[str, str]]) -> Iterator[str]:
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A table of cells in HTML; columns of numbers are set flush right, and rows beyond `ROWS` are counted."""
     every = [list(row) for row in rows]
-    kept = every[:ROWS]
-    numeric = [all(_is_number(row[column]) for row in kept) for column in range(len(head))]
-    classes = [" class=number" if is_number and kept else "" for is_number in numeric]
+    shown_rows = every[:ROWS]
+    numeric = [all(_is_number(row[column]) for row in shown_rows) for column in range(len(head))]
+    classes = [" class=number" if is_number and shown_rows else "" for is_number in numeric]
     top = "".join(f"<th{name}>{cell}</th>" for cell, name in zip(head, classes, strict=True)) if any(head) else ""
     lines = ["<tr>" + "".join(f"<td{name}>{cell}</td>" for cell, name in zip(row, classes, strict=True)) + "</tr>"
-             for row in kept]
+             for row in shown_rows]
     more = f"<p class=soft>+ {len(every) - ROWS:,} (report.json)</p>" if len(every) > ROWS else ""
     return f"<div class=wide><table>{f'<tr>{top}</tr>' if top else ''}{''.join(lines)}</table></div>{more}"
 

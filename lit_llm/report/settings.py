@@ -21,9 +21,9 @@ def differences(config: dict[str, Any]) -> list[dict[str, Any]]:
     Args:
         config: The content of a run's `config.yaml`, in which every key is given.
     """
-    known = defaults()
-    return [{"key": key, "value": _changed(key, value), "default": known.get(key)} for key, value in flat(config)
-            if value != known.get(key)]
+    default_values = defaults()
+    return [{"key": key, "value": _changed(key, value), "default": default_values.get(key)}
+            for key, value in flat(config) if value != default_values.get(key)]
 
 
 def _changed(key: str, value: Any) -> Any:
@@ -39,11 +39,11 @@ def _changed(key: str, value: Any) -> Any:
 
 def flat(config: dict[str, Any]) -> list[tuple[str, Any]]:
     """The keys of a run config, such as `model.lr`, with their values."""
-    found: list[tuple[str, Any]] = []
+    entries: list[tuple[str, Any]] = []
     for part in PARTS:
         value = config.get(part)
         if isinstance(value, dict):
-            found += [(f"{part}.{name}", item) for name, item in value.items()]
+            entries += [(f"{part}.{name}", item) for name, item in value.items()]
         elif part in config:
-            found.append((part, value))
-    return found
+            entries.append((part, value))
+    return entries

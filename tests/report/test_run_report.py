@@ -42,10 +42,10 @@ def test_curves_are_the_rows(make_run):
     rows = [{"step": step, "epoch": 0, "seconds": step, "train/loss": draw.random(), "val/nll": step / 7 if step % 2000 == 0 else ""}
             for step in range(1, 20_001)]
     rows[7777]["train/loss"], rows[13]["train/loss"], rows[14]["train/loss"] = 99.0, "nan", -5.0
-    found = {curve["name"]: curve for curve in facts.of(make_run(rows=rows))["curves"]}
-    assert found["val/nll"]["steps"] == list(range(2000, 20_001, 2000))
-    assert found["val/nll"]["values"] == [step / 7 for step in range(2000, 20_001, 2000)]
-    loss = found["train/loss"]
+    facts_of_run = {curve["name"]: curve for curve in facts.of(make_run(rows=rows))["curves"]}
+    assert facts_of_run["val/nll"]["steps"] == list(range(2000, 20_001, 2000))
+    assert facts_of_run["val/nll"]["values"] == [step / 7 for step in range(2000, 20_001, 2000)]
+    loss = facts_of_run["train/loss"]
     assert len(loss["steps"]) <= facts.POINTS
     assert (loss["count"], loss["not_finite"]) == (19_999, 1)
     assert (loss["steps"][0], loss["steps"][-1]) == (1, 20_000)
@@ -59,9 +59,9 @@ def test_state_of_a_run_without_a_process(make_run, record):
     wanted = {None: "unknown", "running": "killed", "finished": "finished"}
     state = (record or {}).get("state")
     run = make_run(rows=[{"step": 7, "train/loss": 1.0}], record=record)
-    found = facts.of(run)["run"]
-    assert found["state"] == wanted.get(state if isinstance(state, str) else None)
-    assert found["step"] == 7
+    facts_of_run = facts.of(run)["run"]
+    assert facts_of_run["state"] == wanted.get(state if isinstance(state, str) else None)
+    assert facts_of_run["step"] == 7
 
 
 def test_a_run_that_holds_its_lock_is_running(make_run):
@@ -157,18 +157,18 @@ def test_the_report_of_a_real_run(place):
     config = ["--config", "ok.yaml", "--model.lora", "null", "--model.lr", "1e-3", "--trainer.val_check_interval", 2]
     code, out, err = call("fit", *config)
     assert code == 0, err
-    found, rows = report_of("run"), rows_of("run")
-    assert found["run"]["state"] == "finished"
-    assert (found["run"]["step"], found["run"]["planned_steps"], found["run"]["saved_step"]) == (2, 2, 2)
-    for curve in found["curves"]:
+    facts_of_run, rows = report_of("run"), rows_of("run")
+    assert facts_of_run["run"]["state"] == "finished"
+    assert (facts_of_run["run"]["step"], facts_of_run["run"]["planned_steps"], facts_of_run["run"]["saved_step"]) == (2, 2, 2)
+    for curve in facts_of_run["curves"]:
         assert list(zip(curve["steps"], curve["values"], strict=True)) == [
             (int(row["step"]), float(row[curve["name"]])) for row in rows if row[curve["name"]]]
     measured = json.loads(Path("run/metrics.json").read_text())
-    assert found["metrics"]["best"] == {name: value for name, value in measured.items() if name.startswith("val/")}
-    assert {f"before/{name}": value for name, value in found["metrics"]["before"].items()}.items() <= measured.items()
-    (source,), (drawn,) = found["data"]["sources"][:1], found["data"]["drawn"]
+    assert facts_of_run["metrics"]["best"] == {name: value for name, value in measured.items() if name.startswith("val/")}
+    assert {f"before/{name}": value for name, value in facts_of_run["metrics"]["before"].items()}.items() <= measured.items()
+    (source,), (drawn,) = facts_of_run["data"]["sources"][:1], facts_of_run["data"]["drawn"]
     assert (source["read"], source["kept"], source["supervised"]) == (len(ROWS), len(ROWS), source["speakers"]["assistant"]["supervised"])
-    cost = found["cost"]
+    cost = facts_of_run["cost"]
     assert cost["tokens"] == drawn["tokens"]
     assert 0 < cost["training_seconds"] < cost["seconds"]
     assert cost["report_seconds"] < cost["seconds"]
@@ -177,28 +177,28 @@ def test_the_report_of_a_real_run(place):
     assert call("plan", *config, "--json", "plan.json")[0] == 0
     plan = json.loads(Path("plan.json").read_text())
     assert cost["flops_per_token"] == pytest.approx(plan["flops_per_token"], rel=1e-9)
-    assert found["run"]["parameters"] == {"total": plan["counts"]["total"], "trained": plan["counts"]["trained"]}
+    assert facts_of_run["run"]["parameters"] == {"total": plan["counts"]["total"], "trained": plan["counts"]["trained"]}
     samples = [json.loads(line) for line in Path("run/samples.jsonl").read_text(encoding="utf-8").splitlines()]
-    assert found["samples"] == samples
+    assert facts_of_run["samples"] == samples
     assert len(samples) == out.count("\n  prompt ")
     assert all({"step", "kind", "prompt", "expected", "base", "tuned"} == set(sample) for sample in samples)
-    changed = {entry["key"]: entry["value"] for entry in found["config"]}
+    changed = {entry["key"]: entry["value"] for entry in facts_of_run["config"]}
     assert (changed["model.lr"], changed["data.seq_len"], changed["trainer.max_steps"]) == (1e-3, 64, 2)
     assert "model.lora" not in changed
     assert Path("run/export/curves.svg").read_text().startswith("<svg xmlns=")
     assert "(curves.svg)" in Path("run/export/README.md").read_text()
-    given = {entry["what"]: entry["command"] for entry in found["commands"]}
-    assert list(given) == ["chat", "validate", "serve", "export", "further", "report"]
-    assert all(given[what] in out for what in ("chat", "validate", "serve"))    # which test_run_config.py runs
+    commands = {entry["what"]: entry["command"] for entry in facts_of_run["commands"]}
+    assert list(commands) == ["chat", "validate", "serve", "export", "further", "report"]
+    assert all(commands[what] in out for what in ("chat", "validate", "serve"))    # which test_run_config.py runs
     for what in ("validate", "export", "report", "further"):
-        code, _, err = call(*shlex.split(given[what])[3:])
+        code, _, err = call(*shlex.split(commands[what])[3:])
         assert code == 0, (what, err)
     after = report_of("run")
     assert (after["run"]["state"], after["run"]["step"], after["run"]["planned_steps"]) == ("finished", 4, 4)
     (evaluation,) = after["evaluations"]
     assert evaluation["val/perplexity"] == pytest.approx(measured["val/perplexity"], rel=1e-6)
     assert after["cost"]["tokens"] == after["data"]["drawn"][0]["tokens"]       # of both lives
-    assert after["run"]["started"] == found["run"]["started"]
+    assert after["run"]["started"] == facts_of_run["run"]["started"]
 
 
 def test_an_error_in_a_run_is_in_its_report_with_how_to_resume(place, monkeypatch):
@@ -236,13 +236,13 @@ class End(L.Callback):
     for how, state in states.items():
         if how == "SIGKILL":
             assert call("report", how)[0] == 0
-        found = report_of(how)
-        assert found["run"]["state"] == state
-        assert found["run"]["step"] == int(rows_of(how)[-1]["step"]) == (3 if how == "SIGTERM" else 2)  # the others end before
-        assert found["run"]["planned_steps"] == 6
-        assert found["run"]["saved_step"] == (3 if how == "SIGTERM" else 2)
+        facts_of_run = report_of(how)
+        assert facts_of_run["run"]["state"] == state
+        assert facts_of_run["run"]["step"] == int(rows_of(how)[-1]["step"]) == (3 if how == "SIGTERM" else 2)  # the others end before
+        assert facts_of_run["run"]["planned_steps"] == 6
+        assert facts_of_run["run"]["saved_step"] == (3 if how == "SIGTERM" else 2)
         page = Path(how, "report.html").read_text(encoding="utf-8")
-        resume = next(entry["command"] for entry in found["commands"] if entry["what"] == "resume")
+        resume = next(entry["command"] for entry in facts_of_run["commands"] if entry["what"] == "resume")
         assert f"{Path(how).absolute()}/config.yaml --ckpt_path last --allow=plugin" in resume
         assert page.count("--ckpt_path last") >= 2          # at the top, and among the commands
         assert "<b>luck" not in page
@@ -273,9 +273,9 @@ def test_runs_are_compared(make_run, tmp_path):
         make_run(f"{name}", rows=[{"step": step, "train/loss": rate / step, "val/nll": rate} for step in (1, 2, 3)],
                  config={"model": {"lr": rate, "init": None}, "trainer": {"max_steps": 3}})
     out = tmp_path / "both.html"
-    code, said, err = call("report", tmp_path / "slow", tmp_path / "fast", "--out", out)
+    code, stdout, err = call("report", tmp_path / "slow", tmp_path / "fast", "--out", out)
     assert code == 0, err
-    assert "compares slow, fast" in said
+    assert "compares slow, fast" in stdout
     page = out.read_text(encoding="utf-8")
     points = json.loads(page.partition('id="points">')[2].partition("</script>")[0])
     assert [[series["name"] for series in chart["series"]] for chart in points] == [["slow", "fast"]] * 2

@@ -106,24 +106,24 @@ class RunRecord(Callback):
 def _model_facts(trainer: L.Trainer) -> dict[str, Any]:
     """Base, method, parameters and FLOPs per token; null where they are not known."""
     module: Any = trainer.lightning_module
-    known: dict[str, Any] = {"base": None, "method": None, "parameters": None, "flops_per_token": None,
+    entries: dict[str, Any] = {"base": None, "method": None, "parameters": None, "flops_per_token": None,
                              "peak_flops": _peak_flops(trainer)}
     if not isinstance(module, SavedModule):
-        return known
-    known |= {"base": module.base, "method": (module.peft_spec or {}).get("class_path") or "all weights"}
+        return entries
+    entries |= {"base": module.base, "method": (module.peft_spec or {}).get("class_path") or "all weights"}
     if distribution.of(trainer.strategy).split_stage == 3:
-        return known                                # a process has a part of each weight
+        return entries                                # a process has a part of each weight
     try:
         whole = module.model
         inner = whole.get_base_model() if module.peft_spec is not None else whole
         counts = footprint.count(whole, inner, quantized=module.quantize is not None)
-        known["parameters"] = {"total": counts.total, "trained": counts.trained}
+        entries["parameters"] = {"total": counts.total, "trained": counts.trained}
         lengths = trainer.datamodule.plans["train"].rows.segments.lengths  # type: ignore[attr-defined]
         reach = float(np.square(lengths.astype(np.float64)).sum() / lengths.sum())
-        known["flops_per_token"] = estimate.flops_per_token(counts, reach)
+        entries["flops_per_token"] = estimate.flops_per_token(counts, reach)
     except Exception as error:                      # models and data of another kind: the report says "not known"
         log.debug("FLOPs of this run are not known: %s", error)
-    return known
+    return entries
 
 
 def _peak_flops(trainer: L.Trainer) -> float | None:
@@ -136,24 +136,24 @@ def _peak_flops(trainer: L.Trainer) -> float | None:
 
 
 def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
+    versions = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
-            found[name] = version(name)
+            versions[name] = version(name)
         except PackageNotFoundError:
             continue
-    return found | ({"cuda": torch.version.cuda} if torch.version.cuda and torch.cuda.is_available() else {})
+    return versions | ({"cuda": torch.version.cuda} if torch.version.cuda and torch.cuda.is_available() else {})
 
 
 def _hardware(trainer: L.Trainer) -> dict[str, Any]:
     device = trainer.strategy.root_device
-    known = {"system": platform.platform(), "processes": trainer.world_size, "precision": str(trainer.precision),
+    entries = {"system": platform.platform(), "processes": trainer.world_size, "precision": str(trainer.precision),
              "strategy": type(trainer.strategy).__name__, "cpus": os.cpu_count(), "threads": torch.get_num_threads(),
              "machine_memory_gib": round(devices.installed_memory() / GIB, 1)}
     if device.type == "cuda":
         about = torch.cuda.get_device_properties(device)
-        return {"device": about.name, "device_memory_gib": round(about.total_memory / GIB, 1)} | known
-    return {"device": platform.processor() or platform.machine()} | known
+        return {"device": about.name, "device_memory_gib": round(about.total_memory / GIB, 1)} | entries
+    return {"device": platform.processor() or platform.machine()} | entries
 
 
 def _finite(steps: float) -> int | None:
