@@ -1,8 +1,9 @@
 """Every causal LM of transformers that can be built small: the engine's greedy answers against `model.generate`.
 
-Eight requests of different lengths join one after another, some are cancelled, and the cache is so small that requests
-wait and give their slots to others. Prints whether the requests of a model share a pass, and how many answers differ. An
-answer that differs is compared again in float64 logits: where the two likeliest tokens are closer than 1e-4 it is a tie.
+Linear layers are packed as in `Engine.load`. Eight requests of different lengths join one after another, some are cancelled,
+and the cache is so small that requests wait and give their slots to others. Prints whether the requests of a model share a
+pass, and how many answers differ. An answer that differs is compared again in float64 logits: where the two likeliest tokens
+are closer than 1e-4 it is a tie.
 
     python -m tests.benchmarks.engine_sweep                     # all, some minutes
     python -m tests.benchmarks.engine_sweep --only llama gemma2
@@ -17,6 +18,7 @@ import torch
 
 from lit_llm.inference.engine import Engine
 from lit_llm.inference.sampling import SamplingParams
+from lit_llm.kernels import packed_linear
 from tests.benchmarks.architectures import SPECIAL, VARIANTS, tiny
 
 warnings.filterwarnings("ignore")
@@ -80,6 +82,7 @@ def main():
                 want[each] = out[0, len(prompt):].tolist()
             text = model.config.get_text_config()
             text.max_position_embeddings = min(getattr(text, "max_position_embeddings", None) or CONTEXT, CONTEXT)
+            packed_linear.pack(model)
             engine = Engine(model, max_running=6, cache_tokens=2)
             got = answers(engine, prompts, news)
         except Exception as error:

@@ -12,7 +12,7 @@ from lit_llm.inference.forward.request import Answer, Request
 from lit_llm.inference.forward.slots import COPIED, Slots
 
 CHUNK = 256                                         # tokens of prompts that are read in a step while others generate
-UNDISTURBED = 4                                     # times as many while none does
+CROWDED, UNDISTURBED = 2, 4                         # times as many while fewer than half do, and while none does
 AHEAD = 64                                          # positions for an answer that a new request gets at first
 
 
@@ -95,7 +95,9 @@ class Batched:
 
     def _chosen(self, running: list[Request]) -> list[tuple[Request, list[int]]]:
         """Requests of this step with the tokens that they read, each with room for them."""
-        budget, chosen = CHUNK * (1 if any(each.state.generates for each in running) else UNDISTURBED), []
+        generating = sum(each.state.generates for each in running)
+        budget = CHUNK * (UNDISTURBED if not generating else CROWDED if 2 * generating < len(running) else 1)
+        chosen = []
         for request in list(running):
             if request.state is None:               # it gave its slot to an older one in this step
                 continue
