@@ -58,6 +58,8 @@ class EngineStats:
         prompt_tokens: Of all prompts.
         generated_tokens: Of all answers.
         reused_tokens: Tokens of prompts that were not read, since an earlier request began with them.
+        cached_tokens: Tokens of running requests whose keys and values are kept.
+        cache_limit: Maximum number of tokens whose keys and values are kept; 0 if requests share no pass.
     """
 
     running: int
@@ -65,6 +67,8 @@ class EngineStats:
     prompt_tokens: int
     generated_tokens: int
     reused_tokens: int = 0
+    cached_tokens: int = 0
+    cache_limit: int = 0
 
 
 def budget(prompt_tokens: int, params: SamplingParams, context_length: int) -> int:
@@ -244,7 +248,7 @@ class Engine:
     def stats(self) -> EngineStats:
         """Current and total counts."""
         return EngineStats(len(self._running), len(self._waiting), self._prompt_tokens, self._generated_tokens,
-                           self._forward.reused_tokens)
+                           self._forward.reused_tokens, self._forward.cached_tokens, self.cache_tokens)
 
     def _admit(self) -> None:
         for request in list(self._waiting):

@@ -86,6 +86,8 @@ class _Gauges:
         if stats is not None:
             yield _gauge("requests_running", "Requests that are computed.", stats.running)
             yield _gauge("requests_waiting", "Requests that wait to be computed.", stats.waiting)
+            yield _gauge("cache_tokens", "Tokens of running requests in the cache.", stats.cached_tokens)
+            yield _gauge("cache_limit_tokens", "Most tokens whose keys and values are kept.", stats.cache_limit)
 
 
 def _gauge(name: str, text: str, value: float) -> Metric:

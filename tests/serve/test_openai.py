@@ -262,3 +262,31 @@ def test_the_openapi_document_declares_the_errors(server):
         assert set(error["error"]) == set(document["components"]["schemas"]["Error"]["properties"]["error"]["required"])
     assert {"/health", "/health/live", "/health/ready", "/metrics", "/version", "/v1/models"} <= set(document["paths"])
     assert "HTTPValidationError" not in document["components"]["schemas"]
+
+
+def test_metrics_count_what_clients_got(server, client):
+    def read():
+        lines = [line.rpartition(" ") for line in server.http.get("/metrics").text.splitlines() if not line.startswith("#")]
+        return {name: float(value) for name, _, value in lines}
+
+    before = read()
+    usage = chat(client, max_tokens=7).usage
+    streamed(client, max_tokens=5)
+    after = read()
+
+    def grown(name):
+        return after[name] - before.get(name, 0)
+
+    assert grown('lit_llm_requests_total{code="200",route="/v1/chat/completions"}') == 2
+    assert grown("lit_llm_prompt_tokens_total") == 2 * usage.prompt_tokens
+    assert grown("lit_llm_generated_tokens_total") == 12
+    assert grown("lit_llm_time_to_first_token_seconds_count") == 2
+    assert grown("lit_llm_inter_token_seconds_count") == 10
+    assert after["lit_llm_ready"] == 1
+    long = chat(client, max_tokens=3000, stream=True)
+    next(iter(long))
+    server.until(lambda: read()["lit_llm_cache_tokens"] > usage.prompt_tokens, 5)      # the worker tells it each second
+    now = read()
+    assert now["lit_llm_requests_running"] == 1
+    assert now["lit_llm_cache_tokens"] < now["lit_llm_cache_limit_tokens"]
+    long.close()

@@ -19,6 +19,7 @@ class Alone:
 
     def __init__(self, model: Any, adapters: Adapters) -> None:
         self.model, self.adapters = model, adapters
+        self.cached_tokens = 0                          # that requests could share
         self.reused_tokens = 0                          # of prompts; nothing is kept after a request
         self._reads_cache: bool | None = None           # tried with the first request
 

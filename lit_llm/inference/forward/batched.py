@@ -42,6 +42,11 @@ class Batched:
         self.reused_tokens += len(slot.ids)
         return True
 
+    @property
+    def cached_tokens(self) -> int:
+        """Tokens of running requests whose keys and values are kept."""
+        return sum(len(slot.ids) for pool in self.slots.pools for slot in pool.slots[:pool.busy])
+
     def is_read(self, request: Request, running: Iterable[Request]) -> bool:
         """Whether another request is reading the same prompt now: its keys and values are copied when it has."""
         return not request.needs_all_logits and len(request.ids) > COPIED and any(
