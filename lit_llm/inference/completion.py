@@ -61,6 +61,7 @@ class Detokenizer:
         stop: Strings that end the answer.
         min_tokens: Stop strings that end within these tokens have no effect.
         markers: Spellings of special tokens that are part of the text, such as those around tool calls.
+        context: The last tokens of a prompt whose text goes on: sentencepiece leaves out the space before a first word.
     """
 
     tokenizer: "Tokenizer"
@@ -68,12 +69,16 @@ class Detokenizer:
     stop: tuple[str, ...] = ()
     min_tokens: int = 0
     markers: Mapping[int, str] = field(default_factory=dict)
+    context: Sequence[int] = ()
     text: str = ""
     _ids: list[int] = field(default_factory=list)
     _drawn: int = 0
     _shown: int = 0
     _window: int = 0                                # first id that is decoded again, for the spaces between words
     _read: int = 0                                  # number of ids that are already in `text`
+
+    def __post_init__(self) -> None:
+        self._ids, self._read = list(self.context), len(self.context)
 
     def push(self, token_id: int, finish_reason: FinishReason | None,
              logprob: TokenLogprob | None = None) -> Completion:

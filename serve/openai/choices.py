@@ -12,6 +12,7 @@ from serve.errors import ApiError, bad_request
 from serve.openai.replies import PLAIN, Plan
 
 T = TypeVar("T")
+CONTEXT = 8                                         # tokens of a prompt that are decoded with those behind it
 SEEDS = 2**63                                       # seeds are below this
 
 
@@ -26,6 +27,7 @@ class Choice:
         echo: The text of the prompt, if it is part of the answer's text.
         is_empty: Whether nothing is generated: the engine's token is left out.
         plan: How the text of a chat completion is read.
+        goes_on: Whether its text goes on behind the prompt's text, and not in a turn of its own.
     """
 
     ids: list[int]
@@ -34,6 +36,12 @@ class Choice:
     echo: str | None = None
     is_empty: bool = False
     plan: Plan = PLAIN
+    goes_on: bool = False
+
+    @property
+    def context(self) -> list[int]:
+        """The last tokens of the prompt that the text goes on behind."""
+        return self.ids[-CONTEXT:] if self.goes_on else []
 
 
 def fitted(ids: Sequence[int], params: SamplingParams, context_length: int, field: str) -> SamplingParams:

@@ -118,7 +118,8 @@ class Routes(LitSpec):
 
         ids, plan = await self.encode(encode, "messages", request)
         params = replace(self._fit(ids, params, "messages"), grammar=plan.grammar)
-        choices = [Choice(ids, each, at, plan=plan) for at, each in enumerate(samples(params, body.n or 1))]
+        choices = [Choice(ids, each, at, plan=plan, goes_on=bool(body.continue_final_message))
+                   for at, each in enumerate(samples(params, body.n or 1))]
         return await self._serve(choices, body, request, headers, chat=True)
 
     async def completions(self, body: CompletionBody, request: Request) -> Response:
@@ -130,7 +131,7 @@ class Routes(LitSpec):
         choices = []
         for ids, text in prompts:
             fit = self._fit(ids, params, "prompt")
-            choices += [Choice(ids, each, at, text if echo else None, body.max_tokens == 0)
+            choices += [Choice(ids, each, at, text if echo else None, body.max_tokens == 0, goes_on=True)
                         for at, each in enumerate(samples(fit, body.n or 1))]
         return await self._serve(choices, body, request, headers, chat=False)
 
@@ -202,7 +203,7 @@ class Routes(LitSpec):
         """Decode the events of `EngineClient.ask`; closing the stream cancels the request."""
         params = choice.params
         detokenizer = Detokenizer(self.tokenizer, len(choice.ids), params.stop, params.min_tokens,
-                                  choice.plan.markers)
+                                  choice.plan.markers, choice.context)
         async with aclosing(events):
             is_first = True
             async for reply in events:

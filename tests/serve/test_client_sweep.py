@@ -4,9 +4,12 @@ The official client makes each call whole and streamed. A row has what is asked 
 answer, or the field that a refusal names.
 """
 
+import json
+
 import openai
 import pytest
 
+TOOL = {"type": "function", "function": {"name": "color_of", "parameters": {"type": "object", "properties": {"what": {"type": "string"}}}}}
 USER = [{"role": "user", "content": "什么颜色 is the kite?"}]
 SHORT = {"model": "endless", "max_tokens": 6, "temperature": 0}
 
@@ -51,6 +54,11 @@ CHAT = [
     ({"user": "u", "metadata": {"a": "b"}, "store": True, "service_tier": "auto"}, anything),
     ({"extra_body": {"cache_prompt": True, "keep_alive": 5, "options": {"num_ctx": 5}}}, anything),
     ({"response_format": {"type": "text"}}, anything), ({"extra_body": {"best_of": 1}}, anything),
+    ({"response_format": {"type": "json_object"}, "max_tokens": 30}, anything),
+    ({"response_format": {"type": "json_schema", "json_schema": {"name": "color", "strict": True, "schema": {
+        "type": "object", "properties": {"red": {"type": "boolean"}}, "required": ["red"], "additionalProperties": False}}},
+      "max_tokens": 30}, lambda answer: set(json.loads(texts(answer)[0])) == {"red"}),
+    ({"tools": [TOOL], "tool_choice": "none"}, anything), ({"tools": [TOOL]}, "messages"), ({"tool_choice": "required"}, "tool_choice"),
     ({"n": 200}, "n"), ({"top_logprobs": 3}, "top_logprobs"), ({"logit_bias": {"70": 500}}, "logit_bias"),
     ({"model": "gpt-4"}, "model"), ({"modalities": ["text", "audio"], "audio": {"voice": "alloy", "format": "wav"}}, "audio"),
     ({"messages": [{"role": "user", "content": "word " * 25_000}]}, "messages"),
@@ -121,6 +129,6 @@ def test_models_are_listed_and_other_services_are_not_here(client):
 
 def test_what_is_refused_is_this():
     """Of 84 calls of an earlier server 45 got a 400; now these do, each with its reason in the README."""
-    assert 2 * len(CALLS) == 120
+    assert 2 * len(CALLS) == 130
     assert sorted(expected for *_, expected in REFUSED) == [
-        "audio", "best_of", "logit_bias", "messages", "model", "n", "prompt", "suffix", "top_logprobs"]
+        "audio", "best_of", "logit_bias", "messages", "messages", "model", "n", "prompt", "suffix", "tool_choice", "top_logprobs"]
