@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
 from lit_llm.inference.engine import Engine
-from lit_llm.inference.forward import batched
+from lit_llm.inference.forward import batched, slots
 from lit_llm.inference.sampling import SamplingParams
 from tests.benchmarks.architectures import SPECIAL, VARIANTS, randomize, tiny
 
@@ -74,9 +74,9 @@ def test_any_mixture_gives_the_answers_of_generate(models, seed, running, room, 
         for event in engine.step():
             assert event.error is None
             got[event.request_id].append(event.token_id)
-        slots = engine._forward.slots
-        assert slots.allocated <= slots.limit
-        assert all(pool.busy <= len(pool.slots) for pool in slots.pools)
+        cache = engine._forward.slots
+        assert cache.allocated <= cache.limit
+        assert all(pool.busy <= len(pool.slots) for pool in cache.pools)
     monkey.undo()
     for name, (prompt, count) in asked.items():
         want = oracle(models, prompt, count)
@@ -150,6 +150,19 @@ def test_samples_of_a_prompt_read_it_once(tiny_model):
         alone = Engine.load(tiny_model("llama"))
         alone.add(name, prompt, params)
         assert got[name] == [event.token_id for _ in range(8) for event in alone.step()]
+
+
+def test_answered_requests_do_not_enlarge_the_cache_without_end(tiny_model, monkeypatch):
+    """Enlarging copies all keys and values, which would stop running requests again and again."""
+    monkeypatch.setattr(slots, "IDLE", 6)
+    engine = Engine.load(tiny_model("llama"))
+    for number in range(40):
+        engine.add(str(number), [number + 3] * 2, SamplingParams(max_tokens=1, temperature=0))
+        engine.step()
+    assert 6 <= sum(len(pool.slots) for pool in engine._forward.slots.pools) <= 9
+    engine.add("kept", [40] * 2, GREEDY)            # the tokens of the last ones are still there
+    engine.step()
+    assert engine.stats.reused_tokens == 1
 
 
 def test_requests_that_find_no_room_wait_and_are_read_again(tiny_model, monkeypatch):
