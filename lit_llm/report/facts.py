@@ -69,7 +69,8 @@ def of(run: Path) -> dict[str, Any]:
         "versions": recorded.get("versions") or {},
         "hardware": recorded.get("hardware") or {},
         "commands": commands.of(run, state, config, allowed=recorded.get("allow") or []),
-        "warnings": verdict.warnings(verdict.course_of(run, before.get("val/nll"))) if curves else [],
+        "warnings": verdict.warnings(verdict.course_of(run, before.get("val/nll")),
+                                     finished=state in ("finished", "unknown")) if curves else [],
     }
     clean: dict[str, Any] = redact(_bounded(facts))
     return clean

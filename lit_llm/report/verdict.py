@@ -42,8 +42,15 @@ class Course:
     before: float | None = None
 
 
-def warnings(course: Course) -> list[str]:
-    """Warnings about a run; empty if nothing is wrong."""
+def warnings(course: Course, *, finished: bool = True) -> list[str]:
+    """Warnings about a run; empty if nothing is wrong.
+
+    Args:
+        course: The course of the run.
+        finished: Whether it has ended as planned; only then can it have been too short.
+    """
+    if not finished:
+        return _risen(course)
     messages = []
     losses = [loss for loss in course.losses if math.isfinite(loss)]
     last = losses[-max(1, round(LAST * len(losses))):] if losses else []

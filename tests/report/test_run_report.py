@@ -241,6 +241,7 @@ class End(L.Callback):
         assert facts_of_run["run"]["step"] == int(rows_of(how)[-1]["step"]) == (3 if how == "SIGTERM" else 2)  # the others end before
         assert facts_of_run["run"]["planned_steps"] == 6
         assert facts_of_run["run"]["saved_step"] == (3 if how == "SIGTERM" else 2)
+        assert not [words for words in facts_of_run["warnings"] if "too few" in words or "still" in words]     # it is not over
         page = Path(how, "report.html").read_text(encoding="utf-8")
         resume = next(entry["command"] for entry in facts_of_run["commands"] if entry["what"] == "resume")
         assert f"{Path(how).absolute()}/config.yaml --ckpt_path last --allow=plugin" in resume
