@@ -6,8 +6,10 @@ os.environ.update(HF_HUB_OFFLINE="1", WANDB_MODE="offline", TOKENIZERS_PARALLELI
 os.environ.setdefault("OMP_NUM_THREADS", "1")       # two test processes on two cores; threads that spin are slow
 
 import json
+import logging
 import shutil
 import signal
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -42,6 +44,14 @@ def pytest_collection_modifyitems(items):
 def _own_cache(tmp_path, monkeypatch):
     """Give each test its own token cache."""
     monkeypatch.setenv("LIT_LLM_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture(autouse=True)
+def _open_log():
+    """DeepSpeed's log keeps the stdout of the test that imports it first, which pytest closes if it captured it."""
+    for handler in logging.getLogger("DeepSpeed").handlers:
+        if getattr(handler, "stream", sys.__stdout__).closed:
+            handler.stream = sys.__stdout__
 
 
 @pytest.fixture(scope="session")
