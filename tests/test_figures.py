@@ -146,7 +146,7 @@ def test_the_base_is_known_by_its_content(run, monkeypatch):
     adapter = Path("..") / adapter
     refused("export", "--run", "../run", "--base", "../near", says=["not the base", "../near"])
     refused("chat", "--model", "../near", "--adapter", adapter, "--prompt", "say 1", says="trained on another base")
-    code, out, err = call("chat", "--model", "../models/tiny", "--adapter", adapter, "--prompt", "say 1", "--max_tokens", 4)
+    code, out, err = call("chat", "--model", "../models/tiny", "--adapter", adapter, "--prompt", "say 1", "--max_tokens", 4, "--temperature", 0)
     assert code == 0, err
     (adapter / "adapter_config.json").write_text((adapter / "adapter_config.json").read_text().replace(base, "/gone/models/tiny"))
     manifest = json.loads((adapter.parent / "manifest.json").read_text())
@@ -154,7 +154,7 @@ def test_the_base_is_known_by_its_content(run, monkeypatch):
     manifest["files"]["adapter/adapter_config.json"] = {
         "bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
     (adapter.parent / "manifest.json").write_text(json.dumps(manifest))
-    again = call("chat", "--model", adapter, "--prompt", "say 1", "--max_tokens", 4)
+    again = call("chat", "--model", adapter, "--prompt", "say 1", "--max_tokens", 4, "--temperature", 0)
     assert again[:2] == (0, out), again[2]
 
 
