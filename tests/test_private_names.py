@@ -188,6 +188,13 @@ def torch_own_tensors(run, model):
     assert layer.weight.sum() == 0
 
 
+def torch_has_hooks(run, model):
+    layers = [nn.Linear(2, 2) for _ in range(3)]
+    layers[0].register_forward_hook(lambda *_: None)
+    layers[1].register_forward_pre_hook(lambda *_: None)
+    assert [private_torch.has_hooks(layer) for layer in layers] == [True, True, False]
+
+
 def torch_has_fused_linear(run, model):
     assert private_torch.has_fused_linear() == torch.backends.mkldnn.is_available()
 

@@ -56,7 +56,7 @@ def pack(model: nn.Module) -> int:
 
 def _pack(layer: nn.Linear) -> bool:
     weight = layer.weight
-    if weight.dtype not in TOLERANCE or "forward" in vars(layer) or layer._forward_hooks or layer._forward_pre_hooks:
+    if weight.dtype not in TOLERANCE or "forward" in vars(layer) or private_torch.has_hooks(layer):
         return False
     rows = torch.randn(3, layer.in_features, generator=torch.Generator().manual_seed(0)).to(weight.dtype)
     try:

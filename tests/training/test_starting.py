@@ -8,7 +8,7 @@ import torch
 from short_runs import plain_nll
 
 from lit_llm import CausalLMModule, InputError, LoRA, Trainer
-from lit_llm.inference.completion import TextEngine
+from lit_llm.inference import loading
 from lit_llm.inference.export import export
 from lit_llm.names import resolve
 
@@ -48,9 +48,9 @@ def test_the_first_validation_is_the_adapters_last(trained, how, request):
     assert now != pytest.approx(last, rel=1e-5)
     assert plain_nll(export(str(folder / name), "last"), data)[0] == pytest.approx(now, rel=1e-5, abs=1e-6)     # float32
     if (step := next((folder / name / "checkpoints").glob("step_*"))).joinpath("adapter").is_dir():
-        one = TextEngine.load(resolve("sample:base"), adapter=step / "adapter").engine
-        two = TextEngine.load(folder / name / "export").engine
-        pairs = zip(one.model.parameters(), two.model.parameters(), strict=True)
+        one = loading.load(resolve("sample:base"), "cpu", "auto", step / "adapter")
+        two = loading.load(str(folder / name / "export"), "cpu", "auto", None)
+        pairs = zip(one.parameters(), two.parameters(), strict=True)
         assert all(torch.allclose(actual, expected, atol=1e-6) for actual, expected in pairs)
     whole, *_ = fit(folder, name + "_whole", steps=4, adapter=str(folder / "one"), **how)
     resumed, *_ = fit(folder, name, steps=4, adapter=str(folder / "one"), ckpt_path="last", **how)

@@ -30,6 +30,11 @@ def own_tensors(module: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     return module._parameters, module._buffers
 
 
+def has_hooks(module: Any) -> bool:
+    """Whether hooks run before or after the module's own forward."""
+    return bool(module._forward_hooks or module._forward_pre_hooks)
+
+
 def has_fused_linear() -> bool:
     """Whether this build multiplies on CPUs by oneDNN's operation."""
     import torch
