@@ -148,7 +148,7 @@ def is_ready(address: str) -> bool:
 
 def talk(driver: Any, address: str, file: Path) -> None:
     """Ask the questions on the chat page, wait for each answer, and save the page."""
-    view(driver, (760, 420))
+    view(driver, (960, 560))
     driver.get(address + "/")
     for number, question in enumerate(QUESTIONS, start=1):
         driver.find_element("id", "box").send_keys(question)
@@ -158,7 +158,7 @@ def talk(driver: Any, address: str, file: Path) -> None:
             if time.monotonic() > end:
                 sys.exit(f"error: no answer to {question!r}")
             time.sleep(0.2)
-    shoot(driver, driver.current_url, file, (760, 420))
+    shoot(driver, driver.current_url, file, (960, 560))
 
 
 def answered(driver: Any, number: int) -> bool:
