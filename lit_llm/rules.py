@@ -57,12 +57,15 @@ def check(rules: Iterable[Rule], features: Features, setup: object) -> None:
     Raises:
         InputError: Of the first rule that refuses it.
     """
-    has: dict[str, bool] = {}
+    has: dict[str, bool] = {}                       # a feature is asked for once, the second after the first
+
+    def is_there(name: str) -> bool:
+        if name not in has:
+            has[name] = name in features and features[name](setup)
+        return has[name]
+
     for rule in rules:
-        for name in (rule.first, rule.second):
-            if name not in has:
-                has[name] = name in features and features[name](setup)
-        if has[rule.first] and has[rule.second]:
+        if is_there(rule.first) and is_there(rule.second):
             if rule.refused:
                 raise rule.error(setup)
             log.warning("%s: %s", rule.where.format(s=setup), rule.why.format(s=setup))

@@ -139,6 +139,14 @@ def lightning_starts_processes(run, model):
     assert not lightning.starts_processes(run[1].strategy.launcher)
 
 
+def lightning_spawns(run, model):
+    for method, spawned in (("popen", False), ("fork", False), ("spawn", True), ("forkserver", True)):
+        trainer = L.Trainer(accelerator="cpu", devices=2, logger=False, enable_checkpointing=False,
+                            strategy=L.pytorch.strategies.DDPStrategy(start_method=method))
+        assert lightning.spawns(trainer.strategy.launcher) == spawned
+    assert not lightning.spawns(run[1].strategy.launcher)
+
+
 def lightning_dismiss_watcher(run, model):
     from lightning.fabric.strategies.launchers.subprocess_script import _ChildProcessObserver
 

@@ -107,6 +107,13 @@ def starts_processes(launcher: object) -> bool:
     return isinstance(launcher, _SubprocessScriptLauncher)
 
 
+def spawns(launcher: object) -> bool:
+    """Whether a launcher starts processes as new interpreters that import the script, instead of the command."""
+    from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
+
+    return isinstance(launcher, _MultiProcessingLauncher) and launcher._start_method in ("spawn", "forkserver")
+
+
 def dismiss_watcher() -> None:
     """Stop the thread that would end this process without a message when one that it started has ended."""
     for thread in threading.enumerate():

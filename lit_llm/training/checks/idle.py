@@ -5,10 +5,12 @@ Lightning accepts these keys, so a user would rely on a setting that does nothin
 
 import inspect
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
+from lit_llm import rules
 from lit_llm.errors import InputError
+from lit_llm.rules import Rule
 
 log = logging.getLogger(__name__)
 IGNORED: dict[str, tuple[tuple[Any, ...], str]] = {     # key -> default values, reason why others have no effect
@@ -27,6 +29,17 @@ ZERO = {                                            # arguments of DeepSpeedStra
                     "activations are recomputed by torch, not by DeepSpeed; see model.gradient_checkpointing"),
 }
 SCALE = {"loss_scale": 0, "initial_scale_power": 16, "loss_scale_window": 1000, "hysteresis": 2, "min_loss_scale": 1}
+FEATURES: dict[str, Callable[[Mapping[str, object]], bool]] = {
+    "`trainer.min_epochs`": lambda options: bool(options.get("min_epochs")),
+    "`trainer.min_steps`": lambda options: bool(options.get("min_steps")),
+    "no `trainer.callbacks` and no `trainer.max_time`":
+        lambda options: not options.get("callbacks") and options.get("max_time") is None,
+}
+RULES = tuple(
+    Rule(f"`trainer.{name}`", "no `trainer.callbacks` and no `trainer.max_time`", "nothing ends this run before "
+         "trainer.max_epochs or max_steps, so a minimum has no effect", f"trainer.{name}",
+         "leave it out, or add a callback such as EarlyStopping, or trainer.max_time")
+    for name in ("min_epochs", "min_steps"))
 ZERO_ELSEWHERE = (*SCALE, "config", "accelerator", "parallel_devices", "cluster_environment", "precision_plugin",
                   "process_group_backend", "timeout", "logging_level")      # not in DeepSpeed's config
 
@@ -44,11 +57,7 @@ def check_trainer(options: Mapping[str, object]) -> None:
         if name in options and options[name] not in defaults:
             raise InputError(f"{options[name]} has no effect: {why}", where=f"trainer.{name}",
                              fix="leave it out")
-    for name in ("min_epochs", "min_steps"):
-        if options.get(name) and not options.get("callbacks") and options.get("max_time") is None:
-            raise InputError("nothing ends this run before trainer.max_epochs or max_steps, so a minimum has no effect",
-                             where=f"trainer.{name}", fix="leave it out, or add a callback such as "
-                             "EarlyStopping, or trainer.max_time")
+    rules.check(RULES, FEATURES, options)
     if isinstance(options.get("logger"), bool):
         log.warning("trainer.logger: %s has no effect: metrics.csv is always written; a logger set here is used in "
                     "addition", str(options["logger"]).lower())
@@ -76,19 +85,3 @@ def check_zero(arguments: Mapping[str, object], kind: type) -> None:
             raise InputError(f"{value} has no effect with the other arguments of the strategy", where=where,
                              fix="leave it out, or set the option it belongs to as well (offload_optimizer, "
                              "offload_parameters); if `config` is given, set it there")
-
-
-def check_scale(values: Mapping[str, object], precision: str) -> None:
-    """Refuse settings of a loss scale, which only float16 uses.
-
-    Args:
-        values: Attributes of a DeepSpeedStrategy by name.
-        precision: Precision of the run.
-
-    Raises:
-        InputError: The error names the argument.
-    """
-    for name, default in SCALE.items():
-        if values[name] != default and not precision.startswith("16"):
-            raise InputError(f"{precision} has no loss scale, so this has no effect", fix="leave it out",
-                             where=f"trainer.strategy.init_args.{name}")

@@ -5,7 +5,8 @@ Lightning's class, and overrides the defaults, which describe a strategy that re
 `_Lightnings` describes Lightning's own strategies.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from types import MappingProxyType
 from typing import Any, Self, TypeVar
 
 import torch
@@ -29,6 +30,8 @@ class Distribution:
         owns_gradients: The strategy measures and clips the gradient and skips a step if it is not finite; it sets
             `gradient_norm` and `step_skipped` of the module.
         writes_folders: The state in a checkpoint is a folder with a part for each process, not a file.
+        library_config: The config of the strategy's own library (DeepSpeed), as it is before Lightning adds keys.
+        loss_scale_arguments: Arguments of the strategy for the loss scale of float16, by name.
     """
 
     partitions_on_load: bool = False
@@ -37,6 +40,8 @@ class Distribution:
     flattens_weights: bool = False
     owns_gradients: bool = False
     writes_folders: bool = False
+    library_config: Mapping[str, Any] | None = None
+    loss_scale_arguments: Mapping[str, object] = MappingProxyType({})
     checkpoint_io: Any
     precision_plugin: Any
 
@@ -54,6 +59,11 @@ class Distribution:
     def offloads(self) -> tuple[bool, bool]:
         """Whether optimizer states, and whether weights, are kept in CPU memory."""
         return False, False
+
+    @property
+    def configured_stage(self) -> object:
+        """The ZeRO stage in the config of the strategy's library, which may be wrong; null if there is none."""
+        return ((self.library_config or {}).get("zero_optimization") or {}).get("stage")
 
     @property
     def float16_scale(self) -> float | None:

@@ -20,7 +20,7 @@ def strategy(value: Any) -> Any:
     """The strategy for a name or a parsed value; strategies and names of Lightning's are returned unchanged.
 
     Raises:
-        InputError: There is no such strategy, or it starts processes that cannot be stopped together.
+        InputError: There is no such strategy.
     """
     if isinstance(value, dict):                     # a value that could not be built
         raise InputError(f"{value.get('class_path')} is not a strategy that can be used here", where="trainer.strategy")
@@ -30,9 +30,6 @@ def strategy(value: Any) -> Any:
     if own := OWN.get(value.partition("_")[0]):
         module, name = own
         return getattr(importlib.import_module(f"lit_llm.training.parallel.{module}"), name).from_name(value)
-    if value.endswith("spawn"):
-        raise InputError("processes that are spawned cannot be stopped together", where="trainer.strategy",
-                         fix="set it to ddp, which starts the command once for each")
     if named := re.match(r"\{class_path: ([\w.]+)", value):
         near = [path for path in PATHS if path.endswith(f".{named[1].rpartition('.')[2]}")]
         raise InputError(f"there is no strategy '{named[1]}'" + (f". Did you mean '{near[0]}'?" if near else ""),

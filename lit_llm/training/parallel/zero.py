@@ -19,12 +19,14 @@ from lightning.pytorch.plugins.precision import DeepSpeedPrecision, Precision
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, StrategyRegistry
 from torch import Tensor, nn
 
+from lit_llm import rules
 from lit_llm.errors import InputError, did_you_mean
 from lit_llm.system.private import deepspeed as deepspeed_private
 from lit_llm.system.private import lightning as private
 from lit_llm.training.checks import idle
 from lit_llm.training.parallel import deepspeed_setup, reshard, safe_load, shards
 from lit_llm.training.parallel.distribution import Distribution
+from lit_llm.training.rules import table
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
@@ -50,7 +52,7 @@ class ZeroStrategy(Distribution, DeepSpeedStrategy):
         kwargs: Other arguments of `lightning.pytorch.strategies.DeepSpeedStrategy`.
 
     Raises:
-        InputError: `stage` is not 1, 2 or 3, or an option needs another stage.
+        InputError: `stage` is not 1, 2 or 3.
     """
 
     keeps_masters = casts_weights = flattens_weights = owns_gradients = writes_folders = True
@@ -66,8 +68,6 @@ class ZeroStrategy(Distribution, DeepSpeedStrategy):
     ) -> None:
         if stage not in (1, 2, 3):
             raise InputError(f"stage must be 1, 2 or 3, not {stage!r}", where="trainer.strategy")
-        if offload_parameters and stage != 3:
-            raise InputError(f"offload_parameters needs stage 3, not {stage}", where="trainer.strategy")
         deepspeed_setup.load()
         super().__init__(
             stage=stage,
@@ -78,6 +78,8 @@ class ZeroStrategy(Distribution, DeepSpeedStrategy):
         )
         if isinstance(self.config, dict):
             self.config.setdefault("train_micro_batch_size_per_gpu", 1)     # for a log of DeepSpeed's; else Lightning
+            self.library_config = dict(self.config)
+        self.loss_scale_arguments = {name: vars(self)[name] for name in idle.SCALE}
         self._given = {"stage": stage, "offload_optimizer": offload_optimizer, "offload_parameters": offload_parameters,
                        "config": config, **kwargs}
         self._environ: dict[str, str | None] = {}
@@ -116,12 +118,9 @@ class ZeroStrategy(Distribution, DeepSpeedStrategy):
     def setup_environment(self) -> None:
         """Refuse what DeepSpeed does not support, then join the other processes."""
         assert self.lightning_module is not None
-        assert isinstance(self.config, dict)
-        clips = self.lightning_module.trainer.gradient_clip_val and not self._config_initialized
-        deepspeed_setup.check_config(self.config, clips=bool(clips))
+        # `lit_llm.Trainer` has checked them before
+        rules.check(table.OF_DEEPSPEED, table.TRAINER_FEATURES, self.lightning_module.trainer)
         deepspeed_setup.select_device(self.root_device.type)
-        deepspeed_setup.check_float16(str(self.precision_plugin.precision))
-        idle.check_scale(vars(self), str(self.precision_plugin.precision))
         DDPStrategy.setup_environment(self)         # the parent class's method refuses all devices except CUDA
 
     def setup_distributed(self) -> None:

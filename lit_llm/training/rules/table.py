@@ -16,7 +16,10 @@ from lit_llm.data import idle
 from lit_llm.kernels import switch
 from lit_llm.models.adapters import peft_method
 from lit_llm.rules import Rule
+from lit_llm.system.private import lightning as private
+from lit_llm.training.checks import idle as idle_options
 from lit_llm.training.checks.interface import Module
+from lit_llm.training.parallel import deepspeed_setup, distribution
 from lit_llm.training.parallel.distribution import Distribution
 
 
@@ -216,13 +219,64 @@ def _has_callback(kind: str) -> Callable[[Any], bool]:
         base.__name__ == kind for callback in trainer.callbacks for base in type(callback).__mro__)
 
 
+def _in_config(key: str) -> Callable[[Distribution], bool]:
+    return lambda strategy: key in (strategy.library_config or {})
+
+
+def _of_trainers_strategy(has: Callable[[Distribution], bool]) -> Callable[[Any], bool]:
+    return lambda trainer: has(distribution.of(trainer.strategy))
+
+
+def _changes_scale(name: str) -> Callable[[Distribution], bool]:
+    default = idle_options.SCALE[name]
+    return lambda strategy: strategy.loss_scale_arguments.get(name, default) != default
+
+
+_OF_LIBRARY: dict[str, Callable[[Distribution], bool]] = {
+    "a DeepSpeed config without a stage": lambda strategy: (
+        strategy.library_config is not None and strategy.configured_stage not in (1, 2, 3)),
+    **{f"`{key}` in a DeepSpeed config": _in_config(key) for key in ("optimizer", "scheduler", "gradient_clipping")},
+    "`offload_parameters` of a DeepSpeed strategy": lambda strategy: strategy.offloads[1],
+    **{f"`{name}` of a DeepSpeed strategy": _changes_scale(name) for name in idle_options.SCALE},
+    "`deepspeed_stage_1` or `_2`": lambda strategy: strategy.configured_stage in (1, 2),
+}
 TRAINER_FEATURES: dict[str, Callable[[Any], bool]] = {
     "every run": lambda trainer: True,
     **{f"`{kind}`": _has_callback(kind) for kind in _CALLBACKS},
+    **{name: _of_trainers_strategy(has) for name, has in _OF_LIBRARY.items()},
+    "`trainer.gradient_clip_val`": lambda trainer: bool(trainer.gradient_clip_val),
+    "float16 under DeepSpeed": lambda trainer: (
+        distribution.of(trainer.strategy).library_config is not None and str(trainer.precision).startswith("16")),
+    "a processor without DeepSpeed's float16":
+        lambda trainer: not deepspeed_setup.computes_float16(trainer.strategy.root_device.type),
+    "a precision without a loss scale": lambda trainer: not str(trainer.precision).startswith("16"),
+    "processes started by `spawn`": lambda trainer: private.spawns(trainer.strategy.launcher),
     "`trainer.overfit_batches`": lambda trainer: bool(trainer.overfit_batches),
     "`trainer.reload_dataloaders_every_n_epochs`": lambda trainer: bool(trainer.reload_dataloaders_every_n_epochs),
 }
+OF_DEEPSPEED: tuple[Rule, ...] = (                  # also checked when processes start under Lightning's own Trainer
+    # DeepSpeed ignores a misspelt key, and the run could not be resumed.
+    Rule("a DeepSpeed config without a stage", "every run", "the DeepSpeed config has stage "
+         "{s.strategy.configured_stage}, which must be 1, 2 or 3", "trainer.strategy",
+         "add zero_optimization: {{stage: 2}} to it"),
+    *(Rule(f"`{key}` in a DeepSpeed config", "every run", f"'{key}' of the DeepSpeed config would replace what "
+           "model.optimizer, model.lr and model.schedule say", "trainer.strategy", "remove it")
+      for key in ("optimizer", "scheduler")),
+    Rule("`gradient_clipping` in a DeepSpeed config", "`trainer.gradient_clip_val`", "gradient clipping is set twice: "
+         "here and as gradient_clipping in the DeepSpeed config", "trainer.gradient_clip_val", "remove one of them"),
+    Rule("`offload_parameters` of a DeepSpeed strategy", "`deepspeed_stage_1` or `_2`", "only stage 3 shards "
+         "the weights and can keep them in CPU memory", "trainer.strategy.init_args.offload_parameters",
+         "leave it out, or set stage to 3"),
+    Rule("float16 under DeepSpeed", "a processor without DeepSpeed's float16", "DeepSpeed does not support float16 on "
+         "this processor", "trainer.precision", "set it to bf16-mixed or 32-true"),
+    *(Rule(f"`{name}` of a DeepSpeed strategy", "a precision without a loss scale", "{s.precision} has no loss scale, "
+           "so this has no effect", f"trainer.strategy.init_args.{name}", "leave it out")
+      for name in idle_options.SCALE),
+)
 OF_TRAINER: tuple[Rule, ...] = (
+    *OF_DEEPSPEED,
+    Rule("processes started by `spawn`", "every run", "processes that are spawned cannot be stopped together",
+         "trainer.strategy", "set it to ddp, which starts the command once for each"),
     *(Rule(f"`{kind}`", "every run", f"{kind} {why}", "trainer.callbacks", "leave it out")
       for kind, why in _CALLBACKS.items()),
     Rule("`trainer.overfit_batches`", "every run", "this project's epochs do not repeat a fixed set of batches",
@@ -230,7 +284,7 @@ OF_TRAINER: tuple[Rule, ...] = (
     Rule("`trainer.reload_dataloaders_every_n_epochs`", "every run", "a reloaded loader would repeat the first "
          "epoch", "trainer.reload_dataloaders_every_n_epochs", "leave it out"),
 )
-ALL = (*RULES, *OF_TRAINER, *idle.RULES)            # the last are checked where data are read
+ALL = (*RULES, *OF_TRAINER, *idle_options.RULES, *idle.RULES)      # the last are checked where data are read
 
 
 def check(setup: Setup) -> None:
