@@ -1,7 +1,7 @@
 """Lock a folder for the single process that may write it, or report which process holds the lock.
 
-The lock is the operating system's (POSIX record locks): it is released when its process ends in any way, is not
-inherited by workers, and needs no cleanup. Its reach:
+The lock is the operating system's (POSIX record locks; a locked byte on Windows, which is not tested on Windows): it
+is released when its process ends in any way, is not inherited by workers, and needs no cleanup. Its reach:
 
 - On a local disk: all processes of the machine, including those in containers.
 - On NFS, Lustre and similar: all machines that mount it with locks, which is the default of NFS 4. The lock of a
@@ -28,6 +28,47 @@ HELD = (errno.EACCES, errno.EAGAIN)
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 
 
+WINDOWS = os.name == "nt"
+BEYOND = 1 << 30                                    # position of the byte that is locked on Windows, after the text
+
+
+def lock_on_posix(file: IO[str], *, shared: bool = False) -> None:
+    """Lock an open file without waiting; closing the file releases the lock.
+
+    Args:
+        file: The open file; for an exclusive lock it is open for writing.
+        shared: Whether other shared locks are allowed.
+
+    Raises:
+        OSError: Another process holds the lock, or the file system has no locks.
+    """
+    import fcntl
+
+    fcntl.lockf(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+
+
+def lock_on_windows(file: IO[str], *, shared: bool = False) -> None:
+    """Do the same on Windows, where a lock is always exclusive and forbids reading what it covers; not tested there.
+
+    Args:
+        file: The open file. A single byte behind the text is locked, so that others can read who holds the lock.
+        shared: Has no effect.
+
+    Raises:
+        OSError: Another process holds the lock.
+    """
+    import msvcrt
+
+    os.lseek(file.fileno(), BEYOND, os.SEEK_SET)
+    try:
+        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]
+    finally:
+        os.lseek(file.fileno(), 0, os.SEEK_SET)
+
+
+lock_file = lock_on_windows if WINDOWS else lock_on_posix
+
+
 class HeldError(InputError):
     """Another process holds the lock."""
 
@@ -47,8 +88,6 @@ class Lock:
             where: The key or option for what is written.
             what: What is written; null is the file's folder.
         """
-        import fcntl
-
         if self.holds(file):
             return None                             # closing a second handle would release the lock
         while True:
@@ -57,7 +96,7 @@ class Lock:
             except OSError as error:
                 return InputError(f"cannot be written: {error.strerror}", where=str(file.parent))
             try:
-                fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                lock_file(handle)
                 is_held = False
             except OSError as error:
                 is_held = error.errno in HELD or (error.errno in NO_LOCKS and _is_alive(_read(handle)))
@@ -88,6 +127,10 @@ class Lock:
         if self._file is not None and self._handle is not None and _is_same(self._file, self._handle):
             with suppress(OSError):
                 self._file.unlink()
+            if WINDOWS:                             # where an open file cannot be removed
+                self._handle.close()
+                with suppress(OSError):             # the next holder has opened it
+                    self._file.unlink()
         self._close()
 
     def _close(self) -> None:
@@ -99,12 +142,10 @@ class Lock:
 
 def is_held(file: Path) -> bool:
     """Whether another process holds the lock on a file. Never for this process's own, which it would release."""
-    import fcntl
-
     try:
         with open(file, encoding="utf-8") as handle:
             try:
-                fcntl.lockf(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                lock_file(handle, shared=True)
             except OSError as error:
                 return error.errno in HELD or _is_alive(_read(handle))
     except OSError:
@@ -151,6 +192,8 @@ def _is_alive(holder: dict[str, Any]) -> bool:
     pid = holder.get("pid")
     if not isinstance(pid, int) or pid == os.getpid():
         return False
+    if WINDOWS:
+        return True                                 # os.kill would end the process there
     try:
         os.kill(pid, 0)
     except ProcessLookupError:

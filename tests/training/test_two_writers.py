@@ -19,6 +19,7 @@ from pathlib import Path
 import pytest
 from run_processes import ROOT, config_of, write_config, write_data
 
+from lit_llm.system import lock
 from lit_llm.system.lock import NAME, Lock
 from lit_llm.training.run import manifest
 
@@ -92,6 +93,56 @@ def test_of_two_simultaneous_starts_one_continues(how, run_processes, tiny_model
         assert "Traceback" not in stderr
         saved(run, 4)
         assert goes_on.poll() is None
+
+
+# ---- Windows: its code, with a locked byte of this system in place of msvcrt's
+
+MSVCRT = """
+import fcntl, os
+LK_NBLCK = 2
+def locking(number, mode, size):
+    assert mode == LK_NBLCK
+    reads = fcntl.fcntl(number, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY        # Windows also locks such a file
+    kind = fcntl.LOCK_SH if reads else fcntl.LOCK_EX
+    fcntl.lockf(number, kind | fcntl.LOCK_NB, size, os.lseek(number, 0, os.SEEK_CUR))
+"""
+
+
+def test_the_code_for_windows_locks_a_byte_behind_the_text(tmp_path, monkeypatch):
+    """It refuses a second process with the name of the first, leaves the text readable, and ends with its process."""
+    (tmp_path / "msvcrt.py").write_text(MSVCRT)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(lock, "lock_file", lock.lock_on_windows)
+    monkeypatch.setattr(lock, "WINDOWS", True)
+    file = tmp_path / NAME
+    code = ("import sys, time\nfrom pathlib import Path\nfrom lit_llm.system import lock\n"
+            "lock.lock_file, lock.WINDOWS, mine = lock.lock_on_windows, True, lock.Lock()\n"
+            "assert mine.take(Path(sys.argv[1]), 'x') is None\nprint('taken', flush=True)\ntime.sleep(60)")
+    with subprocess.Popen([sys.executable, "-c", code, str(file)], stdout=subprocess.PIPE, text=True,
+                          env=os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{tmp_path}"}) as other:
+        assert other.stdout.readline() == "taken\n"
+        assert json.loads(file.read_text())["pid"] == other.pid
+        assert file.stat().st_size < 1000
+        assert lock.is_held(file)
+        assert f"is being written by process {other.pid} on {socket.gethostname()}" in str(Lock().take(file, "x"))
+        with file.open("r+") as handle:             # the text itself is not locked
+            fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB, lock.BEYOND)
+        other.kill()
+        other.wait()
+    assert not lock.is_held(file)
+    mine = Lock()
+    assert mine.take(file, "x") is None
+    assert json.loads(file.read_text())["pid"] == os.getpid()
+    mine.release()
+    assert not file.exists()
+
+
+def test_on_windows_no_process_is_asked_with_a_signal(no_locks, tmp_path, monkeypatch):
+    """`os.kill(pid, 0)` would end it there; a process of this machine is assumed to be alive instead."""
+    left(tmp_path / NAME, pid=4194303)
+    monkeypatch.setattr(lock, "WINDOWS", True)
+    monkeypatch.setattr(os, "kill", lambda *_: pytest.fail("a signal was sent"))
+    assert "process 4194303 on" in str(Lock().take(tmp_path / NAME, "x"))
 
 
 # ---- file systems without locks --------------------------------------------------------------------------------------
