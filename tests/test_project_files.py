@@ -71,6 +71,24 @@ def test_the_citation_is_of_this_version():
     assert citation["date-released"] == released
 
 
+def test_the_modules_that_contributing_names_exist():
+    """Its table of own code, and every path of a folder or file, also with a name inside the module."""
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    table = text.partition("| here, in `lit_llm` |")[2].partition("\n\n")[0]
+    cells = [row.split(" | ")[0] for row in table.splitlines()[2:]]
+    assert len(cells) > 10
+    named = [f"lit_llm/{name}" for cell in cells for name in re.findall(r"`([\w/.]+)`", cell)]
+    named += [name for name in re.findall(r"`((?:lit_llm|serve|tests|training)/[\w/.]+)", text)]
+    for name in named:
+        path = ROOT / ("lit_llm" if name.startswith("training/") else "") / name.rstrip(".")
+        if path.exists():
+            continue
+        module, _, inside = path.name.partition(".")
+        file = path.with_name(f"{module}.py")
+        assert file.is_file(), f"{name} of CONTRIBUTING.md does not exist"
+        assert not inside or re.search(rf"^(class|def) {inside}\b|^{inside}\b", file.read_text(encoding="utf-8"), re.MULTILINE), name
+
+
 def test_every_public_file_is_there():
     for name in ("LICENSE", "SECURITY.md", "CONTRIBUTING.md", "CHANGELOG.md", "README.md", "README.zh-CN.md", "CITATION.cff"):
         assert (ROOT / name).is_file(), name
