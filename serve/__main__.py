@@ -24,6 +24,9 @@ def parse(argv: list[str] | None = None, program: str = "python -m serve") -> ar
     add("--model", required=True, help="a run folder (its export/ is used), or any folder that transformers loads")
     add("--name", action="append", default=[], help="model name in the API; may be given several times for aliases "
         "(default: the name of the folder or run)")
+    add("--backend", metavar="URL", help="let another server compute the answers from token ids: the address of its "
+        "API, for instance http://127.0.0.1:8001/v1, of vLLM, SGLang, llama.cpp or this server; the folder of --model "
+        "then needs only its config and tokenizer; $LIT_LLM_BACKEND_KEY is the key of the other server")
     add("--host", default="127.0.0.1", choices=("127.0.0.1", "0.0.0.0", "::"), help="default: %(default)s")
     add("--port", default=8000, type=int, help=f"{ranges.of('serve.port')}, default: %(default)s")
     add("--api-key", action="append", default=[], help="require `Authorization: Bearer KEY`; may be given several "
@@ -110,6 +113,8 @@ def _build(options: argparse.Namespace) -> tuple[Any, Any]:
     if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", options.device):
         raise InputError(f"'{ranges.shown(options.device)}' is not one of auto, cpu, mps, cuda, cuda:N",
                          where="--device")
+    if options.backend is not None:
+        _check_alone(options)
     merged, named = _adapters(options.adapter)
     if options.threads != "auto":
         number(options.threads)
@@ -120,6 +125,11 @@ def _build(options: argparse.Namespace) -> tuple[Any, Any]:
     from serve.http.gate import check_host, check_origin
     from serve.server import Network, Settings, build
 
+    address = None
+    if options.backend is not None:
+        from serve.backend import KEY, Address
+
+        address = Address.of(options.backend, os.environ.get(KEY, ""))
     for host in options.allowed_host:
         check_host(host)
     for origin in options.cors_origin:
@@ -132,8 +142,21 @@ def _build(options: argparse.Namespace) -> tuple[Any, Any]:
     engine = {"device": options.device, "dtype": options.dtype, "adapter": merged, "adapters": named,
               "quantize": options.quantize, "threads": options.threads}
     settings = Settings(options.model, tuple(options.name), network, keys, limits, engine, options.log_level,
-                        options.strict)
+                        options.strict, address)
     return build(settings), settings
+
+
+def _check_alone(options: argparse.Namespace) -> None:
+    """Refuse options of the engine beside a backend.
+
+    Raises:
+        InputError: One is given.
+    """
+    for flag, neutral in (("adapter", []), ("quantize", None), ("device", "auto"), ("dtype", "auto"),
+                          ("threads", "auto")):
+        if getattr(options, flag) != neutral:
+            raise InputError("has no effect with --backend, which loads the weights itself", where=f"--{flag}",
+                             fix="leave it out, or give it to the backend")
 
 
 def _adapters(given: list[str]) -> tuple[str | None, dict[str, str]]:

@@ -15,7 +15,9 @@ from typing import Any
 
 from lit_llm.errors import InputError
 from lit_llm.inference.engine import EngineStats, Event
+from lit_llm.inference.guidance import Guidance, guidance_or_reason
 from lit_llm.inference.sampling import SamplingParams
+from lit_llm.text.tokenizer import Tokenizer
 from serve.errors import ApiError, bad_request
 from serve.http.gate import shutting_down
 from serve.http.metrics import Metrics
@@ -42,6 +44,19 @@ class Limits:
     max_body_bytes: int = 1_000_000
     max_wait_seconds: float = 300
     max_seconds: float = 3600
+
+
+@dataclass(frozen=True, slots=True)
+class TextEvent(Event):
+    """One step of a request that a backend answers: text instead of a token.
+
+    Args:
+        text: New text.
+        completion_tokens: Tokens of the whole answer, with its finish reason.
+    """
+
+    text: str = ""
+    completion_tokens: int = 0
 
 
 class EngineClient:
@@ -120,13 +135,19 @@ class EngineClient:
             raise ApiError(429, f"the server is busy: {self.in_flight} requests are running or waiting",
                            code="queue_full", headers={"Retry-After": "1"})
 
-    def ask(self, prompt_ids: list[int], params: SamplingParams, adapter: str | None = None) -> "Reply":
+    def guidance(self, tokenizer: Tokenizer) -> Guidance | InputError:
+        """The factory of the engine's constraints, or the reason why answers cannot be constrained."""
+        return guidance_or_reason(tokenizer)
+
+    def ask(self, prompt_ids: list[int], params: SamplingParams, adapter: str | None = None, *,
+            shows_special: bool = False) -> "Reply":
         """Send a request to the engine.
 
         Args:
             prompt_ids: Tokens of the prompt.
             params: How its tokens are drawn.
             adapter: Name of the adapter that is applied; null is the base.
+            shows_special: Whether special tokens are part of the text, for an engine that sends text.
 
         Returns:
             Its events; the caller closes it, which cancels a request that is not finished.
@@ -152,12 +173,12 @@ class EngineClient:
             if isinstance(message, Beat):
                 self._count_reused(message)
                 if self._beat and message.boot != self._beat.boot:
-                    self.fail_all(_lost("the engine was restarted"))
+                    self.fail_all(lost("the engine was restarted"))
                 self._beat, self._beat_at = message, time.monotonic()
             elif isinstance(message, Ended):
                 self._beat = None
                 self.metrics.restarts.inc()
-                self.fail_all(_lost("the engine process ended"))
+                self.fail_all(lost("the engine process ended"))
             elif isinstance(message, list):
                 now = time.monotonic()
                 for event in message:
@@ -171,7 +192,7 @@ class EngineClient:
             await asyncio.sleep(BEAT_SECONDS / 2)
             now = time.monotonic()
             if self._beat and now - self._beat_at > SILENT_SECONDS:
-                self.fail_all(_lost("the engine process does not respond"))
+                self.fail_all(lost("the engine process does not respond"))
             for reply in self._replies.values():
                 if (error := reply.overdue(now, self.limits)) is not None:
                     reply.fail(error)
@@ -185,9 +206,9 @@ class EngineClient:
             reply.fail(error)
 
     def _count_reused(self, beat: Beat) -> None:
-        before = self._beat.stats.reused_tokens if self._beat and self._beat.boot == beat.boot else 0
+        known = self.stats if self._beat and self._beat.boot == beat.boot else None
         if beat.stats:
-            self.metrics.reused_tokens.inc(max(0, beat.stats.reused_tokens - before))
+            self.metrics.reused_tokens.inc(max(0, beat.stats.reused_tokens - (known.reused_tokens if known else 0)))
 
 
 class Reply:
@@ -234,7 +255,7 @@ class Reply:
     def push(self, event: Event, now: float) -> None:
         """Take an event of the worker, received at a time of `time.monotonic`."""
         metrics = self._client.metrics
-        if event.token_id is not None:
+        if event.error is None:
             if self._token_at is None:
                 metrics.first_token.observe(now - self._start)
                 metrics.prompt_tokens.inc(self._prompt_tokens)
@@ -266,7 +287,8 @@ class Reply:
             self._client.forget(self, cancel=cancel)
 
 
-def _lost(why: str) -> ApiError:
+def lost(why: str) -> ApiError:
+    """The error of a request whose engine has ended."""
     return ApiError(503, f"{why}; the request is lost", code="engine_lost", headers={"Retry-After": "5"})
 
 

@@ -12,7 +12,7 @@ from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from multiprocessing.connection import wait
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -24,10 +24,10 @@ from starlette.middleware.cors import CORSMiddleware
 
 from lit_llm.errors import InputError
 from lit_llm.inference.guidance import Guidance
-from lit_llm.inference.loading import model_folder, tokenizer_folder
+from lit_llm.inference.loading import model_folder, sizes, tokenizer_folder
 from lit_llm.text.tokenizer import Tokenizer
 from serve import chat_page, private
-from serve.engine_client import Limits
+from serve.engine_client import EngineClient, Limits
 from serve.errors import ApiError
 from serve.http import openapi, operations
 from serve.http.connection import Connection
@@ -36,6 +36,9 @@ from serve.lifecycle import CLOSE_SECONDS, NOTICE_SECONDS, Drain
 from serve.openai import tokens
 from serve.openai.routes import Routes
 from serve.worker import CONSUMER, Ended, EngineAPI
+
+if TYPE_CHECKING:
+    from serve.backend import Address
 
 WORDS = {400: None, 404: "not_found", 405: "method_not_allowed", 413: "body_too_large"}
 LONGEST_PAUSE = 30.0                                # between two starts of a worker that dies while loading
@@ -85,6 +88,7 @@ class Settings:
         engine: Options of `Engine.load`.
         log_level: Log level of uvicorn and LitServe.
         strict: Refuse requests with fields that have no effect.
+        backend: Another server that computes the answers; null computes them here.
     """
 
     model: str
@@ -95,6 +99,7 @@ class Settings:
     engine: dict[str, Any] = field(default_factory=dict)
     log_level: str = "warning"
     strict: bool = False
+    backend: "Address | None" = None
 
 
 class Server(LitServer):
@@ -102,6 +107,7 @@ class Server(LitServer):
 
     greeting = ""
     network = Network()
+    has_worker = True                               # not with a backend
     stopping = False                                # a signal has come
     failed = False                                  # a process other than the worker has ended by itself
     listener: socket.socket | None = None
@@ -130,6 +136,10 @@ class Server(LitServer):
         self.listener = sockets[0].dup()
         return super()._start_server(port, count, log_level, sockets, kind, **options)
 
+    def launch_inference_worker(self, lit_api: Any) -> Any:
+        """Start the worker, if there is one."""
+        return super().launch_inference_worker(lit_api) if self.has_worker else []
+
     @asynccontextmanager
     async def lifespan(self, app: FastAPI) -> AsyncIterator[None]:
         """In the API process: route the worker's events as long as requests are served."""
@@ -152,7 +162,7 @@ class Server(LitServer):
     def verify_worker_status(self) -> None:
         """Wait for the worker; LitServe's own method waits forever if the worker dies while loading."""
         while not any(worker.exitcode is not None for worker in self.inference_workers):
-            if WorkerSetupStatus.READY in self.workers_setup_status.values():
+            if not self.has_worker or WorkerSetupStatus.READY in self.workers_setup_status.values():
                 return
             time.sleep(0.05)
         raise SystemExit(max(1, self.inference_workers[0].exitcode))
@@ -165,7 +175,7 @@ class Server(LitServer):
         pause = 0.0
         while True:
             began = time.monotonic()
-            ended = wait([self.inference_workers[0].sentinel, api.sentinel])
+            ended = wait([*(worker.sentinel for worker in self.inference_workers), api.sentinel])
             if self.stopping:
                 return
             if api.sentinel in ended:
@@ -202,8 +212,9 @@ def build(settings: Settings, routes: type[Routes] = Routes) -> Server:
         raise InputError(f"'{min(doubled)}' is the name of the model and of an adapter", where="--adapter")
     tokenizer = _shared_tokenizer(folder, [settings.engine["adapter"]] if settings.engine.get("adapter") else
                                   list(adapters.values()))
-    spec = routes(tokenizer, tuple(dict.fromkeys(names)), settings.limits, settings.keys,
-                  unlisted=(settings.model,), strict=settings.strict, adapters=tuple(adapters))
+    engine = _backend_client(settings.backend, settings.limits, folder, tokenizer) if settings.backend else None
+    spec = routes(tokenizer, tuple(dict.fromkeys(names)), settings.limits, settings.keys, unlisted=(settings.model,),
+                  strict=settings.strict, adapters=tuple(adapters), engine=engine)
     options = {"max_running": settings.limits.max_running, "stop_ids": tokenizer.stop_ids, **settings.engine}
     if isinstance(spec.guidance, Guidance):
         options["constraints"] = spec.guidance
@@ -211,10 +222,19 @@ def build(settings: Settings, routes: type[Routes] = Routes) -> Server:
     server = Server(EngineAPI(folder, options, spec=spec), accelerator="cpu", devices=1, workers_per_device=1,
                     timeout=False, restart_workers=True)
     place = f"http://127.0.0.1:{network.port}" if ":" not in network.host else f"http://[::1]:{network.port}"
-    server.greeting = f"Serving {names[0]}: chat page {place}/, OpenAI base_url {place}/v1. Press Ctrl-C to stop."
-    server.network = network
+    origin = f" of {settings.backend.url}" if settings.backend else ""
+    server.greeting = (f"Serving {names[0]}{origin}: chat page {place}/, OpenAI base_url {place}/v1. "
+                       "Press Ctrl-C to stop.")
+    server.network, server.has_worker = network, engine is None
     _own_app(server.app, spec, settings, folder)
     return server
+
+
+def _backend_client(address: "Address", limits: Limits, folder: str, tokenizer: Tokenizer) -> EngineClient:
+    """The connection to a backend; the model's folder needs its config and tokenizer only."""
+    from serve.backend import BackendClient
+
+    return BackendClient(limits, address, tokenizer.stop_ids, *sizes(folder))
 
 
 def _shared_tokenizer(folder: str, adapters: list[str]) -> Tokenizer:

@@ -54,14 +54,14 @@ class Beat:
         step_age: Seconds since the start of the current step; it grows when a device hangs.
         context_length: Context length in tokens.
         vocab_size: Vocabulary size in tokens.
-        stats: Statistics of the engine.
+        stats: Statistics of the engine; null of a backend.
     """
 
     boot: str
     step_age: float
     context_length: int
     vocab_size: int
-    stats: EngineStats
+    stats: EngineStats | None
 
 
 @dataclass(frozen=True, slots=True)

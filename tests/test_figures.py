@@ -62,6 +62,7 @@ def test_the_figures_are_those_of_the_exported_checkpoint(run):
     assert str(Path.cwd()) not in card                      # paths of this machine are not published
     code, _, err = call("export", "--run", "run", "--checkpoint", "last")
     assert code == 0, err
+    assert f"vllm serve {run.absolute() / 'export'}" in err      # not run here: vLLM is not a dependency
     table = dict(re.findall(r"^\| (\S+) \| (\S+) \|$", (run / "export" / "README.md").read_text(), re.MULTILINE))
     assert float(table["val/perplexity"]) == pytest.approx(last["figures"]["val/perplexity"], rel=1e-5)
 

@@ -53,6 +53,8 @@ def pasted(line, **more):
 def test_every_command_that_fit_prints_can_be_pasted_anywhere(run):
     folder, out = run
     chat, validate, serve = [line.strip() for line in out[out.index("\nnext:\n") + 7:].splitlines()]
+    # The one command that is only read here: vLLM is not a dependency.
+    assert f"where vLLM is installed: vllm serve '{folder / 'export'}'\n" in out
     with socket.socket() as probe:                          # another test may serve on the default port
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

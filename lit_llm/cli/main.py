@@ -173,6 +173,10 @@ def _tool(verb: str, options: list[str]) -> None:
     result = function(**arguments)
     if result is not None:
         print(result)
+    if verb == "export":
+        from lit_llm.report.commands import for_many_users
+
+        print(for_many_users(result), file=sys.stderr)
 
 
 def _with_runs(options: Sequence[str]) -> list[str]:

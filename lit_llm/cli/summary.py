@@ -44,7 +44,7 @@ def finish(run: Path, *, base: str | None, before: dict[str, float], shown: list
                              "checkpoint: python -m lit_llm export --checkpoint step_N")
     try:
         folder = export(str(run))
-        print(f"\nexported to {folder}")
+        print(f"\nexported to {folder}\n{commands.for_many_users(folder)}")
     except UnmergeableError as error:                    # the checkpoints still have the trained weights
         print(f"\nnot exported: {error.what}\n  {error.fix}")
     if logged := last_logged(run, "train/loss"):

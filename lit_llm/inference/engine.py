@@ -109,9 +109,7 @@ class Engine:
                  adapters: "Adapters | None" = None) -> None:
         self.model, self.max_running, self.constraints = model, max_running, constraints
         self.stop_ids = frozenset(stop_ids) | _own_stop_ids(model)
-        config = model.config.get_text_config()
-        self.context_length = int(getattr(config, "max_position_embeddings", None) or 2048)
-        self.vocab_size = int(config.vocab_size)
+        self.context_length, self.vocab_size = loading.config_sizes(model.config)
         self._waiting: deque[Request] = deque()
         self._running: dict[str, Request] = {}          # in order of arrival
         self._prompt_tokens = self._generated_tokens = 0

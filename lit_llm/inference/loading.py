@@ -76,6 +76,25 @@ def tokenizer_folder(folder: str, adapter: str | Path | None = None) -> str:
     return _adapter_base(folder) or folder
 
 
+def sizes(folder: str) -> tuple[int, int]:
+    """Context length and vocabulary size in tokens of a folder for `load`; its weights are not read.
+
+    Raises:
+        InputError: No config that transformers reads.
+    """
+    from lit_llm.models.load import config_of
+
+    if base := _adapter_base(folder):
+        folder = names.resolve(origin.locate(base, _trained_on(folder).get("base_hash"), Path(folder)))
+    return config_sizes(config_of(folder))
+
+
+def config_sizes(config: Any) -> tuple[int, int]:
+    """Context length and vocabulary size in tokens of a model's config."""
+    config = config.get_text_config()
+    return int(getattr(config, "max_position_embeddings", None) or 2048), int(config.vocab_size)
+
+
 def load(folder: str, device: str, dtype: str, adapter: str | Path | None, quantize: str | None = None) -> Any:
     """Load a model with its adapter merged or its linear layers quantized, on its device, in eval mode."""
     import torch

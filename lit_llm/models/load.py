@@ -92,19 +92,27 @@ def stored_dtype(path: str) -> torch.dtype:
     Raises:
         InputError: There is no config, or transformers cannot read it.
     """
+    dtype = getattr(config_of(path), "dtype", None)
+    return dtype if isinstance(dtype, torch.dtype) else torch.float32
+
+
+def config_of(path: str) -> Any:
+    """The config of a pretrained model.
+
+    Raises:
+        InputError: There is none, or transformers cannot read it.
+    """
     from transformers import AutoConfig
 
     folder = names.path_of(path)
     config_limits.check_folder(path, "model")
     try:
-        config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False,
-                                            local_files_only=names.is_local_only(path))
+        return AutoConfig.from_pretrained(str(folder), trust_remote_code=False,
+                                          local_files_only=names.is_local_only(path))
     except Exception as error:                      # untrusted files
         if folder.is_dir():
             raise InputError(f"cannot read the config.json in {path}: {_reason(error)}", where="model") from None
         raise hub.unreachable(path, where="model") from None
-    dtype = getattr(config, "dtype", None)
-    return dtype if isinstance(dtype, torch.dtype) else torch.float32
 
 
 def init_causal_lm(init: dict[str, Any], *, dtype: torch.dtype = torch.float32, attention: str | None = None,

@@ -4,6 +4,7 @@ They work from any directory: paths are absolute, and settings are in the run's 
 """
 
 import re
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,11 @@ def of(run: Path, state: str, config: dict[str, Any], allowed: Sequence[Any] = (
         named_commands.append(("further", ["lit_llm", "fit", *with_config, "--ckpt_path", "last", *longer, *options]))
     named_commands.append(("report", ["lit_llm", "report", run]))
     return [{"what": what, "command": command.line(*words)} for what, words in named_commands]
+
+
+def for_many_users(folder: Path) -> str:
+    """The line that names a faster engine for an export; vLLM is not part of this project, and no test runs it."""
+    return f"for many users, where vLLM is installed: vllm serve {shlex.quote(str(folder.absolute()))}"
 
 
 def _longer(trainer: dict[str, Any]) -> list[object]:

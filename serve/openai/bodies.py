@@ -187,6 +187,7 @@ class CompletionBody(Sampling):
     max_tokens: Whole | None = Field(16, ge=0, le=MOST)      # OpenAI's default
     logprobs: Whole | None = limited("logprobs")
     echo: bool | None = None
+    skip_special_tokens: bool | None = None         # vLLM's name; false writes special tokens into the text
 
     @property
     def prompts(self) -> list[str] | list[list[int]]:

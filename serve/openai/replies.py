@@ -229,6 +229,12 @@ class Planner:
         self._guidance.check(constraint)
         return replace(plan, grammar=constraint)
 
+    @cached_property
+    def special_texts(self) -> dict[int, str]:
+        """The spellings of all special tokens that end no answer."""
+        ids = sorted(set(self._tokenizer.special_ids) - set(self._tokenizer.stop_ids))
+        return {id_: str(self._tokenizer.hf.convert_ids_to_tokens(id_)) for id_ in ids}
+
     def _grammar(self, asked: Wish, syntax: CallSyntax | None, in_reasoning: bool | None) -> str:
         if syntax is None:
             return self._writer.json(asked.answer_schema or schema.ANY_OBJECT, strict=asked.strict,

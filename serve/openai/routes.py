@@ -10,6 +10,7 @@ from collections.abc import AsyncGenerator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from dataclasses import replace
+from functools import cached_property
 from typing import Any, TypeVar
 
 from fastapi import Request
@@ -19,19 +20,18 @@ from litserve.specs.base import LitSpec
 from lit_llm.errors import InputError
 from lit_llm.inference.completion import Completion, Detokenizer
 from lit_llm.inference.engine import Event
-from lit_llm.inference.guidance import guidance_or_reason
 from lit_llm.inference.sampling import SamplingParams
 from lit_llm.text.conversation import Conversation, Document, Message
 from lit_llm.text.tokenizer import Tokenizer
 from serve import private
-from serve.engine_client import EngineClient, Limits, Reply
+from serve.engine_client import EngineClient, Limits, Reply, TextEvent
 from serve.errors import ApiError, bad_request
 from serve.openai.answers import Shape
 from serve.openai.bodies import ChatBody, ChatCompletionBody, CompletionBody, Sampling
 from serve.openai.choices import Choice, checked, fitted, merged, samples
 from serve.openai.ignored import IgnoredFields
 from serve.openai.logprobs import LogprobWriter
-from serve.openai.replies import Plan, Planner, Wish
+from serve.openai.replies import PLAIN, Plan, Planner, Wish
 from serve.openai.streams import EventStream, events, until_disconnect, whole
 
 T = TypeVar("T")
@@ -48,18 +48,20 @@ class Routes(LitSpec):
         unlisted: Further names that are accepted, such as the path of the model.
         strict: Refuse fields that have no effect.
         adapters: Names of adapters, each served as a model of its own.
+        engine: The connection to what computes answers; null is that to the worker.
     """
 
     def __init__(self, tokenizer: Tokenizer, names: tuple[str, ...], limits: Limits, keys: tuple[str, ...], *,
-                 unlisted: tuple[str, ...] = (), strict: bool = False, adapters: tuple[str, ...] = ()) -> None:
+                 unlisted: tuple[str, ...] = (), strict: bool = False, adapters: tuple[str, ...] = (),
+                 engine: EngineClient | None = None) -> None:
         super().__init__()
         self.ignored = IgnoredFields(strict=strict)
         self.api_path = "/v1/chat/completions"
-        self.names, self.keys, self.engine = names, keys, EngineClient(limits)
+        self.names, self.keys, self.engine = names, keys, engine or EngineClient(limits)
         self.adapters, self._accepted = adapters, {*names, *unlisted, *adapters}
         self.tokenizer, self._created = tokenizer, int(time.time())
         self._logprobs = LogprobWriter(tokenizer)
-        self.guidance = guidance_or_reason(tokenizer)
+        self.guidance = self.engine.guidance(tokenizer)
         self._planner = Planner(tokenizer, self.guidance)
         # One thread: tokenizing a long prompt must not block other streams, and calls must not overlap.
         self._encoding = ThreadPoolExecutor(1, "tokenizer")
@@ -127,11 +129,12 @@ class Routes(LitSpec):
         self.check_model(body.model)
         headers = self.ignored.headers(body.ignored_fields)
         params, echo = body.params(), bool(body.echo)
+        plan = PLAIN if body.skip_special_tokens is not False else Plan(markers=self._planner.special_texts)
         prompts = await self.encode(lambda: [self._read(prompt) for prompt in body.prompts], "prompt", request)
         choices = []
         for ids, text in prompts:
             fit = self._fit(ids, params, "prompt")
-            choices += [Choice(ids, each, at, text if echo else None, body.max_tokens == 0, goes_on=True)
+            choices += [Choice(ids, each, at, text if echo else None, body.max_tokens == 0, plan, goes_on=True)
                         for at, each in enumerate(samples(fit, body.n or 1))]
         return await self._serve(choices, body, request, headers, chat=False)
 
@@ -171,7 +174,8 @@ class Routes(LitSpec):
                      chat: bool) -> Response:
         self.engine.admit(len(choices))
         adapter = body.model if body.model in self.adapters else None
-        replies = [self.engine.ask(choice.ids, choice.params, adapter) for choice in choices]
+        replies = [self.engine.ask(choice.ids, choice.params, adapter, shows_special=bool(choice.plan.markers))
+                   for choice in choices]
         shape = Shape(adapter or self.names[0], choices, self._logprobs, chat=chat)
         pieces = merged([self.pieces(*each) for each in zip(choices, replies, strict=True)])
         if not body.stream:
@@ -204,21 +208,34 @@ class Routes(LitSpec):
         params = choice.params
         detokenizer = Detokenizer(self.tokenizer, len(choice.ids), params.stop, params.min_tokens,
                                   choice.plan.markers, choice.context)
+        at_space = self._drops_space and not choice.goes_on
         async with aclosing(events):
             is_first = True
             async for reply in events:
-                assert reply.token_id is not None
                 if is_first and choice.echo is not None:
                     yield self._echoed(choice, reply)
                 is_first = False
                 if choice.is_empty:
                     return
+                if isinstance(reply, TextEvent):
+                    text = reply.text.removeprefix(" ") if at_space else reply.text
+                    at_space = at_space and not reply.text
+                    yield Completion(text, (), reply.finish_reason, len(choice.ids), reply.completion_tokens)
+                    continue
+                assert reply.token_id is not None
                 piece = detokenizer.push(reply.token_id, reply.finish_reason, reply.logprob)
                 if choice.echo and piece.offsets:
                     piece = replace(piece, offsets=tuple(len(choice.echo) + each for each in piece.offsets))
                 yield piece
                 if piece.finish_reason:
                     return
+
+    @cached_property
+    def _drops_space(self) -> bool:
+        """Whether a text loses the space before its first word (sentencepiece), but not where it continues another."""
+        words = (id_ for id_, spelling in enumerate(self.tokenizer.spellings) if spelling[:1] == b" " != spelling)
+        word = next(words, None)
+        return word is not None and not self.tokenizer.decode([word]).startswith(" ")
 
     def _echoed(self, choice: Choice, first: Event) -> Completion:
         """The piece that repeats the prompt, with its log-probabilities if there are any."""

@@ -108,6 +108,20 @@ def start_server():
 
 
 @pytest.fixture(scope="session")
+def start_front(start_server, tmp_path_factory):
+    """`start_front(folder, url)`: a server whose answers are computed by another one; it gets no weights of the model."""
+    def start(folder, url):
+        copied = tmp_path_factory.mktemp("front") / Path(folder).name
+        copied.mkdir()
+        for file in Path(folder).iterdir():
+            if file.suffix != ".safetensors":
+                (copied / file.name).write_bytes(file.read_bytes())
+        return start_server("--model", str(copied), "--backend", url)
+
+    return start
+
+
+@pytest.fixture(scope="session")
 def calling(tiny_tokenizer, tmp_path_factory, start_server):
     """A server of a model that calls tools by itself."""
     from calling import train

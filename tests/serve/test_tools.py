@@ -9,6 +9,7 @@ import copy
 import json
 import threading
 import time
+from pathlib import Path
 
 import jsonschema
 import openai
@@ -253,3 +254,19 @@ def test_a_template_without_tools_is_refused_with_the_reason(server):
     reply = server.http.post("/v1/chat/completions", json={"messages": [ASKED], "tools": TOOLS, "max_tokens": 3})
     assert reply.status_code == 400
     assert "does not support tools" in reply.json()["error"]["message"]
+
+
+def test_the_answers_of_a_backend_are_read_too(calling, start_front):
+    """Marks of calls are special tokens, which a backend leaves out of its text unless it is asked for them."""
+    words = Path(f"/proc/{calling.process.pid}/cmdline").read_text().split("\0")
+    front = start_front(words[words.index("--model") + 1], f"{calling.url}/v1")
+    whole, direct = (chat(openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0), tools=TOOLS)
+                     for server in (front, calling))
+    message = whole.choices[0].message
+    assert (message.content, message.reasoning_content, read(message.tool_calls)) == ("I look.", "Two places.", CALLS)
+    assert (whole.choices[0].finish_reason, whole.usage) == ("tool_calls", direct.usage)
+    for wish, param in (({"tools": TOOLS, "tool_choice": "required"}, "tools"), ({"logprobs": True}, "logprobs"),
+                        ({"response_format": {"type": "json_object"}}, "response_format")):
+        reply = front.http.post("/v1/chat/completions", json={"messages": [ASKED], **wish})
+        assert (reply.status_code, reply.json()["error"]["param"]) == (400, param)
+        assert "backend" in reply.json()["error"]["message"]
