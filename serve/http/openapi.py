@@ -18,6 +18,7 @@ ERRORS = {
     413: "The body is too large.",
     429: "Too many requests wait.",
     500: "The server could not compute this request.",
+    502: "The backend could not answer (with --backend).",
     503: "The engine is not ready, too busy, or the server shuts down.",
     504: "The request took too long.",
 }
