@@ -18,7 +18,7 @@ ERRORS = {
     413: "The body is too large.",
     429: "Too many requests wait.",
     500: "The server could not compute this request.",
-    502: "The backend could not answer (with --backend).",
+    502: "The backend could not answer.",
     503: "The engine is not ready, too busy, or the server shuts down.",
     504: "The request took too long.",
 }
@@ -26,13 +26,14 @@ WITHOUT_BODY = (401, 403, 404, 500, 503)            # of routes that read no bod
 RETRY = {"Retry-After": {"description": "Seconds to wait.", "schema": {"type": "string"}}}
 
 
-def describe(app: FastAPI, vocab_size: int, *, strict: bool) -> None:
+def describe(app: FastAPI, vocab_size: int, *, strict: bool, backend: bool) -> None:
     """Let the application describe its errors and values: FastAPI would declare a 422, which is never sent.
 
     Args:
         app: The application.
         vocab_size: Token ids are below this.
         strict: Whether unknown fields are refused.
+        backend: Whether another server computes the answers, which can fail with status 502.
     """
     def document() -> dict[str, Any]:
         if app.openapi_schema is None:
@@ -46,7 +47,7 @@ def describe(app: FastAPI, vocab_size: int, *, strict: bool) -> None:
             document["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
             for path, operations in document["paths"].items():
                 for operation in operations.values():
-                    _describe(path, operation)
+                    _describe(path, operation, backend=backend)
             app.openapi_schema = document
         return app.openapi_schema
 
@@ -81,7 +82,7 @@ def _limit(schemas: dict[str, Any], vocab_size: int, *, strict: bool) -> None:
             properties["logit_bias"] = {"anyOf": [biases, {"type": "null"}]}
 
 
-def _describe(path: str, operation: dict[str, Any]) -> None:
+def _describe(path: str, operation: dict[str, Any], *, backend: bool) -> None:
     responses = operation["responses"]
     responses.pop("422", None)
     if path == "/metrics":
@@ -89,6 +90,8 @@ def _describe(path: str, operation: dict[str, Any]) -> None:
     elif "stream" in path or path.endswith("completions"):
         responses["200"]["content"]["text/event-stream"] = {"schema": {"type": "string"}}
     for status in ERRORS if "requestBody" in operation else WITHOUT_BODY:
+        if status == 502 and not backend:
+            continue
         schema: dict[str, Any] = {"$ref": "#/components/schemas/Error"}
         if status == 503 and path.startswith("/health"):
             schema = {"type": "object"}

@@ -16,6 +16,7 @@ import openai
 import pytest
 
 from lit_llm.errors import InputError
+from lit_llm.inference.sampling import SamplingParams
 from serve.backend import Address
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -80,6 +81,8 @@ def test_stop_strings_n_lists_and_the_simple_route(front, backend):
     assert len(expected[0]) == 4
     says = [each.http.post("/chat", json={"message": "Hi", "max_length": 5, "temperature": 0}).json() for each in (front, backend)]
     assert says[0] == says[1]
+    for each, declared in ((front, True), (backend, False)):
+        assert ("502" in each.http.get("/openapi.json").json()["paths"]["/chat"]["post"]["responses"]) is declared
     models = front.http.get("/v1/models").json()["data"]
     assert (models[0]["id"], models[0]["max_model_len"]) == ("endless", 20_000)
 
@@ -107,7 +110,6 @@ def test_errors_of_a_backend_become_ours(status, body, expected):
     """Bytes that a socket sends, because no real backend has all of these failures."""
     import asyncio
 
-    from lit_llm.inference.sampling import SamplingParams
     from serve.backend import BackendClient
     from serve.engine_client import Limits
     from serve.errors import ApiError
@@ -140,6 +142,33 @@ def test_errors_of_a_backend_become_ours(status, body, expected):
     error, in_flight = asyncio.run(run())
     assert (error.status, error.body["error"]["code"], in_flight) == (*expected, 0)
     assert "s3same" not in error.body["error"]["message"]
+
+
+def test_the_space_before_a_first_word_is_that_of_our_decoder(stories):
+    """A backend decodes behind the prompt, where sentencepiece's first word has a space; the text of a turn begins without it."""
+    import asyncio
+
+    from lit_llm.text.tokenizer import Tokenizer
+    from serve.engine_client import Limits, Reply, TextEvent
+    from serve.openai.choices import Choice
+    from serve.openai.routes import Routes
+
+    async def read(tokenizer, texts, *, goes_on):
+        routes = Routes(tokenizer, ("tale",), Limits(), ())
+        reply = Reply(routes.engine, 2)
+        for text in texts:
+            reply.push(TextEvent(reply.request_id, None, text=text), 0.0)
+        reply.push(TextEvent(reply.request_id, None, "stop", completion_tokens=3), 0.0)
+        return [piece async for piece in routes.pieces(Choice([5, 6], SamplingParams(), goes_on=goes_on), reply)]
+
+    tokenizer = Tokenizer.load(stories)
+    ids = tokenizer.encode_text("Once there")
+    ours = tokenizer.decode(ids)
+    behind = tokenizer.decode([*ids, *ids]).removeprefix(ours)      # as a backend does
+    pieces = asyncio.run(read(tokenizer, [behind[:3], behind[3:]], goes_on=False))
+    assert ("".join(piece.text for piece in pieces), behind) == (ours, f" {ours}")
+    assert (pieces[-1].finish_reason, pieces[-1].completion_tokens, pieces[-1].prompt_tokens) == ("stop", 3, 2)
+    assert "".join(piece.text for piece in asyncio.run(read(tokenizer, [behind], goes_on=True))) == behind
 
 
 @pytest.mark.parametrize("url", ["127.0.0.1:8001", "ftp://a/v1", "http://", "http://a:99999", "http://user:hunter2@a/v1",
