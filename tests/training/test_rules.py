@@ -91,6 +91,13 @@ EXAMPLES = {                                        # (first, second) -> keys be
         {"trainer.strategy": "deepspeed_stage_2", "trainer.precision": "16-true"},
     **{(f"`{name}` of a DeepSpeed strategy", "a precision without a loss scale"): MASTERS | zero(**{name: value})
        for name, value in ZERO_KEPT.items()},
+    ("a checkpoint of one device or `ddp`", "resuming with `deepspeed` or `fsdp2`"):
+        {"earlier": {}, "trainer.strategy": "deepspeed_stage_2"},
+    ("a checkpoint of `deepspeed` or `fsdp2`", "resuming with one device or `ddp`"):
+        {"earlier": {"trainer.strategy": "deepspeed_stage_2"}},
+    ("a checkpoint of another 16-bit precision", "resuming with `deepspeed`"): {
+        "earlier": {"trainer.strategy": "deepspeed_stage_2", "trainer.precision": "bf16-mixed"},
+        "trainer.strategy": "deepspeed_stage_2"},
     ("processes started by `spawn`", EVERY): {"trainer.strategy": "ddp_spawn"},
     ("`trainer.min_epochs`", "no `trainer.callbacks` and no `trainer.max_time`"): {"trainer.min_epochs": 1},
     ("`trainer.min_steps`", "no `trainer.callbacks` and no `trainer.max_time`"): {"trainer.min_steps": 1},
@@ -142,13 +149,21 @@ def test_every_rule_is_enforced_by_the_command_line(rule, place, monkeypatch, ti
     example = dict(EXAMPLES[rule.first, rule.second])
     for name, value in example.pop("environ", {}).items():
         monkeypatch.setenv(name, value)
+    earlier = example.pop("earlier", None)
     config = config_of(example, tiny_model("llama"))
     (place / "run.yaml").write_text(yaml.safe_dump(config))
-    late = {rule.first, rule.second} & LATE
-    if late and config["trainer"]["devices"] == 2:
-        result = run_processes.run("fit", "--config", str(place / "run.yaml"), ranks=2, limit=60, cwd=str(place))
+    late = earlier is not None or {rule.first, rule.second} & LATE
+    words, ranks = ["fit", "--config", str(place / "run.yaml")], config["trainer"]["devices"]
+    if earlier is not None:                         # another run writes a checkpoint, from which this one resumes
+        (place / "earlier.yaml").write_text(yaml.safe_dump(config_of(
+            earlier | {"trainer.enable_checkpointing": True}, tiny_model("llama"))))
+        result = run_processes.run("fit", "--config", str(place / "earlier.yaml"), limit=60, cwd=str(place))
+        assert result["codes"] == [0], result["outputs"][0]["err"][-2000:]
+        words += ["--ckpt_path", "last", "--trainer.max_steps", 2]
+    if late and (ranks == 2 or earlier is not None):
+        result = run_processes.run(*words, ranks=ranks, limit=60, cwd=str(place))
         code, err = max(result["codes"]), "".join(output["err"] for output in result["outputs"])
-        assert result["codes"] == [2, 2], err[-2000:]
+        assert result["codes"] == [2] * ranks, err[-2000:]
     else:
         code, err = 0, io.StringIO()
         with contextlib.redirect_stderr(err):

@@ -15,7 +15,8 @@ from lit_llm.training.rules.table import ALL, STRATEGIES
 README = Path(__file__).parents[1] / "README.md"
 BEGIN, END = "<!-- support matrix: written by rules/matrix.py -->\n", "<!-- end of the support matrix -->\n"
 _EXAMPLE = SimpleNamespace(                         # values of a run that the reasons quote
-    device="cpu", precision="bf16-mixed", strategy=SimpleNamespace(configured_stage=0),
+    device="cpu", precision="bf16-mixed", old_precision="32-true", written_with="another strategy",
+    read_with="this one", strategy=SimpleNamespace(configured_stage=0),
     sources=[SimpleNamespace(weight=2.0)], module=SimpleNamespace(
         schedule="cosine", cross_entropy="liger", way=SimpleNamespace(why_own_logits="its forward pass adds to them")))
 

@@ -284,7 +284,54 @@ OF_TRAINER: tuple[Rule, ...] = (
     Rule("`trainer.reload_dataloaders_every_n_epochs`", "every run", "a reloaded loader would repeat the first "
          "epoch", "trainer.reload_dataloaders_every_n_epochs", "leave it out"),
 )
-ALL = (*RULES, *OF_TRAINER, *idle_options.RULES, *idle.RULES)      # the last are checked where data are read
+
+# ---- a checkpoint that is resumed ------------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class Resume:
+    """A checkpoint, and the run that resumes from it.
+
+    Attributes:
+        written_with: Class of the strategy that wrote it.
+        read_with: Class of this run's strategy.
+        strategy: This run's strategy.
+        has_folder: Whether the state in the checkpoint is a folder.
+        old_precision: `trainer.precision` of the run that wrote it.
+        precision: `trainer.precision` of this run.
+    """
+
+    written_with: str
+    read_with: str
+    strategy: Distribution
+    has_folder: bool
+    old_precision: str
+    precision: str
+
+
+def _half(precision: str) -> str:
+    """The 16-bit dtype of a precision; empty for float32."""
+    return next((kind for kind in ("bf16", "16") if precision.startswith(kind)), "")
+
+
+RESUME_FEATURES: dict[str, Callable[[Resume], bool]] = {
+    "a checkpoint of one device or `ddp`": lambda s: not s.has_folder,
+    "a checkpoint of `deepspeed` or `fsdp2`": lambda s: s.has_folder,
+    "a checkpoint of another 16-bit precision": lambda s: _half(s.old_precision) != _half(s.precision),
+    "resuming with one device or `ddp`": lambda s: not s.strategy.writes_folders,
+    "resuming with `deepspeed` or `fsdp2`": lambda s: s.strategy.writes_folders,
+    "resuming with `deepspeed`": lambda s: s.strategy.keeps_masters,
+}
+_OTHER_STRATEGY = ("the checkpoint was written with {s.written_with}, which {s.read_with} cannot read",
+                   "trainer.strategy", "resume with the strategy that wrote it; for another strategy, export the run "
+                   "and start a new one with that folder as model.base")
+OF_RESUME: tuple[Rule, ...] = (
+    Rule("a checkpoint of one device or `ddp`", "resuming with `deepspeed` or `fsdp2`", *_OTHER_STRATEGY),
+    Rule("a checkpoint of `deepspeed` or `fsdp2`", "resuming with one device or `ddp`", *_OTHER_STRATEGY),
+    Rule("a checkpoint of another 16-bit precision", "resuming with `deepspeed`", "the checkpoint was written with "
+         "{s.old_precision}, and DeepSpeed cannot resume from it with {s.precision}", "trainer.precision",
+         "set it to its previous value"),
+)
+ALL = (*RULES, *OF_TRAINER, *OF_RESUME, *idle_options.RULES, *idle.RULES)      # the last where data are read
 
 
 def check(setup: Setup) -> None:

@@ -18,13 +18,14 @@ from typing import Any, Literal
 import lightning as L
 from lightning.pytorch.utilities import rank_zero_only
 
-from lit_llm import disk
+from lit_llm import disk, rules
 from lit_llm.errors import InputError
 from lit_llm.system import integrity, origin
 from lit_llm.system.integrity import NAME, faults, read
 from lit_llm.system.redaction import redact_text
 from lit_llm.training.parallel import distribution
 from lit_llm.training.parallel.saved import SavedModule
+from lit_llm.training.rules import table
 
 log = logging.getLogger(__name__)
 Change = Literal["base", "peft", "tokenizer", "template", "quantize"]
@@ -142,16 +143,11 @@ def check_same(folder: Path, trainer: L.Trainer, accepted: Sequence[Change]) -> 
         accept = f"; or, if these changes are intended, --trainer.accept_changes '[{', '.join(differs)}]'"
         raise InputError(f"the checkpoint was written with {'; '.join(changes)}", where=str(folder),
                          fix="use the settings that it was trained with" + ("" if fixed else accept))
-    state, strategy = folder / "state", distribution.of(trainer.strategy)
-    if fitting and state.is_dir() != strategy.writes_folders:
-        raise InputError(f"the checkpoint was written with {before['strategy']}, which "
-                         f"{type(trainer.strategy).__name__} cannot read", where="trainer.strategy",
-                         fix="resume with the strategy that wrote it; for another strategy, export the run and start a "
-                         "new one with that folder as model.base")
-    then = before.get("precision")
-    if fitting and strategy.keeps_masters and _half(then) != _half(trainer.precision):
-        raise InputError(f"the checkpoint was written with {then}, and DeepSpeed cannot resume from it with "
-                         f"{trainer.precision}", where="trainer.precision", fix="set it to its previous value")
+    if fitting:
+        strategy = distribution.of(trainer.strategy)
+        rules.check(table.OF_RESUME, table.RESUME_FEATURES, table.Resume(
+            str(before.get("strategy")), type(trainer.strategy).__name__, strategy, (folder / "state").is_dir(),
+            str(before.get("precision")), str(trainer.precision)))
 
 
 def _apart(one: object, other: object) -> str:
@@ -163,11 +159,6 @@ def _apart(one: object, other: object) -> str:
     first, second = one.get("init_args", one) or {}, other.get("init_args", other) or {}
     keys = [key for key in first | second if first.get(key) != second.get(key)]
     return ", ".join(f"{key} {first.get(key)}, not {second.get(key)}" for key in keys)
-
-
-def _half(precision: object) -> str:
-    """The 16-bit dtype of a precision; empty for float32."""
-    return next((kind for kind in ("bf16", "16") if str(precision).startswith(kind)), "")
 
 
 def _named(value: object) -> str:
