@@ -31,9 +31,10 @@ CONNECT_SECONDS = 5.0
 LONGEST = 1_000_000                                 # bytes of a line of its stream, and of a whole other answer
 SHOWN = 300                                         # characters of its messages that clients see
 MALFORMED = (ValueError, KeyError, IndexError, TypeError, AttributeError)
-# Settings whose names are the same in OpenAI's API and its extensions by vLLM, and their values without effect.
-NEUTRAL: dict[str, Any] = {"top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0, "presence_penalty": 0.0,
-                           "frequency_penalty": 0.0, "stop": (), "seed": None, "min_tokens": 0, "ignore_eos": False}
+# Settings with the names of OpenAI's API and of vLLM. The first are always sent, because backends have other defaults:
+# vLLM those of generation_config.json, llama.cpp its own. The others are sent if they have an effect.
+ALWAYS = ("max_tokens", "temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
+SOMETIMES: dict[str, Any] = {"stop": (), "seed": None, "min_tokens": 0, "ignore_eos": False}
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,12 +171,12 @@ class BackendClient(EngineClient):
 
     def _body(self, prompt_ids: list[int], params: SamplingParams) -> dict[str, Any]:
         stops = {*params.stop_token_ids, *(() if params.ignore_eos else self._stop_ids)}
-        given = {name: getattr(params, name) for name, neutral in NEUTRAL.items() if getattr(params, name) != neutral}
+        given = {name: getattr(params, name) for name in ALWAYS}
+        given |= {name: value for name, neutral in SOMETIMES.items() if (value := getattr(params, name)) != neutral}
         if params.logit_bias:
             given["logit_bias"] = {str(id_): bias for id_, bias in params.logit_bias}
-        return {"model": self._model, "prompt": prompt_ids, "max_tokens": params.max_tokens,
-                "temperature": params.temperature, "stop_token_ids": sorted(stops), **given,
-                "stream": True, "stream_options": {"include_usage": True}}
+        return {"model": self._model, "prompt": prompt_ids, **given, "top_k": params.top_k or -1,
+                "stop_token_ids": sorted(stops), "stream": True, "stream_options": {"include_usage": True}}
 
     async def _answer(self, reply: Reply, body: dict[str, Any]) -> None:
         """Push the backend's pieces, or the error, to a request."""

@@ -5,6 +5,7 @@ The backend is a second real server of this project, which gets token ids and se
 """
 
 import json
+import re
 import signal
 import socket
 import subprocess
@@ -118,6 +119,10 @@ def test_errors_of_a_backend_become_ours(status, body, expected):
         head = (await reader.readuntil(b"\r\n\r\n")).decode()
         assert "authorization: Bearer s3same" in head.replace("Authorization", "authorization")
         models = head.startswith("GET")
+        if not models:                              # a backend's own defaults, which may be others, have no effect
+            sent = json.loads(await reader.readexactly(int(re.search(r"content-length: (\d+)", head.lower())[1])))
+            neutral = {"top_p": 1, "top_k": -1, "min_p": 0, "repetition_penalty": 1, "presence_penalty": 0, "frequency_penalty": 0}
+            assert sent | neutral | {"prompt": [1, 2], "stop_token_ids": [2], "max_tokens": 3, "temperature": 1} == sent
         content = b'{"data": [{"id": "m", "max_model_len": 50}]}' if models else body
         writer.write(f"HTTP/1.1 {'200 OK' if models else status}\r\nContent-Length: {len(content)}\r\nConnection: close\r\n\r\n".encode())
         writer.write(content)
