@@ -83,8 +83,9 @@ def read_usage(folder: str | Path) -> Usage:
     if not isinstance(head, Mapping):
         return Usage()
     turns, widget = head.get("turns"), head.get("widget")
-    found = [question for entry in (widget[:50] if isinstance(widget, list) else []) if (question := _question(entry))]
-    return Usage(tuple(dict.fromkeys(found))[:QUESTIONS], turns if type(turns) is int and turns > 0 else None)
+    entries = widget[:50] if isinstance(widget, list) else []
+    questions = [question for entry in entries if (question := _question(entry))]
+    return Usage(tuple(dict.fromkeys(questions))[:QUESTIONS], turns if type(turns) is int and turns > 0 else None)
 
 
 def _question(entry: Any) -> str | None:

@@ -263,34 +263,34 @@ class Engine:
         """Sample a token for each answer, greedy ones in one operation; an error where there is one."""
         import torch
 
-        found: list[Any] = [answer.error for answer in answers]
+        outcomes: list[Any] = [answer.error for answer in answers]
         tokens: list[TokenLogprob | None] = [None] * len(answers)
         whole = [at for at, answer in enumerate(answers) if answer.logits is not None]
         if not whole:
-            return list(zip(found, tokens, strict=True))
+            return list(zip(outcomes, tokens, strict=True))
         logits = torch.stack([answers[at].logits for at in whole])      # type: ignore[misc]
-        asked = [row for row, at in enumerate(whole) if answers[at].request.params.logprobs is not None]
-        raw = logits[asked] if asked else logits    # a copy, before the logits are changed
+        with_logprobs = [row for row, at in enumerate(whole) if answers[at].request.params.logprobs is not None]
+        raw = logits[with_logprobs] if with_logprobs else logits    # a copy, before the logits are changed
         for row, finite in enumerate(logits.amax(-1).isfinite().tolist()):
             request = answers[whole[row]].request
-            found[whole[row]] = (self._change(logits[row], request) if finite
+            outcomes[whole[row]] = (self._change(logits[row], request) if finite
                                  else FloatingPointError("the model's logits are not finite"))
         likeliest = logits.argmax(-1).tolist()
         for row, at in enumerate(whole):
             request = answers[at].request
-            if found[at] is None and request.params.greedy:
-                found[at] = likeliest[row]
-            elif found[at] is None:
+            if outcomes[at] is None and request.params.greedy:
+                outcomes[at] = likeliest[row]
+            elif outcomes[at] is None:
                 try:
-                    found[at] = int(next_ids(logits[row:row + 1], [request.params], [request.generator]))
+                    outcomes[at] = int(next_ids(logits[row:row + 1], [request.params], [request.generator]))
                 except Exception as error:          # this request's alone
-                    found[at] = error
-        if places := [whole[row] for row in asked]:
-            ids = [found[at] if isinstance(found[at], int) else 0 for at in places]
+                    outcomes[at] = error
+        if places := [whole[row] for row in with_logprobs]:
+            ids = [outcomes[at] if isinstance(outcomes[at], int) else 0 for at in places]
             counts = [answers[at].request.params.logprobs or 0 for at in places]
             for at, token in zip(places, logprobs(raw, ids, counts), strict=True):
                 tokens[at] = token
-        return list(zip(found, tokens, strict=True))
+        return list(zip(outcomes, tokens, strict=True))
 
     def _change(self, logits_V: "Tensor", request: "Request") -> Exception | None:
         """Apply the constraint and the penalties of a request in place; an error if no token is left."""

@@ -207,9 +207,9 @@ class Guide:
         bits = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
         if self._matcher.is_error():
             raise RuntimeError(f"the grammar cannot be followed: {_reason(self._matcher.get_error())}")
-        found = np.unpackbits(bits, bitorder="little")[:self._vocab_size].astype(bool)
+        allowed = np.unpackbits(bits, bitorder="little")[:self._vocab_size].astype(bool)
         mask = torch.zeros(self._vocab_size, dtype=torch.bool)
-        mask[:len(found)] = torch.from_numpy(found)
+        mask[:len(allowed)] = torch.from_numpy(allowed)
         return mask
 
     def accept(self, token_id: int) -> None:

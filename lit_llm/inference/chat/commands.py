@@ -55,15 +55,15 @@ class Commands:
         """
         if line.startswith("//"):
             return self.session.ask(line[1:])
-        found = COMMAND.fullmatch(line)
-        if not found:
+        match = COMMAND.fullmatch(line)
+        if not match:
             return self.session.ask(line)
-        name = found[1].lower()
+        name = match[1].lower()
         if name not in self._all:
             raise InputError(f"there is no command /{name}, and nothing was sent."
                              f"{did_you_mean(name, [*self._all, 'bye'])}",
                              fix=f"/help lists the commands; //{name} sends a message that begins with /")
-        return self._all[name]((found[2] or "").strip())
+        return self._all[name]((match[2] or "").strip())
 
     def _help(self, argument: str) -> None:
         self._say(HELP)

@@ -135,12 +135,12 @@ def _line_editor(history: bool) -> Iterator[None]:
         with contextlib.suppress(OSError):
             _make_private(file)
             readline.read_history_file(file)
-    known = readline.get_current_history_length()
+    earlier_lines = readline.get_current_history_length()
     readline.set_history_length(HISTORY_LINES)
     try:
         yield
     finally:
-        if file is not None and (new := readline.get_current_history_length() - known) > 0:
+        if file is not None and (new := readline.get_current_history_length() - earlier_lines) > 0:
             with contextlib.suppress(OSError):
                 readline.append_history_file(new, file)
 

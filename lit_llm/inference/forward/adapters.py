@@ -97,11 +97,11 @@ def load(model: Any, folders: Mapping[str, str | Path]) -> Adapters:
         InputError: An adapter that is not plain LoRA on linear layers, or that does not fit the model.
     """
     adapters = Adapters(folders)
-    found: dict[str, dict[str, unmerged.Matrices]] = {}
+    by_layer: dict[str, dict[str, unmerged.Matrices]] = {}
     for name, folder in folders.items():
         for place, matrices in unmerged.matrices(model, Path(folder)).items():
-            found.setdefault(place, {})[name] = matrices
-    for place, of_layer in found.items():
+            by_layer.setdefault(place, {})[name] = matrices
+    for place, of_layer in by_layer.items():
         parent, _, last = place.rpartition(".")
         setattr(model.get_submodule(parent), last, _Adapted(model.get_submodule(place), of_layer, adapters))
     ids = torch.arange(16, device=model.device)[None] % model.config.get_text_config().vocab_size

@@ -34,8 +34,9 @@ class Batched:
 
     def begin(self, request: Request) -> bool:
         """Admit a request if there is room for its prompt; tokens that a slot still contains are reused."""
-        known = [] if request.needs_all_logits else request.ids     # the logits of tokens taken over are not known
-        slot = self.slots.begin(known, len(request.ids) + min(request.left, AHEAD), request.adapter)
+        # The logits of reused tokens are not computed.
+        reusable_ids = [] if request.needs_all_logits else request.ids
+        slot = self.slots.begin(reusable_ids, len(request.ids) + min(request.left, AHEAD), request.adapter)
         request.state = slot
         if slot is None:
             return False
@@ -78,18 +79,18 @@ class Batched:
         chosen = self._chosen(list(running))
         generating = [Part(each.state, part) for each, part in chosen if each.state.generates]
         reading = [Part(each.state, part, each.needs_all_logits) for each, part in chosen if not each.state.generates]
-        found = dict(self._logits(generating, reading))
+        by_request = dict(self._logits(generating, reading))
         answers = []
         for request, part in chosen:                # before any slot changes its place, which copies these tokens
-            logits = found[id(request.state)]
+            logits = by_request[id(request.state)]
             if isinstance(logits, Exception):
                 continue
             if logits.dim() > 1:
                 request.take(len(request.state.ids), logits)
-                found[id(request.state)] = logits[-1]
+                by_request[id(request.state)] = logits[-1]
             request.state.ids += part
         for request, _ in chosen:
-            logits = found[id(request.state)]
+            logits = by_request[id(request.state)]
             if isinstance(logits, Exception):
                 answers.append(Answer(request, None, logits))
             elif len(request.state.ids) == len(request.ids):

@@ -106,9 +106,9 @@ class Pool:
         for states in self.layers.values():
             for state in states:
                 one, two = state[slot.index], state[index]
-                kept = one[:, :mine].clone() if others else one[:, :mine]
+                first_part = one[:, :mine].clone() if others else one[:, :mine]
                 one[:, :others] = two[:, :others]
-                two[:, :mine] = kept
+                two[:, :mine] = first_part
         self.slots[slot.index], self.slots[index] = other, slot
         slot.index, other.index = index, slot.index
 
@@ -200,14 +200,14 @@ class Slots:
         if room <= slot.pool.room:
             return True
         pool = self._pool_for(room)
-        found = self._empty(pool)
-        if found is None:
+        free_slot = self._empty(pool)
+        if free_slot is None:
             return False
         old, index, generating = slot.pool, slot.index, slot.generates
         for number, states in old.layers.items():
             for state, new in zip(states, pool.layer(number, states[0][:1], states[1][:1]), strict=True):
-                new[found.index, :, :len(slot.ids)] = state[index, :, :len(slot.ids)]
-        ids, place = slot.ids, found.index
+                new[free_slot.index, :, :len(slot.ids)] = state[index, :, :len(slot.ids)]
+        ids, place = slot.ids, free_slot.index
         old.end(slot)
         # The two slots swap roles, so that references to the request's slot stay valid.
         empty = Slot(old, slot.index)
@@ -245,10 +245,10 @@ class Slots:
         unused = next((slot for slot in pool.idle if not slot.ids), None)
         if unused is None and self._make_room(pool):
             unused = pool.slots[-1]
-        found = unused or min(pool.idle, key=lambda slot: slot.used, default=None)
-        if found is not None:
-            found.ids = []
-        return found
+        free_slot = unused or min(pool.idle, key=lambda slot: slot.used, default=None)
+        if free_slot is not None:
+            free_slot.ids = []
+        return free_slot
 
     def _make_room(self, pool: Pool) -> bool:
         """Add slots to a pool; others without a request are dropped for it if the limit is reached."""

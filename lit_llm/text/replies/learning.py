@@ -71,9 +71,9 @@ def reasoning(template: ChatTemplate, source: str) -> Reasoning | None:
     with suppress(InputError):
         prompt = template.text(Conversation((QUESTION,)), generation_prompt=True)
         answer = template.answer_text(Conversation((QUESTION, message)))
-        before, found, rest = answer.partition("probed reasoning")
+        before, separator, rest = answer.partition("probed reasoning")
         between = rest.partition("probed content")[0].strip()
-        tag = (prompt + before).split()[-1:] if found else []
+        tag = (prompt + before).split()[-1:] if separator else []
         tag = tag and [tag[0][max(tag[0].rfind("<"), tag[0].rfind("[")):]]
         if tag and between and between != tag[0]:
             return Reasoning(tag[0], between)
@@ -269,10 +269,10 @@ def _prove(probe: Probe, syntax: CallSyntax, arguments: Sequence[dict[str, Any]]
         raise InputError(f"the chat template does not render calls with the arguments {shown}: {error.what}") from None
     for size in (0, 1, 3):
         try:
-            found = read(syntax, text, TOOLS, size)
+            parsed = read(syntax, text, TOOLS, size)
         except ValueError:
-            found = ("", [])
-        if found != (content, calls):
+            parsed = ("", [])
+        if parsed != (content, calls):
             raise InputError(f"the chat template writes calls that do not read back: the arguments {shown} are "
                              f"rendered as {text[:160]!r}")
 

@@ -106,11 +106,11 @@ class ReplyParser:
         """
         source = self._source
         while True:
-            found = source.text.find(tag, source.at) if tag else -1
-            if found >= 0:
-                text = source.text[source.at:found].rstrip()
+            position = source.text.find(tag, source.at) if tag else -1
+            if position >= 0:
+                text = source.text[source.at:position].rstrip()
                 self._show(kind, text)
-                source.at = found + len(tag) if consume else source.at + len(text)
+                source.at = position + len(tag) if consume else source.at + len(text)
                 return True
             end = len(source.text)
             if tag:

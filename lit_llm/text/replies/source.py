@@ -114,12 +114,12 @@ class Source:
     def until(self, literal: str) -> Reader[str]:
         """Read up to a literal, which is read too but not returned."""
         start = self.at
-        while (found := self.text.find(literal, self.at)) < 0:
+        while (position := self.text.find(literal, self.at)) < 0:
             self.at = max(start, len(self.text) - len(literal) + 1)
             if not (yield from self.more()):
                 raise EndError
-        self.at = found + len(literal)
-        return self.text[start:found]
+        self.at = position + len(literal)
+        return self.text[start:position]
 
     # ---- JSON --------------------------------------------------------------------------------------------------------
 

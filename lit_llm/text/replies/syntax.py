@@ -119,12 +119,12 @@ class Reasoning:
 
 def parameters_of(tools: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
     """Name of each function -> JSON schema of its arguments."""
-    found = {}
+    schemas = {}
     for tool in tools:
         function = tool.get("function", tool)
         given = function.get("parameters")
-        found[str(function.get("name"))] = given if isinstance(given, dict) else {"type": "object", "properties": {}}
-    return found
+        schemas[str(function.get("name"))] = given if isinstance(given, dict) else {"type": "object", "properties": {}}
+    return schemas
 
 
 def types_of(schema: Any, root: Any) -> set[str]:
@@ -139,13 +139,13 @@ def types_of(schema: Any, root: Any) -> set[str]:
     if not isinstance(schema, dict):
         return set()
     own = schema.get("type")
-    found = {own} if isinstance(own, str) else {kind for kind in own or () if isinstance(kind, str)}
-    if "enum" in schema and not found and isinstance(schema["enum"], list):
-        found |= {"string" if isinstance(value, str) else "other" for value in schema["enum"]}
+    types = {own} if isinstance(own, str) else {kind for kind in own or () if isinstance(kind, str)}
+    if "enum" in schema and not types and isinstance(schema["enum"], list):
+        types |= {"string" if isinstance(value, str) else "other" for value in schema["enum"]}
     for key in ("anyOf", "oneOf"):
         for each in schema.get(key) or () if isinstance(schema.get(key), list) else ():
-            found |= types_of(each, root)
-    return found
+            types |= types_of(each, root)
+    return types
 
 
 def keyed_value(text: str, quoting: Quoting, allowed: set[str]) -> Any:
