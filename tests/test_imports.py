@@ -171,3 +171,29 @@ def test_what_needs_no_model_is_quick(words):
     code = f"import sys\ntry:\n    {run}\nfinally:\n    print([name for name in {HEAVY} if name in sys.modules])"
     out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert out.stdout.splitlines()[-1] == "[]", out.stderr
+
+
+def defined(path):
+    """Names that a module binds anywhere."""
+    nodes = list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
+    return ({node.name for node in nodes if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef))}
+            | {node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+            | {alias.asname or alias.name for node in nodes if isinstance(node, (ast.Import, ast.ImportFrom))
+               for alias in node.names})
+
+
+@pytest.mark.parametrize("folder", ["lit_llm", "serve", "tests", "notebooks"])
+def test_imported_names_exist(folder):
+    """Also those imported in functions and in benchmarks, which no other test may run."""
+    for path in (ROOT / folder).rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not isinstance(node, ast.ImportFrom) or str(node.module).split(".")[0] not in ("lit_llm", "serve", "tests"):
+                continue
+            place = ROOT.joinpath(*node.module.split("."))
+            file = place / "__init__.py" if place.is_dir() else place.with_suffix(".py")
+            if file == ROOT / "lit_llm" / "__init__.py":        # its names are looked up when they are asked for
+                continue
+            names = defined(file) if file.is_file() else set()
+            names |= {inner.stem for inner in place.glob("*")} if place.is_dir() else set()
+            missing = [alias.name for alias in node.names if alias.name not in names]
+            assert not missing, f"{path.relative_to(ROOT)}:{node.lineno}: {node.module} has no {missing}"

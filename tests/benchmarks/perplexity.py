@@ -32,11 +32,11 @@ import torch
 from torchmetrics.text import Perplexity as TheirPerplexity
 
 from lit_llm.__main__ import HEAP
-from lit_llm.cli.main import quiet
 from lit_llm.data.datamodule import TextDataModule
 from lit_llm.data.records.sources import Source
 from lit_llm.models import anatomy
 from lit_llm.models import load as models
+from lit_llm.system import library_warnings
 from lit_llm.training.loss import nll_sum
 from lit_llm.training.metrics import Perplexity
 from lit_llm.training.module import CausalLMModule
@@ -184,7 +184,7 @@ def main():
     args = parser.parse_args()
     if "GLIBC_TUNABLES" not in os.environ:          # both, as the command line does it
         os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], os.environ | {"GLIBC_TUNABLES": HEAP})
-    quiet()
+    library_warnings.listen()
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place) / "model"
         tokenizer, _ = build(folder, args.tokenizer, args.words)
