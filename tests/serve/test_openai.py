@@ -272,12 +272,14 @@ def test_metrics_count_what_clients_got(server, client):
     before = read()
     usage = chat(client, max_tokens=7).usage
     streamed(client, max_tokens=5)
+    answered = 'lit_llm_requests_total{code="200",route="/v1/chat/completions"}'
+    server.until(lambda: read().get(answered, 0) - before.get(answered, 0) == 2, 5)     # counted when a stream has ended
     after = read()
 
     def grown(name):
         return after[name] - before.get(name, 0)
 
-    assert grown('lit_llm_requests_total{code="200",route="/v1/chat/completions"}') == 2
+    assert grown(answered) == 2
     assert grown("lit_llm_prompt_tokens_total") == 2 * usage.prompt_tokens
     assert grown("lit_llm_generated_tokens_total") == 12
     assert grown("lit_llm_time_to_first_token_seconds_count") == 2
