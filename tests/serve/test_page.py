@@ -41,6 +41,7 @@ def page_model(tiny_tokenizer, tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("page") / "pears"
     tokenizer = AutoTokenizer.from_pretrained(tiny_tokenizer)
+    typed = tokenizer(ENDLESS * 2, add_special_tokens=False)["input_ids"][-1]      # an answer that is sent back is plain text
     tokenizer.add_tokens([*ANSWER, ENDLESS])
     tokenizer.chat_template = TEMPLATE
     tokenizer.save_pretrained(folder)
@@ -51,11 +52,12 @@ def page_model(tiny_tokenizer, tmp_path_factory):
     ids = tokenizer.convert_tokens_to_ids
     chain = [ids("\u010a"), *map(ids, ANSWER), ids("<|im_end|>")]
     loop = [ids("~"), ids(ENDLESS), ids(ENDLESS)]
+    again = [typed, ids(ENDLESS)]
     with torch.no_grad():
         for weight in (model.lm_head.weight, model.model.layers[0].self_attn.o_proj.weight, model.model.layers[0].mlp.down_proj.weight):
             weight.zero_()
         model.model.embed_tokens.weight.copy_(torch.eye(size, width))
-        for now, following in [*pairwise(chain), *pairwise(loop)]:
+        for now, following in [*pairwise(chain), *pairwise(loop), again]:
             model.lm_head.weight[following, now] = 2.0
     model.save_pretrained(folder)
     (folder / "README.md").write_text("---\nwidget:\n- messages:\n  - {role: user, content: 'What does a pear cost?'}\n"
@@ -207,10 +209,17 @@ def test_enter_during_an_answer_leaves_it_alone_and_escape_stops_it(page):
     page.done()
     assert page.one(".assistant .note").text == "Stopped."
     assert page.one("#box").get_attribute("value") == "my next question"
-    first = page.js("return document.querySelector('.markdown').textContent")
+    written = lambda: page.js("return document.querySelector('.markdown').textContent")        # noqa: E731
+    first = written()
     assert first.startswith(" tick tick")
     page.one("#box").clear()
-    assert "Continue" in [button.text for button in page.all(".assistant button")]
+    page.press("Continue", ".assistant")            # goes on with the same answer, and stops by the button
+    page.until(lambda: page.js("return document.querySelector('.markdown').textContent.length") > len(first))
+    page.one("#send").click()
+    page.done()
+    assert (len(page.all(".assistant")), written()[:len(first)]) == (1, first)
+    assert set(written().split()) == {"tick"}
+    assert page.one(".assistant .note").text == "Stopped."
 
 
 def test_edit_regenerate_delete_and_undo(page):
