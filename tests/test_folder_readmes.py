@@ -100,13 +100,13 @@ def test_the_order_of_a_step(tmp_path, tiny_model, monkeypatch):
 
 def test_parts_of_ones_own(tmp_path, monkeypatch):
     """The module learns three sentences under Lightning's trainer, and is the same after saving and loading."""
-    code = blocks("training", "python")[1] + """
-(before,) = trainer.validate(CausalLMModule(base="sample:base"), loader, verbose=False)
-assert trainer.validate(module, loader, verbose=False)[0]["val/nll"] < before["val/nll"] - 0.5
-assert sum(int(scores["tokens"].sum()) for scores in trainer.predict(module, loader)) == before["val/tokens"]
-"""
     monkeypatch.chdir(tmp_path)
-    exec(code, {"__name__": "__main__"})
+    names = {"__name__": "__main__"}
+    exec(blocks("training", "python")[1], names)
+    trainer, module, loader = names["trainer"], names["module"], names["loader"]
+    (before,) = trainer.validate(names["CausalLMModule"](base="sample:base"), loader, verbose=False)
+    assert trainer.validate(module, loader, verbose=False)[0]["val/nll"] < before["val/nll"] - 0.5
+    assert sum(int(scores["tokens"].sum()) for scores in trainer.predict(module, loader)) == before["val/tokens"]
 
 
 def test_a_package_of_ones_own_on_the_command_line(tmp_path, tiny_model, monkeypatch):

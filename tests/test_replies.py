@@ -127,18 +127,8 @@ def test_calls_that_do_not_read_back_are_refused(hf):
 
 def parts(text, syntax=QWEN, size=0, **options):
     """(content, reasoning, calls) of an answer that arrives in pieces."""
-    parser = ReplyParser(syntax=syntax, functions=FUNCTIONS, **options)
-    found, calls = {"content": "", "reasoning": ""}, []
-    pieces = [text[at:at + size] for at in range(0, len(text), size)] if size else [text]
-    for number, piece in enumerate(pieces, 1):
-        for part in parser.push(piece, final=number == len(pieces)):
-            if part.kind == "call":
-                calls.append([part.text, ""])
-            elif part.kind == "arguments":
-                calls[part.index][1] += part.text
-            else:
-                found[part.kind] += part.text
-    return found["content"], found["reasoning"], [tuple(call) for call in calls]
+    reply = ReplyParser(syntax=syntax, functions=FUNCTIONS, **options).whole(text, size)
+    return reply.content, reply.reasoning, reply.calls
 
 
 CALL = ("probe_alpha", '{"text": "a"}')

@@ -10,8 +10,8 @@ from lit_llm.inference import engine as engine_module
 from lit_llm.inference.constraint import Grammar
 from lit_llm.inference.engine import Engine
 from lit_llm.inference.sampling import SamplingParams
+from tests.tiny_models import MEMORY, NAN, poison
 
-NAN, MEMORY = 9, 10                                 # tokens that break a pass
 SEED = 13                                           # draws with it fail
 HEALTHY = [([20 + n, 30, 40 + n], n + 2) for n in range(6)]
 
@@ -36,14 +36,7 @@ class Broken:
 def engine(tiny_model):
     engine = Engine.load(tiny_model("llama"), max_running=6)
     engine.constraints = lambda grammar, vocabulary: Broken(grammar.text)
-    with torch.no_grad():
-        engine.model.get_input_embeddings().weight[NAN] = torch.nan
-
-    def too_much(module, args, kwargs):
-        if (kwargs["input_ids"] == MEMORY).any():
-            raise torch.OutOfMemoryError("too much")
-
-    engine.model.register_forward_pre_hook(too_much, with_kwargs=True)
+    poison(engine.model)
     draw, patch = engine_module.next_ids, pytest.MonkeyPatch()
 
     def next_ids(logits, params, generators):

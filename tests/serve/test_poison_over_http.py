@@ -13,10 +13,10 @@ from contextlib import contextmanager
 
 import httpx
 import pytest
-import torch
 import uvicorn
 
-NAN, MEMORY = 9, 10                                 # tokens that break a pass
+from tests.tiny_models import MEMORY, NAN, poison
+
 PARSER = "Say it again: one two three four five. " * 3      # a prompt whose answer cannot be decoded
 
 
@@ -51,7 +51,7 @@ def client(endless_model):
     spec, orders, transport = server.lit_api.spec, queue.Queue(), Transport()
     spec.engine.orders = orders
     engine = Engine.load(endless_model, max_running=8)
-    poison(engine)
+    poison(engine.model)
     api = type("Api", (), {"engine": engine})()
     threading.Thread(target=EngineLoop(), args=(api, "cpu", 0, orders, transport, None, None), daemon=True).start()
 
@@ -90,17 +90,6 @@ def client(endless_model):
             yield http
         running.should_exit = True
         thread.join(10)
-
-
-def poison(engine):
-    with torch.no_grad():
-        engine.model.get_input_embeddings().weight[NAN] = torch.nan
-
-    def too_much(module, args, kwargs):
-        if (kwargs["input_ids"] == MEMORY).any():
-            raise torch.OutOfMemoryError("too much")
-
-    engine.model.register_forward_pre_hook(too_much, with_kwargs=True)
 
 
 def ask(client, prompt, stream):

@@ -59,6 +59,7 @@ def test_an_additional_transform_is_detected(monkeypatch):
     keys = SMALL | {"model_type": "llama"}
     config = tiny(keys)
     like = proof.models.skeleton(None, keys)
+    assert proof.prove(like, config).fast_norms     # and the class of its norms is known as a plain one
     with monkeypatch.context() as patch:
         patch.setattr(rmsnorm, "norm", lambda x, weight, eps: x * weight * (x.square().mean(-1, True) + 1e-3).rsqrt())
         assert proof.prove(like, config) == forward.Way(keep=True, fast_norms=False)

@@ -68,43 +68,50 @@ def chat(
         InputError: No such folder or server, no model in it, or a value out of its range.
     """
     params = SamplingParams(max_tokens, temperature, top_p, top_k, tuple(stop or ()), seed)
-    single_turn = False
     if url is not None:
         _check_remote(adapter=adapter, device=device, dtype=dtype, threads=threads)
         answering: Model = RemoteModel(url, model, template_args)
-        what = f"{answering.name} at {url}"
-    elif model is None:
-        raise InputError("no model was given", where="model",
-                         fix="lit-llm chat FOLDER, or lit-llm chat --url http://127.0.0.1:8000/v1")
+        what, single_turn = f"{answering.name} at {url}", False
     else:
-        folder = model_folder(model)
-        single_turn = read_usage(folder).single_turn
-        local = answering = _load(folder, template_args, device=device, dtype=dtype, adapter=adapter, threads=threads)
-        what = f"{folder}: context of {local.engine.engine.context_length} tokens"
+        answering = local = _load(model, template_args, device=device, dtype=dtype, adapter=adapter, threads=threads)
+        what = f"{local.name}: context of {local.engine.engine.context_length} tokens"
+        single_turn = read_usage(local.name).single_turn
     interactive = prompt is None and sys.stdin.isatty()
     session = Session(answering, params, system, note=terminal.note,
                       multi_turn=interactive and not single_turn if multi_turn == "auto" else multi_turn)
-    commands = Commands(session, terminal.note)
     if interactive:
         terminal.note(f"{what}. /help lists the commands; exit, quit, 退出 or Ctrl-D quits, Ctrl-C stops an answer.")
         if single_turn and multi_turn == "auto":
             terminal.note("This model was trained on single questions, so each message is sent alone; "
                           "/set multi_turn true changes it.")
+    _talk(session, prompt, interactive=interactive, history=history)
+
+
+def _talk(session: Session, prompt: str | None, *, interactive: bool, history: bool) -> None:
+    """Answer the prompt, the lines that a user types, or the lines of a pipe."""
     try:
         if prompt is not None:
             terminal.show(session.ask(terminal.clean(prompt)), terminal=sys.stdout.isatty())
         elif interactive:
-            terminal.converse(commands, history=history)
+            terminal.converse(Commands(session, terminal.note), history=history)
         else:
-            terminal.answer_lines(commands)
+            terminal.answer_lines(Commands(session, terminal.note))
     except BrokenPipeError:                         # `chat ... | head`: the reader has closed the pipe
         sys.stdout = None
     except KeyboardInterrupt:
         raise SystemExit(130) from None
 
 
-def _load(folder: str, template_args: dict[str, Any] | None, **options: Any) -> LocalModel:
-    """Load a model of this machine."""
+def _load(model: str | None, template_args: dict[str, Any] | None, **options: Any) -> LocalModel:
+    """Load a model of this machine.
+
+    Raises:
+        InputError: No folder is given, or there is no model in it.
+    """
+    if model is None:
+        raise InputError("no model was given", where="model",
+                         fix="lit-llm chat FOLDER, or lit-llm chat --url http://127.0.0.1:8000/v1")
+    folder = model_folder(model)
     from transformers.utils import logging
 
     logging.disable_progress_bar()

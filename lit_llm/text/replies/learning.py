@@ -232,18 +232,8 @@ def _quoting(probe: Probe, keyed: Keyed) -> Any:
 
 def read(syntax: CallSyntax, text: str, tools: Sequence[Mapping[str, object]], size: int = 0) -> tuple[str, list[Any]]:
     """Content and calls `(name, arguments)` of a text; it arrives in pieces of `size` characters, 0 for all at once."""
-    parser = ReplyParser(syntax=syntax, functions=parameters_of(tools))
-    content, calls = "", list[list[str]]()
-    pieces = [text[at:at + size] for at in range(0, len(text), size)] if size else [text]
-    for number, piece in enumerate(pieces, 1):
-        for part in parser.push(piece, final=number == len(pieces)):
-            if part.kind == "call":
-                calls.append([part.text, ""])
-            elif part.kind == "arguments":
-                calls[part.index][1] += part.text
-            else:
-                content += part.text
-    return content, [(name, json.loads(arguments)) for name, arguments in calls]
+    reply = ReplyParser(syntax=syntax, functions=parameters_of(tools)).whole(text, size)
+    return reply.content, [(name, json.loads(arguments)) for name, arguments in reply.calls]
 
 
 def _shows_content(probe: Probe, syntax: CallSyntax) -> bool:

@@ -5,7 +5,7 @@ import secrets
 import string
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from lit_llm.text.replies.source import NAME, EndError, MismatchError, Reader, Source
@@ -30,6 +30,15 @@ class Part:
     text: str
     index: int = 0
     call_id: str = ""
+
+
+@dataclass(slots=True)
+class Reply:
+    """A whole answer; each call is the name of the function and the text of its arguments."""
+
+    content: str = ""
+    reasoning: str = ""
+    calls: list[tuple[str, str]] = field(default_factory=list)
 
 
 class ReplyParser:
@@ -61,6 +70,22 @@ class ReplyParser:
             next(self._reader)
         parts, self._parts = self._parts, []
         return parts
+
+    def whole(self, text: str, size: int = 0) -> Reply:
+        """Read a whole text, which arrives in pieces of `size` characters; 0 is all at once."""
+        reply, size = Reply(), size or len(text) or 1
+        for at in range(0, len(text) or 1, size):
+            for part in self.push(text[at:at + size], final=at + size >= len(text)):
+                if part.kind == "call":
+                    reply.calls.append((part.text, ""))
+                elif part.kind == "arguments":
+                    name, arguments = reply.calls[part.index]
+                    reply.calls[part.index] = (name, arguments + part.text)
+                elif part.kind == "reasoning":
+                    reply.reasoning += part.text
+                else:
+                    reply.content += part.text
+        return reply
 
     def _read(self) -> Reader[None]:
         if self._reasoning is not None:
