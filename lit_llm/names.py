@@ -45,6 +45,17 @@ def check_folder(name: str, where: str, fix: str = "") -> None:
         raise InputError(f"there is no folder {name}{near and '.' + near}", where=where, fix=fix)
 
 
+def check_available(name: str, where: str, fix: str = "") -> None:
+    """Refuse a model name where there is no folder, and nothing can be downloaded or is in the hub's cache.
+
+    Raises:
+        InputError: Located at `where`, the key of the name.
+    """
+    check_folder(name, where, fix)
+    if is_local_only(name) and not hub.has_files(name):
+        raise hub.unreachable(name, where=where)
+
+
 def folder_of(name: str) -> Path | None:
     """The folder of a model, local or in the hub's cache; null if there is none. Nothing is downloaded."""
     path = path_of(name)

@@ -6,9 +6,9 @@ import os
 import re
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-from lit_llm.errors import InputError, missing_package
+from lit_llm.errors import InputError, did_you_mean, missing_package
 from lit_llm.system import library_warnings, ranges
 from lit_llm.system.threads import number
 
@@ -17,9 +17,20 @@ NUMBERS = ("port", "max_running", "max_waiting", "max_body_bytes", "max_wait_sec
            "keep_alive_seconds", "max_connections", "drain_seconds")
 
 
+class Parser(argparse.ArgumentParser):
+    """Prints a mistake in one line, without the list of all options."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print it, with the option that was probably meant, and end with code 2."""
+        unknown = re.match(r"unrecognized arguments: (--[\w-]+)", message)
+        near = did_you_mean(unknown[1], re.findall(r"--[\w-]+", self.format_usage())) if unknown else ""
+        print(f"error: {message}{near and '.' + near} ({self.prog} --help lists the options)", file=sys.stderr)
+        raise SystemExit(2)
+
+
 def parse(argv: list[str] | None = None, program: str = "python -m serve") -> argparse.Namespace:
     """Parse the command line."""
-    parser = argparse.ArgumentParser(program, description="Serve a model: OpenAI's API and a chat page.")
+    parser = Parser(program, description="Serve a model: OpenAI's API and a chat page.")
     add = parser.add_argument
     add("--model", required=True, help="a run folder (its export/ is used), or any folder that transformers loads")
     add("--name", action="append", default=[], help="model name in the API; may be given several times for aliases "

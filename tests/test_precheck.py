@@ -41,6 +41,14 @@ def test_the_table_of_keys_is_that_of_the_parser():
     assert pages.table() == derived, 'run: python -c "from lit_llm.cli import runs; runs.write_keys()"'
 
 
+def test_one_batch_is_not_all_batches_whatever_was_imported_before():
+    """`typing` shares `Union[int, float]` between libraries that write it in either order."""
+    code = ("import httpx, json; from lit_llm.cli import runs; "       # httpx writes it in the other order than Lightning
+            "print(json.dumps(runs.described()['keys']['trainer.limit_val_batches']['type']))")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, cwd=ROOT)
+    assert json.loads(done.stdout.splitlines()[-1]) == pages.table()["keys"]["trainer.limit_val_batches"]["type"]
+
+
 def test_every_key_is_known(monkeypatch):
     monkeypatch.chdir(ROOT)
     for key in pages.all_keys():

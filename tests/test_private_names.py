@@ -386,6 +386,19 @@ def others_type_of(run, model):
     assert not any(others.has_type(option) for option in others.options(parser) if option.dest == "help")
 
 
+def others_try_whole_numbers_first(run, model):
+    import typing
+
+    import jsonargparse
+
+    parser = jsonargparse.ArgumentParser()
+    parser.add_argument("--one", type=typing.Union[float, int, None])      # noqa: UP007
+    assert type(parser.parse_args(["--one", "1"]).one) is float
+    for option in others.options(parser):
+        others.try_whole_numbers_first(option)
+    assert [type(parser.parse_args(["--one", text]).one) for text in ("1", "1.0", "null")] == [int, float, type(None)]
+
+
 def others_fingerprint(run, model):
     from datasets import Dataset
 

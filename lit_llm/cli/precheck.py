@@ -15,7 +15,7 @@ from typing import Any
 
 import yaml
 
-from lit_llm import hub, names
+from lit_llm import names
 from lit_llm.cli import configs, pages, parser, settings
 from lit_llm.data.records import sources
 from lit_llm.errors import DISTRIBUTIONS, InputError, did_you_mean, did_you_mean_path
@@ -163,10 +163,8 @@ def _check_paths(values: Mapping[str, object]) -> None:
     texts = {key: value for key, value in values.items() if isinstance(value, str) and value not in ("", "null")}
     for key in ("model.base", "data.tokenizer"):
         if key in texts:
-            names.check_folder(texts[key], key, fix="give a folder in the layout of Hugging Face, or the id of one on "
-                               "the hub")
-            if names.is_local_only(texts[key]) and not hub.has_files(texts[key]):
-                raise hub.unreachable(texts[key], where=key)
+            names.check_available(texts[key], key, fix="give a folder in the layout of Hugging Face, or the id of one "
+                                  "on the hub")
     adapter = texts.get("model.adapter", "")
     if adapter and not Path(adapter).expanduser().exists():
         raise InputError(f"there is no folder {adapter}.{did_you_mean_path(adapter, folders=True)}",

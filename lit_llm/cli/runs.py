@@ -75,7 +75,9 @@ class LitLLMCLI(LightningCLI):
         return verbs | {verb: {"model", "datamodule"} for verb in CHECKING_VERBS}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Keys for classes of the user in place of ours."""
+        """Keys for classes of the user in place of ours, and the order in which numbers are tried."""
+        for option in others.options(parser):
+            others.try_whole_numbers_first(option)
         for part, base in BASES.items():
             usage = f"its arguments are keys of {part}, and its package is given with {class_paths.OPTION}"
             parser.add_argument(f"--{part}.class_path", type=str | None,

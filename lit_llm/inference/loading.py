@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from lit_llm import names
-from lit_llm.errors import InputError
+from lit_llm.errors import InputError, did_you_mean_path
 from lit_llm.system import config_limits, origin
 from lit_llm.text import check
 
@@ -19,8 +19,11 @@ def model_folder(model: str) -> str:
     folder = names.path_of(model)
     if not folder.is_dir():
         if folder.exists() or names.is_path(model) or "/" not in model:
-            raise InputError(f"there is no folder {model}", where="model", fix="give a run's folder or its export/, or "
-                             "any folder that transformers loads; `python -m lit_llm fit` makes one")
+            near = did_you_mean_path(model, folders=True)
+            raise InputError(f"there is no folder {model}{near and '.' + near}", where="model",
+                             fix="give a run's folder or its export/, or any folder that transformers loads; "
+                             "`python -m lit_llm fit` makes one")
+        names.check_available(model, "model")
         return model
     for place in (folder, folder / "export"):
         if (place / "config.json").is_file() or (place / "adapter_config.json").is_file():

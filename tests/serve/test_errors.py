@@ -198,3 +198,22 @@ def test_the_server_lives_through_nonsense(server):
         assert reply.status_code in (200, 400, 404), (body, reply.text)
     assert server.http.post("/chat", json={"message": "Hi", "max_length": 2}).status_code == 200
     server.until(lambda: server.health() == (200, 0))
+
+
+@pytest.mark.parametrize(("words", "message"), [
+    (["--model", "runs/x", "--prot", "80"], "unrecognized arguments: --prot 80. Did you mean '--port'?"),
+    (["--model", "runs/rum"], "model: 'runs/rum' is not a local folder and could not be downloaded from the Hugging Face hub. "
+                              "Did you mean 'runs/run'?"),
+    (["--model", "./rum"], "model: there is no folder ./rum"), (["--port", "80"], "required: --model")])
+def test_a_mistake_on_the_command_line_is_one_message(words, message, tmp_path, monkeypatch, capsys):
+    from serve.__main__ import main
+
+    (tmp_path / "runs" / "run").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(SystemExit, match="2"):
+        main(words)
+    errors = capsys.readouterr().err
+    assert message in errors
+    assert "usage:" not in errors
+    assert "tokenizer" not in errors

@@ -1,6 +1,6 @@
 """Private names of argparse, jsonargparse, datasets, Jinja and torchmetrics."""
 
-from typing import Any
+from typing import Any, Union, get_args, get_origin
 
 
 def options(parser: object) -> list[Any]:
@@ -16,6 +16,19 @@ def has_type(option: object) -> bool:
 def type_of(option: Any) -> Any:
     """The annotation of an option."""
     return option._typehint
+
+
+def try_whole_numbers_first(option: Any) -> None:
+    """Let an option that takes an int or a float read `1` as an int: `limit_val_batches` is 1 batch, and not 1.0, all.
+
+    `typing` has one `Union` for both orders, so that of Lightning's annotations is the one that any library has used
+    first in the process; httpx's is the other.
+    """
+    kinds = list(get_args(option._typehint)) if has_type(option) and get_origin(option._typehint) is Union else []
+    if int in kinds and float in kinds and kinds.index(float) < kinds.index(int):
+        kinds.remove(int)
+        kinds.insert(kinds.index(float), int)
+        option._typehint = Union[tuple(kinds)]      # noqa: UP007  (of a number of types that is not known here)
 
 
 def fingerprint(dataset: Any) -> str:
