@@ -7,7 +7,6 @@ that of a step to some milliseconds.
 import re
 import threading
 from collections import OrderedDict
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -57,15 +56,8 @@ class Vocabulary:
             raise InputError("answers of this model cannot be constrained: its tokenizer is neither byte-level nor "
                              "sentencepiece's")
         added = tokenizer.hf.backend_tokenizer.get_added_tokens_decoder()
-        vocabulary = tokenizer.hf.get_vocab()
-        tokens = [b""] * (max([*vocabulary.values(), *added]) + 1)
-        byte_of = _byte_level() if "ByteLevel" in rules else None
-        for text, id_ in vocabulary.items():
-            tokens[id_] = _bytes(text, byte_of)
-        for id_, token in added.items():
-            tokens[id_] = token.content.encode()
         special = tuple(id_ for id_, token in added.items() if token.special or token.content.strip())
-        made = cls(tuple(tokens), special, tokenizer.stop_ids)
+        made = cls(tuple(tokenizer.spellings), special, tokenizer.stop_ids)
         ids = tokenizer.encode_text(SAMPLE)
         if b"".join(made.tokens[id_] for id_ in ids).lstrip(b" ") != SAMPLE.encode():
             raise InputError("answers of this model cannot be constrained: its tokens do not join to the text")
@@ -239,23 +231,6 @@ def _reason(error: str) -> str:
     """The first line of the library's message, without a place in the grammar that the user has not seen."""
     line = re.sub(r"^at \d+\(\d+\): ", "", error.strip().split("\n")[0])
     return line[:200] or "unknown error"
-
-
-def _bytes(text: str, byte_of: dict[int, int] | None) -> bytes:
-    if byte_of is not None:
-        with suppress(UnicodeEncodeError):
-            return text.translate(byte_of).encode("latin-1")
-        return text.encode()
-    if re.fullmatch(r"<0x[0-9A-F]{2}>", text):
-        return bytes([int(text[3:5], 16)])
-    return text.replace("▁", " ").encode()
-
-
-def _byte_level() -> dict[int, int]:
-    """Character of a byte-level vocabulary -> byte, as in GPT-2 (openai/gpt-2, encoder.py)."""
-    shown = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    hidden = [byte for byte in range(256) if byte not in shown]
-    return {byte: byte for byte in shown} | {256 + number: byte for number, byte in enumerate(hidden)}
 
 
 def guidance_or_reason(tokenizer: "Tokenizer") -> Guidance | InputError:

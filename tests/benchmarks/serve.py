@@ -8,7 +8,6 @@ long prompt arrives, and the first token of that prompt when it comes again.
 
     python tests/benchmarks/serve.py                   # about fifteen minutes
     python tests/benchmarks/serve.py --rounds 1 --clients 8 --only ours transformers
-    python tests/benchmarks/serve.py --memory          # growth over 10,000 mixed requests, a third of them cancelled
 
 Every server chooses its threads itself: do not set OMP_NUM_THREADS.
 """
@@ -72,7 +71,6 @@ for line in sys.stdin:
     model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=int(sys.argv[2]), do_sample=False)
     print("done", flush=True)
 '''
-MIXED = 10_000                                      # requests whose growth of memory is measured
 
 
 def make_model(folder, tokenizer):
@@ -233,49 +231,6 @@ def percentile(values, share):
     return sorted(values)[min(len(values) - 1, int(share * len(values)))]
 
 
-def resident(group):
-    """Megabytes of memory that each process of a group holds, the largest first."""
-    found = []
-    for status in Path("/proc").glob("[0-9]*/status"):
-        with suppress(OSError, ProcessLookupError):
-            if os.getpgid(int(status.parent.name)) == group:
-                found += [int(line.split()[1]) / 1024 for line in status.read_text().splitlines() if line.startswith("VmRSS")]
-    return sorted(found, reverse=True)
-
-
-def mixed(port, model, number):
-    """One request of many kinds: streamed or whole, short or long, refused, or left before its end."""
-    draw = random.Random(number)
-    body = {"model": model, "messages": [{"role": "user", "content": words(draw, draw.choice((1, 8, 30, 120)))}],
-            "max_tokens": draw.randrange(1, 12), "temperature": draw.choice((0, 1)), "stream": draw.random() < 0.7}
-    if draw.random() < 0.05:
-        body["temperature"] = "hot"
-    leaves = draw.random() < 0.33
-    connection = HTTPConnection("127.0.0.1", port, timeout=60)
-    with suppress(OSError):
-        connection.request("POST", "/v1/chat/completions", json.dumps(body), {"Content-Type": "application/json"})
-        if leaves and not body["stream"]:
-            time.sleep(draw.random() * 0.05)
-        else:
-            reply = connection.getresponse()
-            reply.read(200 if leaves else None)
-    connection.close()
-
-
-def memory(command, ready, folder, count):
-    """Print the memory of the server's processes after each tenth of the mixed requests."""
-    from concurrent.futures import ThreadPoolExecutor
-
-    with started(command, ready, folder) as (port, group), ThreadPoolExecutor(16) as clients:
-        done = 0
-        for share in (0.05, *(tenth / 10 for tenth in range(1, 11))):
-            end = int(count * share)
-            list(clients.map(lambda number: mixed(port, "model", number), range(done, end)))
-            done = end
-            print(f"memory after {done:6} mixed requests: {' + '.join(f'{size:.0f}' for size in resident(group))} MB",
-                  flush=True)
-
-
 def main():
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("--rounds", type=int, default=3)
@@ -284,16 +239,12 @@ def main():
     arguments.add_argument("--tokenizer", default=str(ROOT / "lit_llm" / "samples" / "base"))
     arguments.add_argument("--only", nargs="*", default=["ours", "ours-bf16", "transformers", "chapter", "generate"])
     arguments.add_argument("--options", nargs="*", default=[], help="more options of our server, such as --threads=1")
-    arguments.add_argument("--memory", type=int, nargs="?", const=MIXED, help="measure memory over so many requests only")
     given = arguments.parse_args()
     with ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory())
         make_model(f"{folder}/model", given.tokenizer)
         Path(folder, "chapter.py").write_text(CHAPTER)
         ours = [sys.executable, "-m", "serve", "--model", f"{folder}/model", "--port", "{port}", *given.options]
-        if given.memory:
-            memory(ours, "/health/ready", folder, given.memory)
-            return
         commands = {
             "ours": (ours, "/health/ready", "model"),
             "ours-bf16": ([*ours, "--dtype", "bfloat16"], "/health/ready", "model"),
