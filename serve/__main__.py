@@ -170,21 +170,21 @@ def _check_alone(options: argparse.Namespace) -> None:
                              fix="leave it out, or give it to the backend")
 
 
-def _adapters(given: list[str]) -> tuple[str | None, dict[str, str]]:
+def _adapters(texts: list[str]) -> tuple[str | None, dict[str, str]]:
     """The adapter to merge, and the named ones.
 
     Raises:
         InputError: A folder that is not an adapter, a name that is given twice, or both kinds together.
     """
     named = [re.fullmatch(r"([A-Za-z0-9][A-Za-z0-9._-]*)=(.+)", text) if not Path(text).is_dir() else None
-             for text in given]
-    folders = [match[2] if match else text for match, text in zip(named, given, strict=True)]
+             for text in texts]
+    folders = [match[2] if match else text for match, text in zip(named, texts, strict=True)]
     for folder in folders:
         if not Path(folder, "adapter_config.json").is_file():
             raise InputError(f"{ranges.shown(folder)} has no adapter_config.json, so it is not an adapter",
                              where="--adapter", fix="give a folder in PEFT's format")
     names = [match[1] for match in named if match]
-    if len(set(names)) < len(given) > 1:
+    if len(set(names)) < len(texts) > 1:
         raise InputError("several adapters need different names, and one without a name is merged into the model alone",
                          where="--adapter", fix="--adapter NAME=FOLDER for each")
     return (None, dict(zip(names, folders, strict=True))) if names else (folders[0] if folders else None, {})

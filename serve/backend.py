@@ -171,11 +171,11 @@ class BackendClient(EngineClient):
 
     def _body(self, prompt_ids: list[int], params: SamplingParams) -> dict[str, Any]:
         stops = {*params.stop_token_ids, *(() if params.ignore_eos else self._stop_ids)}
-        given = {name: getattr(params, name) for name in ALWAYS}
-        given |= {name: value for name, neutral in SOMETIMES.items() if (value := getattr(params, name)) != neutral}
+        settings = {name: getattr(params, name) for name in ALWAYS}
+        settings |= {name: value for name, neutral in SOMETIMES.items() if (value := getattr(params, name)) != neutral}
         if params.logit_bias:
-            given["logit_bias"] = {str(id_): bias for id_, bias in params.logit_bias}
-        return {"model": self._model, "prompt": prompt_ids, **given, "top_k": params.top_k or -1,
+            settings["logit_bias"] = {str(id_): bias for id_, bias in params.logit_bias}
+        return {"model": self._model, "prompt": prompt_ids, **settings, "top_k": params.top_k or -1,
                 "stop_token_ids": sorted(stops), "stream": True, "stream_options": {"include_usage": True}}
 
     async def _answer(self, reply: Reply, body: dict[str, Any]) -> None:

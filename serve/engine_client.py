@@ -206,9 +206,9 @@ class EngineClient:
             reply.fail(error)
 
     def _count_reused(self, beat: Beat) -> None:
-        known = self.stats if self._beat and self._beat.boot == beat.boot else None
+        earlier = self.stats if self._beat and self._beat.boot == beat.boot else None
         if beat.stats:
-            self.metrics.reused_tokens.inc(max(0, beat.stats.reused_tokens - (known.reused_tokens if known else 0)))
+            self.metrics.reused_tokens.inc(max(0, beat.stats.reused_tokens - (earlier.reused_tokens if earlier else 0)))
 
 
 class Reply:

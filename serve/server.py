@@ -278,8 +278,8 @@ def _end_without(task: "asyncio.Task[None]") -> None:
 
 def _own_app(app: FastAPI, routes: Routes, settings: Settings, folder: str) -> None:
     """Replace LitServe's page and health checks, drop /docs, which loads external scripts, and check every request."""
-    theirs = {"/", "/health", "/info", "/docs", "/redoc", "/docs/oauth2-redirect"}
-    app.router.routes = [route for route in app.router.routes if getattr(route, "path", None) not in theirs]
+    replaced = {"/", "/health", "/info", "/docs", "/redoc", "/docs/oauth2-redirect"}
+    app.router.routes = [route for route in app.router.routes if getattr(route, "path", None) not in replaced]
     app.router.redirect_slashes = False             # a redirect would be built from the Host header
     app.title = "lit_llm"
     operations.add_routes(app, routes)
@@ -299,7 +299,7 @@ def _own_app(app: FastAPI, routes: Routes, settings: Settings, folder: str) -> N
 
 def _own_errors(app: FastAPI) -> None:
     """Return every error in OpenAI's format, without quoting the request."""
-    async def ours(request: Request, error: Any) -> Response:
+    async def known_error(request: Request, error: Any) -> Response:
         return response(error)
 
     async def invalid(request: Request, error: Any) -> Response:
@@ -318,6 +318,6 @@ def _own_errors(app: FastAPI) -> None:
         text = texts.get(error.status_code, str(error.detail)[:200])
         return response(ApiError(error.status_code, text, code=WORDS.get(error.status_code), headers=error.headers))
 
-    app.add_exception_handler(ApiError, ours)
+    app.add_exception_handler(ApiError, known_error)
     app.add_exception_handler(RequestValidationError, invalid)
     app.add_exception_handler(HTTPException, http)

@@ -123,8 +123,8 @@ class _Exchange:
     """A request and its response."""
 
     def __init__(self, scope: Any, send: Any) -> None:
-        given = Headers(scope=scope).get("x-request-id", "")
-        self.request_id = given if ID.fullmatch(given) else uuid.uuid4().hex
+        header = Headers(scope=scope).get("x-request-id", "")
+        self.request_id = header if ID.fullmatch(header) else uuid.uuid4().hex
         self.scope = scope | {"state": scope.get("state", {}) | {"request_id": self.request_id}}
         if scope["method"] == "HEAD":               # uvicorn leaves out the body of the response
             self.scope["method"] = "GET"

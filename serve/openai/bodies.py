@@ -14,7 +14,7 @@ from lit_llm.errors import InputError
 from lit_llm.inference.sampling import DEFAULT_TEMPERATURE, SamplingParams
 from lit_llm.system import ranges
 from serve.errors import ApiError, bad_request
-from serve.openai.replies import Wish, wish
+from serve.openai.replies import Requirements, requirements_of
 
 MOST = 2**31 - 1                                    # limit on new tokens
 MOST_PROMPTS = 2048
@@ -60,13 +60,13 @@ class Body(BaseModel):
         if not isinstance(body, dict):
             return body
         _check_text(body)
-        known = cls.model_fields.keys() - {"ignored_fields"}
-        for name in (name for name in body if name in NEUTRAL and name not in known):
+        fields = cls.model_fields.keys() - {"ignored_fields"}
+        for name in (name for name in body if name in NEUTRAL and name not in fields):
             if body[name] is not None and body[name] not in NEUTRAL[name]:
                 raise ApiError(400, f"this server does not support {name} with this value", param=name,
                                code="unsupported_parameter")
-        others = tuple(name for name in body if name not in known | IGNORED | NEUTRAL.keys())
-        return {name: body[name] for name in body if name in known} | {"ignored_fields": others}
+        others = tuple(name for name in body if name not in fields | IGNORED | NEUTRAL.keys())
+        return {name: body[name] for name in body if name in fields} | {"ignored_fields": others}
 
 
 class StreamOptions(Body):
@@ -107,14 +107,14 @@ class Sampling(Body):
         """
         names = ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty",
                  "min_tokens", "ignore_eos")
-        given = {name: value for name in names if (value := getattr(self, name)) is not None}
+        set_fields = {name: value for name in names if (value := getattr(self, name)) is not None}
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
         top, prompt_top = self._logprobs()
         try:
             return SamplingParams(
                 max_tokens=self.max_tokens or None, stop=stop, seed=self.seed, top_k=max(self.top_k or 0, 0),
                 logit_bias=_biases(self.logit_bias or {}), stop_token_ids=tuple(self.stop_token_ids or ()),
-                logprobs=top, prompt_logprobs=prompt_top, **{"temperature": DEFAULT_TEMPERATURE, **given})
+                logprobs=top, prompt_logprobs=prompt_top, **{"temperature": DEFAULT_TEMPERATURE, **set_fields})
         except InputError as error:
             raise bad_request(error) from None
 
@@ -150,14 +150,14 @@ class ChatCompletionBody(Sampling):
     parallel_tool_calls: bool | None = None
     response_format: dict[str, Any] | None = None
 
-    def wish(self) -> Wish:
+    def requirements(self) -> Requirements:
         """What the request asks of its answer, but for sampling.
 
         Raises:
             ApiError: A field of tools or of the response format is invalid.
         """
         try:
-            return wish(self.tools, self.tool_choice, self.parallel_tool_calls, self.response_format)
+            return requirements_of(self.tools, self.tool_choice, self.parallel_tool_calls, self.response_format)
         except InputError as error:
             raise bad_request(error) from None
 
@@ -228,14 +228,14 @@ class ChatBody(Body):
     temperature: float = Field(DEFAULT_TEMPERATURE, ge=0, le=2)
 
 
-def _biases(given: dict[str, float]) -> tuple[tuple[int, float], ...]:
+def _biases(biases: dict[str, float]) -> tuple[tuple[int, float], ...]:
     """Biases by token id.
 
     Raises:
         InputError: A key that is not a token id.
     """
     try:
-        return tuple((int(id_[:20]), bias) for id_, bias in given.items())
+        return tuple((int(id_[:20]), bias) for id_, bias in biases.items())
     except ValueError:
         raise InputError("each key must be a token id, such as \"50\"", where="logit_bias") from None
 

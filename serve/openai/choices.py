@@ -98,7 +98,7 @@ async def merged(streams: Sequence[AsyncGenerator[T, None]]) -> AsyncGenerator[t
         except Exception as error:
             inbox.put_nowait(error)
 
-    tasks = [asyncio.create_task(forward(*each)) for each in enumerate(streams)]
+    tasks = [asyncio.create_task(forward(*numbered)) for numbered in enumerate(streams)]
     try:
         running = len(tasks)
         while running:

@@ -56,8 +56,8 @@ class LogprobWriter:
 
     def _bytes(self, id_: int) -> bytes:
         """Empty for ids that the model has and the tokenizer has not."""
-        known = self._tokenizer.spellings
-        return known[id_] if id_ < len(known) else b""
+        spellings = self._tokenizer.spellings
+        return spellings[id_] if id_ < len(spellings) else b""
 
 
 def _finite(logprob: float | None) -> float | None:

@@ -21,7 +21,7 @@ TAIL = 64                                               # tokens of a prompt tha
 
 
 @dataclass(frozen=True, slots=True)
-class Wish:
+class Requirements:
     """What a request asks of its answer.
 
     Args:
@@ -47,21 +47,22 @@ class Wish:
             not self.several or any(function.strict for function in self.callable))))
 
 
-def wish(tools: Sequence[Mapping[str, Any]] | None, tool_choice: Any, parallel: bool | None,
-         response_format: Mapping[str, Any] | None) -> Wish:
+def requirements_of(tools: Sequence[Mapping[str, Any]] | None, tool_choice: Any, parallel: bool | None,
+                    response_format: Mapping[str, Any] | None) -> Requirements:
     """Validate the fields of a request.
 
     Raises:
         InputError: A field is invalid; the error is located at it.
     """
     answer_schema, strict = _answer_schema(response_format)
-    found = _functions(tools or ())
-    kind, named = _choice(tool_choice, found)
-    if kind == "none" or not found:
-        return Wish(answer_schema=answer_schema, strict=strict)
-    chosen = tuple(function for function in found if named in (None, function.name))
+    functions = _functions(tools or ())
+    kind, named = _choice(tool_choice, functions)
+    if kind == "none" or not functions:
+        return Requirements(answer_schema=answer_schema, strict=strict)
+    chosen = tuple(function for function in functions if named in (None, function.name))
     several = parallel is not False and named is None
-    return Wish(tuple(dict(tool) for tool in tools or ()), chosen, kind == "required", several, answer_schema, strict)
+    return Requirements(tuple(dict(tool) for tool in tools or ()), chosen, kind == "required", several, answer_schema,
+                        strict)
 
 
 def _answer_schema(response_format: Mapping[str, Any] | None) -> tuple[Mapping[str, Any] | None, bool]:
@@ -73,14 +74,14 @@ def _answer_schema(response_format: Mapping[str, Any] | None) -> tuple[Mapping[s
         return schema.ANY_OBJECT, True
     if kind != "json_schema":
         raise InputError("type must be text, json_object or json_schema", where=where)
-    given = response_format.get("json_schema")
-    if not isinstance(given, Mapping) or not isinstance(given.get("schema", {}), dict):
+    definition = response_format.get("json_schema")
+    if not isinstance(definition, Mapping) or not isinstance(definition.get("schema", {}), dict):
         raise InputError('json_schema must be {"name": ..., "schema": {...}, "strict": true or false}', where=where)
-    return schema.check(given.get("schema", schema.ANY_OBJECT), where), bool(given.get("strict"))
+    return schema.check(definition.get("schema", schema.ANY_OBJECT), where), bool(definition.get("strict"))
 
 
 def _functions(tools: Sequence[Mapping[str, Any]]) -> list[grammar.Function]:
-    found: dict[str, grammar.Function] = {}
+    functions: dict[str, grammar.Function] = {}
     size = 0
     if len(tools) > MOST_TOOLS:
         raise InputError(f"{len(tools)} tools; at most {MOST_TOOLS} are allowed", where="tools")
@@ -93,14 +94,14 @@ def _functions(tools: Sequence[Mapping[str, Any]]) -> list[grammar.Function]:
         if not isinstance(name, str) or not NAME.fullmatch(name):
             raise InputError("the name of a function must be 1 to 64 letters, digits, dots, underscores or hyphens",
                              where="tools")
-        if name in found:
+        if name in functions:
             raise InputError(f"there are two functions '{name}'", where="tools")
         checked = schema.check(parameters, "tools") if parameters is not None else {}
         size += len(str(checked))
-        found[name] = grammar.Function(name, checked, function.get("strict") is True)
+        functions[name] = grammar.Function(name, checked, function.get("strict") is True)
     if size > TOOLS_CHARACTERS:
         raise InputError(f"the schemas of all tools have more than {TOOLS_CHARACTERS:,} characters", where="tools")
-    return list(found.values())
+    return list(functions.values())
 
 
 def _choice(choice: Any, functions: Sequence[grammar.Function]) -> tuple[str, str | None]:
@@ -206,7 +207,7 @@ class Planner:
         if isinstance(guidance, Guidance):              # checks grammars before they are sent to the engine
             self._guidance = Guidance(guidance.vocabulary.of_bytes())
 
-    def plan(self, asked: Wish, prompt_ids: Sequence[int]) -> Plan:
+    def plan(self, requirements: Requirements, prompt_ids: Sequence[int]) -> Plan:
         """Plan the answer after a prompt.
 
         Raises:
@@ -217,14 +218,14 @@ class Planner:
             tail = self._tokenizer.decode(prompt_ids[-TAIL:], skip_special_tokens=False)
             in_reasoning = tags.is_open(tail)
             tags = None if tags.is_closed(tail) else tags
-        syntax = self._syntax if asked.callable else None
-        plan = Plan(None, self._markers(syntax, tags), tags, in_reasoning, syntax, asked.tools)
-        if not asked.is_constrained:
+        syntax = self._syntax if requirements.callable else None
+        plan = Plan(None, self._markers(syntax, tags), tags, in_reasoning, syntax, requirements.tools)
+        if not requirements.is_constrained:
             return plan
-        where = "response_format" if asked.answer_schema is not None else "tools"
+        where = "response_format" if requirements.answer_schema is not None else "tools"
         if isinstance(self._guidance, InputError):
             raise InputError(self._guidance.what, where=where)
-        text = self._grammar(asked, syntax, in_reasoning if tags is not None else None)
+        text = self._grammar(requirements, syntax, in_reasoning if tags is not None else None)
         constraint = Grammar(LARK, text, where)
         self._guidance.check(constraint)
         return replace(plan, grammar=constraint)
@@ -235,15 +236,15 @@ class Planner:
         ids = sorted(set(self._tokenizer.special_ids) - set(self._tokenizer.stop_ids))
         return {id_: str(self._tokenizer.hf.convert_ids_to_tokens(id_)) for id_ in ids}
 
-    def _grammar(self, asked: Wish, syntax: CallSyntax | None, in_reasoning: bool | None) -> str:
+    def _grammar(self, requirements: Requirements, syntax: CallSyntax | None, in_reasoning: bool | None) -> str:
         if syntax is None:
-            return self._writer.json(asked.answer_schema or schema.ANY_OBJECT, strict=asked.strict,
+            return self._writer.json(requirements.answer_schema or schema.ANY_OBJECT, strict=requirements.strict,
                                      in_reasoning=in_reasoning)
         otherwise = None
-        if not asked.required:
-            answer = asked.answer_schema
-            otherwise = grammar.TEXT if answer is None else grammar.json_rule(answer, asked.strict)
-        return self._writer.calls(syntax, asked.callable, several=asked.several, otherwise=otherwise,
+        if not requirements.required:
+            answer = requirements.answer_schema
+            otherwise = grammar.TEXT if answer is None else grammar.json_rule(answer, requirements.strict)
+        return self._writer.calls(syntax, requirements.callable, several=requirements.several, otherwise=otherwise,
                                   in_reasoning=in_reasoning)
 
     @cached_property

@@ -31,7 +31,7 @@ from serve.openai.bodies import ChatBody, ChatCompletionBody, CompletionBody, Sa
 from serve.openai.choices import Choice, checked, fitted, merged, samples
 from serve.openai.ignored import IgnoredFields
 from serve.openai.logprobs import LogprobWriter
-from serve.openai.replies import PLAIN, Plan, Planner, Wish
+from serve.openai.replies import PLAIN, Plan, Planner, Requirements
 from serve.openai.streams import EventStream, events, until_disconnect, whole
 
 T = TypeVar("T")
@@ -97,9 +97,9 @@ class Routes(LitSpec):
             ApiError: 401 otherwise.
         """
         scheme, _, key = request.headers.get("authorization", "").partition(" ")
-        given = key.strip().encode() if scheme.lower() == "bearer" else b""
+        key_bytes = key.strip().encode() if scheme.lower() == "bearer" else b""
         # Every key is compared in constant time, so that the duration reveals nothing.
-        if self.keys and not any([hmac.compare_digest(given, known.encode()) for known in self.keys]):
+        if self.keys and not any([hmac.compare_digest(key_bytes, accepted.encode()) for accepted in self.keys]):
             raise ApiError(401, "missing or wrong API key: send `Authorization: Bearer KEY`", code="invalid_api_key",
                            headers={"WWW-Authenticate": "Bearer"})
 
@@ -112,16 +112,16 @@ class Routes(LitSpec):
         if body.reasoning_effort is not None and "reasoning_effort" not in self.tokenizer.template_variables:
             ignored += ("reasoning_effort",)
         headers = self.ignored.headers(ignored)
-        params, asked = body.params(), body.wish()
+        params, requirements = body.params(), body.requirements()
 
         def encode() -> tuple[list[int], Plan]:
-            ids = self.prompt(body, asked)
-            return ids, self._planner.plan(asked, ids)
+            ids = self.prompt(body, requirements)
+            return ids, self._planner.plan(requirements, ids)
 
         ids, plan = await self.encode(encode, "messages", request)
         params = replace(self._fit(ids, params, "messages"), grammar=plan.grammar)
-        choices = [Choice(ids, each, at, plan=plan, goes_on=bool(body.continue_final_message))
-                   for at, each in enumerate(samples(params, body.n or 1))]
+        choices = [Choice(ids, sample, at, plan=plan, goes_on=bool(body.continue_final_message))
+                   for at, sample in enumerate(samples(params, body.n or 1))]
         return await self._serve(choices, body, request, headers, chat=True)
 
     async def completions(self, body: CompletionBody, request: Request) -> Response:
@@ -134,8 +134,8 @@ class Routes(LitSpec):
         choices = []
         for ids, text in prompts:
             fit = self._fit(ids, params, "prompt")
-            choices += [Choice(ids, each, at, text if echo else None, body.max_tokens == 0, plan, goes_on=True)
-                        for at, each in enumerate(samples(fit, body.n or 1))]
+            choices += [Choice(ids, sample, at, text if echo else None, body.max_tokens == 0, plan, goes_on=True)
+                        for at, sample in enumerate(samples(fit, body.n or 1))]
         return await self._serve(choices, body, request, headers, chat=False)
 
     async def chat(self, body: ChatBody, request: Request) -> Response:
@@ -177,7 +177,7 @@ class Routes(LitSpec):
         replies = [self.engine.ask(choice.ids, choice.params, adapter, shows_special=bool(choice.plan.markers))
                    for choice in choices]
         shape = Shape(adapter or self.names[0], choices, self._logprobs, chat=chat)
-        pieces = merged([self.pieces(*each) for each in zip(choices, replies, strict=True)])
+        pieces = merged([self.pieces(*pair) for pair in zip(choices, replies, strict=True)])
         if not body.stream:
             try:
                 answers = await until_disconnect(request, whole(pieces, len(choices)))
@@ -225,7 +225,7 @@ class Routes(LitSpec):
                 assert reply.token_id is not None
                 piece = detokenizer.push(reply.token_id, reply.finish_reason, reply.logprob)
                 if choice.echo and piece.offsets:
-                    piece = replace(piece, offsets=tuple(len(choice.echo) + each for each in piece.offsets))
+                    piece = replace(piece, offsets=tuple(len(choice.echo) + offset for offset in piece.offsets))
                 yield piece
                 if piece.finish_reason:
                     return
@@ -251,16 +251,16 @@ class Routes(LitSpec):
         """Ids and text of a prompt."""
         if isinstance(prompt, str):
             return self.tokenizer.encode_document(Document(prompt), end=False).input_ids.tolist(), prompt
-        known = self.tokenizer.vocab_size
-        return prompt, self.tokenizer.decode(id_ for id_ in prompt if 0 <= id_ < known)
+        vocab_size = self.tokenizer.vocab_size
+        return prompt, self.tokenizer.decode(id_ for id_ in prompt if 0 <= id_ < vocab_size)
 
-    def prompt(self, body: ChatCompletionBody, asked: Wish) -> list[int]:
+    def prompt(self, body: ChatCompletionBody, requirements: Requirements) -> list[int]:
         """Render the messages of a request as for training."""
-        given = dict(body.chat_template_kwargs or {})
-        self.tokenizer.check_template_args(given, "chat_template_kwargs")
+        template_args = dict(body.chat_template_kwargs or {})
+        self.tokenizer.check_template_args(template_args, "chat_template_kwargs")
         if body.reasoning_effort is not None and "reasoning_effort" in self.tokenizer.template_variables:
-            given.setdefault("reasoning_effort", body.reasoning_effort)
-        conversation = Conversation.from_openai(body.messages, asked.tools, given)
+            template_args.setdefault("reasoning_effort", body.reasoning_effort)
+        conversation = Conversation.from_openai(body.messages, requirements.tools, template_args)
         if body.continue_final_message:
             return self.tokenizer.encode_continuation(conversation)
         return self.tokenizer.encode_prompt(conversation, generation_prompt=body.add_generation_prompt is not False)

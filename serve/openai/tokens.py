@@ -81,4 +81,4 @@ def _ids(routes: Routes, body: TokenizeBody) -> list[int]:
     chat = ChatCompletionBody.model_validate({
         "messages": body.messages, "tools": body.tools, "chat_template_kwargs": body.chat_template_kwargs,
         "add_generation_prompt": body.add_generation_prompt, "continue_final_message": body.continue_final_message})
-    return routes.prompt(chat, chat.wish())
+    return routes.prompt(chat, chat.requirements())

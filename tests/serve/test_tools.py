@@ -200,7 +200,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("kind", REFUSED)
-def test_a_bad_wish_is_a_400_that_says_why(kind, calling):
+def test_impossible_requirements_are_a_400_that_says_why(kind, calling):
     options, param, words = REFUSED[kind]
     for stream in (False, True):
         reply = calling.http.post("/v1/chat/completions", json={"messages": [ASKED], "max_tokens": 5, "stream": stream, **options})
@@ -265,8 +265,8 @@ def test_the_answers_of_a_backend_are_read_too(calling, start_front):
     message = whole.choices[0].message
     assert (message.content, message.reasoning_content, read(message.tool_calls)) == ("I look.", "Two places.", CALLS)
     assert (whole.choices[0].finish_reason, whole.usage) == ("tool_calls", direct.usage)
-    for wish, param in (({"tools": TOOLS, "tool_choice": "required"}, "tools"), ({"logprobs": True}, "logprobs"),
+    for fields, param in (({"tools": TOOLS, "tool_choice": "required"}, "tools"), ({"logprobs": True}, "logprobs"),
                         ({"response_format": {"type": "json_object"}}, "response_format")):
-        reply = front.http.post("/v1/chat/completions", json={"messages": [ASKED], **wish})
+        reply = front.http.post("/v1/chat/completions", json={"messages": [ASKED], **fields})
         assert (reply.status_code, reply.json()["error"]["param"]) == (400, param)
         assert "backend" in reply.json()["error"]["message"]
