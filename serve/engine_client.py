@@ -71,6 +71,7 @@ class EngineClient:
         self.orders: Any = None                     # LitServe's request queue, set before the fork
         self.queues_pid = 0                         # process that owns the queues
         self.draining = False                       # the server shuts down: no new requests
+        self.closed = False                         # the time for running requests is over
         self._replies: dict[str, Reply] = {}
         self._arriving = 0                          # requests that are being tokenized
         self._beat: Beat | None = None
@@ -111,8 +112,10 @@ class EngineClient:
         """Reserve a place for a request before it is tokenized, because tokenizing takes time as well.
 
         Raises:
-            ApiError: 503 without an engine, 429 when the queue is full.
+            ApiError: 503 without an engine or at shutdown, 429 when the queue is full.
         """
+        if self.draining:
+            raise shutting_down()
         self.admit()
         self._arriving += 1
         try:
@@ -121,12 +124,12 @@ class EngineClient:
             self._arriving -= 1
 
     def admit(self, count: int = 1) -> None:
-        """Refuse requests that could not be queued.
+        """Refuse requests that could not be queued. Those that arrived before a shutdown began are still computed.
 
         Raises:
             ApiError: 503 without an engine, 429 when the queue is full, 400 if it never has room for so many.
         """
-        if self.draining:
+        if self.closed:
             raise shutting_down()
         most = self.limits.max_running + self.limits.max_waiting
         if self.beat and count > most:

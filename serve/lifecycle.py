@@ -78,6 +78,7 @@ class Drain:
 
     async def _finish(self, end_uvicorn: Any) -> None:
         await self._until_idle(self.seconds)
+        self.engine.closed = True
         self.engine.fail_all(ApiError(503, "the server is shutting down; the answer is not finished",
                                       code="shutting_down", headers={"Retry-After": "5"}))
         await self._until_idle(NOTICE_SECONDS)

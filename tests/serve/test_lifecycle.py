@@ -166,12 +166,12 @@ def test_the_verb_is_the_same_server(start_server, endless_model, tmp_path):
     """By the installed command; Ctrl-C lets running answers end, and then every process."""
     script = tmp_path / "lit-llm"
     script.write_text("import sys\nfrom lit_llm.__main__ import run\nif __name__ == '__main__':\n    sys.exit(run())\n")
-    server = start_server("--model", endless_model, "--name", "tale", command=(str(script), "serve"))
+    server = start_server("--model", endless_model, "--name", "tale", "--drain-seconds", "120", command=(str(script), "serve"))
     assert server.http.get("/v1/models").json()["data"][0]["id"] == "tale"
     threads, results = background(server, 1, ENDLESS | {"max_tokens": 1500}, stream=True)
     server.until(lambda: server.health() == (200, 1))
     os.killpg(server.process.pid, signal.SIGINT)    # as a terminal does: to every process
-    assert server.process.wait(60) == 0
+    assert server.process.wait(150) == 0
     threads[0].join(5)
     assert results[0].endswith("data: [DONE]\n\n")
     assert_all_ended(server)
@@ -273,6 +273,43 @@ def test_a_request_that_was_lost_with_a_worker_is_not_left_to_the_next():
         return [type(client.orders.get_nowait()) for _ in range(client.orders.qsize())], client.in_flight
 
     assert asyncio.run(run()) == ([Add, Cancel], 0)
+
+
+def test_a_shutdown_does_not_refuse_a_request_that_is_being_tokenized():
+    """It arrived before, so it is answered like the running ones; one that arrives later is refused."""
+    import asyncio
+
+    from lit_llm.inference.sampling import SamplingParams
+    from serve.engine_client import EngineClient, Limits
+    from serve.errors import ApiError
+    from serve.worker import Add, Beat
+
+    class OneBeat:
+        """The worker's end."""
+
+        beats = iter([Beat("boot", 0.0, 99, 99, None)])
+
+        async def areceive(self, consumer):
+            return next(self.beats, None) or await asyncio.sleep(60)
+
+    async def run():
+        client = EngineClient(Limits())
+        client.orders = queue.SimpleQueue()
+        listening = asyncio.create_task(client.listen(OneBeat()))
+        while client._beat is None:
+            await asyncio.sleep(0.01)
+        with client.arriving():
+            client.draining = True
+            with pytest.raises(ApiError, match="shutting down"), client.arriving():
+                pass
+        client.ask([1, 2], SamplingParams())
+        client.closed = True                        # the time for running requests is over
+        with pytest.raises(ApiError, match="shutting down"):
+            client.ask([1, 2], SamplingParams())
+        listening.cancel()
+        return [type(client.orders.get_nowait()) for _ in range(client.orders.qsize())], client.in_flight
+
+    assert asyncio.run(run()) == ([Add], 1)
 
 
 def test_a_request_that_takes_too_long_is_ended():
