@@ -214,9 +214,9 @@ def test_a_backend_that_dies(front, backend):
     backend.kill()
     thread.join(20)
     assert json.loads([line for line in seen if line][-1].removeprefix("data: "))["error"]["code"] == "engine_lost"
+    front.until(lambda: front.health() == (503, 0), 5)
     reply = front.http.post("/v1/completions", json={"prompt": "Hi"})
     assert (reply.status_code, reply.json()["error"]["code"]) == (503, "engine_not_ready")
-    front.until(lambda: front.health() == (503, 0), 5)
     front.process.send_signal(signal.SIGTERM)
     assert front.process.wait(20) == 0
     said = front.process.stderr.read()
