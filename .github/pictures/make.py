@@ -34,18 +34,19 @@ def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("run", type=Path, help="the folder of a finished run")
     arguments.add_argument("--out", type=Path, default=HERE, help="where the pictures are written")
-    given = arguments.parse_args()
-    given.out.mkdir(parents=True, exist_ok=True)
+    options = arguments.parse_args()
+    options.out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder, browser() as driver:
         page = Path(folder, "mask.html")
-        inspect = [sys.executable, "-m", "lit_llm", "inspect", "--config", given.run / "config.yaml", "--html", page]
+        inspect = [sys.executable, "-m", "lit_llm", "inspect", "--config", options.run / "config.yaml", "--html", page]
         subprocess.run(inspect, check=True, stdout=subprocess.DEVNULL)
-        shoot(driver, page.as_uri(), given.out / "mask.png", (1000, 640))
+        shoot(driver, page.as_uri(), options.out / "mask.png", (1000, 640))
         page = Path(folder, "curves.html")
-        page.write_text(f"<body style='margin:8px;background:#fff'>{curves(given.run / 'metrics.csv')}</body>", "utf-8")
-        shoot(driver, page.as_uri(), given.out / "curves.png", (WIDTH + 16, HEIGHT + 16))
-        with server(given.run / "export") as address:
-            talk(driver, address, given.out / "chat.png")
+        picture = curves(options.run / "metrics.csv")
+        page.write_text(f"<body style='margin:8px;background:#fff'>{picture}</body>", "utf-8")
+        shoot(driver, page.as_uri(), options.out / "curves.png", (WIDTH + 16, HEIGHT + 16))
+        with server(options.run / "export") as address:
+            talk(driver, address, options.out / "chat.png")
 
 
 @contextmanager

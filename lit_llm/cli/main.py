@@ -186,8 +186,8 @@ def _with_runs(options: Sequence[str]) -> list[str]:
     ['--runs=["runs/a", "runs/b"]', '--out', 'x.html']
     """
     folders = list(takewhile(lambda word: not word.startswith("-"), options))
-    given = folders or not options
-    return [f"--runs={json.dumps(folders)}", *options[len(folders):]] if given else list(options)
+    has_folders = folders or not options
+    return [f"--runs={json.dumps(folders)}", *options[len(folders):]] if has_folders else list(options)
 
 
 def _table(verbs: dict[str, str]) -> str:

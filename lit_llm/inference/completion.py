@@ -181,4 +181,4 @@ class TextEngine:
         text, ids = "".join(piece.text for piece in pieces), tuple(id_ for piece in pieces for id_ in piece.token_ids)
         last = pieces[-1]
         return Completion(text, ids, last.finish_reason, last.prompt_tokens, last.completion_tokens,
-                          tuple(each for piece in pieces for each in piece.logprobs))
+                          tuple(logprob for piece in pieces for logprob in piece.logprobs))

@@ -118,19 +118,20 @@ class Engine:
         self.cache_tokens, self.cache_bytes = 0, 0      # of a model whose requests share a pass
         self._forward = self._choose_forward(cache_tokens, adapters)
 
-    def _choose_forward(self, cache_tokens: int | None, given: "Adapters | None") -> Any:
+    def _choose_forward(self, cache_tokens: int | None, attached: "Adapters | None") -> Any:
         from lit_llm.inference.forward import adapters, alone, batched, proof
 
-        given = given or adapters.Adapters()
+        attached = attached or adapters.Adapters()
         self.obstacle = proof.obstacle(self.model)
         if self.obstacle is not None:
-            return alone.Alone(self.model, given)
-        each = proof.bytes_a_token(self.model)
+            return alone.Alone(self.model, attached)
+        bytes_per_token = proof.bytes_a_token(self.model)
         if cache_tokens is None:
-            cache_tokens = min(self.max_running * self.context_length, loading.cache_memory(self.model.device) // each)
-        forward = batched.Batched(self.model, cache_tokens, self.context_length, given)
+            room = loading.cache_memory(self.model.device) // bytes_per_token
+            cache_tokens = min(self.max_running * self.context_length, room)
+        forward = batched.Batched(self.model, cache_tokens, self.context_length, attached)
         self.cache_tokens = forward.slots.limit
-        self.cache_bytes = self.cache_tokens * each
+        self.cache_bytes = self.cache_tokens * bytes_per_token
         return forward
 
     @classmethod
@@ -161,8 +162,8 @@ class Engine:
 
         if threads != "auto":
             number(threads)                         # first, because the weights take longer
-        for each in (adapters or {}).values():
-            loading.check_base(str(folder), each)
+        for adapter_folder in (adapters or {}).values():
+            loading.check_base(str(folder), adapter_folder)
         loaded = loading.load(str(folder), device, dtype, adapter, quantize)
         attached = unmerged.load(loaded, adapters or {})
         packed_linear.pack(loaded)
@@ -223,7 +224,7 @@ class Engine:
     def cancel(self, request_id: str) -> bool:
         """Remove a request and free its cache; false if it is unknown. No event follows."""
         before = len(self._waiting)
-        self._waiting = deque(each for each in self._waiting if each.name != request_id)
+        self._waiting = deque(waiting for waiting in self._waiting if waiting.name != request_id)
         if (request := self._running.pop(request_id, None)) is not None:
             self._forward.end(request)
         return request is not None or len(self._waiting) < before

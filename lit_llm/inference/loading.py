@@ -71,7 +71,7 @@ def check_base(folder: str, adapter: str | Path) -> None:
 
 def tokenizer_folder(folder: str, adapter: str | Path | None = None) -> str:
     """The folder of a model's tokenizer: of the adapter, of its run, of the model, or of its base."""
-    for place in [Path(given).resolve() for given in (adapter, folder) if given]:
+    for place in [Path(name).resolve() for name in (adapter, folder) if name]:
         run = place.parent.parent.parent            # of RUN/checkpoints/step_N/adapter
         trained = [run / "tokenizer"] if (place / "adapter_config.json").is_file() else []
         if tokenizer_home := next((home for home in [place, *trained] if (home / "tokenizer.json").is_file()), None):

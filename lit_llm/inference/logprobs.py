@@ -45,4 +45,5 @@ def logprobs(logits_TV: "Tensor", ids: Sequence[int], counts: Sequence[int]) -> 
     top = all_TV.topk(min(max(counts), all_TV.shape[1]), dim=-1)
     likely = [tuple(zip(ids, values, strict=True)) for ids, values in
               zip(top.indices.tolist(), top.values.tolist(), strict=True)]
-    return [TokenLogprob(*each[:2], each[2][:each[3]]) for each in zip(ids, own, likely, counts, strict=True)]
+    return [TokenLogprob(id_, logprob, alternatives[:count])
+            for id_, logprob, alternatives, count in zip(ids, own, likely, counts, strict=True)]

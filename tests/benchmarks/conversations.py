@@ -46,7 +46,7 @@ def written(data, folder, count, turns):
     return path
 
 
-def ours(tokenizer, path, num_proc):
+def lit_llm_prepare(tokenizer, path, num_proc):
     from lit_llm.data.records.sources import Source
     from lit_llm.data.tokens.prepare import prepare
     from lit_llm.text.tokenizer import Tokenizer
@@ -103,7 +103,7 @@ def main():
             path = written(args.data, folder, args.count // turns, turns)
             of = medians(args.rounds, {
                 "trl": partial(alone, trl, tokenizer, path, args.num_proc, python=args.trl),
-                "ours": partial(alone, ours, tokenizer, path, args.num_proc)})
+                "ours": partial(alone, lit_llm_prepare, tokenizer, path, args.num_proc)})
             more = (of["trl"]["supervised"] - of["ours"]["supervised"]) / args.count
             comparison = f"TRL learns {more:g} more tokens an answer" if of["trl"]["tokens"] == of["ours"]["tokens"] else \
                 f"NOT THE SAME TOKENS: {of}"

@@ -27,7 +27,7 @@ CONTEXT, REQUESTS = 300, 8
 
 def answers(engine, prompts, news):
     """Tokens of each request; two more join and are cancelled."""
-    found, waiting, turns = {name: [] for name in prompts}, list(prompts), 0
+    token_ids, waiting, turns = {name: [] for name in prompts}, list(prompts), 0
     while waiting or engine.has_work:
         if waiting and turns % 3 == 0:
             name = waiting.pop(0)
@@ -40,10 +40,10 @@ def answers(engine, prompts, news):
         for event in engine.step():
             if event.error:
                 raise event.error
-            if event.request_id in found:
-                found[event.request_id].append(event.token_id)
+            if event.request_id in token_ids:
+                token_ids[event.request_id].append(event.token_id)
         turns += 1
-    return found
+    return token_ids
 
 
 def main():
@@ -52,11 +52,11 @@ def main():
 
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("--only", nargs="*", default=[])
-    given = arguments.parse_args()
+    options = arguments.parse_args()
     cases = {kind: {"model_type": kind, **SPECIAL.get(kind, {})} for kind in KINDS} | VARIANTS
     count = {"together": 0, "alone": 0, "different": 0, "failed": 0, "not built": 0}
     for name, keys in cases.items():
-        if given.only and name not in given.only:
+        if options.only and name not in options.only:
             continue
         try:
             torch.manual_seed(0)
@@ -76,10 +76,10 @@ def main():
         model.generation_config = GenerationConfig()    # no beams or forced tokens, and no end
         try:
             want = {}
-            for each, prompt in prompts.items():
+            for request_id, prompt in prompts.items():
                 out = model.generate(torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
-                                     max_new_tokens=news[each], do_sample=False, pad_token_id=0, use_cache=True)
-                want[each] = out[0, len(prompt):].tolist()
+                                     max_new_tokens=news[request_id], do_sample=False, pad_token_id=0, use_cache=True)
+                want[request_id] = out[0, len(prompt):].tolist()
             text = model.config.get_text_config()
             text.max_position_embeddings = min(getattr(text, "max_position_embeddings", None) or CONTEXT, CONTEXT)
             packed_linear.pack(model)
@@ -89,8 +89,8 @@ def main():
             count["failed"] += 1
             print(f"{name:<34} failed: {type(error).__name__}: {str(error)[:100]}", flush=True)
             continue
-        wrong = [each for each in prompts if got[each] != want[each]]
-        ties = [each for each in wrong if is_tie(model, prompts[each], got[each], want[each])]
+        wrong = [request_id for request_id in prompts if got[request_id] != want[request_id]]
+        ties = [request_id for request_id in wrong if is_tie(model, prompts[request_id], got[request_id], want[request_id])]
         way = "alone" if engine.obstacle else "together"
         count[way] += 1
         count["different"] += len(wrong) > len(ties)

@@ -40,13 +40,13 @@ def written(name, questions, folder, limit):
     short = [{"question": text, "choices": choices, "label": label} for text, choices, label in questions
              if len((text + max(choices, key=len)).encode()) < BYTES][:limit]
     file = folder / f"{name}.jsonl"
-    file.write_text("".join(json.dumps(each, ensure_ascii=False) + "\n" for each in short), encoding="utf-8")
+    file.write_text("".join(json.dumps(question, ensure_ascii=False) + "\n" for question in short), encoding="utf-8")
     task = {"task": name, "dataset_path": "json", "dataset_kwargs": {"data_files": {"validation": str(file)}},
             "validation_split": "validation", "output_type": "multiple_choice", "doc_to_text": "{{question}}",
             "doc_to_choice": "choices", "doc_to_target": "label",
             "metric_list": [{"metric": metric, "aggregation": "mean", "higher_is_better": True} for metric in ("acc", "acc_norm")]}
     (folder / f"{name}.yaml").write_text(json.dumps(task, ensure_ascii=False), encoding="utf-8")     # JSON is YAML
-    return [choice for each in short for choice in each["choices"]]
+    return [choice for question in short for choice in question["choices"]]
 
 
 def evaluated(model, arguments, tasks, folder):
@@ -54,11 +54,11 @@ def evaluated(model, arguments, tasks, folder):
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
 
-    found = simple_evaluate(model=model, model_args=arguments, tasks=tasks, batch_size=8, log_samples=True, bootstrap_iters=0,
+    evaluation = simple_evaluate(model=model, model_args=arguments, tasks=tasks, batch_size=8, log_samples=True, bootstrap_iters=0,
                             task_manager=TaskManager(include_path=str(folder), include_defaults=False))
     for task in tasks:
-        scores = {metric: found["results"][task][f"{metric},none"] for metric in ("acc", "acc_norm")}
-        samples = sorted(found["samples"][task], key=lambda sample: sample["doc_id"])
+        scores = {metric: evaluation["results"][task][f"{metric},none"] for metric in ("acc", "acc_norm")}
+        samples = sorted(evaluation["samples"][task], key=lambda sample: sample["doc_id"])
         yield task, scores, [choice for sample in samples for choice in sample["filtered_resps"]]
 
 
@@ -84,14 +84,14 @@ def main():
         choices = {name: written(name, questions, folder, options.limit) for name, questions in sets.items()}
         served = {"base_url": f"{options.url}/v1/completions", "tokenizer": options.model, "model": options.model, "max_length": 511,
                   "tokenized_requests": True, "num_concurrent": 1, "add_bos_token": True}
-        ours = list(evaluated("local-completions", served, list(sets), folder))
-        theirs = evaluated("hf", {"pretrained": options.model, "dtype": "float32", "device": "cpu", "max_length": 511,
+        over_http = list(evaluated("local-completions", served, list(sets), folder))
+        in_process = evaluated("hf", {"pretrained": options.model, "dtype": "float32", "device": "cpu", "max_length": 511,
                                    "add_bos_token": True}, list(sets), folder)
         count = tokens_of(options.model)
         print(f"{'task':28} choices  acc http / process  acc_norm http / process  difference  a token  greedy flags")
-        for (name, scores, logprobs), (_, expected, wanted) in zip(ours, theirs, strict=True):
+        for (name, scores, logprobs), (_, expected, wanted) in zip(over_http, in_process, strict=True):
             differences = [abs(float(one[0]) - float(other[0])) for one, other in zip(logprobs, wanted, strict=True)]
-            largest = max(each / count(choice) for each, choice in zip(differences, choices[name], strict=True))
+            largest = max(difference / count(choice) for difference, choice in zip(differences, choices[name], strict=True))
             greedy = sum(str(one[1]) == str(other[1]) for one, other in zip(logprobs, wanted, strict=True))
             different |= scores != expected or largest > MOST or greedy < len(wanted)
             print(f"{name:28} {len(wanted):7}  {scores['acc']:.4f} / {expected['acc']:.4f}     {scores['acc_norm']:.4f} / "

@@ -61,7 +61,7 @@ def bare(tokenizer, rows):
     return rates(tokens, took)
 
 
-def ours(tokenizer, path, num_proc=None):
+def lit_llm_prepare(tokenizer, path, num_proc=None):
     from lit_llm.data.records.sources import Source
     from lit_llm.data.tokens.prepare import prepare
     from lit_llm.text.tokenizer import Tokenizer
@@ -92,8 +92,8 @@ def speed(data, folder, megabytes, rounds, only):
     for text, name in itertools.product(TEXTS, [name for name in TOKENIZERS if only in name]):
         tokenizer = gpt2(data, tempfile.mkdtemp(dir=folder)) if name == "gpt2" else str(data / name)
         rows, whole = written((data / text).read_text(encoding="utf-8-sig"), folder, megabytes << 20)
-        of = medians(rounds, {"bare": partial(alone, bare, tokenizer, rows), "jsonl": partial(alone, ours, tokenizer, rows),
-                              "txt": partial(alone, ours, tokenizer, whole)})
+        of = medians(rounds, {"bare": partial(alone, bare, tokenizer, rows), "jsonl": partial(alone, lit_llm_prepare, tokenizer, rows),
+                              "txt": partial(alone, lit_llm_prepare, tokenizer, whole)})
         wall = [of[way]["rate"] / of["bare"]["rate"] for way in ("jsonl", "txt")]
         cpu = [of["bare"]["cpu"] / of[way]["cpu"] for way in ("jsonl", "txt")]
         print(f"{Path(text).name:<20} {Path(name).name:<16} {of['bare']['rate']:>11,.0f} {wall[0]:>6.2f} {wall[1]:>6.2f}   "
@@ -118,7 +118,7 @@ def peak(data, folder, megabytes, kinds):
     paths = dict(zip(("jsonl", "txt"), written((data / TEXTS[0]).read_text(encoding="utf-8-sig"), folder, size), strict=True))
     for kind in kinds:
         path = paths.get(kind) or chats(data, f"{folder}/chats.jsonl", size)
-        process, most = start(ours, str(data / TOKENIZERS[0]), path), (0.0, 0.0)
+        process, most = start(lit_llm_prepare, str(data / TOKENIZERS[0]), path), (0.0, 0.0)
         while process.poll() is None:
             most = tuple(map(max, most, memory(process.pid)))
             time.sleep(0.2)

@@ -239,20 +239,20 @@ def main():
     arguments.add_argument("--tokenizer", default=str(ROOT / "lit_llm" / "samples" / "base"))
     arguments.add_argument("--only", nargs="*", default=["ours", "ours-bf16", "transformers", "chapter", "generate"])
     arguments.add_argument("--options", nargs="*", default=[], help="more options of our server, such as --threads=1")
-    given = arguments.parse_args()
+    options = arguments.parse_args()
     with ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory())
-        make_model(f"{folder}/model", given.tokenizer)
+        make_model(f"{folder}/model", options.tokenizer)
         Path(folder, "chapter.py").write_text(CHAPTER)
-        ours = [sys.executable, "-m", "serve", "--model", f"{folder}/model", "--port", "{port}", *given.options]
+        own_command = [sys.executable, "-m", "serve", "--model", f"{folder}/model", "--port", "{port}", *options.options]
         commands = {
-            "ours": (ours, "/health/ready", "model"),
-            "ours-bf16": ([*ours, "--dtype", "bfloat16"], "/health/ready", "model"),
+            "ours": (own_command, "/health/ready", "model"),
+            "ours-bf16": ([*own_command, "--dtype", "bfloat16"], "/health/ready", "model"),
             "transformers": (["transformers", "serve", f"{folder}/model", "--continuous-batching", "--port",
                               "{port}", "--device", "cpu", "--dtype", "float32"], "/health", f"{folder}/model"),
             "chapter": ([sys.executable, "chapter.py", f"{folder}/model", "{port}"], "/health", None)}
         contestants = []
-        for name in given.only:
+        for name in options.only:
             if name == "generate":
                 contestants.append(Bare(f"{folder}/model"))
                 stack.callback(contestants[-1].process.kill)
@@ -260,24 +260,25 @@ def main():
                 command, ready, model = commands[name]
                 contestants.append(Contestant(name, stack.enter_context(started(command, ready, folder))[0], model))
             contestants[-1].load(min(2, contestants[-1].most), 3, 9)        # warm
-        for clients in given.clients:
-            taking_part = [each for each in contestants if clients <= each.most]
-            speeds, firsts = {each.name: [] for each in contestants}, {each.name: [] for each in contestants}
-            for turn in range(given.rounds):
-                for each in taking_part:
-                    speed, waited = each.load(clients, given.seconds, turn)
-                    speeds[each.name].append(speed)
-                    firsts[each.name] += waited
-            for each in taking_part:
+        for clients in options.clients:
+            taking_part = [contestant for contestant in contestants if clients <= contestant.most]
+            speeds = {contestant.name: [] for contestant in contestants}
+            firsts = {contestant.name: [] for contestant in contestants}
+            for turn in range(options.rounds):
+                for contestant in taking_part:
+                    speed, waited = contestant.load(clients, options.seconds, turn)
+                    speeds[contestant.name].append(speed)
+                    firsts[contestant.name] += waited
+            for contestant in taking_part:
                 ratio = statistics.median(one / other for one, other in
-                                          zip(speeds["ours"], speeds[each.name], strict=True)) if "ours" in speeds else 0
-                print(f"{clients:3} clients  {each.name:<13} {statistics.median(speeds[each.name]):7.1f} tokens/s   first "
-                      f"token {statistics.median(firsts[each.name]):6.2f} s, 95th "
-                      f"{percentile(firsts[each.name], 0.95):6.2f} s   ours is {ratio:.2f} times", flush=True)
-        for each in contestants:
-            if each.model is not None:
-                gaps, firsts = each.long_prompt()
-                print(f"long prompt  {each.name:<13} longest gap of a stream {max(gaps):.2f} s; first token "
+                                          zip(speeds["ours"], speeds[contestant.name], strict=True)) if "ours" in speeds else 0
+                print(f"{clients:3} clients  {contestant.name:<13} {statistics.median(speeds[contestant.name]):7.1f} tokens/s   first "
+                      f"token {statistics.median(firsts[contestant.name]):6.2f} s, 95th "
+                      f"{percentile(firsts[contestant.name], 0.95):6.2f} s   ours is {ratio:.2f} times", flush=True)
+        for contestant in contestants:
+            if contestant.model is not None:
+                gaps, firsts = contestant.long_prompt()
+                print(f"long prompt  {contestant.name:<13} longest gap of a stream {max(gaps):.2f} s; first token "
                       f"{firsts[0]:.2f} s, again {firsts[1]:.2f} s, with more behind it {firsts[2]:.2f} s", flush=True)
 
 

@@ -51,8 +51,8 @@ class Batched:
     def is_read(self, request: Request, running: Iterable[Request]) -> bool:
         """Whether another request is reading the same prompt now: its keys and values are copied when it has."""
         return not request.needs_all_logits and len(request.ids) > COPIED and any(
-            each.state is not None and not each.state.generates and each.ids == request.ids
-            and each.adapter == request.adapter for each in running)
+            other.state is not None and not other.state.generates and other.ids == request.ids
+            and other.adapter == request.adapter for other in running)
 
     def end(self, request: Request, *, broken: bool = False) -> None:
         """Take the slot of a request; its tokens stay for prompts that begin alike, unless they are `broken`."""
@@ -77,8 +77,9 @@ class Batched:
             Answers of the requests of which all tokens are read.
         """
         chosen = self._chosen(list(running))
-        generating = [Part(each.state, part) for each, part in chosen if each.state.generates]
-        reading = [Part(each.state, part, each.needs_all_logits) for each, part in chosen if not each.state.generates]
+        generating = [Part(request.state, part) for request, part in chosen if request.state.generates]
+        reading = [Part(request.state, part, request.needs_all_logits) for request, part in chosen
+                   if not request.state.generates]
         by_request = dict(self._logits(generating, reading))
         answers = []
         for request, part in chosen:                # before any slot changes its place, which copies these tokens
@@ -101,7 +102,7 @@ class Batched:
 
     def _chosen(self, running: list[Request]) -> list[tuple[Request, list[int]]]:
         """Requests of this step with the tokens that they read, each with room for them."""
-        generating = sum(each.state.generates for each in running)
+        generating = sum(request.state.generates for request in running)
         budget = CHUNK * (UNDISTURBED if not generating else CROWDED if 2 * generating < len(running) else 1)
         chosen = []
         for request in list(running):
@@ -112,11 +113,11 @@ class Batched:
             budget -= 0 if request.state.generates else len(part)
             if part and self._has_room(request, read + len(part), running):
                 chosen.append((request, part))
-        return [each for each in chosen if each[0].state is not None]
+        return [(request, part) for request, part in chosen if request.state is not None]
 
     def _has_room(self, request: Request, room: int, running: list[Request]) -> bool:
         while not self.slots.grow(request.state, room):
-            last = next(each for each in reversed(running) if each.state is not None)
+            last = next(other for other in reversed(running) if other.state is not None)
             self.end(last)
             self._preempted.insert(0, last)
             if last is request:

@@ -91,7 +91,7 @@ class Step:
         by_pool: dict[int, list[Part]] = {}
         for part in generating:
             by_pool.setdefault(id(part.slot.pool), []).append(part)
-        ordered = [part for parts in by_pool.values() for part in sorted(parts, key=lambda each: each.slot.index)]
+        ordered = [part for parts in by_pool.values() for part in sorted(parts, key=lambda pooled: pooled.slot.index)]
         for parts in by_pool.values():
             positions = sorted((part.slot.index, len(part.slot.ids)) for part in parts)
             assert [index for index, _ in positions] == list(range(len(parts))), "generating requests come first"
@@ -99,7 +99,7 @@ class Step:
             rows.append(_Rows(parts[0].slot.pool, begin, torch.arange(len(parts), device=device),
                               torch.tensor(lengths, device=device), max(lengths) + 1, len(set(lengths)) == 1))
             begin += len(parts)
-        for part in sorted(reading, key=lambda each: bool(each.slot.ids)):
+        for part in sorted(reading, key=lambda chunk: bool(chunk.slot.ids)):
             chunks.append(_Chunk(part.slot, begin, len(part.ids), len(part.slot.ids)))
             ordered.append(part)
             begin += len(part.ids)
@@ -140,7 +140,7 @@ class Step:
         if not any(part.every for part in self.parts):
             return list(logits)
         rows = logits.split([len(part.ids) if part.every else 1 for part in self.parts])
-        return [each if part.every else each[0] for part, each in zip(self.parts, rows, strict=True)]
+        return [logits_TV if part.every else logits_TV[0] for part, logits_TV in zip(self.parts, rows, strict=True)]
 
 # ---- the interface of transformers for a cache -----------------------------------------------------------------------
 

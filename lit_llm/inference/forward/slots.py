@@ -255,7 +255,7 @@ class Slots:
         if self.limit - self.allocated < pool.room:
             if pool.idle:                           # one of its own is taken over instead
                 return False
-            for other in sorted(self.pools, key=lambda each: -each.room):
+            for other in sorted(self.pools, key=lambda other_pool: -other_pool.room):
                 if other.idle and self.limit - self.allocated < pool.room:
                     other.resize(other.busy)
         more = min((self.limit - self.allocated) // pool.room, max(1, len(pool.slots) // 2))

@@ -122,8 +122,10 @@ def parameters_of(tools: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any
     schemas = {}
     for tool in tools:
         function = tool.get("function", tool)
-        given = function.get("parameters")
-        schemas[str(function.get("name"))] = given if isinstance(given, dict) else {"type": "object", "properties": {}}
+        parameters = function.get("parameters")
+        if not isinstance(parameters, dict):
+            parameters = {"type": "object", "properties": {}}
+        schemas[str(function.get("name"))] = parameters
     return schemas
 
 
@@ -143,8 +145,8 @@ def types_of(schema: Any, root: Any) -> set[str]:
     if "enum" in schema and not types and isinstance(schema["enum"], list):
         types |= {"string" if isinstance(value, str) else "other" for value in schema["enum"]}
     for key in ("anyOf", "oneOf"):
-        for each in schema.get(key) or () if isinstance(schema.get(key), list) else ():
-            types |= types_of(each, root)
+        for alternative in schema.get(key) or () if isinstance(schema.get(key), list) else ():
+            types |= types_of(alternative, root)
     return types
 
 
