@@ -12,8 +12,8 @@ if TYPE_CHECKING:
     from lit_llm.data.records.sources import Source
     from lit_llm.data.rows.loader import Batch
     from lit_llm.errors import InputError
+    from lit_llm.exports.command import export
     from lit_llm.inference.completion import Completion, TextEngine
-    from lit_llm.inference.export import export
     from lit_llm.inference.sampling import SamplingParams
     from lit_llm.models.adapters.peft_method import LoRA
     from lit_llm.text.conversation import Conversation, Document, Message
@@ -42,7 +42,7 @@ _HOMES = {
     "training.parallel.fsdp": ("Fsdp2Strategy",), "training.run.checkpoint": ("StepCheckpoint",),
     "training.run.finite": ("FiniteGuard",), "training.run.progress": ("Progress",),
     "inference.completion": ("Completion", "TextEngine"), "inference.sampling": ("SamplingParams",),
-    "inference.export": ("export",),
+    "exports.command": ("export",),
 }
 
 

@@ -6,8 +6,8 @@ from typing import Any
 from fastapi import Depends, FastAPI
 from fastapi.responses import JSONResponse, Response
 
-from lit_llm.inference.card import read_usage
 from lit_llm.inference.sampling import DEFAULT_TEMPERATURE
+from lit_llm.inference.usage import read_usage
 from serve.openai.routes import Routes
 
 FOLDER = Path(__file__).parent / "page"

@@ -12,12 +12,13 @@ ROOT = Path(__file__).resolve().parents[1]
 GROUND = {"errors", "rules", "disk", "hub", "names", "system"}      # every package may import these
 RIM = {"cli", "__main__", "__init__"}                       # they may import everything
 FROM = {"kernels": set(), "text": set(), "models": {"kernels"}, "data": {"text"}, "report": set(),
-        "training": {"data", "text", "models", "kernels", "report"}, "inference": {"text", "models", "kernels", "report"}}
+        "training": {"data", "text", "models", "kernels", "report"}, "inference": {"text", "models", "kernels", "report"},
+        "exports": {"inference", "text", "models", "kernels", "report"}}
 CHAIN = ["records", "tokens", "rows", "stream"]             # of data: each may import those before it
 MOST_FILES, MOST_LINES = 10, 360
 HOMES = {
     "peft": {"models.adapters.adapter", "models.adapters.peft_method"}, "AutoModelForCausalLM": {"models.load"},
-    "AutoConfig": {"models.load", "inference.export"}, "tokenizers": {"text.tokenizer_file", "samples.make"},
+    "AutoConfig": {"models.load", "exports.command"}, "tokenizers": {"text.tokenizer_file", "samples.make"},
     "AutoTokenizer": {"text.tokenizer_file"}, "datasets": {"data.records.sources", "data.records.readers"},
     "filelock": {"data.tokens.cache"}, "torchmetrics": {"training.metrics"}, "triton": {"kernels.cross_entropy_triton"}, "cut_cross_entropy": {"kernels.borrowed"},
     "liger_kernel": {"kernels.borrowed"}, "litserve": set(), "llguidance": {"inference.guidance"},

@@ -34,7 +34,7 @@ RUNS = {
     "selftest": "Verify with a run's config that batch size, packing and processes do not change the gradient.",
 }
 TOOLS = {
-    "export": ("lit_llm.inference.export:export", "Write a run's model as a folder that transformers loads."),
+    "export": ("lit_llm.exports.command:export", "Write a run's model as a folder that transformers loads."),
     "chat": ("lit_llm.inference.chat.command:chat", "Chat with a model in the terminal."),
     "report": ("lit_llm.report.writing:report", "Write the report of a run, or compare several: report runs/a runs/b."),
 }

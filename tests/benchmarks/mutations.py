@@ -251,7 +251,7 @@ def main() -> None:
     import transformers.models.llama.modeling_llama  # noqa: F401
 
     import lit_llm.cli.runs
-    import lit_llm.inference.export
+    import lit_llm.exports.command
     import lit_llm.training.trainer  # noqa: F401
     import serve.server  # noqa: F401
 

@@ -162,7 +162,7 @@ def main():
     from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
 
     import lit_llm.cli.runs
-    import lit_llm.inference.export
+    import lit_llm.exports.command
     import lit_llm.training.trainer  # noqa: F401
 
     torch.set_num_threads(1)

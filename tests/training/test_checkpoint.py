@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from lit_llm.data.datamodule import TextDataModule
 from lit_llm.data.records.sources import Source
 from lit_llm.errors import InputError
-from lit_llm.inference.export import export
+from lit_llm.exports.command import export
 from lit_llm.models.adapters.peft_method import LoRA
 from lit_llm.report.rows import MEASURED
 from lit_llm.system import integrity

@@ -13,7 +13,7 @@ from test_checkpoint import fit  # noqa: F401
 from transformers import AutoModelForCausalLM
 
 from lit_llm.errors import InputError
-from lit_llm.inference.export import export
+from lit_llm.exports.command import export
 from lit_llm.models import load as model
 from lit_llm.models.adapters import adapter, trained_rows
 from lit_llm.text import check

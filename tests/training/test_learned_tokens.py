@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from lit_llm import CausalLMModule, InputError, LoRA, Source, TextDataModule, Tokenizer, Trainer
+from lit_llm.exports.command import export
 from lit_llm.inference.completion import TextEngine
-from lit_llm.inference.export import export
 from lit_llm.models.adapters.adapter import is_peft
 from lit_llm.models.load import load_causal_lm
 from lit_llm.models.untrained import untrained

@@ -9,8 +9,8 @@ import torch
 from short_runs import plain_nll
 
 from lit_llm import CausalLMModule, InputError, LoRA, Source, TextDataModule, Trainer
+from lit_llm.exports.command import export
 from lit_llm.inference.completion import TextEngine
-from lit_llm.inference.export import export
 from lit_llm.models import vocabulary
 from lit_llm.models.load import load_causal_lm
 from lit_llm.names import resolve

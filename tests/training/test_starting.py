@@ -8,8 +8,8 @@ import torch
 from short_runs import plain_nll
 
 from lit_llm import CausalLMModule, InputError, LoRA, Trainer
+from lit_llm.exports.command import export
 from lit_llm.inference import loading
-from lit_llm.inference.export import export
 from lit_llm.names import resolve
 
 

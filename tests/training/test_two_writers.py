@@ -200,7 +200,7 @@ def test_an_export_that_another_process_writes_is_refused(tmp_path):
     import short_runs
 
     from lit_llm import InputError, LoRA
-    from lit_llm.inference.export import export
+    from lit_llm.exports.command import export
 
     (tmp_path / "chats.jsonl").write_text('{"prompt": "say one", "completion": "one"}\n' * 4)
     short_runs.fit(tmp_path, tokenizer="sample:base", passes=1, steps=1, lora=LoRA(r=2))

@@ -4,7 +4,6 @@ import sys
 from typing import Any, Literal
 
 from lit_llm.errors import InputError
-from lit_llm.inference.card import read_usage
 from lit_llm.inference.chat import terminal
 from lit_llm.inference.chat.commands import Commands
 from lit_llm.inference.chat.remote import RemoteModel
@@ -12,6 +11,7 @@ from lit_llm.inference.chat.session import LocalModel, Model, Session
 from lit_llm.inference.completion import TextEngine
 from lit_llm.inference.loading import model_folder
 from lit_llm.inference.sampling import DEFAULT_TEMPERATURE, SamplingParams
+from lit_llm.inference.usage import read_usage
 
 
 def chat(

@@ -7,7 +7,8 @@ import json
 import pytest
 import yaml
 
-from lit_llm.inference.card import Usage, card, read_usage
+from lit_llm.exports.card import card
+from lit_llm.inference.usage import Usage, read_usage
 
 
 def written(folder, questions, turns):

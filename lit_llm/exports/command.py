@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from lit_llm import disk, names
 from lit_llm.errors import InputError
-from lit_llm.inference.card import card, read_values
+from lit_llm.exports.card import card, read_values
 from lit_llm.report import writing
 from lit_llm.system import integrity, origin, ranges
 from lit_llm.system.lock import HeldError, Lock

@@ -8,8 +8,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from lit_llm.errors import InputError
+from lit_llm.exports.command import export
 from lit_llm.inference.completion import TextEngine
-from lit_llm.inference.export import export
 from lit_llm.models.adapters import merging
 from lit_llm.models.adapters.adapter import save_adapter, wrap_peft
 from lit_llm.models.adapters.peft_method import LoRA

@@ -1,0 +1,1 @@
+"""Exports: model folders that other libraries load, with the proof that they are the model that was trained."""
