@@ -13,7 +13,8 @@ from lit_llm import disk, names
 from lit_llm.cli import examples
 from lit_llm.data.inspect.terminal import ledger
 from lit_llm.errors import InputError
-from lit_llm.exports.command import checkpoint_folder, export
+from lit_llm.exports.command import export
+from lit_llm.exports.trained import checkpoint_folder
 from lit_llm.models.adapters.merging import UnmergeableError
 from lit_llm.report import commands, facts, verdict, writing
 from lit_llm.report.rows import last_logged

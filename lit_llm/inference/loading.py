@@ -105,10 +105,12 @@ def load(folder: str, device: str, dtype: str, adapter: str | Path | None, quant
 
     from lit_llm.models.adapters.starting import merged
     from lit_llm.models.load import load_causal_lm, stored_dtype
+    from lit_llm.models.quantize import stored_quantization
 
     if quantize not in (None, "nf4", "int8"):
         raise InputError(f"unknown quantization '{quantize}'; use nf4 or int8", where="quantize")
-    if quantize and (adapter or _adapter_base(folder)):
+    base_folder = _adapter_base(folder) or folder
+    if (quantize or stored_quantization(base_folder)) and (adapter or _adapter_base(folder)):
         raise InputError("an adapter cannot be merged into quantized weights", where="quantize",
                          fix="give the base as --model and the adapter as --adapter NAME=FOLDER")
     facts = _trained_on(adapter or folder) if adapter or _adapter_base(folder) else {}
@@ -133,6 +135,7 @@ def load(folder: str, device: str, dtype: str, adapter: str | Path | None, quant
         if adapter:
             check.check_weights(folder, model)
             model = merged(model, Path(adapter))
+            check.check_weights(adapter, model)
             if Path(adapter, "generation_config.json").is_file():       # where its training taught it to stop
                 model.generation_config = model.generation_config.from_pretrained(str(adapter))
     except InputError:
@@ -142,6 +145,9 @@ def load(folder: str, device: str, dtype: str, adapter: str | Path | None, quant
                          where="model") from None
     if quantize:                                    # it is on its device, and its answers are not those of check.json
         return model.eval()
+    if stored_quantization(folder):                 # it is on its device
+        check.check_weights(folder, model.eval())
+        return model
     model = model.to(device).eval()
     if not adapter:
         check.check_weights(folder, model)

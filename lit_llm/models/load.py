@@ -12,11 +12,19 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from lit_llm import hub, names
+from lit_llm import disk, hub, names
 from lit_llm.errors import InputError, did_you_mean
 from lit_llm.kernels import attention as packed_attention
 from lit_llm.models.anatomy import causal_lm
-from lit_llm.models.quantize import Quantize, Served, keep_differentiable, quantization, return_autocast_dtype
+from lit_llm.models.quantize import (
+    Quantize,
+    Served,
+    keep_differentiable,
+    quantization,
+    require_quantization,
+    return_autocast_dtype,
+    stored_quantization,
+)
 from lit_llm.system import config_limits, integrity
 from lit_llm.system.private import transformers as transformers_private
 
@@ -35,7 +43,8 @@ def load_causal_lm(path: str, *, dtype: torch.dtype = torch.float32, attention: 
         path: Folder in Hugging Face's layout, or a hub id. Only safetensors are read and no remote code is run.
         dtype: Dtype of the weights; never "auto", which would train bf16 weights without float32 master weights.
         attention: `lit_varlen` for packed sequences; null is the default of transformers (sdpa if supported).
-        quantize: Load linear layers except the head in 4 bits, blockwise with quantized scales, or in 8 bits.
+        quantize: Load linear layers except the head in 4 bits, blockwise with quantized scales, or in 8 bits. Null also
+            loads a folder whose weights are stored so.
         half: Whether quantized layers multiply in bfloat16.
         device: Device of a quantized model, which must be quantized in place.
 
@@ -54,10 +63,14 @@ def load_causal_lm(path: str, *, dtype: torch.dtype = torch.float32, attention: 
     config_limits.check_folder(path, "model.base")
     if attention == packed_attention.NAME:
         packed_attention.register()
-    if quantize is not None:
-        more = {"quantization_config": quantization(quantize, half), "device_map": {"": device or torch.device("cpu")}}
-    else:
-        more = {}
+    stored = stored_quantization(path)
+    if stored and quantize:
+        raise InputError(f"the weights in {path} are stored in {stored} already", where="quantize",
+                         fix="leave quantize out; the folder is loaded as it is")
+    more: dict[str, Any] = {"quantization_config": quantization(quantize, half)} if quantize else {}
+    if quantize or stored:
+        require_quantization(quantize or stored)
+        more["device_map"] = {"": device or torch.device("cpu")}
     try:
         with config_limits.building("model.base", most=config_limits.most_parameters(path), whole=False):
             loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -75,7 +88,7 @@ def load_causal_lm(path: str, *, dtype: torch.dtype = torch.float32, attention: 
     if report["missing_keys"]:
         raise InputError(f"the weights in {path} lack {len(report['missing_keys'])} tensors, "
                          f"e.g. {sorted(report['missing_keys'])[0]}", where="model.base")
-    if quantize is not None:                        # unquantized weights would keep the whole mapped file in memory
+    if quantize or stored:                          # unquantized weights would keep the whole mapped file in memory
         for weight in model.parameters():
             weight.data = weight.data.clone()
         return_autocast_dtype(model)
@@ -280,6 +293,7 @@ def save_causal_lm(model: "PreTrainedModel", folder: str | Path, *, stop_ids: tu
     model.config.use_cache = True
     model.generation_config = generation_config(model, stop_ids, pad_id)
     model.save_pretrained(str(folder), safe_serialization=True)
+    disk.share(Path(folder))
 
 
 def generation_config(model: nn.Module, stop_ids: tuple[int, ...], pad_id: int | None) -> "GenerationConfig":
@@ -310,3 +324,4 @@ def save_weights(model: "PreTrainedModel", folder: str | Path, state: dict[str, 
     config["dtype"] = str(next(iter(state.values())).dtype).removeprefix("torch.")
     config = transformers_private.without_attention(config)
     (folder / "config.json").write_text(json.dumps(config, indent=2, default=str) + "\n", encoding="utf-8")
+    disk.share(folder)

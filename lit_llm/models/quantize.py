@@ -3,12 +3,14 @@
 This is the only file that imports bitsandbytes for weights.
 """
 
+import json
 import logging
 from typing import Any, Literal
 
 import torch
 from torch import nn
 
+from lit_llm import names
 from lit_llm.errors import InputError
 from lit_llm.models.anatomy import causal_lm
 
@@ -28,12 +30,39 @@ def quantization(quantize: Quantize | Served, half: bool) -> Any:
     """
     from transformers import BitsAndBytesConfig
 
-    bitsandbytes()
-    if quantize == "int8":                          # on CPUs it would say in each product that it rounds its inputs
-        logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
+    require_quantization(quantize)
+    if quantize == "int8":
         return BitsAndBytesConfig(load_in_8bit=True)
     return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type=quantize, bnb_4bit_use_double_quant=True,
                               bnb_4bit_compute_dtype=torch.bfloat16 if half else torch.float32)
+
+
+def require_quantization(quantize: str | None) -> None:
+    """Prepare bitsandbytes for layers in 4 or 8 bits.
+
+    Raises:
+        InputError: It is not installed.
+    """
+    bitsandbytes()
+    if quantize == "int8":                          # on CPUs it would say in each product that it rounds its inputs
+        logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
+
+
+def stored_quantization(path: str) -> str | None:
+    """How bitsandbytes quantized the weights that are stored in a model folder: `nf4`, `fp4`, `int8`, or null.
+
+    Args:
+        path: Folder or hub id; of the latter, only the local cache is read.
+    """
+    folder = names.folder_of(path)
+    try:
+        facts = json.loads((folder / "config.json").read_text(encoding="utf-8")) if folder else {}
+        how = facts.get("quantization_config") or {}
+        if how.get("quant_method") != "bitsandbytes":
+            return None
+        return "int8" if how.get("load_in_8bit") else str(how.get("bnb_4bit_quant_type", "fp4"))[:8]
+    except (OSError, ValueError, AttributeError, RecursionError):
+        return None                                 # loading reports it
 
 
 def return_autocast_dtype(model: nn.Module) -> None:

@@ -38,6 +38,7 @@ QUANTIZED = 0.3                                     # 4-bit rounding removes abo
 # in float32. On a CPU the toy model differs by 5e-4 in bfloat16 and by 2e-4 in 4 bits.
 SAVED = {"32": 2e-5, "64": 2e-5, "16": 5e-3, "bf": 1e-2}
 IN_4_BITS = 1e-2
+IN_FEW_BITS = 5e-2                                  # of weights that are stored in 4 or 8 bits, by another kernel
 ELSEWHERE = 1e-3                                    # float32 on a GPU, whose products may be rounded
 
 
@@ -112,7 +113,12 @@ def digest(references: Sequence[Reference]) -> str:
 
 def scored_length(model: Any) -> int:
     """Number of scored tokens of a sequence: at most `SCORED`, and at most the model's positions."""
-    return min(SCORED, int(getattr(model.config.get_text_config(), "max_position_embeddings", None) or SCORED))
+    return min(SCORED, positions(model))
+
+
+def positions(model: Any) -> int:
+    """Number of positions of the model according to its config; 2,048 if it does not say."""
+    return int(getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2048)
 
 
 def nll_difference(one: float, other: float) -> float:
@@ -123,7 +129,7 @@ def nll_difference(one: float, other: float) -> float:
 # ---- writing ---------------------------------------------------------------------------------------------------------
 
 def check_export(folder: Path, tokenizer: Any, references: Sequence[Reference], trained: Sequence[float], model: Any, *,
-         quantize: str | None = None, base_dtype: str = "float32") -> None:
+                 quantize: str | None = None, weights: str | None = None, more: dict[str, Any] | None = None) -> None:
     """Compare the trained model with the exported folder as reloaded, and write `check.json` into the folder.
 
     Args:
@@ -133,13 +139,14 @@ def check_export(folder: Path, tokenizer: Any, references: Sequence[Reference], 
         trained: NLL of each by the model as trained, with adapters that are not merged.
         model: The model reloaded from the folder in the dtype of its weights.
         quantize: How the base was quantized in training.
-        base_dtype: The dtype in which `trained` was computed.
+        weights: How the written weights are quantized.
+        more: Further entries of the file.
 
     Raises:
         InputError: The reloaded folder gives other ids or another NLL for a sequence.
     """
     dtype = str(model.dtype).removeprefix("torch.")
-    tolerance = max(TOLERANCE.get(dtype, 1e-4), TOLERANCE.get(base_dtype, 1e-4))
+    tolerance = QUANTIZED if weights else TOLERANCE.get(dtype, 1e-4)
     for reference in references:
         if reference.kind != "ids" and render(tokenizer, reference.kind) != list(reference.ids):
             raise InputError(f"the tokenizer reloaded from the export gives other tokens for the reference "
@@ -158,7 +165,7 @@ def check_export(folder: Path, tokenizer: Any, references: Sequence[Reference], 
              len(references), _mean(trained), _mean(written), dtype, tolerance)
     measured = [Reference(reference.kind, reference.ids, nll)
                 for reference, nll in zip(references, written, strict=True)]
-    _write(folder, tokenizer, measured, dtype, tolerance, quantize)
+    _write(folder, tokenizer, measured, dtype, tolerance, quantize, {"weights": weights, **(more or {})})
 
 
 def compare_saved(facts: object, model: Any, references: Sequence[Reference], reloaded: Sequence[float],
@@ -221,7 +228,7 @@ def compare_quantized(references: Sequence[Reference], trained: Sequence[float],
 
 
 def _write(folder: Path, tokenizer: Any, references: Sequence[Reference], dtype: str, tolerance: float,
-           quantize: str | None) -> None:
+           quantize: str | None, more: dict[str, Any]) -> None:
     import torch
     import transformers
 
@@ -232,7 +239,7 @@ def _write(folder: Path, tokenizer: Any, references: Sequence[Reference], dtype:
         "nll": _mean([reference.nll for reference in references]), "scored": SCORED,
         "dtype": dtype, "trained_on_base_in": quantize, "tolerance": tolerance, "template": _template(tokenizer),
         "config": _digest(folder / "config.json"),
-        "versions": {"torch": torch.__version__, "transformers": transformers.__version__}}
+        "versions": {"torch": torch.__version__, "transformers": transformers.__version__}, **more}
     disk.replace_text(folder / NAME, json.dumps(facts, ensure_ascii=False, indent=1) + "\n")
 
 
@@ -283,7 +290,8 @@ def check_weights(folder: str | Path, model: Any, *, quantize: str | None = None
         raise _damaged(Path(folder), f"id {most} is outside the model's vocabulary of {count} tokens")
     dtype = str(model.dtype).removeprefix("torch.")
     tolerance = max(TOLERANCE.get(dtype, 1e-4), TOLERANCE.get(facts["dtype"], 1e-4))
-    tolerance = max(tolerance, QUANTIZED if quantize else 0, ELSEWHERE if model.device.type != "cpu" else 0)
+    few_bits = QUANTIZED if quantize else IN_FEW_BITS if facts.get("weights") else 0
+    tolerance = max(tolerance, few_bits, ELSEWHERE if model.device.type != "cpu" else 0)
     for reference, now in zip(references, scores(model, references), strict=True):
         if not nll_difference(reference.nll, now) <= tolerance:
             changed = facts["config"] != _digest(Path(folder, "config.json"))

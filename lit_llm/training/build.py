@@ -20,6 +20,7 @@ from lit_llm.kernels import rmsnorm
 from lit_llm.models import anatomy, recompute, vocabulary
 from lit_llm.models import load as model
 from lit_llm.models.adapters import adapter, peft_method, starting, trained_rows
+from lit_llm.models.quantize import stored_quantization
 from lit_llm.system.private import lightning as private
 from lit_llm.text import check
 from lit_llm.text.tokenizer import Tokenizer
@@ -52,6 +53,9 @@ def build(module: Module) -> None:
     strategy = distribution.of(module.trainer.strategy)
     _check(module)
     if path := pretrained(module):
+        if module.trainer.state.fn == "fit" and (stored := stored_quantization(path)):
+            raise InputError(f"the weights in {path} are stored in {stored}, from which no model is trained",
+                             where="model.base", fix="give the exact base; --model.quantize nf4 loads it in 4 bits")
         inner = model.load_causal_lm(path, dtype=dtype, attention=kind, quantize=module.quantize,
                                      half=str(module.trainer.precision).startswith("bf16"),
                                      device=module.trainer.strategy.root_device)

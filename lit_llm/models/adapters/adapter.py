@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from lit_llm import disk
 from lit_llm.errors import InputError
 from lit_llm.models import vocabulary
 from lit_llm.models.adapters import patterns, tying
@@ -211,6 +212,7 @@ def save_adapter(model: Any, folder: str | Path, state: dict[str, Tensor], base:
         adapter = get_peft_model_state_dict(model, state_dict=_under_all_names(model, state))
     save_file({name: weight.clone().contiguous() for name, weight in adapter.items()},
               folder / WEIGHTS)
+    disk.share(folder)
     config = model.active_peft_config.to_dict() | {"base_model_name_or_path": base, "inference_mode": True}
     if not isinstance(config.get("target_modules"), str | None):        # PEFT removes tied heads from it
         tied = getattr(model.active_peft_config, "target_modules_to_tie", None) or ()

@@ -13,13 +13,15 @@ from typing import Any
 import lightning as L
 import yaml
 
+from lit_llm import disk
 from lit_llm.data.rows.identity import differences
 from lit_llm.system.redaction import redact_text
 from lit_llm.training.run import manifest
 from lit_llm.training.run.report import write_json
 
 log = logging.getLogger(__name__)
-METRICS, RECORD = "metrics.json", "evaluations.jsonl"
+METRICS, RECORD, ROWS = "metrics.json", "evaluations.jsonl", "validation_rows.jsonl"
+ROW_TOKENS, LONGEST_ROW = 3072, 512                 # of all rows, and of one
 OF_DATA = ("sources", "val_sources", "val_fraction", "test_sources", "test_fraction", "train_on", "seq_len", "packing",
            "overlong", "seed", "dedup")             # keys that determine the evaluated data
 
@@ -52,6 +54,26 @@ def read_metrics(run: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return facts if isinstance(facts, dict) else {}
+
+
+def write_rows(run: Path, corpus: Any) -> None:
+    """Write `validation_rows.jsonl`: sequences of the validation data on which `export` measures what it wrote.
+
+    Args:
+        run: The run folder.
+        corpus: The validation data; sequences from all of its parts are taken.
+    """
+    lines, room = [], ROW_TOKENS
+    mean = max(1, int(corpus.lengths.mean())) if len(corpus) else 1
+    step = max(1, len(corpus) * min(mean, LONGEST_ROW) // ROW_TOKENS)
+    for sequence in range(0, len(corpus), step):
+        ids, supervised = corpus.read(sequence, 0, min(int(corpus.lengths[sequence]), LONGEST_ROW, room))
+        lines.append(json.dumps({"ids": ids.tolist(), "supervised": supervised.astype(int).tolist()}))
+        room -= len(ids)
+        if room <= 0:
+            break
+    if lines:
+        disk.replace_text(run / ROWS, "".join(f"{line}\n" for line in lines))
 
 
 def record(trainer: L.Trainer, split: str, config: dict[str, Any] | None) -> dict[str, float]:

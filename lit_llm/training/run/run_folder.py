@@ -123,6 +123,8 @@ class RunFolder(Callback):
                 tokenizer = Tokenizer.load(base)    # the ids of an own DataLoader are the base's
         if tokenizer is not None:
             tokenizer.save(folder / "tokenizer")
+        if plan := getattr(trainer.datamodule, "plans", {}).get("val"):  # type: ignore[attr-defined]
+            evaluation.write_rows(folder, plan.corpus)
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         """Continue data and `metrics.csv` of a resumed run at its checkpoint.
@@ -248,7 +250,7 @@ class RunFolder(Callback):
                 self._keep_data(trainer)
         if self.resumed or trainer.global_step or not self._made or not folder.is_dir():
             return
-        for name in ("config.yaml", "data.json", "metrics.csv", "metrics.json", *writing.FILES):
+        for name in ("config.yaml", "data.json", "metrics.csv", "metrics.json", evaluation.ROWS, *writing.FILES):
             (folder / name).unlink(missing_ok=True)
         for name in ("tokenizer", "checkpoints"):
             shutil.rmtree(folder / name, ignore_errors=True)
