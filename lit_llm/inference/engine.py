@@ -167,7 +167,7 @@ class Engine:
         loaded = loading.load(str(folder), device, dtype, adapter, quantize)
         attached = unmerged.load(loaded, adapters or {})
         packed_linear.pack(loaded)
-        choice = settle(threads, lambda: _passes(loaded)) if loaded.device.type == "cpu" else None
+        choice = settle(threads, lambda: _passes(loaded, max_running)) if loaded.device.type == "cpu" else None
         engine = cls(loaded, stop_ids=stop_ids, max_running=max_running, constraints=constraints,
                      adapters=attached)
         engine.threads = choice
@@ -343,12 +343,12 @@ class Engine:
         return Event(request.name, drawn, reason, logprob=logprob, prompt_logprobs=prompt)
 
 
-def _passes(model: Any) -> None:
-    """Passes over eight tokens and over one, whose costs are close to those of steps with so many requests."""
+def _passes(model: Any, max_running: int) -> None:
+    """Passes over one token, 8 and 32, whose costs are close to those of steps with so many requests."""
     import torch
 
     with torch.no_grad():
-        for tokens in (8, 1):
+        for tokens in sorted({min(max_running, count) for count in (1, 8, 32)}):
             model(input_ids=torch.zeros(1, tokens, dtype=torch.int64, device=model.device), use_cache=False)
 
 
