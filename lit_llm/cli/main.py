@@ -176,7 +176,8 @@ def _tool(verb: str, options: list[str]) -> None:
     if verb == "export":
         from lit_llm.report.commands import for_many_users
 
-        print(for_many_users(result), file=sys.stderr)
+        if line := for_many_users(result):
+            print(line, file=sys.stderr)
 
 
 def _with_runs(options: Sequence[str]) -> list[str]:

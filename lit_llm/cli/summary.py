@@ -15,6 +15,7 @@ from lit_llm.data.inspect.terminal import ledger
 from lit_llm.errors import InputError
 from lit_llm.exports.command import export
 from lit_llm.exports.trained import checkpoint_folder
+from lit_llm.models.adapters import virtual_tokens
 from lit_llm.models.adapters.merging import UnmergeableError
 from lit_llm.report import commands, facts, verdict, writing
 from lit_llm.report.rows import last_logged
@@ -47,7 +48,11 @@ def finish(run: Path, *, base: str | None, before: dict[str, float], shown: list
         folder = export(str(run))
         print(f"\nexported to {folder}\n{commands.for_many_users(folder)}")
     except UnmergeableError as error:                    # the checkpoints still have the trained weights
-        print(f"\nnot exported: {error.what}\n  {error.fix}")
+        if tokens := virtual_tokens.count_in(checkpoint_folder(run, "best") / "adapter"):
+            folder = export(str(run), out=str(run / "export"), adapter=True)
+            print(f"\nexported to {folder}: the adapter alone, because its {tokens} virtual tokens cannot be merged")
+        else:
+            print(f"\nnot exported: {error.what}\n  {error.fix}")
     if logged := last_logged(run, "train/loss"):
         number = f"{logged[1]:.3f}" if math.isfinite(logged[1]) else "not finite, so this step was skipped"
         print(f"training loss at step {logged[0]:,}: {number}")

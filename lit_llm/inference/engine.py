@@ -109,7 +109,7 @@ class Engine:
                  adapters: "Adapters | None" = None) -> None:
         self.model, self.max_running, self.constraints = model, max_running, constraints
         self.stop_ids = frozenset(stop_ids) | _own_stop_ids(model)
-        self.context_length, self.vocab_size = loading.config_sizes(model.config)
+        self.context_length, self.vocab_size = loading.model_sizes(model)
         self._waiting: deque[Request] = deque()
         self._running: dict[str, Request] = {}          # in order of arrival
         self._prompt_tokens = self._generated_tokens = 0
@@ -142,7 +142,8 @@ class Engine:
         """Load an engine from a folder that transformers can load.
 
         Args:
-            folder: An export, or a PEFT adapter folder (the adapter is merged into its base).
+            folder: An export, or a PEFT adapter folder (the adapter is merged into its base; virtual tokens of prompt
+                tuning, prefix tuning and P-tuning are read before each request, which is then computed alone).
             device: `auto` uses the GPU if there is one.
             dtype: `auto` uses the checkpoint's dtype.
             adapter: Folder of a PEFT adapter to merge into the model.

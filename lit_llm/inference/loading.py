@@ -79,17 +79,32 @@ def tokenizer_folder(folder: str, adapter: str | Path | None = None) -> str:
     return _adapter_base(folder) or folder
 
 
-def sizes(folder: str) -> tuple[int, int]:
+def sizes(folder: str, adapter: str | Path | None = None) -> tuple[int, int]:
     """Context length and vocabulary size in tokens of a folder for `load`; its weights are not read.
+
+    Args:
+        folder: As in `load`.
+        adapter: As in `load`; its virtual tokens take room of the context.
 
     Raises:
         InputError: No config that transformers reads.
     """
+    from lit_llm.models.adapters import virtual_tokens
     from lit_llm.models.load import config_of
 
+    virtual = virtual_tokens.count_in(adapter or folder)
     if base := _adapter_base(folder):
         folder = names.resolve(origin.locate(base, _trained_on(folder).get("base_hash"), Path(folder)))
-    return config_sizes(config_of(folder))
+    context, vocabulary = config_sizes(config_of(folder))
+    return context - virtual, vocabulary
+
+
+def model_sizes(model: Any) -> tuple[int, int]:
+    """Context length of a model without its virtual tokens, and vocabulary size, in tokens."""
+    from lit_llm.models.adapters import virtual_tokens
+
+    context, vocabulary = config_sizes(model.config)
+    return context - virtual_tokens.count(model), vocabulary
 
 
 def config_sizes(config: Any) -> tuple[int, int]:
@@ -103,7 +118,7 @@ def load(folder: str, device: str, dtype: str, adapter: str | Path | None, quant
     import torch
     from safetensors import SafetensorError
 
-    from lit_llm.models.adapters.starting import merged
+    from lit_llm.models.adapters import starting, virtual_tokens
     from lit_llm.models.load import load_causal_lm, stored_dtype
     from lit_llm.models.quantize import stored_quantization
 
@@ -134,7 +149,8 @@ def load(folder: str, device: str, dtype: str, adapter: str | Path | None, quant
                                     device=torch.device(device))
         if adapter:
             check.check_weights(folder, model)
-            model = merged(model, Path(adapter))
+            virtual = virtual_tokens.count_in(adapter)
+            model = starting.load(model, Path(adapter)).eval() if virtual else starting.merged(model, Path(adapter))
             check.check_weights(adapter, model)
             if Path(adapter, "generation_config.json").is_file():       # where its training taught it to stop
                 model.generation_config = model.generation_config.from_pretrained(str(adapter))

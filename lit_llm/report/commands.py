@@ -45,7 +45,12 @@ def of(run: Path, state: str, config: dict[str, Any], allowed: Sequence[Any] = (
 
 
 def for_many_users(folder: Path) -> str:
-    """The line that names a faster engine for an export; vLLM is not part of this project, and no test runs it."""
+    """The line that names a faster engine for an export; vLLM is not part of this project, and no test runs it.
+
+    It is empty for an adapter alone, which vLLM serves beside its base only.
+    """
+    if not (folder / "config.json").is_file():
+        return ""
     return f"for many users, where vLLM is installed: vllm serve {shlex.quote(str(folder.absolute()))}"
 
 

@@ -19,7 +19,7 @@ from lit_llm.errors import InputError
 from lit_llm.kernels import rmsnorm
 from lit_llm.models import anatomy, recompute, vocabulary
 from lit_llm.models import load as model
-from lit_llm.models.adapters import adapter, peft_method, starting, trained_rows
+from lit_llm.models.adapters import adapter, peft_method, starting, trained_rows, virtual_tokens
 from lit_llm.models.quantize import stored_quantization
 from lit_llm.system.private import lightning as private
 from lit_llm.text import check
@@ -136,7 +136,8 @@ def check_start(module: Module, folder: str) -> None:
 def adapted(module: Module, inner: Any) -> Any:
     """Add an adapter to the model: a checkpoint's, one to be continued, or a new one."""
     if module.checkpoint is not None and (module.checkpoint / "adapter").is_dir():
-        return starting.load(inner, module.checkpoint / "adapter", trainable=True)
+        folder = module.checkpoint / "adapter"
+        return starting.load(inner, folder, trainable=not virtual_tokens.count_in(folder))  # PEFT would not load those
     if module.start is not None and not module.merge_start:
         module.trained_ids = trained_rows.stored_tokens(Path(module.start))
         return starting.load(inner, Path(module.start), trainable=True)

@@ -7,18 +7,22 @@ import torch
 
 from lit_llm.inference.forward.adapters import Adapters
 from lit_llm.inference.forward.request import Answer, Request
+from lit_llm.models.adapters import virtual_tokens
+from lit_llm.models.adapters.adapter import has_virtual_tokens
 
 
 class Alone:
     """Reads the new tokens of each request in a pass of its own.
 
     Args:
-        model: A causal LM in eval mode.
+        model: A causal LM in eval mode, also a PEFT model with virtual tokens.
         adapters: Those that requests may name.
     """
 
     def __init__(self, model: Any, adapters: Adapters) -> None:
         self.model, self.adapters = model, adapters
+        self.has_virtual_tokens = has_virtual_tokens(model)
+        self.base = model.get_base_model() if self.has_virtual_tokens else model
         self.cached_tokens = 0                          # that requests could share
         self.reused_tokens = 0                          # of prompts; nothing is kept after a request
         self._reads_cache: bool | None = None           # tried with the first request
@@ -56,16 +60,19 @@ class Alone:
         # no_grad, not inference_mode: a model in training may keep tensors that this forward makes (rotary tables).
         with torch.no_grad():
             if self._reads_cache is None:
-                self._reads_cache = _reads_cache(self.model, request.ids)
+                self._reads_cache = _reads_cache(self.base, request.ids)
             if not self._reads_cache:
                 ids = torch.tensor([request.ids], device=self.model.device)
-                return _answer(request, self.model(input_ids=ids).logits[0])
+                return _answer(request, self.model(input_ids=ids).logits[0, -ids.shape[1]:])    # skip virtual tokens
             first = request.state is None
             if first:
-                request.state = DynamicCache(config=self.model.config)
+                request.state = DynamicCache(config=self.base.config)
             ids = torch.tensor([request.ids if first else request.ids[-1:]], device=self.model.device)
-            output = self.model(input_ids=ids, past_key_values=request.state, use_cache=True,
-                                logits_to_keep=0 if request.needs_all_logits else 1)
+            wanted = {"logits_to_keep": ids.shape[1] if request.needs_all_logits else 1}
+            if first and self.has_virtual_tokens:
+                output, request.state = virtual_tokens.first_pass(self.model, ids, request.state, **wanted)
+            else:
+                output = self.base(input_ids=ids, past_key_values=request.state, use_cache=True, **wanted)
             return _answer(request, output.logits[0])
 
 

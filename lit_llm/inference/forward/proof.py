@@ -10,6 +10,7 @@ import torch
 
 from lit_llm.inference.forward.ragged import NAME, Part, Step, UnsupportedError, register
 from lit_llm.inference.forward.slots import Slots
+from lit_llm.models.adapters.adapter import has_virtual_tokens
 from lit_llm.system.private import transformers as transformers_private
 
 LENGTHS = (11, 7)                                   # tokens of the two prompts that are tried
@@ -23,6 +24,8 @@ def obstacle(model: Any) -> str | None:
     Args:
         model: A causal LM in eval mode.
     """
+    if has_virtual_tokens(model):
+        return "its adapter adds virtual tokens before each request"
     before = transformers_private.attention_of(model.config)
     if before == NAME:                              # another engine had it
         before = "sdpa"

@@ -27,7 +27,7 @@ class UnmergeableError(InputError):
 
     def __init__(self, why: str = "") -> None:
         super().__init__(f"this PEFT method cannot be merged into the base{why}", where="model.peft",
-                         fix="the adapter folder of a checkpoint loads with peft.PeftModel.from_pretrained")
+                         fix="export --adapter writes the adapter alone, which peft.PeftModel.from_pretrained loads")
 
 
 def merge(model: Any) -> "PreTrainedModel":

@@ -6,10 +6,10 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from lit_llm.errors import InputError
-from lit_llm.models.adapters import adapter, starting
+from lit_llm.models.adapters import adapter, starting, virtual_tokens
 
 WHERE = "adapter"
-ALONE = "serve this adapter alone: --adapter FOLDER merges it into the model"
+ALONE = "serve this adapter alone, without a name: --adapter FOLDER"
 
 
 class Matrices(NamedTuple):
@@ -32,6 +32,8 @@ def matrices(model: Any, folder: Path) -> dict[str, Matrices]:
     if (folder / starting.FIRST).is_dir() or (folder / adapter.ROWS).is_file():
         raise InputError(f"{folder} was trained on a base that another adapter or new tokens had changed", where=WHERE,
                          fix=ALONE)
+    if virtual_tokens.count_in(folder):
+        raise InputError(f"{folder} adds virtual tokens, which no other request may read", where=WHERE, fix=ALONE)
     head, before = model.get_output_embeddings(), {id(weight) for weight in model.parameters() if weight.requires_grad}
     wrapped = starting.load(model, folder)
     layers = adapter.adapted_layers(wrapped)
