@@ -11,8 +11,7 @@ from lit_llm.inference.forward.ragged import Part, Step
 from lit_llm.inference.forward.request import Answer, Request
 from lit_llm.inference.forward.slots import COPIED, Slots
 
-CHUNK = 256                                         # tokens of prompts that are read in a step while others generate
-CROWDED, UNDISTURBED = 2, 4                         # times as many while fewer than half do, and while none does
+CHUNK, ON_GPU = 256, 4                              # tokens of prompts that are read in a step, times 4 on a GPU
 AHEAD = 64                                          # positions for an answer that a new request gets at first
 
 
@@ -102,8 +101,7 @@ class Batched:
 
     def _chosen(self, running: list[Request]) -> list[tuple[Request, list[int]]]:
         """Requests of this step with the tokens that they read, each with room for them."""
-        generating = sum(request.state.generates for request in running)
-        budget = CHUNK * (UNDISTURBED if not generating else CROWDED if 2 * generating < len(running) else 1)
+        budget = CHUNK * (1 if self.model.device.type == "cpu" else ON_GPU)
         chosen = []
         for request in list(running):
             if request.state is None:               # it gave its slot to an older one in this step
