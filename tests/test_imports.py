@@ -13,7 +13,8 @@ GROUND = {"errors", "rules", "disk", "hub", "names", "system"}      # every pack
 RIM = {"cli", "__main__", "__init__"}                       # they may import everything
 FROM = {"kernels": set(), "text": set(), "statistics": set(), "models": {"kernels"}, "data": {"text"}, "report": set(),
         "training": {"data", "text", "models", "kernels", "report", "statistics"}, "inference": {"text", "models", "kernels", "report"},
-        "exports": {"inference", "text", "models", "kernels", "report"}}
+        "exports": {"inference", "text", "models", "kernels", "report"},
+        "evaluation": {"inference", "training", "data", "text", "models", "statistics"}}
 CHAIN = ["records", "tokens", "rows", "stream"]             # of data: each may import those before it
 MOST_FILES, MOST_LINES = 10, 360
 HOMES = {

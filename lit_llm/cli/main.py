@@ -36,9 +36,12 @@ RUNS = {
 TOOLS = {
     "export": ("lit_llm.exports.command:export", "Write a run's model as a folder that transformers loads."),
     "chat": ("lit_llm.inference.chat.command:chat", "Chat with a model in the terminal."),
+    "evaluate": ("lit_llm.evaluation.command:evaluate",
+                 "Measure perplexity of models on texts, with intervals: evaluate FOLDER --data FILE."),
     "report": ("lit_llm.report.writing:report", "Write the report of a run, or compare several: report runs/a runs/b."),
 }
 FOLDERS = {"export": "--run", "chat": "--model"}        # the option that a first word without a name stands for
+LISTS = {"report": ("runs",), "evaluate": ("models", "data")}   # options with several words; the first needs no name
 SERVE = {"serve": "Serve a model over HTTP: OpenAI's API and a chat page. The same as python -m serve."}
 HELP = """usage: python -m lit_llm VERB [options]
 
@@ -159,8 +162,8 @@ def _tool(verb: str, options: list[str]) -> None:
     """Call a function whose arguments are the options."""
     module, _, name = TOOLS[verb][0].partition(":")
     function = getattr(import_module(module), name)
-    if verb == "report":
-        options = _with_runs(options)
+    if verb in LISTS:
+        options = _with_lists(options, LISTS[verb])
     elif options and not options[0].startswith("-"):
         options = [FOLDERS[verb], *options]
     parser = ToolParser(prog=f"python -m lit_llm {verb}", description=TOOLS[verb][1], allow_abbrev=False)
@@ -180,15 +183,25 @@ def _tool(verb: str, options: list[str]) -> None:
             print(line, file=sys.stderr)
 
 
-def _with_runs(options: Sequence[str]) -> list[str]:
-    """The folders in front of the options of `report` as its list of runs.
+def _with_lists(options: Sequence[str], names: Sequence[str]) -> list[str]:
+    """The words after each of some options as its list; those in front of all options belong to the first one.
 
-    >>> _with_runs(["runs/a", "runs/b", "--out", "x.html"])
+    >>> _with_lists(["runs/a", "runs/b", "--out", "x.html"], ["runs"])
     ['--runs=["runs/a", "runs/b"]', '--out', 'x.html']
+    >>> _with_lists(["runs/a", "--data", "a.jsonl", "b.txt"], ["models", "data"])
+    ['--models=["runs/a"]', '--data=["a.jsonl", "b.txt"]']
     """
-    folders = list(takewhile(lambda word: not word.startswith("-"), options))
-    has_folders = folders or not options
-    return [f"--runs={json.dumps(folders)}", *options[len(folders):]] if has_folders else list(options)
+    rest = [f"--{names[0]}", *options] if not options or not options[0].startswith("-") else list(options)
+    out: list[str] = []
+    while rest:
+        word = rest.pop(0)
+        out.append(word)
+        if word.removeprefix("--") in names:
+            words = list(takewhile(lambda each: not each.startswith("-"), rest))
+            if len(words) != 1 or not words[0].startswith("["):         # a list in JSON is already one
+                out[-1] = f"{word}={json.dumps(words)}"
+                del rest[:len(words)]
+    return out
 
 
 def _table(verbs: dict[str, str]) -> str:

@@ -42,7 +42,7 @@ class Progress:
         if now - self.began < QUIET or now - self.shown < (OFTEN if self._terminal else SELDOM):
             return
         self.shown, spent, share = now, now - self.began, self.share(place)
-        left = f", {share:.0%} done, {_duration(spent / share - spent)} left" if share else ""
+        left = f", {share:.0%} done, {duration(spent / share - spent)} left" if share else ""
         self._say(f"preparing {self.name}: {report.read:,} records, {report.tokens:,} tokens, "
                   f"{report.tokens / spent:,.0f} tokens/s{left}", end="\r" if self._terminal else "\n")
 
@@ -60,7 +60,7 @@ class Progress:
         spent = time.monotonic() - self.began
         if spent < QUIET:
             return
-        self._say(f"prepared {self.name}: {report.read:,} records, {report.tokens:,} tokens in {_duration(spent)}, "
+        self._say(f"prepared {self.name}: {report.read:,} records, {report.tokens:,} tokens in {duration(spent)}, "
                   f"{report.tokens / spent:,.0f} tokens/s")
         stores, size = size_of(root)
         if size > MUCH:
@@ -80,10 +80,10 @@ def _running(sizes: list[int]) -> list[int]:
     return [sum(sizes[:number]) for number in range(len(sizes))]
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
     """Format seconds.
 
-    >>> _duration(7.2), _duration(200), _duration(7300)
+    >>> duration(7.2), duration(200), duration(7300)
     ('7 s', '3 min 20 s', '2 h 1 min')
     """
     whole = round(seconds)

@@ -49,18 +49,27 @@ class RemoteModel:
                 **{name: value for name, value in (("max_tokens", params.max_tokens), ("seed", params.seed),
                                                    ("top_k", params.top_k), ("stop", list(params.stop)),
                                                    ("chat_template_kwargs", dict(self._template_args))) if value}}
-        with self._request("/chat/completions", body) as reply:
+        with self.request("/chat/completions", body) as reply:
             yield from _pieces(reply)
 
     def _first_model(self) -> str:
-        with self._request("/models") as reply:
+        with self.request("/models") as reply:
             try:
                 return str(json.loads(reply.read(LONGEST))["data"][0]["id"])
             except (ValueError, KeyError, IndexError, TypeError):
                 raise InputError(f"{self.url}/models lists no model", where="url",
                                  fix="name it: --model NAME") from None
 
-    def _request(self, path: str, body: Mapping[str, Any] | None = None) -> Any:
+    def request(self, path: str, body: Mapping[str, Any] | None = None) -> Any:
+        """Send a request, with the key that the environment has; the response must be closed.
+
+        Args:
+            path: Below the address of the API, such as /completions.
+            body: Posted as JSON; null requests with GET.
+
+        Raises:
+            InputError: No server answers, or it refuses.
+        """
         key = next((value for name in KEYS if (value := os.environ.get(name))), None)
         headers = {"Content-Type": "application/json", **({"Authorization": f"Bearer {key}"} if key else {})}
         data = None if body is None else json.dumps(body).encode()

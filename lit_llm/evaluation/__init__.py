@@ -1,0 +1,1 @@
+"""Measure models on text: perplexity with intervals, paired comparisons, word-level perplexity."""
