@@ -226,7 +226,7 @@ def lit_llm(tmp_path, tmp_path_factory, fork_server) -> Callable[..., Finished]:
         answer = fork_server.answer(order)
         code = next((code for code in answer["codes"] if code), 0)
         assert code != -signal.SIGKILL, f"no end after {timeout} seconds"
-        out, err = ("".join(said[name] for said in answer["outputs"]) for name in ("out", "err"))
+        out, err = ("".join(printed[name] for printed in answer["outputs"]) for name in ("out", "err"))
         warned = [line for line in err.splitlines() if line.startswith("warning from")]
         assert warns or not warned, "an unexpected warning of a library"
         return Finished(code, out, err)

@@ -28,7 +28,7 @@ def instructions():
 
 
 def of(name):
-    return [words for each, words in instructions() if each == name]
+    return [words for instruction, words in instructions() if instruction == name]
 
 
 @pytest.fixture
@@ -43,12 +43,12 @@ def image(tmp_path):
 
 
 def test_the_form():
-    found = [name for name, _ in instructions()]
-    assert set(found) <= KNOWN
-    assert found[:2] == ["ARG", "FROM"]
+    names = [name for name, _ in instructions()]
+    assert set(names) <= KNOWN
+    assert names[:2] == ["ARG", "FROM"]
     assert of("FROM") == ["${BASE}"]
     assert ":" in of("ARG")[0].split("=", 1)[1]     # a version, not latest
-    assert found.index("USER") > max(at for at, name in enumerate(found) if name == "RUN")      # nothing runs as root
+    assert names.index("USER") > max(at for at, name in enumerate(names) if name == "RUN")      # nothing runs as root
     assert of("USER") == ["server"]
     for words in of("RUN"):
         assert subprocess.run(["bash", "-n", "-c", words]).returncode == 0, words
@@ -57,9 +57,9 @@ def test_the_form():
 def test_what_is_copied_lies_in_the_context():
     rules = [line for line in (ROOT / ".dockerignore").read_text().splitlines() if line]
     assert rules[0] == "**"
-    kept = {rule[1:] for rule in rules if rule.startswith("!")}
+    included = {rule[1:] for rule in rules if rule.startswith("!")}
     copied = {source for words in of("COPY") for source in words.split()[:-1]}
-    assert copied == kept
+    assert copied == included
     assert all((ROOT / source).exists() for source in copied)
     out = [rule for rule in rules[1:] if not rule.startswith("!")]
     assert any(fnmatch.fnmatch("lit_llm/cli/__pycache__", rule) for rule in out)

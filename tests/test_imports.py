@@ -142,7 +142,7 @@ def words_of(tree):
 def test_few_functions_of_the_data_take_a_source():
     """A source is read in few places: for another field of it, one looks at these alone."""
     takers = [f"{name}.{node.name}" for name, tree in TREES.items() if name.startswith("data.") for node in ast.walk(tree)
-              if isinstance(node, ast.FunctionDef) and "source" in [each.arg for each in (*node.args.args, *node.args.kwonlyargs)]]
+              if isinstance(node, ast.FunctionDef) and "source" in [argument.arg for argument in (*node.args.args, *node.args.kwonlyargs)]]
     assert 1 <= len(takers) <= 6, takers
 
 

@@ -34,12 +34,12 @@ def folders(tiny_model, tmp_path_factory):
     return base, {"red": make(base, home / "red", 1), "blue": make(base, home / "blue", 2, r=2, use_rslora=True, target_modules=["q_proj", "down_proj"])}
 
 
-def answers(engine, asked):
-    got, waiting = {name: [] for name in asked}, list(asked)
+def answers(engine, requests):
+    got, waiting = {name: [] for name in requests}, list(requests)
     while waiting or engine.has_work:
         if waiting:
             name = waiting.pop(0)
-            engine.add(name, asked[name][1], SamplingParams(max_tokens=8, temperature=0, ignore_eos=True), asked[name][0])
+            engine.add(name, requests[name][1], SamplingParams(max_tokens=8, temperature=0, ignore_eos=True), requests[name][0])
         for event in engine.step():
             assert event.error is None
             got[event.request_id].append(event.token_id)
@@ -57,9 +57,9 @@ def test_requests_of_several_adapters_and_of_the_base_share_steps(folders, toget
     assert engine.adapters == {"red", "blue"}
     assert (engine.obstacle is None) == together
     prompts = [[draw.randrange(3, 60) for _ in range(length)] for length in (1, 20, 40)]
-    asked = {f"{name}, {len(prompt)}, {turn}": (name, prompt) for turn in (0, 1) for prompt in prompts
+    requests = {f"{name}, {len(prompt)}, {turn}": (name, prompt) for turn in (0, 1) for prompt in prompts
              for name in ("red", None, "blue")}
-    got, want = answers(engine, asked), {}
+    got, want = answers(engine, requests), {}
     for name in ("red", "blue", None):
         oracle = AutoModelForCausalLM.from_pretrained(base).eval()
         if name:
@@ -68,7 +68,7 @@ def test_requests_of_several_adapters_and_of_the_base_share_steps(folders, toget
             out = oracle.generate(input_ids=torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
                                   max_new_tokens=8, min_new_tokens=8, do_sample=False, pad_token_id=0, eos_token_id=None)
             want[name, len(prompt)] = out[0, len(prompt):].tolist()
-    for key, (name, prompt) in asked.items():
+    for key, (name, prompt) in requests.items():
         assert got[key] == want[name, len(prompt)], key
     assert want["red", 40] != want["blue", 40] != want[None, 40]
 

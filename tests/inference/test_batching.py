@@ -38,12 +38,12 @@ def models(request):
 
 
 def oracle(models, prompt, count):
-    _, plain, known = models
-    if prompt not in known:
+    _, plain, answers = models
+    if prompt not in answers:
         out = plain.generate(torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
                              max_new_tokens=20, do_sample=False, pad_token_id=0)
-        known[prompt] = out[0, len(prompt):].tolist()
-    return known[prompt][:count]
+        answers[prompt] = out[0, len(prompt):].tolist()
+    return answers[prompt][:count]
 
 
 @settings(max_examples=8, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
@@ -59,16 +59,16 @@ def test_any_mixture_gives_the_answers_of_generate(models, seed, running, room, 
     engine = Engine(model, max_running=running, cache_tokens=room)
     assert engine.obstacle is None
     begins = [tuple(draw.randrange(1, WORDS) for _ in range(length)) for length in (1, 5, 30, 110)]
-    asked = {f"r{at}": (draw.choice(begins) + tuple(draw.randrange(1, WORDS) for _ in range(draw.randrange(4))),
+    requests = {f"r{at}": (draw.choice(begins) + tuple(draw.randrange(1, WORDS) for _ in range(draw.randrange(4))),
                         draw.randrange(1, 21)) for at in range(draw.randrange(1, 11))}
-    got, gone, waiting = {name: [] for name in asked}, set(), list(asked)
+    got, gone, waiting = {name: [] for name in requests}, set(), list(requests)
     while waiting or engine.has_work:
         for _ in range(draw.randrange(3)):
             if waiting:
                 name = waiting.pop()
-                engine.add(name, asked[name][0], SamplingParams(max_tokens=asked[name][1], temperature=0))
+                engine.add(name, requests[name][0], SamplingParams(max_tokens=requests[name][1], temperature=0))
         if draw.random() < 0.1:
-            gone.add(draw.choice(list(asked)))
+            gone.add(draw.choice(list(requests)))
             for name in gone - set(waiting):
                 engine.cancel(name)
         for event in engine.step():
@@ -78,7 +78,7 @@ def test_any_mixture_gives_the_answers_of_generate(models, seed, running, room, 
         assert cache.allocated <= cache.limit
         assert all(pool.busy <= len(pool.slots) for pool in cache.pools)
     monkey.undo()
-    for name, (prompt, count) in asked.items():
+    for name, (prompt, count) in requests.items():
         want = oracle(models, prompt, count)
         assert got[name] == want[:len(got[name])]
         assert name in gone or len(got[name]) == count
@@ -103,7 +103,7 @@ def test_a_prompt_that_begins_as_an_earlier_one_reads_what_is_new(tiny_model):
     first, more = list(range(3, 93)), [7, 8, 9]
     engine, fresh = (Engine.load(tiny_model("llama")) for _ in range(2))
     read = []
-    engine.model.register_forward_pre_hook(lambda *_, **given: read.append(_[2]["input_ids"].numel()), with_kwargs=True)
+    engine.model.register_forward_pre_hook(lambda *_, **options: read.append(_[2]["input_ids"].numel()), with_kwargs=True)
     answers = []
     for name, prompt in (("one", first), ("again", first), ("next", first + more)):
         del read[:]
@@ -119,7 +119,7 @@ def test_a_prompt_that_begins_as_an_earlier_one_reads_what_is_new(tiny_model):
 def test_two_chats_by_turns_keep_what_they_have_read(tiny_model):
     """All chats begin with the tokens of the template; that alone takes no slot from another chat."""
     begin, engine, read = [3, 4, 5], Engine.load(tiny_model("llama")), []
-    engine.model.register_forward_pre_hook(lambda *_, **given: read.append(_[2]["input_ids"].numel()), with_kwargs=True)
+    engine.model.register_forward_pre_hook(lambda *_, **options: read.append(_[2]["input_ids"].numel()), with_kwargs=True)
     for turn in (0, 1):
         for number in (0, 1):
             prompt = begin + [20 + number] * 57 + [9] * 2 * turn
@@ -134,19 +134,19 @@ def test_samples_of_a_prompt_read_it_once(tiny_model):
     """Eight answers to one prompt, added together, also beside a request that generates; each is that of an engine of its own."""
     prompt, read = list(range(3, 93)), []
     engine = Engine.load(tiny_model("llama"))
-    engine.model.register_forward_pre_hook(lambda *_, **given: read.append(_[2]["input_ids"].numel()), with_kwargs=True)
-    asked = {f"r{seed}": SamplingParams(max_tokens=8, seed=seed) for seed in range(8)}
+    engine.model.register_forward_pre_hook(lambda *_, **options: read.append(_[2]["input_ids"].numel()), with_kwargs=True)
+    samplings = {f"r{seed}": SamplingParams(max_tokens=8, seed=seed) for seed in range(8)}
     engine.add("other", [7, 8], SamplingParams(max_tokens=30, temperature=0, ignore_eos=True))
-    for name, params in asked.items():
+    for name, params in samplings.items():
         engine.add(name, prompt, params)
     engine.add("next", [*prompt[:60], 5, 6], GREEDY)        # begins alike, while the others generate
-    got = {name: [] for name in (*asked, "other", "next")}
+    got = {name: [] for name in (*samplings, "other", "next")}
     while engine.has_work:
         for event in engine.step():
             got[event.request_id].append(event.token_id)
     assert engine.stats.reused_tokens >= 7 * 89
     assert sum(read) <= 92 + 62 + sum(map(len, got.values()))
-    for name, params in asked.items():
+    for name, params in samplings.items():
         alone = Engine.load(tiny_model("llama"))
         alone.add(name, prompt, params)
         assert got[name] == [event.token_id for _ in range(8) for event in alone.step()]
@@ -171,7 +171,7 @@ def test_requests_that_find_no_room_wait_and_are_read_again(tiny_model, monkeypa
     engine = Engine(engine.model, cache_tokens=0, max_running=9)
     engine.stop_ids = frozenset()
     take = engine._forward.preempted
-    monkeypatch.setattr(engine._forward, "preempted", lambda: preempted.extend(found := take()) or found)
+    monkeypatch.setattr(engine._forward, "preempted", lambda: preempted.extend(requests := take()) or requests)
     got = {f"r{at}": [] for at in range(9)}
     for at, name in enumerate(got):
         engine.add(name, [at + 3] * 20, SamplingParams(max_tokens=150, temperature=0))
@@ -191,10 +191,10 @@ def test_a_request_whose_pass_fails_harms_nobody(tiny_model, monkeypatch):
     engine = Engine.load(tiny_model("llama"))
     forward = engine.model.forward
 
-    def failing(input_ids, **given):
+    def failing(input_ids, **options):
         if 66 in input_ids:
             raise torch.OutOfMemoryError("too much")
-        return forward(input_ids=input_ids, **given)
+        return forward(input_ids=input_ids, **options)
 
     monkeypatch.setattr(engine.model, "forward", failing)
     engine.add("bad", [5, 66], GREEDY)
@@ -239,15 +239,15 @@ def test_tokens_that_a_smaller_slot_cannot_hold_are_read(tiny_model):
     prompt = [20 + at % 200 for at in range(150)]
     long = SamplingParams(max_tokens=60, temperature=0, ignore_eos=True)
     engine.add("large", prompt, long)
-    found = {event.request_id: [event.token_id] for event in engine.step()}
+    answers = {event.request_id: [event.token_id] for event in engine.step()}
     engine.add("small", prompt[:40], SamplingParams(max_tokens=3, temperature=0, ignore_eos=True))
-    while engine.stats.running != 1 or "small" not in found:
+    while engine.stats.running != 1 or "small" not in answers:
         for event in engine.step():
-            found.setdefault(event.request_id, []).append(event.token_id)
+            answers.setdefault(event.request_id, []).append(event.token_id)
     engine.add("both", [*prompt, 5], long)
     while engine.has_work:
         for event in engine.step():
-            found.setdefault(event.request_id, []).append(event.token_id)
+            answers.setdefault(event.request_id, []).append(event.token_id)
     other = Engine.load(tiny_model("llama"))
     other.add("both", [*prompt, 5], long)
-    assert found["both"] == [event.token_id for _ in range(60) for event in other.step()]
+    assert answers["both"] == [event.token_id for _ in range(60) for event in other.step()]

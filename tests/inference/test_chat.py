@@ -22,8 +22,8 @@ GREEDY = SamplingParams(max_tokens=12, temperature=0)
 
 def answer_alone(engine, *messages):
     roles = ("user", "assistant")
-    asked = Conversation.from_openai([{"role": roles[n % 2], "content": text} for n, text in enumerate(messages)])
-    return engine.generate(asked, GREEDY).text
+    conversation = Conversation.from_openai([{"role": roles[n % 2], "content": text} for n, text in enumerate(messages)])
+    return engine.generate(conversation, GREEDY).text
 
 
 def test_piped_lines_get_their_answers_and_nothing_else(lit_llm, tiny_model):
@@ -40,14 +40,14 @@ def test_piped_lines_get_their_answers_and_nothing_else(lit_llm, tiny_model):
     assert "there is no command /nonsense" in done.err
 
 
-@pytest.mark.parametrize(("words", "said"), [
+@pytest.mark.parametrize(("words", "message"), [
     (("--url", "http://127.0.0.1:9"), "no server answers"), (("--url", "file:///etc/passwd"), "is not the address of an API"),
     (("--url", "http://127.0.0.1:9", "--adapter", "x"), "has no effect with url"), ((), "no model was given"),
 ])
-def test_a_wrong_address_takes_a_few_lines(words, said, lit_llm):
+def test_a_wrong_address_takes_a_few_lines(words, message, lit_llm):
     done = lit_llm("chat", *words, stdin="Hi\n")
     assert (done.code, done.out) == (2, "")
-    assert said in done.err
+    assert message in done.err
     assert len(done.err.strip().splitlines()) <= 3
 
 
@@ -58,14 +58,14 @@ def test_one_shot(lit_llm, tiny_model):
     assert (done.code, done.out) == (0, f"{expected}\n"), done.err
 
 
-@pytest.mark.parametrize(("words", "said"), [
+@pytest.mark.parametrize(("words", "message"), [
     (("--model", "no/such/folder"), "no folder"), (("--model", "MODEL", "--temperature", "3"), "temperature"),
     (("--model", "MODEL", "--prompt", "x" * 900), "context of 256"),
 ])
-def test_mistakes_take_a_few_lines(words, said, lit_llm, tiny_model):
+def test_mistakes_take_a_few_lines(words, message, lit_llm, tiny_model):
     done = lit_llm("chat", *[tiny_model("llama") if word == "MODEL" else word for word in words])
     assert (done.code, done.out) == (2, "")
-    assert said in done.err
+    assert message in done.err
     assert len(done.err.strip().splitlines()) <= 6
 
 
@@ -86,29 +86,29 @@ def test_values_of_the_templates_variables(lit_llm, endless_model):
 
 
 def test_a_full_context_leaves_out_the_oldest_and_says_so(tiny_model):
-    engine, said = TextEngine.load(tiny_model("llama")), []
-    session = Session(LocalModel(engine), SamplingParams(max_tokens=20, temperature=0), system="Stay.", note=said.append)
+    engine, notes = TextEngine.load(tiny_model("llama")), []
+    session = Session(LocalModel(engine), SamplingParams(max_tokens=20, temperature=0), system="Stay.", note=notes.append)
     for turn in range(9):
-        asked = f"Question {turn}, with some words to fill the context up."
-        answer = "".join(session.ask(asked))
-        kept = session.sent
-        assert kept[-2].content == asked
-        assert kept[-1].content == answer
-        assert kept[0].role == "user"
-        assert len(engine.encode(Conversation((Message("system", "Stay."), *kept[:-1])))) + 20 <= 256
-        assert bool(said) == (len(kept) < 2 * turn + 2)         # said when turns are left out, and only then
-    assert "no longer sent" in said[0]
+        question = f"Question {turn}, with some words to fill the context up."
+        answer = "".join(session.ask(question))
+        sent = session.sent
+        assert sent[-2].content == question
+        assert sent[-1].content == answer
+        assert sent[0].role == "user"
+        assert len(engine.encode(Conversation((Message("system", "Stay."), *sent[:-1])))) + 20 <= 256
+        assert bool(notes) == (len(sent) < 2 * turn + 2)         # said when turns are left out, and only then
+    assert "no longer sent" in notes[0]
     assert len(session.sent) < 18 == len(session.messages)      # what is not sent is not lost
 
 
 def test_a_message_longer_than_the_context_leaves_the_conversation_as_it_was(tiny_model):
-    said = []
-    session = Session(LocalModel(TextEngine.load(tiny_model("llama"))), GREEDY, note=said.append)
+    notes = []
+    session = Session(LocalModel(TextEngine.load(tiny_model("llama"))), GREEDY, note=notes.append)
     "".join(session.ask("Hi"))
     before = session.messages
     with pytest.raises(InputError, match="context"):
         list(session.ask("x" * 900))
-    assert (session.messages, session.first, said) == (before, 0, [])
+    assert (session.messages, session.first, notes) == (before, 0, [])
     assert "".join(session.ask("Hi"))
 
 

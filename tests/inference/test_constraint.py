@@ -37,10 +37,10 @@ class Turns:
         self.at = (self.at + 1) % len(self.sets)
 
 
-def answers(engine, asked):
-    for name, params in asked.items():
+def answers(engine, requests):
+    for name, params in requests.items():
         engine.add(name, PROMPT, params)
-    got = {name: [] for name in asked}
+    got = {name: [] for name in requests}
     while engine.has_work:
         for event in engine.step():
             got[event.request_id].append(event.error or event.token_id)
@@ -54,9 +54,9 @@ def test_a_constrained_answer_is_generates(sampling, tiny_model):
     torch.manual_seed(4)
     want = model.generate(torch.tensor([PROMPT]), max_new_tokens=20, eos_token_id=2, pad_token_id=0,
                           prefix_allowed_tokens_fn=lambda _, ids: sets[(len(ids) - 3) % 4], **({"do_sample": False} | sampling))
-    given = {name: value for name, value in sampling.items() if name != "do_sample"} or {"temperature": 0}
+    own_options = {name: value for name, value in sampling.items() if name != "do_sample"} or {"temperature": 0}
     free = SamplingParams(max_tokens=20, temperature=0)
-    bound = SamplingParams(max_tokens=20, seed=4, grammar=Grammar("turns", "7 8 9|20 21|7 30|40"), **given)
+    bound = SamplingParams(max_tokens=20, seed=4, grammar=Grammar("turns", "7 8 9|20 21|7 30|40"), **own_options)
     engine = Engine.load(tiny_model("llama"), constraints=Turns)
     alone = answers(engine, {"free": free})
     got = answers(engine, {"free": free, "bound": pickle.loads(pickle.dumps(bound))})
@@ -69,8 +69,8 @@ def test_its_errors_are_one_requests(tiny_model):
     engine = Engine.load(tiny_model("llama"), constraints=Turns)
     alone = answers(engine, {"free": free})["free"]
     for text, error in {"31": ValueError, "9|none": RuntimeError, "100000": IndexError}.items():
-        asked = {"bound": SamplingParams(max_tokens=6, temperature=0, grammar=Grammar("turns", text)), "free": free}
-        got = answers(engine, asked)
+        requests = {"bound": SamplingParams(max_tokens=6, temperature=0, grammar=Grammar("turns", text)), "free": free}
+        got = answers(engine, requests)
         assert got["free"] == alone
         assert isinstance(got["bound"][-1], error)
     with pytest.raises(InputError, match="no language 'json'"):

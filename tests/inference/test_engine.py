@@ -68,17 +68,17 @@ def test_a_real_model_says_what_generate_says(stories):
 def test_interleaved_requests_are_those_alone(kind, tiny_model):
     """Twelve requests of all lengths join and leave, three running at a time; none sees another."""
     folder, draw = tiny_model(kind), random.Random(0)
-    asked = {f"r{n}": ([draw.randrange(3, 300) for _ in range(draw.randrange(1, 60))],
+    requests = {f"r{n}": ([draw.randrange(3, 300) for _ in range(draw.randrange(1, 60))],
                        SamplingParams(max_tokens=draw.randrange(1, 25), temperature=draw.choice([0, 1.0]), seed=n))
              for n in range(12)}
     single = TextEngine.load(folder)
-    alone = {name: list(single.generate(*request).token_ids) for name, request in asked.items()}
+    alone = {name: list(single.generate(*request).token_ids) for name, request in requests.items()}
     engine = Engine.load(folder, stop_ids=Tokenizer.load(folder).stop_ids, max_running=3)
-    got: dict[str, list[int]] = {name: [] for name in asked}
-    ends, waiting, most, turns = {}, list(asked), 0, 0
+    got: dict[str, list[int]] = {name: [] for name in requests}
+    ends, waiting, most, turns = {}, list(requests), 0, 0
     while waiting or engine.has_work:
         if waiting and turns % 2 == 0:
-            engine.add(waiting[0], *asked[waiting.pop(0)])
+            engine.add(waiting[0], *requests[waiting.pop(0)])
         events = engine.step()
         most, turns = max(most, len(events)), turns + 1
         for event in events:
@@ -87,13 +87,13 @@ def test_interleaved_requests_are_those_alone(kind, tiny_model):
             if event.finish_reason:
                 ends[event.request_id] = event.finish_reason
     assert most == 3
-    assert set(ends) == set(asked)
+    assert set(ends) == set(requests)
     assert got == alone
-    for name, (prompt, params) in asked.items():
+    for name, (prompt, params) in requests.items():
         if params.greedy:
             assert got[name] == oracle(folder, prompt, engine.stop_ids, params.max_tokens)
     assert engine.stats.generated_tokens == sum(map(len, got.values()))
-    assert engine.stats.prompt_tokens == sum(len(prompt) for prompt, _ in asked.values())
+    assert engine.stats.prompt_tokens == sum(len(prompt) for prompt, _ in requests.values())
 
 
 def test_cancel_frees_and_disturbs_nobody(tiny_model):
@@ -105,10 +105,10 @@ def test_cancel_frees_and_disturbs_nobody(tiny_model):
     assert (engine.stats.running, engine.stats.waiting) == (1, 1)
     assert engine.cancel("a")
     assert not engine.cancel("a")
-    said = []
+    token_ids = []
     while engine.has_work:
-        said += [event.token_id for event in engine.step()]
-    assert said == oracle(tiny_model("llama"), [7, 8], engine.stop_ids, 30)
+        token_ids += [event.token_id for event in engine.step()]
+    assert token_ids == oracle(tiny_model("llama"), [7, 8], engine.stop_ids, 30)
     engine.add("c", [1], params)
     assert engine.cancel("c")                       # still waiting
     assert not engine.has_work
@@ -257,10 +257,10 @@ def test_a_run_stands_for_its_export(tiny_model, tmp_path):
     assert model_folder(str(tmp_path / "run" / "export")) == str(tmp_path / "run" / "export")
 
 
-@pytest.mark.parametrize(("name", "said"), [("nowhere/at/all", "no folder"), ("./nowhere", "no folder"), (".", "no model")])
-def test_no_model_is_said_in_one_message(name, said, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("name", "message"), [("nowhere/at/all", "no folder"), ("./nowhere", "no folder"), (".", "no model")])
+def test_no_model_is_said_in_one_message(name, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(InputError, match=said):
+    with pytest.raises(InputError, match=message):
         model_folder(name)
 
 

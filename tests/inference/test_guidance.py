@@ -156,23 +156,23 @@ def test_the_engine_draws_valid_answers_beside_others(tiny_model, tiny):
     grammar = Grammar("lark", GrammarWriter({}).json(schema, strict=True))
     free, prompt = SamplingParams(max_tokens=20, temperature=0), tiny.encode_text("Tom has")
 
-    def answers(asked):
-        for name, params in asked.items():
+    def answers(requests):
+        for name, params in requests.items():
             engine.add(name, prompt, params)
-        found = {name: [] for name in asked}
+        token_ids = {name: [] for name in requests}
         while engine.has_work:
             for event in engine.step():
                 assert event.error is None
-                found[event.request_id].append(event.token_id)
-        return found
+                token_ids[event.request_id].append(event.token_id)
+        return token_ids
 
     alone = answers({"free": free})["free"]
-    asked = {f"bound {seed}": SamplingParams(max_tokens=100, temperature=1.5, seed=seed, grammar=grammar) for seed in range(4)}
-    found = answers({"free": free, **asked})
-    assert found["free"] == alone
-    for name in asked:
-        assert found[name][-1] in tiny.stop_ids
-        jsonschema.validate(json.loads(tiny.decode(found[name])), schema)
+    requests = {f"bound {seed}": SamplingParams(max_tokens=100, temperature=1.5, seed=seed, grammar=grammar) for seed in range(4)}
+    token_ids = answers({"free": free, **requests})
+    assert token_ids["free"] == alone
+    for name in requests:
+        assert token_ids[name][-1] in tiny.stop_ids
+        jsonschema.validate(json.loads(tiny.decode(token_ids[name])), schema)
 
 
 def test_a_grammar_that_is_wrong_is_an_input_error(tiny):

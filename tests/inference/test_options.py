@@ -27,11 +27,11 @@ def engine(tiny_model):
     return Engine.load(tiny_model("llama"), stop_ids=[STOP])
 
 
-def run(engine, **asked):
+def run(engine, **requests):
     """Events of each request, all computed together: name=(prompt, options)."""
-    for name, (prompt, options) in asked.items():
+    for name, (prompt, options) in requests.items():
         engine.add(name, prompt, SamplingParams(**{"max_tokens": 24, "temperature": 0} | options))
-    got = {name: [] for name in asked}
+    got = {name: [] for name in requests}
     while engine.has_work:
         for event in engine.step():
             assert event.error is None
@@ -53,7 +53,7 @@ def generated(model, engine, **options):
     return out[0, len(PROMPT):].tolist()
 
 
-@pytest.mark.parametrize(("ours", "theirs"), [
+@pytest.mark.parametrize(("options", "generate_options"), [
     ({"repetition_penalty": 1.7}, {}), ({"repetition_penalty": 0.6, "seed": 3, "temperature": 0.8}, {}),
     ({"min_p": 0.4, "seed": 4, "temperature": 1.3}, {}), ({"min_p": 0.02, "top_p": 0.9, "top_k": 40, "seed": 5, "temperature": 1.0}, {}),
     ({"logit_bias": ((8, 6.0), (40, -3.5), (STOP, 4.0))}, {"sequence_bias": {(8,): 6.0, (40,): -3.5, (STOP,): 4.0}}),
@@ -61,12 +61,12 @@ def generated(model, engine, **options):
     ({"logit_bias": ((STOP, 5.0),), "min_tokens": 3, "repetition_penalty": 1.3, "min_p": 0.01, "seed": 6, "temperature": 0.7},
      {"sequence_bias": {(STOP,): 5.0}, "min_new_tokens": 3}),
 ], ids=str)
-def test_an_answer_with_options_is_generates(ours, theirs, model, engine):
-    shared = {name: value for name, value in ours.items() if name not in ("logit_bias", "min_tokens")}
-    got = run(engine, plain=(PROMPT, {}), asked=(PROMPT, ours), other=([8] * 30, {"seed": 1, "temperature": 1.0}))
-    assert ids_of(got["asked"]) == generated(model, engine, **shared, **theirs)
+def test_an_answer_with_options_is_generates(options, generate_options, model, engine):
+    shared = {name: value for name, value in options.items() if name not in ("logit_bias", "min_tokens")}
+    got = run(engine, plain=(PROMPT, {}), with_options=(PROMPT, options), other=([8] * 30, {"seed": 1, "temperature": 1.0}))
+    assert ids_of(got["with_options"]) == generated(model, engine, **shared, **generate_options)
     assert ids_of(got["plain"]) == generated(model, engine)
-    assert ids_of(got["asked"]) != ids_of(got["plain"])
+    assert ids_of(got["with_options"]) != ids_of(got["plain"])
 
 
 def test_a_seed_gives_the_same_answer_alone_and_in_any_mixture(engine):
@@ -93,7 +93,7 @@ def test_presence_and_frequency_count_the_answer_alone():
 
 def test_what_ends_an_answer(model, engine):
     def ends(**options):
-        events = run(engine, asked=(PROMPT, {"logit_bias": ((STOP, 100.0),)} | options))["asked"]
+        events = run(engine, with_options=(PROMPT, {"logit_bias": ((STOP, 100.0),)} | options))["with_options"]
         return ids_of(events), events[-1].finish_reason
 
     free = generated(model, engine)
@@ -131,9 +131,9 @@ def check_logprobs(model, prompt, events, count):
     with torch.no_grad():
         logits = model(input_ids=torch.tensor([ids])).logits[0].double()
     want = logits.log_softmax(-1)
-    told = [*events[0].prompt_logprobs, *(event.logprob for event in events)]
-    told = told if events[0].prompt_logprobs else [None] * len(prompt) + told
-    for at, token in enumerate(told):
+    scored_tokens = [*events[0].prompt_logprobs, *(event.logprob for event in events)]
+    scored_tokens = scored_tokens if events[0].prompt_logprobs else [None] * len(prompt) + scored_tokens
+    for at, token in enumerate(scored_tokens):
         if token is None:
             continue
         assert token.token_id == ids[at]
@@ -185,7 +185,7 @@ def test_a_model_that_is_computed_alone_has_the_same_options():
     model = build({"model_type": "gemma2"})
     engine = Engine(model)
     assert engine.obstacle
-    got = run(engine, asked=(PROMPT, {"logprobs": 2, "prompt_logprobs": 2, "repetition_penalty": 1.4, "max_tokens": 6}))["asked"]
+    got = run(engine, with_options=(PROMPT, {"logprobs": 2, "prompt_logprobs": 2, "repetition_penalty": 1.4, "max_tokens": 6}))["with_options"]
     check_logprobs(model, PROMPT, got, 2)
 
 

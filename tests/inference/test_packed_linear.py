@@ -60,8 +60,8 @@ def test_a_model_that_reads_a_weight_itself_keeps_plain_weights():
             super().__init__()
             self.model = model
 
-        def forward(self, **given):
-            out = self.model(**given)
+        def forward(self, **inputs):
+            out = self.model(**inputs)
             out.logits = out.logits + self.model.model.layers[0].mlp.up_proj.weight.sum()
             return out
 

@@ -61,10 +61,10 @@ POISON = {
 }
 
 
-def drain(engine, found, steps=10**6):
+def drain(engine, answers, steps=10**6):
     while engine.has_work and steps:
         for event in engine.step():
-            found.setdefault(event.request_id, []).append(event.error or event.token_id)
+            answers.setdefault(event.request_id, []).append(event.error or event.token_id)
         steps -= 1
 
 
@@ -72,10 +72,10 @@ def drain(engine, found, steps=10**6):
 def alone(engine):
     answers = {}
     for prompt, new in HEALTHY:
-        found = {}
+        outcomes = {}
         engine.add("one", prompt, params(new))
-        drain(engine, found)
-        answers[tuple(prompt)] = found["one"]
+        drain(engine, outcomes)
+        answers[tuple(prompt)] = outcomes["one"]
     return answers
 
 
@@ -84,23 +84,23 @@ def alone(engine):
 def test_poison_harms_nobody_else(arrivals, engine, alone):
     for name in [*engine._running, *(request.name for request in engine._waiting)]:
         engine.cancel(name)                         # of a case that failed
-    found, wanted, cancelled = {}, {}, set()
+    outcomes, wanted, cancelled = {}, {}, set()
     for number, (which, pause, cancels) in enumerate(arrivals):
         name = f"{which}-{number}"
         prompt, own = POISON[which] if which in POISON else (HEALTHY[which][0], params(HEALTHY[which][1]))
         engine.add(name, prompt, own)
         wanted[name] = None if which in POISON else alone[tuple(prompt)]
-        drain(engine, found, pause)
-        if cancels and pause and len(found.get(name, [])) == 0:
+        drain(engine, outcomes, pause)
+        if cancels and pause and len(outcomes.get(name, [])) == 0:
             engine.cancel(name)
             cancelled.add(name)
-    drain(engine, found)
+    drain(engine, outcomes)
     for name, tokens in wanted.items():
         if name in cancelled:
             continue
         if tokens is None:
-            assert isinstance(found[name][-1], Exception), name
-            assert all(isinstance(each, int) for each in found[name][:-1])
+            assert isinstance(outcomes[name][-1], Exception), name
+            assert all(isinstance(token_id, int) for token_id in outcomes[name][:-1])
         else:
-            assert found[name] == tokens, name
+            assert outcomes[name] == tokens, name
     assert (engine.stats.running, engine.stats.waiting) == (0, 0)

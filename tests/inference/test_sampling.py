@@ -23,15 +23,15 @@ def test_distribution_is_transformers(temperature, top_p, top_k):
         scores = TemperatureLogitsWarper(temperature)(None, scores) if temperature != 1 else scores
         scores = TopKLogitsWarper(top_k)(None, scores) if top_k else scores
         scores = TopPLogitsWarper(top_p)(None, scores) if top_p < 1 else scores
-        ours = probabilities(logits, SamplingParams(temperature=temperature, top_p=top_p, top_k=top_k))
-        assert torch.equal(ours, scores.softmax(-1)[0])
+        drawn_from = probabilities(logits, SamplingParams(temperature=temperature, top_p=top_p, top_k=top_k))
+        assert torch.equal(drawn_from, scores.softmax(-1)[0])
 
 
 def test_low_precision_logits_are_drawn_in_float32():
     logits = torch.randn(50).bfloat16()
-    ours = probabilities(logits, SamplingParams(top_p=0.9))
-    assert ours.dtype == torch.float32
-    assert torch.equal(ours, probabilities(logits.float(), SamplingParams(top_p=0.9)))
+    drawn_from = probabilities(logits, SamplingParams(top_p=0.9))
+    assert drawn_from.dtype == torch.float32
+    assert torch.equal(drawn_from, probabilities(logits.float(), SamplingParams(top_p=0.9)))
 
 
 def test_a_seed_gives_the_same_token_in_any_company():

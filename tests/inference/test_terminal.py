@@ -62,10 +62,10 @@ def terminal(tmp_path):
         return opened[-1]
 
     yield open_
-    for each in opened:
+    for opened_terminal in opened:
         try:
-            os.kill(each.pid, signal.SIGKILL)
-            os.waitpid(each.pid, 0)
+            os.kill(opened_terminal.pid, signal.SIGKILL)
+            os.waitpid(opened_terminal.pid, 0)
         except (ProcessLookupError, ChildProcessError):
             pass
 
@@ -111,8 +111,8 @@ def test_commands_pasted_lines_and_history(endless_model, terminal, tmp_path):
     file = tmp_path / "chats.jsonl"
     assert f"appended to {file}" in chat.say(f"/save {file}")
     record = json.loads(file.read_text(encoding="utf-8"))
-    asked = ["one line\nand another", "pasted\nby a terminal", "typed\nby hand"]
-    assert [message["content"] for message in record["messages"] if message["role"] == "user"] == asked
+    questions = ["one line\nand another", "pasted\nby a terminal", "typed\nby hand"]
+    assert [message["content"] for message in record["messages"] if message["role"] == "user"] == questions
     assert convert(record).messages[0].content == "Be brief."
     assert "nothing to remove" in (chat.say("/reset"), chat.say("/undo"))[1]
     assert "6 messages; the last question was: typed by hand" in chat.say(f"/load {file}")
@@ -120,11 +120,11 @@ def test_commands_pasted_lines_and_history(endless_model, terminal, tmp_path):
     assert "not a conversation" in chat.say(f"/load {folder / 'config.json'}")
     chat.type("ExIt\n")
     assert chat.ended() == 0
-    kept = tmp_path / "state" / "lit_llm" / "chat_history"
-    assert (kept.stat().st_mode & 0o777, kept.parent.stat().st_mode & 0o777) == (0o600, 0o700)
-    assert "/system Be brief." in kept.read_text(encoding="utf-8").splitlines()
-    size = kept.stat().st_size
+    history = tmp_path / "state" / "lit_llm" / "chat_history"
+    assert (history.stat().st_mode & 0o777, history.parent.stat().st_mode & 0o777) == (0o600, 0o700)
+    assert "/system Be brief." in history.read_text(encoding="utf-8").splitlines()
+    size = history.stat().st_size
     again = terminal("--model", endless_model, "--max_tokens", "6", "--history", "false")
     again.say("a secret")
     again.type("/bye\n")
-    assert (again.ended(), kept.stat().st_size) == (0, size)
+    assert (again.ended(), history.stat().st_size) == (0, size)

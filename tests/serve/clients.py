@@ -53,14 +53,14 @@ def langchain(url, model):
         GetWeather(**whole.tool_calls[0]["args"])
 
     def results_of_tools():
-        said = chat.bind_tools([GetWeather], tool_choice="GetWeather").invoke(question)
-        answers = [ToolMessage("rain", tool_call_id=call["id"]) for call in said.tool_calls]
-        assert isinstance(chat.bind_tools([GetWeather], tool_choice="auto").invoke([*question, said, *answers]), AIMessage)
+        reply = chat.bind_tools([GetWeather], tool_choice="GetWeather").invoke(question)
+        answers = [ToolMessage("rain", tool_call_id=call["id"]) for call in reply.tool_calls]
+        assert isinstance(chat.bind_tools([GetWeather], tool_choice="auto").invoke([*question, reply, *answers]), AIMessage)
 
     def with_structured_output():
         for method in ("json_schema", "function_calling", "json_mode"):
-            found = chat.with_structured_output(Person, method=method, include_raw=method == "json_mode").invoke(question)
-            assert isinstance(found["raw"] if method == "json_mode" else found, AIMessage if method == "json_mode" else Person)
+            person = chat.with_structured_output(Person, method=method, include_raw=method == "json_mode").invoke(question)
+            assert isinstance(person["raw"] if method == "json_mode" else person, AIMessage if method == "json_mode" else Person)
 
     return [invoke, bind_tools, bind_tools_streaming, results_of_tools, with_structured_output]
 
@@ -75,8 +75,8 @@ def instructor(url, model):
             messages = [{"role": "user", "content": "Tom is a child."}]
             options = {"max_retries": 0, "temperature": 1, "seed": 5, "max_tokens": 400, "extra_body": QUICK}
             try:
-                found = client.chat.completions.create(model=model, messages=messages, response_model=Person, **options)
-                assert isinstance(found, Person)
+                person = client.chat.completions.create(model=model, messages=messages, response_model=Person, **options)
+                assert isinstance(person, Person)
             except Exception as error:
                 # The schema of this mode is in the prompt only, so a tiny model gives another object.
                 if name != "JSON" or "Field required" not in str(error):

@@ -57,7 +57,7 @@ def streamed(server, path, body):
     chunks = list(made(model="endless", stream=True, stream_options={"include_usage": True}, extra_body=options, **body))
     choices = [choice for chunk in chunks for choice in chunk.choices]
     texts = [(choice.delta.content if "messages" in body else choice.text) or "" for choice in choices]
-    return "".join(texts), [each.finish_reason for each in choices if each.finish_reason], chunks[-1].usage.to_dict()
+    return "".join(texts), [choice.finish_reason for choice in choices if choice.finish_reason], chunks[-1].usage.to_dict()
 
 
 @pytest.mark.parametrize(("path", "body"), [
@@ -80,10 +80,10 @@ def test_stop_strings_n_lists_and_the_simple_route(front, backend):
         expected = answer(backend, "/v1/completions", body)
         assert answer(front, "/v1/completions", body) == expected
     assert len(expected[0]) == 4
-    says = [each.http.post("/chat", json={"message": "Hi", "max_length": 5, "temperature": 0}).json() for each in (front, backend)]
+    says = [server.http.post("/chat", json={"message": "Hi", "max_length": 5, "temperature": 0}).json() for server in (front, backend)]
     assert says[0] == says[1]
-    for each, declared in ((front, True), (backend, False)):
-        assert ("502" in each.http.get("/openapi.json").json()["paths"]["/chat"]["post"]["responses"]) is declared
+    for server, declared in ((front, True), (backend, False)):
+        assert ("502" in server.http.get("/openapi.json").json()["paths"]["/chat"]["post"]["responses"]) is declared
     models = front.http.get("/v1/models").json()["data"]
     assert (models[0]["id"], models[0]["max_model_len"]) == ("endless", 20_000)
 
@@ -168,10 +168,10 @@ def test_the_space_before_a_first_word_is_that_of_our_decoder(stories):
 
     tokenizer = Tokenizer.load(stories)
     ids = tokenizer.encode_text("Once there")
-    ours = tokenizer.decode(ids)
-    behind = tokenizer.decode([*ids, *ids]).removeprefix(ours)      # as a backend does
+    decoded = tokenizer.decode(ids)
+    behind = tokenizer.decode([*ids, *ids]).removeprefix(decoded)      # as a backend does
     pieces = asyncio.run(read(tokenizer, [behind[:3], behind[3:]], goes_on=False))
-    assert ("".join(piece.text for piece in pieces), behind) == (ours, f" {ours}")
+    assert ("".join(piece.text for piece in pieces), behind) == (decoded, f" {decoded}")
     assert (pieces[-1].finish_reason, pieces[-1].completion_tokens, pieces[-1].prompt_tokens) == ("stop", 3, 2)
     assert "".join(piece.text for piece in asyncio.run(read(tokenizer, [behind], goes_on=True))) == behind
 
@@ -219,7 +219,7 @@ def test_a_backend_that_dies(front, backend):
     assert (reply.status_code, reply.json()["error"]["code"]) == (503, "engine_not_ready")
     front.process.send_signal(signal.SIGTERM)
     assert front.process.wait(20) == 0
-    said = front.process.stderr.read()
-    assert f"the backend {backend.url}/v1: it does not answer" in said
-    assert "sesame" not in said
-    assert "Traceback" not in said
+    log = front.process.stderr.read()
+    assert f"the backend {backend.url}/v1: it does not answer" in log
+    assert "sesame" not in log
+    assert "Traceback" not in log

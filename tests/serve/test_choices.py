@@ -94,7 +94,7 @@ def test_chat_logprobs_are_the_models(client, tokenizer, model):
         (expected,) = log_softmax(model, [*ids, 0])[-1:]
         best = expected.topk(4)
         assert token.logprob == pytest.approx(float(best.values[0]), abs=1e-5)      # greedy
-        assert [each.logprob for each in token.top_logprobs] == pytest.approx(best.values.tolist(), abs=1e-5)
+        assert [alternative.logprob for alternative in token.top_logprobs] == pytest.approx(best.values.tolist(), abs=1e-5)
         assert token.token == token.top_logprobs[0].token
         assert token.token.startswith("bytes:") or token.token.encode() == bytes(token.bytes)
         ids.append(int(best.indices[0]))
@@ -146,14 +146,14 @@ def test_options_reach_the_engine(client, tokenizer, model):
         out = model.generate(torch.tensor([ids]), max_new_tokens=16, do_sample=False, eos_token_id=[], pad_token_id=0, **options)
         return tokenizer.decode(out[0, len(ids):], skip_special_tokens=True)
 
-    def ours(**options):
+    def completed(**options):
         return complete(client, ids, max_tokens=16, extra_body={"ignore_eos": True} | options.pop("extra_body", {}), **options).choices[0]
 
-    assert ours(extra_body={"repetition_penalty": 1.5}).text.rstrip("\ufffd") == generated(repetition_penalty=1.5).rstrip("\ufffd")
-    assert ours(logit_bias={"70": 5, "71": -7.5}).text.rstrip("\ufffd") == (
+    assert completed(extra_body={"repetition_penalty": 1.5}).text.rstrip("\ufffd") == generated(repetition_penalty=1.5).rstrip("\ufffd")
+    assert completed(logit_bias={"70": 5, "71": -7.5}).text.rstrip("\ufffd") == (
         generated(sequence_bias={(70,): 5.0, (71,): -7.5}).rstrip("\ufffd"))
     (only,) = tokenizer("z")["input_ids"]
-    assert ours(logit_bias={str(only): 100}).text == "z" * 16
+    assert completed(logit_bias={str(only): 100}).text == "z" * 16
     answer = []
     for _ in range(16):                             # OpenAI's formula, token by token
         with torch.no_grad():
@@ -161,9 +161,9 @@ def test_options_reach_the_engine(client, tokenizer, model):
         for id_ in set(answer):
             logits[id_] -= 1.5 + 0.5 * answer.count(id_)
         answer.append(int(logits.argmax()))
-    text = ours(presence_penalty=1.5, frequency_penalty=0.5).text
-    assert text.rstrip("\ufffd") == tokenizer.decode(answer, skip_special_tokens=True).rstrip("\ufffd") != ours().text.rstrip("\ufffd")
-    once = ours(logit_bias={str(only): 100}, extra_body={"stop_token_ids": [only]})
+    text = completed(presence_penalty=1.5, frequency_penalty=0.5).text
+    assert text.rstrip("\ufffd") == tokenizer.decode(answer, skip_special_tokens=True).rstrip("\ufffd") != completed().text.rstrip("\ufffd")
+    once = completed(logit_bias={str(only): 100}, extra_body={"stop_token_ids": [only]})
     assert (once.text, once.finish_reason) == ("", "stop")
     for least, text, reason in ((0, "", "stop"), (2, "z", "stop"), (20, "z" * 16, "length")):
         body = {"min_tokens": min(least, 16)}

@@ -86,31 +86,31 @@ def client(server):
 
 def joined(stream):
     """Text, finish reason and number of log-probabilities of each choice of a stream; its usage."""
-    found, usage = {}, None
+    by_index, usage = {}, None
     for chunk in stream:
         usage = chunk.usage or usage
         for choice in chunk.choices:
-            text, reason, scores = found.get(choice.index, ("", None, 0))
+            text, reason, scores = by_index.get(choice.index, ("", None, 0))
             more = (choice.delta.content if hasattr(choice, "delta") else choice.text) or ""
             table = choice.logprobs and (choice.logprobs.content if hasattr(choice, "delta") else choice.logprobs.tokens)
-            found[choice.index] = text + more, choice.finish_reason or reason, scores + len(table or ())
-    return [found[index] for index in sorted(found)], usage
+            by_index[choice.index] = text + more, choice.finish_reason or reason, scores + len(table or ())
+    return [by_index[index] for index in sorted(by_index)], usage
 
 
-@pytest.mark.parametrize(("kind", "asked", "expected"), CALLS, ids=lambda value: str(value)[:60] if isinstance(value, dict) else "")
-def test_a_call_is_answered(kind, asked, expected, client):
+@pytest.mark.parametrize(("kind", "options", "expected"), CALLS, ids=lambda value: str(value)[:60] if isinstance(value, dict) else "")
+def test_a_call_is_answered(kind, options, expected, client):
     create = client.chat.completions.create if kind == "chat" else client.completions.create
-    asked = (SHORT | {"messages": USER} if kind == "chat" else SHORT) | asked
+    options = (SHORT | {"messages": USER} if kind == "chat" else SHORT) | options
     if isinstance(expected, str):
         for streams in (False, True):
             with pytest.raises((openai.BadRequestError, openai.NotFoundError)) as caught:
-                list(create(**asked, stream=streams))
+                list(create(**options, stream=streams))
             assert caught.value.param == expected
         return
-    answer = create(**asked)
+    answer = create(**options)
     assert expected(answer)
     assert {choice.finish_reason for choice in answer.choices} <= {"stop", "length"}
-    choices, usage = joined(create(**asked, stream=True, stream_options={"include_usage": True}))
+    choices, usage = joined(create(**options, stream=True, stream_options={"include_usage": True}))
     assert [text for text, _, _ in choices] == texts(answer)
     assert [reason for _, reason, _ in choices] == [choice.finish_reason for choice in answer.choices]
     tables = [choice.logprobs and (choice.logprobs.content if kind == "chat" else choice.logprobs.tokens) for choice in answer.choices]

@@ -153,8 +153,8 @@ def test_strict_refuses_unknown_fields(endless_model, caplog):
     for words, status in ((["--strict"], 400), ([], 503)):
         server, _ = _build(parse(["--model", endless_model, "--port", str(free_port()), *words]))
         http = TestClient(server.app, base_url="http://127.0.0.1")
-        for path, given in (("/v1/completions", {"prompt": "x"}), ("/chat", {"message": "x"}), ("/v1/chat/completions", body)):
-            error = shape(http.post(path, json=given | {"other\n": 1}), status)
+        for path, request in (("/v1/completions", {"prompt": "x"}), ("/chat", {"message": "x"}), ("/v1/chat/completions", body)):
+            error = shape(http.post(path, json=request | {"other\n": 1}), status)
             assert (error["param"], error["code"]) == (("other\n", "unknown_parameter") if words else (None, "engine_not_ready"))
         assert shape(http.post("/v1/chat/completions", json=body | {"user": "u", "store": True}), 503)
     assert [record.message for record in caplog.records if record.name == "serve"] == ["requests have fields without an effect: other%0A"]

@@ -199,9 +199,9 @@ def test_the_verb_takes_the_same_options(words, tmp_path):
     done = [subprocess.run([sys.executable, "-m", *command, *words], cwd=tmp_path, capture_output=True, text=True,
                            env=os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "200"}, timeout=60)
             for command in (["serve"], ["lit_llm", "serve"])]
-    said = [" ".join((each.stdout + each.stderr).replace("python -m lit_llm serve", "python -m serve").split())
-            for each in done]
-    assert (done[0].returncode, said[0]) == (done[1].returncode, said[1])
+    outputs = [" ".join((process.stdout + process.stderr).replace("python -m lit_llm serve", "python -m serve").split())
+            for process in done]
+    assert (done[0].returncode, outputs[0]) == (done[1].returncode, outputs[1])
 
 
 @pytest.mark.slow
@@ -217,14 +217,14 @@ def test_a_killed_process_leaves_nothing(which, start_server, endless_model):
         time.sleep(0.2)
 
 
-@pytest.mark.parametrize(("words", "said"), [
+@pytest.mark.parametrize(("words", "message"), [
     (("--model", "no/such/folder"), "no folder"), (("--model", "."), "no model"), (("--model", "MODEL", "--port", "80"), "--port"),
     (("--model", "MODEL", "--host", "0.0.0.0"), "--api-key"), (("--model", "MODEL", "--port", "TAKEN"), "another --port"),
     (("--model", "BROKEN"), "cannot load"), ((), "--model"), (("--model", "MODEL", "--max-running", "0"), "--max-running"),
     (("--model", "MODEL", "--device", "x"), "--device"), (("--model", "MODEL", "--adapter", "x"), "--adapter"),
     (("--model", "a" * 400), "too long"),
 ])
-def test_a_mistake_takes_a_few_lines_and_code_2(words, said, server, endless_model, tmp_path):
+def test_a_mistake_takes_a_few_lines_and_code_2(words, message, server, endless_model, tmp_path):
     import shutil
 
     broken = tmp_path / "broken"
@@ -236,7 +236,7 @@ def test_a_mistake_takes_a_few_lines_and_code_2(words, said, server, endless_mod
                           start_new_session=True) as process:
         _, error = process.communicate(timeout=120)
     assert process.returncode == 2, error
-    assert said in error
+    assert message in error
     assert "Traceback" not in error
     if words:
         assert len(error.strip().splitlines()) <= 6

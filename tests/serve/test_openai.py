@@ -84,12 +84,12 @@ def test_without_a_temperature_every_route_uses_the_same(client, server):
     default = server.http.get("/page/model").json()["temperature"]
     assert default == signature(in_terminal).parameters["temperature"].default
     for seed in range(3):
-        told, silent = (chat(client, max_tokens=30, seed=seed, temperature=value).choices[0].message.content
+        explicit, silent = (chat(client, max_tokens=30, seed=seed, temperature=value).choices[0].message.content
                         for value in (default, openai.NOT_GIVEN))
-        assert told == silent
-    told, silent = (client.completions.create(model="endless", prompt="The", max_tokens=30, seed=1, temperature=value).choices[0].text
+        assert explicit == silent
+    explicit, silent = (client.completions.create(model="endless", prompt="The", max_tokens=30, seed=1, temperature=value).choices[0].text
                     for value in (default, openai.NOT_GIVEN))
-    assert told == silent
+    assert explicit == silent
     assert server.http.get("/openapi.json").json()["components"]["schemas"]["ChatBody"]["properties"]["temperature"]["default"] == default
 
 
@@ -131,8 +131,8 @@ def test_stop_strings_cut_and_are_held_back(client, generate):
         assert answer.choices[0].message.content == text[:place]
         assert answer.choices[0].finish_reason == "stop"
         assert 0 < answer.usage.completion_tokens <= 60
-        chunks, said = streamed(client, max_tokens=60, stop=stops, stream_options={"include_usage": True})
-        assert said == text[:place]
+        chunks, streamed_text = streamed(client, max_tokens=60, stop=stops, stream_options={"include_usage": True})
+        assert streamed_text == text[:place]
         assert chunks[-2].choices[0].finish_reason == "stop"
         assert chunks[-1].usage == answer.usage
 

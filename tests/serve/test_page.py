@@ -150,8 +150,8 @@ class Page:
 
     def bodies(self):
         """What the page has sent to the chat route, since the last call."""
-        found = [json.loads(entry["message"])["message"] for entry in self.driver.get_log("performance")]
-        sent = [event["params"]["request"] for event in found if event["method"] == "Network.requestWillBeSent"]
+        events = [json.loads(entry["message"])["message"] for entry in self.driver.get_log("performance")]
+        sent = [event["params"]["request"] for event in events if event["method"] == "Network.requestWillBeSent"]
         return [json.loads(request["postData"]) for request in sent if request["url"].endswith("/v1/chat/completions")]
 
     def screen(self, width, height, mobile=False):
@@ -169,7 +169,7 @@ def page(browser, address):
     page.bodies()
     yield page
     errors = [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE" and "net::" not in entry["message"]
-              and not any(known in entry["message"] for known in ("status of 400", "/tokenize"))]
+              and not any(harmless in entry["message"] for harmless in ("status of 400", "/tokenize"))]
     assert not errors
 
 

@@ -59,10 +59,10 @@ def client(endless_model):
     def broken_decoding():
         push, patch = routes_module.Detokenizer.push, pytest.MonkeyPatch()
 
-        def broken(self, *given):
+        def broken(self, *arguments):
             if self.prompt_tokens == len(spec.tokenizer.encode_text(PARSER)):
                 raise RuntimeError("a bug")
-            return push(self, *given)
+            return push(self, *arguments)
 
         patch.setattr(routes_module.Detokenizer, "push", broken)
         yield
@@ -121,8 +121,8 @@ def test_poison_harms_nobody_else_over_http(client):
     kinds = [*healthy, [5, NAN, 6], [MEMORY, 7], PARSER, None]
     mixture = [(draw.choice(kinds), draw.random() < 0.5) for _ in range(48)]
     with ThreadPoolExecutor(16) as pool:
-        found = list(pool.map(lambda each: hang_up(client) if each[0] is None else ask(client, *each), mixture))
-    for (prompt, _), answer in zip(mixture, found, strict=True):
+        answers = list(pool.map(lambda case: hang_up(client) if case[0] is None else ask(client, *case), mixture))
+    for (prompt, _), answer in zip(mixture, answers, strict=True):
         if prompt is None:
             continue
         if prompt in healthy:

@@ -7,8 +7,8 @@ from lit_llm.text.conversation import Conversation
 
 def alone(engine, *messages):
     roles = ("user", "assistant")
-    asked = Conversation.from_openai([{"role": roles[n % 2], "content": text} for n, text in enumerate(messages)])
-    return engine.generate(asked, SamplingParams(max_tokens=12, temperature=0)).text
+    conversation = Conversation.from_openai([{"role": roles[n % 2], "content": text} for n, text in enumerate(messages)])
+    return engine.generate(conversation, SamplingParams(max_tokens=12, temperature=0)).text
 
 
 def test_a_server_of_openais_protocol_answers_the_same(lit_llm, server, endless_model):

@@ -94,9 +94,9 @@ def test_headers_of_every_response(http):
 def test_request_ids(http):
     assert http.get("/version", headers={"x-request-id": "trace-1.2:3_4"}).headers["x-request-id"] == "trace-1.2:3_4"
     for wrong in ("x" * 129, "a b", "ä".encode(), "a;b"):
-        given = http.get("/version", headers={"x-request-id": wrong}).headers["x-request-id"]
-        assert len(given) == 32
-        assert given.isalnum()
+        answered_id = http.get("/version", headers={"x-request-id": wrong}).headers["x-request-id"]
+        assert len(answered_id) == 32
+        assert answered_id.isalnum()
     assert http.get("/nowhere").headers["x-request-id"] != http.get("/nowhere").headers["x-request-id"]
 
 

@@ -53,8 +53,8 @@ def test_options_tell_a_merged_adapter_from_named_ones(adapters):
     assert _adapters([]) == (None, {})
     assert _adapters([red]) == (red, {})
     assert _adapters([f"red={red}", f"blue={blue}"]) == (None, {"red": red, "blue": blue})
-    for given in ([red, blue], [red, f"blue={blue}"], [f"red={red}", f"red={blue}"]):
+    for folders in ([red, blue], [red, f"blue={blue}"], [f"red={red}", f"red={blue}"]):
         with pytest.raises(InputError, match="different names"):
-            _adapters(given)
+            _adapters(folders)
     with pytest.raises(InputError, match="not an adapter"):
         _adapters(["red=/nowhere"])

@@ -89,16 +89,16 @@ def test_required_and_named_functions_are_called_with_valid_arguments(seed, stre
     def calls(**options):
         answer = chat(client, messages, tools=TOOLS, temperature=1.5, seed=seed, stream=stream, extra_body=QUICK, **options)
         if stream:
-            _, _, found, reason = assembled(answer)
-            return [(name, json.loads(arguments)) for _, name, arguments in found], reason
+            _, _, tool_calls, reason = assembled(answer)
+            return [(name, json.loads(arguments)) for _, name, arguments in tool_calls], reason
         return read(answer.choices[0].message.tool_calls), answer.choices[0].finish_reason
 
-    found, reason = calls(tool_choice="required", parallel_tool_calls=False)
-    assert len(valid(found)) == 1
+    tool_calls, reason = calls(tool_choice="required", parallel_tool_calls=False)
+    assert len(valid(tool_calls)) == 1
     assert reason == "tool_calls"
     for name in SCHEMAS:
-        found, reason = calls(tool_choice={"type": "function", "function": {"name": name}})
-        assert (valid(found), reason) == ([name], "tool_calls")
+        tool_calls, reason = calls(tool_choice={"type": "function", "function": {"name": name}})
+        assert (valid(tool_calls), reason) == ([name], "tool_calls")
 
 
 def test_required_allows_several_calls(client):
@@ -127,13 +127,13 @@ def test_strict_tools_keep_to_their_schema(client):
 
 def test_json_answers(client):
     for seed in range(4):
-        for given in ({"type": "json_object"}, {"type": "json_schema", "json_schema": {"name": "p", "schema": PERSON, "strict": True}}):
-            answer = chat(client, [{"role": "user", "content": "Tom?"}], response_format=given, temperature=1.0, seed=seed, max_tokens=2000,
+        for response_format in ({"type": "json_object"}, {"type": "json_schema", "json_schema": {"name": "p", "schema": PERSON, "strict": True}}):
+            answer = chat(client, [{"role": "user", "content": "Tom?"}], response_format=response_format, temperature=1.0, seed=seed, max_tokens=2000,
                           extra_body=QUICK)
-            found = json.loads(answer.choices[0].message.content)
-            assert isinstance(found, dict)
-            if given["type"] == "json_schema":
-                jsonschema.validate(found, PERSON)
+            parsed = json.loads(answer.choices[0].message.content)
+            assert isinstance(parsed, dict)
+            if response_format["type"] == "json_schema":
+                jsonschema.validate(parsed, PERSON)
 
 
 def test_pydantic_models_are_parsed(client):
@@ -160,7 +160,7 @@ def test_max_tokens_ends_a_call(client):
 SCHEMA = {"type": "json_schema", "json_schema": {"name": "x", "strict": True}}
 
 
-def asked(schema):
+def json_answer(schema):
     return {"response_format": {**SCHEMA, "json_schema": SCHEMA["json_schema"] | {"schema": schema}}}
 
 
@@ -181,21 +181,21 @@ REFUSED = {
     "an unknown choice": ({"tools": TOOLS, "tool_choice": "sometimes"}, "tool_choice", "must be none"),
     "an unknown format": ({"response_format": {"type": "xml"}}, "response_format", "json_object"),
     "no schema": ({"response_format": {"type": "json_schema"}}, "response_format", "json_schema must be"),
-    "a remote reference": (asked({"$ref": "http://127.0.0.1:9/a.json"}), "response_format", "the same schema"),
-    "a file": (asked({"type": "object", "properties": {"a": {"$ref": "file:///etc/passwd"}}}), "response_format", "the same schema"),
-    "a reference to itself": (asked({"$ref": "#"}), "response_format", "no text satisfies it"),
-    "a circle": (asked({"$ref": "#/$defs/a", "$defs": {"a": {"$ref": "#/$defs/b"}, "b": {"$ref": "#/$defs/a"}}}), "response_format", "no text"),
-    "a missing reference": (asked({"$ref": "#/$defs/a"}), "response_format", "cannot be enforced"),
-    "deep": (asked(deep(60)), "response_format", "levels deep"),
-    "large": (asked({"enum": ["x" * 50] * 4000}), "response_format", "characters"),
-    "many values": (asked({"enum": list(range(6000))}), "response_format", "values"),
-    "long": (asked({"type": "string", "minLength": 10**9}), "response_format", "10,000"),
-    "a long pattern": (asked({"type": "string", "pattern": "(a|b)*" * 200}), "response_format", "pattern"),
-    "a pattern that looks ahead": (asked({"type": "string", "pattern": "(?=a)b"}), "response_format", "regex"),
-    "combinations": (asked({"allOf": [{"anyOf": [{"properties": {f"{n}{m}": {"const": m}}} for m in range(8)]} for n in range(8)]}),
+    "a remote reference": (json_answer({"$ref": "http://127.0.0.1:9/a.json"}), "response_format", "the same schema"),
+    "a file": (json_answer({"type": "object", "properties": {"a": {"$ref": "file:///etc/passwd"}}}), "response_format", "the same schema"),
+    "a reference to itself": (json_answer({"$ref": "#"}), "response_format", "no text satisfies it"),
+    "a circle": (json_answer({"$ref": "#/$defs/a", "$defs": {"a": {"$ref": "#/$defs/b"}, "b": {"$ref": "#/$defs/a"}}}), "response_format", "no text"),
+    "a missing reference": (json_answer({"$ref": "#/$defs/a"}), "response_format", "cannot be enforced"),
+    "deep": (json_answer(deep(60)), "response_format", "levels deep"),
+    "large": (json_answer({"enum": ["x" * 50] * 4000}), "response_format", "characters"),
+    "many values": (json_answer({"enum": list(range(6000))}), "response_format", "values"),
+    "long": (json_answer({"type": "string", "minLength": 10**9}), "response_format", "10,000"),
+    "a long pattern": (json_answer({"type": "string", "pattern": "(a|b)*" * 200}), "response_format", "pattern"),
+    "a pattern that looks ahead": (json_answer({"type": "string", "pattern": "(?=a)b"}), "response_format", "regex"),
+    "combinations": (json_answer({"allOf": [{"anyOf": [{"properties": {f"{n}{m}": {"const": m}}} for m in range(8)]} for n in range(8)]}),
                      "response_format", "too large"),
-    "an impossible one": (asked({"type": "object", "properties": {"a": False}, "required": ["a"]}), "response_format", "cannot be enforced"),
-    "not enforceable": (asked({"type": "array", "uniqueItems": True}), "response_format", "uniqueItems"),
+    "an impossible one": (json_answer({"type": "object", "properties": {"a": False}, "required": ["a"]}), "response_format", "cannot be enforced"),
+    "not enforceable": (json_answer({"type": "array", "uniqueItems": True}), "response_format", "uniqueItems"),
 }
 
 
@@ -239,7 +239,7 @@ def test_a_heavy_schema_stops_no_other_answer(calling, client):
     other.start()
     try:
         for schema in HEAVY.values():
-            reply = calling.http.post("/v1/chat/completions", json={"messages": [ASKED], "max_tokens": 60, "temperature": 1, **asked(schema)})
+            reply = calling.http.post("/v1/chat/completions", json={"messages": [ASKED], "max_tokens": 60, "temperature": 1, **json_answer(schema)})
             assert reply.status_code in (200, 400, 500), reply.text[:300]
     finally:
         done.set()

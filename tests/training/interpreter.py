@@ -61,6 +61,6 @@ if __name__ == "__main__":
     from lit_llm.kernels import borrowed
 
     calls, nll = [], borrowed.nll
-    borrowed.nll = lambda name, *given: calls.append(name) or nll(name, *given)
+    borrowed.nll = lambda name, *arguments: calls.append(name) or nll(name, *arguments)
     strategy_probe.main()
     print(f"{calls[0]} made {len(calls)} losses")

@@ -131,17 +131,17 @@ def waits(name):
 
 def chunks():
     """Liger's own would be of V / D: here 64 tokens in 32 chunks."""
-    from liger_kernel.ops import fused_linear_cross_entropy as theirs
+    from liger_kernel.ops import fused_linear_cross_entropy as kernels
 
     rows = []
-    kernel = theirs.liger_cross_entropy_kernel
+    kernel = kernels.liger_cross_entropy_kernel
 
     class Counted:
         def __getitem__(self, grid):
             rows.append(grid[0])
             return kernel[grid]
 
-    theirs.liger_cross_entropy_kernel = Counted()
+    kernels.liger_cross_entropy_kernel = Counted()
     hidden, head = torch.randn(64, 8).requires_grad_(), nn.Linear(8, 256, bias=False)
     nll_sum(hidden, torch.randint(256, (64,)), head, by="liger").total.backward()
     assert rows == [63], rows

@@ -95,8 +95,8 @@ class Gradient(L.Callback):
     """Keeps the gradient that the optimizer reads, and the loss that was logged."""
 
     def on_before_optimizer_step(self, trainer, module, optimizer):
-        self.found = {name: weight.grad.clone() for name, weight in module.model.named_parameters()
-                      if weight.grad is not None}
+        self.gradients = {name: weight.grad.clone() for name, weight in module.model.named_parameters()
+                          if weight.grad is not None}
 
     def on_train_batch_end(self, trainer, *_):
         self.loss = trainer.callback_metrics.get("train/loss")
@@ -113,8 +113,8 @@ def test_a_step_has_the_gradient_of_all_its_supervised_tokens(trainer, size, tin
     made.fit(CausalLMModule(base=folder), loader(folder, "left", size=size))
     assert made.global_step == 1
     assert float(seen.loss) == pytest.approx(nll, rel=1e-6)            # logged in float32
-    assert len(seen.found) > 10
-    for name, gradient in seen.found.items():
+    assert len(seen.gradients) > 10
+    for name, gradient in seen.gradients.items():
         torch.testing.assert_close(gradient, model.get_parameter(name).grad, rtol=1e-9, atol=1e-12, msg=name)
 
 
@@ -125,7 +125,7 @@ def test_an_epoch_may_end_within_a_window(tiny_model, tmp_path):
     made.fit(CausalLMModule(base=folder, lr=1e-12), loader(folder, size=1))
     assert made.global_step == 2
     _, _, model = by_transformers(folder, list(loader(folder, size=1))[4:], backward=True)
-    for name, gradient in seen.found.items():
+    for name, gradient in seen.gradients.items():
         torch.testing.assert_close(gradient, model.get_parameter(name).grad, rtol=1e-4, atol=1e-7, msg=name)
 
 
@@ -142,7 +142,7 @@ if __name__ == "__main__":
                    log_every_n_steps=1, enable_checkpointing=False, precision="32-true", callbacks=[seen])
     trainer.fit(CausalLMModule(base=folder, lr=1e-12), loader(folder, "left", size=3 // int(accumulate)))
     if trainer.is_global_zero:
-        torch.save([seen.found, float(seen.loss)], "found.pt")
+        torch.save([seen.gradients, float(seen.loss)], "gradients.pt")
 """
 
 
@@ -165,7 +165,7 @@ def test_all_processes_of_a_step_are_weighed_together(tiny_model, tmp_path):
     nll, _, model = by_transformers(folder, loader(folder, size=6), backward=True)
     done = ranks(folder, tmp_path, "ddp", "3")
     assert done.returncode == 0, done.stderr
-    gradients, loss = torch.load(tmp_path / "found.pt", weights_only=True)
+    gradients, loss = torch.load(tmp_path / "gradients.pt", weights_only=True)
     assert loss == pytest.approx(nll, rel=1e-6)
     for name, gradient in gradients.items():
         torch.testing.assert_close(gradient.double(), model.get_parameter(name).grad, rtol=1e-4, atol=1e-7, msg=name)
@@ -195,10 +195,10 @@ def test_processes_that_share_weights_score_unequal_numbers_of_documents(strateg
     first, second = (torch.load(tmp_path / f"scores{rank}.pt") for rank in (0, 1))
     assert [len(nll) for nll, _ in first] == [2, 1]
     assert [len(nll) for nll, _ in second] == [2]
-    found = dict(zip((0, 2, 4, 1, 3), (pair for nll, tokens in first + second for pair in zip(nll, tokens, strict=True)),
+    by_document = dict(zip((0, 2, 4, 1, 3), (pair for nll, tokens in first + second for pair in zip(nll, tokens, strict=True)),
                      strict=True))
     alone = plain(tmp_path, precision="32-true").predict(CausalLMModule(base=folder), loader(folder, "left", size=5, count=5))
-    for number, (nll, tokens) in found.items():
+    for number, (nll, tokens) in by_document.items():
         assert tokens == int(alone[0]["tokens"][number])
         assert nll == pytest.approx(float(alone[0]["nll"][number]), rel=1e-5)
 
