@@ -1,55 +1,21 @@
 """Print answers of the base and the trained model to held-out prompts and training prompts of a run."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from lit_llm.errors import InputError
 from lit_llm.inference.completion import Detokenizer, TextEngine
 from lit_llm.inference.sampling import SamplingParams
+from lit_llm.training.record import prompts
+from lit_llm.training.record.prompts import ANSWER_TOKENS, Example
 
-Kind = Literal["trained", "held out"]
 HELD_OUT, TRAINED = 3, 2                            # examples of each kind
-ANSWER_TOKENS = 48
-
-
-@dataclass(frozen=True, slots=True)
-class Example:
-    """A sequence of the data, split at its first answer; a document is split near its beginning.
-
-    Args:
-        kind: Whether it was trained on or held out.
-        prompt: Token ids before the answer.
-        expected: Token ids of the answer, or of a document's continuation.
-    """
-
-    kind: Kind
-    prompt: list[int]
-    expected: list[int]
 
 
 def choose(datamodule: Any) -> list[Example]:
     """Select some held-out and some training examples; none from a stream, which is not stored."""
-    return [*_of(datamodule, "val", "held out", HELD_OUT), *_of(datamodule, "train", "trained", TRAINED)]
-
-
-def _of(datamodule: Any, stage: str, kind: Kind, count: int) -> list[Example]:
-    if stage not in datamodule.plans:
-        return []
-    corpus = datamodule.plans[stage].corpus
-    step = max(1, len(corpus) // count)
-    examples = []
-    for sequence in range(0, min(len(corpus), step * count), step):
-        ids, supervised = corpus.read(sequence, 0, int(corpus.lengths[sequence]))
-        supervised_at = supervised.nonzero()[0]
-        has_prompt = len(supervised_at) > 0 and supervised_at[0] > 1
-        first = int(supervised_at[0]) if has_prompt else min(16, max(1, len(ids) // 2))
-        rest = (~supervised[first:]).nonzero()[0]
-        last = first + int(rest[0]) if has_prompt and len(rest) else len(ids)
-        examples.append(Example(kind, [int(id_) for id_ in ids[:first]],
-                                [int(id_) for id_ in ids[first:last][:ANSWER_TOKENS]]))
-    return examples
+    return [*prompts.choose(datamodule, "val", HELD_OUT), *prompts.choose(datamodule, "train", TRAINED)]
 
 
 def compare(base: str | None, folder: Path, examples: list[Example]) -> list[dict[str, Any]]:
@@ -85,12 +51,12 @@ def compare(base: str | None, folder: Path, examples: list[Example]) -> list[dic
             for place, example in enumerate(examples)]
 
 
-def _answers(model: TextEngine, prompts: Sequence[Sequence[int]]) -> list[str]:
+def _answers(model: TextEngine, prompt_ids: Sequence[Sequence[int]]) -> list[str]:
     """Greedy answers, generated together; or why there is none: the run has ended well, and its model is exported."""
     engine, params = model.engine, SamplingParams(max_tokens=ANSWER_TOKENS, temperature=0.0)
-    answers = [Detokenizer(model.tokenizer, len(prompt)) for prompt in prompts]
+    answers = [Detokenizer(model.tokenizer, len(prompt)) for prompt in prompt_ids]
     failed: dict[int, str] = {}
-    for number, prompt in enumerate(prompts):
+    for number, prompt in enumerate(prompt_ids):
         if max(prompt) >= engine.vocab_size:        # the base lacks tokens that were added in training
             failed[number] = "(its vocabulary lacks a token of this prompt)"
             continue

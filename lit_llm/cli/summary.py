@@ -63,20 +63,20 @@ def finish(run: Path, *, base: str | None, before: dict[str, float], shown: list
         print(f"warning: {words}")
     if folder is not None and shown:
         answered = examples.compare(names.resolve(base) if base else None, folder, shown)
-        _keep_samples(run, answered)
+        _write_answers(run, answered)
     writing.try_to_write(run)                       # with the export, the answers and the commands
     if folder is not None:
         _next(run)
 
 
-def _keep_samples(run: Path, answered: list[dict[str, Any]]) -> None:
-    """Write the answers to `samples.jsonl`, with the step of the exported checkpoint."""
+def _write_answers(run: Path, answered: list[dict[str, Any]]) -> None:
+    """Write the answers to `answers.jsonl`, with the step of the exported checkpoint."""
     step = manifest.read(checkpoint_folder(run, "best"))["step"]
     lines = [redact_text(json.dumps({"step": step, **answer}, ensure_ascii=False)) for answer in answered]
     try:
-        disk.replace_text(run / facts.SAMPLES, "".join(f"{line}\n" for line in lines))
+        disk.replace_text(run / facts.ANSWERS, "".join(f"{line}\n" for line in lines))
     except OSError as error:
-        log.warning("%s could not be written: %s", run / facts.SAMPLES, disk.reason(error))
+        log.warning("%s could not be written: %s", run / facts.ANSWERS, disk.reason(error))
 
 
 def _say_figures(run: Path, before: dict[str, float]) -> None:

@@ -19,10 +19,11 @@ from lit_llm.system import integrity, lock
 from lit_llm.system.redaction import redact
 
 VERSION = 1                                         # of report.json; increase it when a key changes its meaning
-RUN, SAMPLES = "run.json", "samples.jsonl"
+RUN, SAMPLES, ANSWERS = "run.json", "samples.jsonl", "answers.jsonl"
 STATES = ("running", "finished", "stopped", "failed")       # in run.json; `killed` and `unknown` are concluded
 POINTS = 400                                        # points of a curve; more cannot be seen
 CURVES, LINES, LONGEST = 48, 50, 2000               # curves, lines of a file, characters of a text
+SAMPLED_PROMPTS, SAMPLED_STEPS, SAMPLE = 10, 12, 400  # shown of the samples: prompts, steps, characters of an answer
 COUNTS = ("read", "kept", "sequences", "tokens", "supervised", "quarantined", "stopless", "cleaned", "double_bos")
 
 
@@ -34,8 +35,9 @@ def of(run: Path) -> dict[str, Any]:
 
     Returns:
         `version`; `run`: name, folder, state, reason, steps and times; `curves`; `checkpoints`; `metrics` before
-        training, of the best and of the last checkpoint; `evaluations`; `data`; `samples`; `config`: keys that differ
-        from their defaults; `cost`; `versions`; `hardware`; `commands`; `warnings`.
+        training, of the best and of the last checkpoint; `evaluations`; `data`; `samples`: answers at validations, by
+        prompt; `answers` at the end; `config`: keys that differ from their defaults; `cost`; `versions`; `hardware`;
+        `commands`; `warnings`.
 
     Raises:
         InputError: It is not a run folder.
@@ -63,7 +65,8 @@ def of(run: Path) -> dict[str, Any]:
                     "last": saved[-1]["figures"] if saved else {}},
         "evaluations": lines_of(run / "evaluations.jsonl"),
         "data": data_of(data),
-        "samples": lines_of(run / SAMPLES),
+        "samples": samples_of(run / SAMPLES),
+        "answers": lines_of(run / ANSWERS),
         "config": settings.differences(config),
         "cost": cost_of(recorded),
         "versions": recorded.get("versions") or {},
@@ -193,10 +196,32 @@ def mapping(file: Path) -> dict[str, Any]:
     return values if isinstance(values, dict) else {}
 
 
-def lines_of(file: Path) -> list[dict[str, Any]]:
-    """The last mappings of a file of JSON lines; incomplete lines are left out."""
+def samples_of(file: Path) -> list[dict[str, Any]]:
+    """The answers to each prompt of a `samples.jsonl`, in the order of the steps.
+
+    Returns:
+        For each of up to `SAMPLED_PROMPTS` prompts `prompt`, `expected` and `answers`: `step`, `answer` and
+        `finish_reason` at up to `SAMPLED_STEPS` steps at about equal distances, with the first and the last.
+    """
+    entries = [entry for entry in lines_of(file, last=None)
+               if isinstance(entry.get("step"), int) and isinstance(entry.get("prompt"), str)]
+    steps = sorted({entry["step"] for entry in entries})
+    intervals = min(SAMPLED_STEPS, len(steps)) - 1
+    shown = {steps[round(number * (len(steps) - 1) / max(1, intervals))] for number in range(intervals + 1)}
+    by_prompt: dict[str, dict[str, Any]] = {}
+    for entry in entries:
+        if entry["step"] in shown:
+            sample = by_prompt.setdefault(entry["prompt"], {
+                "prompt": entry["prompt"], "expected": entry.get("expected"), "answers": []})
+            sample["answers"].append({"step": entry["step"], "answer": str(entry.get("answer"))[:SAMPLE],
+                                      "finish_reason": entry.get("finish_reason")})
+    return list(by_prompt.values())[:SAMPLED_PROMPTS]
+
+
+def lines_of(file: Path, last: int | None = LINES) -> list[dict[str, Any]]:
+    """The last mappings of a file of JSON lines, or all; incomplete lines are left out."""
     mappings = []
-    for line in _text(file).splitlines()[-LINES:]:
+    for line in _text(file).splitlines()[-last if last else None:]:
         try:
             values = json.loads(line)
         except (ValueError, RecursionError):

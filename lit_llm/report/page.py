@@ -47,8 +47,9 @@ def page(facts: dict[str, Any]) -> str:
         body.append(grid(drawn, main or others, best))
     if main and others:
         body.append(f"<details><summary>{text('more_curves')}</summary>{grid(drawn, others, best)}</details>")
-    body += [*_metrics(facts), *_samples(facts["samples"]), *_data(facts["data"]), *_evaluations(facts["evaluations"]),
-             *_config(facts["config"]), *_cost(facts), *_commands(facts["commands"])]
+    body += [*_metrics(facts), *_samples(facts["samples"]), *_answers(facts["answers"]), *_data(facts["data"]),
+             *_evaluations(facts["evaluations"]), *_config(facts["config"]), *_cost(facts),
+             *_commands(facts["commands"])]
     return whole(run["name"], body, drawn)
 
 
@@ -147,12 +148,26 @@ def _metrics(facts: dict[str, Any]) -> Iterator[str]:
 
 
 def _samples(samples: Sequence[dict[str, Any]]) -> Iterator[str]:
+    """The answers to each prompt at the validations, step by step."""
     if samples:
         yield f"<h2>{text('samples')}</h2>"
     for sample in samples:
         sides = "".join(f"<div><span class=soft>{text(side)}</span><pre>{safe(sample[side])}</pre></div>"
-                        for side in ("prompt", "expected", "base", "tuned") if sample.get(side) is not None)
-        yield (f"<div class=sample><p>{text('step')} {shown(sample.get('step'))}, {text(str(sample.get('kind')))}</p>"
+                        for side in ("prompt", "expected") if sample.get(side) is not None)
+        rows = [[shown(answer.get("step")), f"<pre>{safe(answer.get('answer'))}</pre>",
+                 safe(answer.get("finish_reason"))] for answer in sample["answers"]]
+        yield (f"<div class=sample><div class=sides>{sides}</div>"
+               f"{table([text('step'), text('answer'), text('finish')], rows)}</div>")
+
+
+def _answers(answers: Sequence[dict[str, Any]]) -> Iterator[str]:
+    """The answers of the base and of the exported model at the end."""
+    if answers:
+        yield f"<h2>{text('answers')}</h2>"
+    for answer in answers:
+        sides = "".join(f"<div><span class=soft>{text(side)}</span><pre>{safe(answer[side])}</pre></div>"
+                        for side in ("prompt", "expected", "base", "tuned") if answer.get(side) is not None)
+        yield (f"<div class=sample><p>{text('step')} {shown(answer.get('step'))}, {text(str(answer.get('kind')))}</p>"
                f"<div class=sides>{sides}</div></div>")
 
 

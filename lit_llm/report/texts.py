@@ -23,7 +23,8 @@ TEXTS = {
     "to_resume": ("Resume it with", "继续训练："), "reason": ("Reason", "原因"),
     # sections
     "curves": ("Curves", "曲线"), "metrics": ("Metrics", "指标"), "checkpoints": ("Checkpoints", "检查点"),
-    "samples": ("Answers", "回答示例"), "data": ("Data", "数据"), "evaluations": ("Evaluations", "评估"),
+    "samples": ("Samples during training", "训练过程中的回答"), "answers": ("Answers at the end", "训练后的回答"),
+    "data": ("Data", "数据"), "evaluations": ("Evaluations", "评估"),
     "config": ("Settings that differ from the defaults", "与默认值不同的设置"),
     "differences": ("Settings that differ between the runs", "各次训练之间不同的设置"),
     "cost": ("Cost", "开销"), "commands": ("Commands", "命令"), "versions": ("Versions and hardware", "版本与硬件"),
@@ -39,6 +40,7 @@ TEXTS = {
     # columns
     "metric": ("metric", "指标"), "before": ("before training", "训练前"), "best": ("best checkpoint", "最佳检查点"),
     "last": ("last checkpoint", "最后的检查点"), "step": ("step", "步"), "name": ("name", "名称"),
+    "answer": ("answer", "回答"), "finish": ("ended by", "结束原因"),
     "score": ("score", "得分"), "run": ("run", "训练"), "state": ("state", "状态"),
     "source": ("source", "数据源"), "sequences": ("sequences", "序列"), "tokens": ("tokens", "token 数"),
     "supervised": ("supervised", "计入损失"), "share": ("share", "占比"), "speaker": ("speaker", "角色"),

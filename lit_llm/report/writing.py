@@ -68,7 +68,7 @@ def _readable(run: str) -> Iterator[None]:
     except (AttributeError, LookupError, TypeError, ValueError, ArithmeticError, RecursionError) as error:
         raise InputError(f"the files of {run} do not have the form that a run writes "
                          f"({type(error).__name__}: {str(error)[:200]})", where="report",
-                         fix="run.json, data.json and samples.jsonl must be as the run wrote them") from error
+                         fix="run.json, data.json and *.jsonl must be as the run wrote them") from error
 
 
 def picture_of(run: Path) -> str:

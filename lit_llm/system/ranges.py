@@ -128,6 +128,7 @@ RANGES: dict[str, Numbers] = {
     "trainer.min_epochs": whole(0, STEPS, 1),
     "trainer.min_steps": whole(0, STEPS, 100),
     "trainer.max_skipped_steps": whole(1, STEPS, 5),
+    "trainer.samples": whole(0, 64, 3),
     "trainer.threads": whole(1, 4096, 4),
     "trainer.devices": whole(1, 4096, 1, -1),
     "trainer.num_nodes": whole(1, 65_536, 1),

@@ -24,6 +24,7 @@ from lit_llm.training.parallel import named, safe_load
 from lit_llm.training.parallel.saved import SavedModule
 from lit_llm.training.planning.threadcount import ThreadCount
 from lit_llm.training.record.run_record import RunRecord
+from lit_llm.training.record.samples import Samples
 from lit_llm.training.record.speed import Speed
 from lit_llm.training.run import manifest
 from lit_llm.training.run.checkpoint import StepCheckpoint
@@ -60,6 +61,8 @@ class Trainer(L.Trainer):
         enable_model_summary: Whether to print Lightning's table of layers; parameters are always counted.
         max_skipped_steps: Steps whose loss or gradient is not finite are skipped and counted, and their records are
             named; after this many in a row the run stops.
+        samples: Number of validation prompts that are answered at each validation, greedily with at most 48 tokens, to
+            follow what the model learns; the answers are in `samples.jsonl` and in the report. 0 writes none.
         accept_changes: What may differ from the checkpoint that is resumed or evaluated: base, peft, tokenizer,
             template, quantize.
         threads: CPU threads of each process. auto measures 1, 2, 4 ... up to its share of the cores at start and uses
@@ -84,6 +87,7 @@ class Trainer(L.Trainer):
         max_time: duration.Duration | None = None,
         enable_model_summary: bool = False,
         max_skipped_steps: int = 5,
+        samples: int = 3,
         accept_changes: list[manifest.Change] | None = None,
         threads: int | Literal["auto"] = "auto",
         kernels: switch.Kernels | None = None,
@@ -101,7 +105,7 @@ class Trainer(L.Trainer):
         guard = [] if has_guard else [FiniteGuard(max_skipped_steps)]
         speed = Speed()
         callbacks = [MonitorCheck(), *callbacks, *guard, speed, RngState(), self.thread_count, self.run,
-                     self.preemption, RunRecord(speed)]
+                     self.preemption, Samples(samples), RunRecord(speed)]
         for enabled, kind, default in (("enable_progress_bar", AnyProgressBar, Progress),
                                       ("enable_checkpointing", StepCheckpoint, StepCheckpoint)):
             if kwargs.get(enabled) is not False and not any(isinstance(callback, kind) for callback in callbacks):

@@ -9,7 +9,7 @@ import pytest
 @pytest.fixture
 def make_run(tmp_path):
     """Writes the folder of a run without training: figures, sources, answers and what the run recorded of itself."""
-    def make(name="run", rows=(), record=None, config=None, data=None, samples=(), before=None):
+    def make(name="run", rows=(), record=None, config=None, data=None, samples=(), answers=(), before=None):
         folder = tmp_path / name
         folder.mkdir(parents=True)
         columns = list(dict.fromkeys(["step", "epoch", "seconds", *(key for row in rows for key in row)]))
@@ -22,7 +22,8 @@ def make_run(tmp_path):
         for file, content in (("run.json", record), ("data.json", data)):
             if content is not None:
                 (folder / file).write_text(json.dumps(content), encoding="utf-8")
-        (folder / "samples.jsonl").write_text("".join(json.dumps(sample) + "\n" for sample in samples), encoding="utf-8")
+        for file, lines in (("samples.jsonl", samples), ("answers.jsonl", answers)):
+            (folder / file).write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
         return folder
 
     return make

@@ -43,7 +43,8 @@ def hostile(make_run):
                            "versions": {EVIL: EVIL}, "hardware": {"device": EVIL}, "parameters": {EVIL: 1}},
                    config={"model": {"base": EVIL, EVIL: LONG}, "data": {"sources": [{"path": EVIL}]}},
                    data={"sources": [source], "train": {"tokens": 4, EVIL: 3}, "ledger": {EVIL: {"sequences": 1, "tokens": 2, "supervised": 1}}},
-                   samples=[{"step": 1, "kind": EVIL, "prompt": EVIL + LONG, "expected": EVIL, "base": EVIL, "tuned": EVIL}])
+                   answers=[{"step": 1, "kind": EVIL, "prompt": EVIL + LONG, "expected": EVIL, "base": EVIL, "tuned": EVIL}],
+                   samples=[{"step": 1, "prompt": EVIL + LONG, "expected": EVIL, "answer": EVIL, "finish_reason": EVIL}])
     (run / "evaluations.jsonl").write_text(json.dumps({"time": EVIL, "verb": EVIL, "checkpoint": EVIL, "other_data": EVIL}) + "\n")
     writing.write(run)
     return run
@@ -135,6 +136,7 @@ def test_a_long_run_is_below_a_megabyte(make_run):
     rows = [{"step": step, **{name: (step * 7919 % 1009) / 7 for name in names}} for step in range(1, 1001)]
     sources = [{"source": f"source {number}", "read": 3, "kept": 3, "speakers": {"user": {"tokens": 3, "supervised": 0}},
                 "dropped": {f"reason {at} " + "x" * 300: [1, "there"] for at in range(9)}} for number in range(200)]
-    run = make_run(rows=rows, data={"sources": sources}, samples=[{"step": 1, "tuned": "字" * 10_000}] * 200)
+    run = make_run(rows=rows, data={"sources": sources}, answers=[{"step": 1, "tuned": "字" * 10_000}] * 200,
+                   samples=[{"step": step, "prompt": f"{number}" + "字" * 10_000, "answer": "字" * 10_000} for step in range(50) for number in range(20)])
     writing.write(run)
     assert (run / writing.PAGE).stat().st_size < 1_000_000

@@ -93,7 +93,8 @@ def test_secrets_are_in_no_file_of_the_report(make_run, monkeypatch):
     secrets = ["hf_abcdefghijklmnop", "sk-abcdefghijklmnop1234", "correcthorsebattery"]
     monkeypatch.setenv("MY_API_KEY", secrets[2])
     run = make_run(rows=[{"step": 1, "train/loss": 1.0}], record=RUNNING | {"state": "failed", "reason": f"login {secrets[0]}"},
-                   samples=[{"step": 1, "kind": "trained", "prompt": f"my key is {secrets[1]}", "tuned": secrets[2]}],
+                   answers=[{"step": 1, "kind": "trained", "prompt": f"my key is {secrets[1]}", "tuned": secrets[2]}],
+                   samples=[{"step": 1, "prompt": f"my key is {secrets[1]}", "answer": secrets[2]}],
                    config={"model": {"base": f"https://me:{secrets[2]}@hub.example/x"}})
     writing.write(run)
     texts_of_files = [(run / name).read_text(encoding="utf-8") for name in (writing.REPORT, writing.PAGE)]
@@ -114,7 +115,7 @@ def test_settings_are_the_ones_that_were_changed(make_run):
     ("data.json", {"sources": [3]}), ("data.json", {"sources": [{"speakers": {"user": 3}}]}), ("data.json", {"ledger": {"a": 3}}),
     ("run.json", {"state": "failed", "tokens": "many", "training_seconds": 1}), ("run.json", {"parameters": 3}),
     ("metrics.json", {"before/val/nll": "x", "before/val/perplexity": "x"}), ("run.json", {"hardware": [1]}),
-    ("samples.jsonl", {"kind": 3, "prompt": ["x"]}), ("run.json", {"planned_steps": {}})])
+    ("answers.jsonl", {"kind": 3, "prompt": ["x"]}), ("samples.jsonl", {"step": 3, "prompt": "x", "answer": ["x"], "expected": 1}), ("run.json", {"planned_steps": {}})])
 def test_files_of_another_form_are_refused_in_a_line(make_run, file, content, tmp_path, monkeypatch):
     """Or shown, where the page can; never a traceback."""
     run = make_run(rows=[{"step": step, "train/loss": 1.0, "val/nll": 2.0} for step in (1, 2)], record=RUNNING)
@@ -178,10 +179,11 @@ def test_the_report_of_a_real_run(place):
     plan = json.loads(Path("plan.json").read_text())
     assert cost["flops_per_token"] == pytest.approx(plan["flops_per_token"], rel=1e-9)
     assert facts_of_run["run"]["parameters"] == {"total": plan["counts"]["total"], "trained": plan["counts"]["trained"]}
-    samples = [json.loads(line) for line in Path("run/samples.jsonl").read_text(encoding="utf-8").splitlines()]
-    assert facts_of_run["samples"] == samples
-    assert len(samples) == out.count("\n  prompt ")
-    assert all({"step", "kind", "prompt", "expected", "base", "tuned"} == set(sample) for sample in samples)
+    answers = [json.loads(line) for line in Path("run/answers.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert facts_of_run["answers"] == answers
+    assert len(answers) == out.count("\n  prompt ")
+    assert all({"step", "kind", "prompt", "expected", "base", "tuned"} == set(answer) for answer in answers)
+    assert [[answer["step"] for answer in sample["answers"]] for sample in facts_of_run["samples"]] == [[0, 2]] * 3
     changed = {entry["key"]: entry["value"] for entry in facts_of_run["config"]}
     assert (changed["model.lr"], changed["data.seq_len"], changed["trainer.max_steps"]) == (1e-3, 64, 2)
     assert "model.lora" not in changed

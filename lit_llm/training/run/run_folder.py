@@ -250,7 +250,8 @@ class RunFolder(Callback):
                 self._keep_data(trainer)
         if self.resumed or trainer.global_step or not self._made or not folder.is_dir():
             return
-        for name in ("config.yaml", "data.json", "metrics.csv", "metrics.json", evaluation.ROWS, *writing.FILES):
+        for name in ("config.yaml", "data.json", "metrics.csv", "metrics.json", evaluation.ROWS, facts.SAMPLES,
+                     *writing.FILES):
             (folder / name).unlink(missing_ok=True)
         for name in ("tokenizer", "checkpoints"):
             shutil.rmtree(folder / name, ignore_errors=True)
