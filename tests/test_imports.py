@@ -22,7 +22,7 @@ HOMES = {
     "AutoConfig": {"models.load", "exports.command"}, "tokenizers": {"text.tokenizer_file", "samples.make"},
     "AutoTokenizer": {"text.tokenizer_file"}, "datasets": {"data.records.sources", "data.records.readers"},
     "filelock": {"data.tokens.cache"}, "torchmetrics": {"training.metrics"}, "triton": {"kernels.cross_entropy_triton"}, "cut_cross_entropy": {"kernels.borrowed"},
-    "liger_kernel": {"kernels.borrowed"}, "litserve": set(), "llguidance": {"inference.guidance"},
+    "gguf": {"exports.gguf.file"}, "llama_cpp": {"exports.gguf.probe"}, "liger_kernel": {"kernels.borrowed"}, "litserve": set(), "llguidance": {"inference.guidance"},
     "deepspeed": {"training.parallel.deepspeed_setup", "training.parallel.shards", "training.parallel.reshard"},
 }
 HEAVY = ["torch", "transformers", "peft", "deepspeed", "datasets", "lightning", "litserve"]

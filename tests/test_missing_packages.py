@@ -49,6 +49,8 @@ FIT = ("lit_llm", "fit", "--config", "configs/sft.yaml", "--config", "configs/wi
      "the package 'litserve' is not installed\n  pip install litserve"),
     ("bitsandbytes", [*FIT, "--model.optimizer", "adamw_8bit"],
      "model.optimizer: adamw_8bit needs the package 'bitsandbytes', which is not installed\n  pip install bitsandbytes"),
+    ("gguf", ["lit_llm", "export", "sample:base", "--format", "gguf", "--out", "out"],
+     "the package 'gguf' is not installed\n  pip install gguf"),
     ("bitsandbytes", [*FIT, "--model.quantize", "nf4"], "model.quantize: nf4 needs the package 'bitsandbytes'"),
 ])
 def test_a_package_that_is_missing_is_named(package, words, says, tmp_path):

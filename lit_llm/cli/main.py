@@ -34,7 +34,8 @@ RUNS = {
     "selftest": "Verify with a run's config that batch size, packing and processes do not change the gradient.",
 }
 TOOLS = {
-    "export": ("lit_llm.exports.command:export", "Write a run's model as a folder that transformers loads."),
+    "export": ("lit_llm.exports.command:export",
+               "Write a run's model as a folder that transformers loads, or as a GGUF file for llama.cpp."),
     "chat": ("lit_llm.inference.chat.command:chat", "Chat with a model in the terminal."),
     "evaluate": ("lit_llm.evaluation.command:evaluate",
                  "Measure perplexity of models on texts, with intervals: evaluate FOLDER --data FILE."),
@@ -176,7 +177,7 @@ def _tool(verb: str, options: list[str]) -> None:
     result = function(**arguments)
     if result is not None:
         print(result)
-    if verb == "export":
+    if verb == "export" and (result / "config.json").is_file():
         from lit_llm.report.commands import for_many_users
 
         if line := for_many_users(result):

@@ -9,12 +9,14 @@ import shutil
 from collections.abc import Generator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Literal
 
 from lit_llm import disk, names
 from lit_llm.errors import InputError
 from lit_llm.exports import contents
 from lit_llm.exports.card import card
 from lit_llm.exports.contents import Dtype, Quantized
+from lit_llm.exports.gguf.file import Type
 from lit_llm.exports.trained import Checkpoint, find, load
 from lit_llm.report import writing
 from lit_llm.system.lock import HeldError, Lock
@@ -22,26 +24,36 @@ from lit_llm.text import check
 from lit_llm.text.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
+Format = Literal["transformers", "gguf"]
 
 
 def export(run: str, checkpoint: str = "best", out: str | None = None, dtype: Dtype = "auto",
-           base: str | None = None, quantize: Quantized | None = None, adapter: bool = False) -> Path:
-    """Write a run's model as a folder that transformers loads without changes.
+           base: str | None = None, quantize: Quantized | None = None, adapter: bool = False,
+           format: Format = "transformers", gguf_type: Type = "auto",
+           prove: bool | None = None) -> Path:
+    """Write a run's model as a folder that transformers loads without changes, or as a GGUF file for llama.cpp.
 
     Args:
-        run: Run folder, e.g. runs/sft.
+        run: Run folder, e.g. runs/sft. With `format: gguf` a model folder, such as an export, is accepted as well.
         checkpoint: `best` by the monitored metric (the newest if none was measured), `last`, or a folder name such as
             step_40.
-        out: Output folder; null is `export` in the run folder, or `export-int8`, `export-nf4`, `export-adapter`. An
-            existing model folder is replaced.
+        out: Output folder; null is `export` in the run folder, or `export-int8`, `export-nf4`, `export-adapter`,
+            `export-gguf-q8_0`. An existing model folder is replaced.
         dtype: Dtype of the written weights; `auto` keeps that of the base for adapters, else that of training.
         base: Folder of the adapters' base model, if it was moved; a different model is refused.
         quantize: Store the weights of linear layers except the head in 8 bits (int8) or 4 bits (nf4) of bitsandbytes,
             which loads them again; null stores all of them in `dtype`.
         adapter: Write the adapter alone, in PEFT's format, and not the merged model.
+        format: `transformers`, or `gguf`: a file for llama.cpp and Ollama, with a Modelfile. For Llama, Mistral, Qwen2,
+            Qwen3, Gemma 3 (text), Phi-3 and SmolLM3; needs the package `gguf`.
+        gguf_type: Format of the matrices in a GGUF file; `auto` is f32, f16 or bf16, as the weights are. q8_0 has 8.5
+            bits per weight, q5_1 6, q5_0 5.5, q4_1 5 and q4_0 4.5; the output layer then has 8.5.
+        prove: Whether llama.cpp computes with the GGUF file, which is refused if its NLL, its tokens of a conversation
+            or (in f32) its greedy text differ from the model's; null does so where llama.cpp is installed
+            (llama-cpp-python, or a Python with it in the environment variable LIT_LLM_LLAMA_CPP).
 
     Returns:
-        The folder. Its `check.json` is verified whenever the folder is loaded.
+        The folder. Its `check.json` is verified whenever transformers' folder is loaded.
 
     Raises:
         InputError: No such run or checkpoint, the reloaded folder differs from the trained model, the folder cannot be
@@ -50,9 +62,56 @@ def export(run: str, checkpoint: str = "best", out: str | None = None, dtype: Dt
     if adapter and (quantize or dtype != "auto"):
         raise InputError("an adapter is written in the dtype of its training", where="adapter",
                          fix="leave --quantize and --dtype out")
+    _check_format(format, gguf_type, prove, adapter or quantize is not None)
+    if format == "gguf" and (names.path_of(run) / "config.json").is_file():
+        unused = checkpoint != "best" or dtype != "auto" or base is not None
+        return _converted(run, out, gguf_type, prove, unused=unused)
     source = find(Path(run), checkpoint, base)
     kind = "-adapter" if adapter else f"-{quantize}" if quantize else ""
+    kind = kind if format == "transformers" else f"-gguf-{gguf_type}"
     target = _target(Path(run), out, source.base) if out else Path(run) / f"export{kind}"
+    with _locked(target):
+        if format == "transformers":
+            return _exported(source, target, dtype, quantize, adapter)
+        from lit_llm.exports.gguf import folder as gguf
+
+        merged = _exported(source, target.with_name(target.name + ".merged"), dtype, None, False)
+        try:
+            return gguf.write(merged, target, Path(run).resolve().name, gguf_type, prove, run=Path(run))
+        finally:
+            shutil.rmtree(merged, ignore_errors=True)
+
+
+def _check_format(format: Format, gguf_type: str, prove: bool | None, others: bool) -> None:
+    """Refuse options of the other format."""
+    if format == "transformers" and (gguf_type != "auto" or prove is not None):
+        raise InputError("it is an option of GGUF files", where="gguf_type" if gguf_type != "auto" else "prove",
+                         fix="add --format gguf")
+    if format == "gguf" and others:
+        raise InputError("a GGUF file has its own formats of few bits, and no adapter alone", where="format",
+                         fix="use --gguf_type q8_0 or q4_0, without --quantize and --adapter")
+
+
+def _converted(folder: str, out: str | None, gguf_type: str, prove: bool | None, *, unused: bool) -> Path:
+    """Write a GGUF file of a model folder."""
+    if unused:
+        raise InputError(f"{folder} is a model folder, so --checkpoint, --dtype and --base have no effect",
+                         where="run", fix="leave them out")
+    from lit_llm.exports.gguf import folder as gguf
+
+    source = names.path_of(folder).resolve()
+    target = _target(source, out, None) if out else source.with_name(f"{source.name}-gguf-{gguf_type}")
+    with _locked(target):
+        return gguf.write(source, target, source.name, gguf_type, prove)
+
+
+@contextmanager
+def _locked(target: Path) -> Generator[None, None, None]:
+    """Hold the folder, so that one process writes it at a time.
+
+    Raises:
+        HeldError: Another process writes it.
+    """
     lock = Lock()
     with suppress(OSError):                         # errors of writing are reported below, with the free space
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -60,7 +119,7 @@ def export(run: str, checkpoint: str = "best", out: str | None = None, dtype: Dt
         if isinstance(refusal, HeldError):
             raise refusal
     try:
-        return _exported(source, target, dtype, quantize, adapter)
+        yield
     finally:
         lock.release()
 
@@ -127,6 +186,7 @@ def _target(run: Path, out: str, base: str | None) -> Path:
     needed = [run.resolve(), *run.resolve().parents]
     if base is not None:
         needed.append(names.path_of(base).resolve())
+    exported = exported or any(target.glob("*.gguf"))
     if target in needed or not (empty or (exported and not (target / "checkpoints").exists())):
         raise InputError(f"{target} is not an export and would be replaced", where="out",
                          fix="choose a new folder")

@@ -21,20 +21,8 @@ from lit_llm.inference.sampling import SamplingParams
 from lit_llm.models.load import load_causal_lm
 from lit_llm.system import integrity
 from lit_llm.text.tokenizer import Tokenizer
-from tests.training.short_runs import fit
 
 BASE = names.resolve("sample:base")
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    """A short run of LoRA on the embedded base, as `fit` leaves it."""
-    folder = tmp_path_factory.mktemp("handed")
-    (folder / "chats.jsonl").write_text("\n".join(json.dumps({"messages": [
-        {"role": "user", "content": f"What is {n} + {n}?"}, {"role": "assistant", "content": f"It is {2 * n}."}]}) for n in range(30)))
-    fit(folder, tokenizer="sample:base", passes=1, steps=3, peft={
-        "class_path": "LoraConfig", "init_args": {"r": 4, "target_modules": "all-linear"}})
-    return folder / "run"
 
 
 def rows_of(run):
