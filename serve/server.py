@@ -285,8 +285,8 @@ def _own_app(app: FastAPI, routes: Routes, settings: Settings, folder: str) -> N
     operations.add_routes(app, routes)
     chat_page.add_routes(app, routes, folder)
     tokens.add_routes(app, routes)
-    openapi.describe(app, routes.tokenizer.vocab_size, strict=settings.strict,
-                     backend=settings.backend is not None)
+    openapi.describe(app, routes.tokenizer.vocab_size, settings.limits.max_running + settings.limits.max_waiting,
+                     strict=settings.strict, backend=settings.backend is not None)
     _own_errors(app)
     engine, network = routes.engine, settings.network
     app.add_middleware(Admission, max_body_bytes=settings.limits.max_body_bytes, draining=lambda: engine.draining)

@@ -202,10 +202,13 @@ class Engine:
         prompt = [int(id_) for id_ in prompt_ids]
         if not prompt:
             raise InputError("the prompt is empty", where="prompt")
-        if not 0 <= min(prompt) <= max(prompt) < self.vocab_size:
-            raise InputError(f"token ids must be from 0 to {self.vocab_size - 1}", where="prompt")
         if adapter is not None and adapter not in self.adapters:
             raise InputError(f"there is no adapter '{adapter[:80]}'", where="adapter")
+        count = min(self.vocab_size, self._forward.adapters.vocabularies.get(adapter, self.vocab_size))
+        of_others = "; the vocabulary of another adapter is larger"
+        if not 0 <= min(prompt) <= max(prompt) < count:
+            raise InputError(f"token ids must be from 0 to {count - 1}{'' if count == self.vocab_size else of_others}",
+                             where="prompt")
         params.check_ids(self.vocab_size)
         left = budget(len(prompt), params, self.context_length)
         generator = None

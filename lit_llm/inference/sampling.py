@@ -21,6 +21,7 @@ DEFAULT_TEMPERATURE = 0.7
 MAX_STOPS = 16
 MAX_STOP_CHARS = 256
 MAX_IDS = 1024                                      # of stop_token_ids, and of logit_bias
+LEAST_PENALTY = 1e-30                               # of repetition: logits divided by less would be infinite in float32
 OPTIONAL = ("max_tokens", "seed", "logprobs", "prompt_logprobs")
 NUMBERS = (*OPTIONAL, "top_k", "temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty",
            "frequency_penalty", "min_tokens")
@@ -135,7 +136,7 @@ def adjust(logits_V: "Tensor", params: SamplingParams, prompt: Sequence[int], an
         logits_V.index_add_(0, at, logits_V.new_tensor([bias for _, bias in params.logit_bias]))
     if params.repetition_penalty != 1:
         at = indices({*prompt, *answer})
-        old, penalty = logits_V[at], params.repetition_penalty
+        old, penalty = logits_V[at], max(params.repetition_penalty, LEAST_PENALTY)
         logits_V[at] = torch.where(old < 0, old * penalty, old / penalty)
     if answer and (params.presence_penalty or params.frequency_penalty):
         at, counts = indices(answer).unique(return_counts=True)

@@ -5,6 +5,8 @@ from typing import Any
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 
+from serve.openai.bodies import MOST_PROMPTS
+
 ERROR = {"type": "object", "required": ["error"], "additionalProperties": False, "properties": {"error": {
     "type": "object", "required": ["message", "type", "param", "code"], "additionalProperties": False, "properties": {
         "message": {"type": "string"}, "type": {"type": "string"}, "param": {"type": ["string", "null"]},
@@ -22,16 +24,30 @@ ERRORS = {
     503: "The engine is not ready, too busy, or the server shuts down.",
     504: "The request took too long.",
 }
+MESSAGE = {"type": "object", "required": ["role", "content"], "properties": {
+    "role": {"type": "string", "enum": ["system", "user", "assistant", "tool"]}, "content": {}}}
+TOOL = {"type": "object", "required": ["type", "function"], "properties": {
+    "type": {"const": "function"}, "function": {"type": "object", "required": ["name"], "properties": {
+        "name": {"type": "string", "pattern": "^[a-zA-Z0-9_.-]{1,64}$"}, "description": {"type": "string"},
+        "parameters": {"type": "object"}, "strict": {"type": ["boolean", "null"]}}}}}
+CHOICE = {"type": "object", "required": ["type", "function"], "properties": {
+    "type": {"const": "function"}, "function": {"type": "object", "required": ["name"], "properties": {
+        "name": {"type": "string"}}}}}
+SCHEMA = {"type": "object", "required": ["schema"], "properties": {
+    "name": {"type": "string"}, "schema": {"type": "object"}, "strict": {"type": ["boolean", "null"]}}}
+FORMATS = tuple({"type": "object", "required": ["type", *more], "properties": {"type": {"const": kind}, **more}}
+                for kind, more in (("text", {}), ("json_object", {}), ("json_schema", {"json_schema": SCHEMA})))
 WITHOUT_BODY = (401, 403, 404, 500, 503)            # of routes that read no body
 RETRY = {"Retry-After": {"description": "Seconds to wait.", "schema": {"type": "string"}}}
 
 
-def describe(app: FastAPI, vocab_size: int, *, strict: bool, backend: bool) -> None:
+def describe(app: FastAPI, vocab_size: int, most_answers: int, *, strict: bool, backend: bool) -> None:
     """Let the application describe its errors and values: FastAPI would declare a 422, which is never sent.
 
     Args:
         app: The application.
         vocab_size: Token ids are below this.
+        most_answers: Answers of a request, of all its prompts together.
         strict: Whether unknown fields are refused.
         backend: Whether another server computes the answers, which can fail with status 502.
     """
@@ -42,7 +58,7 @@ def describe(app: FastAPI, vocab_size: int, *, strict: bool, backend: bool) -> N
             schemas = document["components"].setdefault("schemas", {})
             for name in ("HTTPValidationError", "ValidationError"):
                 schemas.pop(name, None)
-            _limit(schemas, vocab_size, strict=strict)
+            _limit(schemas, vocab_size, most_answers, strict=strict)
             schemas["Error"] = ERROR
             document["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
             for path, operations in document["paths"].items():
@@ -54,7 +70,7 @@ def describe(app: FastAPI, vocab_size: int, *, strict: bool, backend: bool) -> N
     app.openapi = document                          # type: ignore[method-assign]
 
 
-def _limit(schemas: dict[str, Any], vocab_size: int, *, strict: bool) -> None:
+def _limit(schemas: dict[str, Any], vocab_size: int, most_answers: int, *, strict: bool) -> None:
     """Add limits of values that depend on the model, and those that are checked after the types."""
     for schema in schemas.values():
         schema["additionalProperties"] = not strict
@@ -64,22 +80,35 @@ def _limit(schemas: dict[str, Any], vocab_size: int, *, strict: bool) -> None:
     def some(items: dict[str, Any], most: int) -> dict[str, Any]:
         return {"type": "array", "items": items, "minItems": 1, "maxItems": most}
 
-    message = {"type": "object", "required": ["role", "content"], "properties": {
-        "role": {"type": "string", "enum": ["system", "user", "assistant", "tool"]}, "content": {}}}
+    prompts = min(most_answers, MOST_PROMPTS)
     limits: dict[str, dict[str, Any]] = {
-        "prompt": {"anyOf": [text, some(id_, 10**6), some(text, 2048), some(some(id_, 10**6), 2048)]},
-        "messages": some(message, 2048), "tokens": {"type": "array", "items": id_}}
+        "prompt": {"anyOf": [text, some(id_, 10**6), some(text, prompts), some(some(id_, 10**6), prompts)]},
+        "messages": some(MESSAGE, 2048), "tokens": {"type": "array", "items": id_},
+        "n": _optional({"type": "integer", "minimum": 1, "maximum": min(most_answers, 128)}),
+        "tools": _optional({"type": "array", "items": TOOL, "maxItems": 128}),
+        "tool_choice": _optional({"type": "string", "enum": ["none", "auto", "required"]}, CHOICE),
+        "response_format": _optional(*FORMATS)}
     for name in ("ChatCompletionBody", "CompletionBody", "DetokenizeBody"):
         properties = schemas.get(name, {}).get("properties", {})
         properties.update({field: value for field, value in limits.items() if field in properties})
         for field, items in (("stop", text | {"maxLength": 256}), ("stop_token_ids", id_)):
             if field in properties:
                 lists = {"type": "array", "items": items, "maxItems": 16}
-                properties[field] = {"anyOf": [lists, {"type": "null"}, *([items] if field == "stop" else [])]}
+                properties[field] = _optional(lists, *([items] if field == "stop" else []))
         if "logit_bias" in properties:
             bias = {"type": "number", "minimum": -100, "maximum": 100}
             biases = {"type": "object", "propertyNames": {"pattern": "^[0-9]+$"}, "additionalProperties": bias}
-            properties["logit_bias"] = {"anyOf": [biases, {"type": "null"}]}
+            properties["logit_bias"] = _optional(biases)
+    if tokenized := schemas.get("TokenizeBody"):    # a text or messages
+        text_only, chat = ({"type": "object", "required": [field], "properties": {field: kind, other: {"type": "null"}}}
+                           for field, kind, other in (("prompt", {"type": "string"}, "messages"),
+                                                      ("messages", limits["messages"], "prompt")))
+        tokenized["properties"]["tools"] = limits["tools"]
+        tokenized["anyOf"] = [text_only, chat]
+
+
+def _optional(*kinds: dict[str, Any]) -> dict[str, Any]:
+    return {"anyOf": [*kinds, {"type": "null"}]}
 
 
 def _describe(path: str, operation: dict[str, Any], *, backend: bool) -> None:
@@ -88,7 +117,7 @@ def _describe(path: str, operation: dict[str, Any], *, backend: bool) -> None:
     if path == "/metrics":
         responses["200"]["content"] = {"text/plain": {"schema": {"type": "string"}}}
     elif "stream" in path or path.endswith("completions"):
-        responses["200"]["content"]["text/event-stream"] = {"schema": {"type": "string"}}
+        responses["200"]["content"]["text/event-stream"] = {}       # OpenAPI 3.1 has no schema of events
     for status in ERRORS if "requestBody" in operation else WITHOUT_BODY:
         if status == 502 and not backend:
             continue

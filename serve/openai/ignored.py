@@ -32,7 +32,8 @@ class IgnoredFields:
         """
         if not names:
             return {}
-        shown = [quote(name[:CHARACTERS], safe="._-") for name in names[:SHOWN]]
+        # An empty name is shown as quotation marks, since a header must not end with a space.
+        shown = [quote(name[:CHARACTERS], safe="._-") or '""' for name in names[:SHOWN]]
         if self.strict:
             raise ApiError(400, f"unknown field '{shown[0]}'; this server refuses fields that have no effect",
                            param=names[0][:CHARACTERS], code="unknown_parameter")

@@ -9,7 +9,7 @@ import torch
 from transformers.generation.logits_process import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from lit_llm.errors import InputError
-from lit_llm.inference.sampling import SamplingParams, next_ids, probabilities
+from lit_llm.inference.sampling import SamplingParams, adjust, next_ids, probabilities
 
 SETTINGS = [(1.0, 1.0, 0), (0.7, 1.0, 0), (2.0, 0.9, 0), (1.0, 0.5, 0), (1.0, 1.0, 5), (0.8, 0.9, 20), (1.0, 1e-6, 0),
             (1.0, 1.0, 1), (1.0, 1.0, 10_000), (1e-3, 0.95, 7)]
@@ -64,6 +64,15 @@ def test_next_to_no_temperature_is_none(temperature):
     """Logits divided by it would be infinite, and no distribution."""
     logits = torch.tensor([[1.0, 3.0, 2.0]]) * 50
     assert next_ids(logits, [SamplingParams(temperature=temperature)], [None]).tolist() == [1]
+
+
+@pytest.mark.parametrize("penalty", [1e-6, 1e-38, 5e-324])
+def test_the_smallest_repetition_penalty_leaves_a_distribution(penalty):
+    """Divided by it, a logit would be infinite, and the request would end with an error."""
+    logits, params = torch.tensor([50.0, 30.0, 0.0, -30.0]), SamplingParams(repetition_penalty=penalty, temperature=0.01)
+    adjust(logits, params, [0, 2, 3], [], ())
+    assert logits.isfinite().all()
+    assert next_ids(logits[None], [params], [None]).tolist() == [0]
 
 
 @pytest.mark.parametrize("wrong", [

@@ -138,6 +138,8 @@ def test_unknown_fields_are_ignored_and_named(server, endless_model):
         assert "reasoning_effort" in reply.headers["x-ignored-fields"]
         assert ("stream_options.chunk" in reply.headers["x-ignored-fields"]) == bool(more)
         assert SECRET not in reply.headers["x-ignored-fields"]
+    nameless = server.http.post("/chat", json={"message": "x", "max_length": 1, "z": 1, "": 1})    # a header ends with no space
+    assert (nameless.status_code, nameless.headers["x-ignored-fields"]) == (200, 'z, ""')
     many = server.http.post("/chat", json={"message": "x", "max_length": 1} | {f"f{at}": 1 for at in range(500)})
     assert many.status_code == 200
     assert len(many.headers["x-ignored-fields"]) < 1000

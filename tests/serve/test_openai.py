@@ -265,6 +265,26 @@ def test_the_openapi_document_declares_the_errors(server):
     assert "HTTPValidationError" not in document["components"]["schemas"]
 
 
+@pytest.mark.parametrize(("name", "path", "body"), [
+    ("TokenizeBody", "/tokenize", {"messages": [{}]}), ("TokenizeBody", "/tokenize", {}), ("TokenizeBody", "/tokenize", {"prompt": "x", "messages": MESSAGES}),
+    ("CompletionBody", "/v1/completions", {"prompt": "x", "n": 129}), ("CompletionBody", "/v1/completions", {"prompt": [[5]] * 200}),
+    ("ChatCompletionBody", "/v1/chat/completions", {"messages": MESSAGES, "response_format": {}}),
+    ("ChatCompletionBody", "/v1/chat/completions", {"messages": MESSAGES, "response_format": {"type": "json_schema"}}),
+    ("ChatCompletionBody", "/v1/chat/completions", {"messages": MESSAGES, "tools": [{}]}),
+    ("ChatCompletionBody", "/v1/chat/completions", {"messages": MESSAGES, "tool_choice": "some"})])
+def test_what_is_refused_is_invalid_by_the_document(name, path, body, server):
+    """Programs that are generated from the document rely on it; a valid body is beside each invalid one."""
+    from jsonschema import Draft202012Validator
+
+    document = server.http.get("/openapi.json").json()
+    schema = {"$ref": f"#/components/schemas/{name}", "components": document["components"]}
+    assert server.http.post(path, json=body).status_code == 400
+    assert not Draft202012Validator(schema).is_valid(body)
+    valid = {"prompt": "x"} if name != "ChatCompletionBody" else {"messages": MESSAGES, "response_format": {"type": "text"}, "tools": [], "n": 2}
+    Draft202012Validator(schema).validate(valid)
+    assert server.http.post(path, json=valid | ({"max_tokens": 1} if "Completion" in name else {})).status_code == 200
+
+
 def test_metrics_count_what_clients_got(server, client):
     def read():
         lines = [line.rpartition(" ") for line in server.http.get("/metrics").text.splitlines() if not line.startswith("#")]

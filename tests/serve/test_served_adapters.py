@@ -18,7 +18,8 @@ from tests.serve.conftest import ServerProcess
 @pytest.fixture(scope="module")
 def adapters(tiny_model, tmp_path_factory):
     home = tmp_path_factory.mktemp("served")
-    return {name: make(str(tiny_model("llama")), home / name, seed) for seed, name in enumerate(("red", "blue"))}
+    rows = {"red": {"trainable_token_indices": {"embed_tokens": list(range(5, 90)), "lm_head": list(range(5, 90))}}, "blue": {}}
+    return {name: make(str(tiny_model("llama")), home / name, seed, **keys) for seed, (name, keys) in enumerate(rows.items())}
 
 
 def test_each_adapter_is_a_model_of_its_own(tiny_model, adapters):

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from lit_llm.inference.forward.adapters import Adapters
+from lit_llm.inference.forward.adapters import Adapters, Span
 from lit_llm.inference.forward.request import Answer, Request
 from lit_llm.models.adapters import virtual_tokens
 from lit_llm.models.adapters.adapter import has_virtual_tokens
@@ -48,7 +48,7 @@ class Alone:
         answers = []
         for request in running:
             try:
-                with self.adapters.applied([(request.adapter, 1)], self.model.device):      # of the whole row
+                with self.adapters.applied([Span(request.adapter, 1, 1)], self.model.device):   # of the whole row
                     answers.append(self._read(request))
             except Exception as error:                  # out of memory, for one: this request's alone
                 answers.append(Answer(request, None, error))

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lit_llm.inference.forward.adapters import Adapters
+from lit_llm.inference.forward.adapters import Adapters, Span
 from lit_llm.inference.forward.ragged import Part, Step
 from lit_llm.inference.forward.request import Answer, Request
 from lit_llm.inference.forward.slots import COPIED, Slots
@@ -140,5 +140,6 @@ class Batched:
 
     def _pass(self, generating: list[Part], reading: list[Part]) -> list[tuple[int, Tensor]]:
         step = Step(generating, reading, self.model.device)
-        with self.adapters.applied(((part.slot.adapter, len(part.ids)) for part in step.parts), self.model.device):
+        spans = (Span(part.slot.adapter, len(part.ids), len(part.ids) if part.every else 1) for part in step.parts)
+        with self.adapters.applied(spans, self.model.device):
             return [(id(part.slot), logits) for part, logits in zip(step.parts, step.logits(self.model), strict=True)]

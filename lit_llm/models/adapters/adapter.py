@@ -118,8 +118,8 @@ def load_adapter(model: "PreTrainedModel", folder: str | Path, *, trainable: boo
         raise InputError(f"{WEIGHTS} is missing; other weight formats are not loaded", where=str(folder))
     patterns.check(config.to_dict(), [name for name, _ in model.named_modules()], str(folder))
     try:
-        if (folder / ROWS).is_file():
-            vocabulary.grow(model, int(json.loads((folder / ROWS).read_text(encoding="utf-8"))["rows"]))
+        if (count := stored_rows(folder)) is not None:
+            vocabulary.grow(model, count)
         _check_finite(folder / WEIGHTS)
         with (_seeded_init(config), tying.explaining(model, config, say=False), warnings.catch_warnings(),
               config_limits.building(str(folder), most=_most_parameters(model, folder))):
@@ -133,6 +133,12 @@ def load_adapter(model: "PreTrainedModel", folder: str | Path, *, trainable: boo
     except Exception as error:                      # untrusted files, and forty methods
         raise InputError(f"the adapter does not fit this model: {one_line(error)}", where=str(folder),
                          fix="use it with the base that it was trained on, or copy its folder again") from None
+
+
+def stored_rows(folder: Path) -> int | None:
+    """Vocabulary size of the base that an adapter was trained on, if training had resized it."""
+    file = folder / ROWS
+    return int(json.loads(file.read_text(encoding="utf-8"))["rows"]) if file.is_file() else None
 
 
 def _most_parameters(model: nn.Module, folder: Path) -> int:
