@@ -128,8 +128,9 @@ class _Linear(_Adapted):
             matrices, rows = self.changes[name]
             own = inputs if places is None else inputs[..., places, :]
             if rows is not None:
-                bias = None if self.base.bias is None else self.base.bias[rows.ids]
-                logits = nn.functional.linear(own.to(rows.values.dtype), rows.values, bias).to(out.dtype)
+                bias: Tensor | None = getattr(self.base, "bias", None)
+                logits = nn.functional.linear(own.to(rows.values.dtype), rows.values,
+                                              bias if bias is None else bias[rows.ids]).to(out.dtype)
                 out = _replaced(out, places, rows.ids, logits)
             if matrices is not None:
                 more = (own.to(matrices.down.dtype) @ matrices.down.T @ matrices.up.T).to(out.dtype)
