@@ -205,10 +205,9 @@ class Engine:
         if adapter is not None and adapter not in self.adapters:
             raise InputError(f"there is no adapter '{adapter[:80]}'", where="adapter")
         count = min(self.vocab_size, self._forward.adapters.vocabularies.get(adapter, self.vocab_size))
-        of_others = "; the vocabulary of another adapter is larger"
         if not 0 <= min(prompt) <= max(prompt) < count:
-            raise InputError(f"token ids must be from 0 to {count - 1}{'' if count == self.vocab_size else of_others}",
-                             where="prompt")
+            others = "" if count == self.vocab_size else "; the vocabulary of another adapter is larger"
+            raise InputError(f"token ids must be from 0 to {count - 1}{others}", where="prompt")
         params.check_ids(self.vocab_size)
         left = budget(len(prompt), params, self.context_length)
         generator = None
