@@ -72,7 +72,15 @@ def _pack(layer: nn.Linear) -> bool:
 
 
 def _forward(blocked: Tensor, bias: Tensor | None, rows: Tensor) -> Any:
-    return private_torch.fused_linear(rows, blocked, bias)
+    """The product; more than 32 rows are padded to a multiple of 32.
+
+    oneDNN keeps memory of about the size of the output for every number of rows that it has seen.
+    """
+    count = rows.shape[-2]
+    padding = -count % ROWS if count > ROWS else 0
+    if not padding:
+        return private_torch.fused_linear(rows, blocked, bias)
+    return private_torch.fused_linear(nn.functional.pad(rows, (0, 0, 0, padding)), blocked, bias)[..., :count, :]
 
 
 def _unpack(layer: nn.Linear) -> None:
