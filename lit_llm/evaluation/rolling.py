@@ -79,8 +79,8 @@ def material(sources: Sequence[Source], tokenizer: Tokenizer, context: int, kind
     if not texts:
         raise InputError("there is no document", where="data")
     begins = tokenizer.bos_id if tokenizer.bos_id is not None else tokenizer.eos_id
-    ids = [np.array([begins, *tokenizer.framed(np.array(tokenizer.encode_text(
-        detokenized(text) if kind == "wikitext" else text), np.int32), last=False)], np.int64) for _, _, text in texts]
+    prepared = (detokenized(text) if kind == "wikitext" else text for _, _, text in texts)
+    ids = [np.array([begins, *_encoded(tokenizer, text)], np.int64) for text in prepared]
     cuts = [(unit, *cut) for unit, tokens in enumerate(ids) for cut in windows(len(tokens), context)]
     table = np.array(cuts, dtype=np.int64).reshape(-1, 4)
     rows = pack(Segments(np.arange(len(table)), np.zeros(len(table), np.int64), table[:, 2] - table[:, 1]),
@@ -100,6 +100,16 @@ def material(sources: Sequence[Source], tokenizer: Tokenizer, context: int, kind
     settings = {"convention": f"rolling {kind}", "seq_len": context, "windows": "rolling, the last one full"}
     return Material(tokenizer, units, rows, window, context + 1, settings, lambda unit: texts[unit][1],
                     lambda unit: texts[unit][2], last_position=context - 1)
+
+
+def _encoded(tokenizer: Tokenizer, text: str) -> list[int]:
+    """Ids as lm-evaluation-harness encodes a text: with what the tokenizer adds, unless the text itself begins with it.
+
+    A control token that the text spells, such as the `<unk>` of WikiText's files for models of words, is that token.
+    """
+    begins = tokenizer.hf.bos_token or tokenizer.hf.eos_token
+    more = {"add_special_tokens": False} if text.startswith(begins) else {}
+    return list(tokenizer.hf.encode(text, verbose=False, **more))
 
 
 def _documents(source: Source) -> Iterator[tuple[str, str]]:
