@@ -60,7 +60,8 @@ def evaluate(
         rolling: Word-level perplexity in the convention of the literature, equal to lm-evaluation-harness: every
             token is predicted in rolling windows, and the NLL is divided by the words of the raw text. `wikitext`
             splits WikiText into articles and undoes its tokenization first; `text` takes documents as they are.
-        seq_len: Tokens of a window; null takes the smallest context of the models, at most 4,096.
+        seq_len: Tokens of a window; null takes the smallest context of the models, at most 4,096, and with url one
+            less.
         batch_size: Packed sequences that are computed together. The figures do not depend on it.
         limit: Only this many documents or conversations, from the beginning; null for all.
         train_on: Scored tokens of a conversation: every answer (assistant), the last answer (last), or every token
@@ -96,7 +97,7 @@ def evaluate(
     results: list[Result] = []
     differences: list[Difference] = []
     if everyone or url is not None:
-        width = seq_len or _smallest_context(everyone, tokenizer)
+        width = seq_len or _smallest_context(everyone, tokenizer) - (url is not None)   # a server adds a token
         texts = _Texts(rolling, width, data, subjects[0] if subjects else None, limit=limit, seq_len=seq_len,
                        train_on=train_on, on_bad_record=on_bad_record, format=format, columns=columns,
                        document=document, split=split)

@@ -66,7 +66,7 @@ def oracle(folder, texts, adapter=None):
                 text = record["text"].encode()[len(hf.decode(ids[:1]).encode()):]
             for start, stop, scored in windows:
                 with torch.no_grad():
-                    logp = model(torch.tensor([ids[start:stop]])).logits[0].log_softmax(-1)
+                    logp = model(torch.tensor([ids[start:stop]])).logits[0, start - stop:].log_softmax(-1)
                 for place in range(scored, stop):
                     row = logp[place - start - 1]
                     nll, tokens, correct = nll - float(row[ids[place]]), tokens + 1, correct + int(row.argmax() == ids[place])
@@ -164,6 +164,44 @@ def test_a_run_is_measured_as_its_own_validation_did_and_the_readme_runs(lit_llm
         assert run[name]["value"] == pytest.approx(values[f"val/{name}"], rel=1e-6), name
         assert base[name]["value"] == pytest.approx(values[f"before/val/{name}"], rel=1e-6), name
     assert run["nll"]["tokens"] == values["val/tokens"]
+
+
+def test_a_prompt_is_measured_with_its_virtual_tokens_and_without(tiny_model, texts, tmp_path):
+    from peft import PromptTuningConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(5)
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_model("llama")),
+                           PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4))
+    model.save_pretrained(tmp_path / "prompt")
+    data = [str(texts / "chats.jsonl"), str(texts / "documents.jsonl")]
+    found = measured(tmp_path / "r.json", tmp_path / "prompt", data=data, seq_len=64, dtype="float64")["models"]
+    for each, adapter in zip(found, (tmp_path / "prompt", None), strict=True):
+        expected = [values[0] for values in oracle(tiny_model("llama"), texts, adapter)]
+        assert each["sums"]["nll"] == pytest.approx(expected, abs=1e-5)
+    assert found[0]["nll"]["value"] != pytest.approx(found[1]["nll"]["value"], abs=1e-3)
+
+
+@pytest.mark.parametrize("numbers", ["nf4", "int8"])
+def test_quantized_weights_are_measured_as_transformers_loads_them(texts, tmp_path, numbers):
+    pytest.importorskip("bitsandbytes")
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from lit_llm.models.quantize import quantization
+    from lit_llm.names import resolve
+
+    base = resolve("sample:base")
+    found = measured(tmp_path / "r.json", base, data=[str(texts / "documents.jsonl")], seq_len=256,
+                     quantize=numbers, dtype="float32")["models"][0]
+    model = AutoModelForCausalLM.from_pretrained(base, quantization_config=quantization(numbers, half=False))
+    hf, expected = AutoTokenizer.from_pretrained(base), []
+    for line in (texts / "documents.jsonl").read_text().splitlines():
+        ids = torch.tensor([hf.encode(json.loads(line)["text"])])
+        with torch.no_grad():
+            logp = model(ids).logits[0, :-1].float().log_softmax(-1)
+        expected.append(-float(logp.gather(1, ids[0, 1:, None]).sum()))
+    assert found["sums"]["nll"] == pytest.approx(expected, rel=2e-3)
+    assert found["measured"]["model"]["quantize"] == numbers
 
 
 # ---- stored results --------------------------------------------------------------------------------------------------

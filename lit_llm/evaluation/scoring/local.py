@@ -8,22 +8,23 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any, NamedTuple
 
-import lightning as L
 import numpy as np
 import torch
-from lightning.fabric.plugins.environments import LightningEnvironment
 
+from lit_llm import names
 from lit_llm.data.rows.loader import Batch, batch_of
 from lit_llm.errors import InputError
 from lit_llm.evaluation.material import Material, Window
 from lit_llm.evaluation.scoring.subject import Subject
 from lit_llm.inference.loading import config_sizes
-from lit_llm.models.adapters import adapter
-from lit_llm.models.load import config_of, stored_dtype
+from lit_llm.kernels import rmsnorm
+from lit_llm.models.adapters import adapter, peft_method, starting
+from lit_llm.models.load import config_of, load_causal_lm, stored_dtype
+from lit_llm.text import check
 from lit_llm.training import forward
 from lit_llm.training.module import CausalLMModule
 
-PRECISIONS = {"float32": "32-true", "bfloat16": "bf16-true", "float16": "16-true", "float64": "64-true"}
+DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
 class Scores(NamedTuple):
@@ -60,19 +61,29 @@ class LocalModel:
                  device: str = "auto") -> None:
         if dtype == "auto":
             dtype = str(stored_dtype(subject.weights)).removeprefix("torch.")
-        if dtype not in PRECISIONS:
-            raise InputError(f"unknown dtype '{dtype}'; use auto, {', '.join(PRECISIONS)}", where="dtype")
-        self.subject, self.dtype = subject, dtype
-        self.quantize = quantize or subject.quantize
+        if dtype not in DTYPES:
+            raise InputError(f"unknown dtype '{dtype}'; use auto, {', '.join(DTYPES)}", where="dtype")
+        self.subject, self.dtype, self.quantize = subject, dtype, quantize or subject.quantize
+        self.device = _device(device)
+        self.module = CausalLMModule(base=subject.weights)
+        self.module.model = self._loaded()
+        self.module.half_adapters = dtype == "bfloat16" and subject.adapter is not None
+
+    def _loaded(self) -> Any:
+        """The model with its adapter, on its device, in eval mode, as the module would build it for a validation."""
+        folder, weights = self.subject.adapter, self.subject.weights
+        virtual = folder is not None and peft_method.adds_virtual_tokens(peft_method.spec_in(folder))
+        kind = None if virtual else self.module.choose_attention({})
         numbers: Any = self.quantize
-        self.module = CausalLMModule(base=subject.weights, quantize=numbers,
-                                     adapter=str(subject.adapter) if subject.adapter else None)
-        self.module.trainer = _trainer(device, PRECISIONS[dtype])
-        self.device = self.module.trainer.strategy.root_device
-        self.module.configure_model()
-        if self.quantize is None:
-            self.module.model.to(self.device)
-        self.module.model.eval()
+        inner = load_causal_lm(weights, dtype=getattr(torch, self.dtype), attention=kind, quantize=numbers,
+                               half=self.dtype == "bfloat16", device=self.device)
+        if numbers is None:
+            check.check_weights(names.resolve(weights), inner)
+        inner.config.use_cache = False
+        model: Any = inner if folder is None else starting.load(inner, folder)
+        if self.module.way is None or self.module.way.fast_norms:
+            rmsnorm.use_fast_norms(model)
+        return (model if numbers is not None else model.to(self.device)).eval()
 
     @property
     def has_base(self) -> bool:
@@ -110,23 +121,11 @@ class LocalModel:
                 for name, value in batch.items()}  # type: ignore[return-value]
 
 
-def _trainer(device: str, precision: str) -> L.Trainer:
-    """A trainer of one device, which the module asks for precision and device; it runs nothing."""
-    import logging
-
+def _device(device: str) -> torch.device:
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
-        torch.empty(0, device=device)
+        return torch.empty(0, device=device).device
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"{device} cannot be used: {str(error).splitlines()[0][:160]}", where="device",
                          fix="leave it out: auto selects an available device") from None
-    speaker = logging.getLogger("lightning.pytorch.utilities.rank_zero")
-    level = speaker.level
-    speaker.setLevel(logging.WARNING)               # silences the list of devices
-    try:
-        return L.Trainer(accelerator=device.partition(":")[0], devices=1, precision=precision,  # type: ignore[arg-type]
-                         logger=False, enable_checkpointing=False, enable_progress_bar=False,
-                         enable_model_summary=False, plugins=[LightningEnvironment()])
-    finally:
-        speaker.setLevel(level)
