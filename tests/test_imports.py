@@ -23,6 +23,7 @@ HOMES = {
     "AutoTokenizer": {"text.tokenizer_file"}, "datasets": {"data.records.sources", "data.records.readers"},
     "filelock": {"data.tokens.cache"}, "torchmetrics": {"training.metrics"}, "triton": {"kernels.cross_entropy_triton"}, "cut_cross_entropy": {"kernels.borrowed"},
     "gguf": {"exports.gguf.file"}, "llama_cpp": {"exports.gguf.probe"}, "liger_kernel": {"kernels.borrowed"}, "litserve": set(), "llguidance": {"inference.guidance"},
+    "rouge_score": {"evaluation.answers.scores"}, "sacrebleu": {"evaluation.answers.scores"}, "lm_eval": {"evaluation.tasks.harness"},
     "deepspeed": {"training.parallel.deepspeed_setup", "training.parallel.shards", "training.parallel.reshard"},
 }
 HEAVY = ["torch", "transformers", "peft", "deepspeed", "datasets", "lightning", "litserve"]

@@ -39,10 +39,13 @@ TOOLS = {
     "chat": ("lit_llm.inference.chat.command:chat", "Chat with a model in the terminal."),
     "evaluate": ("lit_llm.evaluation.command:evaluate",
                  "Measure perplexity of models on texts, with intervals: evaluate FOLDER --data FILE."),
+    "generate": ("lit_llm.evaluation.answers.command:generate",
+                 "Answer the prompts of a file and score the answers: generate FOLDER --data FILE --out FILE."),
     "report": ("lit_llm.report.writing:report", "Write the report of a run, or compare several: report runs/a runs/b."),
 }
 FOLDERS = {"export": "--run", "chat": "--model"}        # the option that a first word without a name stands for
-LISTS = {"report": ("runs",), "evaluate": ("models", "data")}   # options with several words; the first needs no name
+LISTS = {"report": ("runs",), "evaluate": ("models", "data"),   # options with several words; the first needs no name
+         "generate": ("models", "stop", "scores")}
 SERVE = {"serve": "Serve a model over HTTP: OpenAI's API and a chat page. The same as python -m serve."}
 HELP = """usage: python -m lit_llm VERB [options]
 

@@ -5,13 +5,13 @@ It handles incomplete characters, stop strings and the encoding of prompts.
 
 import itertools
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lit_llm.errors import InputError
-from lit_llm.inference.engine import Engine, FinishReason
+from lit_llm.inference.engine import MAX_RUNNING, Engine, Event, FinishReason
 from lit_llm.inference.loading import tokenizer_folder
 from lit_llm.inference.logprobs import TokenLogprob
 from lit_llm.inference.sampling import SamplingParams
@@ -120,7 +120,7 @@ class Detokenizer:
 
 
 class TextEngine:
-    """An engine with a tokenizer that generates one answer at a time: for chat, samples in training, comparisons.
+    """An engine with a tokenizer, for chat, samples in training, comparisons, and files of prompts.
 
     Args:
         engine: An engine without other requests.
@@ -133,13 +133,14 @@ class TextEngine:
         self._names = itertools.count()
 
     @classmethod
-    def load(cls, folder: str | Path, *, device: str = "auto", dtype: str = "auto",
-             adapter: str | Path | None = None, threads: int | str = "auto") -> "TextEngine":
+    def load(cls, folder: str | Path, *, device: str = "auto", dtype: str = "auto", adapter: str | Path | None = None,
+             threads: int | str = "auto", max_running: int = MAX_RUNNING) -> "TextEngine":
         """Load model and tokenizer of a folder; arguments and errors as in `Engine.load`."""
         from lit_llm.text.tokenizer import Tokenizer
 
         tokenizer = Tokenizer.load(tokenizer_folder(str(folder), adapter))   # first, because the weights take longer
-        return cls(Engine.load(folder, device=device, dtype=dtype, adapter=adapter, threads=threads), tokenizer)
+        return cls(Engine.load(folder, device=device, dtype=dtype, adapter=adapter, threads=threads,
+                               max_running=max_running), tokenizer)
 
     def encode(self, prompt: Prompt) -> list[int]:
         """Prompt ids: of a conversation with its generation prompt, of a document's beginning, or given ids."""
@@ -163,12 +164,7 @@ class TextEngine:
         try:
             while self.engine.has_work:
                 for event in self.engine.step():    # none while a long prompt is being read
-                    if isinstance(event.error, FloatingPointError):
-                        raise InputError(f"{event.error} (inf or nan)", where="model",
-                                         fix="use float32, or other weights")
-                    if event.error or event.token_id is None:
-                        raise event.error or RuntimeError("the engine returned no token")
-                    piece = detokenizer.push(event.token_id, event.finish_reason, event.logprob)
+                    piece = _piece(event, detokenizer)
                     yield piece
                     if piece.finish_reason:
                         return
@@ -177,8 +173,63 @@ class TextEngine:
 
     def generate(self, prompt: Prompt, params: SamplingParams = GREEDY) -> Completion:
         """Generate a whole answer."""
-        pieces = list(self.stream(prompt, params))
-        text, ids = "".join(piece.text for piece in pieces), tuple(id_ for piece in pieces for id_ in piece.token_ids)
-        last = pieces[-1]
-        return Completion(text, ids, last.finish_reason, last.prompt_tokens, last.completion_tokens,
-                          tuple(logprob for piece in pieces for logprob in piece.logprobs))
+        return _joined(list(self.stream(prompt, params)))
+
+    def generate_many(
+        self, prompts: Iterable[tuple[Sequence[int], SamplingParams]]
+    ) -> Iterator[tuple[int, Completion]]:
+        """Generate whole answers to many prompts, batched by the engine; closing the iterator cancels the others.
+
+        Args:
+            prompts: Token ids and settings; taken as the engine has room.
+
+        Yields:
+            The number of the prompt, from 0, and its answer, in the order in which they end.
+
+        Raises:
+            InputError: A prompt does not fit, or the model's logits are not finite.
+        """
+        assert not self.engine.has_work, "the engine answers for one caller"
+        waiting, running = enumerate(prompts), dict[str, tuple[int, Detokenizer, list[Completion]]]()
+        try:
+            while True:
+                while self.engine.stats.waiting < self.engine.max_running and (item := next(waiting, None)) is not None:
+                    number, (ids, params) = item
+                    name = f"answer-{next(self._names)}"
+                    self.engine.add(name, ids, params)
+                    running[name] = number, Detokenizer(self.tokenizer, len(ids), params.stop, params.min_tokens), []
+                if not running:
+                    return
+                for event in self.engine.step():
+                    if event.request_id not in running:
+                        continue
+                    number, detokenizer, pieces = running[event.request_id]
+                    pieces.append(_piece(event, detokenizer))
+                    if pieces[-1].finish_reason:
+                        self.engine.cancel(event.request_id)    # a stop string ends the text, not the request
+                        del running[event.request_id]
+                        yield number, _joined(pieces)
+        finally:
+            for name in running:
+                self.engine.cancel(name)
+
+
+def _piece(event: Event, detokenizer: Detokenizer) -> Completion:
+    """The text of a step.
+
+    Raises:
+        InputError: The model's logits are not finite.
+    """
+    if isinstance(event.error, FloatingPointError):
+        raise InputError(f"{event.error} (inf or nan)", where="model", fix="use float32, or other weights")
+    if event.error or event.token_id is None:
+        raise event.error or RuntimeError("the engine returned no token")
+    return detokenizer.push(event.token_id, event.finish_reason, event.logprob)
+
+
+def _joined(pieces: Sequence[Completion]) -> Completion:
+    """The whole answer."""
+    text, ids = "".join(piece.text for piece in pieces), tuple(id_ for piece in pieces for id_ in piece.token_ids)
+    last = pieces[-1]
+    return Completion(text, ids, last.finish_reason, last.prompt_tokens, last.completion_tokens,
+                      tuple(logprob for piece in pieces for logprob in piece.logprobs))

@@ -6,7 +6,7 @@ from typing import Any, Literal
 from lit_llm.errors import InputError
 from lit_llm.inference.chat import terminal
 from lit_llm.inference.chat.commands import Commands
-from lit_llm.inference.chat.remote import RemoteModel
+from lit_llm.inference.chat.remote import RemoteModel, check_options
 from lit_llm.inference.chat.session import LocalModel, Model, Session
 from lit_llm.inference.completion import TextEngine
 from lit_llm.inference.loading import model_folder
@@ -69,7 +69,7 @@ def chat(
     """
     params = SamplingParams(max_tokens, temperature, top_p, top_k, tuple(stop or ()), seed)
     if url is not None:
-        _check_remote(adapter=adapter, device=device, dtype=dtype, threads=threads)
+        check_options(adapter=adapter, device=device, dtype=dtype, threads=threads)
         answering: Model = RemoteModel(url, model, template_args)
         what, single_turn = f"{answering.name} at {url}", False
     else:
@@ -121,15 +121,3 @@ def _load(model: str | None, template_args: dict[str, Any] | None, **options: An
     if template_args:
         engine.tokenizer.check_template_args(template_args, "template_args")
     return LocalModel(engine, template_args, folder)
-
-
-def _check_remote(**options: Any) -> None:
-    """Refuse options that only a model of this machine has.
-
-    Raises:
-        InputError: One of them is set.
-    """
-    for name, value in options.items():
-        if value not in (None, "auto"):
-            raise InputError(f"{value} has no effect with url: the server has loaded its model", where=name,
-                             fix="leave it out")

@@ -47,7 +47,8 @@ class RemoteModel:
         body = {"model": self.name, "messages": [message.to_openai() for message in messages], "stream": True,
                 "stream_options": {"include_usage": True}, "temperature": params.temperature, "top_p": params.top_p,
                 **{name: value for name, value in (("max_tokens", params.max_tokens), ("seed", params.seed),
-                                                   ("top_k", params.top_k), ("stop", list(params.stop)),
+                                                   ("top_k", params.top_k), ("min_p", params.min_p),
+                                                   ("stop", list(params.stop)),
                                                    ("chat_template_kwargs", dict(self._template_args))) if value}}
         with self.request("/chat/completions", body) as reply:
             yield from _pieces(reply)
@@ -82,6 +83,18 @@ class RemoteModel:
             reason = getattr(error, "reason", error)
             raise InputError(f"no server answers at {self.url}: {reason}", where="url",
                              fix="start one: python -m serve --model FOLDER") from None
+
+
+def check_options(**options: Any) -> None:
+    """Refuse options that only a model of this machine has: each must be null or auto.
+
+    Raises:
+        InputError: One of them is set.
+    """
+    for name, value in options.items():
+        if value not in (None, "auto"):
+            raise InputError(f"{value} has no effect with url: the server has loaded its model", where=name,
+                             fix="leave it out")
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):

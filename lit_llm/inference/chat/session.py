@@ -139,7 +139,7 @@ class Session:
                     yield piece.text
         finally:
             if answer:
-                self.messages = (*self.messages, _message(answer))
+                self.messages = (*self.messages, message_of(answer))
             else:       # a turn without an answer is dropped: neither templates nor training have such turns
                 self.messages, self.first = before, first
 
@@ -178,7 +178,7 @@ class Session:
         figures.first = figures.first or (seconds if piece.text else 0.0)
 
 
-def _message(answer: str) -> Message:
+def message_of(answer: str) -> Message:
     """The message of an answer, with its reasoning apart."""
     thought = THOUGHT.match(answer)
     if thought is None:
