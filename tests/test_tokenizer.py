@@ -2,10 +2,13 @@
 in training.
 """
 
+import copy
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import AddedToken
 
 from lit_llm.errors import InputError
 from lit_llm.text.conversation import Conversation, Document, Message
@@ -214,3 +217,34 @@ def test_what_cannot_be_loaded_is_refused(tmp_path, tiny_tokenizer):
         Tokenizer.load(tiny_tokenizer, chat_template="nowhere.jinja")
     with pytest.raises(InputError, match="HF_ENDPOINT"):
         Tokenizer.load("nobody/nothing")
+
+
+ANSWERS = ["Well, <think>I ad", "\n <tool_call>\n{", "plain", " led by a space", "<|im_end|> is text", "风筝<think>\n\n</think>是"]
+
+
+@pytest.mark.parametrize("kind", ["tiny", QWEN25, NEMO])
+@pytest.mark.parametrize("answer", ANSWERS)
+def test_an_answer_that_is_sent_back_has_the_tokens_that_it_had(kind, answer, load):
+    """Added tokens that are not special are tokens in an answer, as in training; only then does the model continue it.
+
+    Oracle: transformers' tokenizer, which reads the whole text; it cannot tell a spelled control token from a real one.
+    """
+    tokenizer = load(kind)
+    if kind == "tiny":
+        hf = copy.deepcopy(tokenizer.hf)
+        hf.add_tokens([AddedToken(text, special=False, normalized=False) for text in ("<think>", "</think>", "<tool_call>")])
+        tokenizer = Tokenizer(hf)
+    messages = [{"role": "user", "content": "Where is <think> it?"}, {"role": "assistant", "content": answer}]
+    ids = tokenizer.encode_continuation(Conversation.from_openai(messages))
+    messages[0]["content"] = "Where is it?"         # in a question they are text here
+    more = tokenizer.encode_continuation(Conversation.from_openai(messages))
+    if "<|im_end|>" in answer:
+        assert sum(id_ in tokenizer.special_ids for id_ in more) == sum(id_ in tokenizer.special_ids for id_ in tokenizer.encode_prompt(
+            Conversation.from_openai(messages[:1])))
+        return
+    # transformers lets a line break of the answer join that of its header, which no generated answer does.
+    assert answer[0] == "\n" or more == tokenizer.hf.apply_chat_template(messages, continue_final_message=True, return_dict=True)["input_ids"]
+    start = len(tokenizer.encode_prompt(Conversation.from_openai(messages[:1])))
+    assert ids[-(len(more) - start):] == more[start:]
+    trained = tokenizer.encode_conversation(Conversation.from_openai(messages))[0].input_ids.tolist()
+    assert trained[:len(more) - 1] == more[:-1]     # the last token may reach into the stop token's text

@@ -8,7 +8,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from functools import cached_property
 from pathlib import Path
@@ -177,11 +177,14 @@ class Tokenizer:
         return _listed(self._encoder.encode(self.template.render(conversation, generation_prompt=generation_prompt)))
 
     def encode_continuation(self, conversation: Conversation) -> list[int]:
-        """Ids of a conversation that ends with an unfinished answer; an `InputError` where it ends otherwise."""
+        """Ids of a conversation that ends with an unfinished answer, as in training; an `InputError` otherwise."""
         *before, last = conversation.messages
         if last.role != "assistant" or not before:
             raise InputError("the last message must be the assistant's, after a question, to be continued")
-        return [*self.encode_prompt(conversation.upto(len(before))), *self.encode_text(last.content)]
+        prompt = self.template.render(conversation.upto(len(before)), generation_prompt=True)
+        begin, text = len(prompt.text), prompt.text + last.content
+        whole = replace(prompt, text=text, assistant_spans=(*prompt.assistant_spans, (begin, len(text))))
+        return _listed(self._encoder.encode(whole, [begin]))
 
     def encode_conversation(self, conversation: Conversation, *, train_on: TrainOn = "assistant",
                             notes: set[str] | None = None) -> tuple[TokenSequence, ...]:
@@ -268,11 +271,10 @@ class Tokenizer:
             raise hidden_answer(min(unseen))
         spans = answer_spans(rendered, silent)
         reading = self._encoder.encode(rendered, [start for start, _ in spans])
-        ids = np.asarray(reading.ids, dtype=np.int32)
-        labels = ids.copy()
+        labels = np.array(reading.ids, dtype=np.int32)
         for start, stop in spans:
             labels[reading.tokens_started(start):reading.tokens_started(stop)] = IGNORE_INDEX
-        return TokenSequence(ids, labels, _speakers(rendered, reading))
+        return TokenSequence(np.array(reading.ids, dtype=np.int32), labels, _speakers(rendered, reading))
 
     @cached_property
     def _prefix(self) -> list[int]:

@@ -37,6 +37,10 @@ SCHEMA = {"type": "object", "required": ["schema"], "properties": {
     "name": {"type": "string"}, "schema": {"type": "object"}, "strict": {"type": ["boolean", "null"]}}}
 FORMATS = tuple({"type": "object", "required": ["type", *more], "properties": {"type": {"const": kind}, **more}}
                 for kind, more in (("text", {}), ("json_object", {}), ("json_schema", {"json_schema": SCHEMA})))
+NOT_BOTH = {"not": {"required": ["add_generation_prompt", "continue_final_message"], "properties": {
+    "add_generation_prompt": {"const": True}, "continue_final_message": {"const": True}}}}
+STREAMED = {"anyOf": [{"properties": {"stream_options": {"type": "null"}}},
+                      {"required": ["stream"], "properties": {"stream": {"const": True}}}]}
 WITHOUT_BODY = (401, 403, 404, 500, 503)            # of routes that read no body
 RETRY = {"Retry-After": {"description": "Seconds to wait.", "schema": {"type": "string"}}}
 
@@ -99,6 +103,9 @@ def _limit(schemas: dict[str, Any], vocab_size: int, most_answers: int, *, stric
             bias = {"type": "number", "minimum": -100, "maximum": 100}
             biases = {"type": "object", "propertyNames": {"pattern": "^[0-9]+$"}, "additionalProperties": bias}
             properties["logit_bias"] = _optional(biases)
+    for name, rules in (("ChatCompletionBody", [NOT_BOTH, STREAMED]), ("CompletionBody", [STREAMED]),
+                        ("TokenizeBody", [NOT_BOTH])):
+        schemas.get(name, {})["allOf"] = rules
     if tokenized := schemas.get("TokenizeBody"):    # a text or messages
         text_only, chat = ({"type": "object", "required": [field], "properties": {field: kind, other: {"type": "null"}}}
                            for field, kind, other in (("prompt", {"type": "string"}, "messages"),

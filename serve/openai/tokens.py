@@ -21,7 +21,8 @@ class TokenizeBody(Body):
         prompt: A text, which is encoded as `/v1/completions` encodes it.
         messages: A conversation, which is rendered as `/v1/chat/completions` renders it.
         tools: Functions that the template shows.
-        add_generation_prompt: Whether the header of the answer follows the messages.
+        add_generation_prompt: Whether the header of the answer follows the messages; null adds it unless the last
+            message is left open.
         continue_final_message: Whether the last message is left open.
         add_special_tokens: Has no effect: both routes add what training adds.
         return_token_strs: Whether the text of each token is returned.
@@ -31,7 +32,7 @@ class TokenizeBody(Body):
     prompt: str | None = None
     messages: list[dict[str, Any]] | None = Field(None, min_length=1, max_length=2048)
     tools: list[dict[str, Any]] | None = None
-    add_generation_prompt: bool = True
+    add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     add_special_tokens: bool | None = None
     return_token_strs: bool | None = None

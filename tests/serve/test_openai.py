@@ -247,6 +247,9 @@ def test_tokenize_and_detokenize(server, generate):
     for header in (True, False):
         rendered = generate.tokenizer.apply_chat_template(MESSAGES, add_generation_prompt=header, return_dict=True)["input_ids"]
         assert post("/tokenize", {"messages": MESSAGES, "add_generation_prompt": header})["tokens"] == rendered
+    begun = [*MESSAGES, {"role": "assistant", "content": "The kite"}]
+    assert post("/tokenize", {"messages": begun, "continue_final_message": True})["tokens"] == [
+        *generate(MESSAGES, 1)[0], *generate.tokenizer.encode("The kite", add_special_tokens=False)]
     assert post("/detokenize", {"tokens": generate(MESSAGES, 1)[0]})["prompt"].startswith("<|im_start|>system")
     for path, body in (("/tokenize", {}), ("/tokenize", {"prompt": "x", "messages": MESSAGES}), ("/tokenize", {"messages": [{}]}),
                        ("/detokenize", {"tokens": [-1]}), ("/detokenize", {"tokens": [10**6]}), ("/detokenize", {})):
@@ -271,7 +274,10 @@ def test_the_openapi_document_declares_the_errors(server):
     ("ChatCompletionBody", "/v1/chat/completions", {"messages": MESSAGES, "response_format": {}}),
     ("ChatCompletionBody", "/v1/chat/completions", {"messages": MESSAGES, "response_format": {"type": "json_schema"}}),
     ("ChatCompletionBody", "/v1/chat/completions", {"messages": MESSAGES, "tools": [{}]}),
-    ("ChatCompletionBody", "/v1/chat/completions", {"messages": MESSAGES, "tool_choice": "some"})])
+    ("ChatCompletionBody", "/v1/chat/completions", {"messages": MESSAGES, "tool_choice": "some"}),
+    ("TokenizeBody", "/tokenize", {"messages": MESSAGES, "add_generation_prompt": True, "continue_final_message": True}),
+    ("ChatCompletionBody", "/v1/chat/completions", {"messages": MESSAGES, "add_generation_prompt": True, "continue_final_message": True}),
+    ("CompletionBody", "/v1/completions", {"prompt": "x", "stream_options": {"include_usage": True}})])
 def test_what_is_refused_is_invalid_by_the_document(name, path, body, server):
     """Programs that are generated from the document rely on it; a valid body is beside each invalid one."""
     from jsonschema import Draft202012Validator
