@@ -9,11 +9,11 @@ import json
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import import_module
 from itertools import takewhile
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_type_hints
 
 from lit_llm import disk
 from lit_llm.cli import configs, pages, settings
@@ -173,7 +173,7 @@ def _tool(verb: str, options: list[str]) -> None:
     parser = ToolParser(prog=f"python -m lit_llm {verb}", description=TOOLS[verb][1], allow_abbrev=False)
     parser.add_argument("-c", "--config", action="config", help="YAML with this verb's options")
     parser.add_function_arguments(function, as_group=False)
-    arguments = parser.parse_args(options).as_dict()
+    arguments = parser.parse_args(_with_flags(options, function)).as_dict()
     arguments.pop("config", None)
     settings.check_plain(arguments)
     settings.check_arguments("", arguments, function, prefix=verb)
@@ -206,6 +206,14 @@ def _with_lists(options: Sequence[str], names: Sequence[str]) -> list[str]:
                 out[-1] = f"{word}={json.dumps(words)}"
                 del rest[:len(words)]
     return out
+
+
+def _with_flags(options: Sequence[str], function: Callable[..., Any]) -> list[str]:
+    """Options with `=true` after each flag that has no value, such as --adapter."""
+    flags = {f"--{name}" for name, kind in get_type_hints(function).items() if kind is bool}
+    following = [*options[1:], "--"]
+    return [f"{word}=true" if word in flags and after.startswith("-") else word
+            for word, after in zip(options, following, strict=True)] if options else []
 
 
 def _table(verbs: dict[str, str]) -> str:

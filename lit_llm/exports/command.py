@@ -8,13 +8,14 @@ import logging
 import shutil
 from collections.abc import Generator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
 from lit_llm import disk, names
 from lit_llm.errors import InputError
-from lit_llm.exports import contents
-from lit_llm.exports.card import card
+from lit_llm.exports import contents, hub_upload, metadata
+from lit_llm.exports.card import Form, card
 from lit_llm.exports.contents import Dtype, Quantized
 from lit_llm.exports.gguf.file import Type
 from lit_llm.exports.trained import Checkpoint, find, load
@@ -29,8 +30,8 @@ Format = Literal["transformers", "gguf"]
 
 def export(run: str, checkpoint: str = "best", out: str | None = None, dtype: Dtype = "auto",
            base: str | None = None, quantize: Quantized | None = None, adapter: bool = False,
-           format: Format = "transformers", gguf_type: Type = "auto",
-           prove: bool | None = None) -> Path:
+           format: Format = "transformers", gguf_type: Type = "auto", prove: bool | None = None,
+           license: str | None = None, push: str | None = None, public: bool = False) -> Path:
     """Write a run's model as a folder that transformers loads without changes, or as a GGUF file for llama.cpp.
 
     Args:
@@ -51,6 +52,11 @@ def export(run: str, checkpoint: str = "best", out: str | None = None, dtype: Dt
         prove: Whether llama.cpp computes with the GGUF file, which is refused if its NLL, its tokens of a conversation
             or (in f32) its greedy text differ from the model's; null does so where llama.cpp is installed
             (llama-cpp-python, or a Python with it in the environment variable LIT_LLM_LLAMA_CPP).
+        license: License of the model for its card, as the hub spells it, e.g. apache-2.0; null takes that of the base's
+            card.
+        push: Repository of the Hugging Face hub, `owner/name`, to which the folder is uploaded once it is checked. The
+            token is that of `hf auth login` or of the environment variable HF_TOKEN. The repository is private.
+        public: Make a new repository public.
 
     Returns:
         The folder. Its `check.json` is verified whenever transformers' folder is loaded.
@@ -62,28 +68,49 @@ def export(run: str, checkpoint: str = "best", out: str | None = None, dtype: Dt
     if adapter and (quantize or dtype != "auto"):
         raise InputError("an adapter is written in the dtype of its training", where="adapter",
                          fix="leave --quantize and --dtype out")
-    _check_format(format, gguf_type, prove, adapter or quantize is not None)
+    _check_format(format, gguf_type, prove, adapter or quantize is not None, license)
+    if public and not push:
+        raise InputError("only a pushed model can be public", where="public", fix="--push owner/name")
+    if push:
+        hub_upload.check(push)                      # before minutes of merging
     if format == "gguf" and (names.path_of(run) / "config.json").is_file():
         unused = checkpoint != "best" or dtype != "auto" or base is not None
-        return _converted(run, out, gguf_type, prove, unused=unused)
+        return _converted(run, out, gguf_type, prove, push, public, unused=unused)
     source = find(Path(run), checkpoint, base)
+    if push and adapter and not metadata.base_id(source.base):
+        raise InputError(f"the base of this adapter is a local folder, {source.base}, so nobody else could load it",
+                         where="push", fix="leave --adapter out, which uploads the merged model")
     kind = "-adapter" if adapter else f"-{quantize}" if quantize else ""
     kind = kind if format == "transformers" else f"-gguf-{gguf_type}"
     target = _target(Path(run), out, source.base) if out else Path(run) / f"export{kind}"
     with _locked(target):
         if format == "transformers":
-            return _exported(source, target, dtype, quantize, adapter)
-        from lit_llm.exports.gguf import folder as gguf
-
-        merged = _exported(source, target.with_name(target.name + ".merged"), dtype, None, False)
-        try:
-            return gguf.write(merged, target, Path(run).resolve().name, gguf_type, prove, run=Path(run))
-        finally:
-            shutil.rmtree(merged, ignore_errors=True)
+            _exported(source, target, dtype, quantize, Form(push or ".", adapter, quantize, license, source.base))
+        else:
+            _as_gguf(source, target, dtype, gguf_type, prove)
+        if push:
+            hub_upload.upload(target, push, public=public)
+    return target
 
 
-def _check_format(format: Format, gguf_type: str, prove: bool | None, others: bool) -> None:
+def _as_gguf(source: Checkpoint, target: Path, dtype: Dtype, gguf_type: Type, prove: bool | None) -> None:
+    """Write a GGUF file of a checkpoint, by way of a folder of transformers."""
+    from lit_llm.exports.gguf import folder as gguf
+
+    merged = target.with_name(target.name + ".merged")
+    try:
+        _exported(source, merged, dtype, None, Form(base=source.base))
+        gguf.write(merged, target, source.run.resolve().name, gguf_type, prove, run=source.run)
+    finally:
+        shutil.rmtree(merged, ignore_errors=True)
+
+
+def _check_format(format: Format, gguf_type: str, prove: bool | None, others: bool, license: str | None) -> None:
     """Refuse options of the other format."""
+    metadata.check_license(license)
+    if format == "gguf" and license is not None:
+        raise InputError("it is an entry of a model card, which a GGUF folder does not have", where="license",
+                         fix="leave it out")
     if format == "transformers" and (gguf_type != "auto" or prove is not None):
         raise InputError("it is an option of GGUF files", where="gguf_type" if gguf_type != "auto" else "prove",
                          fix="add --format gguf")
@@ -92,7 +119,8 @@ def _check_format(format: Format, gguf_type: str, prove: bool | None, others: bo
                          fix="use --gguf_type q8_0 or q4_0, without --quantize and --adapter")
 
 
-def _converted(folder: str, out: str | None, gguf_type: str, prove: bool | None, *, unused: bool) -> Path:
+def _converted(folder: str, out: str | None, gguf_type: str, prove: bool | None, push: str | None, public: bool, *,
+               unused: bool) -> Path:
     """Write a GGUF file of a model folder."""
     if unused:
         raise InputError(f"{folder} is a model folder, so --checkpoint, --dtype and --base have no effect",
@@ -102,7 +130,10 @@ def _converted(folder: str, out: str | None, gguf_type: str, prove: bool | None,
     source = names.path_of(folder).resolve()
     target = _target(source, out, None) if out else source.with_name(f"{source.name}-gguf-{gguf_type}")
     with _locked(target):
-        return gguf.write(source, target, source.name, gguf_type, prove)
+        gguf.write(source, target, source.name, gguf_type, prove)
+        if push:
+            hub_upload.upload(target, push, public=public)
+    return target
 
 
 @contextmanager
@@ -124,27 +155,26 @@ def _locked(target: Path) -> Generator[None, None, None]:
         lock.release()
 
 
-def _exported(source: Checkpoint, target: Path, dtype: Dtype, quantize: Quantized | None, adapter: bool) -> Path:
+def _exported(source: Checkpoint, target: Path, dtype: Dtype, quantize: Quantized | None, form: Form) -> None:
     """Load a checkpoint, write it, read it back, compare, and replace an earlier export."""
     from lit_llm.exports import difference
 
     trained = load(source)
     before = difference.scores(trained.model, trained.rows)
     with _replacing(target) as partial:
-        if adapter:
+        if form.adapter:
             contents.write_adapter(source, trained, partial)
         else:
             contents.write_model(trained, partial, dtype, quantize)
         trained.tokenizer.save(partial)
-        _write_card(source, partial)
-        written = contents.read_adapter(source, partial) if adapter else contents.read_model(partial)
+        written = contents.read_adapter(source, partial) if form.adapter else contents.read_model(partial)
         kind = quantize or str(written.dtype).removeprefix("torch.")
         after = difference.scores(written, trained.rows)
         facts = difference.compared(trained.rows, before, after, kind, partial)
         check.check_export(partial, Tokenizer.load(str(partial)), trained.references, trained.nll, written,
                            quantize=trained.quantize, weights=quantize, more=facts)
+        _write_card(source, partial, replace(form, check=facts))
     log.info("%s", difference.line(facts))
-    return target
 
 
 @contextmanager
@@ -169,12 +199,13 @@ def _replacing(target: Path) -> Generator[Path, None, None]:
         raise
 
 
-def _write_card(source: Checkpoint, folder: Path) -> None:
+def _write_card(source: Checkpoint, folder: Path, form: Form) -> None:
     """Write the model card and the picture that it shows."""
     drawn = writing.picture_of(source.run)
     if drawn:
         (folder / writing.PICTURE).write_text(drawn, encoding="utf-8")
-    text = card(source.run, source.facts, source.folder.name, picture=writing.PICTURE if drawn else "")
+    form = replace(form, picture=writing.PICTURE if drawn else "")
+    text = card(source.run, source.facts, source.folder.name, form)
     (folder / "README.md").write_text(text, encoding="utf-8")
 
 

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from lit_llm import disk, names
 from lit_llm.errors import InputError
+from lit_llm.exports.metadata import base_id
 from lit_llm.exports.trained import Checkpoint, Trained
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
@@ -81,8 +82,8 @@ def write_adapter(checkpoint: Checkpoint, trained: Trained, folder: Path) -> Non
 
 def published_base(checkpoint: Checkpoint) -> str:
     """The base as another library finds it: a hub id, or the path of its folder."""
-    base = names.resolve(str(checkpoint.base))
-    return str(Path(base).absolute()) if names.path_of(base).is_dir() else base
+    base = str(checkpoint.base)
+    return base_id(base) or (str(names.path_of(base).absolute()) if names.path_of(base).is_dir() else base)
 
 
 def read_adapter(checkpoint: Checkpoint, folder: Path) -> Any:
@@ -90,7 +91,7 @@ def read_adapter(checkpoint: Checkpoint, folder: Path) -> Any:
     from lit_llm.models import load as model
     from lit_llm.models.adapters.adapter import load_adapter
 
-    loaded = load_adapter(model.load_causal_lm(published_base(checkpoint)), folder)
+    loaded = load_adapter(model.load_causal_lm(names.resolve(str(checkpoint.base))), folder)
     base = loaded.get_base_model()
     if (folder / ADAPTER[2]).is_file():
         base.generation_config = type(base.generation_config).from_pretrained(str(folder))

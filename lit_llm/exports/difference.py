@@ -59,7 +59,7 @@ def compared(rows: Rows, before: Scores, after: Scores, kind: str, folder: Path)
         rows: The rows.
         before: Scores of the checkpoint's model, in float32.
         after: Scores of the model read back from the folder.
-        kind: Its format: a key of `BOUNDS`.
+        kind: Its format: int8, nf4, or the dtype of its weights.
         folder: The folder, whose weight files are hashed.
 
     Raises:
@@ -68,7 +68,7 @@ def compared(rows: Rows, before: Scores, after: Scores, kind: str, folder: Path)
     alike = before.logits.shape == after.logits.shape
     largest = float((before.logits - after.logits).abs().max()) if alike else math.inf
     scale = max(1.0, float(before.logits.abs().max()))
-    bound, most = BOUNDS[kind], LOGITS.get(kind)
+    bound, most = BOUNDS.get(kind, BOUNDS["float32"]), LOGITS.get(kind)
     apart = nll_difference(before.nll, after.nll)
     if not apart <= bound or not largest <= (math.inf if most is None else most * scale) or not alike:
         raise InputError(f"the exported model differs from the trained one: {rows.tokens:,} {rows.kind} tokens have "
