@@ -121,7 +121,7 @@ def test_samples_are_grouped_by_prompt_with_the_first_and_the_last_step(make_run
     assert [sample["prompt"] for sample in samples] == ["one", "two"]
     for sample in samples:
         steps = [answer["step"] for answer in sample["answers"]]
-        assert (len(steps), steps[0], steps[-1]) == (12, 0, 990)
+        assert (len(steps), steps[0], steps[-1]) == (8, 0, 990)
         assert steps == sorted(steps)
         assert all(answer["answer"] == f"{sample['prompt']} at {answer['step']}" for answer in sample["answers"])
 
