@@ -15,7 +15,7 @@ import pytest
 import yaml
 from huggingface_hub import constants
 
-from lit_llm import InputError, hub
+from lit_llm import InputError, Source, TextDataModule, hub
 from lit_llm.cli import pages, precheck, settings
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -140,6 +140,39 @@ def test_a_source_that_is_replaced_need_not_exist(tmp_path, monkeypatch):
     precheck.check("fit", ["--config", "run.yaml", "--data.sources", json.dumps([{"path": "here.jsonl"}])])
     with pytest.raises(InputError, match=r"gone\.jsonl"):
         precheck.check("fit", ["--config", "run.yaml"])
+
+
+GOOD = '{"prompt": "a", "completion": "b"}\n'
+BROKEN = {                                          # file -> its content and what is wrong with it
+    "half.jsonl": (GOOD + '{"prompt": "a", "completion": \n', "half.jsonl:2:31: not JSON: Expecting value"),
+    "open.json": ("[" + GOOD.strip(), "the array is not closed"),
+    "keys.json": ('[{"a": 1}]', "keys.json:1: no known format has the keys a"),
+    "fields.csv": ("prompt,completion\na,b\na\n", "fields.csv:3: the row has 1 fields, but the header has 2"),
+    "latin.txt": (b"caf\xe9", "latin.txt:1:4: not UTF-8: byte 0xe9"),
+    "number.jsonl": ('{"messages": 3}\n', "messages must be a list")}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_broken_record_at_the_beginning_is_reported_without_torch(name, tmp_path, monkeypatch):
+    """With the message of the data module, which reads the whole file."""
+    content, says = BROKEN[name]
+    monkeypatch.chdir(tmp_path)
+    Path(name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    found = refusal("--data.val_sources", json.dumps([{"path": name}]))
+    assert says in found
+    data = TextDataModule([Source(name)], tokenizer="sample:tokenizer", cache_dir=str(tmp_path))
+    with pytest.raises(InputError) as error:
+        data.prepare_data()
+    assert str(error.value) == found
+    assert not refusal("--data.val_sources", json.dumps([{"path": name}]), "--data.on_bad_record", "quarantine")
+
+
+def test_only_the_beginning_of_a_source_is_read_before_the_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("late.jsonl").write_text(GOOD * 5000 + "{\n")
+    Path("own.jsonl").write_text('{"q": 1}\n')        # in a format that a package of the user may add
+    assert not refusal("--data.sources", "[{path: late.jsonl}]")
+    assert not refusal("--data.sources", "[{path: own.jsonl, format: mine}]")
 
 
 # ---- names of classes and strategies, paths --------------------------------------------------------------------------

@@ -6,6 +6,7 @@ parser, as are keys whose values are classes.
 """
 
 import glob
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
@@ -17,7 +18,7 @@ import yaml
 
 from lit_llm import names
 from lit_llm.cli import configs, pages, parser, settings
-from lit_llm.data.records import sources
+from lit_llm.data.records import beginning, sources
 from lit_llm.errors import DISTRIBUTIONS, InputError, did_you_mean, did_you_mean_path
 from lit_llm.system import class_paths, ranges
 
@@ -68,6 +69,8 @@ def check(verb: str, options: Sequence[str]) -> None:
     _check_paths({key: value for key, value in values.items() if not (own_prefixes and key.startswith(own_prefixes))})
     for key in NAMED:
         _check_named(key, values.get(key))
+    if "data" not in own_classes(options) and not prints and os.environ.get("LOCAL_RANK", "0") == "0":
+        _check_records(values)
 
 
 def own_classes(options: Sequence[str]) -> dict[str, str]:
@@ -156,6 +159,22 @@ def _check_sources(key: str, items: object) -> None:
         path = item.get("path")
         if isinstance(path, str) and path and not sources.is_hub(path) and not glob.has_magic(path):
             sources.check_exists(path)
+
+
+def _check_records(values: Mapping[str, Any]) -> None:
+    """Refuse sources whose first records are bad, unless bad records are set aside."""
+    if values.get("data.on_bad_record", "error") != "error":
+        return
+    for key in SOURCES:
+        items = values.get(key)
+        for item in items if isinstance(items, list) else ():
+            try:
+                source = sources.Source(**item)
+                valid = isinstance(source.path, str) and isinstance(source.columns, dict) and source.path
+            except TypeError:
+                continue                            # the parser reports it
+            if valid and not source.is_hub:
+                beginning.check(source.files(), document=source.document, format=source.format, columns=source.columns)
 
 
 def _check_paths(values: Mapping[str, object]) -> None:
