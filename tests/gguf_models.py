@@ -102,3 +102,50 @@ def qwen2_tokenizer(data: Path, folder: Path) -> str:
     shutil.copytree(data / "tokenizers" / "qwen2", folder / "files")
     AutoTokenizer.from_pretrained(folder / "files").save_pretrained(folder)
     return str(folder)
+
+
+LLAMA3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+
+
+def llama3_tokenizer(data: Path, folder: Path) -> str:
+    """Llama 3's tokenizer from its file of ranked tokens; takes half a minute."""
+    import base64
+
+    shown = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    hidden = [byte for byte in range(256) if byte not in shown]
+    letters = {byte: chr(byte) for byte in shown} | {byte: chr(256 + place) for place, byte in enumerate(hidden)}
+    lines = (data / "tokenizers" / "llama3" / "tokenizer.model").read_bytes().splitlines()
+    ranks = {base64.b64decode(token): int(rank) for token, rank in (line.split() for line in lines)}
+
+    def text(token):
+        return "".join(letters[byte] for byte in token)
+
+    merges = [[text(part) for part in _parts(token, ranks, rank)] for token, rank in ranks.items() if len(token) > 1]
+    specials = ["<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>", "<|start_header_id|>", "<|end_header_id|>"]
+    added = [{"id": len(ranks) + at, "content": name, "special": True, "normalized": False, "lstrip": False, "rstrip": False,
+              "single_word": False} for at, name in enumerate(specials)]
+    begin = {"SpecialToken": {"id": specials[0], "type_id": 0}}
+    rules = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": added, "normalizer": None,
+             "pre_tokenizer": {"type": "Sequence", "pretokenizers": [
+                 {"type": "Split", "pattern": {"Regex": LLAMA3}, "behavior": "Isolated", "invert": False},
+                 {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}]},
+             "post_processor": {"type": "TemplateProcessing", "single": [begin, {"Sequence": {"id": "A", "type_id": 0}}],
+                                "pair": [begin, {"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+                                "special_tokens": {specials[0]: {"id": specials[0], "ids": [len(ranks)], "tokens": [specials[0]]}}},
+             "decoder": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True},
+             "model": {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
+                       "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False, "ignore_merges": True,
+                       "vocab": {text(token): rank for token, rank in ranks.items()}, "merges": merges}}
+    (folder / "tokenizer.json").write_text(json.dumps(rules))
+    (folder / "tokenizer_config.json").write_text(json.dumps({
+        "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": specials[0], "eos_token": specials[2]}))
+    return str(folder)
+
+
+def _parts(token: bytes, ranks: dict[bytes, int], limit: int) -> list[bytes]:
+    """The two tokens that merge into a token: its bytes, merged by rank below its own."""
+    parts = [token[at:at + 1] for at in range(len(token))]
+    while len(parts) > 2:
+        best = min(range(len(parts) - 1), key=lambda at: ranks.get(parts[at] + parts[at + 1], limit))
+        parts[best:best + 2] = [parts[best] + parts[best + 1]]
+    return parts

@@ -259,8 +259,10 @@ def test_scores_express_merges_or_the_tokenizer_is_refused(stories):
     assert not reason
     merged = ["".join(pair) for pair in byte_level.pairs(model)]
     assert sorted(scores, key=scores.get, reverse=True) == list(dict.fromkeys(merged))
-    apart = model | {"merges": [*model["merges"], model["merges"][0]]}
-    assert "do not stand together" in sentencepiece.scores(apart)[1]
+    runs = {"vocab": {"▁": 0, "▁▁": 1, "▁▁▁": 2, "a": 3}, "merges": [["▁", "▁▁"], ["▁", "▁"], ["▁▁", "▁"]]}
+    assert sentencepiece.scores(runs) == ({"▁▁": 0.0, "▁▁▁": 0.0}, "")       # as in Llama 2
+    words = {"vocab": {"a": 0, "b": 1, "ab": 2, "abb": 3, "bb": 4}, "merges": [["ab", "b"], ["a", "b"], ["a", "bb"], ["b", "b"]]}
+    assert "'abb' do not stand together" in sentencepiece.scores(words)[1]
     without = model | {"merges": model["merges"][:-1]}      # its token stays in the vocabulary, and llama.cpp would form it
     assert "which llama.cpp would join" in sentencepiece.scores(without)[1]
 

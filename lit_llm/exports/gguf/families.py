@@ -135,6 +135,10 @@ def describe(config: Any, name: str, where: str) -> Description:
     if rope.kind(config) == "dynamic":
         notes.append(f"rotary scaling beyond {length:,} tokens is not in the file; up to there it has no effect")
     rotary, tensors = rope.describe(config)
+    if rope.kind(config) == "longrope":
+        original = rotary["rope.scaling.original_context_length"][1]
+        notes.append(f"llama.cpp uses the long rotary factors whenever it allocates more than {original:,} tokens, also "
+                     f"for shorter texts; transformers uses them for longer texts only (num_ctx {original}, -c {original})")
     keys: Metadata = {
         "context_length": ("UINT32", length),
         "embedding_length": ("UINT32", config.hidden_size),

@@ -12,6 +12,7 @@ from typing import Any
 from lit_llm.errors import InputError
 from lit_llm.exports.gguf.families import Metadata
 from lit_llm.exports.gguf.vocabulary import byte_level, sentencepiece
+from lit_llm.text import check
 
 KEY = "tokenizer.ggml."
 STRIPPED = ("phi-3", "phi3")                        # names of models whose control tokens llama.cpp lets eat spaces
@@ -50,7 +51,7 @@ def describe(tokenizer: Any, size: int, where: str) -> tuple[Metadata, list[str]
         own, note, reason = _sentencepiece(rules)
     else:
         own, note, reason = _byte_level(rules)
-    reason = reason or _added(rules, bool(model.get("byte_fallback")))
+    reason = reason or _added(rules, bool(model.get("byte_fallback"))) or _opening(rules, tokenizer)
     if reason:
         raise refused(reason, where)
     notes += [note] if note else []
@@ -120,6 +121,23 @@ def _added(rules: Mapping[str, Any], characters: bool) -> str:
         if characters and token.get("normalized") and not token["special"]:
             return f"the token {token['content']!r} is found in normalized text (after a space) only"
     return ""
+
+
+def _opening(rules: Mapping[str, Any], tokenizer: Any) -> str:
+    """Why a conversation would begin with other tokens; empty if it would not.
+
+    Some tokenizers put a space before a text that stands at the very beginning, and none behind a control token.
+    llama.cpp puts one at both places or at none, so a conversation must begin with a control token.
+    """
+    if (rules.get("pre_tokenizer") or {}).get("prepend_scheme") != "first":
+        return ""
+    try:
+        text = tokenizer.template.render(check.CONVERSATION).text
+    except InputError:
+        return ""
+    specials = tuple(token["content"] for token in rules.get("added_tokens") or [] if token["special"])
+    return "" if text.startswith(specials) else (
+        "it puts a space before a text at the beginning only, and its chat template begins with text")
 
 
 def _tokens(rules: Mapping[str, Any], size: int, where: str) -> tuple[list[str], list[Kind]]:

@@ -5,7 +5,7 @@ give the same tokens if every pair that forms a token is a merge, and the merges
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from lit_llm.exports.gguf.vocabulary.byte_level import pairs
@@ -21,18 +21,14 @@ def scores(model: Mapping[str, Any]) -> tuple[dict[str, float], str]:
     Args:
         model: The `model` of tokenizer.json.
     """
-    vocabulary = model["vocab"]
-    rank: dict[str, int] = {}
-    last = ""
-    joined = set()
-    for left, right in pairs(model):
-        whole = left + right
-        joined.add((left, right))
-        if whole != last and whole in rank:
-            return {}, f"the merges that form {whole!r} do not stand together"
-        if whole != last:
-            rank[whole] = len(rank)
-        last = whole
+    vocabulary, joined = model["vocab"], dict.fromkeys(pairs(model))
+    rank, apart = _ranks(joined, frozenset())
+    if apart:                                       # only runs of one character may share a score
+        runs = frozenset(token[0] for token in apart)
+        rank, apart = _ranks(joined, runs)
+        gaps = [char for char in runs if not _is_complete(char, rank)]
+        if apart or gaps:
+            return {}, f"the merges that form {(apart or gaps)[0]!r} do not stand together"
     for token in vocabulary:
         if len(token) < 2 or BYTE.match(token):
             continue
@@ -41,6 +37,34 @@ def scores(model: Mapping[str, Any]) -> tuple[dict[str, float], str]:
             if pair not in joined and pair[0] in vocabulary and pair[1] in vocabulary and _reachable(pair, rank):
                 return {}, f"its merges do not join {pair[0]!r} and {pair[1]!r}, which llama.cpp would join"
     return {token: -float(place) for token, place in rank.items()}, ""
+
+
+def _ranks(joined: Iterable[tuple[str, str]], runs: frozenset[str]) -> tuple[dict[str, int], list[str]]:
+    """(place of each token among the merges, tokens whose merges are interrupted by those of others).
+
+    Args:
+        joined: The merges in order.
+        runs: Characters whose repetitions count as one token. Llama 2 has such runs of spaces: all have the lowest
+            score, so that both ways of merging let the leftmost run grow by one.
+    """
+    rank: dict[str, int] = {}
+    groups: dict[str, int] = {}
+    apart: list[str] = []
+    last = ""
+    for left, right in joined:
+        whole = left + right
+        group = whole[0] if whole[0] in runs and not whole.strip(whole[0]) else whole
+        if group != last and group in groups:
+            apart.append(whole)
+        rank[whole] = groups.setdefault(group, len(groups))
+        last = group
+    return rank, apart
+
+
+def _is_complete(char: str, rank: Mapping[str, int]) -> bool:
+    """Whether runs of a character have every length from two on, so that they grow by one."""
+    lengths = sorted(len(token) for token in rank if not token.strip(char))
+    return lengths == list(range(2, len(lengths) + 2))
 
 
 def _reachable(pair: tuple[str, str], rank: Mapping[str, int]) -> bool:
