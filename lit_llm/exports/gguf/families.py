@@ -137,8 +137,8 @@ def describe(config: Any, name: str, where: str) -> Description:
     rotary, tensors = rope.describe(config)
     if rope.kind(config) == "longrope":
         original = rotary["rope.scaling.original_context_length"][1]
-        notes.append(f"llama.cpp uses the long rotary factors whenever it allocates more than {original:,} tokens, also "
-                     f"for shorter texts; transformers uses them for longer texts only (num_ctx {original}, -c {original})")
+        notes.append(f"llama.cpp uses the long rotary factors where it allocates more than {original:,} tokens, also "
+                     "for shorter texts, for which transformers uses the short ones")
     keys: Metadata = {
         "context_length": ("UINT32", length),
         "embedding_length": ("UINT32", config.hidden_size),
