@@ -65,6 +65,10 @@ class TextDataModule(L.LightningDataModule):
             of the next records that come from its source.
         stream_buffer: Characters of text that a stream packs and shuffles together, besides a random order of files in
             each pass; at least the text of a step is recommended. A resumed run rebuilds at most this much.
+        stride: Tokens by which the windows of a document longer than `seq_len` advance in evaluation. Each token is
+            still scored once, with at least `seq_len - stride` tokens before it, so the nll is lower and closer to
+            that of a longer context, and evaluation takes `seq_len / stride` times as long. Null is `seq_len - 1`: each
+            window begins with the last token of the one before.
     """
 
     def __init__(
@@ -90,6 +94,7 @@ class TextDataModule(L.LightningDataModule):
         streaming: bool = False,
         stream_buffer: int = idle.BUFFER,
         template_args: dict[str, bool | int | float | str | list[str] | None] | None = None,
+        stride: int | None = None,
     ) -> None:
         super().__init__()
         self.sources, self.val_sources, self.test_sources = sources, val_sources, test_sources
@@ -99,7 +104,7 @@ class TextDataModule(L.LightningDataModule):
         self.seed, self.cache_dir, self.num_proc = seed, cache_dir, num_proc
         self.dedup, self.bad_record_limit, self.test_fraction = dedup, bad_record_limit, test_fraction
         self.streaming, self.stream_buffer = streaming, stream_buffer
-        self.template_args = template_args
+        self.template_args, self.stride = template_args, stride
         self.stream: StreamLoader | None = None
         self.plans: dict[Stage, Plan] = {}
         self.quiet = False                              # whether `setup` prints no summary
@@ -227,7 +232,8 @@ class TextDataModule(L.LightningDataModule):
         draws = [(store, np.flatnonzero(side(store.sequences["content"], wanted, **shares)) if wanted
                   else np.arange(len(store))) for store in stores]
         names = [source.path for source in listed]
-        corpus, notes = Corpus(draws, end=stage == "train", names=names), {}
+        overlap = 1 if stage == "train" or self.stride is None else self.seq_len - self.stride
+        corpus, notes = Corpus(draws, end=stage == "train", names=names, overlap=overlap), {}
         if stage == "train":
             again = repeats(corpus)
             notes["duplicates_left_out" if self.dedup else "duplicates"] = int(again.sum())
@@ -247,7 +253,8 @@ class TextDataModule(L.LightningDataModule):
             "weights": [source.weight for source in listed], "tokenizer": self.tokenizer.fingerprint[:16],
             **{f"data.{name}": share for name, share in shares.items() if wanted},
             **{f"data.{name}": getattr(self, name)
-               for name in ("train_on", "seq_len", "packing", "overlong", "seed", "dedup")}}
+               for name in ("train_on", "seq_len", "packing", "overlong", "seed", "dedup")},
+            **({"data.stride": self.stride} if self.stride and stage != "train" else {})}
         return Plan(corpus, mixture.first, notes | mixture.notes, made_of, stores,
                     mixture.rows if mixture.moves else None)
 
@@ -283,7 +290,8 @@ class TextDataModule(L.LightningDataModule):
         return RowLoader(plan.corpus, plan.rows, batch_size=self.batch_size, seq_len=self.seq_len, pad_id=pad_id,
                          token_bytes=tokenizer.token_bytes, seed=self.seed, rank=self._rank,
                          world=trainer.world_size if trainer else 1, accumulate=accumulate, shuffle=shuffle,
-                         trim=self.packing == "none", fingerprint=plan.fingerprint, draw=plan.draw)
+                         trim=self.packing == "none", fingerprint=plan.fingerprint, draw=plan.draw,
+                         token_sizes=None if stage == "train" else tokenizer.token_sizes)
 
     def _open_stream(self) -> None:
         """Open the stream; where data are only inspected, its first chunk represents it."""

@@ -33,6 +33,10 @@ FEATURES: dict[str, Callable[[Data], bool]] = {
     "`data.on_bad_record: error`": lambda data: data.on_bad_record == "error",
     "`data.packing: concat`, no evaluation": lambda data: data.packing == "concat" and not (
         data.val_sources or data.val_fraction or data.test_sources or data.test_fraction),
+    "`data.stride`": lambda data: data.stride is not None,
+    "a `data.stride` of at least `data.seq_len`": lambda data: data.stride is not None and data.stride >= data.seq_len,
+    "no evaluation": lambda data: not (data.val_sources or data.val_fraction or data.test_sources
+                                       or data.test_fraction),
     "`data.overlong`": lambda data: data.overlong != "cut",
 }
 RULES = (
@@ -50,6 +54,10 @@ RULES = (
          "their share has no effect", "data.bad_record_limit", "leave it out, or set --data.on_bad_record quarantine"),
     Rule("`data.packing: concat`, no evaluation", "`data.overlong`", "concat cuts documents at any token, so none is "
          "too long for a packed sequence", "data.overlong", "leave it out, or set --data.packing best_fit"),
+    Rule("`data.stride`", "no evaluation", "a stride is that of windows in evaluation, and there are no data for it",
+         "data.stride", "leave it out, or set data.val_sources or data.val_fraction"),
+    Rule("a `data.stride` of at least `data.seq_len`", "`data.stride`", "windows of {s.seq_len} tokens that advance by "
+         "{s.stride} would leave tokens out", "data.stride", "set it to at most data.seq_len - 1, or leave it out"),
     CONCAT,                                         # raised where the records are known
 )
 

@@ -28,6 +28,7 @@ class Data(Protocol):
     overlong: Overlong
     on_bad_record: OnBadRecord
     bad_record_limit: float
+    stride: int | None
     dedup: bool
     seed: int
     cache_dir: str | None

@@ -115,6 +115,7 @@ RANGES: dict[str, Numbers] = {
     "data.test_fraction": number(0, 1, "0.05", below=True),
     "data.bad_record_limit": number(0, 1, "0.1"),
     "data.seq_len": whole(2, 2**24, 1024),
+    "data.stride": whole(1, 2**24, 512),
     "data.batch_size": whole(1, 2**30, 4),
     "data.seed": whole(0, 2**32 - 1, 0),
     "data.num_proc": whole(1, 1024, 2),

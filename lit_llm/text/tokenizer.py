@@ -24,7 +24,7 @@ from lit_llm.text.conversation import ROLES, Conversation, Document
 from lit_llm.text.cutting import Piece
 from lit_llm.text.encoder import Encoder
 from lit_llm.text.reading import LongReading, Reading
-from lit_llm.text.spelling import spellings
+from lit_llm.text.spelling import sizes, spellings
 from lit_llm.text.templates.jinja import Render, TemplateArgs, check_args, compiled, variables, with_defaults
 from lit_llm.text.templates.rendering import Rendered, Span
 from lit_llm.text.templates.template import ChatTemplate, chosen
@@ -298,20 +298,14 @@ class Tokenizer:
         return spellings(self.hf)
 
     @cached_property
-    def token_bytes(self) -> np.ndarray:
-        """(2, V) int64: UTF-8 bytes of text per token id, 0 for control tokens; for bits per byte.
+    def token_sizes(self) -> np.ndarray:
+        """(4, V) int64: bytes of text per token id and of a text's first token, and the same in characters."""
+        return sizes(self.hf, self.spellings[:self.vocab_size], self.special_ids, self.encode_text("a")[0])
 
-        The second row applies to a text's first token: sentencepiece adds a space before the text that is not part of
-        it. (Some tokenizers add none if the text begins with a space; then one byte is missing.)
-        """
-        counts = np.array([0 if id_ in self.special_ids else len(spelling)
-                           for id_, spelling in enumerate(self.spellings[:self.vocab_size])], dtype=np.int64)
-        counts = np.pad(counts, (0, self.vocab_size - len(counts)))
-        first, start = counts.copy(), self.encode_text("a")[0]
-        if self.hf.convert_ids_to_tokens(start).startswith("▁"):
-            spaced = [id_ for token, id_ in self.hf.get_vocab().items() if token.startswith("▁") and counts[id_]]
-            first[spaced] -= 1
-        return np.stack([counts, first])
+    @property
+    def token_bytes(self) -> np.ndarray:
+        """(2, V) int64: UTF-8 bytes of text per token id, 0 for control tokens, and those of a text's first token."""
+        return self.token_sizes[:2]
 
     def save(self, folder: str | Path) -> None:
         """Write the tokenizer and its chat template so that `AutoTokenizer.from_pretrained` finds both."""

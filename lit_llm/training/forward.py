@@ -82,6 +82,18 @@ class Choices:
     balance: bool = False
 
 
+class Tokens(NamedTuple):
+    """The supervised tokens of a micro-batch, in its order.
+
+    Args:
+        nll: (N,) float64 nats.
+        correct: (N,) bool: whether the most likely prediction was right.
+    """
+
+    nll: Tensor
+    correct: Tensor
+
+
 class Sums(NamedTuple):
     """Sums over one micro-batch.
 
@@ -90,11 +102,18 @@ class Sums(NamedTuple):
         correct: As `Nll.correct`.
         balance: () if the routers' load balance was requested: sum over documents of their tokens times their balance
             (`balance.py`). Not part of `total`.
+        tokens: The terms of `total` and `correct` in evaluation; null in training.
     """
 
     total: Tensor
     correct: Tensor
     balance: Tensor | None = None
+    tokens: Tokens | None = None
+
+    @classmethod
+    def of_tokens(cls, tokens: Nll, balance: Tensor | None = None) -> "Sums":
+        """The sums of (N,) losses and (N,) hits, which have no gradient."""
+        return cls(tokens.total.sum(), tokens.correct.sum(), balance, Tokens(*tokens))
 
 
 def nll(model: nn.Module, batch: "Batch", choices: Choices) -> Sums:
@@ -107,15 +126,17 @@ def nll(model: nn.Module, batch: "Batch", choices: Choices) -> Sums:
         choices: Settings of the run.
     """
     if adapter.has_virtual_tokens(model):
-        return Sums(*_nll_behind_prompts(model, batch))
+        return _nll_behind_prompts(model, batch)
     way, parts = choices.way, _parts(batch, choices.way)
     if way.own_logits:
         return _sum([_nll_of_logits(model, part, choices) for part in parts])
     outputs = [_called(anatomy.backbone(model), model, part, choices) for part in parts]
     hidden = torch.cat([output.last_hidden_state[0] for output in outputs])
+    measured = not torch.is_grad_enabled()
     sums = nll_sum(hidden, torch.cat([part.labels for part in parts]), anatomy.head(model), factor=way.factor,
-                   cap=way.cap, count=batch["num_supervised"], by=choices.cross_entropy)
-    return Sums(*sums, _balance(model, parts, outputs, choices))
+                   cap=way.cap, per_token=measured, count=batch["num_supervised"], by=choices.cross_entropy)
+    balance = _balance(model, parts, outputs, choices)
+    return Sums.of_tokens(sums, balance) if measured else Sums(*sums, balance)
 
 
 def logits(model: nn.Module, input_ids: Tensor, attention_mask: Tensor | None, way: Way) -> Tensor:
@@ -222,6 +243,8 @@ def _nll_of_logits(model: nn.Module, part: _Part, choices: Choices) -> Sums:
     balance = _balance(model, [part], [output], choices)
     if not choices.way.keep:
         logits = logits.index_select(0, positions)
+    if not torch.is_grad_enabled():
+        return Sums.of_tokens(of_logits(logits[:len(index)], targets, per_token=True), balance)
     if not len(index):
         return Sums(logits.float().sum() * 0.0, torch.zeros_like(index.sum()), balance)
     return Sums(*of_logits(logits, targets), balance)
@@ -234,7 +257,12 @@ def _balance(model: nn.Module, parts: list["_Part"], outputs: list[Any], choices
 
 def _sum(parts: list[Sums]) -> Sums:
     return Sums(torch.stack([part.total for part in parts]).sum(), torch.stack([part.correct for part in parts]).sum(),
-                merged([part.balance for part in parts if part.balance is not None]))
+                merged([part.balance for part in parts if part.balance is not None]),
+                _joined([part.tokens for part in parts if part.tokens is not None]))
+
+
+def _joined(parts: list[Tokens]) -> Tokens | None:
+    return Tokens(*(torch.cat(columns) for columns in zip(*parts, strict=True))) if parts else None
 
 
 def accepts(callee: nn.Module, name: str) -> bool:
@@ -283,17 +311,24 @@ def noisy(embedded: Tensor, cu_seqlens: Tensor, alpha: float) -> Tensor:
 
 # ---- prompt tuning ---------------------------------------------------------------------------------------------------
 
-def _nll_behind_prompts(model: nn.Module, batch: "Batch") -> Nll:
+def _nll_behind_prompts(model: nn.Module, batch: "Batch") -> Sums:
     """Sums from the logits of a PEFT model with prompt, prefix or p-tuning."""
     ids, labels = batch["input_ids"].view(-1), batch["labels"].view(-1)
     identity = nn.Identity()
     total, correct = torch.zeros((), dtype=torch.float64, device=ids.device), torch.zeros_like(ids[0])
+    measured: list[Tokens] = []
     for start, stop in pairwise(batch["cu_seqlens"].tolist()):
         if (labels[start:stop] == IGNORE_INDEX).all():
             continue
         logits = model(input_ids=ids[None, start:stop], use_cache=False).logits[0, start - stop:]
+        if not torch.is_grad_enabled():
+            measured.append(Tokens(*nll_sum(logits, labels[start:stop], identity, per_token=True)))
+            continue
         part = nll_sum(logits, labels[start:stop], identity)
         total, correct = total + part.total, correct + part.correct
-    if torch.is_grad_enabled() and not total.requires_grad:     # a graph on every rank
+    if not torch.is_grad_enabled():
+        none = Tokens(total.new_zeros(0), correct.new_zeros(0, dtype=torch.bool))
+        return Sums.of_tokens(Nll(*(_joined([none, *measured]) or none)))
+    if not total.requires_grad:                     # a graph on every rank
         total = total + sum(weight.sum() * 0.0 for weight in model.parameters() if weight.requires_grad)
-    return Nll(total.float() if torch.is_grad_enabled() else total, correct)
+    return Sums(total.float(), correct)

@@ -58,7 +58,7 @@ def nll_sum(hidden_TD: Tensor, labels_T: Tensor, head: nn.Module, *, factor: flo
         head: The output embedding, (D) -> (V).
         factor: Multiplies the logits (see `anatomy.logit_adjustment`).
         cap: Soft cap of the logits.
-        per_token: Return (N,) losses instead of their sum, for tests and reports.
+        per_token: Return (N,) losses and, without gradients, (N,) whether each prediction was right, not their sums.
         count: N if known on the host; otherwise CUDA must synchronise.
         by: Kernels of the training loss (see `borrowed.py`); evaluation always uses this project's.
     """
@@ -89,10 +89,10 @@ def supervised(labels_T: Tensor, count: int | None = None) -> tuple[Tensor, Tens
     return index_N, targets_T.index_select(0, index_N)
 
 
-def of_logits(logits_NV: Tensor, targets_N: Tensor) -> Nll:
-    """Sum of -log p(token) from the model's own logits."""
+def of_logits(logits_NV: Tensor, targets_N: Tensor, *, per_token: bool = False) -> Nll:
+    """Sum of -log p(token) from the model's own logits; `per_token` as in `nll_sum`."""
     run = _train if torch.is_grad_enabled() else _evaluate
-    return run(logits_NV, targets_N, nn.Identity(), 1.0, None, False, "fused")
+    return run(logits_NV, targets_N, nn.Identity(), 1.0, None, per_token, "fused")
 
 
 def _in_one_call(hidden_ND: Tensor, targets_N: Tensor, head: nn.Module, *settings: Any) -> Nll:
@@ -191,15 +191,15 @@ def _evaluate(hidden_ND: Tensor, targets_N: Tensor, head: Any, factor: float, ca
     linear = _linear(head, factor, cap)
     if linear is not None and not switch.is_plain():
         losses_N, right_N = tiles.measure(hidden_ND, targets_N, linear)
-        return Nll(losses_N if per_token else losses_N.sum(), right_N.sum())
-    losses, correct = [], torch.zeros((), dtype=torch.int64, device=hidden_ND.device)
+        return Nll(losses_N, right_N) if per_token else Nll(losses_N.sum(), right_N.sum())
+    losses, right = [hidden_ND.new_zeros(0, dtype=torch.float64)], [targets_N[:0] > 0]
     rows = _rows(head)
     for hidden, targets in zip(hidden_ND.split(rows), targets_N.split(rows), strict=True):
         logits = _chunk_logits(hidden, head, factor, cap)
         losses.append(F.cross_entropy(logits, targets, reduction="none").double())
-        correct += (logits.argmax(-1) == targets).sum()
-    losses_N = torch.cat(losses) if losses else hidden_ND.new_zeros(0, dtype=torch.float64)
-    return Nll(losses_N if per_token else losses_N.sum(), correct)
+        right.append(logits.argmax(-1) == targets)
+    losses_N, right_N = torch.cat(losses), torch.cat(right)
+    return Nll(losses_N, right_N) if per_token else Nll(losses_N.sum(), right_N.sum())
 
 
 def _rows(head: Any) -> int:

@@ -253,7 +253,7 @@ class CausalLMModule(SavedModule):
         return forward.logits(self.model, input_ids, attention_mask, self.way or forward.Way())
 
     def on_validation_epoch_end(self) -> None:
-        """Log `val/nll`, `val/perplexity`, `val/bits_per_byte`, `val/token_accuracy`, `val/tokens`."""
+        """Log what `metrics.Perplexity` reports: `val/nll` with `val/nll_low` and `val/nll_high`, and so on."""
         self._report("val")
 
     def on_test_epoch_end(self) -> None:
@@ -275,7 +275,8 @@ class CausalLMModule(SavedModule):
             split: `val` or `test`; what is logged under `f"{split}/..."` is in `metrics.csv` and can be monitored.
         """
         metric: Any = self.perplexity[split]
-        metric.update(sums.total, batch["num_supervised"], batch["num_bytes"], sums.correct)
+        cells = metric.cells_of(batch, sums.tokens) if isinstance(sums, Sums) else None
+        metric.update(sums.total, batch["num_supervised"], batch["num_bytes"], sums.correct, cells)
 
     def _report(self, split: str) -> None:
         metric: Any = self.perplexity[split]

@@ -52,10 +52,12 @@ class Corpus:
         draws: Each store with the indices of its sequences, in order.
         end: Whether documents keep their end-of-text token: in training, but not in evaluation.
         names: Names of the stores, for reports.
+        overlap: Tokens that a window of a long document shares with the one before; they are its context.
     """
 
     def __init__(self, draws: Sequence[tuple[Store, np.ndarray]], *, end: bool = True,
-                 names: Sequence[str] = ()) -> None:
+                 names: Sequence[str] = (), overlap: int = 1) -> None:
+        self.overlap = overlap
         self.stores, self.names = [store for store, _ in draws], list(names or [""] * len(draws))
         self.store_of = np.repeat(np.arange(len(draws)), [len(which) for _, which in draws])
         self.index = np.concatenate([which for _, which in draws] or [np.empty(0, np.int64)])
@@ -73,8 +75,16 @@ class Corpus:
 
     def read(self, sequence: int, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
         """Tokens `start:stop` of a sequence, and whether each is supervised."""
-        tokens, marks = self.marked(sequence, start, stop)
+        tokens, marks = self.scored(sequence, start, stop)
         return tokens, (marks & 1).view(bool)
+
+    def scored(self, sequence: int, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens `start:stop` of a sequence, and their marks without those that only the window before supervises."""
+        tokens, marks = self.marked(sequence, start, stop)
+        if start and self.overlap > 1 and self.is_document[sequence]:
+            marks = marks.copy()
+            marks[:self.overlap] &= 0xFE
+        return tokens, marks
 
     def marked(self, sequence: int, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
         """Tokens `start:stop` of a sequence, and their marks as stored."""
@@ -85,7 +95,7 @@ class Corpus:
 
     def count(self, segments: Segments) -> np.ndarray:
         """(S,) supervised tokens of each segment, without its first token."""
-        counts = segments.lengths - 1
+        counts = segments.lengths - np.where(segments.start > 0, self.overlap, 1)
         conversations = np.flatnonzero(~self.is_document[segments.sequence])
         counts[conversations] = self.supervised[segments.sequence[conversations]]
         cut = conversations[segments.lengths[conversations] != self.lengths[segments.sequence[conversations]]]
@@ -162,6 +172,14 @@ class Corpus:
             for key, value in zip(out[name], values, strict=True):
                 out[name][key] += value
         return out
+
+    def record_of(self, sequences: np.ndarray) -> np.ndarray:
+        """(S,) numbers of the records of some sequences in their sources."""
+        records = np.zeros(len(sequences), np.int64)
+        for number, store in enumerate(self.stores):
+            here = self.store_of[sequences] == number
+            records[here] = store.sequences["record"][self.index[sequences[here]]]
+        return records
 
     def place(self, sequence: int) -> str:
         """Place of the record of a sequence."""

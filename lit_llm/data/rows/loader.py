@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, NotRequired, TypedDict
 import numpy as np
 import torch
 
+from lit_llm.data.rows.cells import cells_of, short_names
 from lit_llm.data.rows.corpus import Corpus, Tally
 from lit_llm.data.rows.identity import differences
 from lit_llm.data.rows.packing import Rows
@@ -45,6 +46,9 @@ class Batch(TypedDict):
     num_tokens: int                                     # tokens that are not padding
     num_tokens_in_step: int                             # the same over all micro-batches and ranks of the step
     idle: NotRequired[bool]                             # no rank has a supervised token: no forward pass is needed
+    cells: NotRequired[torch.Tensor]                    # (C, 7) float64: in evaluation, see `cells.Cells`
+    cell_of_token: NotRequired[torch.Tensor]            # (num_supervised,) int64: the cell of each supervised token
+    sources: NotRequired[tuple[str, ...]]               # names of the sources that cells name by index
     step_is_unknown: NotRequired[bool]                  # of a user's DataLoader: `_in_step` counts this batch only
 
 
@@ -163,16 +167,19 @@ class RowLoader:
         trim: Pad to the longest packed sequence of the batch, not to `seq_len`.
         fingerprint: Identity of the data by named parts; a checkpoint of other data is refused.
         draw: Function epoch -> packed sequences if they differ between epochs: as many as `rows`, those of the first.
+        token_sizes: (4, V) `token_bytes` and the same in characters: batches then say to which document, answer and
+            position each supervised token belongs (`cells.py`). Null for training, which needs none of it.
     """
 
     def __init__(self, corpus: Corpus, rows: Rows, *, batch_size: int, seq_len: int, pad_id: int,
                  token_bytes: np.ndarray, seed: int = 0, rank: int = 0, world: int = 1, accumulate: int = 1,
                  shuffle: bool = True, trim: bool = False, fingerprint: object = "",
-                 draw: Callable[[int], Rows] | None = None) -> None:
+                 draw: Callable[[int], Rows] | None = None, token_sizes: np.ndarray | None = None) -> None:
         self.corpus, self.rows, self._draw = corpus, rows, draw
         self.batch_size, self.seq_len, self.pad_id, self.token_bytes = batch_size, seq_len, pad_id, token_bytes
         self.seed, self.rank, self.world, self.accumulate = seed, rank, world, accumulate
         self.shuffle, self.trim, self.fingerprint = shuffle, trim, fingerprint
+        self.token_sizes, self.sources = token_sizes, short_names(corpus.names)
         self.rows_per_step = world * accumulate * batch_size
         self._done = 0                                  # micro-batches yielded since the first epoch
         self._epoch = lru_cache(maxsize=2)(self._ordered)
@@ -202,6 +209,11 @@ class RowLoader:
         batch["num_tokens_in_step"] = int(lengths[window].sum())
         batch["last_in_step"] = number % self.accumulate == self.accumulate - 1
         batch["idle"] = share.idle
+        if self.token_sizes is not None:
+            table, of_token = cells_of(self.corpus, [segment for row in mine.tolist() for segment in rows.row(row)],
+                                       self.token_sizes)
+            batch |= {"cells": torch.from_numpy(table), "cell_of_token": torch.from_numpy(of_token),
+                      "sources": self.sources}
         return batch
 
     def alone(self, number: int) -> Iterator[tuple[str, Batch]]:

@@ -79,7 +79,8 @@ class Mixture:
         corpus = self.corpus
         windows = corpus.is_document if self.packing != "concat" else np.ones(len(corpus), dtype=bool)
         try:
-            split = pack.split(corpus.lengths, windows, seq_len=self.seq_len, overlong=overlong)
+            split = pack.split(corpus.lengths, windows, seq_len=self.seq_len, overlong=overlong,
+                               overlap=corpus.overlap)
         except InputError as error:
             raise InputError(error.what, where=corpus.place(int(error.where)), fix=error.fix) from None
         is_supervised = corpus.count(split.segments) > 0

@@ -106,7 +106,8 @@ class Split:
     dropped: np.ndarray
 
 
-def split(lengths: np.ndarray, is_document: np.ndarray, *, seq_len: int, overlong: Overlong = "cut") -> Split:
+def split(lengths: np.ndarray, is_document: np.ndarray, *, seq_len: int, overlong: Overlong = "cut",
+          overlap: int = 1) -> Split:
     """Split sequences into segments of at most `seq_len` tokens, for policies that do not cut themselves.
 
     A long document becomes windows that overlap by ONE token, so that each token except the first is predicted exactly
@@ -124,6 +125,8 @@ def split(lengths: np.ndarray, is_document: np.ndarray, *, seq_len: int, overlon
         is_document: (N,) bool; the others are conversations.
         seq_len: Tokens per packed sequence, at least 2.
         overlong: `error` raises for the first conversation that is too long; the index is in `where`.
+        overlap: Tokens that a window shares with the one before. More than one are context for the first token that the
+            window predicts, which evaluation can ask for (`Corpus.scored`).
     """
     long = lengths > seq_len
     too_long = np.flatnonzero(long & ~is_document)
@@ -131,10 +134,11 @@ def split(lengths: np.ndarray, is_document: np.ndarray, *, seq_len: int, overlon
         raise InputError(f"it has {lengths[too_long[0]]} tokens, but data.seq_len is {seq_len}", where=str(too_long[0]),
                          fix="Raise data.seq_len, or set data.overlong to cut or drop.")
     indices = np.arange(len(lengths))[~(long & ~is_document) if overlong == "drop" else slice(None)]
-    count = np.where(long & is_document, -((1 - lengths) // (seq_len - 1)), 1)[indices]        # ceil((n - 1) / (L - 1))
+    stride = seq_len - overlap
+    count = np.where(long & is_document, -((overlap - lengths) // stride), 1)[indices]          # rounded up
     sequence = np.repeat(indices, count)
     within = np.arange(len(sequence)) - np.repeat(np.cumsum(count) - count, count)
-    start = within * (seq_len - 1)
+    start = within * stride
     segments = Segments(sequence, start, np.minimum(start + seq_len, lengths[sequence]))
     nothing = too_long[:0]
     return Split(segments, *((nothing, too_long) if overlong == "drop" else (too_long, nothing)))
