@@ -30,6 +30,7 @@ from lit_llm.system.private import others
 from lit_llm.training.checks import divergence, idle
 from lit_llm.training.module import CausalLMModule
 from lit_llm.training.parallel import named
+from lit_llm.training.record.breakdowns import breakdown_of
 from lit_llm.training.trainer import Trainer
 
 NESTED = {"model.lora": LoRA, "data.sources": Source}       # keys that take a mapping, or a list of them
@@ -147,8 +148,13 @@ class LitLLMCLI(LightningCLI):
         if not self.trainer.is_global_zero:
             return
         figures = self.trainer.run.after
+        counts, found = (f"{split}/tokens", f"{split}/documents"), breakdown_of(self.trainer, split)
+        listed = {f"{split}/nll_low", f"{split}/nll_high", *(f"{split}/nll/{name}" for name in found.sources())
+                  } if found else {}
         for name, value in sorted(figures.items()):
-            print(f"{name:<20} {value:,.0f}" if name.endswith("/tokens") else f"{name:<20} {value:.9g}")
+            if name not in listed:
+                print(f"{name:<20} {value:,.0f}" if name in counts else f"{name:<20} {value:.9g}")
+        print("\n".join(["", *found.lines(split)] if found else []), end="\n" * bool(found))
         if not divergence.are_finite(figures, split):
             raise InputError(f"perplexity is {figures.get(f'{split}/perplexity')}, so some weights are inf or nan, "
                              f"or exceed the range of {self.trainer.precision}",

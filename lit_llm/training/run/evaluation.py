@@ -16,6 +16,7 @@ import yaml
 from lit_llm import disk
 from lit_llm.data.rows.identity import differences
 from lit_llm.system.redaction import redact_text
+from lit_llm.training.record import breakdowns
 from lit_llm.training.run import manifest
 from lit_llm.training.run.report import write_json
 
@@ -23,7 +24,7 @@ log = logging.getLogger(__name__)
 METRICS, RECORD, ROWS = "metrics.json", "evaluations.jsonl", "validation_rows.jsonl"
 ROW_TOKENS, LONGEST_ROW = 3072, 512                 # of all rows, and of one
 OF_DATA = ("sources", "val_sources", "val_fraction", "test_sources", "test_fraction", "train_on", "seq_len", "packing",
-           "overlong", "seed", "dedup")             # keys that determine the evaluated data
+           "overlong", "seed", "dedup", "stride")   # keys that determine the evaluated data
 
 
 def figures_of(trainer: L.Trainer, prefix: str) -> dict[str, float]:
@@ -101,7 +102,10 @@ def record(trainer: L.Trainer, split: str, config: dict[str, Any] | None) -> dic
         "checkpoint": checkpoint.name if own and checkpoint is not None else checkpoint and str(checkpoint.absolute()),
         "base": getattr(module, "base", None), "step": step, "other_data": other,
         "data": {key: listed[key] for key in OF_DATA if key in listed}, **figures}
+    if found := breakdowns.breakdown_of(trainer, split):
+        line["breakdown"] = breakdowns.finite(found.details())
     run.mkdir(parents=True, exist_ok=True)
+    breakdowns.write_documents(trainer, split)
     with open(run / RECORD, "a", encoding="utf-8") as stream:
         stream.write(redact_text(json.dumps(line, ensure_ascii=False, default=str)) + "\n")
     if own and not other:

@@ -26,6 +26,7 @@ from lit_llm.text.tokenizer import Tokenizer
 from lit_llm.training.build import tokenizer_of
 from lit_llm.training.parallel.processes import end_together
 from lit_llm.training.parallel.saved import SavedModule
+from lit_llm.training.record import breakdowns
 from lit_llm.training.run import evaluation, manifest
 from lit_llm.training.run.evaluation import figures_of
 from lit_llm.training.run.report import MetricsCSV, write_json
@@ -176,6 +177,7 @@ class RunFolder(Callback):
     def on_sanity_check_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         """Store the validation before the first step as that of the base."""
         self.before = figures_of(trainer, "val/")
+        breakdowns.keep(trainer, "val")
         for logger in trainer.loggers:
             if isinstance(logger, MetricsCSV) and self.before:
                 logger.add(self.before, 0)
@@ -251,7 +253,7 @@ class RunFolder(Callback):
         if self.resumed or trainer.global_step or not self._made or not folder.is_dir():
             return
         for name in ("config.yaml", "data.json", "metrics.csv", "metrics.json", evaluation.ROWS, facts.SAMPLES,
-                     *writing.FILES):
+                     breakdowns.BREAKDOWNS, *writing.FILES):
             (folder / name).unlink(missing_ok=True)
         for name in ("tokenizer", "checkpoints"):
             shutil.rmtree(folder / name, ignore_errors=True)
@@ -278,6 +280,7 @@ class RunFolder(Callback):
             return
         self.after = figures_of(trainer, f"{split}/")
         self._keep_data(trainer)
+        breakdowns.keep(trainer, split)
         if trainer.is_global_zero:
             evaluation.write_metrics(Path(trainer.default_root_dir), trainer.global_step, self.after, self.before)
 

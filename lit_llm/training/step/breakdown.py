@@ -67,6 +67,23 @@ class Breakdown:
                 details[name] = values
         return details
 
+    def lines(self, split: str) -> list[str]:
+        """A short table: the nll of all documents and its interval, then that of each source, worst first.
+
+        Args:
+            split: Prefix of the metrics, `val` or `test`.
+        """
+        parts = {f"{split}/nll": self.documents}
+        parts |= {f"{split}/nll/{name}": part for name, part in self.sources().items()}
+        width, rows = max(map(len, parts)), []
+        for name, part in parts.items():
+            interval, count = part.interval("nll"), int((part.tokens > 0).sum())
+            reach = f"{interval.low:.4g} to {interval.high:.4g}" if interval else "no interval"
+            few = "" if interval and interval.is_reliable else ", too few for a sure interval"
+            size = f"{int(part.tokens.sum()):>11,} tokens, {count:,} documents{few}"
+            rows.append(f"{name:<{width}}  {part.figures()['nll']:<8.5g} {reach:<18} {size}")
+        return [f"{'':<{width}}  {'nats':<8} 95 % interval", *rows]
+
     def _grouped(self, group: np.ndarray, name: Any, least: int = 0) -> Iterator[tuple[str, dict[str, Any]]]:
         for number in np.unique(group[group >= least]).astype(int).tolist():
             rows = self.cells[group == number][:, OF_DOCUMENTS]

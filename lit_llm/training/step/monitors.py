@@ -21,7 +21,9 @@ from lit_llm.training.run.checkpoint import StepCheckpoint
 
 log = logging.getLogger(__name__)
 TRAINED = [*(f"train/{name}" for name in ("loss", "lr", "aux_loss", "grad_norm", "skipped_steps")), SPEED, MEMORY]
-MEASURED = [f"val/{name}" for name in ("nll", "perplexity", "bits_per_byte", "token_accuracy", "tokens")]
+MEASURED = [f"val/{name}" for name in ("nll", "perplexity", "bits_per_byte", "bits_per_character", "token_accuracy",
+                                       "nll_low", "nll_high", "documents", "tokens")]
+UNLISTED = ("val/nll_low", "val/nll_high", "val/documents", "val/tokens")       # of which a message would be long
 BEST = "val/nll"                                    # the default of StepCheckpoint; other modules may not log it
 COUNTED = ("epoch", "step")                         # Lightning's ModelCheckpoint monitors them as well
 KNOWN_PACKAGES = ("lit_llm.", "lightning.")
@@ -49,12 +51,19 @@ def check(trainer: L.Trainer) -> None:
         return
     data = trainer.datamodule  # type: ignore[attr-defined]
     measured = not isinstance(data, TextDataModule) or bool(data.val_dataloader())
+    known = [*MEASURED, *(_of_sources(data) if isinstance(data, TextDataModule) else ())]
     for callback, name in monitored(trainer):
-        if name not in (*TRAINED, *MEASURED, *COUNTED) and not name.startswith("lr-"):     # LearningRateMonitor's
-            raise _refusal(callback, name, [TRAINED[0], *MEASURED[:-1]])
-        if name in MEASURED and isinstance(callback, EarlyStopping) and not measured:
+        if name not in (*TRAINED, *known, *COUNTED) and not name.startswith("lr-"):     # LearningRateMonitor's
+            raise _refusal(callback, name, [TRAINED[0], *(metric for metric in known if metric not in UNLISTED)])
+        if name in known and isinstance(callback, EarlyStopping) and not measured:
             raise InputError(f"{name} is never measured: there is no validation data", where=_place(callback),
                              fix="set data.val_sources or data.val_fraction")
+
+
+def _of_sources(data: TextDataModule) -> list[str]:
+    """Metrics of each source of the validation data, if there are several."""
+    names = getattr(data.val_dataloader(), "sources", ())
+    return [f"val/nll/{name}" for name in names] if len(names) > 1 else []
 
 
 class MonitorCheck(Callback):
