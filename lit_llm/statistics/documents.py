@@ -44,18 +44,18 @@ class Documents:
 
     @classmethod
     def of_rows(cls, rows: Iterable[Sequence[float]] | np.ndarray, names: Sequence[str] = ("",)) -> "Documents":
-        """From rows in the order of the columns; rows of the same document and source are added, in any order.
+        """From rows in any order; those of one document of a source are added, and documents sorted by their source.
 
         Args:
-            rows: (R, 7) numbers.
+            rows: (R, 7) numbers in the order of the columns.
             names: Names of the sources.
         """
         table = np.asarray(rows if isinstance(rows, np.ndarray) else list(rows), dtype=np.float64).reshape(-1, 7)
         table = table[np.lexsort(table.T[::-1])]        # sums do not depend on the order in which parts were computed
-        keys, index = np.unique(table[:, :2].astype(np.int64), axis=0, return_inverse=True)
+        keys, index = np.unique(table[:, 1::-1].astype(np.int64), axis=0, return_inverse=True)
         sums = [np.bincount(index.reshape(-1), column, len(keys)) for column in table[:, 2:].T]
         tokens, size, characters, correct = (count.astype(np.int64) for count in sums[1:])
-        return cls(keys[:, 0], keys[:, 1], sums[0], tokens, size, characters, correct, tuple(names))
+        return cls(keys[:, 1], keys[:, 0], sums[0], tokens, size, characters, correct, tuple(names))
 
     def __len__(self) -> int:
         return len(self.document)

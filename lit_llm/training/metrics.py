@@ -66,10 +66,10 @@ class Perplexity(Metric):
                 self.sources.append(name)           # on all ranks in the same order
         table, of_token = batch["cells"].to(tokens.nll.device), batch["cell_of_token"].to(tokens.nll.device)
         number = torch.tensor([self.sources.index(name) for name in batch["sources"]], device=table.device)
-        sums = table.new_zeros(2, len(table))
+        sums = torch.zeros(2, len(table), dtype=torch.float64, device=table.device)
         sums[0].index_add_(0, of_token, tokens.nll.double())
         sums[1].index_add_(0, of_token, tokens.correct.double())
-        return torch.cat([table[:, :1], number[table[:, 1].long()][:, None].double(), table[:, 2:], sums.T], 1)
+        return torch.cat([table[:, :1].double(), number[table[:, 1:2]].double(), table[:, 2:].double(), sums.T], 1)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], exclude_state: Sequence[str] = "") -> "Perplexity":
         """Move to another device but keep the dtype: `bf16-true` would convert every tensor of a module."""

@@ -15,8 +15,9 @@ ROWS = [(3, 1, 4.5, 3, 9, 8, 1), (0, 0, 2.0, 2, 6, 6, 1), (3, 1, 1.5, 1, 3, 3, 0
 
 def test_rows_of_one_document_are_added_in_any_order():
     whole = Documents.of_rows(ROWS, ["a", "b"])
-    assert whole.document.tolist() == [0, 3, 7]
-    assert whole.nll.tolist() == [2.0, 6.0, 10.0]
+    assert whole.document.tolist() == [0, 7, 3]
+    assert whole.source.tolist() == [0, 0, 1]
+    assert whole.nll.tolist() == [2.0, 10.0, 6.0]
     assert whole.tokens.tolist() == [2, 4, 4]
     generator = np.random.default_rng(0)
     rows = np.column_stack([generator.integers(0, 9, 200), np.zeros(200), generator.random(200), np.ones((200, 4))])
@@ -66,8 +67,8 @@ def test_a_report_has_the_intervals_of_each_figure():
 def test_a_file_of_documents(tmp_path):
     documents = Documents.of_rows(ROWS, ["a", "b"])
     file = tmp_path / "documents.jsonl"
-    file.write_text("".join(documents.lines({"place": ["x:1", "y:1", "x:2"]})), encoding="utf-8")
-    assert json.loads(file.read_text().splitlines()[1]) == {
+    file.write_text("".join(documents.lines({"place": ["x:1", "x:2", "y:1"]})), encoding="utf-8")
+    assert json.loads(file.read_text().splitlines()[2]) == {
         "document": 3, "source": "b", "nll": 6.0, "tokens": 4, "bytes": 12, "characters": 11, "correct": 1,
         "place": "y:1"}
     again = Documents.read(file)

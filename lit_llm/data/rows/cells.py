@@ -28,7 +28,7 @@ class Cells(NamedTuple):
     """The cells of a batch.
 
     Args:
-        table: (C, 7) float64: `COLUMNS`. `document` is the number of the record in its source, `answer` counts the
+        table: (C, 7) int64: `COLUMNS`. `document` is the number of the record in its source, `answer` counts the
             assistant's messages of a conversation from 1 and is 0 for other tokens, `position` is the exponent k of the
             positions 2^k to 2^(k+1) - 1. A cell may occur more than once.
         of_token: (N,) int64: the cell of each supervised token, in the order of the batch.
@@ -47,7 +47,7 @@ def cells_of(corpus: Corpus, segments: Sequence[tuple[int, int, int]], sizes: np
         sizes: (4, V) bytes of a token and of a text's first one, and their characters (`Tokenizer.token_sizes`).
     """
     if not segments:
-        return Cells(np.zeros((0, len(COLUMNS))), np.zeros(0, np.int64))
+        return Cells(np.zeros((0, len(COLUMNS)), np.int64), np.zeros(0, np.int64))
     parts = [corpus.scored(*segment) for segment in segments]
     tokens = np.concatenate([part[0] for part in parts]).astype(np.int64)
     marks = np.concatenate([part[1] for part in parts])
@@ -66,8 +66,8 @@ def cells_of(corpus: Corpus, segments: Sequence[tuple[int, int, int]], sizes: np
     of_token = np.repeat(np.arange(len(edges)), np.diff(np.append(edges, len(which))))
     sequence = np.array([number for number, _, _ in segments])[keys[0, edges]]
     sums = [np.bincount(of_token, values, len(edges)) for values in (np.ones(len(which)), size, characters)]
-    return Cells(np.stack([corpus.record_of(sequence), corpus.store_of[sequence], *keys[1:, edges], *sums], axis=1),
-                 of_token)
+    columns = [corpus.record_of(sequence), corpus.store_of[sequence], *keys[1:, edges], *sums]
+    return Cells(np.stack(columns, axis=1).astype(np.int64), of_token)  # half precision would round other numbers
 
 
 def short_names(paths: Sequence[str]) -> tuple[str, ...]:

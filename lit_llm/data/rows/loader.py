@@ -46,7 +46,7 @@ class Batch(TypedDict):
     num_tokens: int                                     # tokens that are not padding
     num_tokens_in_step: int                             # the same over all micro-batches and ranks of the step
     idle: NotRequired[bool]                             # no rank has a supervised token: no forward pass is needed
-    cells: NotRequired[torch.Tensor]                    # (C, 7) float64: in evaluation, see `cells.Cells`
+    cells: NotRequired[torch.Tensor]                    # (C, 7) int64: in evaluation, see `cells.Cells`
     cell_of_token: NotRequired[torch.Tensor]            # (num_supervised,) int64: the cell of each supervised token
     sources: NotRequired[tuple[str, ...]]               # names of the sources that cells name by index
     step_is_unknown: NotRequired[bool]                  # of a user's DataLoader: `_in_step` counts this batch only
