@@ -56,8 +56,8 @@ RULES = (
          "too long for a packed sequence", "data.overlong", "leave it out, or set --data.packing best_fit"),
     Rule("`data.stride`", "no evaluation", "a stride is that of windows in evaluation, and there are no data for it",
          "data.stride", "leave it out, or set data.val_sources or data.val_fraction"),
-    Rule("a `data.stride` of at least `data.seq_len`", "`data.stride`", "windows of {s.seq_len} tokens that advance by "
-         "{s.stride} would leave tokens out", "data.stride", "set it to at most data.seq_len - 1, or leave it out"),
+    Rule("a `data.stride` of at least `data.seq_len`", "`data.stride`", "windows that advance by their "
+         "length would leave tokens out", "data.stride", "set it to at most data.seq_len - 1, or leave it out"),
     CONCAT,                                         # raised where the records are known
 )
 

@@ -87,8 +87,8 @@ class Perplexity(Metric):
         """All values of this metric, synchronised over ranks. Collective."""
         self.cells.append(self.nll.new_zeros(0, len(COLUMNS)))      # each rank has one to exchange
         with self.sync_context(should_sync=others.is_synchronized(self)):
-            nll, tokens, num_bytes, correct = (
-                state.item() for state in (self.nll, self.tokens, self.bytes, self.correct))
+            nll = float(self.nll)
+            tokens, num_bytes, correct = (int(state) for state in (self.tokens, self.bytes, self.correct))
             cells: Any = self.cells
             table = torch.cat(list(cells)) if isinstance(cells, list) else cells
         values = figures(nll, tokens=tokens, bytes=num_bytes, characters=0, correct=correct)
