@@ -102,7 +102,7 @@ KEYS: dict[str, Entry] = {
     "data.class_path": refuse("somebody.Data", "not allowed"),
     "data.batch_size": look(1),
     "data.packing": look("none"),
-    "data.stride": look(8, base={"data.val_sources": [{"path": "text.txt"}], "data.seq_len": 16}),
+    "data.stride": look(8, base={**DOCUMENTS, "data.val_sources": [{"path": "text.txt"}]}),
     "data.overlong": look("drop", base={"data.seq_len": 60}),
     "data.on_bad_record": look("quarantine", "code", base={"data.sources": [{"path": "one_bad.jsonl"}]}),
     "data.bad_record_limit": look(0.9, "code", base={"data.sources": [{"path": "bad.jsonl"}],
