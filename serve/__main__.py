@@ -14,7 +14,7 @@ from lit_llm.system.threads import number
 
 LOCAL = ("127.0.0.1",)
 NUMBERS = ("port", "max_running", "max_waiting", "max_body_bytes", "max_wait_seconds", "max_seconds", "request_seconds",
-           "keep_alive_seconds", "max_connections", "drain_seconds")
+           "write_seconds", "keep_alive_seconds", "max_connections", "drain_seconds")
 
 
 class Parser(argparse.ArgumentParser):
@@ -64,6 +64,8 @@ def parse(argv: list[str] | None = None, program: str = "python -m serve") -> ar
         help="time for a whole request; then it fails with status 504, default: %(default)s")
     add("--request-seconds", default=30, type=int,
         help="time for a client to send a request; then the connection is closed, default: %(default)s")
+    add("--write-seconds", default=60, type=int,
+        help="time for a client to read a part of its answer; then the connection is closed, default: %(default)s")
     add("--keep-alive-seconds", default=75, type=int,
         help="time that an idle connection stays open, default: %(default)s")
     add("--max-connections", default=512, type=int,
@@ -151,8 +153,8 @@ def _build(options: argparse.Namespace) -> tuple[Any, Any]:
     limits = Limits(options.max_running, options.max_waiting, options.max_body_bytes, options.max_wait_seconds,
                     options.max_seconds)
     network = Network(options.host, options.port, tuple(options.allowed_host), tuple(options.cors_origin),
-                      options.keep_alive_seconds, options.request_seconds, options.max_connections,
-                      options.drain_seconds)
+                      options.keep_alive_seconds, options.request_seconds, options.write_seconds,
+                      options.max_connections, options.drain_seconds)
     engine = {"device": options.device, "dtype": options.dtype, "adapter": merged, "adapters": named,
               "quantize": options.quantize, "threads": options.threads}
     settings = Settings(options.model, tuple(options.name), network, keys, limits, engine, options.log_level,

@@ -55,6 +55,7 @@ class Network:
         cors_origins: Origins whose pages may read responses.
         keep_alive_seconds: Time that an idle connection stays open.
         request_seconds: Time for a client to send a request.
+        write_seconds: Time in which a client must read something of its answer.
         max_connections: Connections; further ones get status 503.
         drain_seconds: Time for running requests at shutdown.
     """
@@ -65,12 +66,14 @@ class Network:
     cors_origins: tuple[str, ...] = ()
     keep_alive_seconds: int = 75
     request_seconds: int = 30
+    write_seconds: int = 60
     max_connections: int = 512
     drain_seconds: int = 30
 
     def uvicorn(self) -> dict[str, Any]:
         """Options of uvicorn."""
-        http = functools.partial(Connection, request_seconds=self.request_seconds, most=self.max_connections)
+        http = functools.partial(Connection, request_seconds=self.request_seconds, write_seconds=self.write_seconds,
+                                 most=self.max_connections)
         return {"http": http, "ws": "none", "access_log": False, "server_header": False,
                 "timeout_keep_alive": self.keep_alive_seconds}
 

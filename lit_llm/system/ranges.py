@@ -203,6 +203,7 @@ RANGES: dict[str, Numbers] = {
     "serve.max_wait_seconds": whole(1, 86_400, 300),
     "serve.max_seconds": whole(1, 86_400, 3600),
     "serve.request_seconds": whole(1, 3600, 30),
+    "serve.write_seconds": whole(1, 3600, 60),
     "serve.keep_alive_seconds": whole(1, 3600, 75),
     "serve.max_connections": whole(1, 100_000, 512),
     "serve.drain_seconds": whole(1, 86_400, 30),

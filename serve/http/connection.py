@@ -1,7 +1,9 @@
-"""Connections of clients: each request must arrive within a time, and the number of connections is limited."""
+"""Connections of clients: they must send requests and read answers in time, and their number is limited."""
 
 import asyncio
 import json
+import sys
+from contextlib import suppress
 from typing import Any
 
 import h11
@@ -15,22 +17,26 @@ SPARE = 64                                          # connections above the limi
 class Connection(H11Protocol):
     """An HTTP/1.1 connection. h11 limits the size of its headers, which uvicorn's faster protocol does not.
 
-    uvicorn itself waits for ever for the rest of a request, and for the first byte of a new connection.
+    uvicorn itself waits for ever for the rest of a request, for the first byte of a new connection, and for a client
+    that reads nothing of its answer.
 
     Args:
         request_seconds: Time for a client to send each of its requests, or the first one after connecting.
+        write_seconds: Time in which a client must read something of what was sent to it.
         most: Number of connections; further ones get status 503 and are closed.
         options: Arguments of uvicorn's class.
     """
 
-    def __init__(self, *, request_seconds: float, most: int, **options: Any) -> None:
+    def __init__(self, *, request_seconds: float, write_seconds: float, most: int, **options: Any) -> None:
         super().__init__(**options)
-        self.request_seconds, self.most = request_seconds, most
+        self.request_seconds, self.write_seconds, self.most = request_seconds, write_seconds, most
         self.arrival_limit: asyncio.TimerHandle | None = None
+        self.reading_limit: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: Any) -> None:
         """Start the time of the first request, or refuse the connection."""
         super().connection_made(transport)
+        transport.set_write_buffer_limits(high=0)   # writing pauses as soon as the system takes no more
         if len(self.connections) > self.most + SPARE:
             transport.abort()
         elif len(self.connections) > self.most:
@@ -38,9 +44,33 @@ class Connection(H11Protocol):
         self._time_arrival(unfinished=True)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Stop the time."""
+        """Stop the times."""
         self._time_arrival(unfinished=False)
+        self._stop_reading_limit()
         super().connection_lost(exc)
+
+    def pause_writing(self) -> None:
+        """Start the time of a client that does not read."""
+        super().pause_writing()
+        self._time_reading()
+
+    def resume_writing(self) -> None:
+        """Stop it: all has been sent."""
+        super().resume_writing()
+        self._stop_reading_limit()
+
+    def _time_reading(self, before: int | None = None) -> None:
+        """Close the connection if nothing was sent since `before`, the bytes that were left; otherwise look again."""
+        left = self.transport.get_write_buffer_size() + _unsent(self.transport.get_extra_info("socket"))
+        if left == before:
+            self.transport.abort()                  # a polite end would wait until the rest is sent
+        else:
+            self.reading_limit = self.loop.call_later(self.write_seconds, self._time_reading, left)
+
+    def _stop_reading_limit(self) -> None:
+        if self.reading_limit is not None:
+            self.reading_limit.cancel()
+            self.reading_limit = None
 
     def data_received(self, data: bytes) -> None:
         """Take a part of a request."""
@@ -76,6 +106,18 @@ class Connection(H11Protocol):
             self.transport.write(b"HTTP/1.1 408 Request Timeout\r\nContent-Type: application/json\r\nConnection: close"
                                  b"\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
         self.transport.close()
+
+
+def _unsent(connection: Any) -> int:
+    """Bytes that the system has taken and not sent yet; 0 where it does not tell (Windows)."""
+    try:
+        import fcntl
+        import termios
+    except ImportError:
+        return 0
+    with suppress(OSError):
+        return int.from_bytes(fcntl.ioctl(connection, termios.TIOCOUTQ, bytes(4)), sys.byteorder)
+    return 0
 
 
 async def _too_many(scope: Any, receive: Any, send: Any) -> None:

@@ -88,6 +88,7 @@ def _limit(schemas: dict[str, Any], vocab_size: int, most_answers: int, *, stric
     limits: dict[str, dict[str, Any]] = {
         "prompt": {"anyOf": [text, some(id_, 10**6), some(text, prompts), some(some(id_, 10**6), prompts)]},
         "messages": some(MESSAGE, 2048), "tokens": {"type": "array", "items": id_},
+        "best_of": _optional({"const": 1}),
         "n": _optional({"type": "integer", "minimum": 1, "maximum": min(most_answers, 128)}),
         "tools": _optional({"type": "array", "items": TOOL, "maxItems": 128}),
         "tool_choice": _optional({"type": "string", "enum": ["none", "auto", "required"]}, CHOICE),

@@ -88,7 +88,7 @@ class ServerProcess:
 @pytest.fixture(scope="session")
 def server(endless_model):
     """One server for all tests that leave it as it was."""
-    running = ServerProcess("--model", endless_model)
+    running = ServerProcess("--model", endless_model, "--write-seconds", "2")
     yield running
     running.kill()
 

@@ -36,6 +36,18 @@ def test_hanging_up_frees_the_slot(server):
     assert time.monotonic() - start < 5
 
 
+def test_a_client_that_reads_nothing_loses_its_slot(server):
+    """It stays connected; the log-probabilities of its prompt alone are more than the systems on both sides keep for it."""
+    body = json.dumps({"prompt": [5, 6, 7, 8] * 2000, "echo": True, "logprobs": 20, "max_tokens": 11_000, "stream": True}).encode()
+    with socket.socket() as client:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        client.connect(("127.0.0.1", server.port))
+        client.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+                       b"Content-Length: %d\r\n\r\n" % len(body) + body)
+        server.until(lambda: server.health()[1] == 1)
+        server.until(lambda: server.health() == (200, 0), 30)
+
+
 def test_hanging_up_frees_the_tokenizer_too(server):
     """Before the engine gets it: a chat that is being tokenized is in flight, and is dropped when its client disconnects."""
     server.until(lambda: server.health() == (200, 0))

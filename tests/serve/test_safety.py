@@ -22,7 +22,7 @@ def edge(endless_model):
     from serve.server import Network, Settings, build
 
     network = Network(port=free_port(), allowed_hosts=("Model.Example",), cors_origins=(ORIGIN,), request_seconds=1,
-                      keep_alive_seconds=2, max_connections=40)
+                      write_seconds=2, keep_alive_seconds=2, max_connections=40)
     server = build(Settings(endless_model, ("one", "two"), network, keys=("sesame",), limits=Limits(max_body_bytes=1000)))
     running = uvicorn.Server(uvicorn.Config(server.app, port=network.port, lifespan="off", log_level="critical", **network.uvicorn()))
     thread = threading.Thread(target=running.run)
@@ -227,6 +227,41 @@ def test_an_idle_connection_stays_open_and_then_ends(edge):
     start = time.monotonic()
     assert client.recv(65536) == b""
     assert 1.5 < time.monotonic() - start < 6
+
+
+def unread(edge, count):
+    """A connection with a small buffer, on which so many answers of some kilobytes are requested and none is read yet."""
+    client = socket.socket()
+    client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 20_000)
+    client.settimeout(20)
+    client.connect(("127.0.0.1", edge.port))
+
+    def ask():
+        with contextlib.suppress(OSError):
+            for _ in range(count):
+                client.sendall(b"GET /openapi.json HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer sesame\r\n\r\n")
+
+    threading.Thread(target=ask, daemon=True).start()
+    return client
+
+
+def test_a_client_that_does_not_read_is_cut_and_a_slow_one_is_not(edge):
+    """Within two seconds it must read something; the slow one reads some kilobytes each time, of megabytes."""
+    count = 300
+    deaf, slow, parts = unread(edge, count), unread(edge, count), []
+    for _ in range(8):
+        parts.append(slow.recv(20_000))
+        time.sleep(0.6)
+    received = b""
+    with contextlib.suppress(ConnectionError):      # what the system had taken comes first
+        while part := deaf.recv(1 << 20):
+            received += part
+    assert 0 < received.count(b"HTTP/1.1 200") < count
+    answers = b"".join(parts)
+    while answers.count(b"HTTP/1.1 200") < count:
+        part = slow.recv(1 << 20)
+        assert part, "it was cut"
+        answers += part
 
 
 def test_many_connections(edge):
