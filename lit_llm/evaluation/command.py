@@ -29,6 +29,7 @@ def evaluate(
     tokenizer: str | None = None,
     rolling: Literal["no", "text", "wikitext"] = "no",
     seq_len: int | None = None,
+    stride: int | None = None,
     batch_size: int = 4,
     limit: int | None = None,
     train_on: TrainOn | None = None,
@@ -62,6 +63,8 @@ def evaluate(
             splits WikiText into articles and undoes its tokenization first; `text` takes documents as they are.
         seq_len: Tokens of a window; null takes the smallest context of the models, at most 4,096, and with url one
             less.
+        stride: Tokens by which the windows of a long document advance, below seq_len: each token is scored once, with
+            at least `seq_len - stride` tokens before it. Null is `seq_len - 1`, or the setting of the run.
         batch_size: Packed sequences that are computed together. The figures do not depend on it.
         limit: Only this many documents or conversations, from the beginning; null for all.
         train_on: Scored tokens of a conversation: every answer (assistant), the last answer (last), or every token
@@ -99,7 +102,7 @@ def evaluate(
     if everyone or url is not None:
         width = seq_len or _smallest_context(everyone, tokenizer) - (url is not None)   # a server adds a token
         texts = _Texts(rolling, width, data, subjects[0] if subjects else None, limit=limit, seq_len=seq_len,
-                       train_on=train_on, on_bad_record=on_bad_record, format=format, columns=columns,
+                       stride=stride, train_on=train_on, on_bad_record=on_bad_record, format=format, columns=columns,
                        document=document, split=split)
     for name in names:
         if name in earlier:
@@ -159,11 +162,11 @@ class _Texts:
     """The texts of an evaluation, tokenized once for each tokenizer."""
 
     def __init__(self, kind: str, width: int, data: list[str] | None, first: Subject | None, *, limit: int | None,
-                 seq_len: int | None, train_on: TrainOn | None, on_bad_record: OnBadRecord | None,
+                 seq_len: int | None, stride: int | None, train_on: TrainOn | None, on_bad_record: OnBadRecord | None,
                  **of_sources: str | dict[str, str] | None) -> None:
         self._kind, self._width, self._limit = kind, width, limit
         self._made: dict[str, Material] = {}
-        chosen = {"train_on": train_on, "on_bad_record": on_bad_record}
+        chosen = {"train_on": train_on, "on_bad_record": on_bad_record, "stride": stride}
         set_options = {key: value for key, value in chosen.items() if value is not None}
         if data:
             self._texts: Texts = material.given(data, limit=limit, **set_options, **of_sources)   # type: ignore[arg-type]

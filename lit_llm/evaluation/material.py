@@ -14,17 +14,18 @@ import numpy as np
 
 from lit_llm.data.datamodule import TextDataModule
 from lit_llm.data.records.sources import Source
+from lit_llm.data.rows.cells import Cells, cells_of
 from lit_llm.data.rows.packing import Rows, pack
 from lit_llm.data.rows.plan import Plan
 from lit_llm.errors import InputError
 from lit_llm.evaluation.scoring.subject import config_of
 from lit_llm.text.tokenizer import Tokenizer
 
-CONTINUATION = 0x80                                 # the first two bits of a byte that continues a UTF-8 character
+AT_ONCE = 256                                       # windows whose tokens are counted together
 EXCERPT = 160                                       # characters
 OF_TOKENIZER = ("tokenizer", "chat_template", "template_args")      # keys of a run that its tokenizer's folder contains
 OF_TRAINING = ("sources", "val_fraction", "val_sources", "test_sources", "test_fraction", "train_on", "seq_len",
-               "packing", "overlong", "on_bad_record", "seed", "cache_dir", "num_proc", "bad_record_limit")
+               "packing", "overlong", "on_bad_record", "seed", "cache_dir", "num_proc", "bad_record_limit", "stride")
 
 
 class Window(NamedTuple):
@@ -34,11 +35,13 @@ class Window(NamedTuple):
         unit: Index of its document or conversation.
         ids: (T,) token ids.
         supervised: (T,) bool, whether each token is scored; never the first one, which has no context.
+        number: Its index among the windows of the material.
     """
 
     unit: int
     ids: np.ndarray
     supervised: np.ndarray
+    number: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +86,8 @@ class Material:
         notes: Numbers of records that were cut, dropped or set aside.
         last_position: The highest position that the model may see; null for no limit. A window may have one token more,
             which is only predicted.
+        cells: Function windows -> the document, answer and position of each of their scored tokens; null where these
+            are not told apart.
     """
 
     tokenizer: Tokenizer
@@ -95,6 +100,7 @@ class Material:
     text: Callable[[int], str]
     notes: dict[str, int] = field(default_factory=dict)
     last_position: int | None = None
+    cells: Callable[[Sequence[Window]], Cells] | None = None
 
     def batches(self, size: int) -> Iterator[list[list[Window]]]:
         """Batches of at most `size` packed sequences, each a list of its windows."""
@@ -211,68 +217,45 @@ def of_run(run: Any, *, limit: int | None, **options: Any) -> Texts:
 
 def _of_plan(data: TextDataModule, plan: Plan, limit: int | None) -> Material:
     corpus, tokenizer = plan.corpus, data.tokenizer
-    keys = np.stack([corpus.store_of, corpus.column("record")], axis=1)
-    _, first, unit_of = np.unique(keys, axis=0, return_index=True, return_inverse=True)
+    keys = np.stack([corpus.store_of, corpus.record_of(np.arange(len(corpus)))], axis=1)
+    known, first, unit_of = np.unique(keys, axis=0, return_index=True, return_inverse=True)
     unit_of, rows = unit_of.reshape(-1), plan.rows
     if limit is not None and limit < len(first):
-        first = first[:limit]
+        first, known = first[:limit], known[:limit]
         rows = pack(rows.segments[unit_of[rows.segments.sequence] < limit], seq_len=data.seq_len, packing="best_fit")
     segments = rows.segments
+    places = np.stack([segments.sequence, segments.start, segments.stop], axis=1).tolist()
 
-    def window(segment: int) -> Window:
-        sequence = int(segments.sequence[segment])
-        ids, supervised = corpus.read(sequence, int(segments.start[segment]), int(segments.stop[segment]))
-        return Window(int(unit_of[sequence]), ids, _after_first(supervised))
+    def window(number: int) -> Window:
+        sequence, start, stop = places[number]
+        ids, supervised = corpus.read(sequence, start, stop)
+        mask = np.array(supervised, dtype=bool)
+        mask[:1] = False
+        return Window(int(unit_of[sequence]), ids, mask, number)
+
+    def cells(windows: Sequence[Window]) -> Cells:
+        return cells_of(corpus, [tuple(places[each.number]) for each in windows], tokenizer.token_sizes)
 
     def text(unit: int) -> str:
         sequence = int(first[unit])
         return tokenizer.decode(corpus.read(sequence, 0, min(int(corpus.lengths[sequence]), 4 * EXCERPT))[0].tolist(),
                                 skip_special_tokens=False)
 
-    units = measured(map(window, range(len(segments))), len(first), tokenizer, sources=list(corpus.names),
-                     source=corpus.store_of[first], content=corpus.column("content")[first])
-    settings = {"train_on": data.train_on, "seq_len": data.seq_len, "overlong": data.overlong, "windows": "disjoint"}
-    counts = {"cut": plan.notes.get("cut", 0), "dropped": plan.notes.get("dropped", 0),
+    sums = np.zeros((len(first), 3), np.int64)          # scored tokens, their bytes and characters
+    for start in range(0, len(places), AT_ONCE):
+        table = cells_of(corpus, list(map(tuple, places[start:start + AT_ONCE])), tokenizer.token_sizes).table
+        of_cell = np.searchsorted(_number(known[:, 0], known[:, 1]), _number(table[:, 1], table[:, 0]))
+        np.add.at(sums, of_cell, table[:, 4:7].astype(np.int64))
+    units = Units(list(corpus.names), corpus.store_of[first], corpus.column("content")[first], *sums.T)
+    settings = {"train_on": data.train_on, "seq_len": data.seq_len, "overlong": data.overlong,
+                "stride": data.stride or data.seq_len - 1}
+    counts = {"cut": plan.notes.get("cut", 0), "dropped": plan.notes.get("dropped_overlong", 0),
               "set aside": sum(report.quarantined for report in data.reports)}
     return Material(tokenizer, units, rows, window, data.seq_len, settings,
                     lambda unit: corpus.place(int(first[unit])), text,
-                    {name: count for name, count in counts.items() if count})
+                    {name: count for name, count in counts.items() if count}, cells=cells)
 
 
-def _after_first(supervised: np.ndarray) -> np.ndarray:
-    mask = np.array(supervised, dtype=bool)
-    mask[:1] = False
-    return mask
-
-
-# ---- units of measurement --------------------------------------------------------------------------------------------
-
-def measured(windows: Iterator[Window], count: int, tokenizer: Tokenizer, **known: Any) -> Units:
-    """Count scored tokens, bytes and characters of each of `count` units."""
-    tables = tokenizer.token_bytes, token_characters(tokenizer)
-    totals = np.zeros((3, count), np.int64)
-    for window in windows:
-        totals[:, window.unit] += [int(window.supervised.sum()), *(_text_of(window, table) for table in tables)]
-    return Units(tokens=totals[0], bytes=totals[1], characters=totals[2], **known)
-
-
-def _text_of(window: Window, table: np.ndarray) -> int:
-    """Sum of a table over the scored tokens; a token after an initial control token begins a text."""
-    which = np.flatnonzero(window.supervised)
-    total = int(table[0][window.ids[which]].sum())
-    if len(which) and which[0] == 1 and table[0][window.ids[0]] == 0:
-        total += int(table[1][window.ids[1]] - table[0][window.ids[1]])
-    return total
-
-
-def token_characters(tokenizer: Tokenizer) -> np.ndarray:
-    """(2, V) int64: characters of text per token id, as `Tokenizer.token_bytes` has the bytes.
-
-    A character that several tokens spell is counted with the one that has its first byte.
-    """
-    spellings = tokenizer.spellings[:tokenizer.vocab_size]
-    begun = np.array([sum(byte & 0xC0 != CONTINUATION for byte in spelling) for spelling in spellings], dtype=np.int64)
-    begun = np.pad(begun, (0, tokenizer.vocab_size - len(begun)))
-    bytes_ = tokenizer.token_bytes
-    begun[bytes_[0] == 0] = 0
-    return np.stack([begun, begun - (bytes_[0] - bytes_[1])])
+def _number(source: np.ndarray, record: np.ndarray) -> np.ndarray:
+    """One number for each record of all sources, in their order."""
+    return source.astype(np.int64) << 48 | record.astype(np.int64)

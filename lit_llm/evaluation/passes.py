@@ -46,21 +46,29 @@ def measure(model: LocalModel | ServedModel, name: str, material: Material, *, b
     count = len(material.units)
     nll, correct = np.zeros((len(passes), count)), np.zeros((len(passes), count), np.int64)
     unknown = False
+    cells: list[list[np.ndarray]] = [[] for _ in passes]
     progress = Progress(f"evaluating {name}", material.read * len(passes))
     for rows in material.batches(batch_size):
-        units = np.array([window.unit for row in rows for window in row])
+        windows = [window for row in rows for window in row]
+        units = np.repeat([window.unit for window in windows], [int(window.supervised.sum()) for window in windows])
+        groups = material.cells(windows) if material.cells is not None else None
         for place, base in enumerate(passes):
             scores = model.score(rows, material, base=base)
-            np.add.at(nll[place], units, scores.nll)
-            np.add.at(correct[place], units, scores.correct)
+            nll[place] += np.bincount(units, scores.nll, count)
+            correct[place] += np.bincount(units, scores.correct, count).astype(np.int64)
             unknown = unknown or bool((scores.correct < 0).any())
-            progress.add(sum(len(window.ids) for row in rows for window in row))
+            if groups is not None:
+                cells[place].append(np.column_stack([groups.table, *(
+                    np.bincount(groups.of_token, values, len(groups.table)) for values in scores)]))
+            progress.add(sum(len(window.ids) for window in windows))
     seconds = progress.end()
     if unknown:                                     # a server that gives no alternatives
         correct[:] = -1
     names = [name, f"{name} (base)"]
     return [Result(names[place], measured(model, material, base=base, seconds=seconds), material.units, nll[place],
-                   correct[place], material, base, material.notes) for place, base in enumerate(passes)]
+                   correct[place], material, base, material.notes,
+                   np.concatenate(cells[place]) if cells[place] and not unknown else None)
+            for place, base in enumerate(passes)]
 
 
 def measured(model: LocalModel | ServedModel, material: Material, *, base: bool, seconds: float) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from lit_llm.errors import InputError
 from lit_llm.evaluation.material import Material, Units
 from lit_llm.statistics import intervals
 from lit_llm.statistics.documents import Documents
+from lit_llm.training.step.breakdown import Breakdown
 
 WORST = 10                                          # documents of a comparison that are named
 ORDER = ("nll", "perplexity", "bits_per_byte", "bits_per_character", "token_accuracy")
@@ -56,6 +57,8 @@ class Result:
         material: The texts; null for a stored result.
         is_base: Whether it is the model before training, which another one is compared with.
         notes: Numbers of records that were cut, dropped or set aside.
+        cells: (C, 9) the sums of each document by answer and position (`breakdown.COLUMNS`); null where these are not
+            told apart.
     """
 
     name: str
@@ -66,6 +69,7 @@ class Result:
     material: Material | None = None
     is_base: bool = False
     notes: dict[str, int] = field(default_factory=dict)
+    cells: np.ndarray | None = None
 
     def documents(self) -> Documents:
         """The sums of the documents that have a scored token."""
@@ -88,6 +92,14 @@ class Result:
         """The figures of each source, by its name; empty for a single source."""
         parts = self.documents().by_source()
         return {name: figures_of(part) for name, part in parts.items()} if len(parts) > 1 else {}
+
+
+def details_of(result: Result) -> dict[str, dict[str, Any]]:
+    """`answers` and `positions`: the figures of each answer of a conversation, and by the tokens before a token."""
+    if result.cells is None:
+        return {}
+    details = Breakdown(result.documents(), result.cells).details()
+    return {name: details[name] for name in ("answers", "positions") if len(details.get(name, ())) > 1}
 
 
 def figures_of(documents: Documents) -> dict[str, Figure]:

@@ -88,7 +88,7 @@ def material(sources: Sequence[Source], tokenizer: Tokenizer, context: int, kind
 
     def window(segment: int) -> Window:
         unit, start, stop, scored = table[rows.segments.sequence[segment]].tolist()
-        return Window(unit, ids[unit][start:stop], np.arange(start, stop) >= scored)
+        return Window(unit, ids[unit][start:stop], np.arange(start, stop) >= scored, segment)
 
     raw = [text for _, _, text in texts]
     units = Units(

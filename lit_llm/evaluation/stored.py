@@ -12,7 +12,7 @@ import numpy as np
 from lit_llm import disk
 from lit_llm.errors import InputError
 from lit_llm.evaluation.material import Units
-from lit_llm.evaluation.result import Difference, Figure, Result
+from lit_llm.evaluation.result import Difference, Figure, Result, details_of
 
 FORMAT = 1
 COLUMNS = {"source": "<i8", "content": "<u8", "tokens": "<i8", "bytes": "<i8", "characters": "<i8", "words": "<i8"}
@@ -35,6 +35,7 @@ def described(result: Result) -> dict[str, Any]:
     columns = {name: getattr(result.units, name) for name in COLUMNS} | {"nll": result.nll, "correct": result.correct}
     return {"name": result.name, "is_base": result.is_base, **_figures(result.figures()),
             "by_source": {name: _figures(figures) for name, figures in result.by_source().items()},
+            **{f"by_{name.removesuffix('s')}": _plain(groups) for name, groups in details_of(result).items()},
             "documents": int((result.units.tokens > 0).sum()), "notes": result.notes,
             "measured": result.measured | {"seed": 0},
             "sums": {name: values.tolist() for name, values in columns.items() if values is not None}}

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from lit_llm import names
 from lit_llm.evaluation.material import escaped
-from lit_llm.evaluation.result import Difference, Figure, Result
+from lit_llm.evaluation.result import Difference, Figure, Result, details_of
 
 SHOWN = ("nll", "perplexity", "bits_per_byte", "token_accuracy")    # of each source, and of several models
 
@@ -26,12 +26,16 @@ def _whole(result: Result) -> list[str]:
     for name, figure in result.figures().items():
         value, count = _number(figure.value), f"{figure.count:,} {figure.unit}"
         lines.append(f"  {name:<19}{value:>10}  {_interval(figure):<22}  {count}")
-    sources = result.by_source()
-    if sources:
-        lines += ["", f"  {'by source':<40}" + "".join(f"{name:>16}" for name in SHOWN)]
-    for name, figures in sources.items():
-        lines.append(f"  {_end(escaped(name), 38):<40}" + "".join(
-            f"{_number(figures[figure].value) if figure in figures else '-':>16}" for figure in SHOWN))
+    groups: dict[str, dict[str, dict[str, float]]] = {"source": {
+        _end(escaped(name), 38): {key: figure.value for key, figure in figures.items()}
+        for name, figures in result.by_source().items()}}
+    groups |= {name.removesuffix("s"): values for name, values in details_of(result).items()}
+    for title, parts in groups.items():
+        if parts:
+            lines += ["", f"  {'by ' + title:<40}" + "".join(f"{name:>16}" for name in SHOWN)]
+        for name, values in parts.items():
+            cells = (_number(values[key]) if key in values else "-" for key in SHOWN)
+            lines.append(f"  {name:<40}" + "".join(f"{cell:>16}" for cell in cells))
     return lines
 
 

@@ -125,6 +125,41 @@ def test_batches_and_packing_change_nothing(of_both, texts, tuned, tmp_path):
     assert other["models"][0]["sums"]["nll"] == pytest.approx(of_both["models"][0]["sums"]["nll"], abs=1e-6)
 
 
+def test_windows_advance_by_the_stride(tiny_model, texts, tmp_path):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    found = measured(tmp_path / "r.json", tiny_model("llama"), data=[str(texts / "documents.jsonl")], seq_len=64, stride=16,
+                     dtype="float64")["models"][0]
+    model = AutoModelForCausalLM.from_pretrained(tiny_model("llama")).double()
+    ids = AutoTokenizer.from_pretrained(tiny_model("llama")).encode(LONG)
+    expected, scored, start = 0.0, 1, 0
+    while scored < len(ids):
+        stop = min(start + 64, len(ids))
+        with torch.no_grad():
+            logp = model(torch.tensor([ids[start:stop]])).logits[0].log_softmax(-1)
+        expected -= sum(float(logp[place - start - 1, ids[place]]) for place in range(scored, stop))
+        scored, start = stop, start + 16
+    assert found["sums"]["nll"][0] == pytest.approx(expected, abs=1e-5)
+    assert found["sums"]["tokens"][0] == len(ids) - 1
+    assert found["measured"]["windows"]["stride"] == 16
+
+
+def test_figures_by_answer_and_by_position(tiny_model, tmp_path):
+    """The parts add up to the whole, and each is that of the answers and tokens that it names."""
+    turns = [{"role": role, "content": f"{role} {n} of them"} for n in range(3) for role in ("user", "assistant")]
+    (tmp_path / "turns.jsonl").write_text("\n".join(json.dumps({"messages": turns[:2 * (1 + n % 3)]}) for n in range(6)))
+    data = [str(tmp_path / "turns.jsonl")]
+    found = measured(tmp_path / "r.json", tiny_model("llama"), data=data, dtype="float64")["models"][0]
+    assert [found["by_answer"][name]["documents"] for name in "123"] == [6, 4, 2]
+    for groups in (found["by_answer"], found["by_position"]):
+        assert sum(part["tokens"] for part in groups.values()) == found["nll"]["tokens"]
+        assert sum(part["nll"] * part["tokens"] for part in groups.values()) == pytest.approx(sum(found["sums"]["nll"]))
+    (tmp_path / "one.jsonl").write_text("\n".join([json.dumps({"messages": turns[:2]})] * 6))
+    alone = measured(tmp_path / "o.json", tiny_model("llama"), data=[str(tmp_path / "one.jsonl")], dtype="float64")["models"][0]
+    assert found["by_answer"]["1"]["nll"] == pytest.approx(alone["nll"]["value"])
+    assert "by position" in evaluate([tiny_model("llama")], data)
+
+
 def test_a_full_fine_tune_is_compared_with_the_base_that_is_given(tiny_model, texts, tmp_path):
     from transformers import AutoModelForCausalLM
 

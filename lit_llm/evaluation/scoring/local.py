@@ -28,11 +28,11 @@ DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
 class Scores(NamedTuple):
-    """Sums over the scored tokens of each of W windows.
+    """The N scored tokens of a batch of windows, in their order.
 
     Args:
-        nll: (W,) float64, nats.
-        correct: (W,) int64, tokens that were the most likely ones.
+        nll: (N,) float64, nats.
+        correct: (N,) int64, 1 where the token was the most likely one; -1 where a server does not tell.
     """
 
     nll: np.ndarray
@@ -91,7 +91,7 @@ class LocalModel:
         return adapter.is_peft(self.module.model)
 
     def score(self, rows: Sequence[Sequence[Window]], material: Material, *, base: bool = False) -> Scores:
-        """Score the windows of a batch, in their order.
+        """Score the tokens of a batch, in their order.
 
         Args:
             rows: Packed sequences of windows.
@@ -99,20 +99,15 @@ class LocalModel:
             base: With the adapter switched off.
         """
         off = self.module.model.disable_adapter() if base else nullcontext()
-        found = []
-        with torch.inference_mode(), off:
-            for window in (window for row in rows for window in row):
-                sums = self._sums(self._batch([[window]], len(window.ids), material))
-                found.append((float(sums.total), int(sums.correct)))
-        nll, correct = zip(*found, strict=True)
-        return Scores(np.array(nll), np.array(correct, np.int64))
-
-    def _sums(self, batch: Batch) -> forward.Sums:
+        batch = self._batch(rows, material)
         way = forward.Choices(self.module.way or forward.Way())
-        return self.module._surrounded(batch, lambda: forward.nll(self.module.model, batch, way))
+        with torch.inference_mode(), off:
+            sums = self.module._surrounded(batch, lambda: forward.nll(self.module.model, batch, way))
+        assert sums.tokens is not None
+        return Scores(sums.tokens.nll.double().cpu().numpy(), sums.tokens.correct.long().cpu().numpy())
 
-    def _batch(self, rows: Sequence[Sequence[Window]], width: int, material: Material) -> Batch:
-        tokenizer = material.tokenizer
+    def _batch(self, rows: Sequence[Sequence[Window]], material: Material) -> Batch:
+        tokenizer, width = material.tokenizer, max(sum(len(window.ids) for window in row) for row in rows)
         batch: Any = batch_of([[(window.ids, window.supervised) for window in row] for row in rows],
                               seq_len=max(2, width), pad_id=tokenizer.pad_id, token_bytes=tokenizer.token_bytes)
         if material.last_position is not None:

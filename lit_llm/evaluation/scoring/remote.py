@@ -40,7 +40,7 @@ class ServedModel:
         self._new_tokens = 0                        # some servers generate at least one token
 
     def score(self, rows: Sequence[Sequence[Window]], material: Material, *, base: bool = False) -> Scores:
-        """Score the windows of a batch, in their order.
+        """Score the tokens of a batch, in their order.
 
         Raises:
             InputError: The server refuses, or gives no log-probabilities of the prompt.
@@ -49,11 +49,10 @@ class ServedModel:
         windows = [window for row in rows for window in row]
         with ThreadPoolExecutor(AT_ONCE) as pool:
             found = list(pool.map(self._window, windows))
-        nll, correct = zip(*found, strict=True)
-        return Scores(np.array(nll), np.array(correct, np.int64))
+        return Scores(*map(np.concatenate, zip(*found, strict=True)))
 
-    def _window(self, window: Window) -> tuple[float, int]:
-        """The summed NLL of a window's scored tokens, and how many were the most likely ones; -1 if that is unknown."""
+    def _window(self, window: Window) -> Scores:
+        """The scored tokens of a window."""
         try:
             answer = self._completion(window)
         except InputError as error:
@@ -76,8 +75,8 @@ class ServedModel:
                              "tokens", where="url", fix=NO_LOGPROBS)
         best = [_best(entry) for entry in top[:count]] if isinstance(top, list) and len(top) >= count else []
         known = bool(best) and all(best[place] is not None for place in scored)
-        correct = sum(values[place] >= best[place] for place in scored) if known else -1     # type: ignore[operator]
-        return -float(np.array(values)[scored].sum()), correct
+        correct = [int(values[place] >= (best[place] or 0.0)) if known else -1 for place in scored]
+        return Scores(-np.array(values)[scored], np.array(correct, np.int64))
 
     def _completion(self, window: Window) -> Any:
         body = {"model": self.name, "prompt": window.ids.tolist(), "max_tokens": self._new_tokens, "echo": True,
