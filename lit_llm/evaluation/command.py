@@ -17,6 +17,7 @@ from lit_llm.evaluation.scoring.subject import Subject, find
 from lit_llm.text.tokenizer import Tokenizer, TrainOn
 
 MOST = 4096                                         # tokens of a window unless more are asked for
+Convention = Literal["no", "text", "wikitext"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16", "float64"]
 
 
@@ -27,7 +28,7 @@ def evaluate(
     base: str | None = None,
     url: str | None = None,
     tokenizer: str | None = None,
-    rolling: Literal["no", "text", "wikitext"] = "no",
+    rolling: Convention = "no",
     seq_len: int | None = None,
     stride: int | None = None,
     batch_size: int = 4,
@@ -161,9 +162,9 @@ def _smallest_context(subjects: Sequence[Subject], tokenizer: str | None) -> int
 class _Texts:
     """The texts of an evaluation, tokenized once for each tokenizer."""
 
-    def __init__(self, kind: str, width: int, data: list[str] | None, first: Subject | None, *, limit: int | None,
-                 seq_len: int | None, stride: int | None, train_on: TrainOn | None, on_bad_record: OnBadRecord | None,
-                 **of_sources: str | dict[str, str] | None) -> None:
+    def __init__(self, kind: Convention, width: int, data: list[str] | None, first: Subject | None, *,
+                 limit: int | None, seq_len: int | None, stride: int | None, train_on: TrainOn | None,
+                 on_bad_record: OnBadRecord | None, **of_sources: str | dict[str, str] | None) -> None:
         self._kind, self._width, self._limit = kind, width, limit
         self._made: dict[str, Material] = {}
         chosen = {"train_on": train_on, "on_bad_record": on_bad_record, "stride": stride}
@@ -182,6 +183,10 @@ class _Texts:
             if self._kind == "no":
                 self._made[folder] = self._texts.with_tokenizer(folder, self._width)
             else:
-                self._made[folder] = rolling.material(self._texts.options["sources"], Tokenizer.load(folder),
-                                                      self._width, self._kind, self._limit)    # type: ignore[arg-type]
+                sources = self._texts.options.get("val_sources")
+                if not sources:
+                    raise InputError("the run has no validation data of its own", where="data",
+                                     fix="give texts: --data FILE")
+                self._made[folder] = rolling.material(sources, Tokenizer.load(folder), self._width, self._kind,
+                                                      self._limit)
         return self._made[folder]
