@@ -72,8 +72,8 @@ def _keys(config: Mapping[str, Any], form: Form, base: Any, method: str, sources
     """The hub's keys of the front matter."""
     inherited = metadata.base_card(form.base or base)
     questions = [redact_text(text) for text in talks.get("questions") or []]
-    said = inherited.get("language") or []
-    spoken = [said] if isinstance(said, str) else said
+    language = inherited.get("language") or []
+    spoken = [language] if isinstance(language, str) else language
     lower = method.removeprefix("peft.").removesuffix("Config").lower()
     tags = ["lit_llm", "pytorch-lightning", "sft" if talks.get("turns") else "pretraining" if base is None else "",
             lower if method != "all weights" else "", *(["bitsandbytes", form.quantize] if form.quantize else [])]

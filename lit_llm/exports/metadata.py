@@ -27,8 +27,8 @@ def base_id(base: str | None) -> str | None:
     """The hub id of a base: its name, or that of the hub's cache in which its folder lies; null if it has none."""
     if base is None:
         return None
-    if found := SNAPSHOT.search(str(names.path_of(base).absolute())):
-        return f"{found[1]}/{found[2]}"
+    if snapshot := SNAPSHOT.search(str(names.path_of(base).absolute())):
+        return f"{snapshot[1]}/{snapshot[2]}"
     return base if HUB_ID.fullmatch(base) and not names.path_of(base).exists() else None
 
 
@@ -42,11 +42,11 @@ def base_card(base: str | None) -> dict[str, Any]:
         return {}
     if not isinstance(head, Mapping):
         return {}
-    said = {key: head[key] for key in INHERITED if isinstance(head.get(key), str)}
+    facts = {key: head[key] for key in INHERITED if isinstance(head.get(key), str)}
     listed = head.get("language")
     if isinstance(listed, list) and all(isinstance(code, str) for code in listed):
-        said["language"] = listed[:20]
-    return said
+        facts["language"] = listed[:20]
+    return facts
 
 
 def languages(texts: Sequence[str]) -> list[str]:

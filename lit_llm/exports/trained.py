@@ -81,8 +81,8 @@ def find(run: Path, checkpoint: str, base: str | None) -> Checkpoint:
     if not adapted and base is not None:
         raise InputError(f"{ranges.shown(base)} has no effect: this run trained all weights and needs no base",
                          where="base", fix="leave --base out")
-    found = origin.locate(str(facts["base"]), facts.get("base_hash"), run, base) if adapted else None
-    return Checkpoint(run, folder, facts, found)
+    base_folder = origin.locate(str(facts["base"]), facts.get("base_hash"), run, base) if adapted else None
+    return Checkpoint(run, folder, facts, base_folder)
 
 
 def load(checkpoint: Checkpoint) -> Trained:

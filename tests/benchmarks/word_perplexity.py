@@ -19,7 +19,7 @@ MOST = 1e-6
 FIGURES = ("word_perplexity", "byte_perplexity", "bits_per_byte")
 
 
-def theirs(model, file, context):
+def lm_eval_figures(model, file, context):
     """The figures of lm_eval's `hf` model on its `wikitext` task with local articles; run by its interpreter."""
     from importlib.util import module_from_spec, spec_from_file_location
 
@@ -35,11 +35,11 @@ def theirs(model, file, context):
             "doc_to_target": own.wikitext_detokenizer, "process_results": own.process_results,
             "metric_list": [{"metric": name} for name in FIGURES]}
     arguments = {"pretrained": model, "dtype": "float32", "device": "cpu", "max_length": context}
-    found = simple_evaluate(model="hf", model_args=arguments, tasks=[task], batch_size=1, bootstrap_iters=0)
-    return {name: found["results"]["wikitext_local"][f"{name},none"] for name in FIGURES}
+    evaluation = simple_evaluate(model="hf", model_args=arguments, tasks=[task], batch_size=1, bootstrap_iters=0)
+    return {name: evaluation["results"]["wikitext_local"][f"{name},none"] for name in FIGURES}
 
 
-def ours(model, text, context, folder):
+def own_figures(model, text, context, folder):
     """The figures of `evaluate`."""
     from lit_llm.evaluation.command import evaluate
 
@@ -55,7 +55,7 @@ def main():
     parser.add_argument("--contexts", type=int, nargs="+", default=[512, 100])
     options = parser.parse_args()
     if options.lm_eval == "-":
-        print(json.dumps(theirs(options.model, options.text, options.contexts[0])))
+        print(json.dumps(lm_eval_figures(options.model, options.text, options.contexts[0])))
         return 0
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
     from lit_llm.evaluation.rolling import articles
@@ -67,17 +67,17 @@ def main():
         (folder / "pages.jsonl").write_text("\n".join(json.dumps(page) for page in pages) + "\n", encoding="utf-8")
         for context in options.contexts:
             began = time.perf_counter()
-            found = ours(options.model, options.text, context, folder)
+            figures = own_figures(options.model, options.text, context, folder)
             between = time.perf_counter()
             words = [options.lm_eval, "-P", __file__, "--model", options.model, "--text", str(folder / "pages.jsonl"), "--lm-eval", "-",
                      "--contexts", str(context)]
             answer = subprocess.run(words, capture_output=True, text=True, check=False)
             assert answer.returncode == 0, answer.stderr[-3000:]
             expected = json.loads(answer.stdout.strip().splitlines()[-1])
-            print(f"context {context}, {found['documents']} articles, {found['nll']['tokens']:,} tokens, {between - began:.0f} s "
+            print(f"context {context}, {figures['documents']} articles, {figures['nll']['tokens']:,} tokens, {between - began:.0f} s "
                   f"and {time.perf_counter() - between:.0f} s with its start")
             for name in FIGURES:
-                value, other = found[name]["value"], expected[name]
+                value, other = figures[name]["value"], expected[name]
                 different |= abs(value - other) > MOST * other
                 print(f"  {name:16} {value:.9g}  lm_eval {other:.9g}  relative difference {abs(value - other) / other:.1e}", flush=True)
     return int(different)

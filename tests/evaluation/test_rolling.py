@@ -40,7 +40,7 @@ def test_word_perplexity_is_that_of_rolling_windows(tiny_model, wiki, tmp_path, 
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     evaluate([tiny_model("gpt2")], [str(wiki)], rolling="wikitext", seq_len=context, dtype="float64", out=str(tmp_path / "r.json"))
-    found = json.loads((tmp_path / "r.json").read_text())["models"][0]
+    figures = json.loads((tmp_path / "r.json").read_text())["models"][0]
     model, hf = AutoModelForCausalLM.from_pretrained(tiny_model("gpt2")).double(), AutoTokenizer.from_pretrained(tiny_model("gpt2"))
     pages = [" = Red Kite = \n \n Tom 's kite cost 2 @,@ 000 ( or so ) pounds . \n \n = = Flight = = \n \n It flies high @-@ up . ",
              WIKI[WIKI.index(" = Hill"):]]
@@ -48,11 +48,11 @@ def test_word_perplexity_is_that_of_rolling_windows(tiny_model, wiki, tmp_path, 
              "= Hill =\n\nA hill, and a \"big\" one. It is 12.5°N of the kite. " + "The kite flies high over the hill. " * 9]
     nll = sum(rolled(model, hf.encode(f" {text}"), hf.eos_token_id, context) for text in plain)
     words, size = sum(len(re.split(r"\s+", page)) for page in pages), sum(len(page.encode()) for page in pages)
-    assert found["documents"] == 2
-    assert found["word_perplexity"]["value"] == pytest.approx(math.exp(nll / words), rel=1e-9)
-    assert found["word_perplexity"]["words"] == words
-    assert found["byte_perplexity"]["value"] == pytest.approx(math.exp(nll / size), rel=1e-9)
-    assert found["bits_per_byte"]["value"] == pytest.approx(nll / size / math.log(2), rel=1e-9)
+    assert figures["documents"] == 2
+    assert figures["word_perplexity"]["value"] == pytest.approx(math.exp(nll / words), rel=1e-9)
+    assert figures["word_perplexity"]["words"] == words
+    assert figures["byte_perplexity"]["value"] == pytest.approx(math.exp(nll / size), rel=1e-9)
+    assert figures["bits_per_byte"]["value"] == pytest.approx(nll / size / math.log(2), rel=1e-9)
 
 
 def test_every_token_is_predicted_once():

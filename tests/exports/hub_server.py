@@ -24,7 +24,7 @@ class Hub(ThreadingHTTPServer):
 
     def __init__(self, busy=0, public=()):
         super().__init__(("127.0.0.1", 0), Handler)
-        self.busy, self.tokens, self.asked = busy, set(), []
+        self.busy, self.tokens, self.requests = busy, set(), []
         self.repositories = {name: {"private": False, "files": {}} for name in public}
         self.objects = {}
 
@@ -66,7 +66,7 @@ class Handler(BaseHTTPRequestHandler):
         return self.rfile.read(int(self.headers.get("Content-Length") or 0))
 
     def do_GET(self):
-        self.server.asked.append(f"GET {self.path}")
+        self.server.requests.append(f"GET {self.path}")
         name = "/".join(self.path.split("?")[0].split("/")[3:5])
         if self.path.startswith("/api/models/") and name in self.server.repositories:
             repository = self.server.repositories[name]
@@ -76,14 +76,14 @@ class Handler(BaseHTTPRequestHandler):
             self.reply({"error": "not found"}, 404)
 
     def do_PUT(self):
-        self.server.asked.append(f"PUT {self.path}")
+        self.server.requests.append(f"PUT {self.path}")
         data, oid = self.body(), self.path.rsplit("/", 1)[1]
         assert hashlib.sha256(data).hexdigest() == oid
         self.server.objects[oid] = data
         self.reply({})
 
     def do_POST(self):
-        self.server.asked.append(f"POST {self.path}")
+        self.server.requests.append(f"POST {self.path}")
         data, words = self.body(), self.path.split("?")[0].strip("/").split("/")
         self.server.tokens.add(self.headers.get("Authorization"))
         if self.path == "/api/repos/create":
@@ -97,9 +97,9 @@ class Handler(BaseHTTPRequestHandler):
                                    "lfs" if file["path"].endswith(".safetensors") else "regular"} for file in files]})
         elif self.path.endswith("/info/lfs/objects/batch"):
             self.reply({"transfer": "basic", "objects": [
-                {"oid": each["oid"], "size": each["size"], "authenticated": True,
-                 "actions": {"upload": {"href": f"{self.server.address}/lfs/{each['oid']}"}}}
-                for each in json.loads(data)["objects"]]})
+                {"oid": upload["oid"], "size": upload["size"], "authenticated": True,
+                 "actions": {"upload": {"href": f"{self.server.address}/lfs/{upload['oid']}"}}}
+                for upload in json.loads(data)["objects"]]})
         elif "commit" in words:
             self.commit("/".join(words[2:4]), data)
         else:

@@ -82,7 +82,7 @@ def test_huggingface_hub_reads_what_was_measured_with_its_interval(tmp_path):
     assert (data.library_name, data.pipeline_tag, data.license) == ("transformers", "text-generation", "apache-2.0")
     assert (data.language, data.datasets, data.base_model) == (["en", "zh"], ["owner/talks"], None)
     assert {"lit_llm", "lora"} <= set(data.tags)
-    results = {(each.dataset_split, each.metric_type): each for each in data.eval_results}
+    results = {(result.dataset_split, result.metric_type): result for result in data.eval_results}
     assert results["validation", "nll"].metric_value == 1.25
     assert results["validation", "nll"].metric_args == {"interval_95": [1.2, 1.3], "tokens": 1000}
     low, high = results["validation", "perplexity"].metric_args["interval_95"]
@@ -103,11 +103,11 @@ def test_the_license_is_that_of_the_user_of_the_base_or_not_stated(tmp_path):
         metadata.check_license("Apache License 2")
 
 
-@pytest.mark.parametrize(("base", "known"), [
+@pytest.mark.parametrize(("base", "hub_id"), [
     ("owner/name", "owner/name"), ("/cache/hub/models--owner--na.me/snapshots/0a1/", "owner/na.me"), ("gpt2/x/y", None), (None, None),
     ("sample:base", None)])
-def test_the_base_is_named_by_its_hub_id(base, known):
-    assert metadata.base_id(base) == known
+def test_the_base_is_named_by_its_hub_id(base, hub_id):
+    assert metadata.base_id(base) == hub_id
 
 
 @pytest.mark.parametrize("text", ["---\n- x\n---", "---\nlicense: [1]\nlanguage: {a: 1}\n---", "---\n" + "[" * 9_000, "\0", "---\nlanguage: [1, 2]\n---\n"])

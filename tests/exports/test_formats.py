@@ -37,9 +37,9 @@ def plain(model, run):
         with torch.no_grad():
             out = model(ids).logits[0]
         logits.append(out)
-        each = F.cross_entropy(out[:-1].double(), ids[0, 1:], reduction="none")
+        losses = F.cross_entropy(out[:-1].double(), ids[0, 1:], reduction="none")
         where = torch.tensor(row["supervised"][1:], dtype=torch.bool)
-        total, count = total + float(each[where].sum()), count + int(where.sum())
+        total, count = total + float(losses[where].sum()), count + int(where.sum())
     return total / count, torch.cat(logits), count
 
 
@@ -86,9 +86,9 @@ def test_check_json_has_what_plain_libraries_measure(run, tmp_path, options, kin
     for name, file in facts["files"].items():
         assert file == {"bytes": (folder / name).stat().st_size, "sha256": integrity.sha256(folder / name)}
     assert set(facts["files"]) == {file.name for file in folder.glob("*.safetensors")}
-    (said,) = [line for line in caplog.messages if line.startswith("check passed")]
-    assert f"{values['nll_before']:.5f}" in said
-    assert f"{values['nll_after']:.5f}" in said
+    (message,) = [line for line in caplog.messages if line.startswith("check passed")]
+    assert f"{values['nll_before']:.5f}" in message
+    assert f"{values['nll_after']:.5f}" in message
 
 
 @pytest.mark.parametrize("options", [{}, {"quantize": "int8"}, {"quantize": "nf4"}, {"adapter": True}], ids=str)

@@ -51,8 +51,8 @@ def test_a_run_is_exported_answers_like_peft_and_its_commands_work(method, tmp_p
 
 
 def prompts_of(text):
-    return [text.tokenizer.hf.apply_chat_template([{"role": "user", "content": each}], add_generation_prompt=True,
-                                                  tokenize=True, return_dict=False) for each in (QUESTION, "Why?", "你好")]
+    return [text.tokenizer.hf.apply_chat_template([{"role": "user", "content": question}], add_generation_prompt=True,
+                                                  tokenize=True, return_dict=False) for question in (QUESTION, "Why?", "你好")]
 
 
 def answers_are_those_of_peft(text, folder):

@@ -166,7 +166,7 @@ def _answer(model: Answering, prompts: Sequence[Prompt], params: SamplingParams,
         missing = set(journal.missing)
         progress = Progress(model.name, len(wanted), len(wanted) - len(missing))
         try:
-            for request, answer in model.answers([each for each in wanted if each.fingerprint in missing]):
+            for request, answer in model.answers([request for request in wanted if request.fingerprint in missing]):
                 journal.add(_line(request, answer))
                 progress.add(answer.completion_tokens)
         finally:

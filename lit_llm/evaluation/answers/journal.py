@@ -45,7 +45,7 @@ class Journal:
     @property
     def missing(self) -> list[str]:
         """Fingerprints of the answers that are still to be generated."""
-        return [each for each in self._wanted if each not in self.lines]
+        return [fingerprint for fingerprint in self._wanted if fingerprint not in self.lines]
 
     def add(self, line: Line) -> None:
         """Append an answer; after this it is not lost, even if the process is killed."""

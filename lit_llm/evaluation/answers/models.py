@@ -119,7 +119,7 @@ class LocalModel:
 
         logging.disable_progress_bar()
         engine = TextEngine(Engine.load(self._folder, adapter=self._adapter, **self._options), self.tokenizer)
-        for number, answer in engine.generate_many((each.encoded, self._within(each)) for each in requests):
+        for number, answer in engine.generate_many((request.encoded, self._within(request)) for request in requests):
             yield requests[number], answer
 
     def _within(self, request: Request) -> SamplingParams:

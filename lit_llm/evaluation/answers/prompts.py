@@ -99,23 +99,23 @@ def interpret(record: Record, format: str = "auto", columns: Mapping[str, str] |
     if isinstance(record, LongText):
         record = "".join(record.blocks)
     assert not isinstance(record, bytes), "records are parsed"
-    given, completed = None, record
+    reference, completed = None, record
     if isinstance(record, dict):
-        given = next((record[key] for key in REFERENCES if record.get(key) is not None), None)
-        if given is not None and not isinstance(given, str):
+        reference = next((record[key] for key in REFERENCES if record.get(key) is not None), None)
+        if reference is not None and not isinstance(reference, str):
             raise InputError("the reference must be a string", fix="write one right answer for each prompt")
         record = {key: value for key, value in record.items() if key not in REFERENCES}
         completed = _with_answer(record, format, columns or {})
     content = convert(completed, format=format, columns=columns)
     if isinstance(content, Document):
-        return content, given
+        return content, reference
     *before, last = content.messages
     if last.role != "assistant":
-        return content, given
+        return content, reference
     if not before:
         raise InputError("the conversation has only the assistant's message, so there is no prompt")
     held_back = None if completed is not record else last.content.strip() or None
-    return content.upto(len(before)), held_back if given is None else given
+    return content.upto(len(before)), held_back if reference is None else reference
 
 
 def _with_answer(record: dict[str, Any], format: str, columns: Mapping[str, str]) -> dict[str, Any]:

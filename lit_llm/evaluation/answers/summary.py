@@ -89,22 +89,22 @@ def differences(first: Answers, other: Answers, scores: Sequence[str], seed: int
 
 def table(every: Sequence[Mapping[str, Any]], differing: Sequence[Mapping[str, Any]], scores: Sequence[str]) -> str:
     """The figures as text: one line for each model, then the differences."""
-    heads = ["", *(name for name in scores if any(name in each["scores"] for each in every)), "tokens", "distinct-2",
+    heads = ["", *(name for name in scores if any(name in entry["scores"] for entry in every)), "tokens", "distinct-2",
              "in a loop", "stopped"]
     rows = [heads]
-    for each in every:
-        own = [each["scores"].get(name) for name in heads[1:-4]]
-        stopped = sum(share for reason, share in each["finish_reasons"].items() if reason != "length")
-        rows.append([each["model"], *map(_cell, own), _cell(each["tokens"], digits=1),
-                     "-" if each["distinct_2"] is None else f"{each['distinct_2']:.3f}", f"{each['ends_in_loop']:.1%}",
+    for entry in every:
+        own = [entry["scores"].get(name) for name in heads[1:-4]]
+        stopped = sum(share for reason, share in entry["finish_reasons"].items() if reason != "length")
+        rows.append([entry["model"], *map(_cell, own), _cell(entry["tokens"], digits=1),
+                     "-" if entry["distinct_2"] is None else f"{entry['distinct_2']:.3f}", f"{entry['ends_in_loop']:.1%}",
                      f"{stopped:.1%}"])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(cell.ljust(width) if at == 0 else cell.rjust(width)
                        for at, (cell, width) in enumerate(zip(row, widths, strict=True))).rstrip() for row in rows]
-    for each in differing:
-        lines += [f"{each['model']} against {each['against']}, {name}: {_cell(score, sign='+')}; {score['better']:,} "
+    for entry in differing:
+        lines += [f"{entry['model']} against {entry['against']}, {name}: {_cell(score, sign='+')}; {score['better']:,} "
                   f"prompts better, {score['worse']:,} worse, of {score['prompts']:,}"
-                  for name, score in each["scores"].items()]
+                  for name, score in entry["scores"].items()]
     return "\n".join(lines)
 
 

@@ -57,7 +57,7 @@ def write(source: Path, target: Path, name: str, kind: str = "auto", prove: bool
         size = file.write(path, {**described.metadata, **own, **_general(kind)}, stored)
         errors = weights.compare(path, stored)
         log.info("GGUF verified: %d tensors read back, %s bytes; largest error by format: %s", len(stored),
-                 f"{size:,}", ", ".join(f"{each} {error:.3g}" for each, error in errors.items()))
+                 f"{size:,}", ", ".join(f"{format_name} {error:.3g}" for format_name, error in errors.items()))
         facts = _facts(path, kind, errors, len(stored), [*described.notes, *notes])
         facts |= _proved(interpreter, path, source, tokenizer, kind, run or source) if interpreter else _unproved(prove)
         disk.replace_text(partial / check.NAME, json.dumps(facts, ensure_ascii=False, indent=1) + "\n")

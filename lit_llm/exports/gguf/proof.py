@@ -94,8 +94,8 @@ def run(interpreter: str, path: Path, tokenizer: Any, references: Sequence[check
                               timeout=SECONDS, check=False)
         answer = json.loads(done.stdout.splitlines()[-1])
     except (OSError, subprocess.TimeoutExpired, ValueError, IndexError):
-        said = " ".join((done.stderr or done.stdout).split())[-300:] if "done" in locals() else "it did not answer"
-        raise InputError(f"llama.cpp cannot compute with the file: {said}", where=str(path),
+        output = " ".join((done.stderr or done.stdout).split())[-300:] if "done" in locals() else "it did not answer"
+        raise InputError(f"llama.cpp cannot compute with the file: {output}", where=str(path),
                          fix="export it with --format transformers") from None
     alike = [given == ids for given, ids in zip(answer["tokens"], wanted, strict=True)]
     nll = answer["nll"]                             # sums over supervised tokens

@@ -77,7 +77,7 @@ def tensors(folder: Path, config: Any, description: Description, kind: str) -> l
     Raises:
         InputError: A tensor that llama.cpp does not have.
     """
-    found: list[Stored] = []
+    stored: list[Stored] = []
     tied = bool(config.tie_word_embeddings)
     computed = description.tensors.items()
     for name, (path, shape) in sorted(_names(folder).items(), key=lambda item: _order(item[0])):
@@ -87,10 +87,10 @@ def tensors(folder: Path, config: Any, description: Description, kind: str) -> l
         if target is None or not _has(description.family, name):
             raise InputError(f"llama.cpp's {description.family.arch} has no tensor for {name}", where=str(folder),
                              fix="export it with --format transformers")
-        found.append(Stored(target, shape, kind_of(target, shape, kind, tied), (path, name),
+        stored.append(Stored(target, shape, kind_of(target, shape, kind, tied), (path, name),
                             heads=_heads(description.family, config, name),
                             shift=float(description.family.shifted_norms and name.endswith("norm.weight"))))
-    return [*found[:1], *(Stored(name, values.shape, "f32", values) for name, values in computed), *found[1:]]
+    return [*stored[:1], *(Stored(name, values.shape, "f32", values) for name, values in computed), *stored[1:]]
 
 
 def kind_of(name: str, shape: Sequence[int], kind: str, tied: bool) -> str:
@@ -136,8 +136,8 @@ def _names(folder: Path) -> dict[str, tuple[Path, tuple[int, ...]]]:
         files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())) if index.is_file() \
             else ["model.safetensors"]
         names: dict[str, tuple[Path, tuple[int, ...]]] = {}
-        for each in files:
-            path = folder / Path(each).name
+        for file_name in files:
+            path = folder / Path(file_name).name
             with safe_open(str(path), "pt") as opened:
                 names |= {name: (path, tuple(opened.get_slice(name).get_shape())) for name in list(opened.keys())}
     except (OSError, ValueError, KeyError, AttributeError, TypeError, SafetensorError) as error:

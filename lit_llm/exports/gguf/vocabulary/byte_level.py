@@ -84,21 +84,21 @@ def _unsuitable(rules: Mapping[str, Any]) -> str:
 
 def _expressions(rule: Mapping[str, Any]) -> tuple[str, ...] | None:
     """The regular expressions that isolate pieces in order; null for any other kind of rule."""
-    found: list[str] = []
+    expressions: list[str] = []
     for part in rule.get("pretokenizers") or [rule]:
         kind = part.get("type")
         if kind == "ByteLevel":
             if part.get("add_prefix_space"):
                 return None
             if part.get("use_regex", True):
-                found.append(GPT2)
+                expressions.append(GPT2)
         elif kind == "Split" and not part.get("invert") and _isolates(part):
-            found.append(str((part.get("pattern") or {}).get("Regex")))
+            expressions.append(str((part.get("pattern") or {}).get("Regex")))
         elif kind == "Digits" and part.get("individual_digits"):
-            found.append(r"\p{N}")
+            expressions.append(r"\p{N}")
         else:
             return None
-    return tuple(found)
+    return tuple(expressions)
 
 
 def _isolates(part: Mapping[str, Any]) -> bool:
