@@ -95,9 +95,9 @@ def table(every: Sequence[Mapping[str, Any]], differing: Sequence[Mapping[str, A
     for entry in every:
         own = [entry["scores"].get(name) for name in heads[1:-4]]
         stopped = sum(share for reason, share in entry["finish_reasons"].items() if reason != "length")
-        rows.append([entry["model"], *map(_cell, own), _cell(entry["tokens"], digits=1),
-                     "-" if entry["distinct_2"] is None else f"{entry['distinct_2']:.3f}", f"{entry['ends_in_loop']:.1%}",
-                     f"{stopped:.1%}"])
+        distinct = "-" if entry["distinct_2"] is None else f"{entry['distinct_2']:.3f}"
+        rows.append([entry["model"], *map(_cell, own), _cell(entry["tokens"], digits=1), distinct,
+                     f"{entry['ends_in_loop']:.1%}", f"{stopped:.1%}"])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(cell.ljust(width) if at == 0 else cell.rjust(width)
                        for at, (cell, width) in enumerate(zip(row, widths, strict=True))).rstrip() for row in rows]
