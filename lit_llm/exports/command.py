@@ -55,7 +55,8 @@ def export(run: str, checkpoint: str = "best", out: str | None = None, dtype: Dt
         license: License of the model for its card, as the hub spells it, e.g. apache-2.0; null takes that of the base's
             card.
         push: Repository of the Hugging Face hub, `owner/name`, to which the folder is uploaded once it is checked. The
-            token is that of `hf auth login` or of the environment variable HF_TOKEN. The repository is private.
+            token is that of `hf auth login` or of the environment variable HF_TOKEN. The repository is private. This
+            was tested with a stand-in of the hub's interface, not with the hub itself.
         public: Make a new repository public.
 
     Returns:

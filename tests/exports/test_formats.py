@@ -180,6 +180,8 @@ def test_a_quantized_folder_is_evaluated_but_not_trained(run, tmp_path, lit_llm)
     assert done.code == 0, done.err
     measured = json.loads((tmp_path / "run" / "metrics.json").read_text())["val/nll"]
     assert measured == pytest.approx(plain(library_model(folder), run)[0], abs=0.01)
+    done = lit_llm("evaluate", folder, "--data", run.parent / "chats.jsonl")
+    assert done.code == 0, done.err
     done = lit_llm("fit", *words)
     assert done.code == 2
     assert "stored in int8" in done.err

@@ -46,6 +46,11 @@ def test_a_run_is_exported_answers_like_peft_and_its_commands_work(method, tmp_p
         (words,) = [line.split(" -m lit_llm ")[1].split() for line in lines if f" {verb} " in line]
         after = lit_llm(*words, stdin=stdin)
         assert after.code == 0, after.err
+    out = tmp_path / "answers.jsonl"
+    for words in (("evaluate", run / "export", "--data", data), ("generate", run / "export", "--data", data, "--out", out)):
+        after = lit_llm(*words)
+        assert after.code == 0, after.err
+    assert len(out.read_text().splitlines()) >= 16
     (words,) = [line.split(" -m lit_llm ")[1].split() for line in lines if " chat " in line]
     assert text.generate(prompts_of(text)[0]).text.strip()[:10] in lit_llm(*words, stdin=f"{QUESTION}\n").out
 
