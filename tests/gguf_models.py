@@ -77,8 +77,12 @@ def phi3_tokenizer(data: Path, folder: Path) -> str:
 
 
 def llama2_tokenizer(data: Path, folder: Path) -> str:
-    """Llama 2's tokenizer, in the same way."""
-    return _converted(data, folder, "llama-spm", "</s>")
+    """Llama 2's tokenizer, in the same way, with the rules of the published tokenizer.json."""
+    _converted(data, folder, "llama-spm", "</s>")
+    file = folder / "tokenizer.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"pre_tokenizer": None, "normalizer": {"type": "Sequence", "normalizers": [
+        {"type": "Prepend", "prepend": "▁"}, {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}]}}))
+    return str(folder)
 
 
 def _converted(data: Path, folder: Path, name: str, end: str) -> str:

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from lit_llm.errors import InputError
 from lit_llm.exports import difference, rows
 from lit_llm.exports.command import export
-from lit_llm.exports.gguf import file, folder, modelfile, proof
+from lit_llm.exports.gguf import file, folder, modelfile, probe, proof
 from lit_llm.exports.gguf.vocabulary import byte_level, metadata, sentencepiece
 from lit_llm.names import resolve
 from lit_llm.text import check
@@ -325,6 +325,20 @@ def test_a_file_of_another_model_is_refused(model, tmp_path):
     result = proof.run(proof.python(), out / "tiny-F32.gguf", tokenizer, references, scored, own)
     with pytest.raises(InputError, match=r"llama\.cpp gives rows the nll"):
         proof.judge(result, "f32", difference.scores(own, scored).nll, check.scores(own, references), str(out))
+
+
+def test_llama_2_is_read_as_llama_cpp_publishes_it(shared_data, tmp_path):
+    """The published texts and tokens of llama.cpp's own vocabulary of Llama 2."""
+    needs_llama_cpp()
+    (tmp_path / "tokenizer").mkdir()
+    built = gguf_models.build(tmp_path / "model", "llama", gguf_models.llama2_tokenizer(shared_data, tmp_path / "tokenizer"))
+    out = folder.write(built, tmp_path / "out", "tiny", "q8_0", prove=False)
+    published = shared_data / "tokenizers" / "gguf" / "ggml-vocab-llama-spm.gguf"
+    texts = published.with_suffix(".gguf.inp").read_text().split("\n__ggml_vocab_test__\n")[:-1]
+    wanted = [[int(token) for token in line.split()] for line in published.with_suffix(".gguf.out").read_text().splitlines()]
+    request = {"model": str(out / "tiny-Q8_0.gguf"), "rows": [], "texts": texts, "prompt": [1], "new_tokens": 0, "context": 32}
+    done = subprocess.run([proof.python(), probe.__file__], input=json.dumps(request), capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout.splitlines()[-1])["tokens"] == wanted
 
 
 def test_a_named_python_without_llama_cpp_is_refused(monkeypatch):
