@@ -5,13 +5,16 @@ other libraries cannot load it.
 import json
 import math
 import os
+import shlex
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import lit_llm as lit_llm_package
 from lit_llm import names
 from lit_llm.errors import InputError
 from lit_llm.exports import difference
@@ -186,3 +189,16 @@ def test_a_quantized_folder_is_evaluated_but_not_trained(run, tmp_path, lit_llm)
     assert done.code == 2
     assert "stored in int8" in done.err
     assert "--model.quantize" in done.err
+
+
+def test_the_commands_of_the_readme_write_what_they_say(run, tmp_path, lit_llm):
+    """Also flags without a value; each prints its check in one line."""
+    text = (Path(lit_llm_package.__file__).parent / "exports" / "README.md").read_text(encoding="utf-8")
+    (block,) = [part.split("```")[0] for part in text.split("```sh\n")[1:] if "--adapter" in part.split("```")[0]]
+    shutil.copytree(run, tmp_path / "runs" / "sft")
+    for line in block.splitlines():
+        done = lit_llm(*shlex.split(line, comments=True)[3:])
+        assert done.code == 0, done.err
+        assert len([said for said in (done.out + done.err).splitlines() if "check passed in" in said]) == 1
+    made = {path.name for path in (tmp_path / "runs" / "sft").glob("export*")}
+    assert made == {"export", "export-nf4", "export-adapter"}
