@@ -104,3 +104,43 @@ def test_poison_harms_nobody_else(arrivals, engine, alone):
         else:
             assert outcomes[name] == tokens, name
     assert (engine.stats.running, engine.stats.waiting) == (0, 0)
+
+
+@pytest.mark.parametrize("spared", [0, 1, 3])
+def test_no_memory_for_keys_and_values_ends_one_request(spared, tiny_model, monkeypatch):
+    """At its start and when its answer outgrows its place; so many allocations of the step still succeed."""
+    engine, cat, calls = Engine.load(tiny_model("llama"), max_running=6), torch.cat, []
+    prompts = {"short": ([20, 30, 40], 5), "grows": ([21, 31, 41], 150), "long": ([22] * 140, 5), "after": ([23, 33], 5)}
+    alone = {}
+    for name, (prompt, new) in prompts.items():
+        engine.add(name, prompt, params(new))
+        drain(engine, alone)
+
+    def limited(tensors, dim=0):
+        if tensors[0].dim() == 4 and tensors[0].shape[2] > 128:         # larger slots are added
+            calls.append(1)
+            if len(calls) > spared:
+                raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+        return cat(tensors, dim)
+
+    for name in ("grows", "long"):
+        outcomes = {}
+        for other in ("short", "after"):
+            engine.add(other, prompts[other][0], params(prompts[other][1]))
+        calls.clear()
+        with monkeypatch.context() as patched:
+            patched.setattr(torch, "cat", limited)
+            for at in range(3):
+                engine.add(f"{name}{at}", prompts[name][0], params(prompts[name][1]))
+            drain(engine, outcomes)
+        ended = [outcomes[f"{name}{at}"] for at in range(3)]
+        assert any(isinstance(answer[-1], RuntimeError) for answer in ended)
+        assert all(answer == alone[name] or (isinstance(answer[-1], RuntimeError) and answer[:-1] == alone[name][:len(answer) - 1])
+                   for answer in ended)
+        assert (outcomes["short"], outcomes["after"]) == (alone["short"], alone["after"])
+        again = {}
+        for at in range(3):                         # the memory is there again
+            engine.add(f"{name}{at}", prompts[name][0], params(prompts[name][1]))
+        drain(engine, again)
+        assert all(answer == alone[name] for answer in again.values())
+    assert (engine.stats.running, engine.stats.waiting, engine.stats.cached_tokens) == (0, 0, 0)

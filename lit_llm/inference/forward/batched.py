@@ -30,12 +30,17 @@ class Batched:
         self.slots = Slots(cache_tokens, context_length)
         self.reused_tokens = 0                      # of prompts, which an earlier request began with
         self._preempted: list[Request] = []
+        self._failed: list[tuple[Request, Exception]] = []      # for which there was no memory
 
     def begin(self, request: Request) -> bool:
         """Admit a request if there is room for its prompt; tokens that a slot still contains are reused."""
         # The logits of reused tokens are not computed.
         reusable_ids = [] if request.needs_all_logits else request.ids
-        slot = self.slots.begin(reusable_ids, len(request.ids) + min(request.left, AHEAD), request.adapter)
+        try:
+            slot = self.slots.begin(reusable_ids, len(request.ids) + min(request.left, AHEAD), request.adapter)
+        except RuntimeError as error:               # out of memory: it ends with this error in the next step
+            self._failed.append((request, error))
+            return True
         request.state = slot
         if slot is None:
             return False
@@ -80,7 +85,8 @@ class Batched:
         reading = [Part(request.state, part, request.needs_all_logits) for request, part in chosen
                    if not request.state.generates]
         by_request = dict(self._logits(generating, reading))
-        answers = []
+        answers = [Answer(request, None, error) for request, error in self._failed]
+        self._failed.clear()
         for request, part in chosen:                # before any slot changes its place, which copies these tokens
             logits = by_request[id(request.state)]
             if isinstance(logits, Exception):
@@ -114,13 +120,22 @@ class Batched:
         return [(request, part) for request, part in chosen if request.state is not None]
 
     def _has_room(self, request: Request, room: int, running: list[Request]) -> bool:
-        while not self.slots.grow(request.state, room):
+        while not self._grows(request, room):
+            if any(request is failed for failed, _ in self._failed):
+                return False
             last = next(other for other in reversed(running) if other.state is not None)
             self.end(last)
             self._preempted.insert(0, last)
             if last is request:
                 return False
         return True
+
+    def _grows(self, request: Request, room: int) -> bool:
+        try:
+            return self.slots.grow(request.state, room)
+        except RuntimeError as error:               # out of memory
+            self._failed.append((request, error))
+            return False
 
     def _logits(self, generating: list[Part], reading: list[Part]) -> Iterator[tuple[int, Tensor | Exception]]:
         """The logits of each part, by the identity of its slot; one by one if the pass of all fails."""

@@ -89,10 +89,21 @@ class Pool:
         return self.layers[number]
 
     def resize(self, count: int) -> None:
-        """Add slots without a request, or drop those at the end, which have none."""
+        """Add slots without a request, or drop those at the end, which have none.
+
+        Raises:
+            RuntimeError: There is no memory for more; the pool is as before.
+        """
         assert count >= self.busy
-        for number, states in self.layers.items():
-            self.layers[number] = tuple(_resized(state, count) for state in states)     # type: ignore[assignment]
+        before = len(self.slots)
+        try:
+            for number, states in self.layers.items():
+                self.layers[number] = tuple(_resized(state, count) for state in states)     # type: ignore[assignment]
+        except RuntimeError:
+            for number, (keys, values) in self.layers.items():      # of some layers the tensors have the new size
+                self.layers[number] = keys[:min(before, count)], values[:min(before, count)]
+            if count > before:
+                raise
         del self.slots[count:]
         self.slots += [Slot(self, index) for index in range(len(self.slots), count)]
 
@@ -175,6 +186,9 @@ class Slots:
 
         Returns:
             The slot, whose `ids` are the tokens taken over; null where there is no room before a request ends.
+
+        Raises:
+            RuntimeError: There is no memory for it; nothing has changed.
         """
         common = {slot: min(shared(slot.ids, ids), len(ids) - 1) if slot.adapter == adapter else 0
                   for slot in self._all()}
@@ -194,7 +208,11 @@ class Slots:
         return best
 
     def grow(self, slot: Slot, room: int) -> bool:
-        """Move the request of a slot to a larger one if it needs more positions; false where there is no room."""
+        """Move the request of a slot to a larger one if it needs more positions; false where there is no room.
+
+        Raises:
+            RuntimeError: There is no memory for the larger one; the request has its slot as before.
+        """
         if room <= slot.pool.room:
             return True
         pool = self._pool_for(room)
@@ -261,7 +279,13 @@ class Slots:
         more = min((self.limit - self.allocated) // pool.room, max(1, len(pool.slots) // 2))
         if more < 1:
             return False
-        pool.resize(len(pool.slots) + more)
+        try:
+            pool.resize(len(pool.slots) + more)
+        except RuntimeError:                        # out of memory, which other slots may give back
+            for other in self.pools:
+                if other is not pool:
+                    other.resize(other.busy)
+            pool.resize(len(pool.slots) + 1)
         return True
 
 
