@@ -6,6 +6,7 @@ This module links config keys and defines what follows a verb; `main.py` reports
 import json
 import os
 import re
+import sys
 from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
@@ -154,7 +155,8 @@ class LitLLMCLI(LightningCLI):
         for name, value in sorted(figures.items()):
             if name not in listed:
                 print(f"{name:<20} {value:,.0f}" if name in counts else f"{name:<20} {value:.9g}")
-        print("\n".join(["", *found.lines(split)] if found else []), end="\n" * bool(found))
+        if found:                                   # for readers; stdout has a name and a value on each line
+            print("\n".join(found.lines(split)), file=sys.stderr, flush=True)
         if not divergence.are_finite(figures, split):
             raise InputError(f"perplexity is {figures.get(f'{split}/perplexity')}, so some weights are inf or nan, "
                              f"or exceed the range of {self.trainer.precision}",

@@ -183,8 +183,8 @@ def test_two_processes(strategy, wanted, files, tiny_model, tmp_path, lit_llm):
     assert found.tokens.tolist() == [documents[key]["tokens"] for key in sorted(documents)]
     line = json.loads((tmp_path / "run/evaluations.jsonl").read_text())
     assert line["breakdown"]["total"]["nll"] == pytest.approx(line["val/nll"], rel=1e-12)
-    assert f"{'val/nll':<13}  {line['val/nll']:<8.5g} {line['val/nll_low']:.4g} to {line['val/nll_high']:.4g}" in done.out
-    assert done.out.index("val/nll/" + next(iter(line["breakdown"]["sources"]))) < done.out.index("val/nll/" + list(
+    assert f"{'val/nll':<13}  {line['val/nll']:<8.5g} {line['val/nll_low']:.4g} to {line['val/nll_high']:.4g}" in done.err
+    assert done.err.index("val/nll/" + next(iter(line["breakdown"]["sources"]))) < done.err.index("val/nll/" + list(
         line["breakdown"]["sources"])[1])
 
 
