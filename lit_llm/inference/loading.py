@@ -66,7 +66,7 @@ def check_base(folder: str, adapter: str | Path) -> None:
     facts = _trained_on(adapter)
     if (wanted := facts.get("base_hash")) and origin.content_hash(folder) not in (None, wanted):
         raise InputError(f"the adapter {adapter} was trained on another base, {facts.get('base')}", where="adapter",
-                         fix=f"give --model {facts.get('base')}, or the folder where that base lies now")
+                         fix=f"give --model {facts.get('base')}, or the present folder of that base")
 
 
 def tokenizer_folder(folder: str, adapter: str | Path | None = None) -> str:

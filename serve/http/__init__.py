@@ -1,1 +1,1 @@
-"""What stands between the network and the routes: connections, checks of each request, health, metrics."""
+"""The layers between the network and the routes: connections, checks of each request, health, metrics."""

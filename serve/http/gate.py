@@ -1,6 +1,6 @@
 """What happens to a request before its route: the check of its Host header, its id, size limit, and the log line.
 
-`Gate` is the outermost part of the application, `Admission` the innermost one; CORS, if any, lies between.
+`Gate` is the outermost part of the application, `Admission` the innermost one; CORS, if any, is between them.
 """
 
 import ipaddress

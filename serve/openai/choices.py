@@ -27,7 +27,7 @@ class Choice:
         echo: The text of the prompt, if it is part of the answer's text.
         is_empty: Whether nothing is generated: the engine's token is left out.
         plan: How the text of a chat completion is read.
-        goes_on: Whether its text goes on behind the prompt's text, and not in a turn of its own.
+        goes_on: Whether its text continues the prompt's text instead of being a turn of its own.
     """
 
     ids: list[int]
@@ -40,7 +40,7 @@ class Choice:
 
     @property
     def context(self) -> list[int]:
-        """The last tokens of the prompt that the text goes on behind."""
+        """The last tokens of the prompt that the text continues."""
         return self.ids[-CONTEXT:] if self.goes_on else []
 
 

@@ -1,5 +1,5 @@
 """If this breaks: chat and the API say something else than the model, requests disturb each other, an answer shows half a
-character or part of its stop string, or goes on for ever. Oracle: `model.generate` of plain transformers.
+character or part of its stop string, or never ends. Oracle: `model.generate` of plain transformers.
 """
 
 import hashlib
@@ -116,7 +116,7 @@ def test_cancel_frees_and_disturbs_nobody(tiny_model):
 
 
 def test_one_poisoned_request_ends_alone(tiny_model):
-    """Logits that are not numbers cannot be drawn from: that request fails, its neighbour goes on."""
+    """Logits that are not numbers cannot be drawn from: that request fails, and the others continue."""
     engine = Engine.load(tiny_model("llama"))
     poisoned = 9
     with torch.no_grad():

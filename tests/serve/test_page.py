@@ -213,7 +213,7 @@ def test_enter_during_an_answer_leaves_it_alone_and_escape_stops_it(page):
     first = written()
     assert first.startswith(" tick tick")
     page.one("#box").clear()
-    page.press("Continue", ".assistant")            # goes on with the same answer, and stops by the button
+    page.press("Continue", ".assistant")            # continues the same answer, and stops by the button
     page.until(lambda: page.js("return document.querySelector('.markdown').textContent.length") > len(first))
     page.one("#send").click()
     page.done()
@@ -369,7 +369,7 @@ def test_several_chats(page):
     assert titles() == ["about plums"]
     page.press("Undo", "#notice")
     assert (sorted(titles()), page.questions()) == (["Fruit", "about plums"], ["about pears"])
-    page.ask("forever")                             # an answer goes on in its own chat while another is open
+    page.ask("forever")                             # an answer continues in its own chat while another is open
     page.press("about plums", "#side")
     assert page.questions() == ["about plums"]
     page.keys("\ue00c")

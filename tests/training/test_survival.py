@@ -246,7 +246,7 @@ def test_a_step_that_is_not_finite_is_left_out(ranks, run_processes, poisoned):
 @pytest.mark.parametrize(("strategy", "power"), [("auto", 20), ("deepspeed_stage_2", 18)])
 def test_float16_that_overflows(strategy, power, run_processes, tiny_model):
     """Each such step is logged with its loss scale and changes neither weights nor the schedule; no number of them stops a run;
-    and a resumed run goes on with the same scale."""
+    and a resumed run continues with the same scale."""
     keys = float16(strategy, power)
     config = config_of(tiny_model("llama"), write_data(run_processes.folder), save_every=1, keep_last=99, limit_val_batches=0,
                        max_skipped_steps=1, gradient_clip_val=1.0, lora=False, **keys)
