@@ -61,7 +61,7 @@ class Detokenizer:
         stop: Strings that end the answer.
         min_tokens: Stop strings that end within these tokens have no effect.
         markers: Spellings of special tokens that are part of the text, such as those around tool calls.
-        context: The last tokens of a prompt whose text is continued: sentencepiece leaves out the space before a first word.
+        context: The last tokens of a prompt that is continued: sentencepiece leaves out the space before a first word.
     """
 
     tokenizer: "Tokenizer"

@@ -27,7 +27,7 @@ class Choice:
         echo: The text of the prompt, if it is part of the answer's text.
         is_empty: Whether nothing is generated: the engine's token is left out.
         plan: How the text of a chat completion is read.
-        goes_on: Whether its text continues the prompt's text instead of being a turn of its own.
+        continues: Whether its text continues the prompt's text instead of being a turn of its own.
     """
 
     ids: list[int]
@@ -36,12 +36,12 @@ class Choice:
     echo: str | None = None
     is_empty: bool = False
     plan: Plan = PLAIN
-    goes_on: bool = False
+    continues: bool = False
 
     @property
     def context(self) -> list[int]:
         """The last tokens of the prompt that the text continues."""
-        return self.ids[-CONTEXT:] if self.goes_on else []
+        return self.ids[-CONTEXT:] if self.continues else []
 
 
 def fitted(ids: Sequence[int], params: SamplingParams, context_length: int, field: str) -> SamplingParams:

@@ -120,7 +120,7 @@ class Routes(LitSpec):
 
         ids, plan = await self.encode(encode, "messages", request)
         params = replace(self._fit(ids, params, "messages"), grammar=plan.grammar)
-        choices = [Choice(ids, sample, at, plan=plan, goes_on=bool(body.continue_final_message))
+        choices = [Choice(ids, sample, at, plan=plan, continues=bool(body.continue_final_message))
                    for at, sample in enumerate(samples(params, body.n or 1))]
         return await self._serve(choices, body, request, headers, chat=True)
 
@@ -134,7 +134,7 @@ class Routes(LitSpec):
         choices = []
         for ids, text in prompts:
             fit = self._fit(ids, params, "prompt")
-            choices += [Choice(ids, sample, at, text if echo else None, body.max_tokens == 0, plan, goes_on=True)
+            choices += [Choice(ids, sample, at, text if echo else None, body.max_tokens == 0, plan, continues=True)
                         for at, sample in enumerate(samples(fit, body.n or 1))]
         return await self._serve(choices, body, request, headers, chat=False)
 
@@ -208,7 +208,7 @@ class Routes(LitSpec):
         params = choice.params
         detokenizer = Detokenizer(self.tokenizer, len(choice.ids), params.stop, params.min_tokens,
                                   choice.plan.markers, choice.context)
-        at_space = self._drops_space and not choice.goes_on
+        at_space = self._drops_space and not choice.continues
         async with aclosing(events):
             is_first = True
             async for reply in events:
