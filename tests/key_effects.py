@@ -94,6 +94,8 @@ KEYS: dict[str, Entry] = {
     "data.val_fraction": look(0.4),
     "data.test_sources": look(source()),
     "data.test_fraction": look(0.4),
+    "data.guard_sources": Entry(source(), "rows"),
+    "data.guard_tokens": Entry(1000, "rows", {"data.guard_sources": source()}),
     "data.tokenizer": look("sample:tokenizer", base=NEW),
     "data.chat_template": look("greets.jinja"),
     "data.template_args": look({"style": "x"}, base={"data.chat_template": "style.jinja"}),
@@ -167,6 +169,8 @@ KEYS: dict[str, Entry] = {
     "trainer.profiler": Entry({"class_path": "lightning.pytorch.profilers.SimpleProfiler", "init_args": {
         "dirpath": ".", "filename": "profile"}}, "files"),
     "trainer.reload_dataloaders_every_n_epochs": refuse(1, "trainer.reload_dataloaders_every_n_epochs"),
+    "trainer.stop_on_forgetting": Entry(1e-6, "ids", {**VALIDATES, "data.guard_sources": source(), "model.lr": 1.0,
+                                                     "trainer.val_check_interval": 1, "data.batch_size": 1}),
     "trainer.strategy": look("deepspeed_stage_2", "objects"),
     "trainer.sync_batchnorm": refuse(True, "trainer.sync_batchnorm"),
     "trainer.threads": Entry(2, "settings"),

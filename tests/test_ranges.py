@@ -43,7 +43,7 @@ ACCEPTED = {
 
     "data.sources.path": TEXT, "data.sources.format": TEXT, "data.sources.split": TEXT,
     "data.sources.subset": f"null {TEXT}", "data.sources.weight": "1 0.5 1e3_text", "data.sources.columns": "{}",
-    "data.sources.document": TEXT, "data.val_sources": "null []", "data.test_sources": "null []",
+    "data.sources.document": TEXT, "data.val_sources": "null []", "data.test_sources": "null []", "data.guard_sources": "null []",
     "data.val_fraction": "0 0.5", "data.test_fraction": "0 0.5", "data.tokenizer": f"null {TEXT}",
     "data.chat_template": f"null {TEXT}", "data.template_args": "null {} {a} {1}", "data.batch_size": "1",
     "data.seed": "0 1", "data.cache_dir": f"null {TEXT}", "data.num_proc": "null 1", "data.dedup": "true",
@@ -60,6 +60,7 @@ ACCEPTED = {
     "trainer.limit_predict_batches": "null", "trainer.overfit_batches": "0", "trainer.val_check_interval": "null 1 0.5",
     "trainer.check_val_every_n_epoch": "null 1", "trainer.enable_checkpointing": "null true",
     "trainer.enable_progress_bar": "null true", "trainer.accumulate_grad_batches": "1",
+    "trainer.stop_on_forgetting": "null 1 0.5",
     "trainer.gradient_clip_val": "null 0 1 0.5 1e3_text", "trainer.gradient_clip_algorithm": "null",
     "trainer.deterministic": "null true", "trainer.benchmark": "null true", "trainer.inference_mode": "true",
     "trainer.use_distributed_sampler": "true", "trainer.detect_anomaly": "true",

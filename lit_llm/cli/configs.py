@@ -153,7 +153,7 @@ def run_settings(config: dict[str, Any]) -> dict[str, Any]:
     for part, key in ((model, "base"), (model, "adapter"), (data, "tokenizer"), (data, "chat_template")):
         if isinstance(part.get(key), str):
             part[key] = existing(part[key])
-    for key in ("sources", "val_sources", "test_sources"):
+    for key in ("sources", "val_sources", "test_sources", "guard_sources"):
         if isinstance(data.get(key), list):
             data[key] = [item | {"path": _source(str(item["path"]))} for item in data[key]]
     if data.get("cache_dir"):

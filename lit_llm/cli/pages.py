@@ -141,7 +141,7 @@ def _section(entries: Mapping[str, Any]) -> Iterator[str]:
 def _matching(verb: str, subject: str) -> dict[str, Any]:
     """The entries of a key and of keys below it."""
     every = table()["verbs"][verb] | table()["keys"] | table()["nested"]
-    place = subject.replace("data.val_sources", "data.sources").replace("data.test_sources", "data.sources")
+    place = re.sub(r"^data\.(val|test|guard)_sources", "data.sources", subject)
     entries = {key: entry for key, entry in every.items() if key in (subject, place) or key.startswith(f"{place}.")}
     below = {key: {other: entry for other, entry in entries.items() if other.startswith(f"{key}.")} for key in entries}
     return {key: entry for top in entries if not any(top in other for other in below.values())

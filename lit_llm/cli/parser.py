@@ -32,7 +32,7 @@ ALIASES = {
     "rank": "model.lora.r", "lora_dropout": "model.lora.dropout", "precision": "trainer.precision",
     "max_steps": "trainer.max_steps", "lrate": "model.lr", "seed": "seed_everything",
 }
-SOURCES = ("--data.sources", "--data.val_sources", "--data.test_sources")
+SOURCES = ("--data.sources", "--data.val_sources", "--data.test_sources", "--data.guard_sources")
 UNKNOWN = (r"[Uu]nrecognized arguments: --([\w.+-]+)", r"Key ['\"]([\w.]+)['\"] is not expected",
            r"Option ['\"]([\w.]+)['\"] is not accepted", r"does not accept option ['\"]([\w.]+)['\"]",
            r"No action for key ['\"]([\w.]+)['\"]")

@@ -24,7 +24,7 @@ from lit_llm.system import class_paths, ranges
 
 ALLOW = class_paths.OPTION.lstrip("-")
 CLASSES = {f"{part}.class_path": part for part in class_paths.WHOLE}
-SOURCES = ("data.sources", "data.val_sources", "data.test_sources")
+SOURCES = ("data.sources", "data.val_sources", "data.test_sources", "data.guard_sources")
 NAMED = ("trainer.callbacks", "trainer.logger", "trainer.strategy", "trainer.plugins", "trainer.profiler",
          "model.optimizer", "model.quantize")
 # Packages that classes, strategies and other values need, by the beginning of their names.

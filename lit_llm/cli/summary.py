@@ -91,7 +91,7 @@ def _say_figures(run: Path, before: dict[str, float]) -> None:
     apart = best["step"] != last["step"]
     tokens = f"{after['val/tokens']:,.0f} held-out tokens"
     which = f" (the best checkpoint, step {best['step']:,}, which is exported)" if apart else ""
-    if before:
+    if "val/perplexity" in before:
         factor = before["val/perplexity"] / after["val/perplexity"]
         print(f"validation perplexity on {tokens}: {before['val/perplexity']:.3f} before, "
               f"{after['val/perplexity']:.3f} after ({factor:.1f} times lower){which}")

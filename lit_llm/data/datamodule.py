@@ -4,17 +4,17 @@
 """
 
 import sys
-from dataclasses import asdict, replace
+from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import lightning as L
 import numpy as np
 
-from lit_llm.data import idle, streaming
+from lit_llm.data import facts, guard, idle, streaming
 from lit_llm.data.records.sources import Source
 from lit_llm.data.rows import identity, packing
 from lit_llm.data.rows.corpus import Corpus, Occurrences
-from lit_llm.data.rows.dialogue import conversations
 from lit_llm.data.rows.loader import Batch, RowLoader
 from lit_llm.data.rows.mixture import Mixture, Stage, repeats, side
 from lit_llm.data.rows.packing import CONCAT, Overlong, Packing
@@ -69,6 +69,11 @@ class TextDataModule(L.LightningDataModule):
             still scored once, with at least `seq_len - stride` tokens before it, so the nll is lower and closer to
             that of a longer context, and evaluation takes `seq_len / stride` times as long. Null is `seq_len - 1`: each
             window begins with the last token of the one before.
+        guard_sources: Text that the model should not forget, such as a sample of its pretraining data: a list of
+            `{path: ...}`; `sample:documents_val.jsonl` ships with the package. `fit` scores it before training, at
+            each validation and at the end (`guard/nll`), and reports a rise beyond its 95 % interval over documents.
+        guard_tokens: Supervised tokens of it, at most. Each source gets an equal part; at most a thirtieth of that is
+            taken of each document.
     """
 
     def __init__(
@@ -95,6 +100,8 @@ class TextDataModule(L.LightningDataModule):
         stream_buffer: int = idle.BUFFER,
         template_args: dict[str, bool | int | float | str | list[str] | None] | None = None,
         stride: int | None = None,
+        guard_sources: list[Source] | None = None,
+        guard_tokens: int = guard.TOKENS,
     ) -> None:
         super().__init__()
         self.sources, self.val_sources, self.test_sources = sources, val_sources, test_sources
@@ -105,6 +112,7 @@ class TextDataModule(L.LightningDataModule):
         self.dedup, self.bad_record_limit, self.test_fraction = dedup, bad_record_limit, test_fraction
         self.streaming, self.stream_buffer = streaming, stream_buffer
         self.template_args, self.stride = template_args, stride
+        self.guard_sources, self.guard_tokens = guard_sources, guard_tokens
         self.stream: StreamLoader | None = None
         self.plans: dict[Stage, Plan] = {}
         self.quiet = False                              # whether `setup` prints no summary
@@ -137,8 +145,9 @@ class TextDataModule(L.LightningDataModule):
         if self.trainer and self.trainer.world_size > 1:
             return
         stored = [] if self.streaming else self.sources
-        for source in [*stored, *(self.val_sources or ()), *(self.test_sources or ())]:
-            self._open(source, write=True)
+        for sources in (stored, self.val_sources, self.test_sources, self.guard_sources):
+            for source in sources or ():
+                self._open(source, write=True)
 
     def setup(self, stage: str | None = None) -> None:
         """Open the stores and pack the data that `stage` needs; a second call does nothing."""
@@ -146,7 +155,7 @@ class TextDataModule(L.LightningDataModule):
         if self.streaming:
             streaming.check(self)
         wanted: dict[str | None, tuple[Stage, ...]] = {
-            "fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": ()}
+            "fit": ("train", "val", "guard"), "validate": ("val",), "test": ("test",), "predict": ()}
         for name in wanted.get(stage, ("train", "val", "test")):
             if name in self.plans or not (name == "train" or self._held_out(name)):
                 continue
@@ -173,6 +182,11 @@ class TextDataModule(L.LightningDataModule):
     def test_dataloader(self) -> RowLoader | list[Any]:
         """As `val_dataloader`, for `test_sources`."""
         return self._loader("test") if "test" in self.plans else []
+
+    def guard_batches(self) -> Iterator[tuple[np.ndarray, Batch]]:
+        """This rank's share of the guard documents, for `training/record/forgetting.py`; see `guard.batches`."""
+        return guard.batches(self.plans["guard"], self.batch_size, self.tokenizer.token_bytes, rank=self._rank,
+                             world=self.trainer.world_size if self.trainer else 1)
 
     def on_before_batch_transfer(self, batch: Batch, dataloader_idx: int) -> dict[str, Any]:
         """Pin memory for a GPU, which can then copy asynchronously."""
@@ -203,8 +217,8 @@ class TextDataModule(L.LightningDataModule):
         return self.trainer.global_rank if self.trainer else 0
 
     def _held_out(self, stage: Stage) -> bool:
-        own = self.test_sources or self.test_fraction
-        return bool(self.val_sources or self.val_fraction or (stage == "test" and own))
+        own = {"test": self.test_sources or self.test_fraction, "guard": self.guard_sources}.get(stage)
+        return bool(own or (stage != "guard" and (self.val_sources or self.val_fraction)))
 
     def _open(self, source: Source, *, write: bool) -> TokenStore:
         how: dict[str, Any] = {
@@ -220,7 +234,7 @@ class TextDataModule(L.LightningDataModule):
         """The sources of a stage, and the split of their records; null is all records."""
         if stage == "test" and not (self.test_sources or self.test_fraction):
             stage = "val"
-        own = {"train": None, "val": self.val_sources, "test": self.test_sources}[stage]
+        own = {"train": None, "val": self.val_sources, "test": self.test_sources, "guard": self.guard_sources}[stage]
         return (own, None) if own else (self.sources, stage)
 
     def _plan(self, stage: Stage) -> Plan:
@@ -232,6 +246,9 @@ class TextDataModule(L.LightningDataModule):
         draws = [(store, np.flatnonzero(side(store.sequences["content"], wanted, **shares)) if wanted
                   else np.arange(len(store))) for store in stores]
         names = [source.path for source in listed]
+        if stage == "guard":
+            return guard.plan(draws, names, seq_len=self.seq_len, tokens=self.guard_tokens, packing=self.packing,
+                              stores=stores, made_of=self._identity(stores, names, ("train_on", "seq_len")))
         overlap = 1 if stage == "train" or self.stride is None else self.seq_len - self.stride
         corpus, notes = Corpus(draws, end=stage == "train", names=names, overlap=overlap), {}
         if stage == "train":
@@ -248,15 +265,17 @@ class TextDataModule(L.LightningDataModule):
                              fix=f"Set data.{'val' if stage == 'train' else stage}_sources, or split text files into "
                                  "more documents (document: paragraph).")
         mixture = self._mixture(corpus, stage, [source.weight for source in listed])
-        made_of: dict[str, Any] = {
-            "data.sources": [identity.of_store(store, name) for store, name in zip(stores, names, strict=True)],
-            "weights": [source.weight for source in listed], "tokenizer": self.tokenizer.fingerprint[:16],
-            **{f"data.{name}": share for name, share in shares.items() if wanted},
-            **{f"data.{name}": getattr(self, name)
-               for name in ("train_on", "seq_len", "packing", "overlong", "seed", "dedup")},
-            **({"data.stride": self.stride} if self.stride and stage != "train" else {})}
+        kept = ("train_on", "seq_len", "packing", "overlong", "seed", "dedup")
+        made_of = self._identity(stores, names, kept) | {"weights": [source.weight for source in listed]} | {
+            f"data.{name}": share for name, share in shares.items() if wanted} | (
+            {"data.stride": self.stride} if self.stride and stage != "train" else {})
         return Plan(corpus, mixture.first, notes | mixture.notes, made_of, stores,
                     mixture.rows if mixture.moves else None)
+
+    def _identity(self, stores: list[TokenStore], names: list[str], keys: tuple[str, ...]) -> dict[str, Any]:
+        """Identity of the data of a stage by named parts."""
+        return {"data.sources": [identity.of_store(store, name) for store, name in zip(stores, names, strict=True)],
+                "tokenizer": self.tokenizer.fingerprint[:16], **{f"data.{name}": getattr(self, name) for name in keys}}
 
     def _note_leaks(self, stage: Stage) -> None:
         """Count evaluation records that are exact duplicates of training records."""
@@ -324,25 +343,8 @@ class TextDataModule(L.LightningDataModule):
 
     def summary(self) -> str:
         """A few lines: records read, kept and dropped; tokens, supervised share and packing per stage; steps."""
-        from lit_llm.data.inspect.inspection import examine
-        from lit_llm.data.inspect.terminal import short
-
-        streamed = [f"train: streamed from {', '.join(source.path for source in self.sources)}"
-                    + (f"; below, its first {self.stream_buffer:,} characters" if "train" in self.plans else "")]
-        return "\n".join([*(streamed if self.streaming else []), short(examine(self))])
+        return facts.summary_of(self)
 
     def facts(self) -> dict[str, Any]:
         """The summary as values, for a run's files; `ledger` is what training has drawn so far of each source."""
-        loader = self.trainer.train_dataloader if self.trainer else None
-        return {"sources": [_named(report) for report in self.reports],
-                **{stage: {"sequences": len(plan.corpus), "rows": len(plan.rows), **plan.notes,
-                           "tokens": int(plan.rows.lengths.sum()), "supervised": int(plan.rows.supervised.sum())}
-                   for stage, plan in self.plans.items()},
-                "conversations": conversations(self.plans, self.tokenizer),
-                "ledger": getattr(loader, "ledger", {})}
-
-
-def _named(report: Report) -> dict[str, Any]:
-    """A source's report as values, with the name of the speaker beside each count."""
-    speakers = {name: {"tokens": tokens, "supervised": learned} for name, (tokens, learned) in report.speakers.items()}
-    return {key: value for key, value in asdict(report).items() if key != "marks"} | {"speakers": speakers}
+        return facts.facts_of(self)

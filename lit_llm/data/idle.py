@@ -7,6 +7,7 @@ import logging
 from collections.abc import Callable
 
 from lit_llm import rules
+from lit_llm.data import guard
 from lit_llm.data.interface import Data
 from lit_llm.data.records.sources import Source
 from lit_llm.data.rows.corpus import Corpus
@@ -25,6 +26,10 @@ FEATURES: dict[str, Callable[[Data], bool]] = {
     "`data.test_fraction`": lambda data: bool(data.test_fraction),
     "a `weight` in `data.val_sources`": lambda data: _weighted(data.val_sources),
     "a `weight` in `data.test_sources`": lambda data: _weighted(data.test_sources),
+    "a `weight` in `data.guard_sources`": lambda data: _weighted(data.guard_sources),
+    "`data.guard_sources`": lambda data: bool(data.guard_sources),
+    "no `data.guard_sources`": lambda data: not data.guard_sources,
+    "`data.guard_tokens`": lambda data: data.guard_tokens != guard.TOKENS,
     "a `weight` of the only source": lambda data: len(data.sources) == 1 and _weighted(data.sources),
     "`data.streaming`": lambda data: data.streaming,
     "no `data.streaming`": lambda data: not data.streaming,
@@ -45,7 +50,9 @@ RULES = (
            f"--data.{stage}_sources null") for stage in ("val", "test")),
     *(Rule(f"a `weight` in `data.{stage}_sources`", f"`data.{stage}_sources`", "a weight has no effect: "
            "evaluation uses each record once", f"data.{stage}_sources", "leave `weight` out")
-      for stage in ("val", "test")),
+      for stage in ("val", "test", "guard")),
+    Rule("`data.guard_tokens`", "no `data.guard_sources`", "there are no guard documents, so a limit has no effect",
+         "data.guard_tokens", "leave it out, or set data.guard_sources"),
     Rule("`data.stream_buffer`", "no `data.streaming`", "only streams have a buffer", "data.stream_buffer",
          "leave it out, or set --data.streaming true"),
     Rule("a `weight` of the only source", "`data.streaming`", "weight {s.sources[0].weight} has no effect: in a "

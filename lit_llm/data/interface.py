@@ -19,6 +19,8 @@ class Data(Protocol):
     sources: list[Source]
     val_sources: list[Source] | None
     test_sources: list[Source] | None
+    guard_sources: list[Source] | None
+    guard_tokens: int
     val_fraction: float
     test_fraction: float
     train_on: TrainOn

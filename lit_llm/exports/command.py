@@ -202,10 +202,10 @@ def _replacing(target: Path) -> Generator[Path, None, None]:
 
 def _write_card(source: Checkpoint, folder: Path, form: Form) -> None:
     """Write the model card and the picture that it shows."""
-    drawn = writing.picture_of(source.run)
-    if drawn:
-        (folder / writing.PICTURE).write_text(drawn, encoding="utf-8")
-    form = replace(form, picture=writing.PICTURE if drawn else "")
+    name, content = writing.picture_of(source.run) or ("", b"")
+    if name:
+        (folder / name).write_bytes(content)
+    form = replace(form, picture=name)
     text = card(source.run, source.facts, source.folder.name, form)
     (folder / "README.md").write_text(text, encoding="utf-8")
 

@@ -1,12 +1,16 @@
 """Compare runs on one page: their metrics, curves over the same axes, and the settings that differ."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
-from lit_llm.report import curves, page
+from lit_llm.report import page
+from lit_llm.report.drawing import curves, elements
+from lit_llm.report.measured import with_interval
 from lit_llm.report.texts import text
 
-METRICS = ("val/perplexity", "val/nll", "val/bits_per_byte", "val/token_accuracy", "val/tokens")
+METRICS = (*(f"val/{name}" for name in ("perplexity", "nll", "bits_per_byte", "bits_per_character", "token_accuracy",
+                                        "tokens")), "guard/nll", "guard/rise")
 COST = ("tokens", "training_seconds", "tokens_per_second")
 
 
@@ -37,9 +41,8 @@ def _charts(every: Sequence[dict[str, Any]], names: Sequence[str]) -> list[curve
     """A chart for each metric that at least one run has, with a curve for each run."""
     grouped: dict[str, list[curves.Series]] = {}
     for name, facts in zip(names, every, strict=True):
-        for curve in facts["curves"]:
-            if curve["steps"] and curve["name"] not in curves.UNCHARTED:
-                grouped.setdefault(curve["name"], []).append(curves.Series(name, curve["steps"], curve["values"]))
+        for metric, series in curves.series_of(facts).items():
+            grouped.setdefault(metric, []).append(replace(series, name=name))
     keys = {metric: key for key, metrics in curves.CHARTS for metric in metrics[:1]}
     return [curves.Chart(keys.get(metric, ""), metric, series) for metric, series in
             sorted(grouped.items(), key=lambda item: list(keys).index(item[0]) if item[0] in keys else len(keys))]
@@ -48,14 +51,14 @@ def _charts(every: Sequence[dict[str, Any]], names: Sequence[str]) -> list[curve
 def _metrics(every: Sequence[dict[str, Any]], names: Sequence[str]) -> Iterator[str]:
     yield f"<h2>{text('metrics')}</h2>"
     rows = [[text("state"), *(text(facts["run"]["state"]) for facts in every)],
-            [text("last_step"), *(page.shown(facts["run"]["step"]) for facts in every)],
-            [f"{text('best')}: {text('step')}", *(page.shown(curves.best_step(facts)) for facts in every)]]
-    rows += [[name, *(page.shown(facts["metrics"]["best"].get(name)) for facts in every)] for name in METRICS
+            [text("last_step"), *(elements.shown(facts["run"]["step"]) for facts in every)],
+            [f"{text('best')}: {text('step')}", *(elements.shown(curves.best_step(facts)) for facts in every)]]
+    rows += [[name, *(with_interval(facts["metrics"]["best"], name) for facts in every)] for name in METRICS
              if any(name in facts["metrics"]["best"] for facts in every)]
     rows += [[text("tokens_computed" if name == "tokens" else name), *(
-        (page.duration if name == "training_seconds" else page.amount)(facts["cost"][name]) for facts in every)]
+        (elements.duration if name == "training_seconds" else elements.amount)(facts["cost"][name]) for facts in every)]
         for name in COST if any(facts["cost"][name] is not None for facts in every)]
-    yield page.table(["", *map(page.safe, names)], rows)
+    yield elements.table(["", *map(elements.safe, names)], rows)
 
 
 def _settings(every: Sequence[dict[str, Any]], names: Sequence[str]) -> Iterator[str]:
@@ -66,9 +69,9 @@ def _settings(every: Sequence[dict[str, Any]], names: Sequence[str]) -> Iterator
     for key, default in defaults.items():
         values = [settings.get(key, default) for settings in settings_of_runs]
         if any(value != values[0] for value in values):
-            rows.append([page.safe(key), *map(page.value, values)])
+            rows.append([elements.safe(key), *map(elements.value, values)])
     if rows:
         yield f"<h2>{text('differences')}</h2>"
-        yield page.table([text("key"), *map(page.safe, names)], rows)
+        yield elements.table([text("key"), *map(elements.safe, names)], rows)
 
 

@@ -19,7 +19,7 @@ from lit_llm.system import integrity, lock
 from lit_llm.system.redaction import redact
 
 VERSION = 1                                         # of report.json; increase it when a key changes its meaning
-RUN, SAMPLES, ANSWERS = "run.json", "samples.jsonl", "answers.jsonl"
+RUN, SAMPLES, ANSWERS, BREAKDOWNS = "run.json", "samples.jsonl", "answers.jsonl", "breakdown.jsonl"
 STATES = ("running", "finished", "stopped", "failed")       # in run.json; `killed` and `unknown` are concluded
 POINTS = 400                                        # points of a curve; more cannot be seen
 CURVES, LINES, LONGEST = 48, 50, 2000               # curves, lines of a file, characters of a text
@@ -35,9 +35,9 @@ def of(run: Path) -> dict[str, Any]:
 
     Returns:
         `version`; `run`: name, folder, state, reason, steps and times; `curves`; `checkpoints`; `metrics` before
-        training, of the best and of the last checkpoint; `evaluations`; `data`; `samples`: answers at validations, by
-        prompt; `answers` at the end; `config`: keys that differ from their defaults; `cost`; `versions`; `hardware`;
-        `commands`; `warnings`.
+        training, of the best and of the last checkpoint; `breakdown` of the newest validation; `forgetting`;
+        `evaluations`; `data`; `samples`: answers at validations, by prompt; `answers` at the end; `config`: keys that
+        differ from their defaults; `cost`; `versions`; `hardware`; `commands`; `warnings`.
 
     Raises:
         InputError: It is not a run folder.
@@ -48,6 +48,7 @@ def of(run: Path) -> dict[str, Any]:
     run = run.absolute()
     recorded, measured, data = (mapping(run / name) for name in (RUN, "metrics.json", "data.json"))
     curves, last_step = curves_of(run / "metrics.csv")
+    breakdowns = lines_of(run / BREAKDOWNS, last=None)
     saved = checkpoints_of(run)
     best = next((entry for entry in saved if entry["best"]), None)
     before = {name.removeprefix("before/"): value for name, value in measured.items() if name.startswith("before/")}
@@ -59,14 +60,16 @@ def of(run: Path) -> dict[str, Any]:
                 "step": last_step, "planned_steps": recorded.get("planned_steps"),
                 "saved_step": saved[-1]["step"] if saved else None,
                 **{key: recorded.get(key) for key in ("started", "updated", "base", "method", "parameters")}},
-        "curves": curves,
+        "curves": curves + bands_of(breakdowns, {curve["name"] for curve in curves}),
         "checkpoints": saved,
         "metrics": {"before": before, "best": best["figures"] if best else {},
                     "last": saved[-1]["figures"] if saved else {}},
+        "breakdown": breakdowns[-1] if breakdowns else {},
+        "forgetting": forgetting_of(curves, (data.get("guard") or {})),
         "evaluations": lines_of(run / "evaluations.jsonl"),
         "data": data_of(data),
         "samples": samples_of(run / SAMPLES),
-        "answers": lines_of(run / ANSWERS),
+        "answers": lines_of(run / ANSWERS, last=SAMPLED_PROMPTS),
         "config": settings.differences(config),
         "cost": cost_of(recorded),
         "versions": recorded.get("versions") or {},
@@ -125,6 +128,51 @@ def curves_of(file: Path) -> tuple[list[dict[str, Any]], int | None]:
     return curves, step
 
 
+def bands_of(breakdowns: list[dict[str, Any]], names: set[str]) -> list[dict[str, Any]]:
+    """The ends of the intervals of each source's nll as curves, `val/nll/SOURCE_low` and `_high`.
+
+    Args:
+        breakdowns: The lines of `breakdown.jsonl`.
+        names: Names of the curves; intervals of others are left out.
+    """
+    points: dict[str, list[tuple[int, float]]] = {}
+    for line in breakdowns:
+        for source, figures in mapping_of(line.get("sources")).items():
+            name = f"{line.get('split')}/nll/{source}"
+            for suffix in ("_low", "_high"):
+                end = mapping_of(figures).get(f"nll{suffix}")
+                if name in names and isinstance(line.get("step"), int) and isinstance(end, float):
+                    points.setdefault(name + suffix, []).append((line["step"], end))
+    return [{"name": name, "steps": [step for step, _ in every], "values": [value for _, value in every],
+             "count": len(every), "not_finite": 0} for name, every in points.items()]
+
+
+def forgetting_of(curves: list[dict[str, Any]], counts: dict[str, Any]) -> dict[str, Any] | None:
+    """How the loss of the guard documents has changed; null for a run without any.
+
+    Args:
+        curves: The curves of the run.
+        counts: Counts of the guard documents in `data.json`.
+
+    Returns:
+        `documents`, `tokens` (supervised), and `rows`: `step`, `nll`, `rise` over the value before training, `low` and
+        `high` of its interval, and `worse`, the share of documents whose loss has increased.
+    """
+    points = {curve["name"].removeprefix("guard/"): dict(zip(curve["steps"], curve["values"], strict=True))
+              for curve in curves if curve["name"].startswith("guard/")}
+    if not points.get("nll"):
+        return None
+    rows = [{"step": step, "nll": nll, "rise": points.get("rise", {}).get(step),
+             "low": points.get("rise_low", {}).get(step), "high": points.get("rise_high", {}).get(step),
+             "worse": points.get("worse", {}).get(step)} for step, nll in points["nll"].items()]
+    return {"documents": counts.get("sequences"), "tokens": counts.get("supervised"), "rows": rows}
+
+
+def mapping_of(value: Any) -> dict[str, Any]:
+    """The value if it is a mapping, and otherwise an empty one."""
+    return value if isinstance(value, dict) else {}
+
+
 def thinned(points: list[tuple[int, float]], most: int = POINTS) -> list[tuple[int, float]]:
     """At most `most` points: the first, the last, and the lowest and highest value of each part in between."""
     if len(points) <= most:
@@ -166,7 +214,8 @@ def data_of(data: dict[str, Any]) -> dict[str, Any]:
     drawn = [{"source": source, **counts} for source, counts in (data.get("ledger") or {}).items()]
     whole = sum(entry["tokens"] for entry in drawn)
     return {"sources": sources,
-            "stages": {stage: data[stage] for stage in ("train", "val", "test") if isinstance(data.get(stage), dict)},
+            "stages": {stage: data[stage] for stage in ("train", "val", "test", "guard")
+                       if isinstance(data.get(stage), dict)},
             "drawn": [entry | {"share": entry["tokens"] / whole if whole else None} for entry in drawn]}
 
 
@@ -175,7 +224,8 @@ def cost_of(recorded: dict[str, Any]) -> dict[str, Any]:
 
     `utilisation` is the FLOP/s of training divided by `peak_flops`, the rate in the data sheets of the devices.
     """
-    names = ("seconds", "training_seconds", "report_seconds", "tokens", "flops_per_token", "peak_flops")
+    names = ("seconds", "training_seconds", "report_seconds", "guard_seconds", "tokens", "flops_per_token",
+             "peak_flops")
     cost = {name: recorded.get(name) for name in names}
     tokens, seconds, flops_per_token = cost["tokens"], cost["training_seconds"], cost["flops_per_token"]
     cost["tokens_per_second"] = tokens / seconds if tokens and seconds else None
@@ -212,7 +262,8 @@ def samples_of(file: Path) -> list[dict[str, Any]]:
     for entry in entries:
         if entry["step"] in shown:
             sample = by_prompt.setdefault(entry["prompt"], {
-                "prompt": entry["prompt"], "expected": entry.get("expected"), "answers": []})
+                **{name: entry.get(name) and str(entry[name])[:LONGEST // 2] for name in ("prompt", "expected")},
+                "answers": []})
             sample["answers"].append({"step": entry["step"], "answer": str(entry.get("answer"))[:SAMPLE],
                                       "finish_reason": entry.get("finish_reason")})
     return list(by_prompt.values())[:SAMPLED_PROMPTS]

@@ -41,7 +41,8 @@
         dots[number].setAttribute("cx", at(here, chart.x));
         dots[number].setAttribute("cy", at(value, chart.y));
         dots[number].setAttribute("visibility", "visible");
-        return series.name + (here === step ? " " : " (" + here.toLocaleString("en") + ") ") + Number(value.toPrecision(6));
+        const band = series.band && series.band[found] ? " [" + series.band[found].join(", ") + "]" : "";
+        return series.name + (here === step ? " " : " (" + here.toLocaleString("en") + ") ") + Number(value.toPrecision(6)) + band;
       });
       output.textContent = step.toLocaleString("en") + ": " + words.join(", ");
     };

@@ -5,14 +5,15 @@ The content security policy allows this page's own style and script by their has
 
 import base64
 import hashlib
-import html
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from lit_llm.report import curves
+from lit_llm.report import measured
+from lit_llm.report.drawing import curves
+from lit_llm.report.drawing.elements import amount, duration, percent, place, safe, shown, table, value
 from lit_llm.report.texts import TEXTS, text
 
 PAGE = """<!doctype html>
@@ -27,8 +28,6 @@ script-src 'sha256-{script_hash}'; base-uri 'none'; form-action 'none'">
 <script>{script}</script>
 </body></html>
 """
-SHOWN = ("perplexity", "nll", "bits_per_byte", "token_accuracy", "tokens")      # metrics of a checkpoint, in this order
-ROWS = 60                                           # rows of a table; report.json has all
 
 
 def page(facts: dict[str, Any]) -> str:
@@ -47,7 +46,9 @@ def page(facts: dict[str, Any]) -> str:
         body.append(grid(drawn, main or others, best))
     if main and others:
         body.append(f"<details><summary>{text('more_curves')}</summary>{grid(drawn, others, best)}</details>")
-    body += [*_metrics(facts), *_samples(facts["samples"]), *_answers(facts["answers"]), *_data(facts["data"]),
+    body += [*measured.metrics(facts), *measured.breakdown(facts["breakdown"]),
+             *measured.forgetting(facts["forgetting"]), *_samples(facts["samples"]), *_answers(facts["answers"]),
+             *_data(facts["data"]),
              *_evaluations(facts["evaluations"]), *_config(facts["config"]), *_cost(facts),
              *_commands(facts["commands"])]
     return whole(run["name"], body, drawn)
@@ -128,23 +129,6 @@ def grid(drawn: Sequence[curves.Chart], places: Iterable[int], best: int | None 
                        f'{curves.svg(chart, best, label)}<div class=legend>{legend}</div>'
                        '<output aria-live="polite"></output></figure>')
     return f'<div class=charts>{"".join(figures)}</div>'
-
-
-def _metrics(facts: dict[str, Any]) -> Iterator[str]:
-    columns = facts["metrics"]
-    names = list(dict.fromkeys(name for figures in columns.values() for name in figures))
-    names.sort(key=lambda name: (name.partition("/")[0], SHOWN.index(name.partition("/")[2])
-                                 if name.partition("/")[2] in SHOWN else len(SHOWN)))
-    if names:
-        yield f"<h2>{text('metrics')}</h2>"
-        yield table([text("metric"), text("before"), text("best"), text("last")],
-                    [[safe(name), *(shown(columns[part].get(name)) for part in ("before", "best", "last"))]
-                     for name in names])
-    if facts["checkpoints"]:
-        yield f"<h3>{text('checkpoints')}</h3>"
-        yield table([text("name"), text("step"), text("score"), ""],
-                    [[safe(entry["name"]), shown(entry["step"]), shown(entry["score"]), "★" * bool(entry["best"])]
-                     for entry in facts["checkpoints"]])
 
 
 def _samples(samples: Sequence[dict[str, Any]]) -> Iterator[str]:
@@ -230,8 +214,8 @@ def _config(config: Sequence[dict[str, Any]]) -> Iterator[str]:
 def _cost(facts: dict[str, Any]) -> Iterator[str]:
     cost = facts["cost"]
     unknown = f"<span class=soft>{text('not_known')}</span>"
-    forms = {"seconds": duration, "training_seconds": duration, "report_seconds": duration, "utilisation":
-             lambda share: percent(share, 1)}
+    forms = {name: duration for name in cost if name.endswith("seconds")} | {
+        "utilisation": lambda share: percent(share, 1)}
     rows = [[text("tokens_computed" if name == "tokens" else name),
              forms.get(name, amount)(number) if number is not None else unknown] for name, number in cost.items()]
     yield f"<h2>{text('cost')}</h2>{table(['', ''], rows)}<p class=soft>{text('unmeasured')}</p>"
@@ -248,80 +232,3 @@ def _commands(commands: Sequence[dict[str, str]]) -> Iterator[str]:
     for entry in commands:
         what = "again" if entry["what"] == "report" else entry["what"]
         yield f"<div class=command>{text(what)}<pre>{safe(entry['command'])}</pre></div>"
-
-
-# ---- values ----------------------------------------------------------------------------------------------------------
-
-def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table of cells in HTML; columns of numbers are set flush right, and rows beyond `ROWS` are counted."""
-    every = [list(row) for row in rows]
-    shown_rows = every[:ROWS]
-    numeric = [all(_is_number(row[column]) for row in shown_rows) for column in range(len(head))]
-    classes = [" class=number" if is_number and shown_rows else "" for is_number in numeric]
-    top = "".join(f"<th{name}>{cell}</th>" for cell, name in zip(head, classes, strict=True)) if any(head) else ""
-    lines = ["<tr>" + "".join(f"<td{name}>{cell}</td>" for cell, name in zip(row, classes, strict=True)) + "</tr>"
-             for row in shown_rows]
-    more = f"<p class=soft>+ {len(every) - ROWS:,} (report.json)</p>" if len(every) > ROWS else ""
-    return f"<div class=wide><table>{f'<tr>{top}</tr>' if top else ''}{''.join(lines)}</table></div>{more}"
-
-
-def _is_number(cell: str) -> bool:
-    return not cell or cell[0].isdigit() or cell[0] == "-"
-
-
-def safe(value: Any) -> str:
-    """A text of the data as HTML, without control characters except line ends."""
-    return html.escape("".join(char for char in str(value) if char.isprintable() or char == "\n"))
-
-
-def place(path: Any) -> str:
-    """The last part of a path, with the whole path as its tooltip."""
-    return f'<span title="{safe(path)}">{safe(str(path).rstrip("/").rpartition("/")[2])}</span>'
-
-
-def value(item: Any) -> str:
-    """A setting as HTML."""
-    return safe(json.dumps(item, ensure_ascii=False) if isinstance(item, dict | list | bool | None) else item)
-
-
-def shown(item: Any) -> str:
-    """A number with six digits, or a text; empty for null."""
-    if item is None:
-        return ""
-    if isinstance(item, bool) or not isinstance(item, int | float):
-        return safe(item)
-    return f"{item:,}" if isinstance(item, int) else f"{item:,.0f}" if abs(item) >= 1e5 else f"{item:.6g}"
-
-
-def amount(count: Any) -> str:
-    """A large number with a unit: 1.23 M; empty for null.
-
-    >>> [amount(count) for count in (None, 950.0, 1234567, 2.5e15)]
-    ['', '950', '1.23 M', '2.5e+15']
-    """
-    if not isinstance(count, int | float):
-        return ""
-    for size, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if size <= abs(count) < 1000 * size:
-            return f"{count / size:.3g} {unit}"
-    return f"{count:.3g}"
-
-
-def percent(part: Any, whole: Any) -> str:
-    """A share in percent; empty if it is not known."""
-    return f"{part / whole:.1%}" if isinstance(part, int | float) and isinstance(whole, int | float) and whole else ""
-
-
-def duration(seconds: Any) -> str:
-    """Seconds as 1 h 02 min; empty for null.
-
-    >>> [duration(seconds) for seconds in (None, 3.21, 75, 7320)]
-    ['', '3.2 s', '1 min 15 s', '2 h 02 min']
-    """
-    if not isinstance(seconds, int | float):
-        return ""
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest:02} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02} min"
-

@@ -32,11 +32,24 @@ TEXTS = {
     # charts
     "loss": ("Training loss (nats per supervised token)", "训练损失（每个计入损失的 token，nat）"),
     "nll": ("Validation NLL (nats per supervised token)", "验证集 NLL（每个计入损失的 token，nat）"),
+    "rise": ("Rise of the loss of the guard documents (nats per token)", "守护文档损失的上升（每个 token，nat）"),
+    "guard": ("NLL of the guard documents (nats per token)", "守护文档的 NLL（每个 token，nat）"),
     "lr": ("Learning rate", "学习率"), "grad_norm": ("Gradient norm before clipping", "裁剪前的梯度范数"),
     "speed": ("Tokens per second, all devices", "每秒 token 数（所有设备）"),
     "memory": ("Peak memory of the first device (GiB)", "首个设备的内存峰值（GiB）"),
     "hint": ("Move the pointer over a curve, or focus it and use the arrow keys. ★ marks the best checkpoint.",
              "将指针移到曲线上，或选中图表后用方向键查看数值。★ 为最佳检查点。"),
+    # intervals, breakdowns and forgetting
+    "interval": ("Ranges are 95 % intervals over documents.", "范围为按文档计算的 95% 置信区间。"),
+    "interval_95": ("95 % interval", "95% 置信区间"), "accuracy": ("token accuracy", "token 准确率"),
+    "breakdown": ("Newest validation by source, answer and position", "最近一次验证：按数据源、回答与位置"),
+    "nth_answer": ("answer of the conversation", "对话中的第几个回答"),
+    "positions": ("position in the context", "上下文中的位置"), "documents": ("documents", "文档"),
+    "forgetting": ("Forgetting", "遗忘"), "worse": ("documents that got worse", "变差的文档"),
+    "say_forgetting": ("The loss of the guard documents (data.guard_sources), compared with the same documents before "
+                       "training.", "守护文档（data.guard_sources）的损失，与训练前同一批文档比较。"),
+    "forgot": ("The loss has risen beyond its interval: the model has become worse on these documents.",
+               "损失的上升超出置信区间：模型在这些文档上变差了。"),
     # columns
     "metric": ("metric", "指标"), "before": ("before training", "训练前"), "best": ("best checkpoint", "最佳检查点"),
     "last": ("last checkpoint", "最后的检查点"), "step": ("step", "步"), "name": ("name", "名称"),
@@ -74,6 +87,7 @@ TEXTS = {
     "seconds": ("wall time of the run, with repeated parts", "总用时（含重复部分）"),
     "training_seconds": ("of it, optimizer steps", "其中优化器步"),
     "report_seconds": ("of it, writing this report", "其中生成本报告"),
+    "guard_seconds": ("of it, scoring the guard documents", "其中评估守护文档"),
     "tokens_computed": ("tokens trained on, with padding excluded", "训练的 token 数（不含填充）"),
     "tokens_per_second": ("tokens per second of training", "训练时每秒 token 数"),
     "flops_per_token": ("FLOPs per token, an estimate as in plan", "每个 token 的 FLOPs（与 plan 相同的估算）"),

@@ -32,6 +32,8 @@ class Course:
         losses: Logged training losses in nats per supervised token.
         validations: (step, nats) in order, without the validation before training.
         before: Nats of the validation before training; null if there was none.
+        forgetting: Step, nats, rise and its interval's low and high end of the guard documents, at the best checkpoint
+            or at the end; null without guard documents.
     """
 
     steps: int
@@ -40,6 +42,7 @@ class Course:
     losses: list[float] = field(default_factory=list)
     validations: list[tuple[int, float]] = field(default_factory=list)
     before: float | None = None
+    forgetting: tuple[int, float, float, float, float] | None = None
 
 
 def warnings(course: Course, *, finished: bool = True) -> list[str]:
@@ -50,7 +53,7 @@ def warnings(course: Course, *, finished: bool = True) -> list[str]:
         finished: Whether it has ended as planned; only then can it have been too short.
     """
     if not finished:
-        return _risen(course)
+        return [*_risen(course), *_forgot(course)]
     messages = []
     losses = [loss for loss in course.losses if math.isfinite(loss)]
     last = losses[-max(1, round(LAST * len(losses))):] if losses else []
@@ -66,8 +69,18 @@ def warnings(course: Course, *, finished: bool = True) -> list[str]:
         messages.append(f"the training loss is still {final:.2f} nats per token{after} (perplexity "
                         f"{_perplexity(final):,.1f}): the training data are not learned yet; raise trainer.max_epochs "
                         "or model.lr, and with adapters model.lora.r")
-    messages += _risen(course)
-    return messages
+    return [*messages, *_risen(course), *_forgot(course)]
+
+
+def _forgot(course: Course) -> list[str]:
+    """Warn if the loss of the guard documents has risen beyond its interval."""
+    if course.forgetting is None or not course.forgetting[3] > 0:
+        return []
+    step, nll, rise, low, high = course.forgetting
+    return [f"the loss of the guard documents has risen by {rise:.3f} nats per token at step {step:,} (95 % interval "
+            f"{low:.3f} to {high:.3f}; perplexity {_perplexity(nll - rise):,.2f} before training, "
+            f"{_perplexity(nll):,.2f} now): the model forgets; lower model.lr or trainer.max_epochs, train adapters "
+            "(model.lora), or add such data to data.sources"]
 
 
 def _risen(course: Course) -> list[str]:
@@ -107,7 +120,20 @@ def course_of(run: Path, before: float | None = None) -> Course:
     validations = [(int(row["step"]), float(row["val/nll"])) for row in rows if row.get("val/nll")]
     if before is not None and validations and validations[0][0] == 0 and len(rows) > 1:
         validations = validations[1:]
-    return Course(steps, _passes(data), _answers(data), losses, validations, before)
+    return Course(steps, _passes(data), _answers(data), losses, validations, before, _forgetting(run, rows))
+
+
+def _forgetting(run: Path, rows: list[dict[str, str]]) -> tuple[int, float, float, float, float] | None:
+    """The figures of the guard documents at the best checkpoint, or else the newest ones."""
+    names = ("step", "guard/nll", "guard/rise", "guard/rise_low", "guard/rise_high")
+    measured = [row for row in rows if all(row.get(name) for name in names)]
+    best = run / "checkpoints" / "BEST"
+    step = best.read_text(encoding="utf-8").strip().removeprefix("step_") if best.is_file() else ""
+    row = next((row for row in measured if row["step"] == step), measured[-1] if measured else None)
+    if row is None:
+        return None
+    _, nll, rise, low, high = (float(row[name]) for name in names)
+    return int(row["step"]), nll, rise, low, high
 
 
 def _passes(data: dict[str, Any]) -> float | None:

@@ -8,10 +8,11 @@ from pathlib import Path
 
 from lit_llm import disk
 from lit_llm.errors import InputError
-from lit_llm.report import comparison, curves, facts, page
+from lit_llm.report import comparison, facts, page
+from lit_llm.report.drawing import curves, picture
 
 log = logging.getLogger(__name__)
-REPORT, PAGE, PICTURE = "report.json", "report.html", "curves.svg"
+REPORT, PAGE, PICTURE, PNG = "report.json", "report.html", "curves.svg", "curves.png"
 FILES = (facts.RUN, REPORT, PAGE, PICTURE)          # what a run adds to its folder for its report
 
 
@@ -71,13 +72,21 @@ def _readable(run: str) -> Iterator[None]:
                          fix="run.json, data.json and *.jsonl must be as the run wrote them") from error
 
 
-def picture_of(run: Path) -> str:
-    """The curves of a run as an SVG file; empty if it has none, or if its files cannot be read."""
+def picture_of(run: Path) -> tuple[str, bytes] | None:
+    """The curves of a run for a model card, as the name and the content of a file.
+
+    A PNG where matplotlib is installed, and otherwise an SVG; null if the run has no curves, or if they cannot be
+    drawn.
+    """
     try:
-        return curves.picture(facts.of(run))
+        values = facts.of(run)
+        drawn = curves.pictured(values)
+        if drawn and picture.is_available():
+            return PNG, picture.png(drawn, curves.best_step(values))
+        return (PICTURE, curves.picture(values).encode()) if drawn else None
     except Exception as error:
         log.warning("the curves of %s could not be drawn: %s", run, disk.reason(error))
-        return ""
+        return None
 
 
 def try_to_write(run: Path) -> None:

@@ -120,6 +120,7 @@ RANGES: dict[str, Numbers] = {
     "data.seed": whole(0, 2**32 - 1, 0),
     "data.num_proc": whole(1, 1024, 2),
     "data.stream_buffer": whole(1, 10**10, 4_000_000),
+    "data.guard_tokens": whole(1000, 10**9, 20_000),
     "data.sources.weight": number(0, 1000, "1", above=True),
 
     "trainer.num_sanity_val_steps": whole(0, STEPS, -1, -1),
@@ -142,6 +143,7 @@ RANGES: dict[str, Numbers] = {
     "trainer.val_check_interval": batches(1, "1.0"),
     "trainer.check_val_every_n_epoch": whole(1, STEPS, 1),
     "trainer.accumulate_grad_batches": whole(1, 1_000_000, 4),
+    "trainer.stop_on_forgetting": number(0, 100, "0.1", above=True),
     "trainer.gradient_clip_val": number(0, 1_000_000, "1.0"),
     "trainer.reload_dataloaders_every_n_epochs": whole(0, STEPS, 0),
 
@@ -224,7 +226,7 @@ PATTERNS: dict[str, tuple[str, str]] = {            # key -> a pattern that its 
     "trainer.devices": (r"auto|-1|\d+( *, *\d+)*,?",
                         "a number of devices, their indices such as 0,1, -1 for all, or auto")}
 SAME = {                                            # keys with the same range as another one
-    "data.val_sources.weight": "data.sources.weight", "data.test_sources.weight": "data.sources.weight",
+    **{f"data.{stage}_sources.weight": "data.sources.weight" for stage in ("val", "test", "guard")},
     "model.peft.init_args.r": "model.lora.r", "model.peft.init_args.lora_alpha": "model.lora.alpha",
     "model.peft.init_args.lora_dropout": "model.lora.dropout"}
 

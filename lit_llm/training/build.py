@@ -175,7 +175,8 @@ def tokens_to_train(module: Module, inner: Any) -> list[int]:
     choice = learned_tokens.choose(
         data.tokenizer, matrix, matrix if head is embedding else shards.whole(head), data.occurrences(),
         every_token=data.train_on == "all", new=getattr(inner, "new_rows", 0),
-        chats=any(not plan.corpus.is_document.all() for plan in getattr(data, "plans", {}).values()))
+        chats=any(not plan.corpus.is_document.all() for stage, plan in getattr(data, "plans", {}).items()
+                  if stage != "guard"))
     if choice.ids and module.trainer.is_global_zero and module.trainer.training:
         learned_tokens.report(data.tokenizer, choice, obstacle)
     return choice.ids if obstacle is None else []

@@ -289,10 +289,10 @@ class CausalLMModule(SavedModule):
         """Sums over one micro-batch."""
         return self._surrounded(batch, lambda: self.sums(batch))
 
-    def plain_nll(self, batch: "Batch") -> Tensor:
-        """() summed NLL in nats of a batch by the model alone, without terms that an override of `sums` adds."""
+    def plain_sums(self, batch: "Batch") -> Sums:
+        """Sums of a batch by the model alone, without terms that an override of `sums` adds."""
         return self._surrounded(batch, lambda: forward.nll(
-            self.model, batch, forward.Choices(self.way or forward.Way()))).total
+            self.model, batch, forward.Choices(self.way or forward.Way())))
 
     def _surrounded(self, batch: "Batch", compute: Callable[[], Sums]) -> Sums:
         """Call `compute` with the weights gathered and the autocast that strategy and precision need."""

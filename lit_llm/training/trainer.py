@@ -23,6 +23,7 @@ from lit_llm.training.checks import compatible, duration, idle
 from lit_llm.training.parallel import named, safe_load
 from lit_llm.training.parallel.saved import SavedModule
 from lit_llm.training.planning.threadcount import ThreadCount
+from lit_llm.training.record.forgetting import Forgetting
 from lit_llm.training.record.run_record import RunRecord
 from lit_llm.training.record.samples import Samples
 from lit_llm.training.record.speed import Speed
@@ -68,6 +69,8 @@ class Trainer(L.Trainer):
         threads: CPU threads of each process. auto measures 1, 2, 4 ... up to its share of the cores at start and uses
             the fastest, which on busy cores is often 1; $OMP_NUM_THREADS overrides auto. A resumed run keeps its
             number, because another number changes the order of sums and so the last bits.
+        stop_on_forgetting: End the run when the loss of the guard documents (`data.guard_sources`) has risen by more
+            than this number of nats per token, with a 95 % interval above 0; null does not end it.
         kernels: plain computes with torch's and transformers' own operations in place of the kernels written here, to
             check a result without them; null takes $LIT_LLM_KERNELS, else own.
         kwargs: Other arguments of Lightning's Trainer.
@@ -91,6 +94,7 @@ class Trainer(L.Trainer):
         accept_changes: list[manifest.Change] | None = None,
         threads: int | Literal["auto"] = "auto",
         kernels: switch.Kernels | None = None,
+        stop_on_forgetting: float | None = None,
         **kwargs: Any,
     ) -> None:
         _check_numbers(locals() | kwargs)
@@ -103,9 +107,9 @@ class Trainer(L.Trainer):
         callbacks = [] if callbacks is None else callbacks if isinstance(callbacks, list) else [callbacks]
         has_guard = any(isinstance(callback, FiniteGuard) for callback in callbacks)
         guard = [] if has_guard else [FiniteGuard(max_skipped_steps)]
-        speed = Speed()
-        callbacks = [MonitorCheck(), *callbacks, *guard, speed, RngState(), self.thread_count, self.run,
-                     self.preemption, Samples(samples), RunRecord(speed)]
+        speed, forgetting = Speed(), Forgetting(stop_on_forgetting)
+        callbacks = [MonitorCheck(), *callbacks, *guard, speed, RngState(), self.thread_count, self.run, forgetting,
+                     self.preemption, Samples(samples), RunRecord(speed, forgetting)]
         for enabled, kind, default in (("enable_progress_bar", AnyProgressBar, Progress),
                                       ("enable_checkpointing", StepCheckpoint, StepCheckpoint)):
             if kwargs.get(enabled) is not False and not any(isinstance(callback, kind) for callback in callbacks):

@@ -7,7 +7,8 @@ import shutil
 
 import pytest
 
-from lit_llm.report import curves, writing
+from lit_llm.report import writing
+from lit_llm.report.drawing import curves
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 DRIVER = shutil.which("chromedriver")

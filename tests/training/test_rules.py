@@ -107,6 +107,8 @@ EXAMPLES = {                                        # (first, second) -> keys be
     ("`data.test_sources`", "`data.test_fraction`"): {"data.test_sources": CHATS, "data.test_fraction": 0.1},
     ("a `weight` in `data.val_sources`", "`data.val_sources`"): {"data.val_sources": [{"path": "train.jsonl", "weight": 2.0}]},
     ("a `weight` in `data.test_sources`", "`data.test_sources`"): {"data.test_sources": [{"path": "train.jsonl", "weight": 2.0}]},
+    ("a `weight` in `data.guard_sources`", "`data.guard_sources`"): {"data.guard_sources": [{"path": "train.jsonl", "weight": 2.0}]},
+    ("`data.guard_tokens`", "no `data.guard_sources`"): {"data.guard_tokens": 1000},
     ("`data.stream_buffer`", "no `data.streaming`"): {"data.stream_buffer": 60},
     ("a `weight` of the only source", "`data.streaming`"):
         {"data.sources": [{"path": "train.jsonl", "weight": 2.0}], "data.streaming": True, "trainer.max_steps": 2},

@@ -13,7 +13,7 @@ from lit_llm.data.rows.corpus import ANSWER, Corpus
 from lit_llm.data.rows.packing import Overlong, Packing, Rows, Segments
 from lit_llm.errors import InputError
 
-Stage = Literal["train", "val", "test"]
+Stage = Literal["train", "val", "test", "guard"]
 COPIES = 10_000_000                                     # limit on sequences of an epoch due to weights
 
 

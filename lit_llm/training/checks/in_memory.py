@@ -48,7 +48,7 @@ class ReferenceScores:
         try:
             if self._references is None:
                 self._references = check.reference_sequences(tokenizer, check.vocabulary(module.model))
-            with _undisturbed(trainer):
+            with undisturbed(trainer):
                 nll = _nll(trainer, [row.ids[: check.scored_length(module.model)] for row in self._references])
         except Exception as error:                  # another kind of model in a subclass, or too little memory
             why = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
@@ -64,22 +64,33 @@ class ReferenceScores:
 
 def _nll(trainer: L.Trainer, documents: list[tuple[int, ...]]) -> float:
     """Mean nats per token, without the first of each document, of documents in one packed sequence."""
-    strategy, module = trainer.strategy, trainer.lightning_module
     length, most = sum(map(len, documents)), max(map(max, documents))
     segments = [(np.array(ids), np.ones(len(ids), bool)) for ids in documents]
-    batch: Any = strategy.batch_to_device(
+    batch: Any = trainer.strategy.batch_to_device(
         batch_of([segments], seq_len=length, pad_id=0, token_bytes=np.zeros((2, most + 1), np.int64)))
     with trainer.precision_plugin.val_step_context():
-        if strategy.model is module:
-            total: Any = module.plain_nll(batch)  # type: ignore[operator]
-        else:                                       # as Lightning calls `validation_step`, for DeepSpeed's engine
-            assert strategy.model is not None
-            total = private.call_as_step(strategy, module, "plain_nll", batch)
-    return float(total) / (length - len(documents))
+        return float(scored(trainer, batch).total) / (length - len(documents))
+
+
+def scored(trainer: L.Trainer, batch: Any) -> Any:
+    """Sums of a batch by the model in memory, within `undisturbed` and the context of the precision. Collective.
+
+    Args:
+        trainer: The trainer within a fit.
+        batch: On the device.
+
+    Returns:
+        `forward.Sums`, with the loss of each supervised token.
+    """
+    strategy, module = trainer.strategy, trainer.lightning_module
+    if strategy.model is module:
+        return module.plain_sums(batch)  # type: ignore[operator]
+    assert strategy.model is not None               # as Lightning calls `validation_step`, for DeepSpeed's engine
+    return private.call_as_step(strategy, module, "plain_sums", batch)
 
 
 @contextmanager
-def _undisturbed(trainer: L.Trainer) -> Generator[None, None, None]:
+def undisturbed(trainer: L.Trainer) -> Generator[None, None, None]:
     """Context for an evaluation in the middle of training."""
     outer: Any = trainer.model                      # DeepSpeed's engine has its own train mode
     compiled = getattr(trainer.lightning_module, "compile_layers", False)

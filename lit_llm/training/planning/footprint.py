@@ -228,7 +228,7 @@ def _trained_tokens(module: "Module", data: "Data", inner: Any) -> list[int]:
         return []
     if module.train_tokens != "auto":
         return learned_tokens.named(data.tokenizer, module.train_tokens)
-    chats = any(not plan.corpus.is_document.all() for plan in data.plans.values())
+    chats = any(not plan.corpus.is_document.all() for stage, plan in data.plans.items() if stage != "guard")
     if not chats or trained_rows.chooses_rows(inner, module.peft_spec):
         return []
     return learned_tokens.candidates(data.tokenizer)

@@ -25,11 +25,12 @@ from lit_llm.system.redaction import redact
 from lit_llm.training.parallel import distribution
 from lit_llm.training.parallel.saved import SavedModule
 from lit_llm.training.planning import devices, estimate, footprint
+from lit_llm.training.record.forgetting import Forgetting
 from lit_llm.training.record.speed import Speed
 
 log = logging.getLogger(__name__)
 PACKAGES = ("lit_llm", "torch", "transformers", "lightning", "peft", "deepspeed", "bitsandbytes")
-ADDED = ("seconds", "training_seconds", "report_seconds", "tokens")     # sums over all lives of a run
+ADDED = ("seconds", "training_seconds", "report_seconds", "guard_seconds", "tokens")     # sums over all lives of a run
 TERA, GIB = 1e12, 2**30
 
 
@@ -38,10 +39,11 @@ class RunRecord(Callback):
 
     Args:
         speed: Counts the tokens and the time of the steps.
+        forgetting: Measures the guard documents.
     """
 
-    def __init__(self, speed: Speed) -> None:
-        self.speed = speed
+    def __init__(self, speed: Speed, forgetting: Forgetting) -> None:
+        self.speed, self.forgetting = speed, forgetting
         self._facts: dict[str, Any] = {}            # of run.json that do not change; empty before the first step
         self._earlier: dict[str, float] = {}        # sums of earlier lives of a resumed run
         self._begun = self._report_seconds = 0.0
@@ -74,7 +76,7 @@ class RunRecord(Callback):
     def teardown(self, trainer: L.Trainer, module: L.LightningModule, stage: str) -> None:
         """Write the report of a finished run; after an error `on_exception` has written it."""
         if stage == "fit":
-            self._write(trainer, "finished")
+            self._write(trainer, "finished", self.forgetting.reason)
             self._facts = {}
 
     def on_exception(self, trainer: L.Trainer, module: L.LightningModule, exception: BaseException) -> None:
@@ -90,7 +92,8 @@ class RunRecord(Callback):
             return
         begun = time.monotonic()
         sums = {"seconds": begun - self._begun, "training_seconds": self.speed.seconds,
-                "report_seconds": self._report_seconds, "tokens": self.speed.tokens}
+                "report_seconds": self._report_seconds, "guard_seconds": self.forgetting.seconds,
+                "tokens": self.speed.tokens}
         sums = {name: value + self._earlier.get(name, 0) for name, value in sums.items()}
         now = {"state": state, "reason": reason, "step": trainer.global_step, "updated": _now()}
         record = now | self._facts | sums

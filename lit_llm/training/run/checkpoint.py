@@ -113,7 +113,7 @@ class StepCheckpoint(Checkpoint):
         if trainer.state.fn == "fit" and not trainer.sanity_checking and not private.accumulates(trainer):
             score = trainer.callback_metrics.get(self.monitor)
             named = {} if score is None else {self.monitor: float(score)}
-            self.save(trainer, named.get(self.monitor), figures_of(trainer, "val/") | named)
+            self.save(trainer, named.get(self.monitor), figures_of(trainer, "val/", "guard/") | named)
 
     def on_train_end(self, trainer: L.Trainer, *_: object) -> None:
         """Save at the end, unless the last step is already on disk."""

@@ -27,8 +27,8 @@ OF_DATA = ("sources", "val_sources", "val_fraction", "test_sources", "test_fract
            "overlong", "seed", "dedup", "stride")   # keys that determine the evaluated data
 
 
-def figures_of(trainer: L.Trainer, prefix: str) -> dict[str, float]:
-    """The logged metrics whose names begin with a prefix such as `val/`."""
+def figures_of(trainer: L.Trainer, *prefix: str) -> dict[str, float]:
+    """The logged metrics whose names begin with a prefix such as `val/`, or one of several."""
     return {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith(prefix)}
 
 
@@ -111,7 +111,8 @@ def record(trainer: L.Trainer, split: str, config: dict[str, Any] | None) -> dic
     if own and not other:
         metrics = read_metrics(run)
         same = metrics.get("step") == step          # then metrics of the other split belong to this checkpoint as well
-        others = {key: value for key, value in metrics.items() if key.startswith(("val/", "test/", "last/")) and same}
+        kept = ("val/", "test/", "guard/", "last/")
+        others = {key: value for key, value in metrics.items() if key.startswith(kept) and same}
         before = {key.removeprefix("before/"): value for key, value in metrics.items() if key.startswith("before/")}
         write_metrics(run, step, others | figures, before)
     elif not (run / "checkpoints").is_dir():        # no run is here that the record could be attributed to

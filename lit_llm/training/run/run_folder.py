@@ -150,7 +150,8 @@ class RunFolder(Callback):
         apart = differences(then.get("val"), plan.fingerprint if plan else None) if isinstance(then, dict) else []
         if not apart:
             return
-        self.before, self._validated = {}, -1
+        self.before = {name: value for name, value in self.before.items() if not name.startswith("val/")}
+        self._validated = -1
         if trainer.is_global_zero:
             log.warning("the validation data have changed (%s): earlier checkpoints are not compared with new ones, "
                         "and perplexity before training is unknown", "; ".join(apart))
@@ -278,7 +279,7 @@ class RunFolder(Callback):
             if trainer.is_global_zero and (Path(trainer.default_root_dir) / facts.RUN).is_file():
                 writing.try_to_write(Path(trainer.default_root_dir))
             return
-        self.after = figures_of(trainer, f"{split}/")
+        self.after = figures_of(trainer, f"{split}/", "guard/")
         self._keep_data(trainer)
         breakdowns.keep(trainer, split)
         if trainer.is_global_zero:

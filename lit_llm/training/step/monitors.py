@@ -53,7 +53,8 @@ def check(trainer: L.Trainer) -> None:
     measured = not isinstance(data, TextDataModule) or bool(data.val_dataloader())
     known = [*MEASURED, *(_of_sources(data) if isinstance(data, TextDataModule) else ())]
     for callback, name in monitored(trainer):
-        if name not in (*TRAINED, *known, *COUNTED) and not name.startswith("lr-"):     # LearningRateMonitor's
+        guarded = name.startswith("guard/") and getattr(data, "guard_sources", None)
+        if name not in (*TRAINED, *known, *COUNTED) and not (guarded or name.startswith("lr-")):     # of a callback
             raise _refusal(callback, name, [TRAINED[0], *(metric for metric in known if metric not in UNLISTED)])
         if name in known and isinstance(callback, EarlyStopping) and not measured:
             raise InputError(f"{name} is never measured: there is no validation data", where=_place(callback),

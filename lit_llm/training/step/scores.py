@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from lightning import Trainer
 
     from lit_llm.data.rows.loader import Batch
+    from lit_llm.training.forward import Sums
 
 
 class Module(Protocol):
@@ -31,8 +32,8 @@ class Module(Protocol):
     def device(self) -> torch.device:
         """The device of this rank."""
 
-    def plain_nll(self, batch: "Batch") -> Tensor:
-        """() nats of the supervised tokens of a batch."""
+    def plain_sums(self, batch: "Batch") -> "Sums":
+        """Sums over the supervised tokens of a batch."""
 
 
 def of_documents(module: Module, batch: object | None) -> dict[str, Tensor]:
@@ -48,10 +49,10 @@ def of_documents(module: Module, batch: object | None) -> dict[str, Tensor]:
     """
     parts = [] if batch is None else list(padded.documents(padded.packed(batch)))
     most = _most(module, len(parts))
-    nll = [module.plain_nll(part).double() for part in parts]
+    nll = [module.plain_sums(part).total.double() for part in parts]
     nothing = torch.zeros((1, 2), dtype=torch.int64, device=module.device)
     for _ in range(most - len(parts)):
-        module.plain_nll(padded.as_batch({"input_ids": nothing, "attention_mask": nothing}))
+        module.plain_sums(padded.as_batch({"input_ids": nothing, "attention_mask": nothing}))
     tokens = torch.tensor([part["num_supervised"] for part in parts])
     return {"nll": torch.stack(nll) if nll else torch.zeros(0), "tokens": tokens} if most else {}
 

@@ -3,19 +3,21 @@
 import html
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from lit_llm.report.rows import MEMORY, SPEED
 
+ENDS = ("_low", "_high")                            # suffixes of the ends of a metric's interval
 WIDTH, HEIGHT = 640, 260
 LEFT, RIGHT, TOP, BOTTOM = 66, 14, 14, 30           # margins
 COLOURS = ("#2b6cb0", "#c05621", "#2f855a", "#b83280", "#6b46c1", "#975a16")     # the page replaces them in dark mode
 # The charts in their order: key of its title, and the metrics that it shows, with those below them.
 CHARTS = (("loss", ("train/loss", "train/aux_loss")), ("nll", ("val/nll",)), ("lr", ("train/lr",)),
-          ("grad_norm", ("train/grad_norm",)), ("speed", (SPEED,)), ("memory", (MEMORY,)))
-UNCHARTED = ("val/tokens", "test/tokens")           # constant
-PICTURED = ("loss", "nll")                          # charts of the model card
+          ("rise", ("guard/rise",)), ("guard", ("guard/nll",)), ("grad_norm", ("train/grad_norm",)),
+          ("speed", (SPEED,)), ("memory", (MEMORY,)))
+UNCHARTED = ("val/tokens", "test/tokens", "guard/tokens", "val/documents", "test/documents")        # constant
+PICTURED = ("loss", "nll", "rise")                  # charts of the model card
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,11 +28,13 @@ class Series:
         name: Its name in the legend.
         steps: Optimizer steps, ascending.
         values: A finite value for each.
+        band: Step -> ends of the interval of its value.
     """
 
     name: str
     steps: list[int]
     values: list[float]
+    band: dict[int, tuple[float, float]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,8 +58,7 @@ def charts(facts: dict[str, Any]) -> list[Chart]:
     Args:
         facts: The values of `report.json`.
     """
-    left = {curve["name"]: Series(curve["name"], curve["steps"], curve["values"]) for curve in facts["curves"]
-            if curve["steps"] and curve["name"] not in UNCHARTED}
+    left = series_of(facts)
     charts = []
     for key, names in CHARTS:
         of_chart = [name for name in left if name in names or name.startswith(tuple(f"{one}/" for one in names))
@@ -63,6 +66,20 @@ def charts(facts: dict[str, Any]) -> list[Chart]:
         if of_chart:
             charts.append(Chart(key, of_chart[0], [left.pop(name) for name in of_chart]))
     return charts + [Chart("", name, [series]) for name, series in left.items()]
+
+
+def series_of(facts: dict[str, Any]) -> dict[str, Series]:
+    """The curve of each metric of a run, with its interval, in the order of the metrics."""
+    points = {curve["name"]: dict(zip(curve["steps"], curve["values"], strict=True)) for curve in facts["curves"]
+              if curve["steps"]}
+    found = {}
+    for name, curve in points.items():
+        if name in UNCHARTED or (name.endswith(ENDS) and name.rpartition("_")[0] in points):
+            continue
+        low, high = (points.get(name + end, {}) for end in ENDS)
+        band = {step: (low[step], high[step]) for step in curve if step in low and step in high}
+        found[name] = Series(name, list(curve), list(curve.values()), band)
+    return found
 
 
 def svg(chart: Chart, best: int | None = None, label: str = "") -> str:
@@ -93,6 +110,11 @@ def svg(chart: Chart, best: int | None = None, label: str = "") -> str:
         colour = place % len(COLOURS)
         points = [(across.at(step), up.at(value)) for step, value in zip(series.steps, series.values, strict=True)]
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
+        if series.band:
+            ends = [[(across.at(step), up.at(ends[which])) for step, ends in series.band.items()] for which in (0, 1)]
+            outline = " ".join(f"{x:.1f},{y:.1f}" for x, y in [*ends[0], *reversed(ends[1])])
+            parts.append(f'<polygon class="s{colour}" points="{outline}" fill="{COLOURS[colour]}" fill-opacity="0.18" '
+                         f'stroke="{COLOURS[colour]}" stroke-opacity="0.35" stroke-width="1"/>')
         parts.append(f'<polyline class="s{colour}" points="{path}" fill="none" stroke="{COLOURS[colour]}" '
                      'stroke-width="1.8" stroke-linejoin="round"/>')
         parts += [f'<circle class="s{colour}" cx="{x:.1f}" cy="{y:.1f}" r="2.6" fill="{COLOURS[colour]}"/>'
@@ -102,8 +124,7 @@ def svg(chart: Chart, best: int | None = None, label: str = "") -> str:
 
 def picture(facts: dict[str, Any]) -> str:
     """The main curves as one SVG file for a model card; empty if the run has none."""
-    drawn = [chart for chart in charts(facts) if chart.key in PICTURED]
-    if not drawn:
+    if not (drawn := pictured(facts)):
         return ""
     best = best_step(facts)
     boxes = []
@@ -116,6 +137,11 @@ def picture(facts: dict[str, Any]) -> str:
     height = len(drawn) * (HEIGHT + 30) + 8
     return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" width="{WIDTH}" height="{height}">'
             f'<rect width="{WIDTH}" height="{height}" fill="#fff"/>{"".join(boxes)}</svg>\n')
+
+
+def pictured(facts: dict[str, Any]) -> list[Chart]:
+    """The charts of a model card."""
+    return [chart for chart in charts(facts) if chart.key in PICTURED]
 
 
 def best_step(facts: dict[str, Any]) -> int | None:
@@ -131,7 +157,10 @@ def values_of(drawn: Sequence[Chart]) -> list[dict[str, Any]]:
         entries.append({"x": [across.low, across.high, across.first, across.last],
                         "y": [up.low, up.high, up.first, up.last],
                         "series": [{"name": series.name, "steps": series.steps,
-                                    "values": [float(f"{value:.6g}") for value in series.values]}
+                                    "values": [float(f"{value:.6g}") for value in series.values],
+                                    "band": [[float(f"{end:.4g}") for end in series.band[step]]
+                                             if step in series.band else None for step in series.steps]
+                                    if series.band else None}
                                    for series in chart.series]})
     return entries
 
@@ -150,6 +179,7 @@ class Scale:
         """The axes of a chart: steps, and values with a margin."""
         steps = [step for series in chart.series for step in series.steps]
         values = [value for series in chart.series for value in series.values]
+        values += [end for series in chart.series for ends in series.band.values() for end in ends]
         low, high = min(values), max(values)
         if not math.isfinite(high - low):           # values at the ends of the range of float
             low, high = low / 4, high / 4

@@ -1,0 +1,1 @@
+"""Curves and tables of the report, as SVG, PNG and HTML."""
