@@ -158,22 +158,22 @@ def test_the_space_before_a_first_word_is_that_of_our_decoder(stories):
     from serve.openai.choices import Choice
     from serve.openai.routes import Routes
 
-    async def read(tokenizer, texts, *, goes_on):
+    async def read(tokenizer, texts, *, continues):
         routes = Routes(tokenizer, ("tale",), Limits(), ())
         reply = Reply(routes.engine, 2)
         for text in texts:
             reply.push(TextEvent(reply.request_id, None, text=text), 0.0)
         reply.push(TextEvent(reply.request_id, None, "stop", completion_tokens=3), 0.0)
-        return [piece async for piece in routes.pieces(Choice([5, 6], SamplingParams(), goes_on=goes_on), reply)]
+        return [piece async for piece in routes.pieces(Choice([5, 6], SamplingParams(), continues=continues), reply)]
 
     tokenizer = Tokenizer.load(stories)
     ids = tokenizer.encode_text("Once there")
     decoded = tokenizer.decode(ids)
     behind = tokenizer.decode([*ids, *ids]).removeprefix(decoded)      # as a backend does
-    pieces = asyncio.run(read(tokenizer, [behind[:3], behind[3:]], goes_on=False))
+    pieces = asyncio.run(read(tokenizer, [behind[:3], behind[3:]], continues=False))
     assert ("".join(piece.text for piece in pieces), behind) == (decoded, f" {decoded}")
     assert (pieces[-1].finish_reason, pieces[-1].completion_tokens, pieces[-1].prompt_tokens) == ("stop", 3, 2)
-    assert "".join(piece.text for piece in asyncio.run(read(tokenizer, [behind], goes_on=True))) == behind
+    assert "".join(piece.text for piece in asyncio.run(read(tokenizer, [behind], continues=True))) == behind
 
 
 @pytest.mark.parametrize("url", ["127.0.0.1:8001", "ftp://a/v1", "http://", "http://a:99999", "http://user:hunter2@a/v1",
