@@ -36,6 +36,8 @@ SPECIAL = {
     **{kind: {"is_decoder": True} for kind in (
         "bert", "bert-generation", "big_bird", "camembert", "data2vec-text", "electra", "ernie", "megatron-bert",
         "rembert", "roberta", "roberta-prelayernorm", "roc_bert", "roformer", "xlm-roberta", "xlm-roberta-xl", "xmod")},
+    "bamba": {"num_hidden_layers": 2, "attn_layer_indices": [1]},
+    "blenderbot": {"encoder_layers": 2, "decoder_layers": 2},
     "dbrx": {"attn_config": {"rope_theta": 1e4, "kv_n_heads": 2, "clip_qkv": 8.0},
              "ffn_config": {"moe_num_experts": 4, "moe_top_k": 2, "ffn_hidden_size": 64}},
     "dots1": {"n_routed_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "n_shared_experts": 1}, "deepseek_v2": {"num_experts_per_tok": 2},

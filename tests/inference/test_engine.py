@@ -348,3 +348,12 @@ def test_architectures_with_another_memory_than_keys_and_values(kind):
         with torch.no_grad():
             ids = [*ids, int(model(input_ids=torch.tensor([ids])).logits[0, -1].argmax())]
     assert got == ids[4:]
+
+
+@pytest.mark.parametrize("keys", [{"model_type": "bert", "is_decoder": False}, {"model_type": "cpmant"}])
+def test_a_model_that_looks_ahead_is_refused(keys):
+    """Its answers would be others in each way of computing them."""
+    from tests.benchmarks.architectures import tiny
+
+    with pytest.raises(InputError, match="cannot generate text"):
+        Engine(AutoModelForCausalLM.from_config(tiny(keys)).eval())

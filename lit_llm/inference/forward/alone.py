@@ -5,6 +5,8 @@ from typing import Any
 
 import torch
 
+from lit_llm.errors import InputError
+from lit_llm.inference.forward import proof
 from lit_llm.inference.forward.adapters import Adapters, Span
 from lit_llm.inference.forward.request import Answer, Request
 from lit_llm.models.adapters import virtual_tokens
@@ -17,9 +19,15 @@ class Alone:
     Args:
         model: A causal LM in eval mode, also a PEFT model with virtual tokens.
         adapters: Those that requests may name.
+
+    Raises:
+        InputError: The model is not causal.
     """
 
     def __init__(self, model: Any, adapters: Adapters) -> None:
+        if not proof.is_causal(model):
+            raise InputError("its logits after a token change with the tokens behind it, so it cannot generate text",
+                             where="model", fix="use a causal language model")
         self.model, self.adapters = model, adapters
         self.has_virtual_tokens = has_virtual_tokens(model)
         self.base = model.get_base_model() if self.has_virtual_tokens else model
