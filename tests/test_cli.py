@@ -421,11 +421,14 @@ def test_what_validate_prints_after_fit(place):
     assert float(printed["val/nll"]) == pytest.approx(best, rel=1e-6)
 
 
-def test_a_run_whose_adapters_cannot_be_merged_ends_well(place):
-    spec = {"class_path": "PromptTuningConfig", "init_args": {"num_virtual_tokens": 2}}
+@pytest.mark.parametrize(("method", "keys", "said"), [
+    ("PromptTuningConfig", {"num_virtual_tokens": 2}, "the adapter alone, because its 2 virtual tokens cannot be merged"),
+    ("AdaptionPromptConfig", {"adapter_len": 2, "adapter_layers": 1}, "not exported")])
+def test_a_run_whose_adapters_cannot_be_merged_ends_well(place, method, keys, said):
+    spec = {"class_path": method, "init_args": keys}
     code, out, err = call("fit", "--config", "ok.yaml", "--model.lora", "null", "--model.peft", json.dumps(spec))
     assert code == 0, err
-    assert "not exported" in out
+    assert said in out
     assert "validation perplexity" in out
     assert (place / "run" / "checkpoints" / "step_2" / "adapter" / "adapter_model.safetensors").is_file()
     refused("export", "--run", "run", says="cannot be merged")
