@@ -79,7 +79,7 @@ def forgetting(facts: dict[str, Any] | None) -> Iterator[str]:
     rows = [[shown(row["step"]), shown(row["nll"]), _signed(row["rise"]),
              f"{_signed(row['low'])} … {_signed(row['high'])}" if row["low"] is not None else text("none"),
              percent(row["worse"], 1)] for row in facts["rows"]]
-    yield table([text("step"), "guard/nll", text("rise"), text("interval_95"), text("worse")], rows)
+    yield table([text("step"), "guard/nll", text("rise_short"), text("interval_95"), text("worse")], rows)
     counts = [(text("documents"), facts["documents"]), (text("supervised"), facts["tokens"])]
     yield "<p class=soft>" + ", ".join(f"{name}: {_count(count)}" for name, count in counts if count) + "</p>"
 

@@ -41,7 +41,8 @@ TEXTS = {
              "将指针移到曲线上，或选中图表后用方向键查看数值。★ 为最佳检查点。"),
     # intervals, breakdowns and forgetting
     "interval": ("Ranges are 95 % intervals over documents.", "范围为按文档计算的 95% 置信区间。"),
-    "interval_95": ("95 % interval", "95% 置信区间"), "accuracy": ("token accuracy", "token 准确率"),
+    "rise_short": ("rise", "上升"), "interval_95": ("95 % interval", "95% 置信区间"),
+    "accuracy": ("token accuracy", "token 准确率"),
     "breakdown": ("Newest validation by source, answer and position", "最近一次验证：按数据源、回答与位置"),
     "nth_answer": ("answer of the conversation", "对话中的第几个回答"),
     "positions": ("position in the context", "上下文中的位置"), "documents": ("documents", "文档"),

@@ -108,6 +108,8 @@ EXAMPLES = {                                        # (first, second) -> keys be
     ("a `weight` in `data.val_sources`", "`data.val_sources`"): {"data.val_sources": [{"path": "train.jsonl", "weight": 2.0}]},
     ("a `weight` in `data.test_sources`", "`data.test_sources`"): {"data.test_sources": [{"path": "train.jsonl", "weight": 2.0}]},
     ("a `weight` in `data.guard_sources`", "`data.guard_sources`"): {"data.guard_sources": [{"path": "train.jsonl", "weight": 2.0}]},
+    ("`data.stride`", "no evaluation"): {"data.stride": 8},
+    ("a `data.stride` of at least `data.seq_len`", "`data.stride`"): {"data.stride": 64, "data.val_sources": CHATS},
     ("`data.guard_tokens`", "no `data.guard_sources`"): {"data.guard_tokens": 1000},
     ("`data.stream_buffer`", "no `data.streaming`"): {"data.stream_buffer": 60},
     ("a `weight` of the only source", "`data.streaming`"):
