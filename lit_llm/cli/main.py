@@ -44,8 +44,8 @@ TOOLS = {
     "report": ("lit_llm.report.writing:report", "Write the report of a run, or compare several: report runs/a runs/b."),
 }
 FOLDERS = {"export": "--run", "chat": "--model"}        # the option that a first word without a name stands for
-LISTS = {"report": ("runs",), "evaluate": ("models", "data"),   # options with several words; the first needs no name
-         "generate": ("models", "stop", "scores")}
+LISTS = {"report": ("runs",), "evaluate": ("models", "data", "tasks"),  # options with several words; the first needs no
+         "generate": ("models", "stop", "scores")}                      # name
 SERVE = {"serve": "Serve a model over HTTP: OpenAI's API and a chat page. The same as python -m serve."}
 HELP = """usage: python -m lit_llm VERB [options]
 
@@ -140,6 +140,8 @@ def _dispatch(args: Sequence[str]) -> None:
     options = configs.with_shipped(options)
     configs.check_configs(options)
     if verb in TOOLS:
+        if verb == "evaluate":
+            options = import_module("lit_llm.evaluation.tasks.code").typed(options)
         _tool(verb, options)
     else:
         from lit_llm.cli import precheck

@@ -4,7 +4,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from lit_llm.data.tokens.encode import OnBadRecord
 from lit_llm.errors import InputError
@@ -27,6 +27,9 @@ def evaluate(
     *,
     base: str | None = None,
     url: str | None = None,
+    tasks: list[str] | None = None,
+    chat: bool = False,
+    num_fewshot: int | None = None,
     tokenizer: str | None = None,
     rolling: Convention = "no",
     seq_len: int | None = None,
@@ -58,6 +61,10 @@ def evaluate(
         base: The model before a full fine-tuning, which the first model is compared with.
         url: Also measure the model of a server that gives log-probabilities of a prompt, such as
             http://127.0.0.1:8000/v1; token ids are sent. Its key is read from $LIT_LLM_API_KEY or $OPENAI_API_KEY.
+        tasks: Tasks of lm-evaluation-harness instead of texts: folders with task files, whose data may be local files,
+            or names; `pip install 'lit_llm[tasks]'`. The figures are those of its own model for transformers.
+        chat: Ask the tasks' questions through the model's chat template.
+        num_fewshot: Examples before each question of a task; null for the number of the task.
         tokenizer: Folder or hub id of the server's tokenizer; null takes that of the first model.
         rolling: Word-level perplexity in the convention of the literature, equal to lm-evaluation-harness: every
             token is predicted in rolling windows, and the NLL is divided by the words of the raw text. `wikitext`
@@ -67,7 +74,7 @@ def evaluate(
         stride: Tokens by which the windows of a long document advance, below seq_len: each token is scored once, with
             at least `seq_len - stride` tokens before it. Null is `seq_len - 1`, or the setting of the run.
         batch_size: Packed sequences that are computed together. The figures do not depend on it.
-        limit: Only this many documents or conversations, from the beginning; null for all.
+        limit: Only this many documents, conversations or questions, from the beginning; null for all.
         train_on: Scored tokens of a conversation: every answer (assistant), the last answer (last), or every token
             (all); null is assistant, or the setting of the run whose data are taken.
         format: As in `data.sources`.
@@ -93,6 +100,9 @@ def evaluate(
     earlier = {name: stored.read(name) for name in names if stored.is_result(name)}
     if not names and url is None:
         raise InputError("no model was given", where="evaluate", fix="python -m lit_llm evaluate FOLDER --data FILE")
+    if tasks is not None:
+        return _of_tasks(subjects, tasks, chat=chat, num_fewshot=num_fewshot, limit=limit, dtype=dtype,
+                         quantize=quantize, device=device, out=out, data=data, base=base, url=url, results=earlier)
     reference = find(base) if base is not None else None
     if url is not None and not subjects and tokenizer is None:
         raise InputError("the tokenizer of the server's model is not known", where="tokenizer",
@@ -129,6 +139,17 @@ def evaluate(
         stored.write(out, results, differences)
         print(f"wrote {out}", file=sys.stderr)
     return table.of(results, differences)
+
+
+def _of_tasks(subjects: Sequence[Subject], tasks: list[str], *, data: object, base: object, url: object,
+              results: object, **options: Any) -> str:
+    """Evaluate on tasks; what has no effect there is refused."""
+    for name, value in (("data", data), ("base", base), ("url", url), ("models", results)):
+        if value:
+            raise InputError("it has no effect with tasks, which ask folders of models", where=name, fix="leave it out")
+    from lit_llm.evaluation.tasks.command import evaluate_tasks
+
+    return evaluate_tasks(subjects, tasks, **options)
 
 
 def _with_first(results: Sequence[Result]) -> list[Difference]:

@@ -6,7 +6,7 @@ switched off.
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -14,17 +14,30 @@ import torch
 from lit_llm import names
 from lit_llm.data.rows.loader import Batch, batch_of
 from lit_llm.errors import InputError
-from lit_llm.evaluation.material import Material, Window
+from lit_llm.evaluation.material import Window
 from lit_llm.evaluation.scoring.subject import Subject
 from lit_llm.inference.loading import config_sizes
 from lit_llm.kernels import rmsnorm
 from lit_llm.models.adapters import adapter, peft_method, starting
 from lit_llm.models.load import config_of, load_causal_lm, stored_dtype
 from lit_llm.text import check
+from lit_llm.text.tokenizer import Tokenizer
 from lit_llm.training import forward
 from lit_llm.training.module import CausalLMModule
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
+
+
+class Positions(Protocol):
+    """What scoring reads of a text (`Material`)."""
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer."""
+
+    @property
+    def last_position(self) -> int | None:
+        """The highest position that the model may see; null for no limit."""
 
 
 class Scores(NamedTuple):
@@ -90,7 +103,7 @@ class LocalModel:
         """Whether the base can be scored as well: the model has an adapter."""
         return adapter.is_peft(self.module.model)
 
-    def score(self, rows: Sequence[Sequence[Window]], material: Material, *, base: bool = False) -> Scores:
+    def score(self, rows: Sequence[Sequence[Window]], material: Positions, *, base: bool = False) -> Scores:
         """Score the tokens of a batch, in their order.
 
         Args:
@@ -106,7 +119,7 @@ class LocalModel:
         assert sums.tokens is not None
         return Scores(sums.tokens.nll.double().cpu().numpy(), sums.tokens.correct.long().cpu().numpy())
 
-    def _batch(self, rows: Sequence[Sequence[Window]], material: Material) -> Batch:
+    def _batch(self, rows: Sequence[Sequence[Window]], material: Positions) -> Batch:
         tokenizer, width = material.tokenizer, max(sum(len(window.ids) for window in row) for row in rows)
         batch: Any = batch_of([[(window.ids, window.supervised) for window in row] for row in rows],
                               seq_len=max(2, width), pad_id=tokenizer.pad_id, token_bytes=tokenizer.token_bytes)
