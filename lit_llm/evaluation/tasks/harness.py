@@ -29,6 +29,7 @@ from lit_llm.text.conversation import Conversation
 from lit_llm.text.tokenizer import Tokenizer
 
 MAX_GEN = 256                                       # tokens of an answer where a task names no number, as in lm_eval
+TOKENS = 2048                                       # of a packed sequence of choices
 NAMES_OF_LENGTH = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")     # in order of precedence
 
 
@@ -119,16 +120,26 @@ class HarnessModel(TemplateLM):
             self._engine = None                     # only one of the two is in memory
             self._scorer = LocalModel(self.subject, **self._options)  # type: ignore[arg-type]
         positions = Positions(self.text, self.max_length - 1)
-        out: list[tuple[float, bool]] = []
-        for _, context, continuation in requests:
-            ids = np.array([*context, *continuation][-(self.max_length + 1):], np.int64)
-            supervised = np.arange(len(ids)) >= len(ids) - len(continuation)
-            if supervised[0]:
-                raise InputError(f"a choice has {len(continuation):,} tokens, more than the model's context of "
-                                 f"{self.max_length:,} tokens", where="tasks", fix="leave this task out")
-            scores = self._scorer.score([[Window(0, ids, supervised)]], positions)
-            out.append((-float(scores.nll[0]), bool(scores.correct[0] == len(continuation))))
+        windows = [self._window(context, continuation) for _, context, continuation in requests]
+        out = [(0.0, True)] * len(windows)
+        waiting = sorted(range(len(windows)), key=lambda at: -len(windows[at].ids))
+        while waiting:                              # one packed sequence of windows of similar lengths
+            most = max(1, TOKENS // len(windows[waiting[0]].ids))
+            batch, waiting = waiting[:most], waiting[most:]
+            scores = self._scorer.score([[windows[at] for at in batch]], positions)
+            ends = np.cumsum([windows[at].supervised.sum() for at in batch])
+            parts = zip(batch, np.split(scores.nll, ends[:-1]), np.split(scores.correct, ends[:-1]), strict=True)
+            for at, nll, correct in parts:
+                out[at] = -float(nll.sum()), bool(correct.all())
         return out
+
+    def _window(self, context: Sequence[int], continuation: Sequence[int]) -> Window:
+        ids = np.array([*context, *continuation][-(self.max_length + 1):], np.int64)
+        supervised = np.arange(len(ids)) >= len(ids) - len(continuation)
+        if supervised[0]:
+            raise InputError(f"a choice has {len(continuation):,} tokens, more than the model's context of "
+                             f"{self.max_length:,} tokens", where="tasks", fix="leave this task out")
+        return Window(0, ids, supervised, 0)
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
         """Log-probability of whole texts, in windows that lm_eval cuts."""
