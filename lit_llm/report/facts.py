@@ -23,7 +23,7 @@ RUN, SAMPLES, ANSWERS, BREAKDOWNS = "run.json", "samples.jsonl", "answers.jsonl"
 STATES = ("running", "finished", "stopped", "failed")       # in run.json; `killed` and `unknown` are concluded
 POINTS = 400                                        # points of a curve; more cannot be seen
 CURVES, LINES, LONGEST = 48, 50, 2000               # curves, lines of a file, characters of a text
-SAMPLED_PROMPTS, SAMPLED_STEPS, SAMPLE = 10, 12, 400  # shown of the samples: prompts, steps, characters of an answer
+SAMPLED_PROMPTS, SAMPLED_STEPS, SAMPLE = 5, 8, 300  # shown of the samples: prompts, steps, characters of a text
 COUNTS = ("read", "kept", "sequences", "tokens", "supervised", "quarantined", "stopless", "cleaned", "double_bos")
 
 
@@ -262,7 +262,7 @@ def samples_of(file: Path) -> list[dict[str, Any]]:
     for entry in entries:
         if entry["step"] in shown:
             sample = by_prompt.setdefault(entry["prompt"], {
-                **{name: entry.get(name) and str(entry[name])[:LONGEST // 2] for name in ("prompt", "expected")},
+                **{name: entry.get(name) and str(entry[name])[:SAMPLE] for name in ("prompt", "expected")},
                 "answers": []})
             sample["answers"].append({"step": entry["step"], "answer": str(entry.get("answer"))[:SAMPLE],
                                       "finish_reason": entry.get("finish_reason")})

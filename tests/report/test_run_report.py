@@ -111,6 +111,21 @@ def test_settings_are_the_ones_that_were_changed(make_run):
                        "trainer.my_own": 1}
 
 
+def test_samples_are_grouped_by_prompt_with_the_first_and_the_last_step(make_run):
+    """Of a hundred validations; a line that a killed run left incomplete is no sample."""
+    run = make_run(samples=[{"step": step, "prompt": prompt, "expected": "x", "answer": f"{prompt} at {step}", "finish_reason": "stop"}
+                            for step in range(0, 1000, 10) for prompt in ("one", "two")])
+    with open(run / "samples.jsonl", "a") as stream:
+        stream.write('{"step": 1000, "prompt": "one", "ans')
+    samples = facts.of(run)["samples"]
+    assert [sample["prompt"] for sample in samples] == ["one", "two"]
+    for sample in samples:
+        steps = [answer["step"] for answer in sample["answers"]]
+        assert (len(steps), steps[0], steps[-1]) == (8, 0, 990)
+        assert steps == sorted(steps)
+        assert all(answer["answer"] == f"{sample['prompt']} at {answer['step']}" for answer in sample["answers"])
+
+
 @pytest.mark.parametrize(("file", "content"), [
     ("data.json", {"sources": [3]}), ("data.json", {"sources": [{"speakers": {"user": 3}}]}), ("data.json", {"ledger": {"a": 3}}),
     ("run.json", {"state": "failed", "tokens": "many", "training_seconds": 1}), ("run.json", {"parameters": 3}),

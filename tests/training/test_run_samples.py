@@ -6,12 +6,14 @@ Oracle: greedy `generate` of plain transformers and peft on the files of each ch
 import json
 
 import pytest
+import short_runs
 import torch
 from peft import PeftModel
 from run_processes import assert_same_end, config_of, write_config, write_data
 from test_checkpoint import PowerFailure, StopAt, fit, same, weights_of  # noqa: F401
 from transformers import AutoModelForCausalLM, GenerationConfig
 
+from lit_llm import CausalLMModule, Source, TextDataModule, Trainer, names
 from lit_llm.text.tokenizer import Tokenizer
 from lit_llm.training.record import greedy
 from lit_llm.training.record.prompts import ANSWER_TOKENS
@@ -69,6 +71,32 @@ def test_answers_are_those_of_each_checkpoint(strategy, kind, lora, fit, tiny_mo
         assert line["finish_reason"] == ("stop" if answer[-1] in tokenizer.stop_ids else "length")
         whole = tokenizer.decode([*prompt, *answer], skip_special_tokens=True)
         assert whole.rstrip().endswith(line["answer"])
+
+
+def test_models_that_answer_one_prompt_at_a_time(tmp_path, calls_of_answer):
+    """Prompt tuning; its virtual tokens are in front of each prompt."""
+    chats = [{"prompt": f"Where is kite {number}?", "completion": "In the red box."} for number in range(6)]
+    (tmp_path / "chats.jsonl").write_text("".join(json.dumps(chat) + "\n" for chat in chats))
+    spec = {"class_path": "peft.PromptTuningConfig", "init_args": {"num_virtual_tokens": 4}}
+    _, _, data = short_runs.fit(tmp_path, tokenizer="sample:base", passes=8, peft=spec, steps=3)
+    step, prompts, answers = calls_of_answer[-1]
+    assert (step, len(samples_of(tmp_path / "run"))) == (3, 6)
+    model = AutoModelForCausalLM.from_pretrained(names.resolve("sample:base"))
+    model = PeftModel.from_pretrained(model, tmp_path / "run" / "checkpoints" / "step_3" / "adapter")
+    assert answers == [generated(model, prompt, data.tokenizer.stop_ids) for prompt in prompts]
+    assert any(answers)
+
+
+def test_documents_are_continued_from_their_beginning(tmp_path, tiny_model, calls_of_answer):
+    texts = [{"text": f"Tom has a red kite and flies it over the hill {number}. " * 4} for number in range(9)]
+    (tmp_path / "text.jsonl").write_text("".join(json.dumps(text) + "\n" for text in texts))
+    source = Source(str(tmp_path / "text.jsonl"))
+    data = TextDataModule(sources=[source], val_sources=[source], tokenizer=tiny_model("llama"), seq_len=64, batch_size=2)
+    trainer = Trainer(default_root_dir=str(tmp_path / "run"), max_steps=1, accelerator="cpu", devices=1, samples=2)
+    trainer.fit(CausalLMModule(base=tiny_model("llama")), datamodule=data)
+    assert [(step, [len(prompt) for prompt in prompts]) for step, prompts, _ in calls_of_answer] == [(0, [16, 16]), (1, [16, 16])]
+    sample = samples_of(tmp_path / "run")[0]
+    assert (sample["prompt"] + sample["expected"]).replace(" ", "").startswith("Tomhasaredkiteandfliesit")
 
 
 @pytest.mark.parametrize("lora", [True, False])

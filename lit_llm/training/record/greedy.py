@@ -47,7 +47,8 @@ def answer(trainer: L.Trainer, prompts: Sequence[Sequence[int]], *, max_tokens: 
     stance = torch.compiler.set_stance("force_eager") if module.compile_layers else nullcontext()
     with private.modes_restored(outer), torch.no_grad(), stance, isolate_rng():
         outer.eval()
-        if module.way.packed and not module.way.own_logits and not adapter.has_virtual_tokens(module.model):
+        way = module.way                            # null with prompt tuning
+        if way is not None and way.packed and not way.own_logits and not adapter.has_virtual_tokens(module.model):
             with _attention_with_cache(module.model):
                 return _together(trainer, module, prompts, max_tokens, stop_ids)
         if distribution.of(trainer.strategy).gathers_layers:
