@@ -169,6 +169,7 @@ KEYS: dict[str, Entry] = {
     "trainer.profiler": Entry({"class_path": "lightning.pytorch.profilers.SimpleProfiler", "init_args": {
         "dirpath": ".", "filename": "profile"}}, "files"),
     "trainer.reload_dataloaders_every_n_epochs": refuse(1, "trainer.reload_dataloaders_every_n_epochs"),
+    "trainer.samples": Entry(0, "files", VALIDATES),
     "trainer.stop_on_forgetting": Entry(1e-6, "ids", {**VALIDATES, "data.guard_sources": source(), "model.lr": 1.0,
                                                      "trainer.val_check_interval": 1, "data.batch_size": 1}),
     "trainer.strategy": look("deepspeed_stage_2", "objects"),

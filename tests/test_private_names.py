@@ -28,7 +28,7 @@ from lit_llm.system.private import torch as private_torch
 ROOT = Path(__file__).resolve().parents[1]
 HOMES = ["lit_llm.system.private.lightning", "lit_llm.system.private.torch", "lit_llm.system.private.transformers",
          "lit_llm.system.private.deepspeed", "lit_llm.system.private.others", "serve.private"]
-OF_PYTHON = {"_exit", "_getframe", "_replace", "_name"}     # os, sys, named tuples, typing
+OF_PYTHON = {"_exit", "_getframe", "_asdict", "_replace", "_name"}     # os, sys, named tuples, typing
 
 
 class Watch(L.Callback):

@@ -47,7 +47,7 @@ ACCEPTED = {
     "data.val_fraction": "0 0.5", "data.test_fraction": "0 0.5", "data.tokenizer": f"null {TEXT}",
     "data.chat_template": f"null {TEXT}", "data.template_args": "null {} {a} {1}", "data.batch_size": "1",
     "data.seed": "0 1", "data.cache_dir": f"null {TEXT}", "data.num_proc": "null 1", "data.dedup": "true",
-    "data.streaming": "true",
+    "data.streaming": "true", "data.stride": "null",
 
     "trainer.strategy": "", "trainer.default_root_dir": TEXT, "trainer.logger": "null true []",
     "trainer.callbacks": "null []", "trainer.plugins": "null [] {}", "trainer.profiler": "null",
@@ -60,7 +60,7 @@ ACCEPTED = {
     "trainer.limit_predict_batches": "null", "trainer.overfit_batches": "0", "trainer.val_check_interval": "null 1 0.5",
     "trainer.check_val_every_n_epoch": "null 1", "trainer.enable_checkpointing": "null true",
     "trainer.enable_progress_bar": "null true", "trainer.accumulate_grad_batches": "1",
-    "trainer.stop_on_forgetting": "null 1 0.5",
+    "trainer.stop_on_forgetting": "null 1 0.5", "trainer.samples": "0 1",
     "trainer.gradient_clip_val": "null 0 1 0.5 1e3_text", "trainer.gradient_clip_algorithm": "null",
     "trainer.deterministic": "null true", "trainer.benchmark": "null true", "trainer.inference_mode": "true",
     "trainer.use_distributed_sampler": "true", "trainer.detect_anomaly": "true",

@@ -18,6 +18,7 @@ from lit_llm.kernels import attention
 from lit_llm.models import anatomy
 from lit_llm.models.adapters import adapter
 from lit_llm.system.private import lightning as private
+from lit_llm.system.private import transformers as transformers_private
 from lit_llm.training.loss import head_logits
 from lit_llm.training.parallel import distribution
 
@@ -116,14 +117,14 @@ def _attention_with_cache(model: Any) -> Iterator[None]:
     """Let layers with packed attention use torch's attention."""
     configs = {id(part.config): part.config for part in model.modules() if hasattr(part, "config")}
     switched = [config for config in configs.values()
-                if getattr(config, "_attn_implementation", None) == attention.NAME]
+                if transformers_private.attention_of(config) == attention.NAME]
     for config in switched:
-        config._attn_implementation = UNCACHED_ATTENTION
+        transformers_private.set_attention(config, UNCACHED_ATTENTION)
     try:
         yield
     finally:
         for config in switched:
-            config._attn_implementation = attention.NAME
+            transformers_private.set_attention(config, attention.NAME)
 
 
 @contextmanager
