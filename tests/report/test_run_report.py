@@ -18,6 +18,7 @@ import pytest
 
 from lit_llm.data.inspect.inspection import NOTES
 from lit_llm.report import facts, settings, texts, writing
+from lit_llm.report.drawing import picture
 from lit_llm.system import lock
 from tests.test_cli import ROWS, call, place, refused, write
 
@@ -168,7 +169,7 @@ def test_every_text_is_in_both_languages():
 
 # ---- real runs -------------------------------------------------------------------------------------------------------
 
-def test_the_report_of_a_real_run(place):
+def test_the_report_of_a_real_run(place, monkeypatch):
     """Its numbers are those of the run's files and of `plan`; each of its commands runs, and says what it should."""
     config = ["--config", "ok.yaml", "--model.lora", "null", "--model.lr", "1e-3", "--trainer.val_check_interval", 2]
     code, out, err = call("fit", *config)
@@ -202,8 +203,13 @@ def test_the_report_of_a_real_run(place):
     changed = {entry["key"]: entry["value"] for entry in facts_of_run["config"]}
     assert (changed["model.lr"], changed["data.seq_len"], changed["trainer.max_steps"]) == (1e-3, 64, 2)
     assert "model.lora" not in changed
-    assert Path("run/export/curves.svg").read_text().startswith("<svg xmlns=")
-    assert "(curves.svg)" in Path("run/export/README.md").read_text()
+    assert Path("run/export/curves.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+    assert "(curves.png)" in Path("run/export/README.md").read_text()
+    assert writing.picture_of(Path("run")) == writing.picture_of(Path("run"))   # the same bytes each time
+    with monkeypatch.context() as patch:
+        patch.setattr(picture, "is_available", lambda: False)       # without matplotlib
+        name, drawn = writing.picture_of(Path("run"))
+    assert (name, drawn[:11]) == ("curves.svg", b"<svg xmlns=")
     commands = {entry["what"]: entry["command"] for entry in facts_of_run["commands"]}
     assert list(commands) == ["chat", "validate", "serve", "export", "further", "report"]
     assert all(commands[what] in out for what in ("chat", "validate", "serve"))    # which test_run_config.py runs
