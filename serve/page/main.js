@@ -212,7 +212,7 @@ function openSettings() {
 
 function readSetting(event) {
   const { id, value, checked } = event.target;
-  if (id === "key") { store.keepApiKey(value.trim()); greet(); return; }
+  if (id === "key") { store.keepApiKey(value.trim()); return; }
   if (!event.target.checkValidity()) return;        // the browser marks it; the last valid value stays
   if (NUMBERS.includes(id)) settings[id] = value === "" ? null : Number(value);
   else if (id === "earlier") settings.earlier = checked;
@@ -222,9 +222,13 @@ function readSetting(event) {
   if (id === "earlier") show();
 }
 
+let triedKey = "";                                  // with which the server was last asked who it is
+
 async function greet() {
+  triedKey = store.apiKey();
   try {
     facts = { ...facts, ...await api.model() };
+    notice("");
     at("model").textContent = document.title = facts.name;
     translate();
   } catch (error) {
@@ -255,6 +259,7 @@ at("shade").addEventListener("click", closeList);
 at("options").addEventListener("click", openSettings);
 at("settings").addEventListener("input", readSetting);
 at("close").addEventListener("click", () => at("settings").close());
+at("settings").addEventListener("close", () => { if (store.apiKey() !== triedKey) greet(); });
 at("export").addEventListener("click", () => exportChats([chat]));
 at("export-all").addEventListener("click", () => exportChats(store.chats()));
 store.onOtherTab(id => {

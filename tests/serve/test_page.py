@@ -379,6 +379,62 @@ def test_several_chats(page):
     assert page.questions() == ["about pears", "forever"]
 
 
+def test_a_key_is_asked_for_and_kept_in_this_tab_only(browser, page_model, start_server):
+    """The question waits meanwhile; a wrong key is asked for again."""
+    page = Page(browser, start_server("--model", page_model, "--threads", "1", "--api-key", "sesame").url)
+    browser.get(page.address + "/")
+    page.one("#settings[open]")
+    page.press("Close")                             # without one
+    page.one("#box").click()
+    page.exchange("What does a pear cost?")
+    page.one("#settings[open]")
+    assert "API key" in page.one(".note.bad").get_attribute("textContent")
+    page.one("#key").send_keys("sesam")
+    page.press("Close")
+    page.one("#settings[open]")
+    page.one("#key").send_keys("e")
+    page.press("Close")
+    page.until(lambda: page.one("#model").text == "pears")
+    assert not page.all("#notice.bad:not([hidden])")
+    page.press("Try again", "#log")
+    page.until(lambda: page.all(".assistant .figures"))
+    assert page.questions() == ["What does a pear cost?"]
+    page.open()                                     # a reload
+    assert (page.questions(), page.all("#settings[open]")) == (["What does a pear cost?"], [])
+    first = browser.current_window_handle
+    browser.switch_to.new_window("tab")
+    browser.get(page.address + "/")
+    page.one("#settings[open]")                     # a key is not written to the disk
+    assert page.js("return JSON.stringify(localStorage)").count("sesame") == 0
+    browser.close()
+    browser.switch_to.window(first)
+    browser.get_log("browser")
+
+
+def test_two_tabs_show_the_same_chats(page):
+    titles = lambda: sorted(node.get_attribute("textContent") for node in page.all("#chats .open"))       # noqa: E731
+    page.exchange("from the first")
+    one = page.driver.current_window_handle
+    page.driver.switch_to.new_window("tab")
+    page.open()
+    assert page.questions() == ["from the first"]
+    page.press("New chat")
+    page.exchange("from the second")
+    two = page.driver.current_window_handle
+    page.driver.switch_to.window(one)
+    page.until(lambda: titles() == ["from the first", "from the second"])
+    page.exchange("once more")                      # neither overwrites what the other has kept
+    page.driver.switch_to.window(two)
+    page.press("from the first", "#side")
+    assert page.questions() == ["from the first", "once more"]
+    page.exchange("and again")
+    page.driver.switch_to.window(one)
+    page.until(lambda: page.questions() == ["from the first", "once more", "and again"])
+    page.driver.switch_to.window(two)
+    page.driver.close()
+    page.driver.switch_to.window(one)
+
+
 def test_a_full_storage_drops_the_oldest_chat_and_says_so(page):
     page.js("""const old = {id: "old", title: "Old one", updated: 1, system: "", omitted: 0, messages: []};
       for (let size = 4000000; size > 10; size >>= 1) for (;;) {
