@@ -161,7 +161,7 @@ def _exported(source: Checkpoint, target: Path, dtype: Dtype, quantize: Quantize
     from lit_llm.exports import difference
 
     trained = load(source)
-    before = difference.scores(trained.model, trained.rows)
+    rows, before = difference.before(trained.model, trained.rows)
     with _replacing(target) as partial:
         if form.adapter:
             contents.write_adapter(source, trained, partial)
@@ -170,8 +170,8 @@ def _exported(source: Checkpoint, target: Path, dtype: Dtype, quantize: Quantize
         trained.tokenizer.save(partial)
         written = contents.read_adapter(source, partial) if form.adapter else contents.read_model(partial)
         kind = quantize or str(written.dtype).removeprefix("torch.")
-        after = difference.scores(written, trained.rows)
-        facts = difference.compared(trained.rows, before, after, kind, partial)
+        after = difference.scores(written, rows)
+        facts = difference.compared(rows, before, after, kind, partial)
         check.check_export(partial, Tokenizer.load(str(partial)), trained.references, trained.nll, written,
                            quantize=trained.quantize, weights=quantize, more=facts)
         _write_card(source, partial, replace(form, check=facts))

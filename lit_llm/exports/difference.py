@@ -1,7 +1,8 @@
 """Measure the difference between a checkpoint's model and the files that were exported, on fixed rows."""
 
+import logging
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from lit_llm.exports.rows import Rows
 from lit_llm.system import integrity
 from lit_llm.text.check import nll_difference
 
+log = logging.getLogger(__name__)
 # Accepted difference of the NLL per token: relative above 1 nat, absolute below. Half precision rounds each weight and
 # activation to 8 or 11 bits; int8 rounds both to 8 bits, and nf4 each weight to 16 values.
 BOUNDS = {"float32": 1e-4, "float16": 5e-3, "bfloat16": 2e-2, "int8": 5e-2, "nf4": 0.3}
@@ -50,6 +52,33 @@ def scores(model: Any, rows: Rows) -> Scores:
                 first.append(logits[:room].cpu())
                 room -= len(first[-1])
     return Scores(total / max(1, rows.tokens), torch.cat(first) if first else torch.zeros(1, 1))
+
+
+def before(model: Any, rows: Rows) -> tuple[Rows, Scores]:
+    """Score the checkpoint's model, without the rows for which it gives numbers that are not finite.
+
+    Some models have such tokens, and training skips steps with them; they cannot be compared.
+
+    Returns:
+        The rows that can be compared, and their scores.
+
+    Raises:
+        InputError: There are none.
+    """
+    found = scores(model, rows)
+    if _is_finite(found):
+        return rows, found
+    usable = replace(rows, rows=[row for row in rows.rows if _is_finite(scores(model, replace(rows, rows=[row])))])
+    if not usable.rows:
+        raise InputError("the model's loss is not finite on any of the rows that an export is checked with; nothing "
+                         "was exported", fix="train with a lower model.lr, or export another --checkpoint")
+    log.warning("%d of %d %s sequences are not part of the export's check, because the trained model's logits for them "
+                "are not finite", len(rows.rows) - len(usable.rows), len(rows.rows), rows.kind)
+    return usable, scores(model, usable)
+
+
+def _is_finite(found: Scores) -> bool:
+    return math.isfinite(found.nll) and bool(found.logits.isfinite().all())
 
 
 def compared(rows: Rows, before: Scores, after: Scores, kind: str, folder: Path) -> dict[str, Any]:

@@ -102,7 +102,8 @@ def _proved(interpreter: str, path: Path, source: Path, tokenizer: Tokenizer, ki
     model = load.load_causal_lm(str(source))
     scored = rows.of(run, tokenizer, check.vocabulary(model), check.positions(model))
     references = check.reference_sequences(tokenizer, check.vocabulary(model))
-    before, nll = difference.scores(model, scored).nll, check.scores(model, references)
+    scored, scores = difference.before(model, scored)
+    before, nll = scores.nll, check.scores(model, references)
     result = proof.run(interpreter, path, tokenizer, references, scored, model)
     apart = proof.judge(result, kind, before, nll, str(path))
     log.info("GGUF proved by llama.cpp (llama-cpp-python %s): nll of %s %s tokens is %.5f in the model and %.5f in %s "
