@@ -203,7 +203,7 @@ def _with_lists(options: Sequence[str], names: Sequence[str]) -> list[str]:
         word = rest.pop(0)
         out.append(word)
         if word.removeprefix("--") in names:
-            words = list(takewhile(lambda each: not each.startswith("-"), rest))
+            words = list(takewhile(lambda word: not word.startswith("-"), rest))
             if len(words) != 1 or not words[0].startswith("["):         # a list in JSON is already one
                 out[-1] = f"{word}={json.dumps(words)}"
                 del rest[:len(words)]

@@ -149,14 +149,14 @@ class LitLLMCLI(LightningCLI):
         if not self.trainer.is_global_zero:
             return
         figures = self.trainer.run.after
-        counts, found = (f"{split}/tokens", f"{split}/documents"), breakdown_of(self.trainer, split)
-        listed = {f"{split}/nll_low", f"{split}/nll_high", *(f"{split}/nll/{name}" for name in found.sources())
-                  } if found else {}
+        counts, breakdown = (f"{split}/tokens", f"{split}/documents"), breakdown_of(self.trainer, split)
+        listed = {f"{split}/nll_low", f"{split}/nll_high", *(f"{split}/nll/{name}" for name in breakdown.sources())
+                  } if breakdown else {}
         for name, value in sorted(figures.items()):
             if name not in listed:
                 print(f"{name:<20} {value:,.0f}" if name in counts else f"{name:<20} {value:.9g}")
-        if found:                                   # for readers; stdout has a name and a value on each line
-            print("\n".join(found.lines(split)), file=sys.stderr, flush=True)
+        if breakdown:                                   # for readers; stdout has a name and a value on each line
+            print("\n".join(breakdown.lines(split)), file=sys.stderr, flush=True)
         if not divergence.are_finite(figures, split):
             raise InputError(f"perplexity is {figures.get(f'{split}/perplexity')}, so some weights are inf or nan, "
                              f"or exceed the range of {self.trainer.precision}",

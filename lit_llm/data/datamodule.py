@@ -265,8 +265,8 @@ class TextDataModule(L.LightningDataModule):
                              fix=f"Set data.{'val' if stage == 'train' else stage}_sources, or split text files into "
                                  "more documents (document: paragraph).")
         mixture = self._mixture(corpus, stage, [source.weight for source in listed])
-        kept = ("train_on", "seq_len", "packing", "overlong", "seed", "dedup")
-        made_of = self._identity(stores, names, kept) | {"weights": [source.weight for source in listed]} | {
+        row_settings = ("train_on", "seq_len", "packing", "overlong", "seed", "dedup")
+        made_of = self._identity(stores, names, row_settings) | {"weights": [source.weight for source in listed]} | {
             f"data.{name}": share for name, share in shares.items() if wanted} | (
             {"data.stride": self.stride} if self.stride and stage != "train" else {})
         return Plan(corpus, mixture.first, notes | mixture.notes, made_of, stores,

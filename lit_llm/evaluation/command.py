@@ -119,19 +119,20 @@ def evaluate(
         if name in earlier:
             results += earlier[name]
             continue
-        subject = next(each for each in subjects if each.name == name)
+        subject = next(candidate for candidate in subjects if candidate.name == name)
         model = LocalModel(subject, dtype=dtype, quantize=quantize, device=device)
-        found = passes.measure(model, name, texts.of(subject.tokenizer), batch_size=batch_size, with_base=base is None)
+        measured = passes.measure(model, name, texts.of(subject.tokenizer), batch_size=batch_size,
+                                  with_base=base is None)
         del model
-        results += found
-        differences += [difference(found[0], before) for before in found[1:]]
+        results += measured
+        differences += [difference(measured[0], before) for before in measured[1:]]
     if url is not None:
         served = ServedModel(url)
         results += passes.measure(served, url, texts.of(tokenizer or subjects[0].tokenizer), batch_size=batch_size)
     if reference is not None:
         model = LocalModel(reference, dtype=dtype, quantize=quantize, device=device)
-        found = passes.measure(model, f"{base} (base)", texts.of(reference.tokenizer), batch_size=batch_size)
-        before = replace(found[0], is_base=True)
+        measured = passes.measure(model, f"{base} (base)", texts.of(reference.tokenizer), batch_size=batch_size)
+        before = replace(measured[0], is_base=True)
         differences.append(difference(results[0], before))
         results.append(before)
     differences += _with_first(results)
@@ -191,7 +192,7 @@ class _Texts:
         chosen = {"train_on": train_on, "on_bad_record": on_bad_record, "stride": stride}
         set_options = {key: value for key, value in chosen.items() if value is not None}
         if data:
-            self._texts: Texts = material.given(data, limit=limit, **set_options, **of_sources)   # type: ignore[arg-type]
+            self._texts: Texts = material.of_paths(data, limit=limit, **set_options, **of_sources)   # type: ignore[arg-type]
         elif first is not None and first.run is not None:
             self._texts = material.of_run(first.run, limit=limit, seq_len=seq_len, **chosen)
         else:

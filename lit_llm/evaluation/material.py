@@ -182,8 +182,8 @@ class Texts:
         return _of_plan(data, data.plans["val"], self.limit)
 
 
-def given(paths: Sequence[str], *, limit: int | None, format: str, columns: dict[str, str] | None, document: str,
-          split: str, **options: Any) -> Texts:
+def of_paths(paths: Sequence[str], *, limit: int | None, format: str, columns: dict[str, str] | None, document: str,
+             split: str, **options: Any) -> Texts:
     """Texts that the user names."""
     sources = [Source(path, format=format, columns=columns or {}, document=document, split=split) for path in paths]
     return Texts({"sources": sources, "val_sources": sources, **options}, limit)
@@ -206,13 +206,13 @@ def of_run(run: Any, *, limit: int | None, **options: Any) -> Texts:
             raise InputError(f"the run's data come from {named}, which is not read here", where="data",
                              fix="give texts: --data FILE")
         listed = listed.get("init_args") or {}
-    kept = {key: value for key, value in listed.items() if key in OF_TRAINING}
+    options_of_run = {key: value for key, value in listed.items() if key in OF_TRAINING}
     try:
         for key in ("sources", "val_sources"):
-            kept[key] = [Source(**source) for source in kept.get(key) or ()] or None
+            options_of_run[key] = [Source(**source) for source in options_of_run.get(key) or ()] or None
     except TypeError as error:
         raise InputError(f"data.{key} of the run cannot be read: {error}", where=str(run / "config.yaml")) from None
-    return Texts(kept | {key: value for key, value in options.items() if value is not None}, limit)
+    return Texts(options_of_run | {key: value for key, value in options.items() if value is not None}, limit)
 
 
 def _of_plan(data: TextDataModule, plan: Plan, limit: int | None) -> Material:

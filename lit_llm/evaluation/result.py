@@ -159,7 +159,7 @@ def incomparable(result: Result, before: Result) -> str:
     """The reason why two results cannot be compared document by document; empty if they can."""
     for name, words in (("data", "the texts or their windows differ"), ("tokens", "their tokenizers or chat templates "
                                                                          "give different tokens")):
-        now, then = (each.measured["fingerprints"].get(name) for each in (result, before))
+        now, then = (compared.measured["fingerprints"].get(name) for compared in (result, before))
         if now != then:
             changes = [f"{key} is {value} and was {before.measured['windows'].get(key)}"
                        for key, value in result.measured["windows"].items()

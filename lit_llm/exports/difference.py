@@ -65,9 +65,9 @@ def before(model: Any, rows: Rows) -> tuple[Rows, Scores]:
     Raises:
         InputError: There are none.
     """
-    found = scores(model, rows)
-    if _is_finite(found):
-        return rows, found
+    scored = scores(model, rows)
+    if _is_finite(scored):
+        return rows, scored
     usable = replace(rows, rows=[row for row in rows.rows if _is_finite(scores(model, replace(rows, rows=[row])))])
     if not usable.rows:
         raise InputError("the model's loss is not finite on any of the rows that an export is checked with; nothing "
@@ -77,8 +77,8 @@ def before(model: Any, rows: Rows) -> tuple[Rows, Scores]:
     return usable, scores(model, usable)
 
 
-def _is_finite(found: Scores) -> bool:
-    return math.isfinite(found.nll) and bool(found.logits.isfinite().all())
+def _is_finite(scored: Scores) -> bool:
+    return math.isfinite(scored.nll) and bool(scored.logits.isfinite().all())
 
 
 def compared(rows: Rows, before: Scores, after: Scores, kind: str, folder: Path) -> dict[str, Any]:

@@ -81,13 +81,13 @@ class Documents:
             name: A key of `RATIOS`, or perplexity, whose interval is that of the nll on its scale.
         """
         if name == "perplexity":
-            found = self.interval("nll")
-            return found and replace(found, low=_exp(found.low), high=_exp(found.high))
+            ends = self.interval("nll")
+            return ends and replace(ends, low=_exp(ends.low), high=_exp(ends.high))
         above, below, unit = RATIOS[name]
-        found = intervals.ratio(getattr(self, above), getattr(self, below) * unit)
-        if found is not None and name == "token_accuracy":
-            found = replace(found, high=min(1.0, found.high))
-        return found
+        ends = intervals.ratio(getattr(self, above), getattr(self, below) * unit)
+        if ends is not None and name == "token_accuracy":
+            ends = replace(ends, high=min(1.0, ends.high))
+        return ends
 
     def report(self) -> dict[str, Any]:
         """All figures, each interval as `NAME_low` and `NAME_high`, the number of documents, and `few_documents`.
@@ -95,13 +95,13 @@ class Documents:
         `few_documents` is there, and true, where the intervals cover the truth less often than they state.
         """
         values: dict[str, Any] = dict(self.figures())
-        found = None
+        of_nll = None
         for name in [name for name in (*RATIOS, "perplexity") if name in values]:
             if interval := self.interval(name):
-                found = interval
+                of_nll = interval
                 values |= {f"{name}_low": interval.low, f"{name}_high": interval.high}
         values["documents"] = int((self.tokens > 0).sum())
-        return values | ({"few_documents": True} if found is None or not found.is_reliable else {})
+        return values | ({"few_documents": True} if of_nll is None or not of_nll.is_reliable else {})
 
     # ---- files -------------------------------------------------------------------------------------------------------
 

@@ -48,8 +48,8 @@ class ServedModel:
         assert not base
         windows = [window for row in rows for window in row]
         with ThreadPoolExecutor(AT_ONCE) as pool:
-            found = list(pool.map(self._window, windows))
-        return Scores(*map(np.concatenate, zip(*found, strict=True)))
+            scored = list(pool.map(self._window, windows))
+        return Scores(*map(np.concatenate, zip(*scored, strict=True)))
 
     def _window(self, window: Window) -> Scores:
         """The scored tokens of a window."""
@@ -62,10 +62,10 @@ class ServedModel:
             answer = self._completion(window)
         count = len(window.ids)
         try:
-            found = answer["choices"][0]["logprobs"]
-            values = [0.0 if value is None else float(value) for value in found["token_logprobs"][:count]]
-            missing = [value is None for value in found["token_logprobs"][:count]]
-            top = found.get("top_logprobs")
+            logprobs = answer["choices"][0]["logprobs"]
+            values = [0.0 if value is None else float(value) for value in logprobs["token_logprobs"][:count]]
+            missing = [value is None for value in logprobs["token_logprobs"][:count]]
+            top = logprobs.get("top_logprobs")
         except (KeyError, IndexError, TypeError, ValueError):
             raise InputError("the server gave no log-probabilities of the prompt", where="url",
                              fix=NO_LOGPROBS) from None
@@ -74,8 +74,8 @@ class ServedModel:
             raise InputError(f"the server gave {len(values) - sum(missing)} log-probabilities for a prompt of {count} "
                              "tokens", where="url", fix=NO_LOGPROBS)
         best = [_best(entry) for entry in top[:count]] if isinstance(top, list) and len(top) >= count else []
-        known = bool(best) and all(best[place] is not None for place in scored)
-        correct = [int(values[place] >= (best[place] or 0.0)) if known else -1 for place in scored]
+        has_best = bool(best) and all(best[place] is not None for place in scored)
+        correct = [int(values[place] >= (best[place] or 0.0)) if has_best else -1 for place in scored]
         return Scores(-np.array(values)[scored], np.array(correct, np.int64))
 
     def _completion(self, window: Window) -> Any:

@@ -32,11 +32,11 @@ def files(folder: Path) -> list[Path]:
     Raises:
         InputError: There is none, or more than 5,000.
     """
-    found = sorted(path for ending in ENDINGS for path in folder.rglob(f"*{ending}"))
-    if not found or len(found) > MOST_FILES:
-        raise InputError(f"the folder has {len(found):,} task files (.yaml)", where=str(folder),
+    paths = sorted(path for ending in ENDINGS for path in folder.rglob(f"*{ending}"))
+    if not paths or len(paths) > MOST_FILES:
+        raise InputError(f"the folder has {len(paths):,} task files (.yaml)", where=str(folder),
                          fix="name a folder with task files of lm-evaluation-harness")
-    return found
+    return paths
 
 
 def names(file: Path) -> list[str]:
@@ -51,7 +51,7 @@ def names(file: Path) -> list[str]:
     return [defined.value] if isinstance(defined, yaml.ScalarNode) else []
 
 
-def check(found: list[Path]) -> None:
+def check(paths: list[Path]) -> None:
     """Refuse files that name Python functions, also in files that they include, unless `--trust-task-code` was typed.
 
     Raises:
@@ -60,7 +60,7 @@ def check(found: list[Path]) -> None:
     if os.environ.get(TRUST):
         return
     seen: set[Path] = set()
-    waiting = [path.resolve() for path in found]
+    waiting = [path.resolve() for path in paths]
     while waiting:
         file = waiting.pop()
         if file in seen or not file.is_file():

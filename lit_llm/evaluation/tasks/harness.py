@@ -174,8 +174,8 @@ class HarnessModel(TemplateLM):
         return TextEngine(engine.engine, self.text)
 
     def _request(self, context: str, settings: Mapping[str, Any]) -> tuple[list[int], SamplingParams]:
-        given = next((settings[name] for name in NAMES_OF_LENGTH if settings.get(name) is not None), MAX_GEN)
-        most, until = int(given), settings.get("until") or []
+        length = next((settings[name] for name in NAMES_OF_LENGTH if settings.get(name) is not None), MAX_GEN)
+        most, until = int(length), settings.get("until") or []
         if most >= self.max_length:
             raise InputError(f"a task generates {most:,} tokens, but the model's context has {self.max_length:,}",
                              where="tasks", fix="lower max_gen_toks in the task's generation_kwargs")

@@ -97,7 +97,7 @@ def run(interpreter: str, path: Path, tokenizer: Any, references: Sequence[check
         output = " ".join((done.stderr or done.stdout).split())[-300:] if "done" in locals() else "it did not answer"
         raise InputError(f"llama.cpp cannot compute with the file: {output}", where=str(path),
                          fix="export it with --format transformers") from None
-    alike = [given == ids for given, ids in zip(answer["tokens"], wanted, strict=True)]
+    alike = [came == ids for came, ids in zip(answer["tokens"], wanted, strict=True)]
     nll = answer["nll"]                             # sums over supervised tokens
     means = [total / (len(row.ids) - 1) for total, row in zip(nll, scored[:len(references)], strict=False)]
     return Proof(answer["version"], sum(nll[len(references):]) / max(1, rows.tokens), tuple(means),

@@ -72,14 +72,14 @@ def series_of(facts: dict[str, Any]) -> dict[str, Series]:
     """The curve of each metric of a run, with its interval, in the order of the metrics."""
     points = {curve["name"]: dict(zip(curve["steps"], curve["values"], strict=True)) for curve in facts["curves"]
               if curve["steps"]}
-    found = {}
+    by_name = {}
     for name, curve in points.items():
         if name in UNCHARTED or (name.endswith(ENDS) and name.rpartition("_")[0] in points):
             continue
         low, high = (points.get(name + end, {}) for end in ENDS)
         band = {step: (low[step], high[step]) for step in curve if step in low and step in high}
-        found[name] = Series(name, list(curve), list(curve.values()), band)
-    return found
+        by_name[name] = Series(name, list(curve), list(curve.values()), band)
+    return by_name
 
 
 def svg(chart: Chart, best: int | None = None, label: str = "") -> str:

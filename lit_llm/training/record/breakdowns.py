@@ -34,13 +34,13 @@ def keep(trainer: L.Trainer, split: str) -> None:
 
     A file that cannot be written is a warning, because the run must not end for it.
     """
-    found, file = breakdown_of(trainer, split), Path(trainer.default_root_dir) / BREAKDOWNS
-    if not trainer.is_global_zero or found is None or not file.parent.is_dir():
+    breakdown, file = breakdown_of(trainer, split), Path(trainer.default_root_dir) / BREAKDOWNS
+    if not trainer.is_global_zero or breakdown is None or not file.parent.is_dir():
         return
     step = trainer.global_step
     try:
         before = [line for line in _lines(file) if json.loads(line).get("step", step) < step]
-        line = json.dumps({"step": step, "split": split, **finite(found.details())}, ensure_ascii=False)
+        line = json.dumps({"step": step, "split": split, **finite(breakdown.details())}, ensure_ascii=False)
         disk.replace_text(file, "".join(f"{text}\n" for text in [*before, redact_text(line)]))
     except (OSError, ValueError) as error:
         log.warning("%s could not be written: %s", file, disk.reason(error))
@@ -48,10 +48,10 @@ def keep(trainer: L.Trainer, split: str) -> None:
 
 def write_documents(trainer: L.Trainer, split: str) -> None:
     """Write the sums of each document of `validate` or `test` to `{split}_documents.jsonl`, on rank 0."""
-    found = breakdown_of(trainer, split)
-    if not trainer.is_global_zero or found is None:
+    breakdown = breakdown_of(trainer, split)
+    if not trainer.is_global_zero or breakdown is None:
         return
-    documents, more = found.documents, {}
+    documents, more = breakdown.documents, {}
     plan = getattr(trainer.datamodule, "plans", {}).get(split)  # type: ignore[attr-defined]
     if plan is not None:
         more["place"] = _places(plan.corpus, documents.document, [documents.names[at] for at in documents.source])

@@ -102,8 +102,8 @@ def record(trainer: L.Trainer, split: str, config: dict[str, Any] | None) -> dic
         "checkpoint": checkpoint.name if own and checkpoint is not None else checkpoint and str(checkpoint.absolute()),
         "base": getattr(module, "base", None), "step": step, "other_data": other,
         "data": {key: listed[key] for key in OF_DATA if key in listed}, **figures}
-    if found := breakdowns.breakdown_of(trainer, split):
-        line["breakdown"] = breakdowns.finite(found.details())
+    if breakdown := breakdowns.breakdown_of(trainer, split):
+        line["breakdown"] = breakdowns.finite(breakdown.details())
     run.mkdir(parents=True, exist_ok=True)
     breakdowns.write_documents(trainer, split)
     with open(run / RECORD, "a", encoding="utf-8") as stream:
