@@ -64,6 +64,8 @@ KNOWN: tuple[Known, ...] = (
           "attention keeps documents and padding apart by their bounds in the row, and padding is not supervised"),
     Known("peft", r"fan_in_fan_out is set to False but the target module is `Conv1D`\. Setting fan_in_fan_out to True",
           "PEFT then does what GPT-2's layers need"),
+    Known("peft", r"Position ids are not supported for parameter efficient tuning\. Ignoring position ids",
+          "prompts behind virtual tokens are answered one at a time and without padding, where PEFT's own are right"),
     Known("bitsandbytes", r"Failed to load CPU gemm_4bit_forward from kernels-community",
           "an optional package that downloads kernels; without it bitsandbytes computes with its own"),
     Known("peft", r"Setting `save_embedding_layers` to `True` as embedding layers found in `target_modules`",
