@@ -55,7 +55,7 @@ def test_the_figures_are_those_of_the_exported_checkpoint(run):
     assert int(after[3]) == best["step"]
     assert f"step 6, has perplexity {last['figures']['val/perplexity']:.3f}" in out
     card = (run / "export" / "README.md").read_text()
-    table = dict(re.findall(r"^\| (\S+) \| (\S+) \|$", card, re.MULTILINE))
+    table = dict(re.findall(r"^\| (\S+) \| (\S+)(?: \(95 % interval \S+ to \S+\))? \|$", card, re.MULTILINE))
     assert float(table["val/perplexity"]) == pytest.approx(best["figures"]["val/perplexity"], rel=1e-5)
     assert float(table["before/val/perplexity"]) == pytest.approx(float(after[1]), abs=1e-3)
     assert f"step {best['step']}." in card
@@ -63,7 +63,7 @@ def test_the_figures_are_those_of_the_exported_checkpoint(run):
     code, _, err = call("export", "--run", "run", "--checkpoint", "last")
     assert code == 0, err
     assert f"vllm serve {run.absolute() / 'export'}" in err      # not run here: vLLM is not a dependency
-    table = dict(re.findall(r"^\| (\S+) \| (\S+) \|$", (run / "export" / "README.md").read_text(), re.MULTILINE))
+    table = dict(re.findall(r"^\| (\S+) \| (\S+)(?: \(95 % interval \S+ to \S+\))? \|$", (run / "export" / "README.md").read_text(), re.MULTILINE))
     assert float(table["val/perplexity"]) == pytest.approx(last["figures"]["val/perplexity"], rel=1e-5)
 
 
