@@ -8,7 +8,7 @@ exact one; float32 and float64 lose nothing.
 
 Without this kernel, with torch's attention for each stack of documents, a training step of a 6M-parameter Llama takes
 1.15 times as long in bfloat16 (1.05 to 1.20) and as long in float32 (0.99 to 1.03), a validation as long in both.
-Measured by `tests/benchmarks/kernels.py` on one busy core of an AMD EPYC (Zen 4) with a vocabulary of 8,000.
+Measured by `tests/benchmarks/kernel_times.py` on one busy core of an AMD EPYC (Zen 4) with a vocabulary of 8,000.
 
     T tokens of a row, H heads of queries, K of keys and values, D numbers per head of queries and keys, E of values
     N documents of a stack times K, G query heads that share a key head, L tokens of the longest of the stack

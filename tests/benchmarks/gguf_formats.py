@@ -5,7 +5,7 @@ table has the absolute difference of the NLL in nats per token (llama.cpp's minu
 documents) and the largest of the reference sequences; then whether greedy text, a rendered conversation and the texts of
 `tokenizer_file.STRESS` are equal. Needs a Python with llama_cpp in LIT_LLM_LLAMA_CPP, and the shared data folder.
 
-    LIT_LLM_LLAMA_CPP=.../bin/python python -m tests.benchmarks.gguf --data ../shared/data
+    LIT_LLM_LLAMA_CPP=.../bin/python python -m tests.benchmarks.gguf_formats --data ../shared/data
 """
 
 import argparse

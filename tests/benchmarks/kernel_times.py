@@ -1,6 +1,6 @@
 """Measure the end-to-end gain of each kernel of this project on a CPU: a training step or validation batch with and without it.
 
-    python -m tests.benchmarks.kernels [--rounds 9] [--vocabulary 32000] [--lengths 60 300 ...] [--dtypes bfloat16]
+    python -m tests.benchmarks.kernel_times [--rounds 9] [--vocabulary 32000] [--lengths 60 300 ...] [--dtypes bfloat16]
 
 The model is a 6M-parameter Llama on a packed sequence of random documents, with one thread. All variants take turns in one
 process; the printed ratio is the median over the rounds of CPU time without the kernel / CPU time with all kernels.
