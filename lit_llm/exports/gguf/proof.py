@@ -23,8 +23,8 @@ VARIABLE = "LIT_LLM_LLAMA_CPP"
 NEW_TOKENS, PROMPT = 24, 8                          # greedy tokens, and tokens of the prompt before them
 SECONDS = 3600                                      # of llama.cpp, at most
 # Accepted difference of the mean NLL: relative above 1 nat, absolute below. On tiny models of seven families and two
-# trained ones (tests/benchmarks/gguf_formats.py) the largest are 5e-6, 3e-4, 2e-3, 7e-3 and 4e-2 (f32 to q4_0). In f32 it is
-# the GELU of Gemma, which llama.cpp reads from a table; in f16 to q8_0, llama.cpp rounds activations as well.
+# trained ones (tests/benchmarks/gguf_formats.py) the largest are 5e-6, 3e-4, 2e-3, 7e-3 and 4e-2 (f32 to q4_0). In f32
+# it is the GELU of Gemma, which llama.cpp reads from a table; in f16 to q8_0, llama.cpp rounds activations as well.
 BOUNDS = {"f32": 1e-4, "f16": 2e-3, "bf16": 1e-2, "q8_0": 3e-2, "q5_1": 0.1, "q5_0": 0.1, "q4_1": 0.2, "q4_0": 0.2}
 
 
