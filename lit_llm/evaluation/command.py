@@ -1,22 +1,15 @@
-"""The `evaluate` verb: find the models and the texts, score them, compare, print and write."""
+"""The `evaluate` verb: its options, and what can be refused before libraries are imported, which takes seconds."""
 
 import sys
-from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
+from lit_llm import names
 from lit_llm.data.tokens.encode import OnBadRecord
 from lit_llm.errors import InputError
-from lit_llm.evaluation import material, passes, rolling, stored, table
-from lit_llm.evaluation.material import Material, Texts
-from lit_llm.evaluation.result import Difference, Result, difference, incomparable
-from lit_llm.evaluation.scoring.local import LocalModel, context_length
-from lit_llm.evaluation.scoring.remote import ServedModel
-from lit_llm.evaluation.scoring.subject import Subject, find
-from lit_llm.text.tokenizer import Tokenizer, TrainOn
+from lit_llm.inference.loading import model_folder
+from lit_llm.text.answers import TrainOn
 
-MOST = 4096                                         # tokens of a window unless more are asked for
 Convention = Literal["no", "text", "wikitext"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16", "float64"]
 
@@ -95,120 +88,44 @@ def evaluate(
         InputError: No such model or text, a bad record, models that cannot be compared, or a server without
             log-probabilities.
     """
-    names = models or []
-    subjects = [find(name) for name in names if not stored.is_result(name)]
-    earlier = {name: stored.read(name) for name in names if stored.is_result(name)}
-    if not names and url is None:
+    typed = models or []
+    if not typed and url is None:
         raise InputError("no model was given", where="evaluate", fix="python -m lit_llm evaluate FOLDER --data FILE")
+    results = [name for name in typed if _is_result(name)]
     if tasks is not None:
-        return _of_tasks(subjects, tasks, chat=chat, num_fewshot=num_fewshot, limit=limit, dtype=dtype,
-                         quantize=quantize, device=device, out=out, data=data, base=base, url=url, results=earlier)
-    reference = find(base) if base is not None else None
-    if url is not None and not subjects and tokenizer is None:
-        raise InputError("the tokenizer of the server's model is not known", where="tokenizer",
-                         fix="give its folder: --tokenizer FOLDER")
-    everyone = [*subjects, *([reference] if reference else [])]
-    results: list[Result] = []
-    differences: list[Difference] = []
-    if everyone or url is not None:
-        width = seq_len or _smallest_context(everyone, tokenizer) - (url is not None)   # a server adds a token
-        texts = _Texts(rolling, width, data, subjects[0] if subjects else None, limit=limit, seq_len=seq_len,
-                       stride=stride, train_on=train_on, on_bad_record=on_bad_record, format=format, columns=columns,
-                       document=document, split=split)
-    for name in names:
-        if name in earlier:
-            results += earlier[name]
-            continue
-        subject = next(candidate for candidate in subjects if candidate.name == name)
-        model = LocalModel(subject, dtype=dtype, quantize=quantize, device=device)
-        measured = passes.measure(model, name, texts.of(subject.tokenizer), batch_size=batch_size,
-                                  with_base=base is None)
-        del model
-        results += measured
-        differences += [difference(measured[0], before) for before in measured[1:]]
-    if url is not None:
-        served = ServedModel(url)
-        results += passes.measure(served, url, texts.of(tokenizer or subjects[0].tokenizer), batch_size=batch_size)
-    if reference is not None:
-        model = LocalModel(reference, dtype=dtype, quantize=quantize, device=device)
-        measured = passes.measure(model, f"{base} (base)", texts.of(reference.tokenizer), batch_size=batch_size)
-        before = replace(measured[0], is_base=True)
-        differences.append(difference(results[0], before))
-        results.append(before)
-    differences += _with_first(results)
+        _check_unused({"data": data, "base": base, "url": url, "models": results})
+    for name in [*typed, *([base] if base is not None else [])]:
+        if not names.path_of(name).exists():
+            model_folder(name)
+    loading = {"dtype": dtype, "quantize": quantize, "device": device}
+    if tasks is not None:
+        return _of_tasks(typed, tasks, chat=chat, num_fewshot=num_fewshot, limit=limit, out=out, **loading)
+    from lit_llm.evaluation import stored, table
+    from lit_llm.evaluation.comparison import Comparison
+
+    compared = Comparison(typed, results, base=base, url=url, tokenizer=tokenizer, loading=loading)
+    compared.choose_texts(rolling, data, limit=limit, seq_len=seq_len, stride=stride, train_on=train_on,
+                          on_bad_record=on_bad_record, format=format, columns=columns, document=document, split=split)
+    compared.measure(batch_size)
     if out is not None:
-        stored.write(out, results, differences)
+        stored.write(out, compared.results, compared.differences)
         print(f"wrote {out}", file=sys.stderr)
-    return table.of(results, differences)
+    return table.of(compared.results, compared.differences)
 
 
-def _of_tasks(subjects: Sequence[Subject], tasks: list[str], *, data: object, base: object, url: object,
-              results: object, **options: Any) -> str:
-    """Evaluate on tasks; what has no effect there is refused."""
-    for name, value in (("data", data), ("base", base), ("url", url), ("models", results)):
+def _is_result(name: str) -> bool:
+    """Whether a name is that of a stored result rather than of a model."""
+    return name.endswith(".json") and Path(name).expanduser().is_file()
+
+
+def _check_unused(options: dict[str, object]) -> None:
+    for name, value in options.items():
         if value:
             raise InputError("it has no effect with tasks, which ask folders of models", where=name, fix="leave it out")
+
+
+def _of_tasks(models: list[str], tasks: list[str], **options: Any) -> str:
+    from lit_llm.evaluation.scoring.subject import find
     from lit_llm.evaluation.tasks.command import evaluate_tasks
 
-    return evaluate_tasks(subjects, tasks, **options)
-
-
-def _with_first(results: Sequence[Result]) -> list[Difference]:
-    """Each further model compared with the first one.
-
-    Raises:
-        InputError: A stored result was measured on other data.
-    """
-    models = [result for result in results if not result.is_base]
-    out = []
-    for result in models[1:]:
-        if result.measured["fingerprints"]["data"] == models[0].measured["fingerprints"]["data"] and incomparable(
-                result, models[0]):
-            print(f"note: {result.name} has another tokenizer than {models[0].name}, so the two are not compared "
-                  "document by document; compare bits per byte", file=sys.stderr)
-            continue
-        out.append(difference(result, models[0]))
-    return out
-
-
-def _smallest_context(subjects: Sequence[Subject], tokenizer: str | None) -> int:
-    lengths = [context_length(subject) for subject in subjects]
-    if not lengths and tokenizer is not None and (Path(tokenizer) / "config.json").is_file():
-        lengths = [context_length(find(tokenizer))]
-    if not lengths:
-        raise InputError("the context length of the server's model is not known", where="seq_len",
-                         fix="set it: --seq_len 2048")
-    return min(MOST, *lengths)
-
-
-class _Texts:
-    """The texts of an evaluation, tokenized once for each tokenizer."""
-
-    def __init__(self, kind: Convention, width: int, data: list[str] | None, first: Subject | None, *,
-                 limit: int | None, seq_len: int | None, stride: int | None, train_on: TrainOn | None,
-                 on_bad_record: OnBadRecord | None, **of_sources: str | dict[str, str] | None) -> None:
-        self._kind, self._width, self._limit = kind, width, limit
-        self._made: dict[str, Material] = {}
-        chosen = {"train_on": train_on, "on_bad_record": on_bad_record, "stride": stride}
-        set_options = {key: value for key, value in chosen.items() if value is not None}
-        if data:
-            self._texts: Texts = material.of_paths(data, limit=limit, **set_options, **of_sources)   # type: ignore[arg-type]
-        elif first is not None and first.run is not None:
-            self._texts = material.of_run(first.run, limit=limit, seq_len=seq_len, **chosen)
-        else:
-            raise InputError("no texts were given", where="data",
-                             fix="python -m lit_llm evaluate FOLDER --data FILE; only a run has data of its own")
-
-    def of(self, folder: str) -> Material:
-        """The texts for the tokenizer of a folder or hub id."""
-        if folder not in self._made:
-            if self._kind == "no":
-                self._made[folder] = self._texts.with_tokenizer(folder, self._width)
-            else:
-                sources = self._texts.options.get("val_sources")
-                if not sources:
-                    raise InputError("the run has no validation data of its own", where="data",
-                                     fix="give texts: --data FILE")
-                self._made[folder] = rolling.material(sources, Tokenizer.load(folder), self._width, self._kind,
-                                                      self._limit)
-        return self._made[folder]
+    return evaluate_tasks([find(name) for name in models], tasks, **options)

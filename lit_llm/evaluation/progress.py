@@ -1,46 +1,53 @@
-"""Print on stderr how much of an evaluation is done, and the remaining time."""
+"""Print on stderr how much of an evaluation or of the answers of a model is done, with tokens/s and the time left."""
 
-import sys
-import time
-
-from lit_llm.data.tokens.progress import OFTEN, QUIET, SELDOM, duration
+from lit_llm.data.tokens.progress import ProgressLine, duration
 
 
 class Progress:
-    """Progress of one pass; nothing is printed within its first two seconds.
+    """Progress of one pass of a model.
 
     Args:
         what: Description of the pass, such as `evaluating runs/sft`.
-        total: Tokens of the pass.
+        total: Number of units of the pass.
+        unit: What is counted.
+        earlier: Number of units that an earlier run has done.
     """
 
-    def __init__(self, what: str, total: int) -> None:
-        self.what, self.total, self.done = what, total, 0
-        self.began = self.shown = time.monotonic()
-        self._terminal, self._printed = sys.stderr.isatty(), False
+    def __init__(self, what: str, total: int, unit: str = "tokens", earlier: int = 0) -> None:
+        self.what, self.total, self.unit, self.earlier = what, total, unit, earlier
+        self.done, self.tokens = earlier, 0
+        self._line, self._printed = ProgressLine(), False
+        if earlier:
+            self._line.say(f"{what}: {earlier:,} of {total:,} {unit} are there already")
 
-    def add(self, tokens: int) -> None:
-        """Count tokens that are done, and print if enough time has passed."""
-        self.done += tokens
-        now = time.monotonic()
-        spent = now - self.began
-        if spent < QUIET or not self.done or now - self.shown < (OFTEN if self._terminal else SELDOM):
+    def add(self, tokens: int, count: int | None = None) -> None:
+        """Count what is done, and print if enough time has passed.
+
+        Args:
+            tokens: Tokens that were computed.
+            count: Units; null where tokens are the unit.
+        """
+        self.tokens += tokens
+        self.done += tokens if count is None else count
+        if self.done == self.earlier or not self._line.is_due():
             return
-        self.shown, self._printed = now, True
-        left = spent / self.done * (self.total - self.done)
-        self._say(f"{self.what}: {self.done:,} of {self.total:,} tokens, {self.done / spent:,.0f} tokens/s, "
-                  f"{duration(left)} left", end="\r" if self._terminal else "\n")
+        self._printed, spent = True, self._line.seconds
+        left = duration(spent / (self.done - self.earlier) * (self.total - self.done))
+        self._line.say(f"{self.what}: {self.done:,} of {self.total:,} {self.unit}, {self.tokens / spent:,.0f} "
+                       f"tokens/s, {left} left", passing=True)
 
-    def end(self) -> float:
-        """Print the total time if progress was printed.
+    def end(self, *, always: bool = False) -> float:
+        """Print the totals, if progress was printed.
+
+        Args:
+            always: Print them also of a short pass in which anything was done.
 
         Returns:
             Seconds.
         """
-        spent = time.monotonic() - self.began
-        if self._printed:
-            self._say(f"{self.what}: {self.done:,} tokens in {duration(spent)}")
+        spent, done = self._line.seconds, self.done - self.earlier
+        if self._printed or (always and done):
+            units = "" if self.unit == "tokens" else f"{done:,} {self.unit}, "
+            self._line.say(f"{self.what}: {units}{self.tokens:,} tokens in {duration(spent)}, "
+                           f"{self.tokens / max(spent, 1e-9):,.0f} tokens/s")
         return spent
-
-    def _say(self, line: str, end: str = "\n") -> None:
-        print(f"  {line}" + ("\x1b[K" if self._terminal else ""), end=end, file=sys.stderr, flush=True)

@@ -6,6 +6,7 @@ The sums of each document are kept in the result, so that a later model can be c
 import math
 import platform
 from dataclasses import dataclass, field
+from functools import cached_property
 from importlib.metadata import version
 from typing import Any
 
@@ -44,7 +45,7 @@ class Figure:
     unit: str = "tokens"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, eq=False)
 class Result:
     """Sums of each document, and what was measured.
 
@@ -71,6 +72,7 @@ class Result:
     notes: dict[str, int] = field(default_factory=dict)
     cells: np.ndarray | None = None
 
+    @cached_property
     def documents(self) -> Documents:
         """The sums of the documents that have a scored token."""
         every = Documents(np.arange(len(self.units)), self.units.source, self.nll, self.units.tokens, self.units.bytes,
@@ -79,7 +81,7 @@ class Result:
 
     def figures(self) -> dict[str, Figure]:
         """The figures of all documents, each with its interval."""
-        documents = self.documents()
+        documents = self.documents
         if self.units.words is None:
             return figures_of(documents)
         words = self.units.words[documents.document]
@@ -90,16 +92,16 @@ class Result:
 
     def by_source(self) -> dict[str, dict[str, Figure]]:
         """The figures of each source, by its name; empty for a single source."""
-        parts = self.documents().by_source()
+        parts = self.documents.by_source()
         return {name: figures_of(part) for name, part in parts.items()} if len(parts) > 1 else {}
 
-
-def details_of(result: Result) -> dict[str, dict[str, Any]]:
-    """`answers` and `positions`: the figures of each answer of a conversation, and by the tokens before a token."""
-    if result.cells is None:
-        return {}
-    details = Breakdown(result.documents(), result.cells).details()
-    return {name: details[name] for name in ("answers", "positions") if len(details.get(name, ())) > 1}
+    @cached_property
+    def details(self) -> dict[str, dict[str, Any]]:
+        """`answers` and `positions`: the figures of each answer of a conversation, and by the tokens before a token."""
+        if self.cells is None:
+            return {}
+        details = Breakdown(self.documents, self.cells).details()
+        return {name: details[name] for name in ("answers", "positions") if len(details.get(name, ())) > 1}
 
 
 def figures_of(documents: Documents) -> dict[str, Figure]:

@@ -1,7 +1,6 @@
 """Results as JSON: written by `evaluate --out`, and read again to compare a later model with them."""
 
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -12,21 +11,17 @@ import numpy as np
 from lit_llm import disk
 from lit_llm.errors import InputError
 from lit_llm.evaluation.material import Units
-from lit_llm.evaluation.result import Difference, Figure, Result, details_of
+from lit_llm.evaluation.result import Difference, Figure, Result
+from lit_llm.training.record.breakdowns import finite
 
 FORMAT = 1
 COLUMNS = {"source": "<i8", "content": "<u8", "tokens": "<i8", "bytes": "<i8", "characters": "<i8", "words": "<i8"}
 
 
-def is_result(name: str) -> bool:
-    """Whether a name is that of a stored result rather than of a model."""
-    return name.endswith(".json") and Path(name).expanduser().is_file()
-
-
 def write(out: str, results: Sequence[Result], differences: Sequence[Difference]) -> None:
     """Write results and their differences; a reader sees the old or the new file."""
     facts = {"format": FORMAT, "models": [described(result) for result in results],
-             "differences": [_plain(asdict(difference)) for difference in differences]}
+             "differences": [finite(asdict(difference)) for difference in differences]}
     disk.replace_text(Path(out).expanduser(), json.dumps(facts, ensure_ascii=False) + "\n")
 
 
@@ -35,24 +30,15 @@ def described(result: Result) -> dict[str, Any]:
     columns = {name: getattr(result.units, name) for name in COLUMNS} | {"nll": result.nll, "correct": result.correct}
     return {"name": result.name, "is_base": result.is_base, **_figures(result.figures()),
             "by_source": {name: _figures(figures) for name, figures in result.by_source().items()},
-            **{f"by_{name.removesuffix('s')}": _plain(groups) for name, groups in details_of(result).items()},
+            **{f"by_{name.removesuffix('s')}": finite(groups) for name, groups in result.details.items()},
             "documents": int((result.units.tokens > 0).sum()), "notes": result.notes,
             "measured": result.measured | {"seed": 0},
             "sums": {name: values.tolist() for name, values in columns.items() if values is not None}}
 
 
 def _figures(figures: dict[str, Figure]) -> dict[str, Any]:
-    return {name: {"value": _plain(figure.value), "low": _plain(figure.low), "high": _plain(figure.high),
+    return {name: {"value": finite(figure.value), "low": finite(figure.low), "high": finite(figure.high),
                    "reliable": figure.reliable, figure.unit: figure.count} for name, figure in figures.items()}
-
-
-def _plain(value: Any) -> Any:
-    """The same values without numbers that JSON does not have."""
-    if isinstance(value, dict):
-        return {key: _plain(part) for key, part in value.items()}
-    if isinstance(value, list):
-        return [_plain(part) for part in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def read(name: str) -> list[Result]:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from lit_llm import names
 from lit_llm.evaluation.material import escaped
-from lit_llm.evaluation.result import Difference, Figure, Result, details_of
+from lit_llm.evaluation.result import Difference, Figure, Result
 
 SHOWN = ("nll", "perplexity", "bits_per_byte", "token_accuracy")    # of each source, and of several models
 
@@ -29,7 +29,7 @@ def _whole(result: Result) -> list[str]:
     groups: dict[str, dict[str, dict[str, float]]] = {"source": {
         _end(escaped(name), 38): {key: figure.value for key, figure in figures.items()}
         for name, figures in result.by_source().items()}}
-    groups |= {name.removesuffix("s"): values for name, values in details_of(result).items()}
+    groups |= {name.removesuffix("s"): values for name, values in result.details.items()}
     for title, parts in groups.items():
         if parts:
             lines += ["", f"  {'by ' + title:<40}" + "".join(f"{name:>16}" for name in SHOWN)]
@@ -71,7 +71,7 @@ def _beside(results: Sequence[Result]) -> list[str]:
 def _difference(difference: Difference) -> list[str]:
     nll = difference.nll
     share = difference.worse / difference.documents
-    lines = [f"{escaped(difference.name)} against {escaped(difference.before)}: nll {nll.value:+.4f} "
+    lines = [f"{escaped(difference.name)} against {escaped(difference.before)}: nll {_change(nll.value)} "
              f"{_signed(nll)}; {difference.worse:,} of {difference.documents:,} ({share:.1%}) are worse"]
     if difference.worst:
         lines.append("  worst, in nats per token:")
@@ -95,7 +95,17 @@ def _interval(figure: Figure) -> str:
 def _signed(figure: Figure) -> str:
     if figure.low is None or figure.high is None:
         return "[no interval]"
-    return f"[{figure.low:+.4f}, {figure.high:+.4f}]{'' if figure.reliable else ' ?'}"
+    return f"[{_change(figure.low)}, {_change(figure.high)}]{'' if figure.reliable else ' ?'}"
+
+
+def _change(value: float) -> str:
+    """With its sign, except of one that is shown as 0.
+
+    >>> _change(-0.25), _change(-1e-9)
+    ('-0.2500', '0.0000')
+    """
+    shown = f"{value:+.4f}"
+    return shown if float(shown) else shown[1:]
 
 
 def _end(text: str, most: int) -> str:

@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
-from lit_llm import disk, names
+from lit_llm import names
 from lit_llm.errors import InputError
 from lit_llm.exports import contents, hub_upload, metadata
 from lit_llm.exports.card import Form, card
@@ -162,7 +162,7 @@ def _exported(source: Checkpoint, target: Path, dtype: Dtype, quantize: Quantize
 
     trained = load(source)
     rows, before = difference.before(trained.model, trained.rows)
-    with _replacing(target) as partial:
+    with contents.replacing(target) as partial:
         if form.adapter:
             contents.write_adapter(source, trained, partial)
         else:
@@ -176,28 +176,6 @@ def _exported(source: Checkpoint, target: Path, dtype: Dtype, quantize: Quantize
                            quantize=trained.quantize, weights=quantize, more=facts)
         _write_card(source, partial, replace(form, check=facts))
     log.info("%s", difference.line(facts))
-
-
-@contextmanager
-def _replacing(target: Path) -> Generator[Path, None, None]:
-    """A new folder that replaces `target` at the end; after an error nothing of it is left.
-
-    Raises:
-        InputError: It cannot be written.
-    """
-    partial = target.with_name(target.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        partial.mkdir(parents=True)
-        yield partial
-        disk.replace_folder(partial, target)
-    except BaseException as error:
-        free = disk.free(partial.parent)
-        shutil.rmtree(partial, ignore_errors=True)
-        if isinstance(error, OSError) or disk.is_full(error):
-            raise InputError(f"the export could not be written: {disk.reason(error)}; {free}", where=str(target),
-                             fix=f"{disk.remedy(error, target.parent)}, or name another folder: --out") from error
-        raise
 
 
 def _write_card(source: Checkpoint, folder: Path, form: Form) -> None:

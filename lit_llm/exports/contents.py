@@ -2,6 +2,8 @@
 
 import json
 import shutil
+from collections.abc import Generator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,6 +15,28 @@ from lit_llm.exports.trained import Checkpoint, Trained
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Quantized = Literal["int8", "nf4"]
 ADAPTER = ("adapter_config.json", "adapter_model.safetensors", "generation_config.json")
+
+
+@contextmanager
+def replacing(target: Path) -> Generator[Path, None, None]:
+    """A new folder that replaces `target` at the end; after an error nothing of it is left.
+
+    Raises:
+        InputError: It cannot be written.
+    """
+    partial = target.with_name(target.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir(parents=True)
+        yield partial
+        disk.replace_folder(partial, target)
+    except BaseException as error:
+        free = disk.free(partial.parent)
+        shutil.rmtree(partial, ignore_errors=True)
+        if isinstance(error, OSError) or disk.is_full(error):
+            raise InputError(f"the export could not be written: {disk.reason(error)}; {free}", where=str(target),
+                             fix=f"{disk.remedy(error, target.parent)}, or name another folder: --out") from error
+        raise
 
 
 def write_model(trained: Trained, folder: Path, dtype: Dtype, quantize: Quantized | None) -> None:

@@ -133,20 +133,14 @@ def load(folder: str, device: str, dtype: str, adapter: str | Path | None, quant
         folder, adapter = names.resolve(origin.locate(base, facts.get("base_hash"), Path(folder))), folder
     elif adapter:
         check_base(folder, adapter)
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise InputError(f"{device} cannot be used: {str(error).splitlines()[0][:160]}", where="device",
-                         fix="leave it out: auto selects an available device") from None
+    place = device_of(device)
     kind = stored_dtype(folder) if dtype == "auto" else getattr(torch, dtype, None)
     if not isinstance(kind, torch.dtype):
         raise InputError(f"unknown dtype '{dtype}'; use auto, float32 or bfloat16", where="dtype")
     try:
         served: Any = quantize
         model: Any = load_causal_lm(folder, dtype=kind, quantize=served, half=kind is torch.bfloat16,
-                                    device=torch.device(device))
+                                    device=place)
         if adapter:
             check.check_weights(folder, model)
             virtual = virtual_tokens.count_in(adapter)
@@ -164,10 +158,27 @@ def load(folder: str, device: str, dtype: str, adapter: str | Path | None, quant
     if stored_quantization(folder):                 # it is on its device
         check.check_weights(folder, model.eval())
         return model
-    model = model.to(device).eval()
+    model = model.to(place).eval()
     if not adapter:
         check.check_weights(folder, model)
     return model
+
+
+def device_of(name: str) -> Any:
+    """The device of a name, such as cuda:1; auto is a GPU if there is one.
+
+    Raises:
+        InputError: It cannot be used.
+    """
+    import torch
+
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"{name} cannot be used: {str(error).splitlines()[0][:160]}", where="device",
+                         fix="leave it out: auto selects an available device") from None
 
 
 def cache_memory(device: Any) -> int:

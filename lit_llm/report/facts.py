@@ -53,7 +53,7 @@ def of(run: Path) -> dict[str, Any]:
     best = next((entry for entry in saved if entry["best"]), None)
     before = {name.removeprefix("before/"): value for name, value in measured.items() if name.startswith("before/")}
     state = state_of(run, recorded)
-    config = _config_of(run)
+    config = config_of(run)
     facts = {
         "version": VERSION,
         "run": {"name": run.name, "folder": str(run), "state": state, "reason": recorded.get("reason"),
@@ -282,7 +282,8 @@ def lines_of(file: Path, last: int | None = LINES) -> list[dict[str, Any]]:
     return mappings
 
 
-def _config_of(run: Path) -> dict[str, Any]:
+def config_of(run: Path) -> dict[str, Any]:
+    """The config that a run wrote; empty if it is missing or damaged."""
     try:
         config = yaml.safe_load(_text(run / "config.yaml"))
     except (yaml.YAMLError, ValueError, RecursionError):

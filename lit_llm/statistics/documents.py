@@ -4,6 +4,7 @@ import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ RATIOS = {"nll": ("nll", "tokens", 1.0), "bits_per_byte": ("nll", "bytes", math.
 LARGEST = 700.0                                     # nats whose exponential is still finite
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, eq=False)
 class Documents:
     """Columns of N documents, one row each.
 
@@ -66,6 +67,10 @@ class Documents:
 
     def by_source(self) -> dict[str, "Documents"]:
         """The documents of each source that has any, those of the highest nll first."""
+        return self._by_source
+
+    @cached_property
+    def _by_source(self) -> dict[str, "Documents"]:
         parts = {name: self.where(self.source == number) for number, name in enumerate(self.names)}
         present = {name: part for name, part in parts.items() if part.tokens.sum()}
         return dict(sorted(present.items(), key=lambda item: -item[1].figures()["nll"]))
@@ -77,9 +82,20 @@ class Documents:
     def interval(self, name: str) -> Interval | None:
         """The 95 % interval of a figure over documents; null without enough documents, or without its counts.
 
+        Each is computed once: a validation logs, prints and stores the same ones.
+
         Args:
             name: A key of `RATIOS`, or perplexity, whose interval is that of the nll on its scale.
         """
+        if name not in self._intervals:
+            self._intervals[name] = self._interval(name)
+        return self._intervals[name]
+
+    @cached_property
+    def _intervals(self) -> dict[str, Interval | None]:
+        return {}
+
+    def _interval(self, name: str) -> Interval | None:
         if name == "perplexity":
             ends = self.interval("nll")
             return ends and replace(ends, low=_exp(ends.low), high=_exp(ends.high))

@@ -187,13 +187,13 @@ def test_how_much_is_done_over_several_files(tmp_path, capsys, monkeypatch):
     """A packed file counts when it is through; of the others the place in them does."""
     for name, size in (("a.jsonl", 100), ("b.jsonl.gz", 300), ("c.jsonl", 600)):
         (tmp_path / name).write_bytes(b"x" * size)
-    line = Progress(str(tmp_path), Source(str(tmp_path)).sizes())
-    shares = [line.share(Place(str(tmp_path / name), 1, share=share))
+    progress = Progress(str(tmp_path), Source(str(tmp_path)).sizes())
+    shares = [progress.share(Place(str(tmp_path / name), 1, share=share))
               for name, share in (("a.jsonl", 0.5), ("b.jsonl.gz", 1.0), ("c.jsonl", 0.0), ("c.jsonl", 0.5), ("c.jsonl", 1))]
     assert shares == [0.05, 0.1, 0.4, 0.7, 1.0]
-    line.began -= 100
-    line.shown -= 100
-    line.show(Report("x", read=10, tokens=5000), Place(str(tmp_path / "c.jsonl"), 1, share=0.5))
+    progress.line.began -= 100
+    progress.line.shown -= 100
+    progress.show(Report("x", read=10, tokens=5000), Place(str(tmp_path / "c.jsonl"), 1, share=0.5))
     assert re.search(r"10 records, 5,000 tokens, 50 tokens/s, 70% done, 43 s left", capsys.readouterr().err)
 
 

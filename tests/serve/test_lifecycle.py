@@ -2,6 +2,7 @@
 processes are left behind, or requests without a key are accepted.
 """
 
+import contextlib
 import json
 import os
 import queue
@@ -46,6 +47,11 @@ def test_a_client_that_reads_nothing_loses_its_slot(server):
                        b"Content-Length: %d\r\n\r\n" % len(body) + body)
         server.until(lambda: server.health()[1] == 1)
         server.until(lambda: server.health() == (200, 0), 30)
+        client.settimeout(10)
+        answer = b"".join(iter(lambda: client.recv(1 << 16), b""))      # what was under way; then the server has closed it
+    assert answer.startswith(b"HTTP/1.1 200")
+    assert b"[DONE]" not in answer
+    assert server.http.post("/chat", json={"message": "Hi", "max_length": 3}).status_code == 200
 
 
 def test_hanging_up_frees_the_tokenizer_too(server):
@@ -254,12 +260,32 @@ def test_a_mistake_takes_a_few_lines_and_code_2(words, message, server, endless_
         assert len(error.strip().splitlines()) <= 6
 
 
+@contextlib.asynccontextmanager
+async def connected(worker):
+    """A client that listens to a worker's end, from its first beat on."""
+    import asyncio
+
+    from serve.engine_client import EngineClient, Limits
+
+    client = EngineClient(Limits())
+    client.orders = queue.SimpleQueue()
+    listening = asyncio.create_task(client.listen(worker))
+    while client._beat is None:
+        await asyncio.sleep(0.01)
+    yield client
+    listening.cancel()
+
+
+def sent(client):
+    """Types of the orders that a client has sent."""
+    return [type(client.orders.get_nowait()) for _ in range(client.orders.qsize())]
+
+
 def test_a_request_that_was_lost_with_a_worker_is_not_left_to_the_next():
     """Its client got 503 and retries; the new worker finds it in the queue, and would generate it to its end for no client."""
     import asyncio
 
     from lit_llm.inference.sampling import SamplingParams
-    from serve.engine_client import EngineClient, Limits
     from serve.errors import ApiError
     from serve.worker import Add, Beat, Cancel
 
@@ -273,16 +299,11 @@ def test_a_request_that_was_lost_with_a_worker_is_not_left_to_the_next():
             return Beat(boot, 0.0, 99, 99, None) if (boot := next(self.boots, None)) else await asyncio.sleep(60)
 
     async def run():
-        client = EngineClient(Limits())
-        client.orders = queue.SimpleQueue()
-        listening = asyncio.create_task(client.listen(Beats()))
-        while client._beat is None:
-            await asyncio.sleep(0.01)
-        with pytest.raises(ApiError, match="restarted"):
-            async for _ in client.ask([1, 2], SamplingParams()):
-                pass
-        listening.cancel()
-        return [type(client.orders.get_nowait()) for _ in range(client.orders.qsize())], client.in_flight
+        async with connected(Beats()) as client:
+            with pytest.raises(ApiError, match="restarted"):
+                async for _ in client.ask([1, 2], SamplingParams()):
+                    pass
+        return sent(client), client.in_flight
 
     assert asyncio.run(run()) == ([Add, Cancel], 0)
 
@@ -292,7 +313,6 @@ def test_a_shutdown_does_not_refuse_a_request_that_is_being_tokenized():
     import asyncio
 
     from lit_llm.inference.sampling import SamplingParams
-    from serve.engine_client import EngineClient, Limits
     from serve.errors import ApiError
     from serve.worker import Add, Beat
 
@@ -305,21 +325,16 @@ def test_a_shutdown_does_not_refuse_a_request_that_is_being_tokenized():
             return next(self.beats, None) or await asyncio.sleep(60)
 
     async def run():
-        client = EngineClient(Limits())
-        client.orders = queue.SimpleQueue()
-        listening = asyncio.create_task(client.listen(OneBeat()))
-        while client._beat is None:
-            await asyncio.sleep(0.01)
-        with client.arriving():
-            client.draining = True
-            with pytest.raises(ApiError, match="shutting down"), client.arriving():
-                pass
-        client.ask([1, 2], SamplingParams())
-        client.closed = True                        # the time for running requests is over
-        with pytest.raises(ApiError, match="shutting down"):
+        async with connected(OneBeat()) as client:
+            with client.arriving():
+                client.draining = True
+                with pytest.raises(ApiError, match="shutting down"), client.arriving():
+                    pass
             client.ask([1, 2], SamplingParams())
-        listening.cancel()
-        return [type(client.orders.get_nowait()) for _ in range(client.orders.qsize())], client.in_flight
+            client.closed = True                    # the time for running requests is over
+            with pytest.raises(ApiError, match="shutting down"):
+                client.ask([1, 2], SamplingParams())
+        return sent(client), client.in_flight
 
     assert asyncio.run(run()) == ([Add], 1)
 

@@ -16,6 +16,35 @@ MUCH = 1_000_000_000                                    # bytes of a cache above
 QUIET, OFTEN, SELDOM = 2.0, 0.5, 10.0                   # seconds: before the first line; on a terminal; in a log
 
 
+class ProgressLine:
+    """A line of progress on stderr, at most every half second on a terminal and every ten seconds in a log.
+
+    Nothing is due within the first two seconds.
+    """
+
+    def __init__(self) -> None:
+        self.began = self.shown = time.monotonic()
+        self._terminal = sys.stderr.isatty()
+
+    @property
+    def seconds(self) -> float:
+        """Since the start."""
+        return time.monotonic() - self.began
+
+    def is_due(self) -> bool:
+        """Whether enough time has passed since the last line; if so, the next one is `passing`."""
+        now = time.monotonic()
+        if now - self.began < QUIET or now - self.shown < (OFTEN if self._terminal else SELDOM):
+            return False
+        self.shown = now
+        return True
+
+    def say(self, text: str, *, passing: bool = False) -> None:
+        """Print a line; on a terminal, a passing one is replaced by the next."""
+        print(f"  {text}" + ("\x1b[K" if self._terminal else ""), end="\r" if passing and self._terminal else "\n",
+              file=sys.stderr, flush=True)
+
+
 class Progress:
     """Progress of one source.
 
@@ -25,11 +54,10 @@ class Progress:
     """
 
     def __init__(self, name: str, sizes: dict[str, int]) -> None:
-        self.began = self.shown = time.monotonic()
+        self.line = ProgressLine()
         self.name, self.sizes = name, sizes
         self.total = sum(self.sizes.values())
         self._before = dict(zip(self.sizes, _running(list(self.sizes.values())), strict=True))
-        self._terminal = sys.stderr.isatty()
 
     def show(self, report: Report, place: Place) -> None:
         """Print the progress if enough time has passed.
@@ -38,13 +66,12 @@ class Progress:
             report: The report so far.
             place: Place of the last record that is done.
         """
-        now = time.monotonic()
-        if now - self.began < QUIET or now - self.shown < (OFTEN if self._terminal else SELDOM):
+        if not self.line.is_due():
             return
-        self.shown, spent, share = now, now - self.began, self.share(place)
+        spent, share = self.line.seconds, self.share(place)
         left = f", {share:.0%} done, {duration(spent / share - spent)} left" if share else ""
-        self._say(f"preparing {self.name}: {report.read:,} records, {report.tokens:,} tokens, "
-                  f"{report.tokens / spent:,.0f} tokens/s{left}", end="\r" if self._terminal else "\n")
+        self.line.say(f"preparing {self.name}: {report.read:,} records, {report.tokens:,} tokens, "
+                       f"{report.tokens / spent:,.0f} tokens/s{left}", passing=True)
 
     def share(self, place: Place) -> float:
         """Share of the source's bytes that are done: 0 to 1; 0 if unknown.
@@ -57,18 +84,15 @@ class Progress:
 
     def end(self, report: Report, root: Path) -> None:
         """Print the totals if it took a while, and the size of a large cache, which is never emptied automatically."""
-        spent = time.monotonic() - self.began
+        spent = self.line.seconds
         if spent < QUIET:
             return
-        self._say(f"prepared {self.name}: {report.read:,} records, {report.tokens:,} tokens in {duration(spent)}, "
-                  f"{report.tokens / spent:,.0f} tokens/s")
+        self.line.say(f"prepared {self.name}: {report.read:,} records, {report.tokens:,} tokens in "
+                       f"{duration(spent)}, {report.tokens / spent:,.0f} tokens/s")
         stores, size = size_of(root)
         if size > MUCH:
-            self._say(f"the token cache {root} contains {stores} store{'s' * (stores > 1)}, {size / 1e9:,.1f} GB; you "
-                      "may delete it at any time")
-
-    def _say(self, line: str, end: str = "\n") -> None:
-        print(f"  {line}" + ("\x1b[K" if self._terminal else ""), end=end, file=sys.stderr, flush=True)
+            self.line.say(f"the token cache {root} contains {stores} store{'s' * (stores > 1)}, {size / 1e9:,.1f} GB; "
+                           "you may delete it at any time")
 
 
 def _running(sizes: list[int]) -> list[int]:

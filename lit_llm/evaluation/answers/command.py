@@ -14,16 +14,18 @@ from lit_llm.evaluation.answers import scores as scoring
 from lit_llm.evaluation.answers import summary
 from lit_llm.evaluation.answers.journal import Journal, Line
 from lit_llm.evaluation.answers.models import Answering, LocalModel, Request, ServedModel, requests
-from lit_llm.evaluation.answers.progress import Progress
 from lit_llm.evaluation.answers.prompts import Prompt
 from lit_llm.evaluation.answers.scores import Scorer
 from lit_llm.evaluation.answers.summary import Answers
+from lit_llm.evaluation.progress import Progress
 from lit_llm.inference.chat.remote import check_options
 from lit_llm.inference.chat.session import message_of
 from lit_llm.inference.completion import Completion
 from lit_llm.inference.sampling import SamplingParams
 from lit_llm.system.lock import Lock
 from lit_llm.text.conversation import Document
+
+USAGE = "python -m lit_llm generate FOLDER --data prompts.jsonl --out answers.jsonl"
 
 
 def generate(
@@ -103,14 +105,9 @@ def generate(
         InputError: No such model or file, a bad record (with its line), or an output with other answers.
     """
     if not models and url is None:
-        raise InputError("no model was given", where="generate",
-                         fix="python -m lit_llm generate FOLDER --data prompts.jsonl --out answers.jsonl")
-    for name, value in (("data", data), ("out", out)):
-        if value is None:
-            raise InputError("no file was given", where=name,
-                             fix="python -m lit_llm generate FOLDER --data prompts.jsonl --out answers.jsonl")
-    assert data is not None
-    assert out is not None
+        raise InputError("no model was given", where="generate", fix=USAGE)
+    if data is None or out is None:
+        raise InputError("no file was given", where="data" if data is None else "out", fix=USAGE)
     params = SamplingParams(max_tokens, temperature, top_p, top_k, tuple(stop or ()), seed, min_p=min_p)
     if n > 1 and params.greedy:
         raise InputError("at temperature 0 all answers to a prompt are the same", where="n",
@@ -119,32 +116,49 @@ def generate(
     scorer = Scorer(chosen, extract)
     prompts = prompt_file.read(data, format=format, columns=columns, split=split, limit=limit,
                                template_args=template_args if url is None else None)
-    if extract:
-        for prompt in prompts:
-            if prompt.reference is not None:
-                scorer.check_reference(prompt.reference, prompt.place)
-    if missing and any(prompt.reference is not None for prompt in prompts):
-        _note(f"{', '.join(missing)} are not computed: pip install 'lit_llm[metrics]'")
-    answering: list[Answering]
-    if url is not None:
-        check_options(adapter=adapter, device=device, dtype=dtype, threads=threads)
-        served: list[str | None] = [*models] if models else [None]
-        answering = [ServedModel(url, name, max_running=max_running, template_args=template_args) for name in served]
-    else:
-        answering = [LocalModel(name, adapter=adapter, device=device, dtype=dtype, threads=threads,
-                                max_running=max_running, template_args=template_args) for name in models or []]
+    _check_references(prompts, scorer, missing)
+    answering = _answering(models or [], url, {"adapter": adapter, "device": device, "dtype": dtype,
+                                               "threads": threads}, max_running, template_args)
     files = _files(Path(out), [model.name for model in answering])
     every = [_answer(model, prompts, params, n, scorer, file, skip=overlong == "skip", overwrite=overwrite)
              for model, file in zip(answering, files, strict=True)]
-    figures = [summary.figures(answers, scorer.names) for answers in every]
-    differing = [summary.differences(every[0], other, scorer.names) for other in every[1:]]
     settings = {"data": data, "max_tokens": max_tokens, "temperature": temperature, "top_p": top_p, "top_k": top_k,
                 "min_p": min_p, "stop": list(stop or ()), "seed": seed, "n": n, "extract": extract}
-    target = Path(out).with_suffix(".summary.json")
-    disk.replace_text(target, json.dumps({"settings": settings, "models": figures, "differences": differing}, indent=2,
-                                         ensure_ascii=False) + "\n")
+    return _summarised(every, scorer, settings, files, Path(out).with_suffix(".summary.json"))
+
+
+def _check_references(prompts: Sequence[Prompt], scorer: Scorer, missing: Sequence[str]) -> None:
+    """Before anything is generated: refuse references that cannot be scored, and name the scores that are missing.
+
+    Raises:
+        InputError: Nothing can be extracted from a reference; located at its record.
+    """
+    references = [(prompt.reference, prompt.place) for prompt in prompts if prompt.reference is not None]
+    for reference, place in references:
+        scorer.check_reference(reference, place)
+    if missing and references:
+        _note(f"{', '.join(missing)} are not computed: pip install 'lit_llm[metrics]'")
+
+
+def _answering(models: Sequence[str], url: str | None, options: dict[str, Any], max_running: int,
+               template_args: dict[str, Any] | None) -> list[Answering]:
+    """The models of this machine, or those of a server, which has its own options."""
+    if url is None:
+        return [LocalModel(name, max_running=max_running, template_args=template_args, **options) for name in models]
+    check_options(**options)
+    served: Sequence[str | None] = models or [None]
+    return [ServedModel(url, name, max_running=max_running, template_args=template_args) for name in served]
+
+
+def _summarised(every: Sequence[Answers], scorer: Scorer, settings: dict[str, Any], files: Sequence[Path],
+                target: Path) -> str:
+    """Write the figures of all models, and return them as a table."""
+    figures = [summary.figures(answers, scorer.names) for answers in every]
+    differences = [summary.differences(every[0], other, scorer.names) for other in every[1:]]
+    disk.replace_text(target, json.dumps({"settings": settings, "models": figures, "differences": differences},
+                                         indent=2, ensure_ascii=False) + "\n")
     _note(f"wrote {', '.join(map(str, [*files, target]))}")
-    return summary.table(figures, differing, scorer.names)
+    return summary.table(figures, differences, scorer.names)
 
 
 def _answer(model: Answering, prompts: Sequence[Prompt], params: SamplingParams, n: int, scorer: Scorer, file: Path, *,
@@ -164,20 +178,20 @@ def _answer(model: Answering, prompts: Sequence[Prompt], params: SamplingParams,
     try:
         journal = Journal(file, [request.fingerprint for request in wanted], overwrite=overwrite)
         missing = set(journal.missing)
-        progress = Progress(model.name, len(wanted), len(wanted) - len(missing))
+        progress = Progress(model.name, len(wanted), "answers", earlier=len(wanted) - len(missing))
         try:
             for request, answer in model.answers([request for request in wanted if request.fingerprint in missing]):
                 journal.add(_line(request, answer))
-                progress.add(answer.completion_tokens)
+                progress.add(answer.completion_tokens, 1)
         finally:
             journal.close()
-        progress.end()
+        seconds = progress.end(always=True)
         more = {request.fingerprint: _scored(request, n, journal.lines[request.fingerprint], scorer)
                 for request in wanted}
         lines = journal.finish(more)
     finally:
         lock.release()
-    return Answers(model.name, str(file), lines, skipped, progress.tokens, progress.seconds)
+    return Answers(model.name, str(file), lines, skipped, progress.tokens, seconds)
 
 
 def _line(request: Request, answer: Completion) -> Line:

@@ -16,7 +16,7 @@ from lit_llm.data.rows.loader import Batch, batch_of
 from lit_llm.errors import InputError
 from lit_llm.evaluation.material import Window
 from lit_llm.evaluation.scoring.subject import Subject
-from lit_llm.inference.loading import config_sizes
+from lit_llm.inference.loading import config_sizes, device_of
 from lit_llm.kernels import rmsnorm
 from lit_llm.models.adapters import adapter, peft_method, starting
 from lit_llm.models.load import config_of, load_causal_lm, stored_dtype
@@ -77,7 +77,7 @@ class LocalModel:
         if dtype not in DTYPES:
             raise InputError(f"unknown dtype '{dtype}'; use auto, {', '.join(DTYPES)}", where="dtype")
         self.subject, self.dtype, self.quantize = subject, dtype, quantize or subject.quantize
-        self.device = _device(device)
+        self.device = device_of(device)
         self.module = CausalLMModule(base=subject.weights)
         self.module.model = self._loaded()
         self.module.half_adapters = dtype == "bfloat16" and subject.adapter is not None
@@ -127,13 +127,3 @@ class LocalModel:
             batch["position_ids"].clamp_(max=material.last_position)
         return {name: value.to(self.device) if isinstance(value, torch.Tensor) else value
                 for name, value in batch.items()}  # type: ignore[return-value]
-
-
-def _device(device: str) -> torch.device:
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        return torch.empty(0, device=device).device
-    except (RuntimeError, AssertionError) as error:
-        raise InputError(f"{device} cannot be used: {str(error).splitlines()[0][:160]}", where="device",
-                         fix="leave it out: auto selects an available device") from None

@@ -2,7 +2,6 @@
 
 import json
 import logging
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 from lit_llm import disk
 from lit_llm.errors import InputError
 from lit_llm.exports import rows
+from lit_llm.exports.contents import replacing
 from lit_llm.exports.gguf import families, file, modelfile, proof, weights
 from lit_llm.exports.gguf.vocabulary import metadata
 from lit_llm.models import load
@@ -49,10 +49,7 @@ def write(source: Path, target: Path, name: str, kind: str = "auto", prove: bool
     described = families.describe(config, metadata.name_for(name, tokenizer), str(source))
     own, notes = metadata.describe(tokenizer, config.vocab_size, str(source))
     stored = weights.tensors(source, config, described, kind)
-    partial = target.with_name(target.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
+    with replacing(target) as partial:
         path = partial / f"{name}-{kind.upper()}.gguf"
         size = file.write(path, {**described.metadata, **own, **_general(kind)}, stored)
         errors = weights.compare(path, stored)
@@ -62,10 +59,6 @@ def write(source: Path, target: Path, name: str, kind: str = "auto", prove: bool
         facts |= _proved(interpreter, path, source, tokenizer, kind, run or source) if interpreter else _unproved(prove)
         disk.replace_text(partial / check.NAME, json.dumps(facts, ensure_ascii=False, indent=1) + "\n")
         modelfile.write(partial, path.name, tokenizer, described, own)
-        disk.replace_folder(partial, target)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
     for note in facts["notes"]:
         log.warning("GGUF: %s", note)
     return target

@@ -89,12 +89,13 @@ def run(interpreter: str, path: Path, tokenizer: Any, references: Sequence[check
     scored = [Row(list(row.ids[:most]), [True] * len(row.ids[:most])) for row in references] + rows.rows
     request = {"model": str(path), "rows": [row._asdict() for row in scored], "texts": texts, "prompt": prompt,
                "new_tokens": NEW_TOKENS, "context": max(PROMPT + NEW_TOKENS, *(len(row.ids) for row in scored))}
+    done = None
     try:
         done = subprocess.run([interpreter, probe.__file__], input=json.dumps(request), capture_output=True, text=True,
                               timeout=SECONDS, check=False)
         answer = json.loads(done.stdout.splitlines()[-1])
     except (OSError, subprocess.TimeoutExpired, ValueError, IndexError):
-        output = " ".join((done.stderr or done.stdout).split())[-300:] if "done" in locals() else "it did not answer"
+        output = " ".join((done.stderr or done.stdout).split())[-300:] if done else "it did not answer"
         raise InputError(f"llama.cpp cannot compute with the file: {output}", where=str(path),
                          fix="export it with --format transformers") from None
     alike = [came == ids for came, ids in zip(answer["tokens"], wanted, strict=True)]

@@ -63,6 +63,8 @@ def finite(values: Any) -> Any:
     """Values for JSON: those that are not finite are null."""
     if isinstance(values, dict):
         return {key: finite(value) for key, value in values.items()}
+    if isinstance(values, list):
+        return [finite(value) for value in values]
     return None if isinstance(values, float) and not math.isfinite(values) else values
 
 

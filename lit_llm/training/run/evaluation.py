@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-import yaml
 
 from lit_llm import disk
 from lit_llm.data.rows.identity import differences
+from lit_llm.report.facts import config_of
 from lit_llm.system.redaction import redact_text
 from lit_llm.training.record import breakdowns
 from lit_llm.training.run import manifest
@@ -134,20 +134,12 @@ def _other_data(trainer: L.Trainer, split: str, checkpoint: Path | None, config:
     changes = []
     if fingerprint is not None and plan is not None:
         changes = differences(fingerprint, plan.fingerprint)
-    elif config is not None and (old := _config_of(checkpoint.parent.parent).get("data")):
+    elif config is not None and (old := config_of(checkpoint.parent.parent).get("data")):
         new = config.get("data") or {}
         changes = [f"data.{key} {old.get(key)}, not {new.get(key)}" for key in OF_DATA if old.get(key) != new.get(key)]
     limit = getattr(trainer, f"limit_{split}_batches")
-    usual = (_config_of(checkpoint.parent.parent).get("trainer") or {}).get(f"limit_{split}_batches")
+    usual = (config_of(checkpoint.parent.parent).get("trainer") or {}).get(f"limit_{split}_batches")
     usual = 1.0 if usual is None else usual
     if (type(usual), usual) != (type(limit), limit):                # 1 is a batch, 1.0 is all of them
         changes.append(f"trainer.limit_{split}_batches {usual}, not {limit}")
     return "; ".join(changes)
-
-
-def _config_of(run: Path) -> dict[str, Any]:
-    try:
-        config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError):
-        return {}
-    return config if isinstance(config, dict) else {}
